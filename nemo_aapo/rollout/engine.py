@@ -1,0 +1,60 @@
+"""The protocol of rollout engines. The trainer knows an engine by this page and by nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+
+from nemo_aapo.types import Completion, SamplingSpec
+
+OnFinish = Callable[[int, int, Completion], None]
+"""Called as ``on_finish(i, j, completion)`` the moment completion j of prompt i is done."""
+
+
+@runtime_checkable
+class RolloutEngine(Protocol):
+    """Draws completions. All ranks of one model-parallel group call it alike and receive the same."""
+
+    def generate(
+        self,
+        prompts: Sequence[np.ndarray],
+        sampling: SamplingSpec,
+        seeds: Sequence[Sequence[int]],
+        on_finish: OnFinish | None = None,
+    ) -> list[list[Completion]]:
+        """Completions of each prompt.
+
+        Args:
+            prompts: int32 [P_i] token ids, P_i >= 1.
+            sampling: temperature, lengths and stop tokens.
+            seeds: ``seeds[i][j]`` names the random stream of completion j of prompt i (0 <= seed < 2**63);
+                ``len(seeds[i])`` completions are drawn. The tokens of a completion depend on its prompt, its seed,
+                the weights and the sampling spec, never on what else is in the batch.
+            on_finish: told of each completion as it ends, on every rank, in the same order on every rank.
+
+        Returns:
+            ``out[i][j]``, in the order of ``prompts`` and ``seeds``.
+        """
+        ...
+
+    def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Take over weights, as (Hugging Face name, full tensor), and serve them as ``version``.
+
+        An engine that shares the learner's own weights takes the version and leaves the iterable alone.
+        """
+        ...
+
+    def sleep(self) -> None:
+        """Give device memory (KV cache, own weights) back to the learner."""
+        ...
+
+    def wake(self) -> None:
+        """Take it again."""
+        ...
+
+    def close(self) -> None:
+        """Release everything; the engine can't be used afterwards."""
+        ...
