@@ -1,0 +1,153 @@
+"""What megatron-core 0.16 needs to run where there is no CUDA device.
+
+megatron-core asks for ``torch.cuda.current_device()`` and for literal ``device="cuda"`` in many places that have
+nothing to do with CUDA kernels. ``install()`` answers those with the CPU, and replaces the few functions that insist
+on CUDA tensors. It does nothing on a machine with a GPU, where the very same code runs unpatched.
+
+Each patch is one function that says which site needs it; ``tests/test_cpu.py`` holds one test for each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import queue
+import types
+
+import torch
+
+SUPPORTED_MCORE = "0.16"
+"""The release line whose sources the patches were written for."""
+
+MODULES_WITH_CUDA_LITERALS = (
+    "megatron.core.pipeline_parallel.schedules",  # total_num_tokens
+    "megatron.core.optimizer.clip_grads",  # total norm, overflow buffer
+    "megatron.core.optimizer.optimizer",  # loss scale
+    "megatron.core.transformer.utils",  # default causal mask
+)
+"""Modules that create tensors with ``device="cuda"`` spelled out."""
+
+_installed = False
+
+
+def install() -> None:
+    """Make megatron-core usable without CUDA. Idempotent; a no-op where CUDA is present.
+
+    Raises:
+        RuntimeError: the installed megatron-core is not of the release line the patches were written for.
+    """
+    global _installed
+    if _installed or torch.cuda.is_available():
+        return
+    _check_version()
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # mcore asserts on it for tensor parallelism
+    patch_device_queries()
+    patch_cuda_literals()
+    patch_gradient_clipping()
+    patch_rng_tracker()
+    patch_checkpoint_writer()
+    _installed = True
+
+
+def _check_version() -> None:
+    from megatron.core import __version__
+
+    if not __version__.startswith(SUPPORTED_MCORE + "."):
+        raise RuntimeError(
+            f"megatron-core {__version__} is installed, but running without a GPU is supported for "
+            f"{SUPPORTED_MCORE}.x only. Install the versions in requirements/."
+        )
+
+
+def patch_device_queries() -> None:
+    """``torch.cuda.current_device()`` (rotary embedding, p2p, mappings, layers, buffers), ``synchronize()`` (p2p,
+    checkpoint writer) and ``Tensor.cuda()`` (tied embeddings under pipeline parallelism)."""
+    torch.cuda.current_device = lambda: torch.device("cpu")
+    torch.cuda.synchronize = lambda *args, **kwargs: None
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+
+
+def patch_cuda_literals() -> None:
+    """Give the modules with literal ``device="cuda"`` a ``torch`` whose factories read it as the CPU.
+
+    A ``TorchFunctionMode`` would catch all sites at once, but costs 20 to 27 % of a step.
+    """
+    proxy = _cpu_torch()
+    for name in MODULES_WITH_CUDA_LITERALS:
+        importlib.import_module(name).torch = proxy
+
+
+def _cpu_torch() -> types.ModuleType:
+    """A stand-in for the module ``torch``: all its attributes, with factories that map cuda to cpu."""
+    proxy = types.ModuleType("torch")
+    proxy.__getattr__ = lambda name: getattr(torch, name)
+
+    def on_cpu(factory):
+        def create(*args, **kwargs):
+            if str(kwargs.get("device", "")).startswith("cuda"):
+                kwargs["device"] = "cpu"
+            return factory(*args, **kwargs)
+
+        return create
+
+    for name in ("zeros", "ones", "empty", "full", "tensor"):
+        setattr(proxy, name, on_cpu(getattr(torch, name)))
+    return proxy
+
+
+def patch_gradient_clipping() -> None:
+    """``clip_grad_by_total_norm_fp32`` asserts on ``torch.cuda.FloatTensor`` (clip_grads.py:167)."""
+    from megatron.core.optimizer import clip_grads, optimizer
+
+    def clip_grad_by_total_norm_fp32(parameters, max_norm, total_norm, use_decoupled_grad=False):
+        parameters = [parameters] if isinstance(parameters, torch.Tensor) else parameters
+        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        coefficient = max_norm / (total_norm + 1.0e-6)
+        if grads and coefficient < 1.0:
+            torch._foreach_mul_(grads, coefficient)
+
+    # optimizer.py imported the name, so both modules hold it
+    clip_grads.clip_grad_by_total_norm_fp32 = clip_grad_by_total_norm_fp32
+    optimizer.clip_grad_by_total_norm_fp32 = clip_grad_by_total_norm_fp32
+
+
+def patch_rng_tracker() -> None:
+    """The tensor-parallel RNG tracker and the recompute hooks read and set the CUDA generator's state."""
+    from megatron.core.tensor_parallel import random
+
+    class CpuRNGStatesTracker(random.CudaRNGStatesTracker):
+        """mcore's tracker, same names and seeds, over the default CPU generator."""
+
+        def add(self, name, seed):
+            self._is_initialized = True
+            if seed in self.seeds_ or name in self.states_:
+                raise ValueError(f"random state {name!r} with seed {seed} exists already")
+            self.seeds_.add(seed)
+            self.states_[name] = torch.Generator().manual_seed(seed).get_state()
+
+        @contextlib.contextmanager
+        def fork(self, name=random._MODEL_PARALLEL_RNG_TRACKER_NAME):
+            if name not in self.states_:
+                raise ValueError(f"random state {name!r} was not added")
+            outer = torch.get_rng_state()
+            torch.set_rng_state(self.states_[name])
+            try:
+                yield
+            finally:
+                self.states_[name] = torch.get_rng_state()
+                torch.set_rng_state(outer)
+
+    random._CUDA_RNG_STATE_TRACKER = CpuRNGStatesTracker()
+    random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
+    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+
+def patch_checkpoint_writer() -> None:
+    """The checkpoint writer starts a ``multiprocessing.Manager`` (3 s, and it needs a ``__main__`` guard in the
+    user's script) to hand its results back; a synchronous save needs a plain queue only."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    results: queue.Queue = queue.Queue()
+    filesystem_async._get_write_results_queue = lambda: results
