@@ -1,0 +1,11 @@
+"""The configuration: its schema, the sizes derived from it, and every refusal with its reason.
+
+A configuration passes three gates before anything expensive happens: ``check_overrides`` (mistyped keys on the
+command line), ``parse`` (the composed tree by itself), ``derive`` (against the model and the number of ranks).
+"""
+
+from nemo_aapo.config.parse import check_overrides, parse
+from nemo_aapo.config.schema import Config, ConfigError
+from nemo_aapo.config.sizes import ModelShape, Sizes, derive, digest
+
+__all__ = ["Config", "ConfigError", "ModelShape", "Sizes", "check_overrides", "derive", "digest", "parse"]

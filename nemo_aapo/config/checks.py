@@ -1,0 +1,137 @@
+"""What a configuration can be refused for by itself, before model and ranks are known."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from nemo_aapo.config.schema import Config, ConfigError
+
+
+def check_alone(config: Config) -> None:
+    """Refuse values and combinations that can't work whatever the model.
+
+    Raises:
+        ConfigError: names the key, its value and the reason.
+    """
+    for path, minimum in _MINIMA.items():
+        value = _get(config, path)
+        if value is not None and value < minimum:
+            raise ConfigError(f"{path}={value}: must be at least {minimum}")
+    for path in ("model.optim.lr", "model.optim.clip_grad", "trainer.distributed_timeout_s", "reward_runner.timeout_s"):
+        if _get(config, path) <= 0:
+            raise ConfigError(f"{path}={_get(config, path)}: must be above 0")
+    if len(config.model.optim.betas) != 2:
+        raise ConfigError(f"model.optim.betas={list(config.model.optim.betas)}: two numbers are needed")
+    _check_sampling(config)
+    _check_algorithm(config)
+    _check_rewards(config)
+    if config.model.sequence_parallel and config.model.tensor_model_parallel_size == 1:
+        raise ConfigError("model.sequence_parallel=true has no effect without model.tensor_model_parallel_size > 1")
+    if config.model.optim.sched.name == "constant" and config.model.optim.sched.min_lr:
+        raise ConfigError("model.optim.sched.min_lr has no effect with model.optim.sched.name=constant: set it to 0")
+    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    for key in ("max_tokens_per_microbatch", "rollout.max_concurrent_tokens"):
+        if _get(config, key) < longest:
+            raise ConfigError(
+                f"{key}={_get(config, key)} can't hold one sequence: data.max_prompt_tokens="
+                f"{config.data.max_prompt_tokens} + rollout.max_new_tokens={config.rollout.max_new_tokens} = {longest}"
+            )
+
+
+_MINIMA = {
+    "prompts_per_step": 1,
+    "group_size": 1,
+    "seed": 0,
+    "trainer.num_nodes": 1,
+    "trainer.devices": 1,
+    "trainer.max_steps": 0,
+    "trainer.val_check_interval": 0,
+    "model.tensor_model_parallel_size": 1,
+    "model.pipeline_model_parallel_size": 1,
+    "model.logprob_chunk_tokens": 1,
+    "model.optim.sched.warmup_steps": 0,
+    "model.optim.weight_decay": 0,
+    "algorithm.updates_per_rollout": 1,
+    "algorithm.kl_coefficient": 0,
+    "algorithm.importance_weight_cap": 1,
+    "rollout.max_new_tokens": 1,
+    "data.max_prompt_tokens": 1,
+    "reward_runner.workers": 0,
+    "validation.samples": 0,
+    "validation.max_prompts": 1,
+    "validation.console_samples": 0,
+    "checkpoint.save_interval": 1,
+    "checkpoint.keep_last": 1,
+}
+
+
+def _check_sampling(config: Config) -> None:
+    rollout = config.rollout
+    if rollout.temperature <= 0:
+        raise ConfigError(f"rollout.temperature={rollout.temperature}: must be above 0, greedy rollouts teach nothing")
+    if rollout.top_p != 1 or rollout.top_k != 0:
+        raise ConfigError(
+            f"rollout.top_p={rollout.top_p}, rollout.top_k={rollout.top_k}: truncated sampling draws from another "
+            "distribution than the loss trains. Keep top_p=1 and top_k=0 (validation.top_p is free)"
+        )
+    if not 0 < config.validation.top_p <= 1:
+        raise ConfigError(f"validation.top_p={config.validation.top_p}: must lie in (0, 1]")
+
+
+def _check_algorithm(config: Config) -> None:
+    algorithm = config.algorithm
+    if (algorithm.margin is None) != (algorithm.reference is None):
+        raise ConfigError(
+            "algorithm.margin and algorithm.reference go together: the margin needs reference rewards, and they have "
+            "no other use. Set both or set both to null (algorithm=aapo, algorithm=gpg)"
+        )
+    if algorithm.margin is not None:
+        if algorithm.margin.low > 0 or algorithm.margin.high < 0 or algorithm.margin.low == algorithm.margin.high:
+            raise ConfigError(
+                f"algorithm.margin: low={algorithm.margin.low}, high={algorithm.margin.high}: "
+                "low <= 0 <= high with low < high is needed"
+            )
+        samples = algorithm.reference_samples
+        if samples is None or samples < config.group_size:
+            raise ConfigError(f"algorithm.reference_samples={samples}: at least group_size={config.group_size} needed")
+        if algorithm.reference == "online" and samples != config.group_size:
+            raise ConfigError(
+                f"algorithm.reference_samples={samples}: online reference rewards are drawn group_size="
+                f"{config.group_size} at a time"
+            )
+    elif algorithm.reference_samples is not None:
+        raise ConfigError("algorithm.reference_samples has no effect without algorithm.reference: set it to null")
+    if (algorithm.loss == "ratio_clip") != (algorithm.clip is not None):
+        raise ConfigError("algorithm.clip is what algorithm.loss=ratio_clip needs and nothing else uses")
+    if algorithm.kl_coefficient and algorithm.loss != "ratio_clip":
+        raise ConfigError("algorithm.kl_coefficient has an effect with algorithm.loss=ratio_clip only")
+    if algorithm.clip is not None and not 0 < algorithm.clip.low < 1:
+        raise ConfigError(f"algorithm.clip.low={algorithm.clip.low}: must lie in (0, 1)")
+    if config.group_size == 1 and algorithm.margin is None:
+        raise ConfigError(
+            f"group_size=1: algorithm={algorithm.name} compares completions of a group; at least 2 needed"
+        )
+
+
+def _check_rewards(config: Config) -> None:
+    if not config.rewards:
+        raise ConfigError("rewards is empty: name at least one, as in rewards=[{name: accuracy, weight: 1.0}]")
+    names = [entry.get("name") for entry in config.rewards]
+    for i, entry in enumerate(config.rewards):
+        if not isinstance(entry, dict) or not entry.get("name"):
+            raise ConfigError(f"rewards[{i}]={entry!r}: an entry needs a name, as in {{name: accuracy, weight: 1.0}}")
+        weight = entry.get("weight", 1.0)
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+            raise ConfigError(f"rewards[{i}].weight={weight!r}: a number is needed")
+    if len(set(names)) != len(names):
+        raise ConfigError(f"rewards: {names} names one reward twice")
+    if config.validation.reward not in names:
+        raise ConfigError(f"validation.reward={config.validation.reward!r} is none of rewards: {names}")
+
+
+def _get(config: Config, path: str) -> Any:
+    value: Any = config
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value

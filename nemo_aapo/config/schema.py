@@ -1,0 +1,176 @@
+"""The schema of a run: field for field what ``conf/train_aapo.yaml`` says (a test holds the two together).
+
+The comments of that page explain each setting; here stand the types.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+class ConfigError(ValueError):
+    """A setting that can't work; the message names the key, the reason and the remedy."""
+
+
+@dataclass(frozen=True)
+class Run:
+    name: str
+    dir: str
+
+
+@dataclass(frozen=True)
+class Trainer:
+    num_nodes: int
+    devices: int
+    max_steps: int
+    val_check_interval: int
+    distributed_timeout_s: float
+
+
+@dataclass(frozen=True)
+class Sched:
+    name: Literal["constant", "cosine"]
+    warmup_steps: int
+    min_lr: float
+
+
+@dataclass(frozen=True)
+class Optim:
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    clip_grad: float
+    sched: Sched
+
+
+@dataclass(frozen=True)
+class Model:
+    path: str
+    trust_remote_code: bool
+    tensor_model_parallel_size: int
+    pipeline_model_parallel_size: int
+    sequence_parallel: bool
+    recompute_granularity: Literal["full"] | None
+    logprob_chunk_tokens: int
+    optim: Optim
+
+
+@dataclass(frozen=True)
+class Margin:
+    low: float
+    high: float
+    estimator: Literal["sampled", "expected"]
+
+
+@dataclass(frozen=True)
+class Clip:
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class AlgorithmConfig:
+    name: str
+    scale_rewards: bool
+    reference: Literal["cached", "online"] | None
+    reference_samples: int | None
+    margin: Margin | None
+    rescale_dead_groups: bool
+    loss: Literal["cross_entropy", "ratio_clip"]
+    clip: Clip | None
+    kl_coefficient: float
+    loss_aggregation: Literal["token", "sequence", "fixed_length"]
+    updates_per_rollout: int
+    importance_weight_cap: float | None
+
+
+@dataclass(frozen=True)
+class Rollout:
+    engine: Literal["megatron"]
+    temperature: float
+    top_p: float
+    top_k: int
+    max_new_tokens: int
+    max_concurrent_tokens: int
+    max_parity_error: float
+
+
+@dataclass(frozen=True)
+class Data:
+    train: str
+    validation: str
+    prompt_field: str
+    answer_field: str
+    system_prompt: str | None
+    chat_template: Literal["auto", "none"]
+    max_prompt_tokens: int
+    on_long_prompt: Literal["error", "drop"]
+    on_bad_line: Literal["error", "skip"]
+    shuffle: bool
+
+
+@dataclass(frozen=True)
+class RewardRunnerConfig:
+    workers: int
+    timeout_s: float
+    score_on_failure: float
+
+
+@dataclass(frozen=True)
+class Validation:
+    reward: str
+    samples: int
+    temperature: float
+    top_p: float
+    max_prompts: int | None
+    console_samples: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    save_interval: int
+    keep_last: int
+
+
+@dataclass(frozen=True)
+class ExpManager:
+    explicit_log_dir: str
+    create_tensorboard_logger: bool
+    create_wandb_logger: bool
+    wandb_logger_kwargs: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Precision:
+    name: Literal["fp32", "bf16"]
+
+
+@dataclass(frozen=True)
+class Cluster:
+    kind: Literal["local"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """The whole run; field for field what ``conf/train_aapo.yaml`` says."""
+
+    run: Run
+    seed: int
+    prompts_per_step: int
+    group_size: int
+    max_tokens_per_microbatch: int
+    trainer: Trainer
+    model: Model
+    algorithm: AlgorithmConfig
+    rollout: Rollout
+    data: Data
+    rewards: tuple[dict[str, Any], ...]
+    reward_runner: RewardRunnerConfig
+    validation: Validation
+    checkpoint: Checkpoint
+    export_hf_model: bool
+    exp_manager: ExpManager
+    precision: Precision
+    cluster: Cluster

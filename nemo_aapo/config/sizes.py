@@ -1,0 +1,118 @@
+"""What depends on the model and on the number of ranks: the derived sizes; and the digest of what decides a result."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+
+from nemo_aapo.config.schema import Config, ConfigError
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What the layout depends on, from the model's ``config.json``."""
+
+    architecture: str
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    vocab_size: int
+    tied_embeddings: bool
+    max_position_embeddings: int
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The derived sizes, and the arithmetic that led to them."""
+
+    world_size: int
+    data_parallel_size: int
+    prompts_per_rank: int
+    completions_per_step: int
+    max_sequence_tokens: int
+    arithmetic: tuple[str, ...] = field(default=())
+
+
+def derive(config: Config, shape: ModelShape, world_size: int) -> Sizes:
+    """Check the layout against model and ranks, and work out every other size.
+
+    Raises:
+        ConfigError: what does not divide, with both numbers.
+    """
+    tp, pp = config.model.tensor_model_parallel_size, config.model.pipeline_model_parallel_size
+    for key, number, what, parts in (
+        ("tensor_model_parallel_size", tp, "attention heads", shape.num_attention_heads),
+        ("tensor_model_parallel_size", tp, "key-value groups", shape.num_query_groups),
+        ("tensor_model_parallel_size", tp, "feed-forward units", shape.ffn_hidden_size),
+        ("pipeline_model_parallel_size", pp, "layers", shape.num_layers),
+    ):
+        if parts % number:
+            raise ConfigError(f"model.{key}={number} does not divide the model's {parts} {what}")
+    asked = config.trainer.num_nodes * config.trainer.devices
+    if world_size != asked:
+        raise ConfigError(
+            f"trainer.num_nodes={config.trainer.num_nodes} x trainer.devices={config.trainer.devices} = {asked} ranks, "
+            f"but {world_size} were started: start them by scripts/launch.py, or set trainer.devices"
+        )
+    if world_size % (tp * pp):
+        raise ConfigError(
+            f"{world_size} ranks can't be cut into groups of tensor {tp} x pipeline {pp} = {tp * pp}: "
+            "change trainer.devices, trainer.num_nodes or the model's parallel sizes"
+        )
+    dp = world_size // (tp * pp)
+    if config.prompts_per_step % dp:
+        raise ConfigError(f"prompts_per_step={config.prompts_per_step} is not divisible by the data-parallel size {dp}")
+    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    if longest > shape.max_position_embeddings:
+        raise ConfigError(
+            f"data.max_prompt_tokens + rollout.max_new_tokens = {longest} exceeds the "
+            f"{shape.max_position_embeddings} positions of the model (max_position_embeddings)"
+        )
+    per_rank = config.prompts_per_step // dp
+    completions = config.prompts_per_step * config.group_size
+    updates = config.algorithm.updates_per_rollout
+    return Sizes(
+        world_size=world_size,
+        data_parallel_size=dp,
+        prompts_per_rank=per_rank,
+        completions_per_step=completions,
+        max_sequence_tokens=longest,
+        arithmetic=(
+            f"data-parallel size = {world_size} ranks / (tensor {tp} x pipeline {pp}) = {dp}",
+            f"completions per rollout = prompts_per_step {config.prompts_per_step} x group_size {config.group_size} = "
+            f"{completions}, {per_rank} prompts on each data-parallel rank, {updates} optimizer step(s) on them",
+            f"longest sequence = {config.data.max_prompt_tokens} prompt + {config.rollout.max_new_tokens} new = "
+            f"{longest} tokens; a micro-batch holds at least {config.max_tokens_per_microbatch // longest} such",
+        ),
+    )
+
+
+def digest(config: Config) -> str:
+    """Digest of what decides the result of a run: 16 hex digits.
+
+    Left out is what may change between the parts of one run: where it runs and is cut up, how long it goes on, how
+    often it validates and saves, and where it logs.
+    """
+    tree = dataclasses.asdict(config)
+    for section in ("run", "cluster", "exp_manager", "checkpoint", "export_hf_model", "reward_runner"):
+        tree.pop(section)
+    tree.pop("max_tokens_per_microbatch")
+    for key in ("num_nodes", "devices", "val_check_interval", "distributed_timeout_s"):
+        tree["trainer"].pop(key)
+    if config.model.optim.sched.name == "constant":
+        tree["trainer"].pop("max_steps")  # a cosine schedule ends there; a constant one may go on
+    for key in (
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "sequence_parallel",
+        "recompute_granularity",
+        "logprob_chunk_tokens",
+    ):
+        tree["model"].pop(key)
+    tree["rollout"].pop("max_concurrent_tokens")
+    tree["validation"].pop("console_samples")
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
