@@ -1,0 +1,144 @@
+"""Process groups, and the few collectives of Python objects that the loop needs, named by what they mean.
+
+The model-parallel group (tensor x pipeline ranks) holds one copy of the model; its ranks do everything alike. The
+data-parallel group joins the ranks that hold the same part of the model. Objects cross only between ranks of one job
+(pickled by torch.distributed); weights never cross this way.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import pickle
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+T = TypeVar("T")
+
+
+def initialize(
+    *, tensor_model_parallel_size: int, pipeline_model_parallel_size: int, seed: int, timeout_s: float
+) -> None:
+    """Join the job's ranks (torchrun's environment; alone without it) and cut them into Megatron's groups.
+
+    Args:
+        seed: of mcore's RNG tracker; the loop itself draws nothing from global generators.
+        timeout_s: a collective that waits longer raises.
+    """
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    timeout = datetime.timedelta(seconds=timeout_s)
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor_model_parallel_size,
+        pipeline_model_parallel_size=pipeline_model_parallel_size,
+        distributed_timeout_minutes=max(1, int(timeout_s / 60)),
+    )
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def shutdown() -> None:
+    """Leave all groups."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def world_size_of_job() -> int:
+    """Ranks of this job, before any group exists."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """This rank within the job."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def data_parallel_rank() -> int:
+    """Which copy of the model this rank belongs to."""
+    return parallel_state.get_data_parallel_rank()
+
+
+def data_parallel_size() -> int:
+    """Number of copies of the model."""
+    return parallel_state.get_data_parallel_world_size()
+
+
+def is_model_parallel_source() -> bool:
+    """True on the one rank of each model-parallel group that talks to the world (rewards, files)."""
+    group = parallel_state.get_model_parallel_group()
+    return dist.get_rank(group) == 0
+
+
+def broadcast_in_model_parallel(value: T) -> T:
+    """The source rank's object, on all ranks of its model-parallel group."""
+    group = parallel_state.get_model_parallel_group()
+    if dist.get_world_size(group) == 1:
+        return value
+    box = [value if is_model_parallel_source() else None]
+    dist.broadcast_object_list(box, src=dist.get_process_group_ranks(group)[0], group=group)
+    return box[0]
+
+
+def gather_data_parallel(value: T) -> list[T]:
+    """Every data-parallel rank's object, in rank order, on all of them. For small objects: numbers, not sequences."""
+    group = parallel_state.get_data_parallel_group_gloo()
+    size = dist.get_world_size(group)
+    if size == 1:
+        return [value]
+    gathered: list[Any] = [None] * size
+    dist.all_gather_object(gathered, value, group=group)
+    return gathered
+
+
+def exchange_data_parallel(outgoing: Sequence[list[T]]) -> list[T]:
+    """Send ``outgoing[d]`` to data-parallel rank d; returns what came in, in the order of the senders.
+
+    Point to point in effect: no rank ever holds more than what it sends and what it keeps.
+    """
+    group = parallel_state.get_data_parallel_group_gloo()
+    size = dist.get_world_size(group)
+    if size == 1:
+        return list(outgoing[0])
+    packed = [torch.frombuffer(bytearray(pickle.dumps(items)), dtype=torch.uint8) for items in outgoing]
+    sizes_out = torch.tensor([len(part) for part in packed])
+    sizes_in = torch.empty_like(sizes_out)
+    dist.all_to_all_single(sizes_in, sizes_out, group=group)
+    received = torch.empty(int(sizes_in.sum()), dtype=torch.uint8)
+    dist.all_to_all_single(received, torch.cat(packed), sizes_in.tolist(), sizes_out.tolist(), group=group)
+    items: list[T] = []
+    for part in received.split(sizes_in.tolist()):
+        items += pickle.loads(part.numpy().tobytes())
+    return items
+
+
+def any_rank(flag: bool) -> bool:
+    """True on all ranks if it is true on one of them (a stop signal, a failed save)."""
+    return all_reduce_number(float(flag), dist.ReduceOp.MAX) > 0
+
+
+def all_reduce_number(value: float, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> float:
+    """A float64 number reduced over all ranks of the job."""
+    if dist.get_world_size() == 1:
+        return value
+    box = torch.tensor([value], dtype=torch.float64)
+    dist.all_reduce(box, op=op)
+    return float(box)
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.get_world_size() > 1:
+        dist.barrier()
