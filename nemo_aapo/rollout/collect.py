@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,18 +20,21 @@ class RewardScorer(Protocol):
     def submit(self, index: Any, prompt: Prompt, text: str, completion: Completion) -> None:
         """Start scoring one completion; returns at once."""
 
-    def collect(self) -> dict[Any, Any]:
-        """The scores of everything submitted since the last call, by index: ``total`` and ``parts`` (by name)."""
+    def collect(self) -> Mapping[Any, Any]:
+        """``score`` and ``parts`` (by reward) of everything submitted since the last call, by index."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Collector:
     """Draws and scores completions; collective over all ranks of the job."""
 
     engine: RolloutEngine
-    rewards: RewardScorer
+    rewards: RewardScorer | None
+    """On the model-parallel source rank; None elsewhere."""
     decode: Callable[[np.ndarray], str]
     """Token ids -> text, without special tokens."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Of the last call on this rank: ``rollout`` (generation) and ``reward`` (waiting for scores after it)."""
 
     def collect(self, prompts: Sequence[Prompt], sampling: SamplingSpec, seeds: Sequence[Sequence[int]]) -> list[Group]:
         """This data-parallel rank's share of the prompts, completed and scored.
@@ -52,10 +56,13 @@ class Collector:
             texts[i, j] = self.decode(completion.token_ids)
             self.rewards.submit((i, j), prompts[i], texts[i, j], completion)
 
+        start = time.perf_counter()
         ids = [prompt.token_ids for prompt in prompts]
         completions = self.engine.generate(ids, sampling, seeds, score if source else None)
+        generated = time.perf_counter()
         # One rank judges and tells the others: a timeout could strike on one of them and not on the next.
         scores = parallel.broadcast_in_model_parallel(_tables(self.rewards.collect(), seeds) if source else None)
+        self.seconds = {"rollout": generated - start, "reward": time.perf_counter() - generated}
         return [
             Group(
                 prompt=prompt,
@@ -68,14 +75,16 @@ class Collector:
         ]
 
 
-def _tables(scores: dict[Any, Any], seeds: Sequence[Sequence[int]]) -> list[tuple[np.ndarray, dict[str, np.ndarray]]]:
+def _tables(
+    scores: Mapping[Any, Any], seeds: Sequence[Sequence[int]]
+) -> list[tuple[np.ndarray, dict[str, np.ndarray]]]:
     """Per prompt: total rewards [G] and each reward's values [G] by name."""
     tables = []
     for i, row in enumerate(seeds):
         judged = [scores[i, j] for j in range(len(row))]
         names = list(judged[0].parts) if judged else []
         parts = {name: np.array([score.parts[name] for score in judged], dtype=np.float64) for name in names}
-        tables.append((np.array([score.total for score in judged], dtype=np.float64), parts))
+        tables.append((np.array([score.score for score in judged], dtype=np.float64), parts))
     return tables
 
 
