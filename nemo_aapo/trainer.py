@@ -7,7 +7,6 @@ prompts -> rollout -> rewards -> advantages -> batches -> log-probs + loss -> op
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -67,6 +66,7 @@ class AAPOTrainer:
         policy: MegatronPolicy,
         engine: RolloutEngine,
         collector: Collector,
+        sampling: SamplingSpec,
         data: PromptSet,
         sampler: PromptSampler,
         algorithm: Algorithm,
@@ -77,7 +77,8 @@ class AAPOTrainer:
         reporter: Reporter,
     ) -> None:
         """``assemble.build_trainer`` makes all of these from a configuration, and takes replacements."""
-        self.config, self.policy, self.engine, self.collector = config, policy, engine, collector
+        self.config, self.policy, self.engine = config, policy, engine
+        self.collector, self.sampling = collector, sampling
         self.data, self.sampler, self.algorithm, self.learner = data, sampler, algorithm, learner
         self.reference, self.validator = reference, validator
         self.checkpoints, self.reporter = checkpoints, reporter
@@ -161,7 +162,7 @@ class AAPOTrainer:
             [stream_seed(self.config.seed, "rollout", self.step, i, j) for j in range(self.config.group_size)]
             for i in range(len(prompts))
         ]
-        groups = self.collector.collect(prompts, sampling_spec(self.config, self.validator.sampled), seeds)
+        groups = self.collector.collect(prompts, self.sampling, seeds)
         self._seconds |= self.collector.seconds
         groups = [group.replace(reference_rewards=reference.get(group.prompt.id)) for group in groups]
         first = share(len(prompts)).start
@@ -236,7 +237,3 @@ def with_advantages(algorithm: Algorithm, groups: list[Group], pair_seeds: list[
     advantages = algorithm.advantages(rewards, reference, pair_seeds)
     return [group.replace(advantages=row) for group, row in zip(groups, advantages, strict=True)]
 
-
-def sampling_spec(config: Config, like: SamplingSpec) -> SamplingSpec:
-    """The training rollouts' spec; stop tokens as in ``like``."""
-    return dataclasses.replace(like, temperature=config.rollout.temperature, top_p=1.0)
