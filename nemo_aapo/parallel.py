@@ -92,6 +92,25 @@ def broadcast_in_model_parallel(value: T) -> T:
     return box[0]
 
 
+def broadcast_from_last_stage(value: T) -> T:
+    """The last pipeline stage's object, on all stages."""
+    group = parallel_state.get_pipeline_model_parallel_group()
+    if dist.get_world_size(group) == 1:
+        return value
+    box = [value if parallel_state.is_pipeline_last_stage() else None]
+    dist.broadcast_object_list(box, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
+    return box[0]
+
+
+def broadcast_from_first_rank(value: T) -> T:
+    """Rank 0's object, on all ranks of the job."""
+    if dist.get_world_size() == 1:
+        return value
+    box = [value if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
 def gather_data_parallel(value: T) -> list[T]:
     """Every data-parallel rank's object, in rank order, on all of them. For small objects: numbers, not sequences."""
     group = parallel_state.get_data_parallel_group_gloo()

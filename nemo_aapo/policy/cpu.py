@@ -116,30 +116,28 @@ def patch_rng_tracker() -> None:
     """The tensor-parallel RNG tracker and the recompute hooks read and set the CUDA generator's state."""
     from megatron.core.tensor_parallel import random
 
-    class CpuRNGStatesTracker(random.CudaRNGStatesTracker):
-        """mcore's tracker, same names and seeds, over the default CPU generator."""
+    def add(self, name, seed):
+        self._is_initialized = True
+        if seed in self.seeds_ or name in self.states_:
+            raise ValueError(f"random state {name!r} with seed {seed} exists already")
+        self.seeds_.add(seed)
+        self.states_[name] = torch.Generator().manual_seed(seed).get_state()
 
-        def add(self, name, seed):
-            self._is_initialized = True
-            if seed in self.seeds_ or name in self.states_:
-                raise ValueError(f"random state {name!r} with seed {seed} exists already")
-            self.seeds_.add(seed)
-            self.states_[name] = torch.Generator().manual_seed(seed).get_state()
+    @contextlib.contextmanager
+    def fork(self, name=random._MODEL_PARALLEL_RNG_TRACKER_NAME):
+        if name not in self.states_:
+            raise ValueError(f"random state {name!r} was not added")
+        outer = torch.get_rng_state()
+        torch.set_rng_state(self.states_[name])
+        try:
+            yield
+        finally:
+            self.states_[name] = torch.get_rng_state()
+            torch.set_rng_state(outer)
 
-        @contextlib.contextmanager
-        def fork(self, name=random._MODEL_PARALLEL_RNG_TRACKER_NAME):
-            if name not in self.states_:
-                raise ValueError(f"random state {name!r} was not added")
-            outer = torch.get_rng_state()
-            torch.set_rng_state(self.states_[name])
-            try:
-                yield
-            finally:
-                self.states_[name] = torch.get_rng_state()
-                torch.set_rng_state(outer)
-
-    random._CUDA_RNG_STATE_TRACKER = CpuRNGStatesTracker()
-    random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
+    # mcore makes new trackers when groups are made anew, so the class is patched and not one object
+    random.CudaRNGStatesTracker.add = add
+    random.CudaRNGStatesTracker.fork = fork
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
 

@@ -6,10 +6,12 @@ own: what a round trip on CPU proves holds for all three.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import io
 import os
 import shutil
 import sys
@@ -23,6 +25,18 @@ import torch.distributed as dist
 
 OPTIONAL_DEPENDENCIES = ("transformer_engine", "triton", "mamba_ssm", "causal_conv1d", "mlflow", "timm", "modelopt")
 """Packages that Megatron-Bridge imports at module level for models and features that we don't use."""
+
+COMPANION_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+)
+"""What an exported model takes over from its base model."""
 
 CORE_FIRST = (
     "megatron.core.models.gpt.gpt_layer_specs",
@@ -51,12 +65,13 @@ class WeightMap:
 
     def load(self, model: torch.nn.Module) -> None:
         """Fill the Megatron model (this rank's part) from the directory. Collective."""
-        self.auto_bridge.load_hf_weights([model])
+        with contextlib.redirect_stdout(io.StringIO()):  # the Bridge draws a bar of its own
+            self.auto_bridge.load_hf_weights([model])
 
     def export(self, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-        """(Hugging Face name, full tensor on CPU), padding of the vocabulary stripped. Collective; all ranks get all."""
+        """(Hugging Face name, full tensor on CPU), vocabulary padding stripped. Collective; all ranks get all."""
         for name, tensor in self.auto_bridge.export_hf_weights([model], cpu=True, show_progress=False):
-            yield name, tensor
+            yield name, tensor.detach()
 
     def save(self, model: torch.nn.Module, directory: str | os.PathLike) -> None:
         """Write a Hugging Face directory that plain transformers loads; appears whole or not at all. Collective.
@@ -72,8 +87,8 @@ class WeightMap:
         dist.barrier()
         self.auto_bridge.save_hf_weights([model], partial, show_progress=False)
         if first:
-            for file in Path(self.path).iterdir():
-                if file.is_file() and file.suffix in (".json", ".txt", ".model", ".jinja") and "index" not in file.name:
+            for pattern in COMPANION_FILES:
+                for file in Path(self.path).glob(pattern):
                     shutil.copyfile(file, partial / file.name)
             shutil.rmtree(target, ignore_errors=True)
             os.replace(partial, target)

@@ -1,0 +1,314 @@
+"""The policy: a Megatron GPTModel under TP x PP x DP, its optimizer, and the passes that the learner needs.
+
+The passes go through mcore's own pipeline schedules. On the last stage the model hands out hidden states instead of
+logits, and ``policy/logprob.py`` turns them into log-probs chunk by chunk: scoring and training share that one path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from nemo_aapo import parallel
+from nemo_aapo.config import Config, ConfigError, ModelShape
+from nemo_aapo.policy import precision
+from nemo_aapo.policy.batching import MicroBatch
+from nemo_aapo.policy.logprob import selected_logprobs
+from nemo_aapo.policy.weights import WeightMap
+
+TokenLoss = Callable[[torch.Tensor, torch.Tensor, MicroBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+"""``loss(logprobs [n], entropy [n], batch)`` -> (this micro-batch's part of the loss, detached sums for metrics)."""
+
+
+class NonFiniteError(RuntimeError):
+    """Loss or gradient is NaN or infinite; the weights were left as they are."""
+
+
+class MegatronPolicy:
+    """One policy, spread over the job's ranks. All methods are collective unless they say otherwise."""
+
+    def __init__(self, config: Config, shape: ModelShape) -> None:
+        """Build the model, load its Hugging Face weights, and make the optimizer.
+
+        Args:
+            config: the run's configuration.
+            shape: the model's, as ``read_model_dir`` returned it.
+        """
+        self.config = config
+        self.shape = shape
+        self.version = 0
+        """Optimizer steps taken so far."""
+        self.weight_map = WeightMap(config.model.path, precision.dtype(config.precision.name))
+        self.module = self._build_module()
+        self.weight_map.load(self.module)
+        self.model = DistributedDataParallel(
+            self.module.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), self.module
+        )
+        self.optimizer = get_megatron_optimizer(self._optimizer_config(), [self.model])
+        self.scheduler = self._scheduler()
+        self.module.config.grad_scale_func = self.optimizer.scale_loss
+        self.module.config.no_sync_func = self.model.no_sync
+        # Our token weights hold 1 / (global denominator) already: mcore must neither count tokens nor divide.
+        self.module.config.finalize_model_grads_func = lambda model, num_tokens, **kw: finalize_model_grads(model, **kw)
+        self._reference: list[torch.Tensor] | None = None
+
+    # ------------------------------------------------------------------ building
+
+    def _build_module(self) -> GPTModel:
+        provider = self.weight_map.provider()
+        model = self.config.model
+        fields = {
+            **precision.model_fields(self.config.precision.name),
+            "tensor_model_parallel_size": model.tensor_model_parallel_size,
+            "pipeline_model_parallel_size": model.pipeline_model_parallel_size,
+            "sequence_parallel": model.sequence_parallel,
+            "recompute_granularity": model.recompute_granularity,
+            "recompute_method": "uniform" if model.recompute_granularity else None,
+            "recompute_num_layers": 1 if model.recompute_granularity else None,
+            "perform_initialization": False,  # weights come from the model directory
+            "hidden_dropout": 0.0,  # the sampled policy and the trained one must be the same function
+            "attention_dropout": 0.0,
+            "calculate_per_token_loss": True,  # neither the schedule nor DDP divides the loss
+            "variable_seq_lengths": True,  # micro-batches differ in length
+            "moe_token_dispatcher_type": "alltoall",  # mcore wants it with variable lengths, dense models included
+            "batch_p2p_comm": True,
+            "batch_p2p_sync": False,
+            "deallocate_pipeline_outputs": True,
+            "parallel_output": True,
+        }
+        for name, value in fields.items():
+            setattr(provider, name, value)
+        provider.finalize()
+        if self.shape.vocab_size % model.tensor_model_parallel_size:
+            raise ConfigError(
+                f"model.tensor_model_parallel_size={model.tensor_model_parallel_size} does not divide the vocabulary "
+                f"of {self.shape.vocab_size} entries"
+            )
+        module = provider.provide(
+            pre_process=parallel_state.is_pipeline_first_stage(), post_process=parallel_state.is_pipeline_last_stage()
+        )
+        return module.to(torch.cuda.current_device())
+
+    def _optimizer_config(self) -> OptimizerConfig:
+        optim = self.config.model.optim
+        return OptimizerConfig(
+            optimizer="adam",
+            lr=optim.lr,
+            weight_decay=optim.weight_decay,
+            adam_beta1=optim.betas[0],
+            adam_beta2=optim.betas[1],
+            adam_eps=optim.eps,
+            clip_grad=optim.clip_grad,
+            bf16=self.config.precision.name == "bf16",
+            params_dtype=precision.dtype(self.config.precision.name),
+        )
+
+    def _scheduler(self) -> OptimizerParamScheduler:
+        optim, steps = (
+            self.config.model.optim,
+            self.config.trainer.max_steps * self.config.algorithm.updates_per_rollout,
+        )
+        return OptimizerParamScheduler(
+            self.optimizer,
+            init_lr=0.0,
+            max_lr=optim.lr,
+            min_lr=optim.sched.min_lr,
+            lr_warmup_steps=optim.sched.warmup_steps,
+            lr_decay_steps=max(steps, optim.sched.warmup_steps + 1),
+            lr_decay_style=optim.sched.name,
+            start_wd=optim.weight_decay,
+            end_wd=optim.weight_decay,
+            wd_incr_steps=0,
+            wd_incr_style="constant",
+        )
+
+    # ------------------------------------------------------------------ passes
+
+    def train_step(self, batches: Sequence[MicroBatch], loss: TokenLoss) -> dict[str, float]:
+        """One optimizer step on this data-parallel rank's micro-batches (the same number on every rank).
+
+        Args:
+            batches: this rank's share of the optimizer batch; their weights hold 1 / (global denominator).
+            loss: summed over all micro-batches of all ranks it is the loss.
+
+        Returns:
+            The loss, ``grad_norm`` (before clipping), ``lr``, and the loss function's sums over all ranks (keys that
+            start with ``min/`` are minima).
+
+        Raises:
+            NonFiniteError: on all ranks, before any weight is touched.
+        """
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        outputs = self._run(batches, functools.partial(_loss_part, loss), forward_only=False)
+        sums = self._reduce(outputs)
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.clip_grad_norm(self.config.model.optim.clip_grad))
+        if not math.isfinite(sums["loss"]) or not math.isfinite(grad_norm):
+            raise NonFiniteError(f"loss {sums['loss']}, gradient norm {grad_norm}")
+        self.scheduler.step(1)
+        lr = self.optimizer.param_groups[0]["lr"]
+        self.optimizer.step_with_ready_grads()
+        self.version += 1
+        return {**sums, "grad_norm": grad_norm, "lr": lr}
+
+    @torch.no_grad()
+    def score(self, batches: Sequence[MicroBatch]) -> list[np.ndarray]:
+        """Log-probs of the completion tokens at the sampling temperature, without gradients.
+
+        Returns:
+            float32 [n] for each micro-batch, in the order of its targets, on every rank of the model-parallel group.
+        """
+        outputs = self._run(batches, lambda logprobs, entropy, batch: logprobs.cpu().numpy(), forward_only=True)
+        return parallel.broadcast_from_last_stage(outputs)
+
+    def _run(self, batches: Sequence[MicroBatch], finish: Callable[..., Any], *, forward_only: bool) -> list[Any]:
+        """All micro-batches through the pipeline; what ``finish`` returned for each, on the last stage."""
+
+        def forward_step(iterator: Iterator[MicroBatch], model: torch.nn.Module):
+            batch = next(iterator)
+            with _hidden_states_out(self.module):
+                hidden = model(batch.input_ids, batch.position_ids, None)
+
+            def on_last_stage(hidden: torch.Tensor, non_loss_data: bool = False):
+                return finish(*self._logprobs(hidden, batch), batch)
+
+            return hidden, on_last_stage
+
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(batches),
+            model=[self.model],
+            num_microbatches=len(batches),
+            seq_length=max(batch.input_ids.shape[1] for batch in batches),
+            micro_batch_size=max(batch.input_ids.shape[0] for batch in batches),
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )
+
+    def _logprobs(self, hidden: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states [s, b, h] (cut along s under sequence parallelism) -> log-probs and entropy [n]."""
+        if self.config.model.sequence_parallel:
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
+        else:
+            hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
+        if self.module.share_embeddings_and_output_weights:
+            weight = self.module.shared_embedding_or_output_weight()
+        else:
+            weight = self.module.output_layer.weight
+        selected = hidden.flatten(0, 1).index_select(0, batch.positions)
+        return selected_logprobs(
+            selected.to(weight.dtype),
+            weight,
+            batch.targets,
+            temperature=self.config.rollout.temperature,
+            vocab_size=self.shape.vocab_size,
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
+            vocab_start=parallel_state.get_tensor_model_parallel_rank() * weight.shape[0],
+            chunk_tokens=self.config.model.logprob_chunk_tokens,
+        )
+
+    def _reduce(self, outputs: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+        """The micro-batches' sums (and minima), over all ranks, in one fixed order."""
+        local = _merge([{key: float(value) for key, value in output.items()} for output in outputs])
+        return _merge(parallel.gather_data_parallel(parallel.broadcast_from_last_stage(local)))
+
+    # ------------------------------------------------------------------ weights
+
+    def keep_reference(self) -> None:
+        """Remember the present weights as the frozen reference (a copy of this rank's part, in host memory).
+
+        Called before the first update, or after ``load_base_weights``.
+        """
+        self._reference = [parameter.detach().cpu().clone() for parameter in self.module.parameters()]
+
+    @contextlib.contextmanager
+    def reference_weights(self) -> Iterator[None]:
+        """Inside, the model computes with the reference's weights; afterwards the policy's are back, bit for bit."""
+        if self._reference is None:
+            raise RuntimeError("keep_reference() was not called: there are no reference weights")
+        parameters = list(self.module.parameters())
+        policy = [parameter.data.clone() for parameter in parameters]
+        try:
+            for parameter, frozen in zip(parameters, self._reference, strict=True):
+                parameter.data.copy_(frozen)
+            yield
+        finally:
+            for parameter, kept in zip(parameters, policy, strict=True):
+                parameter.data.copy_(kept)
+
+    def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(Hugging Face name, full tensor), for refit and export."""
+        return self.weight_map.export(self.module)
+
+    def export(self, directory: str) -> None:
+        """Write a Hugging Face model directory."""
+        self.weight_map.save(self.module, directory)
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def sharded_state_dict(self, is_loading: bool = False) -> dict[str, Any]:
+        """Model, optimizer and scheduler for mcore's dist_checkpointing: loads under any TP x PP x DP."""
+        model = self.module.sharded_state_dict()
+        return {
+            "model": model,
+            "optimizer": self.optimizer.sharded_state_dict(model, is_loading=is_loading),
+            "scheduler": self.scheduler.state_dict(),
+            "version": self.version,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what ``dist_checkpointing.load`` read into ``sharded_state_dict(is_loading=True)``."""
+        self.module.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.version = state["version"]
+
+
+def _loss_part(loss: TokenLoss, logprobs: torch.Tensor, entropy: torch.Tensor, batch: MicroBatch):
+    """mcore's three-part form: the loss, a number of tokens (unused: see finalize_model_grads_func), what to report.
+
+    The loss is cloned for the report, since the schedule works on the original in place.
+    """
+    value, sums = loss(logprobs, entropy, batch)
+    tokens = torch.tensor(batch.targets.numel(), dtype=torch.int, device=value.device)
+    return value, tokens, {"loss": value.detach().clone(), **sums}
+
+
+def _merge(parts: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Sums key by key; minima for keys that start with ``min/``."""
+    merged: dict[str, float] = {}
+    for part in parts:
+        for key, value in part.items():
+            if key not in merged:
+                merged[key] = value
+            else:
+                merged[key] = min(merged[key], value) if key.startswith("min/") else merged[key] + value
+    return merged
+
+
+@contextlib.contextmanager
+def _hidden_states_out(module: GPTModel) -> Iterator[None]:
+    """Inside, the last stage returns its normalised hidden states [s, b, h] and skips the output layer.
+
+    ``GPTModel._postprocess`` returns early for a model that is not the last stage; the final norm belongs to the
+    decoder block, which keeps its own flag.
+    """
+    post_process = module.post_process
+    module.post_process = False
+    try:
+        yield
+    finally:
+        module.post_process = post_process

@@ -1,0 +1,92 @@
+"""Random tiny Hugging Face models and configurations for tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 160,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-6,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+
+
+def make_tiny_models(folder: Path) -> dict[str, Path]:
+    """Qwen2 (tied and untied), Qwen3 and Llama, each in a directory of its own."""
+    from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+
+    made = {}
+    for name, config in {
+        "qwen2": Qwen2Config(**SIZES, tie_word_embeddings=False),
+        "qwen2_tied": Qwen2Config(**SIZES, tie_word_embeddings=True),
+        "qwen3": Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True),
+        "llama": LlamaConfig(**SIZES, tie_word_embeddings=False),
+    }.items():
+        made[name] = folder / name
+        save_model(config, made[name])
+        save_character_tokenizer(made[name])
+    return made
+
+
+def save_model(config: Any, directory: Path, seed: int = 0) -> None:
+    """A random model of this configuration; biases and norms too, so that none can be lost unnoticed."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config).float()
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, mean=0.0 if name.endswith("bias") else 1.0, std=0.1)
+        else:
+            torch.nn.init.normal_(parameter, std=0.15)
+    model.save_pretrained(directory)
+
+
+def save_character_tokenizer(directory: Path) -> None:
+    """One token per printable ASCII character; <pad> is 0 and <eos> is 1."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<pad>": 0, "<eos>": 1, **{chr(code): code - 30 for code in range(32, 127)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>").save_pretrained(directory)
+
+
+def make_config(
+    model: Path | str, train: Path | str = "train.jsonl", validation: Path | str = "v.jsonl", **changes: Any
+):
+    """The page's defaults made small; ``changes`` are dotted keys with ``.`` written as ``__``."""
+    from omegaconf import OmegaConf
+
+    from nemo_aapo.config import parse
+
+    tree = OmegaConf.load(Path(__file__).parents[1] / "conf" / "train_aapo.yaml")
+    tree.pop("defaults")
+    for key, value in {
+        "model.path": str(model),
+        "data.train": str(train),
+        "data.validation": str(validation),
+        "data.max_prompt_tokens": 32,
+        "rollout.max_new_tokens": 16,
+        "prompts_per_step": 4,
+        "group_size": 4,
+        "max_tokens_per_microbatch": 128,
+        "rollout.max_concurrent_tokens": 4096,
+        "model.optim.lr": 1e-3,
+        "trainer.distributed_timeout_s": 60,
+        **{key.replace("__", "."): value for key, value in changes.items()},
+    }.items():
+        OmegaConf.update(tree, key, value, force_add=True)
+    return parse(OmegaConf.to_container(tree, resolve=True))

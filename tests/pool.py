@@ -1,0 +1,134 @@
+"""Worker ranks that stay alive over the whole test session, so that each test pays for groups only, not for imports.
+
+``ranks.run(function, *args, world=4, tp=2, pp=2)`` calls a module-level function on each of ``world`` processes, with
+torch.distributed (gloo) and Megatron's groups initialised, and returns the list of their results.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+MAX_RANKS = 4
+
+
+class RankError(AssertionError):
+    """A rank raised; the message holds its traceback."""
+
+
+class RankPool:
+    """Up to four processes, started when the first test needs them."""
+
+    def __init__(self) -> None:
+        self._workers: list[tuple[Any, Any]] = []
+
+    def run(
+        self,
+        function: Callable[..., Any],
+        *args: Any,
+        world: int = 1,
+        tp: int = 1,
+        pp: int = 1,
+        seed: int = 1,
+        timeout_s: float = 120.0,
+    ) -> list[Any]:
+        """Results of ``function(*args)`` by rank.
+
+        Raises:
+            RankError: a rank raised or did not answer in time; the pool starts afresh afterwards.
+        """
+        self._start(world)
+        with tempfile.TemporaryDirectory() as folder:
+            store = os.path.join(folder, "store")
+            for rank, (_, pipe) in enumerate(self._workers[:world]):
+                pipe.send((function, args, rank, world, tp, pp, seed, store, timeout_s))
+            answers = self._collect(world, timeout_s)
+        failures = [f"rank {rank}: {text}" for rank, (ok, text) in sorted(answers.items()) if not ok]
+        if failures or len(answers) < world:
+            self.close()
+            missing = sorted(set(range(world)) - set(answers))
+            raise RankError("\n".join(failures) + (f"\nno answer from ranks {missing}" if missing else ""))
+        return [answers[rank][1] for rank in range(world)]
+
+    def _start(self, world: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        while len(self._workers) < world:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()
+            self._workers.append((process, ours))
+
+    def _collect(self, world: int, timeout_s: float) -> dict[int, tuple[bool, Any]]:
+        pending = {pipe: rank for rank, (_, pipe) in enumerate(self._workers[:world])}
+        answers: dict[int, tuple[bool, Any]] = {}
+        end = time.monotonic() + timeout_s + 60.0  # imports of a fresh worker
+        while pending and time.monotonic() < end:
+            for pipe in multiprocessing.connection.wait(list(pending), timeout=1.0):
+                rank = pending.pop(pipe)
+                try:
+                    answers[rank] = pipe.recv()
+                except EOFError:
+                    answers[rank] = (False, f"died with exit code {self._workers[rank][0].exitcode}")
+                if not answers[rank][0]:  # the others may wait for it for ever
+                    end = min(end, time.monotonic() + 5.0)
+        return answers
+
+    def close(self) -> None:
+        """Kill the workers."""
+        for process, pipe in self._workers:
+            process.kill()
+            process.join(10)
+            pipe.close()
+        self._workers = []
+
+
+def _serve(pipe: Any) -> None:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    import warnings
+
+    warnings.simplefilter("ignore")
+    import torch
+
+    torch.set_num_threads(1)
+    from nemo_aapo.policy import cpu
+
+    cpu.install()
+    while True:
+        try:
+            job = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send((True, _call(*job)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
+
+
+def _call(function, args, rank, world, tp, pp, seed, store, timeout_s):
+    import datetime
+
+    import torch.distributed as dist
+
+    from nemo_aapo import parallel
+
+    dist.init_process_group(
+        "gloo",
+        store=dist.FileStore(store, world),
+        rank=rank,
+        world_size=world,
+        timeout=datetime.timedelta(seconds=timeout_s),
+    )
+    try:
+        parallel.initialize(
+            tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, seed=seed, timeout_s=timeout_s
+        )
+        return function(*args)
+    finally:
+        parallel.shutdown()
