@@ -170,21 +170,22 @@ def test_every_layout_draws_the_same_tokens_on_every_rank(ranks, tiny_models, dr
                     np.testing.assert_allclose(completion.logprobs, reference.logprobs, atol=1e-5)
 
 
-def _generate_own_share(path):
+def _generate_own_share(path, tp):
     from megatron.core import parallel_state
 
     from nemo_aapo.rollout.megatron_engine import MegatronEngine
 
-    engine = MegatronEngine(build(path), VOCAB_SIZE, ROOMY)
+    engine = MegatronEngine(build(path, tp), VOCAB_SIZE, ROOMY)
     if parallel_state.get_data_parallel_rank() == 0:
         return flat(engine.generate(prompts(), SPEC, SEEDS))
     return flat(engine.generate([], SPEC, []))
 
 
 def test_data_parallel_ranks_do_not_wait_for_each_other(ranks, tiny_models):
-    busy, idle = ranks.run(_generate_own_share, tiny_models["qwen2"], world=2)
+    busy, busy_too, *idle = ranks.run(_generate_own_share, tiny_models["qwen2"], 2, world=4, tp=2)
+    assert busy == busy_too
     assert len(busy) == sum(map(len, SEEDS))
-    assert idle == []
+    assert idle == [[], []]
 
 
 def _gradient_around_generate(path, tp, sp):
