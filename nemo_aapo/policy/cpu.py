@@ -25,6 +25,7 @@ MODULES_WITH_CUDA_LITERALS = (
     "megatron.core.optimizer.clip_grads",  # total norm, overflow buffer
     "megatron.core.optimizer.optimizer",  # loss scale
     "megatron.core.transformer.utils",  # default causal mask
+    "megatron.core.utils",  # gradient norm without apex
 )
 """Modules that create tensors with ``device="cuda"`` spelled out."""
 
