@@ -236,4 +236,3 @@ def with_advantages(algorithm: Algorithm, groups: list[Group], pair_seeds: list[
     reference = np.stack([group.reference_rewards for group in groups]) if has_reference else None
     advantages = algorithm.advantages(rewards, reference, pair_seeds)
     return [group.replace(advantages=row) for group, row in zip(groups, advantages, strict=True)]
-
