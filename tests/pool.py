@@ -41,7 +41,7 @@ class RankPool:
         """Results of ``function(*args)`` by rank.
 
         Raises:
-            RankError: a rank raised or did not answer in time; the pool starts afresh afterwards.
+            RankError: a rank raised or did not answer in time; in the latter case the pool starts afresh.
         """
         self._start(world)
         with tempfile.TemporaryDirectory() as folder:
@@ -50,8 +50,9 @@ class RankPool:
                 pipe.send((function, args, rank, world, tp, pp, seed, store, timeout_s))
             answers = self._collect(world, timeout_s)
         failures = [f"rank {rank}: {text}" for rank, (ok, text) in sorted(answers.items()) if not ok]
-        if failures or len(answers) < world:
+        if len(answers) < world or any("died with exit code" in text for text in failures):
             self.close()
+        if failures or len(answers) < world:
             missing = sorted(set(range(world)) - set(answers))
             raise RankError("\n".join(failures) + (f"\nno answer from ranks {missing}" if missing else ""))
         return [answers[rank][1] for rank in range(world)]

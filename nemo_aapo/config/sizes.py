@@ -114,5 +114,6 @@ def digest(config: Config) -> str:
     ):
         tree["model"].pop(key)
     tree["rollout"].pop("max_concurrent_tokens")
+    tree["algorithm"].pop("reference_store")
     tree["validation"].pop("console_samples")
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]

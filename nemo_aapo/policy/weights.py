@@ -6,10 +6,12 @@ own: what a round trip on CPU proves holds for all three.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import io
 import os
 import shutil
 import sys
@@ -63,11 +65,13 @@ class WeightMap:
 
     def load(self, model: torch.nn.Module) -> None:
         """Fill the Megatron model (this rank's part) from the directory. Collective."""
-        self.auto_bridge.load_hf_weights([model])
+        with contextlib.redirect_stdout(io.StringIO()):  # the Bridge draws a bar of its own
+            self.auto_bridge.load_hf_weights([model])
 
     def export(self, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face name, full tensor on CPU), vocabulary padding stripped. Collective; all ranks get all."""
-        yield from self.auto_bridge.export_hf_weights([model], cpu=True, show_progress=False)
+        for name, tensor in self.auto_bridge.export_hf_weights([model], cpu=True, show_progress=False):
+            yield name, tensor.detach()
 
     def save(self, model: torch.nn.Module, directory: str | os.PathLike) -> None:
         """Write a Hugging Face directory that plain transformers loads; appears whole or not at all. Collective.
@@ -81,7 +85,8 @@ class WeightMap:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         dist.barrier()
-        self.auto_bridge.save_hf_weights([model], partial, show_progress=False)
+        with contextlib.redirect_stdout(io.StringIO()):  # and reports success on stdout
+            self.auto_bridge.save_hf_weights([model], partial, show_progress=False)
         if first:
             for pattern in COMPANION_FILES:
                 for file in Path(self.path).glob(pattern):

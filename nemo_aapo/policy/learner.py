@@ -1,0 +1,177 @@
+"""One rollout batch -> optimizer steps: drop what carries no gradient, deal micro-batches, score, update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from nemo_aapo import parallel
+from nemo_aapo.algorithms import Algorithm
+from nemo_aapo.algorithms.advantage import zero_advantage
+from nemo_aapo.policy.batching import MicroBatch, collate, padding_fraction, plan
+from nemo_aapo.policy.megatron import MegatronPolicy
+from nemo_aapo.types import Group, Sample
+
+
+@dataclass(frozen=True, slots=True)
+class Learner:
+    """Trains a policy on scored groups by an algorithm; collective over all ranks."""
+
+    policy: MegatronPolicy
+    algorithm: Algorithm
+    max_tokens_per_microbatch: int
+    updates_per_rollout: int
+    pad_multiple: int
+    """What sequence lengths are padded to (tensor-parallel size under sequence parallelism)."""
+
+    def update(self, groups: Sequence[Group]) -> dict[str, float]:
+        """``updates_per_rollout`` optimizer steps on the groups of all ranks.
+
+        Args:
+            groups: this data-parallel rank's, with advantages.
+
+        Returns:
+            Metrics, the same on all ranks. Those of the first optimizer step where there are several, except
+            ``loss``, ``grad_norm`` and ``lr``, which are the last one's.
+        """
+        batches, shape_metrics = self._microbatches(groups)
+        batches = self._scored(batches)
+        metrics: dict[str, float] = {}
+        for _ in range(self.updates_per_rollout):
+            step = _means(self.policy.train_step(batches, self._loss))
+            metrics = {**step, **metrics, **{key: step[key] for key in ("loss", "grad_norm", "lr")}}
+        return {**metrics, **shape_metrics}
+
+    def parity(self, groups: Sequence[Group]) -> dict[str, float]:
+        """The engine's log-probs against the learner's on the same tokens, without training: the parity gate.
+
+        Returns:
+            ``parity/mult_prob_error`` and ``parity/gen_kl`` over all ranks.
+        """
+        everything = [group.replace(advantages=np.ones(len(group.completions))) for group in groups]
+        batches, _ = self._microbatches(everything)
+        pairs = zip(self.policy.score(batches), batches, strict=True)
+        differences = [scored - batch.rollout_logprobs.cpu().numpy() for scored, batch in pairs]
+        difference = np.concatenate([d.astype(np.float64) for d in differences])
+        sums = {
+            "tokens": float(len(difference)),
+            "parity/abs_logprob_difference": float(np.abs(difference).sum()),
+            "parity/kl": float((np.expm1(difference) - difference).sum()),
+        }
+        total = [sum(part[key] for part in parallel.gather_data_parallel(sums)) for key in sums]
+        return _parity(dict(zip(sums, total, strict=True)))
+
+    # ------------------------------------------------------------------ parts
+
+    def _microbatches(self, groups: Sequence[Group]) -> tuple[list[MicroBatch], dict[str, float]]:
+        """This rank's micro-batches of the whole optimizer batch, weighted by the global denominator."""
+        everything = [_sample(group, i) for group in groups for i in range(len(group.completions))]
+        dead = zero_advantage(np.stack([g.advantages for g in groups])) if groups else np.zeros(0, bool)
+        counts = parallel.gather_data_parallel(
+            (sum(len(s.completion_ids) for s in everything), len(everything), len(groups), int(dead.sum()))
+        )
+        total_tokens, total_sequences, total_groups, dead_groups = (sum(column) for column in zip(*counts, strict=True))
+        # A completion without a gradient still counts in the denominator: leaving it out must not change the loss.
+        kept = [
+            _sample(group, i)
+            for group, is_dead in zip(groups, dead, strict=True)
+            if self.algorithm.needs_reference_logprobs or not is_dead
+            for i in range(len(group.completions))
+            if len(group.completions[i].token_ids)
+        ]
+        mine, padding = self._dealt(kept)
+        alpha = self.algorithm.alpha(total_groups, dead_groups)
+        batches = []
+        for samples in mine:
+            lengths = [len(sample.completion_ids) for sample in samples]
+            weights = alpha * self.algorithm.token_weights(
+                lengths, total_tokens=total_tokens, total_sequences=total_sequences
+            )
+            batches.append(collate(samples, weights, multiple=self.pad_multiple, device=torch.cuda.current_device()))
+        return batches, {"padding_fraction": padding, "microbatches": float(len(batches)), "alpha": alpha}
+
+    def _dealt(self, samples: Sequence[Sample]) -> tuple[list[list[Sample]], float]:
+        """This rank's micro-batches after sequences have moved to where the plan wants them."""
+        lengths = parallel.gather_data_parallel([sample.length for sample in samples])
+        rank, size = parallel.data_parallel_rank(), parallel.data_parallel_size()
+        first = sum(len(part) for part in lengths[:rank])
+        flat = [length for part in lengths for length in part]
+        dealt = plan(
+            flat,
+            budget=self.max_tokens_per_microbatch,
+            data_parallel_size=size,
+            multiple=self.pad_multiple,
+        )
+        outgoing: list[list[tuple[int, Sample]]] = [[] for _ in range(size)]
+        for target, batches in enumerate(dealt):
+            wanted = {i for batch in batches for i in batch}
+            outgoing[target] = [(first + k, s) for k, s in enumerate(samples) if first + k in wanted]
+        by_index = dict(parallel.exchange_data_parallel(outgoing))
+        padding = padding_fraction([batch for part in dealt for batch in part], flat, self.pad_multiple)
+        return [[by_index[i] for i in batch] for batch in dealt[rank]], padding
+
+    def _scored(self, batches: list[MicroBatch]) -> list[MicroBatch]:
+        """With the log-probs that the loss needs besides the present ones."""
+        if self.updates_per_rollout > 1 and self.algorithm.config.loss == "ratio_clip":
+            scored = self.policy.score(batches)
+            batches = [b.replace(old_logprobs=_like(s, b)) for b, s in zip(batches, scored, strict=True)]
+        if self.algorithm.needs_reference_logprobs:
+            with self.policy.reference_weights():
+                scored = self.policy.score(batches)
+            batches = [b.replace(reference_logprobs=_like(s, b)) for b, s in zip(batches, scored, strict=True)]
+        return batches
+
+    def _loss(
+        self, logprobs: torch.Tensor, entropy: torch.Tensor, batch: MicroBatch
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        value, sums = self.algorithm.token_loss(
+            logprobs,
+            batch.advantages,
+            batch.weights,
+            rollout_logprobs=batch.rollout_logprobs,
+            old_logprobs=batch.old_logprobs,
+            reference_logprobs=batch.reference_logprobs,
+        )
+        return value, {**sums, "entropy": entropy.sum()}
+
+
+def _sample(group: Group, i: int) -> Sample:
+    completion = group.completions[i]
+    return Sample(
+        prompt_ids=group.prompt.token_ids,
+        completion_ids=completion.token_ids,
+        rollout_logprobs=completion.logprobs,
+        advantage=float(group.advantages[i]),
+        policy_version=completion.policy_version,
+    )
+
+
+def _like(scored: np.ndarray, batch: MicroBatch) -> torch.Tensor:
+    return torch.from_numpy(scored).to(batch.rollout_logprobs)
+
+
+def _means(sums: dict[str, float]) -> dict[str, float]:
+    """The loss function's sums as metrics: means per token, minima as they are."""
+    as_they_are = ("loss", "grad_norm", "lr")
+    tokens = sums["tokens"] or math.nan  # a batch without any signal has no tokens to average over
+    metrics = {key: sums[key] for key in as_they_are}
+    metrics |= {
+        key: value / tokens
+        for key, value in sums.items()
+        if key not in (*as_they_are, "tokens") and not key.startswith(("min/", "parity/"))
+    }
+    metrics |= {key.removeprefix("min/"): value for key, value in sums.items() if key.startswith("min/")}
+    return {**metrics, **_parity(sums)}
+
+
+def _parity(sums: dict[str, float]) -> dict[str, float]:
+    """``parity/mult_prob_error``: exp of the mean absolute difference; ``parity/gen_kl``: KL(engine, learner), k3."""
+    tokens = sums["tokens"] or math.nan
+    return {
+        "parity/mult_prob_error": math.exp(min(sums["parity/abs_logprob_difference"] / tokens, 50.0)),
+        "parity/gen_kl": sums["parity/kl"] / tokens,
+    }

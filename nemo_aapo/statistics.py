@@ -1,0 +1,87 @@
+"""What a step's groups say, as metrics: pure functions of plain arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from nemo_aapo.types import Group
+
+
+@dataclass(frozen=True, slots=True)
+class GroupNumbers:
+    """The numbers of one group that metrics need: small, so that all ranks can share them."""
+
+    rewards: np.ndarray
+    """float64 [G]"""
+    reward_parts: dict[str, np.ndarray]
+    """float64 [G] by reward"""
+    reference_rewards: np.ndarray | None
+    """float64 [K]"""
+    advantages: np.ndarray | None
+    """float64 [G]"""
+    lengths: np.ndarray
+    """int64 [G], completion tokens"""
+    truncated: np.ndarray
+    """bool [G], cut at the length limit"""
+
+
+def group_numbers(group: Group) -> GroupNumbers:
+    """A group without its tokens and texts."""
+    return GroupNumbers(
+        rewards=group.rewards,
+        reward_parts=group.reward_parts,
+        reference_rewards=group.reference_rewards,
+        advantages=group.advantages,
+        lengths=np.array([len(completion.token_ids) for completion in group.completions]),
+        truncated=np.array([completion.finish_reason == "length" for completion in group.completions]),
+    )
+
+
+def step_metrics(groups: Sequence[GroupNumbers]) -> dict[str, float]:
+    """Metrics of the groups of one training step, over all ranks.
+
+    ``groups/zero_std`` counts groups whose rewards are all equal, ``groups/zero_advantage`` those without any final
+    advantage: the difference is what the margin wins back.
+    """
+    rewards = np.stack([group.rewards for group in groups])
+    advantages = np.stack([group.advantages for group in groups])
+    metrics = {
+        "reward/mean": rewards.mean(),
+        "reward/std": rewards.std(),
+        "advantage/mean": advantages.mean(),
+        "advantage/abs_mean": np.abs(advantages).mean(),
+        "groups/zero_std": (rewards == rewards[:, :1]).all(axis=1).mean(),
+        "groups/zero_advantage": (advantages == 0).all(axis=1).mean(),
+        **_lengths(groups),
+    }
+    references = [group.reference_rewards for group in groups if group.reference_rewards is not None]
+    metrics["reference_reward/mean"] = np.concatenate(references).mean() if references else float("nan")
+    if len(groups[0].reward_parts) > 1:
+        for name in groups[0].reward_parts:
+            metrics[f"reward/{name}"] = np.concatenate([group.reward_parts[name] for group in groups]).mean()
+    return {key: float(value) for key, value in metrics.items()}
+
+
+def _lengths(groups: Sequence[GroupNumbers]) -> dict[str, float]:
+    lengths = np.concatenate([group.lengths for group in groups])
+    return {
+        "completion_length/mean": lengths.mean(),
+        "completion_length/max": lengths.max(),
+        "truncated_fraction": np.concatenate([group.truncated for group in groups]).mean(),
+    }
+
+
+def accuracy(correct: np.ndarray) -> tuple[float, float]:
+    """Mean over prompts and samples, and its standard error.
+
+    Samples of one prompt are not independent: the error is that of the mean of the prompts' means.
+
+    Args:
+        correct: bool or float [prompts, samples].
+    """
+    means = np.asarray(correct, dtype=np.float64).mean(axis=1)
+    error = means.std(ddof=1) / np.sqrt(len(means)) if len(means) > 1 else float("nan")
+    return float(means.mean()), float(error)

@@ -1,0 +1,73 @@
+"""Micro-batches: every sequence once, within the budget, evenly over the ranks, whatever the lengths."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from nemo_aapo.policy.batching import collate, pad_to, padding_fraction, plan
+from nemo_aapo.types import Sample
+
+
+def reasoning_lengths(count: int, seed: int = 0) -> list[int]:
+    """Log-normal with max/mean about 4, like reasoning traces."""
+    drawn = np.random.default_rng(seed).lognormal(mean=5.0, sigma=0.75, size=count)
+    return np.clip(drawn, 8, 2048).astype(int).tolist()
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_every_sequence_is_dealt_once_within_the_budget_and_evenly(seed):
+    generator = np.random.default_rng(seed)
+    lengths = generator.integers(1, 200, generator.integers(0, 60)).tolist()
+    ranks, multiple = int(generator.integers(1, 5)), int(generator.choice([1, 2, 8]))
+    budget = int(generator.integers(208, 1000))
+    dealt = plan(lengths, budget=budget, data_parallel_size=ranks, multiple=multiple)
+    assert sorted(i for rank in dealt for batch in rank for i in batch) == list(range(len(lengths)))
+    assert len({len(rank) for rank in dealt}) == 1
+    assert dealt[0]
+    for batch in (batch for rank in dealt for batch in rank if batch):
+        assert len(batch) * pad_to(max(lengths[i] for i in batch), multiple) <= budget
+
+
+def test_sorting_removes_most_padding_of_reasoning_like_lengths():
+    lengths = reasoning_lengths(512)
+    budget = 8192
+    dealt = plan(lengths, budget=budget, data_parallel_size=4)
+    sorted_padding = padding_fraction([batch for rank in dealt for batch in rank], lengths)
+    in_order = [list(range(start, min(start + 8, 512))) for start in range(0, 512, 8)]
+    assert padding_fraction(in_order, lengths) > 0.4
+    assert sorted_padding < 0.12
+
+
+def test_ranks_get_nearly_the_same_work():
+    lengths = reasoning_lengths(512)
+    dealt = plan(lengths, budget=8192, data_parallel_size=4)
+    for power in (1, 2):
+        work = [sum(lengths[i] ** power for batch in rank for i in batch) for rank in dealt]
+        assert max(work) / min(work) < 1.35, (power, work)
+
+
+def test_a_sequence_over_the_budget_is_refused_with_both_numbers():
+    with pytest.raises(ValueError, match=r"65 tokens exceeds max_tokens_per_microbatch=64"):
+        plan([3, 65], budget=64, data_parallel_size=1)
+
+
+def test_positions_select_the_state_that_predicts_each_completion_token():
+    samples = [
+        Sample(np.array([5, 6, 7], np.int32), np.array([8, 9], np.int32), np.zeros(2, np.float32), 1.0),
+        Sample(np.array([3], np.int32), np.array([4], np.int32), np.zeros(1, np.float32), -1.0),
+    ]
+    batch = collate(samples, [0.5, 0.25], multiple=4, device=torch.device("cpu"))
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 0, 0, 0], [3, 4, 0, 0, 0, 0, 0, 0]]
+    states = torch.arange(8)[:, None] * 10 + torch.arange(2)  # [s, b]: ten times the position, plus the row
+    assert states.flatten()[batch.positions].tolist() == [20, 30, 1]
+    assert batch.targets.tolist() == [8, 9, 4]
+    assert batch.advantages.tolist() == [1.0, 1.0, -1.0]
+    assert batch.weights.tolist() == [0.5, 0.5, 0.25]
+
+
+def test_an_empty_micro_batch_has_a_row_and_no_token():
+    batch = collate([], [], multiple=2, device=torch.device("cpu"))
+    assert batch.input_ids.shape == (1, 2)
+    assert batch.targets.numel() == batch.weights.numel() == 0
