@@ -158,34 +158,27 @@ def make_batch(seed: int, references: int = K) -> Batch:
     return Batch(rewards, reference_rewards, lengths, logits, targets, *near)
 
 
-def token_tensors(algorithm: Algorithm, batch: Batch) -> dict[str, torch.Tensor]:
-    """Advantages and weights, spread over padded tokens [S, LIMIT] the way a learner does it."""
+def run(algorithm: Algorithm, batch: Batch, rows: np.ndarray | None = None, logits: torch.Tensor | None = None):
+    """The loss of some rows of the batch, fed the way a learner does it: weights from the rows' own lengths and the
+    whole batch's totals. Padding holds NaN wherever a loss function could trip over it."""
+    rows = np.arange(GROUPS * G) if rows is None else rows
+    logits = batch.logits if logits is None else logits
     advantages = algorithm.advantages(batch.rewards, batch.reference_rewards)
     alpha = algorithm.alpha(GROUPS, int(advantage.zero_advantage(advantages).sum()))
-    weights = alpha * algorithm.token_weights(
-        batch.lengths, total_tokens=int(batch.lengths.sum()), total_sequences=len(batch.lengths)
+    weights = algorithm.token_weights(
+        batch.lengths[rows], total_tokens=int(batch.lengths.sum()), total_sequences=GROUPS * G
     )
-    valid = torch.arange(LIMIT) < torch.from_numpy(batch.lengths)[:, None]
-    return {
-        "advantages": torch.from_numpy(advantages).reshape(-1, 1).expand(-1, LIMIT),
-        "weights": torch.from_numpy(weights)[:, None] * valid,
-    }
-
-
-def run(algorithm: Algorithm, batch: Batch, rows=slice(None), logits: torch.Tensor | None = None):
-    """The loss of some rows of the batch. Padding holds NaN wherever a loss function could trip over it."""
-    logits = batch.logits if logits is None else logits
-    logprobs = logits.log_softmax(-1).gather(-1, batch.targets[..., None])[..., 0]
-    tokens = token_tensors(algorithm, batch)
-    padding = tokens["weights"] == 0
+    index = torch.as_tensor(rows)
+    valid = torch.arange(LIMIT) < torch.as_tensor(batch.lengths[rows])[:, None]
+    logprobs = logits[index].log_softmax(-1).gather(-1, batch.targets[index][..., None])[..., 0]
     others = {
+        "advantages": torch.as_tensor(advantages.reshape(-1, 1)).expand(-1, LIMIT),
         "rollout_logprobs": batch.rollout,
         "old_logprobs": batch.old,
         "reference_logprobs": batch.reference,
-        "advantages": tokens["advantages"],
     }
-    others = {name: value.masked_fill(padding, torch.nan)[rows] for name, value in others.items()}
-    return algorithm.token_loss(logprobs[rows], weights=tokens["weights"][rows], **others)
+    others = {name: values[index].masked_fill(~valid, torch.nan) for name, values in others.items()}
+    return algorithm.token_loss(logprobs, weights=torch.as_tensor(alpha * weights)[:, None] * valid, **others)
 
 
 # ---------------------------------------------------------------- tests
@@ -225,6 +218,7 @@ def test_advantages_loss_gradient_and_metrics_equal_the_papers_equations(config,
 @pytest.mark.parametrize("reward", [0.0, 1.0, 0.1, 1 / 3, -0.7, 1e8 + 0.1])
 @pytest.mark.parametrize("size", [1, 3, 6, 7])
 @pytest.mark.parametrize("scale_rewards", [True, False])
+@pytest.mark.filterwarnings("error")  # no 0 / 0 on the way either
 def test_equal_rewards_give_exactly_zero_whatever_a_float_mean_says(reward, size, scale_rewards):
     rewards = np.full((2, size), reward)
     assert (advantage.group_advantage(rewards, scale_rewards) == 0.0).all()
@@ -308,7 +302,7 @@ def test_any_split_into_microbatches_leaves_loss_gradient_and_metrics_unchanged(
     def accumulate(parts):
         logits, total, merged = batch.logits.clone().requires_grad_(), 0.0, {}
         for rows in parts:
-            value, sums = run(algorithm, batch, torch.as_tensor(rows), logits)
+            value, sums = run(algorithm, batch, rows, logits)
             value.backward()
             total += value.item()
             for name, number in sums.items():
@@ -334,7 +328,7 @@ def test_completions_without_advantage_can_be_left_out():
     batch = make_batch(6)
     live = (algorithm.advantages(batch.rewards).reshape(-1) != 0.0).nonzero()[0]
     assert 0 < len(live) < GROUPS * G
-    assert run(algorithm, batch, torch.as_tensor(live))[0] == pytest.approx(run(algorithm, batch)[0].item(), rel=1e-12)
+    assert run(algorithm, batch, live)[0] == pytest.approx(run(algorithm, batch)[0].item(), rel=1e-12)
 
 
 def test_alpha_turns_the_mean_over_groups_into_the_mean_over_live_groups():
