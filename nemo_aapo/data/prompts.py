@@ -223,7 +223,7 @@ def _report(path: Path, problems: dict[int, str], what: str, tolerate: bool, rem
     examples = [f"{path}:{line}: {problem}" for line, problem in list(problems.items())[:_EXAMPLES]]
     more = len(problems) - len(examples)
     if tolerate:
-        logger.warning("%s: left out %d %s; %s", path, len(problems), what, "; ".join(examples[:3]))
+        logger.warning("%s: %d %s and are left out: %s", path, len(problems), what, "; ".join(examples[:3]))
         return
     listing = "\n  ".join([*examples, *([f"and {more} more"] if more else [])])
     raise DataError(f"{path}: {len(problems)} {what}:\n  {listing}\nMend them, or {remedy}.")
