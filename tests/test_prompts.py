@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, Qwen2TokenizerFast
 
 from nemo_aapo.data import DataError
@@ -92,8 +92,21 @@ def test_a_chat_template_is_used_as_the_tokenizer_itself_would(write, tokenizer,
         chat = [*system, {"role": "user", "content": row["question"]}]
         assert prompt.token_ids.tolist() == tokenizer.apply_chat_template(chat, add_generation_prompt=True)
         assert prompt.text.endswith("<assistant>")
+    with pytest.raises(DataError, match="chat_template must be one of auto, none, not 'non'"):
+        load_prompts(path, tokenizer, max_prompt_tokens=200, chat_template="non")
     plain = load_prompts(path, tokenizer, max_prompt_tokens=200, chat_template="none")
     assert [p.text for p in plain.prompts] == [row["question"] for row in GSM8K_ROWS]
+
+
+def test_plain_text_gets_the_tokenizers_own_special_tokens_and_a_template_writes_its_own(write, tokenizer):
+    tokenizer.add_special_tokens({"bos_token": "<bos>"})
+    bos = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("<bos> $A", None, [("<bos>", bos)])
+    path = write(*GSM8K_ROWS)
+    for template in (None, "<bos>" + CHAT_TEMPLATE):
+        tokenizer.chat_template = template
+        for prompt in load_prompts(path, tokenizer, max_prompt_tokens=200).prompts:
+            assert [i for i, token in enumerate(prompt.token_ids) if token == bos] == [0]
 
 
 def test_a_system_prompt_that_would_have_no_effect_is_refused(write, tokenizer):
@@ -150,7 +163,7 @@ def test_skipping_leaves_out_the_bad_lines_only(write, tokenizer, kind, caplog):
     assert [p.answer for p in loaded.prompts] == ["12", "1500", "-3"]
     assert loaded.bad_lines == 2
     assert len(caplog.records) == 1
-    assert "left out 2 line(s)" in caplog.text
+    assert "2 line(s) can't be used and are left out" in caplog.text
     with pytest.raises(DataError, match=f"no prompts: none of its 2 lines can be used, such as .*:1: {message}"):
         load_prompts(write(line, line), tokenizer, on_bad_line="skip", **options)
 

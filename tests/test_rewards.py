@@ -48,6 +48,11 @@ def judge(name: str, gold: str, text: str, **parameters) -> float:
         ("(3, \\frac{\\pi}{2})", "\\boxed{\\left(3, \\frac{\\pi}{2}\\right)}", 1),
         ("(3, \\frac{\\pi}{2})", "\\boxed{3}", 0),
         ("x=3", "\\boxed{3}", 1),
+        ("72", "\\boxed{72}. The final answer is $3$. I hope it is correct.", 1),
+        ("72", "The final answer is $3$. I hope it is correct. It is \\boxed{72}.", 1),
+        ("\\{1,2\\}", "\\boxed{\\{1,2\\}}, or 3", 1),
+        ("1,2", "\\boxed{1} and \\boxed{2}", 1),
+        ("4", "9934 " + "a " * 499, 0),
         ("72", "", 0),
         ("72", "\\boxed{", 0),
         ("72", "no idea", 0),
@@ -202,7 +207,6 @@ HOSTILE_MATH = [
     "9^9^9^9",
     "\\boxed{9^{9^{9^{9}}}}",
     "\\boxed{" + "(" * 400 + "1" + ")" * 400 + "}",
-    "(" * 400 + "1" + ")" * 400,
     "\\boxed{1000000!}",
     "1 2 " * 250_000,
     "\\boxed{" + "9" * 1_000_000 + "}",
@@ -266,7 +270,7 @@ HOSTILE_CODE = {
     "sys.exit(0)": "error",
     "os.kill(os.getpid(), 11)": "error",
     "raise KeyError(completion)": "error",
-    "return bytearray(1 << 40)": "error",
+    "return len(bytearray(6 << 30))": "error",
     "return fn(prompt, completion, answer)": "error",
     "return float('nan')": "error",
     "return float('inf')": "error",
@@ -292,8 +296,16 @@ def test_hostile_functions_cost_their_own_item_and_are_counted(custom):
     failures = list(HOSTILE_CODE.values())
     assert runner.stats.timeouts == failures.count("timeout")
     assert runner.stats.errors == failures.count("error")
-    assert "KeyError" in results["raise KeyError(completion)"].detail
-    assert "fn.py:" in results["raise KeyError(completion)"].detail
+    for code, detail in [
+        ("raise KeyError(completion)", "KeyError"),
+        ("raise KeyError(completion)", "fn.py:"),
+        ("sys.exit(0)", "SystemExit"),
+        ("os._exit(0)", "the worker died: exit status 0"),
+        ("os.kill(os.getpid(), 11)", "the worker died: signal SIGSEGV"),
+        ("return len(bytearray(6 << 30))", "MemoryError"),
+        ("return float('nan')", "not finite: {'fn': nan}"),
+    ]:
+        assert detail in results[code].detail
 
 
 def test_results_do_not_depend_on_which_is_done_first_nor_on_the_number_of_workers(custom):

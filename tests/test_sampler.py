@@ -15,7 +15,7 @@ SIZES = [(1, 1), (5, 4), (5, 5), (7, 3), (8, 4), (9, 5), (10, 9), (31, 16), (100
 @pytest.mark.parametrize(("num_prompts", "per_step"), SIZES)
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_every_epoch_takes_each_prompt_once_and_no_step_takes_one_twice(num_prompts, per_step, shuffle):
-    for seed in range(5):
+    for seed in range(2):
         sampler = PromptSampler(num_prompts, per_step, seed, shuffle)
         steps = [sampler.indices(step) for step in range(12 * num_prompts)]
         assert all(len(set(step)) == per_step == len(step) for step in steps)

@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -84,41 +84,26 @@ def load_prompts(
             long: the first five, and how many there are.
     """
     path = Path(path)
-    rows, problems = _parse_rows(_read_lines(path), prompt_field, answer_field, verify_answer)
-    _report(path, problems, "line(s) can't be used", on_bad_line == "skip", 'set on_bad_line to "skip"')
+    rows, bad = _parse_rows(_read_lines(path), prompt_field, answer_field, verify_answer)
+    _report(path, bad, "line(s) can't be used", on_bad_line == "skip", 'set on_bad_line to "skip"')
     if not rows:
-        why = (
-            f"none of its {len(problems)} lines can be used, such as {_example(path, problems)}"
-            if problems
-            else "empty"
-        )
+        why = f"none of its {len(bad)} lines can be used, such as {_example(path, bad)}" if bad else "empty"
         raise DataError(f"{path}: no prompts: {why}")
     questions = [row.question for row in rows]
     texts, ids = render_prompts(tokenizer, questions, system_prompt=system_prompt, chat_template=chat_template)
-    too_long = {
+    long = {
         row.line: f"the prompt has {len(tokens)} tokens, max_prompt_tokens is {max_prompt_tokens}"
         for row, tokens in zip(rows, ids, strict=True)
         if len(tokens) > max_prompt_tokens
     }
-    _report(
-        path,
-        too_long,
-        "prompt(s) are too long",
-        on_long_prompt == "drop",
-        'raise max_prompt_tokens, or set on_long_prompt to "drop"',
-    )
-    prompts: dict[str, Prompt] = {}
-    for row, text, tokens in zip(rows, texts, ids, strict=True):
-        if row.line not in too_long:
-            prompt_id = _prompt_id(tokens, row.answer)
-            prompts.setdefault(prompt_id, Prompt(prompt_id, tokens, text, row.answer, f"{path}:{row.line}"))
-    if not prompts:
-        raise DataError(f"{path}: no prompts: every one is too long, such as {_example(path, too_long)}")
-    duplicates = len(rows) - len(too_long) - len(prompts)
-    if duplicates:
-        logger.info("%s: %d duplicate prompt(s) dropped", path, duplicates)
-    digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
-    return PromptSet(tuple(prompts.values()), str(path), len(problems), len(too_long), duplicates, digest)
+    remedy = 'raise max_prompt_tokens, or set on_long_prompt to "drop"'
+    _report(path, long, "prompt(s) are too long", on_long_prompt == "drop", remedy)
+    if len(long) == len(rows):
+        raise DataError(f"{path}: no prompts: every one is too long, such as {_example(path, long)}")
+    prompts = _unique_prompts(path, rows, texts, ids, long)
+    duplicates = len(rows) - len(long) - len(prompts)
+    digest = hashlib.sha256("\n".join(prompt.id for prompt in prompts).encode()).hexdigest()
+    return PromptSet(prompts, str(path), len(bad), len(long), duplicates, digest)
 
 
 def gold_answer(answer: str) -> str:
@@ -216,6 +201,18 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
+def _unique_prompts(
+    path: Path, rows: Sequence[_Row], texts: Sequence[str], ids: Sequence[np.ndarray], left_out: Container[int]
+) -> tuple[Prompt, ...]:
+    """The prompts of all lines that are not left out, the first of each id."""
+    prompts: dict[str, Prompt] = {}
+    for row, text, tokens in zip(rows, texts, ids, strict=True):
+        if row.line not in left_out:
+            prompt_id = _prompt_id(tokens, row.answer)
+            prompts.setdefault(prompt_id, Prompt(prompt_id, tokens, text, row.answer, f"{path}:{row.line}"))
+    return tuple(prompts.values())
+
+
 def _report(path: Path, problems: dict[int, str], what: str, tolerate: bool, remedy: str) -> None:
     """Raise, or log one line, about all problems at once."""
     if not problems:
@@ -223,7 +220,7 @@ def _report(path: Path, problems: dict[int, str], what: str, tolerate: bool, rem
     examples = [f"{path}:{line}: {problem}" for line, problem in list(problems.items())[:_EXAMPLES]]
     more = len(problems) - len(examples)
     if tolerate:
-        logger.warning("%s: left out %d %s; %s", path, len(problems), what, "; ".join(examples[:3]))
+        logger.warning("%s: %d %s and are left out: %s", path, len(problems), what, "; ".join(examples[:3]))
         return
     listing = "\n  ".join([*examples, *([f"and {more} more"] if more else [])])
     raise DataError(f"{path}: {len(problems)} {what}:\n  {listing}\nMend them, or {remedy}.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
@@ -95,8 +95,11 @@ def render_prompts(
         The rendered texts and their token ids, int32 [P_i] each.
 
     Raises:
-        DataError: a system prompt without a template to put it in, or a template that refuses the messages.
+        DataError: a system prompt without a template to put it in, a template that refuses the messages, or an
+            unknown ``chat_template``.
     """
+    if chat_template not in get_args(ChatTemplate):
+        raise DataError(f"chat_template must be one of {', '.join(get_args(ChatTemplate))}, not {chat_template!r}")
     templated = chat_template == "auto" and bool(tokenizer.chat_template)
     if system_prompt is not None and not templated:
         raise DataError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from nemo_aapo.types import Completion, Prompt
 _BEFORE_BOX = 500
 _AFTER_BOX = 2000
 _UNBOXED_TAIL = 1000
+_BRACES = re.compile(r"\\.|[{}]")  # an escaped brace is a character of a set, such as \{1, 2\}
 
 
 @dataclass(frozen=True)
@@ -59,13 +61,23 @@ def _is_correct(gold: str, text: str) -> bool:
 
 
 def _answer_window(text: str) -> str:
-    """The part of a completion that holds its answer."""
+    """The part of a completion that holds its answer: up to the end of the last box, or the last characters."""
     box = text.rfind("\\boxed")
     if box >= 0:
-        return text[max(0, box - _BEFORE_BOX) : box + _AFTER_BOX]
+        return text[max(0, box - _BEFORE_BOX) : box] + _up_to_closing_brace(text[box : box + _AFTER_BOX])
     if len(text) <= _UNBOXED_TAIL:
         return text
     return text[-_UNBOXED_TAIL:].partition(" ")[2]  # from a space on, so that no number is cut in two
+
+
+def _up_to_closing_brace(text: str) -> str:
+    """``text`` up to the brace that closes its first one; all of it if none does."""
+    depth = 0
+    for brace in _BRACES.finditer(text):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth == 0 and brace[0] == "}":
+            return text[: brace.end()]
+    return text
 
 
 @functools.lru_cache(maxsize=4096)

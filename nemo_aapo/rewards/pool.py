@@ -119,7 +119,7 @@ class WorkerPool:
                 reply = worker.ask(message, self._timeout_s)
                 future.set_result(reply)
                 worker = self._alive(worker)  # now, and not when the next request waits for it
-            except RewardError as error:
+            except Exception as error:  # for whoever waits, as no one looks at this thread
                 if not future.done():  # else the next request meets it, if it lasts
                     future.set_exception(error)
 
@@ -127,6 +127,7 @@ class WorkerPool:
         """The worker, or another one in its place if it has died."""
         if worker.process.poll() is None:
             return worker
+        worker.kill()  # it may have died by itself, its channel still open
         worker = self._start()
         worker.wait_ready()
         return worker

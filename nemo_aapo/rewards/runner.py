@@ -167,9 +167,10 @@ class RewardRunner:
         names = [reward.name for reward in self._rewards]
         if reply.failure is None:
             score = sum(weight * part for weight, part in zip(self._weights, reply.parts, strict=True))
-            if math.isfinite(score):
-                return RewardResult(score, dict(zip(names, reply.parts, strict=True)))
-            reply = Reply([], "error", f"the weighted sum of {reply.parts} is {score}, which is not finite")
+            parts = dict(zip(names, reply.parts, strict=True))
+            if math.isfinite(score):  # as it is if all parts are, but for an overflow
+                return RewardResult(score, parts)
+            reply = Reply([], "error", f"not finite: {parts}")
         lost = self._score_on_failure
         return RewardResult(lost, dict.fromkeys(names, lost), reply.failure, reply.detail)
 
