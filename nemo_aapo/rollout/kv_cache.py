@@ -65,8 +65,8 @@ class SlotCache(BaseInferenceContext):
         for row, prompt in zip(padded, prompts, strict=True):
             row[: len(prompt)] = prompt
         positions = np.concatenate([lengths, np.tile(np.arange(width), len(prompts))])
-        self.positions = torch.from_numpy(positions).to(device)
-        self._cos_now, self._sin_now = self._cos[self.positions], self._sin[self.positions]
+        self._positions = torch.from_numpy(positions).to(device)
+        self._cos_now, self._sin_now = self._cos[self._positions], self._sin[self._positions]
         self._decoding, self._prompts, self._width = decoding, len(prompts), width
         last = np.array([decoding + n * width + len(prompt) - 1 for n, prompt in enumerate(prompts)], dtype=np.int64)
         logits_at = np.concatenate([np.arange(decoding), np.repeat(last, shares)])
@@ -78,9 +78,9 @@ class SlotCache(BaseInferenceContext):
             self._mask = None
             if lengths.min() + 1 < self._extent:
                 columns = torch.arange(self._extent, device=device)
-                later = columns > self.positions[:decoding, None]
+                later = columns > self._positions[:decoding, None]
                 self._mask = torch.zeros_like(later, dtype=self.kv.dtype).masked_fill_(later, -torch.inf)[:, None, None]
-        return torch.from_numpy(np.concatenate([tokens, padded.ravel()])).to(device), self.positions
+        return torch.from_numpy(np.concatenate([tokens, padded.ravel()])).to(device), self._positions
 
     def rotate(self, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rotary embedding (as in mcore's rope_utils, not interleaved) of [T, heads, head size], in float32.
@@ -112,7 +112,7 @@ class SlotCache(BaseInferenceContext):
     def _decode(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """One token a row, against everything before it."""
         keys, values = self.kv[layer]
-        at = self.positions[: self._decoding]
+        at = self._positions[: self._decoding]
         keys[self._row, :, at] = key
         values[self._row, :, at] = value
         rows, heads, size = key.shape
@@ -225,6 +225,7 @@ def check_supported(model: GPTModel) -> None:
         "attention_output_gate": (config.attention_output_gate, False),
         "apply_query_key_layer_scaling": (config.apply_query_key_layer_scaling, False),
         "mtp_num_layers": (config.mtp_num_layers or None, None),
+        "fp8": (config.fp8, None),  # its kernels want row counts that a decoding step doesn't have
         "context_parallel_size": (config.context_parallel_size, 1),
         "virtual_pipeline_model_parallel_size": (config.virtual_pipeline_model_parallel_size, None),
     }

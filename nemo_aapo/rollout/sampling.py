@@ -6,9 +6,10 @@ whatever else is in the batch and wherever the sequence sits in it.
 
 Tokens are drawn by an exponential race, ``argmax_k p_k / E_k`` with independent E_k ~ Exp(1), which is Gumbel-max
 without its last logarithm. Inverting the CDF would need one uniform number instead of one a vocabulary entry, but
-every boundary between two tokens then moves with the rounding errors of the logits before it: for errors of relative
-size e the drawn token changes with a probability of about ``e * sqrt(vocabulary)`` (flat distribution), and of at
-most ``e`` in the race. Layouts (TP, PP, batch sizes) differ by just such errors and should give the same tokens.
+each boundary between two tokens then moves with the rounding errors of all logits before it. With errors of size e
+the drawn token changes with a probability of about ``e`` in the race and ``e * sqrt(vocabulary) / 2`` with the CDF
+(measured at 500 and 20,000 entries). Layouts (TP, PP, batch sizes) differ by such errors and should give the same
+tokens.
 """
 
 from __future__ import annotations
@@ -16,6 +17,10 @@ from __future__ import annotations
 import torch
 
 from nemo_aapo.types import SamplingSpec
+
+BLOCK_ENTRIES = 1 << 20
+"""Rows are taken in blocks of about so many logits: it bounds the noise's memory, and large vocabularies stay within
+reach of a CPU's caches (three times faster than 64 x 151,936 at once)."""
 
 _GOLDEN = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as a signed integer: splitmix64's step
 _MIX_1 = -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
@@ -74,30 +79,41 @@ def draw(
         vocabulary (temperature 1 when greedy). Before ``min_new_tokens`` stop tokens count as impossible there too.
         ``top_p`` narrows what is drawn, not what is reported.
     """
-    logits = logits[:, :vocab_size].float()
+    size = max(1, BLOCK_ENTRIES // vocab_size)
+    blocks = zip(logits[:, :vocab_size].split(size), seeds.split(size), steps.split(size), strict=True)
+    tokens, logprobs = zip(*(_draw_block(*block, sampling) for block in blocks), strict=True)
+    return torch.cat(tokens), torch.cat(logprobs)
+
+
+def _draw_block(
+    logits: torch.Tensor, seeds: torch.Tensor, steps: torch.Tensor, sampling: SamplingSpec
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``draw`` for a few rows, without padding columns."""
+    logits = logits.float()
     if not sampling.greedy and sampling.temperature != 1.0:
         logits = logits / sampling.temperature
     if sampling.min_new_tokens and sampling.stop_token_ids:
         logits = _without_early_stops(logits, sampling, steps)
+    probs = torch.softmax(logits, -1)
     if sampling.greedy:
         tokens = logits.argmax(-1)
     else:
-        race = logits if sampling.top_p >= 1.0 else _nucleus(logits, sampling.top_p)
-        tokens = torch.softmax(race, -1).div_(exponential_noise(seeds, steps, vocab_size)).argmax(-1)
-    chosen = logits.gather(-1, tokens[:, None])[:, 0]
-    return tokens, chosen - logits.logsumexp(-1)
+        racers = probs if sampling.top_p >= 1.0 else _nucleus(probs, sampling.top_p)
+        noise = exponential_noise(seeds, steps, logits.shape[1])
+        tokens = torch.div(racers, noise, out=noise).argmax(-1)
+    return tokens, probs.gather(-1, tokens[:, None])[:, 0].log()
 
 
 def _without_early_stops(logits: torch.Tensor, sampling: SamplingSpec, steps: torch.Tensor) -> torch.Tensor:
     """Logits [B, V] with the stop tokens at -inf in the rows that are still too short."""
     forbidden = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
     forbidden[list(sampling.stop_token_ids)] = True
-    return logits.masked_fill(forbidden & (steps < sampling.min_new_tokens)[:, None], float("-inf"))
+    return logits.masked_fill(forbidden & (steps < sampling.min_new_tokens)[:, None], -torch.inf)
 
 
-def _nucleus(logits: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Logits [B, V] with -inf outside the smallest set of likeliest tokens whose probability reaches ``top_p``."""
-    ordered, order = torch.softmax(logits, -1).sort(dim=-1, descending=True, stable=True)
+def _nucleus(probs: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Probabilities [B, V] with zeros outside the smallest set of likeliest tokens that reaches ``top_p``."""
+    ordered, order = probs.sort(dim=-1, descending=True, stable=True)
     likelier = ordered.cumsum(-1) - ordered  # probability of all that come before
-    outside = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, order, likelier >= top_p)
-    return logits.masked_fill(outside, float("-inf"))
+    outside = torch.zeros_like(probs, dtype=torch.bool).scatter_(-1, order, likelier >= top_p)
+    return probs.masked_fill(outside, 0.0)
