@@ -137,7 +137,8 @@ def test_shell_scripts_parse_and_stop_at_the_first_error(script):
 # ---- The scripts, on a copy of the checkout and with a Python that only writes down what it is asked ----
 
 FAKE_PYTHON = """#!/usr/bin/env bash
-echo "$*" >>"$CALLS"
+call=$(printf ' %q' "$@")
+echo "${call:1}" >>"$CALLS"
 [[ -n ${REFUSE:-} && "$*" == *$REFUSE* ]] && exit 1
 [[ "$1 $2" == "-m venv" ]] && mkdir -p "$3/bin" && cp "$0" "$3/bin/python"
 [[ -n ${SLOW:-} && "$*" == *$SLOW* ]] && sleep "$SECONDS_SLOW"
@@ -286,7 +287,7 @@ def test_quickstart_makes_the_base_model_and_trains_with_the_users_settings(chec
     calls = checkout.run("quickstart.sh", "trainer.max_steps=3", "run.name=a b")[2]
     assert calls[-2:] == [
         "scripts/make_base_model.py --out results/quickstart_base",
-        "scripts/train.py experiment=quickstart trainer.max_steps=3 run.name=a b",
+        r"scripts/train.py experiment=quickstart trainer.max_steps=3 run.name=a\ b",
     ]
     assert checkout.run("quickstart.sh", REFUSE="train.py")[0] != 0
 
