@@ -6,7 +6,7 @@
 #       scripts/train.py precision=bf16 model.path=... data.train=... data.validation=...
 #
 # The release image is the base because TensorRT-LLM, torch, CUDA, NCCL and TransformerEngine in it are built for each
-# other: TensorRT-LLM 1.2.1 takes torch >= 2.9.1, <= 2.10.0a0, and megatron-core 0.16 takes TransformerEngine >= 2.9, < 2.12.
+# other. TensorRT-LLM 1.2.1 takes torch >= 2.9.1, <= 2.10.0a0; megatron-core 0.16, TransformerEngine >= 2.9, < 2.12.
 FROM nvcr.io/nvidia/tensorrt-llm/release:1.2.1
 
 # The image's constraint file would hold back versions that we pin; --no-deps keeps pip from touching anything else.
@@ -19,7 +19,7 @@ ENV PIP_CONSTRAINT="" \
 COPY requirements/gpu.txt /tmp/gpu.txt
 RUN python3 -m pip install --no-deps --no-build-isolation -r /tmp/gpu.txt && rm /tmp/gpu.txt
 
-# Keep the image's TransformerEngine if megatron-core takes it; else build the PyTorch side against the image's own torch.
+# Keep the image's TransformerEngine if megatron-core takes it; else build one against the image's own torch.
 ARG TRANSFORMER_ENGINE=2.11.0
 RUN python3 -c "import sys; from importlib.metadata import version; from packaging.specifiers import SpecifierSet; \
 sys.exit(not SpecifierSet('>=2.9,<2.12', prereleases=True).contains(version('transformer_engine')))" \

@@ -22,12 +22,6 @@ def readme() -> str:
     return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
-def conf_packages() -> list[str]:
-    """conf/ and its folders, as they are named inside the installed package."""
-    folders = sorted(path for path in (ROOT / "conf").rglob("*") if path.is_dir())
-    return ["nemo_aapo.conf", *(".".join(("nemo_aapo.conf", *p.relative_to(ROOT / "conf").parts)) for p in folders)]
-
-
 setup(
     name="nemo_aapo",
     version=version(),
@@ -37,9 +31,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10,<3.13",
-    packages=[*find_packages(include=["nemo_aapo", "nemo_aapo.*"]), *conf_packages()],
-    package_dir={"nemo_aapo.conf": "conf"},
-    package_data={"": ["*.yaml"]},
+    packages=find_packages(include=["nemo_aapo", "nemo_aapo.*"]),  # scripts/ and conf/ are used from the checkout
     install_requires=[
         "torch>=2.6",
         "megatron-core>=0.16.1,<0.17",  # policy/cpu.py replaces parts of it and checks the version

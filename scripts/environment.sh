@@ -13,13 +13,12 @@ readonly STAMP=.venv/environment.stamp # "incomplete", or the digest of all that
 main() {
     local digest
     # The checkout's path is part of it: scripts in a virtual environment name their interpreter by its full path.
-    digest=$({ pwd -P; cat requirements/cpu.txt requirements/bridge.txt setup.py pyproject.toml scripts/environment.sh; } |
-        sha256sum | cut -d' ' -f1)
+    digest=$({ pwd -P && cat requirements/cpu.txt requirements/bridge.txt scripts/environment.sh; } | sha256sum)
     is_current "$digest" && return
     exec 9<>scripts/environment.sh # the lock is held on this file, so none is left behind
     if ! flock --nonblock 9; then
         say "another run is making .venv: waiting for it"
-        flock --timeout "$LOCK_TIMEOUT_S" 9 || die "the other run is not done after $LOCK_TIMEOUT_S s: end it, and run again"
+        flock --timeout "$LOCK_TIMEOUT_S" 9 || die "the other run is not done after $LOCK_TIMEOUT_S s: end it first"
         is_current "$digest" && return
     fi
     install "$digest"
@@ -36,9 +35,9 @@ install() {
     fi
     python=$(find_python)
     say "making .venv with $("$python" --version); later runs reuse it"
-    rm -rf .venv
-    mkdir .venv
+    mkdir -p .venv
     echo incomplete >"$STAMP"
+    find .venv -mindepth 1 -not -path "$STAMP" -delete
     stage "virtual environment" "$python" -m venv .venv
     stage "torch, CPU build (about 200 MB)" install_torch
     stage "build tools" pip_install "$(pin setuptools)"
@@ -67,8 +66,8 @@ find_python() {
         "elsewhere: uv python install 3.11, pyenv install 3.11 or conda create -n aapo python=3.11"
 }
 
-# The default build of torch on Linux drags in gigabytes of CUDA. The local version "+cpu" can't be mistaken for it: pip's
-# own configuration is asked first (a mirror, wheels on disk), then PyTorch's index.
+# The default build of torch on Linux drags in gigabytes of CUDA. The local version "+cpu" can't be mistaken for it:
+# pip's own configuration is asked first (a mirror, wheels on disk), then PyTorch's index.
 install_torch() {
     local torch
     torch=$(pin torch)
@@ -85,10 +84,11 @@ pin() {
     grep "^$1==" requirements/cpu.txt
 }
 
-# --no-deps: the lists are whole, so nothing is left to resolve. --no-compile: Python compiles what is imported, when it is.
+# --no-deps: the lists are whole, so nothing is left to resolve. --no-compile: Python compiles what it imports, then.
 # The filter drops pip's notes on package folders that lack a package, which come by the dozen where pip looks on disk.
 pip_install() {
-    .venv/bin/python -m pip install --quiet --no-deps --no-compile --no-build-isolation --disable-pip-version-check "$@" 2>&1 |
+    local options=(--quiet --no-deps --no-compile --no-build-isolation --disable-pip-version-check)
+    .venv/bin/python -m pip install "${options[@]}" "$@" 2>&1 |
         { grep -v "^WARNING: Location .* is ignored" || true; } >&2
 }
 
