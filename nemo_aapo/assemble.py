@@ -16,7 +16,7 @@ import numpy as np
 from nemo_aapo import parallel, report
 from nemo_aapo.algorithms import Algorithm
 from nemo_aapo.checkpoint import Checkpointer
-from nemo_aapo.config import Config, ConfigError, ModelShape, derive, digest
+from nemo_aapo.config import Config, ConfigError, ModelShape, digest
 from nemo_aapo.data.prompts import PromptSet, load_prompts
 from nemo_aapo.data.sampler import PromptSampler
 from nemo_aapo.data.tokenizer import load_tokenizer, require_eos
@@ -36,18 +36,6 @@ from nemo_aapo.trainer import AAPOTrainer
 from nemo_aapo.types import SamplingSpec
 
 
-def check(config: Config) -> ModelShape:
-    """Everything that can be refused without data, groups or weights; milliseconds.
-
-    Raises:
-        ConfigError: names the setting, the reason and the remedy.
-    """
-    precision.check(config.precision.name)
-    shape = model_dir.read_model_dir(config.model.path)
-    derive(config, shape, parallel.world_size_of_job())
-    return shape
-
-
 def train(config: Config, tree: dict[str, Any]) -> int:
     """A whole run: join the ranks, build, fit, export. Collective.
 
@@ -61,14 +49,14 @@ def train(config: Config, tree: dict[str, Any]) -> int:
     Raises:
         ConfigError, DataError: what can't work, on every rank.
     """
-    shape = check(config)
+    precision.check(config.precision.name)
+    _, sizes = model_dir.check_model(config, parallel.world_size_of_job())
     initialize(config)
     try:
         rank = parallel.rank()
         experiment = parallel.agree(
             lambda: open_experiment(config, tree, rank=rank, world_size=parallel.world_size_of_job())
         )
-        sizes = derive(config, shape, parallel.world_size_of_job())
         with (
             experiment,
             StopSignal(Path(config.run.dir), speak=rank == 0) as stop,
@@ -126,7 +114,7 @@ def build_trainer(
     from nemo_aapo.policy.learner import Learner
     from nemo_aapo.policy.megatron import MegatronPolicy
 
-    shape = check(config)
+    shape = model_dir.read_model_dir(config.model.path)
     tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
     eos = require_eos(tokenizer, config.model.path)
     scorer = _scorer(config, rewards, stack)

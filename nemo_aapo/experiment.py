@@ -90,9 +90,9 @@ class Experiment:
             raise RuntimeError("resume_at() comes before the first line")
         self._log(step, metrics)
 
-    def save_rollouts(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """``rollouts/step_NNNNNN.jsonl``: one JSON object a completion, as ``rollout_rows`` makes them."""
-        path = self.directory / "rollouts" / f"step_{step:06d}.jsonl"
+    def save_rollouts(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """``rollouts/NAME.jsonl``: one JSON object a completion, as ``rollout_rows`` makes them."""
+        path = self.directory / "rollouts" / f"{name}.jsonl"
         write_atomic(path, "".join(to_json(row) + "\n" for row in rows))
 
     def finish(self, summary: Mapping[str, Any]) -> None:
@@ -129,7 +129,7 @@ class SilentExperiment:
 
     def log_validation(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
-    def save_rollouts(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None: ...
+    def save_rollouts(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None: ...
 
     def finish(self, summary: Mapping[str, Any]) -> None: ...
 
@@ -137,19 +137,21 @@ class SilentExperiment:
 
 
 def rollout_rows(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """Each completion of some groups, for people: prompt, completion, rewards, advantage, answer, how it ended."""
+    """Each completion of some groups, for people; none where the texts are not on this rank."""
     return [
         {
             "prompt": group.prompt.text,
-            "completion": group.texts[i],
+            "completion": text,
             "reward": group.rewards[i],
             "reward_parts": {name: values[i] for name, values in group.reward_parts.items()},
             "advantage": None if group.advantages is None else group.advantages[i],
             "answer": group.prompt.answer,
-            "finish_reason": completion.finish_reason,
+            "finish_reason": group.completions[i].finish_reason,
+            "tokens": len(group.completions[i].token_ids),
+            "source": group.prompt.source,
         }
         for group in groups
-        for i, completion in enumerate(group.completions)
+        for i, text in enumerate(group.texts)
     ]
 
 

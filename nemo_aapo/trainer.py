@@ -19,7 +19,8 @@ from nemo_aapo.algorithms import Algorithm
 from nemo_aapo.config import Config
 from nemo_aapo.data.prompts import PromptSet
 from nemo_aapo.data.sampler import PromptSampler
-from nemo_aapo.evaluate import Validator, rows
+from nemo_aapo.evaluate import Validator
+from nemo_aapo.experiment import rollout_rows
 from nemo_aapo.policy.learner import Learner
 from nemo_aapo.policy.megatron import MegatronPolicy, NonFiniteError
 from nemo_aapo.rollout.collect import Collector, share
@@ -174,7 +175,7 @@ class AAPOTrainer:
             return self.learner.update(groups)
         except NonFiniteError as error:
             name = f"failed_step_{self.step + 1:06d}"
-            self.reporter.save_rollouts(name, [row for group in groups for row in rows(group)])
+            self.reporter.save_rollouts(name, rollout_rows(groups))
             raise NonFiniteError(
                 f"step {self.step + 1}: {error}. No weight was changed and no checkpoint written; the batch is in "
                 f"{self.config.run.dir}/rollouts/{name}.jsonl. Lower model.optim.lr, or look at that batch"

@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from nemo_aapo.config import Config, derive
+from nemo_aapo.config import Config
 from nemo_aapo.entry import config_main
 from nemo_aapo.launch import local
-from nemo_aapo.policy.model_dir import read_model_dir
+from nemo_aapo.policy.model_dir import check_model
 from nemo_aapo.run_directory import check_run_directory
 
 TRAIN = Path(__file__).with_name("train.py")
@@ -17,7 +17,7 @@ TRAIN = Path(__file__).with_name("train.py")
 
 def check(config: Config) -> None:
     """Refuse here what every rank would refuse: model, layout, run directory."""
-    derive(config, read_model_dir(config.model.path), config.trainer.num_nodes * config.trainer.devices)
+    check_model(config, config.trainer.num_nodes * config.trainer.devices)
     check_run_directory(config)
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from nemo_aapo.config import Config, derive
+from nemo_aapo.config import Config
 from nemo_aapo.entry import config_main
-from nemo_aapo.policy.model_dir import read_model_dir
+from nemo_aapo.policy.model_dir import check_model
 from nemo_aapo.run_directory import check_run_directory
 
 
 def check(config: Config) -> None:
     """Refuse what can be refused without torch and NeMo: model, layout, run directory."""
-    derive(config, read_model_dir(config.model.path), int(os.environ.get("WORLD_SIZE", "1")))
+    check_model(config, int(os.environ.get("WORLD_SIZE", "1")))
     check_run_directory(config)
 
 

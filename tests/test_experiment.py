@@ -74,7 +74,7 @@ def test_any_sequence_of_interruptions_leaves_the_lines_of_an_uninterrupted_run(
                 run.log_step(step, {"loss": float(step)})
                 if step % every == 0:
                     run.log_validation(step, {"validation/accuracy_greedy": float(step)})
-                run.save_rollouts(step, [{"step": step}])
+                run.save_rollouts(f"step_{step:06d}", [{"step": step}])
 
     end = 0
     for _ in range(6):
@@ -98,7 +98,7 @@ def test_resuming_removes_rollouts_of_later_steps_and_the_finished_marker(settin
     with opened(settings) as run:
         run.resume_at(0)
         for step in (1, 2):
-            run.save_rollouts(step, [])
+            run.save_rollouts(f"step_{step:06d}", [])
         run.finish({"steps": 2})
     finished = run.directory / "finished"
     assert json.loads(finished.read_text()) == {"steps": 2}
@@ -262,7 +262,7 @@ def test_rollout_rows_say_everything_of_each_completion(tmp_path):
         advantages=np.array([0.7, -0.9]),
     )
     rows = [json.loads(to_json(row)) for row in rollout_rows([group])]
-    common = {"prompt": "2+2?", "answer": "4"}
+    common = {"prompt": "2+2?", "answer": "4", "tokens": 2, "source": "file:1"}
     assert rows == [
         common
         | {"completion": "4 \u2713", "reward": 1.5, "reward_parts": {"accuracy": 1.0, "format": 0.5}}
@@ -272,3 +272,4 @@ def test_rollout_rows_say_everything_of_each_completion(tmp_path):
         | {"advantage": -0.9, "finish_reason": "length"},
     ]
     assert rollout_rows([group.replace(advantages=None)])[0]["advantage"] is None
+    assert rollout_rows([group.replace(texts=())]) == []  # a rank without the texts
