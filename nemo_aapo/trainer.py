@@ -50,7 +50,7 @@ class Reporter(Protocol):
 class Checkpoints(Protocol):
     """What the loop needs of ``checkpoint.Checkpointer``."""
 
-    def resume(self, policy: Any) -> dict[str, Any] | None: ...
+    def resume(self, policy: Any, mode: Any) -> dict[str, Any] | None: ...
     def save(self, step: int, policy: Any, trainer_state: dict[str, Any]) -> Any: ...
 
 
@@ -116,7 +116,7 @@ class AAPOTrainer:
 
     def _start(self) -> int:
         """Resume or begin; returns the step of the last checkpoint, -1 without one."""
-        state = self.checkpoints.resume(self.policy)
+        state = self.checkpoints.resume(self.policy, self.config.checkpoint.resume)
         if state is not None:
             self.step = state["step"]
             self.sampler.load_state_dict(state["sampler"])

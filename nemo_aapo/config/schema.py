@@ -133,6 +133,7 @@ class Validation:
 class Checkpoint:
     save_interval: int
     keep_last: int
+    resume: Literal["auto", "latest_good"]
 
 
 @dataclass(frozen=True)
