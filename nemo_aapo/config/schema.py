@@ -76,7 +76,7 @@ class AlgorithmConfig:
     scale_rewards: bool
     reference: Literal["cached", "online"] | None
     reference_samples: int | None
-    reference_store: str
+    reference_store: str | None
     margin: Margin | None
     rescale_dead_groups: bool
     loss: Literal["cross_entropy", "ratio_clip"]
