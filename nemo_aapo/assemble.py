@@ -7,6 +7,8 @@ build_trainer(config, data=..., rewards=...)  with parts of your own
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,12 +38,13 @@ from nemo_aapo.trainer import AAPOTrainer
 from nemo_aapo.types import SamplingSpec
 
 
-def train(config: Config, tree: dict[str, Any]) -> int:
+def train(config: Config, tree: dict[str, Any] | None = None, **parts: Any) -> int:
     """A whole run: join the ranks, build, fit, export. Collective.
 
     Args:
         config: the typed configuration.
-        tree: the same as a resolved plain tree, for ``config.yaml``.
+        tree: the same as a resolved plain tree, for ``config.yaml``; made from ``config`` if not given.
+        parts: of one's own, as ``build_trainer`` takes them.
 
     Returns:
         0: complete, or stopped by a signal after a checkpoint.
@@ -49,16 +52,15 @@ def train(config: Config, tree: dict[str, Any]) -> int:
     Raises:
         ConfigError, DataError: what can't work, on every rank.
     """
+    tree = tree if tree is not None else json.loads(json.dumps(dataclasses.asdict(config)))
+    world_size = parallel.world_size_of_job()
     precision.check(config.precision.name)
-    _, sizes = model_dir.check_model(config, parallel.world_size_of_job())
+    _, sizes = model_dir.check_model(config, world_size)
     initialize(config)
+    rank = parallel.rank()
     try:
-        rank = parallel.rank()
-        experiment = parallel.agree(
-            lambda: open_experiment(config, tree, rank=rank, world_size=parallel.world_size_of_job())
-        )
         with (
-            experiment,
+            parallel.agree(lambda: open_experiment(config, tree, rank=rank, world_size=world_size)) as experiment,
             StopSignal(Path(config.run.dir), speak=rank == 0) as stop,
             Progress(config.trainer.max_steps, enabled=rank == 0) as progress,
             contextlib.ExitStack() as stack,
@@ -66,7 +68,7 @@ def train(config: Config, tree: dict[str, Any]) -> int:
             for line in sizes.arithmetic:
                 progress.note(line)
             reporter = RunReporter(experiment, progress, stop, console_samples=config.validation.console_samples)
-            trainer = build_trainer(config, reporter=reporter, stack=stack, note=progress.note)
+            trainer = build_trainer(config, reporter=reporter, stack=stack, **parts)
             complete = trainer.fit()
             if complete:
                 _finish(trainer, reporter)
@@ -95,7 +97,6 @@ def build_trainer(
     *,
     reporter: Any,
     stack: contextlib.ExitStack,
-    note: Callable[[str], None] = print,
     data: PromptSet | None = None,
     validation_data: PromptSet | None = None,
     rewards: RewardScorer | None = None,
@@ -106,7 +107,6 @@ def build_trainer(
     Args:
         reporter: where the loop reports to (``reporter.RunReporter``).
         stack: closes what needs closing (reward workers, the reference store, the engine).
-        note: tells a person what is being done.
         data, validation_data: prompts; by default those of ``data.train`` and ``data.validation``.
         rewards: a scorer; by default a ``RewardRunner`` for ``rewards`` of the configuration.
         engine: makes an engine of a policy; by default the in-process Megatron engine.
@@ -121,11 +121,11 @@ def build_trainer(
     data = data or _prompts(config, config.data.train, tokenizer, scorer)
     validation_data = validation_data or _prompts(config, config.data.validation, tokenizer, scorer)
     for name, prompts in (("training", data), ("validation", validation_data)):
-        note(f"{len(prompts.prompts)} {name} prompts from {prompts.path}{_left_out(prompts)}")
+        reporter.note(f"{len(prompts.prompts)} {name} prompts from {prompts.path}{_left_out(prompts)}")
     sampler = PromptSampler(
         len(data.prompts), config.prompts_per_step, config.seed, config.data.shuffle, data_digest=data.digest
     )
-    note(f"loading {config.model.path} ({shape.architecture}) into Megatron")
+    reporter.note(f"loading {config.model.path} ({shape.architecture}) into Megatron")
     policy = MegatronPolicy(config, shape)
     algorithm = Algorithm(config.algorithm, config.rollout.max_new_tokens)
     if algorithm.needs_reference_logprobs or config.algorithm.reference is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from nemo_aapo.command_line import CommandLine, read_command_line, usage
@@ -64,6 +64,17 @@ def config_main(
         return _refuse(error, rank)
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+def load_config(overrides: Sequence[str]) -> Config:
+    """The typed configuration of ``KEY=VALUE`` words, for Python programs of one's own.
+
+    Raises:
+        ConfigError: what the command line would be refused for.
+    """
+    command = read_command_line(list(overrides))
+    check_overrides(command.overrides, command.groups())
+    return parse(compose(command))
 
 
 def compose(command: CommandLine) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -100,10 +100,31 @@ def load_prompts(
     _report(path, long, "prompt(s) are too long", on_long_prompt == "drop", remedy)
     if len(long) == len(rows):
         raise DataError(f"{path}: no prompts: every one is too long, such as {_example(path, long)}")
-    prompts = _unique_prompts(path, rows, texts, ids, long)
-    duplicates = len(rows) - len(long) - len(prompts)
-    digest = hashlib.sha256("\n".join(prompt.id for prompt in prompts).encode()).hexdigest()
-    return PromptSet(prompts, str(path), len(bad), len(long), duplicates, digest)
+    return _prompt_set(str(path), rows, texts, ids, bad=len(bad), long=long)
+
+
+def make_prompts(
+    pairs: Iterable[tuple[str, str]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    source: str,
+    system_prompt: str | None = None,
+    chat_template: ChatTemplate = "auto",
+) -> PromptSet:
+    """Prompts from (question, gold answer) pairs of your own; other arguments as in ``load_prompts``.
+
+    Args:
+        source: where they come from, for messages; stands in for the file's path.
+
+    Raises:
+        DataError: no pairs.
+    """
+    rows = [_Row(number, question, answer) for number, (question, answer) in enumerate(pairs, start=1)]
+    if not rows:
+        raise DataError(f"{source}: no prompts")
+    questions = [row.question for row in rows]
+    texts, ids = render_prompts(tokenizer, questions, system_prompt=system_prompt, chat_template=chat_template)
+    return _prompt_set(source, rows, texts, ids, bad=0, long=())
 
 
 def gold_answer(answer: str) -> str:
@@ -201,16 +222,24 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _unique_prompts(
-    path: Path, rows: Sequence[_Row], texts: Sequence[str], ids: Sequence[np.ndarray], left_out: Container[int]
-) -> tuple[Prompt, ...]:
-    """The prompts of all lines that are not left out, the first of each id."""
+def _prompt_set(
+    source: str,
+    rows: Sequence[_Row],
+    texts: Sequence[str],
+    ids: Sequence[np.ndarray],
+    *,
+    bad: int,
+    long: Collection[int],
+) -> PromptSet:
+    """The prompts of all lines that are not too long, the first of each id."""
     prompts: dict[str, Prompt] = {}
     for row, text, tokens in zip(rows, texts, ids, strict=True):
-        if row.line not in left_out:
+        if row.line not in long:
             prompt_id = _prompt_id(tokens, row.answer)
-            prompts.setdefault(prompt_id, Prompt(prompt_id, tokens, text, row.answer, f"{path}:{row.line}"))
-    return tuple(prompts.values())
+            prompts.setdefault(prompt_id, Prompt(prompt_id, tokens, text, row.answer, f"{source}:{row.line}"))
+    duplicates = len(rows) - len(long) - len(prompts)
+    digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+    return PromptSet(tuple(prompts.values()), source, bad, len(long), duplicates, digest)
 
 
 def _report(path: Path, problems: dict[int, str], what: str, tolerate: bool, remedy: str) -> None:
