@@ -97,17 +97,20 @@ class Experiment:
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """The run is complete: close the loggers, then write the ``finished`` marker, the last file of a run."""
-        self.close("success")
+        self._close_loggers("success")
         write_atomic(self.directory / FINISHED, to_json(summary) + "\n")
+        self._lock.close()
 
     def close(self, status: str = "success") -> None:
-        """Flush everything and give the run directory back. A second call does nothing."""
-        if self._lock.closed:
-            return
+        """Flush everything and give the run directory back. Does nothing after ``finish``."""
+        if not self._lock.closed:
+            self._close_loggers(status)
+            self._lock.close()
+
+    def _close_loggers(self, status: str) -> None:
         self._metrics.close()
         for logger in self._loggers:
             logger.finalize(status)
-        self._lock.close()
 
     def _log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._metrics.append(step, metrics)
