@@ -167,7 +167,7 @@ def train(config, tree):
     print(json.dumps({"nemo": "nemo" in sys.modules, "cwd": os.listdir("."), "tree": tree}))
     for start, end in ((0, 6), (3, 5)):  # the second part resumes from a checkpoint of step 3
         with open_experiment(config, tree, rank=rank, world_size=world_size) as run:
-            run.resume_at(start)
+            run.resume_at(start or -1)
             for step in range(start + 1, end + 1):
                 run.log_step(step, {"loss": float(step + 10 * start)})
             run.finish({"steps": end}) if start else None
