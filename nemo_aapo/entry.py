@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ REFUSED = 2
 """Exit code of a configuration that can't work."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
+RANK_0_SPEAKS_S = 3.0
+"""Other ranks give rank 0 so long to say why, as torchrun ends all ranks as soon as it sees one end."""
 
 
 def config_main(
@@ -54,8 +57,11 @@ def config_main(
         config = parse(tree)
         if check is not None:
             check(config)
-    except ConfigError as error:  # every rank finds the same
-        return _refuse(error, rank) if rank == 0 else REFUSED
+    except ConfigError as error:  # every rank finds the same: one says it
+        if rank > 0:
+            time.sleep(RANK_0_SPEAKS_S)
+            return REFUSED
+        return _refuse(error, rank)
     try:
         if through_nemo and rank == 0:
             _check_same(tree, compose_through_nemo(command))

@@ -58,19 +58,18 @@ class Experiment:
         self.close("success" if kind is None else "failed")
 
     def resume_at(self, step: int) -> None:
-        """Take the record back to the state after ``step``; 0: nothing was done yet, and the record begins empty.
+        """Take the record back to the state after ``step`` optimizer steps; -1: nothing was done, it begins empty.
 
         Lines and rollout files of later steps come from a part of the run that ended after its last checkpoint; they
         are removed. Lines of ``step`` itself stay, so write a checkpoint after the lines of its step.
         """
-        keep = step if step > 0 else -1  # a run begins with the validation of step 0, which will be written again
-        self._metrics.truncate_after(keep)
+        self._metrics.truncate_after(step)
         for path in (self.directory / "rollouts").glob("step_*.jsonl"):
-            if int(path.stem.removeprefix("step_")) > keep:
+            if int(path.stem.removeprefix("step_")) > step:
                 path.unlink()
         (self.directory / FINISHED).unlink(missing_ok=True)
         for logger in self._loggers:
-            _forget_after(logger, keep)
+            _forget_after(logger, step)
         self._last_step = step
 
     def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -97,17 +96,20 @@ class Experiment:
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """The run is complete: close the loggers, then write the ``finished`` marker, the last file of a run."""
-        self.close("success")
+        self._close_loggers("success")
         write_atomic(self.directory / FINISHED, to_json(summary) + "\n")
+        self._lock.close()
 
     def close(self, status: str = "success") -> None:
-        """Flush everything and give the run directory back. A second call does nothing."""
-        if self._lock.closed:
-            return
+        """Flush everything and give the run directory back. Does nothing after ``finish``."""
+        if not self._lock.closed:
+            self._close_loggers(status)
+            self._lock.close()
+
+    def _close_loggers(self, status: str) -> None:
         self._metrics.close()
         for logger in self._loggers:
             logger.finalize(status)
-        self._lock.close()
 
     def _log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._metrics.append(step, metrics)

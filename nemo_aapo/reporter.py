@@ -27,7 +27,7 @@ class RunReporter:
 
     def begin(self, step: int) -> None:
         """The run starts (-1) or goes on from a checkpoint of ``step``."""
-        self.experiment.resume_at(max(step, 0))
+        self.experiment.resume_at(step)
         if step >= 0:
             self.note(f"going on from the checkpoint of step {step}")
 

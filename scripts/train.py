@@ -24,4 +24,8 @@ def train(config: Config, tree: dict[str, Any]) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(config_main(train, description="Train a policy with AAPO on this rank.", check=check))
+    raise SystemExit(
+        config_main(
+            train, description="Train a policy with AAPO: one rank (scripts/launch.py starts many).", check=check
+        )
+    )

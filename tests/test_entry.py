@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -13,9 +14,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from nemo_aapo import entry
 from nemo_aapo.command_line import read_command_line
 from nemo_aapo.config import ConfigError
-from nemo_aapo.entry import compose, config_main
+from nemo_aapo.entry import _check_same, compose, config_main
 from nemo_aapo.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -94,6 +96,7 @@ def test_whatever_is_wrong_with_the_words_is_one_message_and_exit_code_2(words, 
     def never(config, tree):
         raise AssertionError("the task must not start")
 
+    monkeypatch.setattr(entry, "RANK_0_SPEAKS_S", 0.0)
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
         assert config_main(never, description="", argv=[*given, *words]) == 2
@@ -134,6 +137,24 @@ def test_another_page_from_the_working_directory(tmp_path, monkeypatch, given):
     assert compose(command) == {**tree, "group_size": 4}
 
 
+def test_an_installed_package_brings_its_pages_along(tmp_path):
+    """setup.py puts conf/ inside the package, where a checkout has it beside."""
+    no_caches = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "nemo_aapo", tmp_path / "nemo_aapo", ignore=no_caches)
+    show = [sys.executable, "-c", "from nemo_aapo.command_line import config_directory; print(config_directory())"]
+    done = subprocess.run(show, cwd=tmp_path, capture_output=True, text=True)
+    assert "name its folder by --config-path DIR" in done.stderr
+    shutil.copytree(ROOT / "conf", tmp_path / "nemo_aapo" / "conf")
+    done = subprocess.run(show, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.strip() == str(tmp_path / "nemo_aapo" / "conf"), done.stderr
+
+
+def test_what_changes_each_time_it_is_composed_is_refused_before_ranks_disagree():
+    with pytest.raises(ConfigError, match="seed is not the same each time"):
+        _check_same({"seed": 1, "a": {}}, {"seed": 2, "a": {}})
+    _check_same({"seed": 1, "a": {}}, {"seed": 1, "a": {}})
+
+
 STUB = """
 import json, os, sys, types
 
@@ -146,7 +167,7 @@ def train(config, tree):
     print(json.dumps({"nemo": "nemo" in sys.modules, "cwd": os.listdir("."), "tree": tree}))
     for start, end in ((0, 6), (3, 5)):  # the second part resumes from a checkpoint of step 3
         with open_experiment(config, tree, rank=rank, world_size=world_size) as run:
-            run.resume_at(start)
+            run.resume_at(start or -1)
             for step in range(start + 1, end + 1):
                 run.log_step(step, {"loss": float(step + 10 * start)})
             run.finish({"steps": end}) if start else None

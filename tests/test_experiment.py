@@ -67,7 +67,7 @@ def test_any_sequence_of_interruptions_leaves_the_lines_of_an_uninterrupted_run(
 
     def part(start: int, end: int) -> None:
         with opened(settings) as run:
-            run.resume_at(start)
+            run.resume_at(start or -1)  # there is no checkpoint of step 0
             if start == 0:
                 run.log_validation(0, {"validation/accuracy_greedy": 0.0})
             for step in range(start + 1, end + 1):
@@ -76,6 +76,7 @@ def test_any_sequence_of_interruptions_leaves_the_lines_of_an_uninterrupted_run(
                     run.log_validation(step, {"validation/accuracy_greedy": float(step)})
                 run.save_rollouts(f"step_{step:06d}", [{"step": step}])
 
+    part(0, 1)  # ended before its first checkpoint: the next part begins anew
     end = 0
     for _ in range(6):
         start = end - end % every
@@ -96,7 +97,7 @@ def test_any_sequence_of_interruptions_leaves_the_lines_of_an_uninterrupted_run(
 
 def test_resuming_removes_rollouts_of_later_steps_and_the_finished_marker(settings):
     with opened(settings) as run:
-        run.resume_at(0)
+        run.resume_at(-1)
         for step in (1, 2):
             run.save_rollouts(f"step_{step:06d}", [])
         run.finish({"steps": 2})
@@ -107,6 +108,15 @@ def test_resuming_removes_rollouts_of_later_steps_and_the_finished_marker(settin
         run.resume_at(1)
         assert not finished.exists()
         assert [path.name for path in (run.directory / "rollouts").iterdir()] == ["step_000001.jsonl"]
+
+
+def test_a_checkpoint_of_step_0_keeps_the_first_validation(settings):
+    with opened(settings) as run:
+        run.resume_at(-1)
+        run.log_validation(0, {"validation/accuracy_greedy": 0.5})
+    with opened(settings) as run:
+        run.resume_at(0)
+    assert [record["step"] for record in read_metrics(run.directory / "metrics.jsonl")] == [0]
 
 
 def test_a_step_can_not_be_logged_twice_nor_before_the_record_knows_where_it_stands(settings):
@@ -161,7 +171,7 @@ def test_the_directory_says_what_ran_in_it(settings):
     config, tree = settings
     for _ in range(2):
         with opened(settings) as run:
-            run.resume_at(0)
+            run.resume_at(-1)
     assert yaml.safe_load((run.directory / "config.yaml").read_text()) == tree
     assert parse(yaml.safe_load((run.directory / "config.yaml").read_text())) == config
     starts = json.loads((run.directory / "run.json").read_text())["starts"]

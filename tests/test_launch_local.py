@@ -14,7 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from nemo_aapo.launch.local import run_ranks
+from nemo_aapo.command_line import read_command_line
+from nemo_aapo.config import ConfigError, parse
+from nemo_aapo.entry import compose
+from nemo_aapo.launch.local import launch, run_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.timeout(60)
@@ -126,6 +129,22 @@ def test_ctrl_c_reaches_every_rank_once_and_a_rank_that_ignores_it_is_killed_in_
     assert launcher.returncode == 128 + signal.SIGKILL
 
 
+def test_a_second_ctrl_c_does_not_wait_for_the_end_of_the_step(tmp_path):
+    code = f"""
+        import os, signal, time
+        signal.signal(signal.SIGINT, lambda number, frame: open({str(tmp_path)!r} + "/told", "w").close())
+        open({str(tmp_path)!r} + "/ready", "w").close()
+        time.sleep(50)
+        time.sleep(50)
+    """
+    launcher = start_launcher(code, 1, tmp_path / "logs", grace_s=40)
+    wait_for((tmp_path / "ready").exists, "rank")
+    launcher.send_signal(signal.SIGINT)
+    wait_for((tmp_path / "told").exists, "first signal")
+    launcher.send_signal(signal.SIGINT)
+    assert "after the second SIGINT; killed" in launcher.communicate(timeout=20)[1]
+
+
 def test_ranks_that_save_and_end_after_term_make_a_good_end(tmp_path):
     code = f"""
         import os, signal, sys, time
@@ -169,6 +188,12 @@ def test_what_a_rank_leaves_behind_goes_with_it(tmp_path):
     assert run_ranks(python(code), 1, tmp_path / "logs", grace_s=20) == 0
     worker = int((tmp_path / "worker").read_text())
     wait_for(lambda: not alive(worker), "end of the worker")
+
+
+def test_more_than_one_node_is_refused(tmp_path):
+    words = ["model.path=/m", "data.train=/t", "data.validation=/v", f"run.dir={tmp_path}", "trainer.num_nodes=2"]
+    with pytest.raises(ConfigError, match=r"trainer\.num_nodes=2: .* this machine only"):
+        launch(parse(compose(read_command_line(words))), ["false"])
 
 
 def test_a_rank_that_hangs_after_the_others_ended_is_killed_in_time(tmp_path, capfd):
