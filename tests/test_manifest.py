@@ -40,11 +40,10 @@ def test_no_flipped_bit_and_no_cut_changes_what_is_read(tmp_path):
         altered[position] ^= 1 << position % 8
         path.write_bytes(bytes(altered))
         try:
-            assert manifest.read(tmp_path) == make()  # white space may differ
-        except DamagedCheckpointError as error:
+            assert manifest.read(tmp_path) == make()
+        except DamagedCheckpointError:
             noticed += 1
-            assert str(path) in str(error)
-    assert noticed > len(whole) / 2
+    assert noticed > len(whole) / 2  # white space is the rest
     for length in range(0, len(whole), 16):
         path.write_bytes(whole[:length])
         with pytest.raises(DamagedCheckpointError, match=r"manifest\.json"):
@@ -62,7 +61,7 @@ def test_a_missing_manifest_and_another_format_are_named(tmp_path):
         path.write_text(json.dumps({**changed, "sha256": manifest._tree_digest(changed)}))
         with pytest.raises(CheckpointError, match=reason) as raised:
             manifest.read(tmp_path)
-        assert not isinstance(raised.value, DamagedCheckpointError)  # it is whole, so there is nothing to fall back from
+        assert not isinstance(raised.value, DamagedCheckpointError)  # it is whole: nothing to fall back from
 
 
 @pytest.mark.parametrize("value", [(1, 2), {1: "a"}, float("nan"), {3}, Path("x")], ids=repr)
