@@ -98,10 +98,13 @@ def read_header(directory: Path) -> Header:
     """Read the small files. Not collective: one rank reads, and hands the header to the others.
 
     Raises:
-        CheckpointError: a pickle names something that could run code; nothing was run.
+        CheckpointError: a pickle names something that may run code (nothing was run), or a file elsewhere.
     """
     with open(directory / ".metadata", "rb") as file:
-        metadata = _load_metadata(file)
+        metadata = _MetadataUnpickler(file).load()
+    for info in metadata.storage_data.values():
+        if os.path.basename(info.relative_path) != info.relative_path:
+            raise CheckpointError(f"{file.name} names a file outside of the checkpoint: {info.relative_path}")
     with open(directory / COMMON_STATE_FNAME, "rb") as file:
         return Header(metadata, _load_plain_data(file, file.name))
 
@@ -112,13 +115,13 @@ def read(state: ShardedStateDict, directory: Path, header: Header) -> StateDict:
     Args:
         state: from ``MegatronPolicy.sharded_state_dict(is_loading=True)``; its tensors are overwritten.
         directory: of the checkpoint.
-        header: what ``read_header`` returned for it.
+        header: what ``read_header`` returned for it; its ``common`` becomes the result.
 
     Returns:
         For ``MegatronPolicy.load_state_dict``.
 
     Raises:
-        CheckpointError: on all ranks, if it failed on one; also for objects that could run code.
+        CheckpointError: on all ranks, if it failed on one; also for objects that may run code.
     """
     with _failures_of_ranks():
         return dist_checkpointing.load(
@@ -206,23 +209,18 @@ class _CommonReader(TorchCommonLoadStrategy):
 
 
 class _MetadataUnpickler(pickle.Unpickler):
+    """Admits ``METADATA_CLASSES`` and torch's dtypes."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__(file)
+        self._path = file.name
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in METADATA_CLASSES:
             return METADATA_CLASSES[module, name]
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        raise pickle.UnpicklingError(f"{module}.{name}")
-
-
-def _load_metadata(file: BinaryIO) -> dcp.Metadata:
-    try:
-        metadata = _MetadataUnpickler(file).load()
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{file.name} holds {error}, which may run code, and was not loaded") from error
-    for info in metadata.storage_data.values():
-        if os.path.basename(info.relative_path) != info.relative_path:
-            raise CheckpointError(f"{file.name} names a file outside of the checkpoint: {info.relative_path}")
-    return metadata
+        raise CheckpointError(f"{self._path} holds {module}.{name}, which may run code, and was not loaded")
 
 
 def _load_plain_data(file: BinaryIO, name: str) -> Any:
