@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import setuptools
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
@@ -144,6 +145,9 @@ def test_the_dockerfile_is_built_on_the_matching_image_without_root_or_missing_f
         assert all((ROOT / source).exists() for source in words[:-1])
     for command in (arguments for step, arguments in steps if step == "RUN" and "pip install" in arguments):
         assert all("--no-deps" in part for part in command.split("pip install")[1:]), command
+    transformer_engine = SpecifierSet(re.search(r"SpecifierSet\('(.+?)'", text)[1])
+    assert transformer_engine in [r.specifier for r in declared_in_setup_py() if r.name == "transformer-engine"]
+    assert re.search(r"^ARG TRANSFORMER_ENGINE=(.+)$", text, re.MULTILINE)[1] in transformer_engine
     names = [step for step, _ in steps]
     users = [arguments for step, arguments in steps if step == "USER"]
     assert len(users) == 1
