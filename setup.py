@@ -37,15 +37,19 @@ setup(
         "megatron-core>=0.16.1,<0.17",  # policy/cpu.py replaces parts of it and checks the version
         "transformers>=4.57,<5",  # as megatron-bridge asks
         "huggingface_hub<1",  # as transformers 4 asks; some data libraries would raise it
+        "tokenizers",
+        "safetensors>=0.4.3",
+        "jinja2",  # transformers renders chat templates with it without declaring it
         "hydra-core>=1.3.2,<1.4",
         "omegaconf>=2.3,<2.4",
+        "pyyaml",
         "numpy>=1.26",
-        "safetensors>=0.4.3",
         "psutil",  # mcore's checkpoint writer imports it without declaring it
-        "rich",
+        "tqdm",
     ],
     extras_require={
-        "nemo": ["nemo-toolkit[core]>=2.7.3,<2.8"],  # the entry points: hydra_runner, exp_manager
+        # The entry points (hydra_runner, exp_manager) and their loggers
+        "nemo": ["nemo-toolkit[core]>=2.7.3,<2.8", "lightning>=2.4,<2.5", "tensorboard"],
         "math": ["math-verify[antlr4_9_3]>=0.9,<0.10"],
         "gpu": ["megatron-bridge>=0.3.1,<0.4", "transformer-engine[pytorch]>=2.9,<2.12"],
         "wandb": ["wandb>=0.25"],
