@@ -1,3 +1,40 @@
-"""AAPO (Advantage-Augmented Policy Optimization, arXiv 2505.14264) for Megatron policies."""
+"""AAPO (Advantage-Augmented Policy Optimization, arXiv 2505.14264) for Megatron policies.
+
+The names below are imported when they are first used: ``import nemo_aapo`` itself costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
 
 __version__ = "0.1.0"
+
+_EXPORTS = {
+    "AAPOTrainer": "trainer",
+    "Algorithm": "algorithms",
+    "Checkpointer": "checkpoint",
+    "Completion": "types",
+    "Config": "config",
+    "ConfigError": "config",
+    "Group": "types",
+    "MegatronEngine": "rollout.megatron_engine",
+    "MegatronPolicy": "policy.megatron",
+    "Prompt": "types",
+    "PromptSet": "data.prompts",
+    "RewardRunner": "rewards.runner",
+    "SamplingSpec": "types",
+    "build_trainer": "assemble",
+    "load_config": "entry",
+    "load_prompts": "data.prompts",
+    "load_tokenizer": "data.tokenizer",
+    "make_prompts": "data.prompts",
+    "train": "assemble",
+}
+__all__ = sorted(_EXPORTS)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)

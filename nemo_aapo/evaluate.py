@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from nemo_aapo import parallel
+from nemo_aapo.experiment import rollout_rows
 from nemo_aapo.rollout.collect import Collector
 from nemo_aapo.seeds import stream_seed
 from nemo_aapo.statistics import accuracy
@@ -52,29 +53,9 @@ class Validator:
         lengths = [len(completion.token_ids) for group in groups for completion in group.completions]
         gathered = np.array([n for part in parallel.gather_data_parallel(lengths) for n in part])
         metrics["validation/completion_length"] = float(gathered.mean())
-        return metrics, [row for group in greedy + (groups if self.samples else []) for row in rows(group)]
+        return metrics, rollout_rows(greedy + (groups if self.samples else []))
 
     def _correct(self, groups: Sequence[Group]) -> np.ndarray:
         """bool [prompts, samples] over all ranks."""
         mine = [group.reward_parts[self.reward] >= 1.0 for group in groups]
         return np.stack([row for part in parallel.gather_data_parallel(mine) for row in part])
-
-
-def rows(group: Group) -> list[dict[str, Any]]:
-    """A group's completions as plain rows for ``rollouts/*.jsonl``; none where the texts are not on this rank."""
-    return [
-        {
-            "prompt": group.prompt.text,
-            "completion": text,
-            "answer": group.prompt.answer,
-            "reward": float(group.rewards[i]),
-            "reward_parts": {name: float(values[i]) for name, values in group.reward_parts.items()},
-            "advantage": None if group.advantages is None else float(group.advantages[i]),
-            "finish_reason": group.completions[i].finish_reason,
-            "tokens": len(group.completions[i].token_ids),
-            "policy_version": group.completions[i].policy_version,
-            "prompt_id": group.prompt.id,
-            "source": group.prompt.source,
-        }
-        for i, text in enumerate(group.texts)
-    ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import datetime
 import os
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -141,6 +141,30 @@ def exchange_data_parallel(outgoing: Sequence[list[T]]) -> list[T]:
     for part in received.split(sizes_in.tolist()):
         items += pickle.loads(part.numpy().tobytes())
     return items
+
+
+def agree(action: Callable[[], T]) -> T:
+    """Run something on every rank; if it raises on one of them, raise on all of them instead of waiting for it.
+
+    Raises:
+        Whatever it raised here; on ranks where it went well, the first failing rank's message as the same class.
+    """
+    failure: BaseException | None = None
+    result = None
+    try:
+        result = action()
+    except Exception as error:
+        failure = error
+    if dist.get_world_size() > 1:
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, None if failure is None else (type(failure), str(failure)))
+        others = [entry for entry in found if entry is not None]
+        if failure is None and others:
+            kind, message = others[0]
+            failure = kind(message) if issubclass(kind, ValueError) else RuntimeError(message)
+    if failure is not None:
+        raise failure
+    return result
 
 
 def any_rank(flag: bool) -> bool:

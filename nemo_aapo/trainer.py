@@ -19,7 +19,8 @@ from nemo_aapo.algorithms import Algorithm
 from nemo_aapo.config import Config
 from nemo_aapo.data.prompts import PromptSet
 from nemo_aapo.data.sampler import PromptSampler
-from nemo_aapo.evaluate import Validator, rows
+from nemo_aapo.evaluate import Validator
+from nemo_aapo.experiment import rollout_rows
 from nemo_aapo.policy.learner import Learner
 from nemo_aapo.policy.megatron import MegatronPolicy, NonFiniteError
 from nemo_aapo.rollout.collect import Collector, share
@@ -49,7 +50,7 @@ class Reporter(Protocol):
 class Checkpoints(Protocol):
     """What the loop needs of ``checkpoint.Checkpointer``."""
 
-    def resume(self, policy: Any) -> dict[str, Any] | None: ...
+    def resume(self, policy: Any, mode: Any) -> dict[str, Any] | None: ...
     def save(self, step: int, policy: Any, trainer_state: dict[str, Any]) -> Any: ...
 
 
@@ -115,7 +116,7 @@ class AAPOTrainer:
 
     def _start(self) -> int:
         """Resume or begin; returns the step of the last checkpoint, -1 without one."""
-        state = self.checkpoints.resume(self.policy)
+        state = self.checkpoints.resume(self.policy, self.config.checkpoint.resume)
         if state is not None:
             self.step = state["step"]
             self.sampler.load_state_dict(state["sampler"])
@@ -174,7 +175,7 @@ class AAPOTrainer:
             return self.learner.update(groups)
         except NonFiniteError as error:
             name = f"failed_step_{self.step + 1:06d}"
-            self.reporter.save_rollouts(name, [row for group in groups for row in rows(group)])
+            self.reporter.save_rollouts(name, rollout_rows(groups))
             raise NonFiniteError(
                 f"step {self.step + 1}: {error}. No weight was changed and no checkpoint written; the batch is in "
                 f"{self.config.run.dir}/rollouts/{name}.jsonl. Lower model.optim.lr, or look at that batch"
@@ -236,4 +237,3 @@ def with_advantages(algorithm: Algorithm, groups: list[Group], pair_seeds: list[
     reference = np.stack([group.reference_rewards for group in groups]) if has_reference else None
     advantages = algorithm.advantages(rewards, reference, pair_seeds)
     return [group.replace(advantages=row) for group, row in zip(groups, advantages, strict=True)]
-

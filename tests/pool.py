@@ -1,7 +1,8 @@
 """Worker ranks that stay alive over the whole test session, so that each test pays for groups only, not for imports.
 
 ``ranks.run(function, *args, world=4, tp=2, pp=2)`` calls a module-level function on each of ``world`` processes, with
-torch.distributed (gloo) and Megatron's groups initialised, and returns the list of their results.
+torch.distributed (gloo) and Megatron's groups initialised, and returns the list of their results. With ``tp=None``
+Megatron's groups are left to the function.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class RankPool:
         function: Callable[..., Any],
         *args: Any,
         world: int = 1,
-        tp: int = 1,
+        tp: int | None = 1,
         pp: int = 1,
         seed: int = 1,
         timeout_s: float = 120.0,
@@ -41,7 +42,7 @@ class RankPool:
         """Results of ``function(*args)`` by rank.
 
         Raises:
-            RankError: a rank raised or did not answer in time; the pool starts afresh afterwards.
+            RankError: a rank raised or did not answer in time; in the latter case the pool starts afresh.
         """
         self._start(world)
         with tempfile.TemporaryDirectory() as folder:
@@ -50,8 +51,9 @@ class RankPool:
                 pipe.send((function, args, rank, world, tp, pp, seed, store, timeout_s))
             answers = self._collect(world, timeout_s)
         failures = [f"rank {rank}: {text}" for rank, (ok, text) in sorted(answers.items()) if not ok]
-        if failures or len(answers) < world:
+        if len(answers) < world or any("died with exit code" in text for text in failures):
             self.close()
+        if failures or len(answers) < world:
             missing = sorted(set(range(world)) - set(answers))
             raise RankError("\n".join(failures) + (f"\nno answer from ranks {missing}" if missing else ""))
         return [answers[rank][1] for rank in range(world)]
@@ -118,6 +120,7 @@ def _call(function, args, rank, world, tp, pp, seed, store, timeout_s):
 
     from nemo_aapo import parallel
 
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     dist.init_process_group(
         "gloo",
         store=dist.FileStore(store, world),
@@ -126,9 +129,10 @@ def _call(function, args, rank, world, tp, pp, seed, store, timeout_s):
         timeout=datetime.timedelta(seconds=timeout_s),
     )
     try:
-        parallel.initialize(
-            tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, seed=seed, timeout_s=timeout_s
-        )
+        if tp is not None:
+            parallel.initialize(
+                tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, seed=seed, timeout_s=timeout_s
+            )
         return function(*args)
     finally:
         parallel.shutdown()

@@ -6,6 +6,16 @@ command line), ``parse`` (the composed tree by itself), ``derive`` (against the 
 
 from nemo_aapo.config.parse import check_overrides, parse
 from nemo_aapo.config.schema import Config, ConfigError
-from nemo_aapo.config.sizes import ModelShape, Sizes, derive, digest
+from nemo_aapo.config.sizes import ModelShape, Sizes, decisive_settings, derive, digest
 
-__all__ = ["Config", "ConfigError", "ModelShape", "Sizes", "check_overrides", "derive", "digest", "parse"]
+__all__ = [
+    "Config",
+    "ConfigError",
+    "ModelShape",
+    "Sizes",
+    "check_overrides",
+    "decisive_settings",
+    "derive",
+    "digest",
+    "parse",
+]

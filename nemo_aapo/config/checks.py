@@ -100,6 +100,8 @@ def _check_algorithm(config: Config) -> None:
                 f"algorithm.reference_samples={samples}: online reference rewards are drawn group_size="
                 f"{config.group_size} at a time"
             )
+        if algorithm.reference == "cached" and algorithm.reference_store is None:
+            raise ConfigError("algorithm.reference_store must name a file for algorithm.reference=cached")
     elif algorithm.reference_samples is not None:
         raise ConfigError("algorithm.reference_samples has no effect without algorithm.reference: set it to null")
     if (algorithm.loss == "ratio_clip") != (algorithm.clip is not None):

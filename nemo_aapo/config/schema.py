@@ -76,6 +76,7 @@ class AlgorithmConfig:
     scale_rewards: bool
     reference: Literal["cached", "online"] | None
     reference_samples: int | None
+    reference_store: str | None
     margin: Margin | None
     rescale_dead_groups: bool
     loss: Literal["cross_entropy", "ratio_clip"]
@@ -132,6 +133,7 @@ class Validation:
 class Checkpoint:
     save_interval: int
     keep_last: int
+    resume: Literal["auto", "latest_good"]
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass, field
+from typing import Any
 
 from nemo_aapo.config.schema import Config, ConfigError
 
@@ -91,8 +92,8 @@ def derive(config: Config, shape: ModelShape, world_size: int) -> Sizes:
     )
 
 
-def digest(config: Config) -> str:
-    """Digest of what decides the result of a run: 16 hex digits.
+def decisive_settings(config: Config) -> dict[str, Any]:
+    """The settings that decide the result of a run, as a plain tree.
 
     Left out is what may change between the parts of one run: where it runs and is cut up, how long it goes on, how
     often it validates and saves, and where it logs.
@@ -114,5 +115,11 @@ def digest(config: Config) -> str:
     ):
         tree["model"].pop(key)
     tree["rollout"].pop("max_concurrent_tokens")
+    tree["algorithm"].pop("reference_store")
     tree["validation"].pop("console_samples")
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
+    return tree
+
+
+def digest(config: Config) -> str:
+    """Digest of what decides the result of a run (``decisive_settings``): 16 hex digits."""
+    return hashlib.sha256(json.dumps(decisive_settings(config), sort_keys=True).encode()).hexdigest()[:16]

@@ -52,8 +52,10 @@ class MicroBatch:
 def plan(lengths: Sequence[int], *, budget: int, data_parallel_size: int, multiple: int = 1) -> list[list[list[int]]]:
     """Deal sequences into micro-batches of at most ``budget`` padded tokens, the same number on every rank.
 
-    Sequences are sorted so that neighbours pad each other little; micro-batches then go to the rank with the least
-    work so far, where work counts tokens and, for attention, squared lengths.
+    All sequences are sorted by length, so that neighbours pad each other little, and cut into micro-batches; these go
+    to the rank with the least work so far, where work counts tokens and, for attention, squared lengths. Dealing
+    sequences first and cutting on each rank balances better on paper, but pads more: the busiest rank then has 6 to
+    25 % more padded tokens (measured on log-normal lengths).
 
     Args:
         lengths: prompt + completion tokens of each sequence of the whole optimizer batch.
@@ -98,7 +100,7 @@ def _deal(batches: list[list[int]], lengths: Sequence[int], ranks: int) -> list[
     mean = max(1.0, float(np.mean(lengths)) if len(lengths) else 1.0)
 
     def work(batch: list[int]) -> float:
-        return sum(lengths[i] * (1.0 + lengths[i] / (8.0 * mean)) for i in batch)
+        return sum(lengths[i] * (1.0 + lengths[i] / mean) for i in batch)
 
     dealt: list[list[list[int]]] = [[] for _ in range(ranks)]
     load = [0.0] * ranks

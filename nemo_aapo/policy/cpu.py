@@ -4,7 +4,7 @@ megatron-core asks for ``torch.cuda.current_device()`` and for literal ``device=
 nothing to do with CUDA kernels. ``install()`` answers those with the CPU, and replaces the few functions that insist
 on CUDA tensors. It does nothing on a machine with a GPU, where the very same code runs unpatched.
 
-Each patch is one function that says which site needs it; ``tests/test_cpu.py`` holds one test for each.
+Each patch is one function that says which site needs it; ``tests/distributed/test_cpu.py`` holds one test for each.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ MODULES_WITH_CUDA_LITERALS = (
     "megatron.core.optimizer.clip_grads",  # total norm, overflow buffer
     "megatron.core.optimizer.optimizer",  # loss scale
     "megatron.core.transformer.utils",  # default causal mask
+    "megatron.core.utils",  # gradient norm without apex
 )
 """Modules that create tensors with ``device="cuda"`` spelled out."""
 

@@ -157,7 +157,7 @@ def _like(scored: np.ndarray, batch: MicroBatch) -> torch.Tensor:
 def _means(sums: dict[str, float]) -> dict[str, float]:
     """The loss function's sums as metrics: means per token, minima as they are."""
     as_they_are = ("loss", "grad_norm", "lr")
-    tokens = max(1.0, sums["tokens"])
+    tokens = sums["tokens"] or math.nan  # a batch without any signal has no tokens to average over
     metrics = {key: sums[key] for key in as_they_are}
     metrics |= {
         key: value / tokens
@@ -170,8 +170,8 @@ def _means(sums: dict[str, float]) -> dict[str, float]:
 
 def _parity(sums: dict[str, float]) -> dict[str, float]:
     """``parity/mult_prob_error``: exp of the mean absolute difference; ``parity/gen_kl``: KL(engine, learner), k3."""
-    tokens = max(1.0, sums["tokens"])
+    tokens = sums["tokens"] or math.nan
     return {
-        "parity/mult_prob_error": math.exp(min(50.0, sums["parity/abs_logprob_difference"] / tokens)),
+        "parity/mult_prob_error": math.exp(min(sums["parity/abs_logprob_difference"] / tokens, 50.0)),
         "parity/gen_kl": sums["parity/kl"] / tokens,
     }

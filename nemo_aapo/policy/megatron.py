@@ -77,7 +77,9 @@ class MegatronPolicy:
             "recompute_granularity": model.recompute_granularity,
             "recompute_method": "uniform" if model.recompute_granularity else None,
             "recompute_num_layers": 1 if model.recompute_granularity else None,
-            "perform_initialization": False,  # weights come from the model directory
+            # The weights come from the model directory, but mcore marks tensor-parallel parameters in the same breath
+            # as it initialises them, and the gradient norm counts unmarked ones on one rank only.
+            "perform_initialization": True,
             "hidden_dropout": 0.0,  # the sampled policy and the trained one must be the same function
             "attention_dropout": 0.0,
             "calculate_per_token_loss": True,  # neither the schedule nor DDP divides the loss

@@ -8,7 +8,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from nemo_aapo.config import ConfigError, ModelShape
+from nemo_aapo.config import Config, ConfigError, ModelShape, Sizes, derive
 
 ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM")
 """What the tests convert both ways and compare with transformers."""
@@ -46,6 +46,16 @@ def read_model_dir(path: str) -> ModelShape:
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
         max_position_embeddings=config.get("max_position_embeddings", 2**31),
     )
+
+
+def check_model(config: Config, world_size: int) -> tuple[ModelShape, Sizes]:
+    """The model directory against the configuration and the number of ranks; milliseconds, no torch.
+
+    Raises:
+        ConfigError: as ``read_model_dir`` and ``config.derive``.
+    """
+    shape = read_model_dir(config.model.path)
+    return shape, derive(config, shape, world_size)
 
 
 def weight_files(directory: Path) -> list[str]:

@@ -85,7 +85,8 @@ class WeightMap:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         dist.barrier()
-        self.auto_bridge.save_hf_weights([model], partial, show_progress=False)
+        with contextlib.redirect_stdout(io.StringIO()):  # and reports success on stdout
+            self.auto_bridge.save_hf_weights([model], partial, show_progress=False)
         if first:
             for pattern in COMPANION_FILES:
                 for file in Path(self.path).glob(pattern):

@@ -1,0 +1,50 @@
+"""Rewards by name. ``RewardRunner`` (``nemo_aapo.rewards.runner``) runs them."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from nemo_aapo.rewards.base import Reward
+from nemo_aapo.rewards.custom import Custom
+from nemo_aapo.rewards.exact import Exact, Integer
+from nemo_aapo.rewards.format import Format
+from nemo_aapo.rewards.length import Cosine
+from nemo_aapo.rewards.math import Accuracy
+
+REWARDS: dict[str, type[Reward]] = {c.kind: c for c in (Accuracy, Integer, Exact, Format, Cosine, Custom)}
+
+
+def build_reward(config: Mapping[str, Any]) -> Reward:
+    """A reward from its configuration, such as ``{"name": "cosine", "max_tokens": 3584}``.
+
+    Raises:
+        ValueError: no name, an unknown name or parameter (the nearest is named), a missing or an impossible parameter.
+    """
+    parameters = dict(config)
+    if "name" not in parameters:
+        raise ValueError(f"a reward needs a name (known: {', '.join(REWARDS)}), got {parameters}")
+    name = parameters.pop("name")
+    if name not in REWARDS:
+        raise ValueError(f"unknown reward {name!r}{_nearest(name, REWARDS)} (known: {', '.join(REWARDS)})")
+    fields = {field.name: field for field in dataclasses.fields(REWARDS[name])}
+    for key in parameters:
+        if key not in fields:
+            known = ", ".join(fields) or "none"
+            raise ValueError(f"reward {name!r} has no parameter {key!r}{_nearest(key, fields)} (it has: {known})")
+    missing = [k for k, f in fields.items() if f.default is dataclasses.MISSING and k not in parameters]
+    if missing:
+        raise ValueError(f"reward {name!r} needs {', '.join(missing)}")
+    return REWARDS[name](**parameters)
+
+
+def reward_config(reward: Reward) -> dict[str, Any]:
+    """The configuration that ``build_reward`` makes an equal reward from; plain values, fit for JSON and digests."""
+    return {"name": reward.kind, **dataclasses.asdict(reward)}
+
+
+def _nearest(name: object, known: Mapping[str, Any]) -> str:
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -7,8 +7,11 @@ every step doubles the cost of rollouts; K of them per prompt, stored, cost noth
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import hashlib
+import json
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -21,6 +24,12 @@ from nemo_aapo.types import Prompt, SamplingSpec
 
 FILL_BATCH = 64
 """Prompts between two commits while the store is filled: what an interruption can lose."""
+
+
+def store_key(reference_digest: str, sampling: SamplingSpec, rewards: Sequence[Mapping], seed: int) -> str:
+    """Digest of everything that reference rewards depend on besides the prompt: 16 hex digits."""
+    parts = [reference_digest, dataclasses.asdict(sampling), list(rewards), seed]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class RewardStore:

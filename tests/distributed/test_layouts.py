@@ -50,6 +50,7 @@ def learn(path, algorithm, tp, pp, sp, budget, updates=1, lr=1e-3):
         model__pipeline_model_parallel_size=pp,
         model__sequence_parallel=sp,
         model__optim__lr=lr,
+        model__optim__eps=1e-3,  # with 1e-8 Adam's first update is the gradient's sign, noise included
         max_tokens_per_microbatch=budget,
         **algorithm,
     )

@@ -1,0 +1,42 @@
+# syntax=docker/dockerfile:1
+# The GPU environment: learner and TensorRT-LLM in one image.
+#
+#   docker build -t nemo_aapo .
+#   docker run --gpus all --ipc=host --ulimit memlock=-1 -v "$PWD/results:/opt/nemo_aapo/results" nemo_aapo \
+#       scripts/train.py precision=bf16 model.path=... data.train=... data.validation=...
+#
+# The release image is the base because TensorRT-LLM, torch, CUDA, NCCL and TransformerEngine in it are built for each
+# other. TensorRT-LLM 1.2.1 takes torch >= 2.9.1, <= 2.10.0a0; megatron-core 0.16, TransformerEngine >= 2.9, < 2.12.
+FROM nvcr.io/nvidia/tensorrt-llm/release:1.2.1
+
+# The image's constraint file would hold back versions that we pin; --no-deps keeps pip from touching anything else.
+ENV PIP_CONSTRAINT="" \
+    PIP_BREAK_SYSTEM_PACKAGES=1 \
+    PIP_NO_CACHE_DIR=1 \
+    PIP_DISABLE_PIP_VERSION_CHECK=1
+
+# Before the sources, so that a change of code does not install anew.
+COPY requirements/gpu.txt /tmp/gpu.txt
+RUN python3 -m pip install --no-deps --no-build-isolation -r /tmp/gpu.txt && rm /tmp/gpu.txt
+
+# Keep the image's TransformerEngine if megatron-core takes it; else build one against the image's own torch.
+ARG TRANSFORMER_ENGINE=2.11.0
+RUN python3 -c "import sys; from importlib.metadata import version; from packaging.specifiers import SpecifierSet; \
+sys.exit(not SpecifierSet('>=2.9,<2.12', prereleases=True).contains(version('transformer_engine')))" \
+ || NVTE_FRAMEWORK=pytorch python3 -m pip install --no-deps --no-build-isolation \
+        transformer_engine==${TRANSFORMER_ENGINE} \
+        transformer_engine_cu13==${TRANSFORMER_ENGINE} \
+        transformer_engine_torch==${TRANSFORMER_ENGINE}
+
+WORKDIR /opt/nemo_aapo
+COPY . .
+RUN python3 -m pip install --no-deps --no-build-isolation -e .
+
+# Rewards and tokenizers handle text that a model wrote, and need no rights for it. Only results/ can be written.
+RUN useradd --create-home --shell /bin/bash aapo && mkdir -p results && chown aapo:aapo results
+USER aapo
+ENV PYTHONUNBUFFERED=1
+
+# The base image's own entry point stays in front: it checks the driver and sets up CUDA's compatibility libraries.
+ENTRYPOINT ["/opt/nvidia/nvidia_entrypoint.sh", "python3"]
+CMD ["scripts/train.py", "--help"]

@@ -1,0 +1,221 @@
+"""Policy losses: pure functions of per-token tensors, of any one shape [...] (flat or padded).
+
+Every loss is a plain sum. The token weights hold 1 / (global denominator), worked out before the pass, so that adding
+up micro-batches and data-parallel ranks in any way gives the loss of the whole optimizer batch.
+
+A token with weight 0 is padding: whatever else stands there, NaN included, has no effect.
+
+With each loss comes a dict of detached scalars for the metrics. Sums over all micro-batches and ranks divided by the
+sum of ``"tokens"`` are the metrics of the same names; keys that start with ``min/`` are minima instead, and hold as
+they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+
+LossAggregation = Literal["token", "sequence", "fixed_length"]
+
+MAX_LOG_RATIO = 20.0
+"""Log-ratios are cut to +-20 before ``exp``: float32 overflows not far beyond, and 0 * inf is a NaN gradient."""
+
+
+def token_weights(
+    lengths: Sequence[int] | np.ndarray,
+    aggregation: LossAggregation,
+    *,
+    total_tokens: int,
+    total_sequences: int,
+    fixed_length: int,
+) -> np.ndarray:
+    """The weight of each sequence's tokens in the loss: one over the denominator.
+
+        token         1 / (tokens of all sequences)            DAPO (arXiv 2503.14476), and AAPO's and GPG's loss
+        sequence      1 / (sequences * own length)             GRPO (arXiv 2402.03300): mean of the sequences' means
+        fixed_length  1 / (sequences * fixed_length)           Dr. GRPO (arXiv 2503.20783)
+
+    The totals count every completion of the optimizer batch over all data-parallel ranks: also empty ones, and those
+    that are not run because their advantage is zero. Skipping them must not change the loss.
+
+    Args:
+        lengths: int [S], completion tokens of the sequences at hand; may be 0.
+        aggregation: see above.
+        total_tokens: completion tokens of the whole optimizer batch.
+        total_sequences: completions of the whole optimizer batch.
+        fixed_length: the length limit of completions (``rollout.max_new_tokens``).
+
+    Returns:
+        float64 [S]; 0 for an empty sequence, which has no tokens to weigh.
+
+    Raises:
+        ValueError: totals smaller than what is at hand, or an unknown aggregation.
+    """
+    lengths = np.asarray(lengths, dtype=np.int64)
+    if lengths.sum() > total_tokens or len(lengths) > total_sequences:
+        raise ValueError(
+            f"{lengths.sum()} tokens in {len(lengths)} sequences are more than the totals of the optimizer batch, "
+            f"{total_tokens} tokens in {total_sequences} sequences: the totals must count all ranks"
+        )
+    if aggregation == "token":
+        denominators = np.full(lengths.shape, total_tokens)
+    elif aggregation == "sequence":
+        denominators = total_sequences * lengths
+    elif aggregation == "fixed_length":
+        denominators = np.full(lengths.shape, total_sequences * fixed_length)
+    else:
+        raise ValueError(f"loss aggregation {aggregation!r}: known are 'token', 'sequence' and 'fixed_length'")
+    return np.where(lengths > 0, 1.0 / np.maximum(denominators, 1), 0.0)
+
+
+def cross_entropy_loss(
+    logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    weights: torch.Tensor,
+    *,
+    rollout_logprobs: torch.Tensor,
+    importance_weight_cap: float | None = None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Advantage-weighted cross-entropy, the loss of AAPO (arXiv 2505.14264) and GPG (arXiv 2504.02546).
+
+        L = - sum_t w_t A_t log pi(o_t)
+
+    No ratio, no clip, no KL. With ``importance_weight_cap`` each token is multiplied by the detached
+    min(pi / pi_rollout, cap): it makes up for the engine's numerics and, after a first update, for the policy's lag.
+
+    Args:
+        logprobs: float [...], log pi(o_t) under the current weights at the sampling temperature; carries the gradient.
+        advantages: float [...], A* of the token's completion.
+        weights: float [...], from ``token_weights``; 0 at padding.
+        rollout_logprobs: float [...], the engine's.
+        importance_weight_cap: None means no importance weight.
+
+    Returns:
+        The loss (a scalar sum), and sums for metrics.
+    """
+    valid = weights > 0
+    logprobs, rollout_logprobs = (_blank(x, valid) for x in (logprobs, rollout_logprobs))
+    metrics = _token_metrics(logprobs, advantages, valid) | _parity_metrics(logprobs, rollout_logprobs)
+    if importance_weight_cap is not None:
+        correction, more = _importance_weight(logprobs, rollout_logprobs, valid, importance_weight_cap)
+        weights, metrics = weights * correction, metrics | more
+    return -(weights * _blank(advantages, valid) * logprobs).sum(), metrics
+
+
+def ratio_clip_loss(
+    logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    weights: torch.Tensor,
+    *,
+    rollout_logprobs: torch.Tensor,
+    old_logprobs: torch.Tensor | None,
+    clip_low: float,
+    clip_high: float,
+    kl_coefficient: float = 0.0,
+    reference_logprobs: torch.Tensor | None = None,
+    importance_weight_cap: float | None = None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """GRPO's clipped surrogate with the KL term in the loss (DeepSeekMath, arXiv 2402.03300, equations 3 and 4).
+
+        ratio_t = pi(o_t) / pi_old(o_t)
+        L = sum_t w_t ( - min(ratio_t A_t, clip(ratio_t, 1 - clip_low, 1 + clip_high) A_t) + kl_coefficient KL_t )
+        KL_t = pi_ref / pi - log(pi_ref / pi) - 1           (k3: unbiased for KL(pi, pi_ref) and never negative)
+
+    Two bounds as in DAPO (arXiv 2503.14476). With ``importance_weight_cap`` the surrogate, not the KL, is multiplied
+    by the detached min(pi_old / pi_rollout, cap): the ratio covers the policy's lag, this the engine's numerics.
+
+    Args:
+        logprobs: float [...], log pi(o_t) under the current weights at the sampling temperature; carries the gradient.
+        advantages: float [...], A of the token's completion.
+        weights: float [...], from ``token_weights``; 0 at padding.
+        rollout_logprobs: float [...], the engine's.
+        old_logprobs: float [...], the learner's before the first of several updates. None in the first update: the
+            ratio is then 1, with the gradient of pi.
+        clip_low: how far below 1 the ratio may go.
+        clip_high: how far above 1.
+        kl_coefficient: beta.
+        reference_logprobs: float [...], the frozen reference's; needed where ``kl_coefficient`` is not 0.
+        importance_weight_cap: None means no importance weight.
+
+    Returns:
+        The loss (a scalar sum), and sums for metrics.
+
+    Raises:
+        ValueError: a KL term without reference log-probs.
+    """
+    valid = weights > 0
+    logprobs, rollout_logprobs, advantages = (_blank(x, valid) for x in (logprobs, rollout_logprobs, advantages))
+    old_logprobs = logprobs.detach() if old_logprobs is None else _blank(old_logprobs, valid)
+    ratio = _ratio(logprobs - old_logprobs)
+    surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
+    metrics = _token_metrics(logprobs, advantages, valid) | _parity_metrics(old_logprobs, rollout_logprobs)
+    metrics |= _ratio_metrics(ratio.detach(), advantages, valid, clip_low, clip_high)
+    if importance_weight_cap is not None:
+        correction, more = _importance_weight(old_logprobs, rollout_logprobs, valid, importance_weight_cap)
+        surrogate, metrics = surrogate * correction, metrics | more
+    loss = -(weights * surrogate).sum()
+    if kl_coefficient:
+        if reference_logprobs is None:
+            raise ValueError(f"kl_coefficient={kl_coefficient} needs the reference's log-probs")
+        kl = _k3(_blank(reference_logprobs, valid) - logprobs)
+        loss = loss + kl_coefficient * (weights * kl).sum()
+        metrics["kl"] = kl.detach().sum()
+    return loss, metrics
+
+
+def _blank(values: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Zero at padding. A product with weight 0 would not do: 0 * NaN is NaN."""
+    return torch.where(valid, values, 0.0)
+
+
+def _ratio(log_ratio: torch.Tensor) -> torch.Tensor:
+    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+def _k3(log_ratio: torch.Tensor) -> torch.Tensor:
+    """Schulman's estimator of KL(p, q) from samples of p, with ``log_ratio`` = log q - log p; 0 where they agree."""
+    log_ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return log_ratio.exp() - log_ratio - 1.0
+
+
+def _importance_weight(
+    logprobs: torch.Tensor, rollout_logprobs: torch.Tensor, valid: torch.Tensor, cap: float
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """min(pi / pi_rollout, cap) and its metrics, taken before the truncation."""
+    weight = _ratio(logprobs.detach() - rollout_logprobs)
+    metrics = {
+        "importance_weight/mean": _blank(weight, valid).sum(),
+        "importance_weight/truncated_fraction": ((weight > cap) & valid).sum(),
+    }
+    return weight.clamp(max=cap), metrics
+
+
+def _token_metrics(logprobs: torch.Tensor, advantages: torch.Tensor, valid: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The token count, and the lowest log-prob among tokens that are pushed down.
+
+    A negative advantage pushes without bound; a minimum that falls from step to step is the first sign of it.
+    """
+    pushed_down = torch.where(valid & (advantages < 0), logprobs.detach(), torch.inf)
+    lowest = pushed_down.min() if pushed_down.numel() else pushed_down.new_full((), torch.inf)
+    return {"tokens": valid.sum(), "min/negative_advantage_logprob": lowest}
+
+
+def _parity_metrics(logprobs: torch.Tensor, rollout_logprobs: torch.Tensor) -> dict[str, torch.Tensor]:
+    """How far the engine's log-probs are from the learner's: exp of the first metric is the multiplicative
+    probability error, the second estimates KL(pi_rollout, pi)."""
+    difference = logprobs.detach() - rollout_logprobs
+    return {"parity/abs_logprob_difference": difference.abs().sum(), "parity/kl": _k3(difference).sum()}
+
+
+def _ratio_metrics(
+    ratio: torch.Tensor, advantages: torch.Tensor, valid: torch.Tensor, clip_low: float, clip_high: float
+) -> dict[str, torch.Tensor]:
+    """The mean ratio, and how many tokens the clip left without a gradient, on each side."""
+    return {
+        "ratio/mean": _blank(ratio, valid).sum(),
+        "ratio/clipped_low_fraction": (valid & (ratio < 1 - clip_low) & (advantages < 0)).sum(),
+        "ratio/clipped_high_fraction": (valid & (ratio > 1 + clip_high) & (advantages > 0)).sum(),
+    }

@@ -1,0 +1,285 @@
+"""The one place that knows all parts: from a configuration to a trainer, and from there to a finished run.
+
+build_trainer(config)                         everything by the configuration
+build_trainer(config, data=..., rewards=...)  with parts of your own
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nemo_aapo import parallel, report
+from nemo_aapo.algorithms import Algorithm
+from nemo_aapo.checkpoint import Checkpointer
+from nemo_aapo.config import Config, ConfigError, ModelShape, digest
+from nemo_aapo.data.prompts import PromptSet, load_prompts
+from nemo_aapo.data.sampler import PromptSampler
+from nemo_aapo.data.tokenizer import load_tokenizer, require_eos
+from nemo_aapo.evaluate import Validator
+from nemo_aapo.experiment import open_experiment
+from nemo_aapo.policy import cpu, model_dir, precision
+from nemo_aapo.progress import Progress
+from nemo_aapo.reporter import RunReporter
+from nemo_aapo.rewards import build_reward
+from nemo_aapo.rewards.base import Reward
+from nemo_aapo.rewards.runner import RewardRunner
+from nemo_aapo.rollout.collect import Collector, RewardScorer
+from nemo_aapo.rollout.engine import RolloutEngine
+from nemo_aapo.rollout.reference import ReferenceRewards, RewardStore, store_key
+from nemo_aapo.stop import StopSignal
+from nemo_aapo.trainer import AAPOTrainer
+from nemo_aapo.types import SamplingSpec
+
+
+def train(config: Config, tree: dict[str, Any] | None = None, **parts: Any) -> int:
+    """A whole run: join the ranks, build, fit, export. Collective.
+
+    Args:
+        config: the typed configuration.
+        tree: the same as a resolved plain tree, for ``config.yaml``; made from ``config`` if not given.
+        parts: of one's own, as ``build_trainer`` takes them.
+
+    Returns:
+        0: complete, or stopped by a signal after a checkpoint.
+
+    Raises:
+        ConfigError, DataError: what can't work, on every rank.
+    """
+    tree = tree if tree is not None else json.loads(json.dumps(dataclasses.asdict(config)))
+    world_size = parallel.world_size_of_job()
+    precision.check(config.precision.name)
+    _, sizes = model_dir.check_model(config, world_size)
+    initialize(config)
+    rank = parallel.rank()
+    try:
+        with (
+            parallel.agree(lambda: open_experiment(config, tree, rank=rank, world_size=world_size)) as experiment,
+            StopSignal(Path(config.run.dir), speak=rank == 0) as stop,
+            Progress(config.trainer.max_steps, enabled=rank == 0) as progress,
+            contextlib.ExitStack() as stack,
+        ):
+            for line in sizes.arithmetic:
+                progress.note(line)
+            reporter = RunReporter(experiment, progress, stop, console_samples=config.validation.console_samples)
+            trainer = build_trainer(config, reporter=reporter, stack=stack, **parts)
+            complete = trainer.fit()
+            if complete:
+                _finish(trainer, reporter)
+            else:
+                progress.note(f"stopped after step {trainer.step}; the same command goes on from there")
+        if complete and rank == 0:
+            print(report.summary_table(config), flush=True)
+        return 0
+    finally:
+        parallel.shutdown()
+
+
+def initialize(config: Config) -> None:
+    """Join the job's ranks and cut them into Megatron's groups."""
+    cpu.install()
+    parallel.initialize(
+        tensor_model_parallel_size=config.model.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.model.pipeline_model_parallel_size,
+        seed=config.seed,
+        timeout_s=config.trainer.distributed_timeout_s,
+    )
+
+
+def build_trainer(
+    config: Config,
+    *,
+    reporter: Any,
+    stack: contextlib.ExitStack,
+    data: PromptSet | None = None,
+    validation_data: PromptSet | None = None,
+    rewards: RewardScorer | None = None,
+    engine: Callable[[Any], RolloutEngine] | None = None,
+) -> AAPOTrainer:
+    """A trainer of parts by the configuration, but for those that are given. Collective.
+
+    Args:
+        reporter: where the loop reports to (``reporter.RunReporter``).
+        stack: closes what needs closing (reward workers, the reference store, the engine).
+        data, validation_data: prompts; by default those of ``data.train`` and ``data.validation``.
+        rewards: a scorer; by default a ``RewardRunner`` for ``rewards`` of the configuration.
+        engine: makes an engine of a policy; by default the in-process Megatron engine.
+    """
+    from nemo_aapo.policy.learner import Learner
+    from nemo_aapo.policy.megatron import MegatronPolicy
+
+    shape = model_dir.read_model_dir(config.model.path)
+    tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
+    eos = require_eos(tokenizer, config.model.path)
+    scorer = _scorer(config, rewards, stack)
+    data = data or _prompts(config, config.data.train, tokenizer, scorer)
+    validation_data = validation_data or _prompts(config, config.data.validation, tokenizer, scorer)
+    for name, prompts in (("training", data), ("validation", validation_data)):
+        reporter.note(f"{len(prompts.prompts)} {name} prompts from {prompts.path}{_left_out(prompts)}")
+    sampler = PromptSampler(
+        len(data.prompts), config.prompts_per_step, config.seed, config.data.shuffle, data_digest=data.digest
+    )
+    reporter.note(f"loading {config.model.path} ({shape.architecture}) into Megatron")
+    policy = MegatronPolicy(config, shape)
+    algorithm = Algorithm(config.algorithm, config.rollout.max_new_tokens)
+    if algorithm.needs_reference_logprobs or config.algorithm.reference is not None:
+        policy.keep_reference()
+    rollout_engine = engine(policy) if engine else _engine(config, policy, shape)
+    stack.callback(rollout_engine.close)
+    sampling = SamplingSpec(config.rollout.temperature, config.rollout.max_new_tokens, (eos,))
+    collector = Collector(rollout_engine, scorer, _decoder(tokenizer))
+    return AAPOTrainer(
+        config=config,
+        policy=policy,
+        engine=rollout_engine,
+        collector=collector,
+        sampling=sampling,
+        data=data,
+        sampler=sampler,
+        algorithm=algorithm,
+        learner=Learner(
+            policy,
+            algorithm,
+            config.max_tokens_per_microbatch,
+            config.algorithm.updates_per_rollout,
+            config.model.tensor_model_parallel_size if config.model.sequence_parallel else 1,
+        ),
+        reference=_reference(config, collector, sampling, policy, stack),
+        validator=_validator(config, collector, validation_data, (eos,)),
+        checkpoints=Checkpointer(
+            Path(config.run.dir) / "checkpoints", digest(config), keep_last=config.checkpoint.keep_last
+        ),
+        reporter=reporter,
+    )
+
+
+# ---------------------------------------------------------------- parts
+
+
+def _scorer(config: Config, given: RewardScorer | None, stack: contextlib.ExitStack) -> RewardScorer | None:
+    """The rewards on this model-parallel group's source rank; None on its other ranks."""
+    if given is not None:
+        return given if parallel.is_model_parallel_source() else None
+
+    def make() -> RewardRunner | None:
+        rewards = [(reward_of(entry), float(entry.get("weight", 1.0))) for entry in config.rewards]
+        if not parallel.is_model_parallel_source():
+            return None
+        runner = config.reward_runner
+        return stack.enter_context(
+            RewardRunner(rewards, runner.workers, runner.timeout_s, score_on_failure=runner.score_on_failure)
+        )
+
+    return parallel.agree(make)
+
+
+def reward_of(entry: dict[str, Any]) -> Reward:
+    """The reward of one entry of ``rewards`` in the configuration; ``weight`` belongs to the list, not to it.
+
+    Raises:
+        ConfigError: unknown name or parameter.
+    """
+    try:
+        return build_reward({key: value for key, value in entry.items() if key != "weight"})
+    except ValueError as error:
+        raise ConfigError(f"rewards: {error}") from error
+
+
+def _prompts(config: Config, path: str, tokenizer: Any, scorer: RewardScorer | None) -> PromptSet:
+    """Rank 0 reads and checks the file; all ranks get the same prompts, or the same error."""
+    data = config.data
+
+    def load() -> PromptSet | None:
+        if parallel.rank() != 0:
+            return None
+        return load_prompts(
+            path,
+            tokenizer,
+            prompt_field=data.prompt_field,
+            answer_field=data.answer_field,
+            system_prompt=data.system_prompt,
+            chat_template=data.chat_template,
+            max_prompt_tokens=data.max_prompt_tokens,
+            on_bad_line=data.on_bad_line,
+            on_long_prompt=data.on_long_prompt,
+            verify_answer=getattr(scorer, "check_answer", None),
+        )
+
+    return parallel.broadcast_from_first_rank(parallel.agree(load))
+
+
+def _left_out(prompts: PromptSet) -> str:
+    counts = {
+        "bad lines": prompts.bad_lines,
+        "over the length limit": prompts.dropped_long,
+        "duplicates": prompts.duplicates,
+    }
+    named = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+    return f" (left out: {named})" if named else ""
+
+
+def _engine(config: Config, policy: Any, shape: ModelShape) -> RolloutEngine:
+    from nemo_aapo.rollout.megatron_engine import MegatronEngine
+
+    return MegatronEngine(policy.module, shape.vocab_size, config.rollout.max_concurrent_tokens, policy.version)
+
+
+def _decoder(tokenizer: Any) -> Callable[[np.ndarray], str]:
+    def decode(token_ids: np.ndarray) -> str:
+        return tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    return decode
+
+
+def _reference(
+    config: Config, collector: Collector, sampling: SamplingSpec, policy: Any, stack: contextlib.ExitStack
+) -> ReferenceRewards | None:
+    """Where reference rewards come from; None for an algorithm without a margin."""
+    algorithm = config.algorithm
+    if algorithm.reference is None:
+        return None
+    online = algorithm.reference == "online"
+
+    def open_store() -> RewardStore | None:
+        if online or parallel.rank() != 0:
+            return None
+        key = store_key(model_dir.digest(config.model.path), sampling, config.rewards, config.seed)
+        return stack.enter_context(contextlib.closing(RewardStore(algorithm.reference_store, key)))
+
+    return ReferenceRewards(
+        collector=collector,
+        sampling=sampling,
+        samples=algorithm.reference_samples,
+        seed=config.seed,
+        store=parallel.agree(open_store),
+        reference_weights=policy.reference_weights,
+        online=online,
+    )
+
+
+def _validator(config: Config, collector: Collector, data: PromptSet, stop_token_ids: Sequence[int]) -> Validator:
+    validation, stop = config.validation, tuple(stop_token_ids)
+    return Validator(
+        collector=collector,
+        prompts=data.prompts[: validation.max_prompts],
+        reward=validation.reward,
+        greedy=SamplingSpec(0.0, config.rollout.max_new_tokens, stop),
+        sampled=SamplingSpec(validation.temperature, config.rollout.max_new_tokens, stop, top_p=validation.top_p),
+        samples=validation.samples,
+        seed=config.seed,
+    )
+
+
+def _finish(trainer: AAPOTrainer, reporter: RunReporter) -> None:
+    """Export the model, then mark the run as finished."""
+    config = trainer.config
+    if config.export_hf_model:
+        reporter.note("exporting the Hugging Face model")
+        trainer.policy.export(str(Path(config.run.dir) / "hf_model"))
+    reporter.experiment.finish({"step": trainer.step, "policy_version": trainer.policy.version})

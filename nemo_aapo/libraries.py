@@ -1,0 +1,34 @@
+"""Heavy libraries without their noise: what they say that no reader of a training run can use."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+
+def quiet() -> None:
+    """Drop warnings that libraries give at import about packages that are not needed here. Errors stay.
+
+    Call it before they are imported. It imports nothing itself.
+    """
+    logging.getLogger("nv_one_logger").setLevel(logging.ERROR)  # telemetry, off, says at each import that it is off
+    for library in ("megatron", "nemo", "lightning"):
+        for category in (UserWarning, FutureWarning, DeprecationWarning):
+            warnings.filterwarnings("ignore", category=category, module=rf"{library}\.")
+
+
+def import_nemo() -> None:
+    """Import NeMo; its errors go to stderr, all else that it logs to its log files only.
+
+    It takes 8 to 15 s of CPU, so ranks other than 0 do without. ``nemo.core`` comes first: ``exp_manager`` imported
+    alone asks for packages that ``nemo-toolkit[core]`` does not bring.
+    """
+    quiet()
+    import nemo.core.config  # noqa: F401
+    from nemo.utils import logging as nemo_logging
+
+    nemo_logging.captureWarnings(False)  # NeMo drops all of a category once one library's are filtered
+    for handler in logging.getLogger("nemo_logger").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setLevel(logging.ERROR)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # what devices the idle trainer has found

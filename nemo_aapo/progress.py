@@ -1,0 +1,141 @@
+"""What a person sees of a run: a live bar on a terminal, one plain line a step without one."""
+
+from __future__ import annotations
+
+import collections
+import datetime
+import sys
+import time
+from collections.abc import Mapping
+from typing import TextIO
+
+from tqdm import tqdm
+
+QUIET_S = 30.0
+"""Without a terminal, a phase speaks at most this often once steps are being made."""
+REFRESH_S = 0.2
+"""On a terminal, counts are redrawn at most this often."""
+STEPS_IN_ESTIMATE = 20
+"""The time left is estimated from so many of the latest steps."""
+
+
+class Progress:
+    """Steps of a run, and the phases before and within them (loading, reference rewards, rollout, validating).
+
+    Ranks other than 0 make one with ``enabled=False``, which takes every call and shows nothing.
+    """
+
+    def __init__(self, total: int, start: int = 0, *, stream: TextIO | None = None, enabled: bool = True) -> None:
+        """
+        Args:
+            total: steps of the whole run.
+            start: steps that earlier parts of the run have made.
+            stream: where to; None: stdout.
+            enabled: False shows nothing.
+        """
+        self._stream = stream or sys.stdout
+        self._enabled = enabled
+        self._total, self._step = total, start
+        self._seconds: collections.deque[float] = collections.deque(maxlen=STEPS_IN_ESTIMATE)
+        self._accuracy: float | None = None
+        self._numbers = ""
+        self._phase, self._phase_total, self._phase_count = "", 0, 0
+        self._stepped = False
+        self._spoke_at = 0.0
+        form = "step {n_fmt}/{total_fmt} |{bar:20}| {desc}"
+        self._bar = (
+            tqdm(total=total, initial=start, file=self._stream, bar_format=form, dynamic_ncols=True)
+            if enabled and self._stream.isatty()
+            else None
+        )
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def phase(self, name: str, total: int = 0) -> None:
+        """Begin a phase, which ends with the next one or with the next step; ``total`` units of work if known."""
+        self._phase, self._phase_total, self._phase_count = name, total, 0
+        self._show_phase(urgent=not self._stepped)
+
+    def advance(self, count: int = 1) -> None:
+        """So many more units of the phase's work are done."""
+        self._phase_count += count
+        self._show_phase(urgent=not self._stepped and self._phase_count == self._phase_total)
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """A training step is done; ``metrics`` as in ``metrics.jsonl``."""
+        self._step, self._stepped = step, True
+        self._end_phase()
+        if "time/step" in metrics:
+            self._seconds.append(metrics["time/step"])
+        self._numbers = "  ".join(self._step_parts(metrics))
+        if self._bar is not None:
+            self._bar.n = step
+            self._redraw()
+        else:
+            self._line(f"step {step}/{self._total}  {self._numbers}")
+
+    def validation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """A validation is done; ``metrics`` as in ``metrics.jsonl``."""
+        self._accuracy = metrics["validation/accuracy_greedy"]
+        text = f"validation at step {step}: accuracy {self._accuracy:.3f} greedy"
+        if "validation/accuracy_sampled" in metrics:
+            text += f", {metrics['validation/accuracy_sampled']:.3f} sampled"
+            text += f" (standard error {metrics['validation/accuracy_sampled_stderr']:.3f})"
+        self.note(text)
+
+    def note(self, text: str) -> None:
+        """Say something that stays on the screen."""
+        if self._bar is not None:
+            self._bar.clear()
+            self._line(text)
+            self._redraw()
+        else:
+            self._line(text)
+
+    def close(self) -> None:
+        """Leave the terminal in order."""
+        if self._bar is not None:
+            self._end_phase()
+            self._redraw()
+            self._bar.close()
+
+    def _step_parts(self, metrics: Mapping[str, float]) -> list[str]:
+        parts = [f"reward {metrics['reward/mean']:.3f}"] if "reward/mean" in metrics else []
+        if self._accuracy is not None:
+            parts.append(f"accuracy {self._accuracy:.3f}")
+        if "tokens_per_second" in metrics:
+            parts.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")
+        if self._seconds:
+            left = (self._total - self._step) * sum(self._seconds) / len(self._seconds)
+            parts.append(f"{datetime.timedelta(seconds=round(left))} left")
+        return parts
+
+    def _show_phase(self, urgent: bool) -> None:
+        quiet_s = QUIET_S if self._bar is None else REFRESH_S
+        if not urgent and time.monotonic() - self._spoke_at < quiet_s:
+            return
+        if self._bar is not None:
+            self._redraw()
+        else:
+            self._line(self._phase_text())
+
+    def _end_phase(self) -> None:
+        self._phase, self._phase_total, self._phase_count = "", 0, 0
+
+    def _phase_text(self) -> str:
+        count = f" {self._phase_count} of {self._phase_total}" if self._phase_total else ""
+        return self._phase + count
+
+    def _redraw(self) -> None:
+        assert self._bar is not None
+        self._spoke_at = time.monotonic()
+        self._bar.set_description_str("  ".join(part for part in (self._numbers, self._phase_text()) if part))
+
+    def _line(self, text: str) -> None:
+        if self._enabled:
+            self._spoke_at = time.monotonic()
+            print(text, file=self._stream, flush=True)

@@ -1,0 +1,1 @@
+"""The quickstart's task and tiny base model: sums of two two-digit numbers."""

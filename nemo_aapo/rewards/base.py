@@ -1,0 +1,59 @@
+"""What a reward is, and how a list of them judges one completion."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Sequence
+from typing import ClassVar, Protocol
+
+from nemo_aapo.types import Completion, Prompt
+
+
+class Reward(Protocol):
+    """Judges one completion. Rewards are frozen dataclasses: their fields are the parameters of the configuration.
+
+    A reward must be a pure function of its arguments: it runs in any of several processes, in any order.
+    """
+
+    kind: ClassVar[str]
+    """The name in the configuration."""
+
+    @property
+    def name(self) -> str:
+        """The name in metrics (``reward/<name>``)."""
+        return self.kind
+
+    @property
+    def in_process(self) -> bool:
+        """True if it is cheap and always ends, so that it may run without a worker process to kill."""
+        return True
+
+    def __call__(self, prompt: Prompt, text: str, completion: Completion) -> float:
+        """The finite value of a completion.
+
+        Args:
+            prompt: with the gold answer.
+            text: the completion decoded, without special tokens.
+            completion: its tokens, and how it ended.
+        """
+        ...
+
+    def check_answer(self, answer: str) -> None:
+        """Raise ValueError if this gold answer can't be worked with. Called when data is loaded."""
+
+    def load(self) -> None:
+        """Import what scoring needs; raises what is wrong with it. Called once a worker, before its first item."""
+
+
+def score_parts(rewards: Sequence[Reward], prompt: Prompt, text: str, completion: Completion) -> list[float]:
+    """Each reward's value, finite or not. Raises what a reward raises."""
+    return [float(reward(prompt, text, completion)) for reward in rewards]
+
+
+def describe_error(error: BaseException) -> str:
+    """An exception in one line: its type, its message and the place that raised it."""
+    what = traceback.format_exception_only(error)[-1].strip()[:500]
+    if isinstance(error, SyntaxError):
+        return f"{what} ({error.filename}:{error.lineno})"
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<frozen")]
+    return f"{what} ({frames[-1].filename}:{frames[-1].lineno})" if frames else what

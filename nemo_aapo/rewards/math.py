@@ -1,0 +1,101 @@
+"""Accuracy by math-verify: 1 if the completion's answer equals the gold answer as mathematics, else 0.
+
+math-verify limits its time with ``signal.alarm``, which works in a main thread only and cannot interrupt C code.
+Its limits are switched off here, as ``RewardRunner`` kills a worker that is over time.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+from nemo_aapo.rewards.base import Reward
+from nemo_aapo.types import Completion, Prompt
+
+# The searched part of a completion: math-verify's patterns cost time that grows faster than the text.
+_BEFORE_BOX = 500
+_AFTER_BOX = 2000
+_UNBOXED_TAIL = 1000
+_BRACES = re.compile(r"\\.|[{}]")  # an escaped brace is a character of a set, such as \{1, 2\}
+
+
+@dataclass(frozen=True)
+class Accuracy(Reward):
+    """1.0 if the answer is right, else 0.0.
+
+    The last ``\\boxed{}`` of the completion counts; without one, what math-verify finds last in the last 1,000
+    characters, plain numbers included.
+    """
+
+    kind: ClassVar[str] = "accuracy"
+
+    @property
+    def in_process(self) -> bool:
+        """False: ``9^{9^{9^9}}`` never ends."""
+        return False
+
+    def __call__(self, prompt: Prompt, text: str, completion: Completion) -> float:
+        """Raises ValueError if the gold answer can't be parsed: such a prompt has no right answer."""
+        return float(_is_correct(prompt.answer, text))
+
+    def check_answer(self, answer: str) -> None:
+        """Raise ValueError unless a completion that boxes the gold answer itself would be judged right."""
+        _parse_gold(answer)
+        boxed = answer if "\\boxed" in answer else f"\\boxed{{{answer.strip('$ ')}}}"
+        if not _is_correct(answer, boxed):
+            raise ValueError(f"math-verify doesn't judge {boxed!r} to be equal to it")
+
+    def load(self) -> None:
+        """Import math-verify (and sympy) and compile its patterns."""
+        self.check_answer("1")
+
+
+def _is_correct(gold: str, text: str) -> bool:
+    # The gold answer goes first: math_verify.verify is not symmetric.
+    return _math_verify().verify(_parse_gold(gold), _math_verify().parse(_answer_window(text)), timeout_seconds=None)
+
+
+def _answer_window(text: str) -> str:
+    """The part of a completion that holds its answer: up to the end of the last box, or the last characters."""
+    box = text.rfind("\\boxed")
+    if box >= 0:
+        return text[max(0, box - _BEFORE_BOX) : box] + _up_to_closing_brace(text[box : box + _AFTER_BOX])
+    if len(text) <= _UNBOXED_TAIL:
+        return text
+    return text[-_UNBOXED_TAIL:].partition(" ")[2]  # from a space on, so that no number is cut in two
+
+
+def _up_to_closing_brace(text: str) -> str:
+    """``text`` up to the brace that closes its first one; all of it if none does."""
+    depth = 0
+    for brace in _BRACES.finditer(text):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth == 0 and brace[0] == "}":
+            return text[: brace.end()]
+    return text
+
+
+@functools.lru_cache(maxsize=4096)
+def _parse_gold(answer: str) -> list[Any]:
+    """The gold answer parsed as LaTeX: bare ``(3, \\pi)`` would otherwise be taken for a text that holds a 3."""
+    parsed = _math_verify().parse(answer if "$" in answer or "\\boxed" in answer else f"${answer}$")
+    if all(isinstance(p, str) for p in parsed):
+        raise ValueError("math-verify can't parse it as mathematics")
+    return parsed
+
+
+@functools.cache
+def _math_verify() -> SimpleNamespace:
+    """``parse`` and ``verify``, imported late: sympy takes most of a second."""
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+
+    # It warns that time limits are off, once a process; here that is on purpose.
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
+    targets = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
+    parse_any: Callable[[str], list[Any]] = functools.partial(parse, extraction_config=targets, parsing_timeout=None)
+    return SimpleNamespace(parse=parse_any, verify=verify)

@@ -1,0 +1,153 @@
+"""The run directory: whose it is, which configuration it belongs to, and that one process at a time writes it."""
+
+from __future__ import annotations
+
+import datetime
+import errno
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import uuid
+from pathlib import Path
+from typing import Any, TextIO
+
+import yaml
+
+from nemo_aapo.config import Config, ConfigError, decisive_settings, digest
+from nemo_aapo.files import to_json, write_atomic
+
+RECORD = "run.json"
+"""What the directory belongs to: digest and settings of the configuration, and every start with its versions."""
+LOCK = ".lock"
+VERSIONS_OF = ("torch", "megatron-core", "megatron-bridge", "transformers", "nemo-toolkit", "math-verify")
+SHOWN_DIFFERENCES = 12
+_NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+def check_run_directory(config: Config) -> None:
+    """Refuse a run directory that holds a run with another configuration. Reads one small file, writes nothing.
+
+    Raises:
+        ConfigError: the settings that differ, and what to do.
+    """
+    directory = Path(config.run.dir)
+    if directory.exists() and not directory.is_dir():
+        raise ConfigError(f"run.dir={config.run.dir}: is a file; name a directory")
+    record = read_record(directory)
+    if record is None or record["digest"] == digest(config):
+        return
+    there, now = _flat(record["settings"]), _flat(json.loads(to_json(decisive_settings(config))))
+    different = [key for key in {*there, *now} if (key in there, there.get(key)) != (key in now, now.get(key))]
+    different.sort(key=lambda key: (key not in there or key not in now, key))  # what was changed before what is new
+    shown = [f"  {key}: {_show(there, key)} there, {_show(now, key)} now" for key in different[:SHOWN_DIFFERENCES]]
+    if len(different) > SHOWN_DIFFERENCES:
+        shown.append(f"  and {len(different) - SHOWN_DIFFERENCES} more")
+    raise ConfigError(
+        f"run.dir={config.run.dir} holds a run with another configuration:\n" + "\n".join(shown) + "\n"
+        f"Give this run another name (run.name=NAME or run.dir=DIR), set these as they were, or remove {config.run.dir}"
+    )
+
+
+def claim(config: Config, tree: dict[str, Any], world_size: int) -> tuple[TextIO, str]:
+    """Make the run directory this process's own: lock it, check it, write ``run.json`` and ``config.yaml``.
+
+    Args:
+        tree: the resolved configuration as a plain tree, written for people.
+        world_size: ranks of this start, for the record.
+
+    Returns:
+        The open lock file, which holds the directory until it is closed; and the run's id, 8 hex digits that stay
+        the same over resumes.
+
+    Raises:
+        ConfigError: another process uses the directory, or it holds a run with another configuration.
+    """
+    directory = Path(config.run.dir)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"run.dir={config.run.dir}: can't be made ({error.strerror})") from None
+    lock = _lock(directory, config.run.dir)
+    try:
+        check_run_directory(config)
+    except ConfigError:
+        lock.close()
+        raise
+    record = read_record(directory) or {
+        "id": uuid.uuid4().hex[:8],
+        "digest": digest(config),
+        "settings": decisive_settings(config),
+        "starts": [],
+    }
+    record["starts"].append(_this_start(world_size))
+    write_atomic(directory / RECORD, to_json(record) + "\n")
+    write_atomic(directory / "config.yaml", yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
+    return lock, record["id"]
+
+
+def read_record(directory: Path) -> dict[str, Any] | None:
+    """What ``run.json`` says; None where there is no run yet.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    path = directory / RECORD
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ConfigError(f"{path}: damaged ({error}). Name another run.dir, or remove {directory}") from None
+    return record
+
+
+def _lock(directory: Path, named: str) -> TextIO:
+    lock = (directory / LOCK).open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        holder = lock.read().strip() or "another process"
+        lock.close()
+        raise ConfigError(
+            f"run.dir={named}: in use by {holder}. Stop that run, or give this one another name (run.name=NAME)"
+        ) from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS_HERE:  # some cluster file systems are mounted without locks
+            raise
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    lock.flush()
+    os.register_at_fork(after_in_child=lock.close)  # a worker that outlives the run must not keep the directory
+    return lock
+
+
+def _this_start(world_size: int) -> dict[str, Any]:
+    return {
+        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "host": socket.gethostname(),
+        "world_size": world_size,
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in VERSIONS_OF}},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value; lists are values."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value})
+    return found
+
+
+def _show(settings: dict[str, Any], key: str) -> str:
+    return to_json(settings[key]) if key in settings else "not set"

@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# From a fresh checkout to a trained model on a CPU: environment, base model, AAPO. It leaves results/quickstart.
+#
+#   bash scripts/quickstart.sh [KEY=VALUE ...]     settings of conf/train_aapo.yaml, passed on to scripts/train.py
+#
+# Run again, it reuses the environment and the base model. A run that was broken off goes on where its last checkpoint
+# is; a finished one is moved aside and trained anew.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+readonly RUN=results/quickstart
+readonly BASE_MODEL=results/quickstart_base
+
+main() {
+    bash scripts/environment.sh
+    export PATH="$PWD/.venv/bin:$PATH"
+    export HF_HUB_OFFLINE=1 # all it needs is in the checkout: never wait for a hub
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(threads)}"
+    python scripts/make_base_model.py --out "$BASE_MODEL"
+    move_finished_run_aside "$@"
+    python scripts/train.py experiment=quickstart "$@"
+    echo "quickstart: done in $((SECONDS / 60)) min $((SECONDS % 60)) s; the results are in $RUN"
+}
+
+# One thread a core up to four: the model is too small to keep more busy.
+threads() {
+    local cores
+    cores=$(nproc)
+    echo $((cores < 4 ? cores : 4))
+}
+
+# Does nothing where the arguments name another run directory or ask for help.
+move_finished_run_aside() {
+    local argument
+    for argument in "$@"; do
+        [[ $argument == run.* || $argument == -* ]] && return
+    done
+    if [[ -e $RUN/finished ]]; then
+        rm -rf "$RUN.previous"
+        mv "$RUN" "$RUN.previous"
+        echo "quickstart: $RUN was finished; it is now $RUN.previous, and training starts anew"
+    fi
+}
+
+main "$@"

@@ -1,0 +1,31 @@
+"""Trains a policy: ``python scripts/train.py KEY=VALUE ...``, alone or under torchrun; ``--help`` says more."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from nemo_aapo.config import Config
+from nemo_aapo.entry import config_main
+from nemo_aapo.policy.model_dir import check_model
+from nemo_aapo.run_directory import check_run_directory
+
+
+def check(config: Config) -> None:
+    """Refuse what can be refused without torch and NeMo: model, layout, run directory."""
+    check_model(config, int(os.environ.get("WORLD_SIZE", "1")))
+    check_run_directory(config)
+
+
+def train(config: Config, tree: dict[str, Any]) -> int:
+    from nemo_aapo import assemble  # torch and Megatron
+
+    return assemble.train(config, tree)
+
+
+if __name__ == "__main__":
+    raise SystemExit(
+        config_main(
+            train, description="Train a policy with AAPO: one rank (scripts/launch.py starts many).", check=check
+        )
+    )

@@ -1,0 +1,68 @@
+"""Packaging of nemo_aapo. The exact versions that were seen working are in requirements/; here are the ranges."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+
+
+def version() -> str:
+    """``__version__`` of the package, read without importing it."""
+    text = (ROOT / "nemo_aapo" / "__init__.py").read_text(encoding="utf-8")
+    return re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE).group(1)
+
+
+def readme() -> str:
+    """The project page; empty in a checkout or image without it."""
+    path = ROOT / "README.md"
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+setup(
+    name="nemo_aapo",
+    version=version(),
+    description="AAPO (arXiv 2505.14264), reinforcement learning for reasoning, on Megatron-core policies",
+    long_description=readme(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10,<3.13",
+    packages=find_packages(include=["nemo_aapo", "nemo_aapo.*"]),  # scripts/ and conf/ are used from the checkout
+    install_requires=[
+        "torch>=2.6",
+        "megatron-core>=0.16.1,<0.17",  # policy/cpu.py replaces parts of it and checks the version
+        "transformers>=4.57,<5",  # as megatron-bridge asks
+        "huggingface_hub<1",  # as transformers 4 asks; some data libraries would raise it
+        "tokenizers",
+        "safetensors>=0.4.3",
+        "jinja2",  # transformers renders chat templates with it without declaring it
+        "hydra-core>=1.3.2,<1.4",
+        "omegaconf>=2.3,<2.4",
+        "pyyaml",
+        "numpy>=1.26",
+        "psutil",  # mcore's checkpoint writer imports it without declaring it
+        "tqdm",
+    ],
+    extras_require={
+        # The entry points (hydra_runner, exp_manager) and their loggers
+        "nemo": ["nemo-toolkit[core]>=2.7.3,<2.8", "lightning>=2.4,<2.5", "tensorboard"],
+        "math": ["math-verify[antlr4_9_3]>=0.9,<0.10"],
+        "gpu": ["megatron-bridge>=0.3.1,<0.4", "transformer-engine[pytorch]>=2.9,<2.12"],
+        "wandb": ["wandb>=0.25"],
+        "dev": ["pytest", "pytest-timeout", "ruff"],
+    },
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,106 @@
+"""What the CPU patches promise, one test each. They run on a worker rank, where ``cpu.install()`` was called."""
+
+from __future__ import annotations
+
+import pytest
+
+
+def _device_queries():
+    import torch
+
+    assert torch.cuda.current_device() == torch.device("cpu")
+    torch.cuda.synchronize()
+    tensor = torch.ones(2)
+    assert tensor.cuda() is tensor
+
+
+def _cuda_literals():
+    import torch
+    from megatron.core.pipeline_parallel import schedules
+    from megatron.core.transformer.utils import get_default_causal_mask
+
+    assert get_default_causal_mask(3).tolist() == [[False, True, True], [False, False, True], [False, False, False]]
+    assert schedules.torch.zeros([], device="cuda").device.type == "cpu"
+    assert schedules.torch.Tensor is torch.Tensor  # everything else is torch's own
+    with pytest.raises((AssertionError, RuntimeError)):
+        torch.zeros(1, device="cuda")  # and torch itself is as it was
+
+
+def _gradient_clipping():
+    import torch
+    from megatron.core.optimizer import clip_grads, optimizer
+
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.tensor([3.0, 4.0])
+    clip_grads.clip_grad_by_total_norm_fp32([parameter], max_norm=1.0, total_norm=5.0)
+    torch.testing.assert_close(parameter.grad, torch.tensor([0.6, 0.8]))
+    optimizer.clip_grad_by_total_norm_fp32([parameter], max_norm=10.0, total_norm=1.0)
+    torch.testing.assert_close(parameter.grad, torch.tensor([0.6, 0.8]))  # never scaled up
+
+
+def _rng_tracker():
+    import torch
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    tracker = get_cuda_rng_tracker()
+    tracker.add("test", 7)
+    torch.manual_seed(1)
+    outside = torch.rand(3)
+    torch.manual_seed(1)
+    with tracker.fork("test"):
+        first = torch.rand(3)
+    assert torch.equal(torch.rand(3), outside)  # the default stream did not notice
+    with tracker.fork("test"):
+        second = torch.rand(3)
+    assert not torch.equal(first, second)  # the forked stream went on
+    assert torch.equal(first, torch.rand(3, generator=torch.Generator().manual_seed(7)))
+
+
+def _checkpoint_writer():
+    import queue
+
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    assert isinstance(filesystem_async._get_write_results_queue(), queue.Queue)
+
+
+def _other_versions_are_refused():
+    import megatron.core
+
+    from nemo_aapo.policy import cpu
+
+    version, megatron.core.__version__ = megatron.core.__version__, "0.17.0"
+    try:
+        with pytest.raises(RuntimeError, match=r"megatron-core 0\.17\.0 .* 0\.16"):
+            cpu._check_version()
+    finally:
+        megatron.core.__version__ = version
+
+
+def _the_bridge_leaves_no_stand_ins_behind():
+    import importlib
+    import sys
+
+    from nemo_aapo.policy.weights import OPTIONAL_DEPENDENCIES, _auto_bridge_class
+
+    _auto_bridge_class()
+    assert not [name for name in sys.modules if name.partition(".")[0] == "transformer_engine"]
+    with pytest.raises(ImportError):
+        importlib.import_module("transformer_engine")
+    assert "transformer_engine" in OPTIONAL_DEPENDENCIES
+
+
+@pytest.mark.parametrize(
+    "promise",
+    [
+        _device_queries,
+        _cuda_literals,
+        _gradient_clipping,
+        _rng_tracker,
+        _checkpoint_writer,
+        _other_versions_are_refused,
+        _the_bridge_leaves_no_stand_ins_behind,
+    ],
+)
+def test_cpu_patch(ranks, promise):
+    ranks.run(promise)

@@ -1,0 +1,255 @@
+"""Whole runs on worker ranks: real text, every algorithm, layouts, interruption, numbers that are not finite."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.models import SIZES, save_character_tokenizer, save_model
+
+SHARED = Path(__file__).parents[3] / "shared"
+TIMES = ("time/", "tokens_per_second")
+STEP_KEYS = {
+    "step", "reward/mean", "reward/std", "reference_reward/mean", "advantage/abs_mean", "groups/zero_std",
+    "groups/zero_advantage", "loss", "grad_norm", "lr", "entropy", "completion_length/mean", "completion_length/max",
+    "truncated_fraction", "tokens_per_second", "time/rollout", "time/reward", "time/train", "time/refit", "time/step",
+}  # fmt: skip
+
+
+class Parity:
+    """Half a point for an even sum of token ids, half for one that is divisible by three: a random model has both."""
+
+    kind = name = "parity"
+    in_process = True
+
+    def __init__(self, signal_at: int | None = None) -> None:
+        self.calls, self.signal_at = 0, signal_at
+
+    def __call__(self, prompt, text, completion):
+        self.calls += 1
+        if self.calls == self.signal_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        total = int(completion.token_ids.sum())
+        return 0.5 * (total % 2 == 0) + 0.5 * (total % 3 == 0)
+
+    def check_answer(self, answer): ...
+
+    def load(self): ...
+
+
+def run(overrides, signal_at=None, own_reward=True):
+    """One rank of a whole run."""
+    from nemo_aapo import RewardRunner, load_config, train
+
+    parts = {"rewards": RewardRunner([(Parity(signal_at), 1.0)], workers=0, timeout_s=10.0)} if own_reward else {}
+    return train(load_config(overrides), **parts)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random two-layer model and forty prompts."""
+    from transformers import Qwen2Config
+
+    folder = tmp_path_factory.mktemp("training")
+    save_model(Qwen2Config(**{**SIZES, "num_hidden_layers": 2, "tie_word_embeddings": True}), folder / "model")
+    save_character_tokenizer(folder / "model")
+    for name, first, count in (("train", 10, 40), ("validation", 60, 6)):
+        rows = [{"question": f"{n}+{n + 1}=", "answer": str(2 * n + 1)} for n in range(first, first + count)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def settings(folder, run_dir, *more, tp=1, pp=1, world=1):
+    return [
+        f"model.path={folder}/model",
+        f"data.train={folder}/train.jsonl",
+        f"data.validation={folder}/validation.jsonl",
+        f"run.dir={run_dir}",
+        f"trainer.devices={world}",
+        f"model.tensor_model_parallel_size={tp}",
+        f"model.pipeline_model_parallel_size={pp}",
+        "trainer.max_steps=4",
+        "trainer.val_check_interval=2",
+        "trainer.distributed_timeout_s=60",
+        "checkpoint.save_interval=2",
+        "prompts_per_step=4",
+        "group_size=4",
+        "max_tokens_per_microbatch=96",
+        "rollout.max_new_tokens=8",
+        "rollout.max_concurrent_tokens=512",
+        "data.max_prompt_tokens=16",
+        "model.optim.lr=1e-3",
+        "model.optim.eps=1e-4",
+        "rewards=[{name: parity, weight: 1.0}]",
+        "validation.reward=parity",
+        "validation.samples=2",
+        "exp_manager.create_tensorboard_logger=false",
+        *more,
+    ]
+
+
+def metrics(run_dir, timeless=True):
+    lines = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not (timeless and k.startswith(TIMES))} for line in lines]
+
+
+def exported(run_dir):
+    return (Path(run_dir) / "hf_model" / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(ranks, folder):
+    run_dir = folder / "uninterrupted"
+    assert ranks.run(run, settings(folder, run_dir), tp=None) == [0]
+    return run_dir
+
+
+def test_a_run_leaves_what_its_contract_says(uninterrupted):
+    for name in ("config.yaml", "metrics.jsonl", "finished", "logs", "checkpoints/step_000004", "hf_model/config.json"):
+        assert (uninterrupted / name).exists(), name
+    lines = metrics(uninterrupted, timeless=False)
+    steps = [line for line in lines if "loss" in line]
+    validations = [line for line in lines if "validation/accuracy_greedy" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4]
+    assert [line["step"] for line in validations] == [0, 2, 4]
+    assert all(set(line) >= STEP_KEYS for line in steps)
+    assert all(np.isfinite(line[key]) for line in steps for key in STEP_KEYS)
+    assert all(line["parity/mult_prob_error"] < 1.0001 for line in steps)
+    assert lines[0] == validations[0]  # before any update
+    rows = [json.loads(line) for line in (uninterrupted / "rollouts" / "step_000002.jsonl").read_text().splitlines()]
+    assert len(rows) == 6 * (1 + 2)
+    assert set(rows[0]) >= {"prompt", "completion", "answer", "reward", "finish_reason"}
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(ranks, folder, uninterrupted):
+    run_dir = folder / "stopped"
+    # reward calls: 6 x 3 in the first validation, 4 x 4 reference completions a step for 4 steps, then 16 a step
+    in_the_third_step = 18 + 64 + 32 + 18 + 5
+    assert ranks.run(run, settings(folder, run_dir), in_the_third_step, tp=None) == [0]
+    assert [line["step"] for line in metrics(run_dir)] == [0, 1, 2, 2, 3]
+    assert not (run_dir / "finished").exists()
+    assert ranks.run(run, settings(folder, run_dir), tp=None) == [0]
+    assert metrics(run_dir) == metrics(uninterrupted)
+    assert exported(run_dir) == exported(uninterrupted)
+
+
+def test_another_layout_takes_over_the_checkpoint_and_ends_in_the_same_weights(ranks, folder, uninterrupted):
+    run_dir = folder / "moved"
+    assert ranks.run(run, settings(folder, run_dir, "trainer.max_steps=2"), tp=None) == [0]
+    moved = settings(folder, run_dir, world=4, tp=2, pp=2)
+    assert ranks.run(run, moved, world=4, tp=None) == [0] * 4
+    assert_same_run(run_dir, uninterrupted)
+
+
+def test_a_run_on_four_ranks_gives_the_metrics_of_one(ranks, folder, uninterrupted):
+    run_dir = folder / "tp2dp2"
+    config = settings(folder, run_dir, "model.sequence_parallel=true", world=4, tp=2)
+    assert ranks.run(run, config, world=4, tp=None) == [0] * 4
+    assert_same_run(run_dir, uninterrupted)
+
+
+def assert_same_run(run_dir, other):
+    from safetensors.numpy import load_file
+
+    for line, expected in zip(metrics(run_dir), metrics(other), strict=True):
+        assert line["step"] == expected["step"]
+        for key in set(expected) & {"reward/mean", "loss", "grad_norm", "entropy", "validation/accuracy_sampled"}:
+            assert line[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-6), key
+    weights, expected = (load_file(Path(d) / "hf_model" / "model.safetensors") for d in (run_dir, other))
+    for name in expected:
+        np.testing.assert_allclose(weights[name], expected[name], atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("algorithm", ["aapo_paper", "gpg", "grpo"])
+def test_every_algorithm_runs_with_its_papers_settings(ranks, folder, algorithm):
+    run_dir = folder / algorithm
+    config = settings(folder, run_dir, f"algorithm={algorithm}", "trainer.max_steps=2", "export_hf_model=false")
+    assert ranks.run(run, config, tp=None) == [0]
+    steps = [line for line in metrics(run_dir) if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2]
+    assert (steps[0]["reference_reward/mean"] is not None) == (algorithm == "aapo_paper")
+    assert ("kl" in steps[0]) == (algorithm == "grpo")
+    assert all(line["grad_norm"] > 0 for line in steps)
+
+
+def test_numbers_that_are_not_finite_end_the_run_on_every_rank_and_leave_the_checkpoints(ranks, folder):
+    run_dir = folder / "overflow"
+    config = settings(folder, run_dir, "model.optim.sched.warmup_steps=3", "model.optim.lr=1e30", world=2, pp=2)
+    config += ["checkpoint.save_interval=1", "trainer.val_check_interval=0"]
+    with pytest.raises(AssertionError) as raised:
+        ranks.run(run, config, world=2, tp=None)
+    assert str(raised.value).count("not finite") >= 2, raised.value  # both ranks say so
+    assert not (run_dir / "finished").exists()
+
+
+def test_a_directory_with_another_configuration_is_refused(ranks, folder, uninterrupted):
+    before = {path: path.read_bytes() for path in uninterrupted.rglob("*.json*")}
+    with pytest.raises(AssertionError, match=r"(?s)another configuration.*model\.optim\.lr: 0\.001 there, 0\.5 now"):
+        ranks.run(run, settings(folder, uninterrupted, "model.optim.lr=0.5"), tp=None)
+    assert before == {path: path.read_bytes() for path in uninterrupted.rglob("*.json*")}
+
+
+def test_real_text_with_the_real_vocabulary_flows_through_every_stage(ranks, tmp_path):
+    make_real_input(tmp_path)
+    (tmp_path / "length.py").write_text(
+        "def by_length(prompt, completion, answer, **info):\n    return len(completion) % 5 / 4\n"
+    )
+    config = settings(
+        tmp_path,
+        tmp_path / "run",
+        "trainer.max_steps=2",
+        "trainer.val_check_interval=0",
+        "data.max_prompt_tokens=256",
+        "rollout.max_new_tokens=24",
+        "rollout.max_concurrent_tokens=8192",
+        "max_tokens_per_microbatch=1024",
+        f"rewards=[{{name: accuracy, weight: 1.0}}, {{name: custom, function: '{tmp_path}/length.py:by_length'}}]",
+        "validation.reward=accuracy",
+        "export_hf_model=false",
+    )
+    assert ranks.run(run, config, None, False, tp=None) == [0]
+    steps = metrics(tmp_path / "run")
+    assert [line["step"] for line in steps] == [1, 2]
+    assert all(line["parity/mult_prob_error"] < 1.001 for line in steps)
+    assert all(line["reward/by_length"] > 0 and line["grad_norm"] > 0 for line in steps)
+
+
+def make_real_input(folder):
+    """GSM8K rows, Qwen2's tokenizer with a chat template, and a random tiny model of its vocabulary.
+
+    Without the shared material beside the checkout: rows of the same form, and a small tokenizer.
+    """
+    from transformers import Qwen2Config, Qwen2TokenizerFast
+
+    sizes = {**SIZES, "vocab_size": 151_936, "hidden_size": 32, "num_hidden_layers": 2, "max_position_embeddings": 512}
+    (folder / "model").mkdir()
+    if (SHARED / "tokenizers" / "qwen2").is_dir():
+        vocabulary = SHARED / "tokenizers" / "qwen2"
+        tokenizer = Qwen2TokenizerFast(str(vocabulary / "vocab.json"), str(vocabulary / "merges.txt"))
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+        tokenizer.eos_token = "<|im_end|>"
+        tokenizer.chat_template = (
+            "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+        )
+        tokenizer.save_pretrained(folder / "model")
+        sizes["eos_token_id"] = tokenizer.eos_token_id
+    else:
+        save_character_tokenizer(folder / "model")
+    save_model(Qwen2Config(**sizes, tie_word_embeddings=True), folder / "model")
+    gsm8k = SHARED / "data" / "gsm8k" / "train.jsonl"
+    if gsm8k.exists():
+        rows = gsm8k.read_text().splitlines()[:46]
+    else:
+        question = "A farm has {n} hens and each lays 2 eggs a day. How many eggs are there after 500 days?"
+        rows = [
+            json.dumps({"question": question.format(n=n), "answer": f"{n} * 2 * 500\n#### {n},000"})
+            for n in range(1, 47)
+        ]
+    (folder / "train.jsonl").write_text("\n".join(rows[:40]))
+    (folder / "validation.jsonl").write_text("\n".join(rows[40:]))
