@@ -15,18 +15,11 @@ main() {
     bash scripts/environment.sh
     export PATH="$PWD/.venv/bin:$PATH"
     export HF_HUB_OFFLINE=1 # all it needs is in the checkout: never wait for a hub
-    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(threads)}"
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # the model is too small to keep two busy, and they wait for each other
     python scripts/make_base_model.py --out "$BASE_MODEL"
     move_finished_run_aside "$@"
     python scripts/train.py experiment=quickstart "$@"
     echo "quickstart: done in $((SECONDS / 60)) min $((SECONDS % 60)) s; the results are in $RUN"
-}
-
-# One thread a core up to four: the model is too small to keep more busy.
-threads() {
-    local cores
-    cores=$(nproc)
-    echo $((cores < 4 ? cores : 4))
 }
 
 # Does nothing where the arguments name another run directory or ask for help.
