@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import os
 import pickle
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -187,7 +188,7 @@ def lost_ranks_reported(doing: Callable[[], str]) -> Iterator[None]:
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo/transport" not in str(error):  # gloo's have no class
             raise
-        reason = str(error).splitlines()[0]
+        reason = re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0]).partition(". ")[0]  # without the place in gloo
         raise LostRankError(
             f"rank {dist.get_rank()} of {dist.get_world_size()} ended at {doing()}: another rank is gone or did not "
             f"come within trainer.distributed_timeout_s. The rank that ended first says why ({reason})"

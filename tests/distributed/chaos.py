@@ -92,6 +92,12 @@ class Life:
     hung: list[int]
     """Ranks that had to be killed, as they did not end in time."""
 
+    def story(self) -> str:
+        """In a few words."""
+        if self.kill is None or -signal.SIGKILL in self.codes:
+            return str(self.kill)
+        return f"({self.kill}: over before)"
+
 
 class Chaos:
     """Runs in one folder. Uninterrupted ones are made when they are first compared with, one for each layout."""
@@ -114,7 +120,9 @@ class Chaos:
         self.uninterrupted(layout)
         run_dir = self.folder / name
         lives = [self.live(run_dir, layout, kill) for kill in (*kills, None)]
-        for life in lives:
+        for life in lives[:-1]:
+            killed = -signal.SIGKILL in life.codes
+            assert killed or not any(life.codes), f"failed before {life.kill} ({life.codes}); see {run_dir}.log.*"
             assert not life.hung, f"rank {life.hung} had to be killed after {life.kill}; see {run_dir}.log.*"
         assert lives[-1].codes == [0] * layout.world, f"the last start failed ({lives}); see {run_dir}.log.*"
         self.compare(run_dir, layout)
