@@ -7,9 +7,11 @@ product from outside; the product knows nothing of it. SIGKILL leaves no process
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import random
+import resource
 import signal
 import sys
 import time
@@ -29,6 +31,7 @@ LIFE_S = 240.0
 """A run that takes longer hangs, however busy the machine."""
 FAULT_TIMEOUT_S = 30.0
 """Survivors of a killed rank have to end within this."""
+FULL_DISK_BYTES = 100_000
 CLOCK = "clock"
 POINTS = {
     # name: (module, attribute, kill before or after the call, which calls count, ranks that come by, calls to choose)
@@ -43,6 +46,8 @@ POINTS = {
     "export": ("os", "replace", "before", "hf_model.partial", "first", (1, 1)),
 }
 """Where a rank can kill itself."""
+FULL_DISK = "full disk"
+_HARMS = {**POINTS, FULL_DISK: ("nemo_aapo.torch_dist", "_Writer.write_data", "full", "", "any", (1, 3))}
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ class Kill:
     """One SIGKILL."""
 
     point: str
-    """Of ``POINTS``, or ``CLOCK``: from outside, at any time."""
+    """Of ``POINTS``; ``CLOCK``: from outside, at any time; ``FULL_DISK``: it is not killed, but a save fails."""
     at: float
     """At which call; for ``CLOCK`` after which fraction of an uninterrupted run's time."""
     rank: int = 0
@@ -200,10 +205,17 @@ def draw(seed: int) -> tuple[Layout, list[Kill]]:
     return layout, kills
 
 
+def run_rank(words: list[str], kill: Kill | None) -> int:
+    """One rank of a run, in whose way the kill may stand."""
+    if kill is not None and kill.point != CLOCK and int(os.environ["RANK"]) == kill.rank:
+        kill_at(kill.point, int(kill.at))
+    return run(words)
+
+
 def kill_at(point: str, call: int) -> None:
-    """From now on, this process kills itself at the n-th call of a function of ``POINTS``."""
-    module, path, when, argument, _, _ = POINTS[point]
-    owner: Any = sys.modules[module]
+    """From now on, this process kills itself (or has a full disk) at the n-th call of a function of ``POINTS``."""
+    module, path, when, argument, _, _ = _HARMS[point]
+    owner: Any = importlib.import_module(module)
     *outer, name = path.split(".")
     for part in outer:
         owner = getattr(owner, part)
@@ -219,8 +231,10 @@ def _killing(function: Callable[..., Any], call: int, when: str, argument: str) 
         due = calls == call and argument in str(args[0])
         if due and when == "before":
             os.kill(os.getpid(), signal.SIGKILL)
+        if due and when == "full":  # no file may grow beyond this; writing ends in an error, as on a full disk
+            resource.setrlimit(resource.RLIMIT_FSIZE, (FULL_DISK_BYTES, resource.RLIM_INFINITY))
         result = function(*args, **kwargs)
-        if due:
+        if due and when == "after":
             os.kill(os.getpid(), signal.SIGKILL)
         return result
 
@@ -233,9 +247,7 @@ def _rank(environment: dict[str, str], words: list[str], kill: Kill | None, log:
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.environ.update(environment)
-    if kill is not None and kill.point != CLOCK and int(environment["RANK"]) == kill.rank:
-        kill_at(kill.point, int(kill.at))
-    sys.exit(run(words))
+    sys.exit(run_rank(words, kill))
 
 
 def _see_off(ranks: Sequence[Any], kill: Kill | None) -> Life:
