@@ -23,9 +23,8 @@ def main() -> int:
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="aapo_stress_"))
     chaos = Chaos(folder)
-    print(
-        f"runs and logs: {folder}\n{'seed':>4}  {'layout':<7} {'lives':>5} {'seconds':>7}  result; killed", flush=True
-    )
+    print(f"runs and logs: {folder}")
+    print(f"{'seed':>4}  {'layout':<7} {'lives':>5} {'seconds':>7}  result; killed", flush=True)
     failures = 0
     for seed in range(arguments.first, arguments.first + arguments.seeds):
         layout, kills = draw(seed)
