@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from nemo_aapo.command_line import read_command_line
-from nemo_aapo.config import ConfigError, parse
+from nemo_aapo.config import Config, ConfigError, parse
 from nemo_aapo.entry import compose
+from nemo_aapo.launch import local
 from nemo_aapo.launch.local import launch, run_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,6 +27,12 @@ pytestmark = pytest.mark.timeout(60)
 def python(code: str) -> list[str]:
     """A rank that runs some lines of Python, quickly started."""
     return [sys.executable, "-S", "-c", textwrap.dedent(code)]
+
+
+def make_config(run_dir: Path, *words: str) -> Config:
+    """The page's settings but for these."""
+    words = ("model.path=/m", "data.train=/t", "data.validation=/v", f"run.dir={run_dir}", *words)
+    return parse(compose(read_command_line(list(words))))
 
 
 def start_launcher(code: str, count: int, log_dir: Path, grace_s: float) -> subprocess.Popen[str]:
@@ -88,7 +95,8 @@ def test_a_rank_that_fails_ends_the_others_and_is_named_with_its_last_words(tmp_
         time.sleep(50)
     """
     start = time.monotonic()
-    assert run_ranks(python(code), 3, tmp_path / "logs", grace_s=40, fault_timeout_s=0.5) == 7
+    timeouts = ["trainer.distributed_timeout_s=40", "trainer.fault_timeout_s=0.5"]
+    assert launch(make_config(tmp_path, "trainer.devices=3", *timeouts), python(code)) == 7
     assert time.monotonic() - start < 20
     assert (tmp_path / "told0").exists()
     assert (tmp_path / "told2").exists()
@@ -103,6 +111,28 @@ def test_a_rank_that_is_killed_gives_the_shells_exit_code(tmp_path, capfd):
     kill = python("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     assert run_ranks(kill, 1, tmp_path / "logs", grace_s=20, fault_timeout_s=5) == 128 + signal.SIGKILL
     assert "was ended by SIGKILL (out of memory?)" in capfd.readouterr().err
+
+
+def test_a_killed_rank_is_named_rather_than_one_that_failed_for_want_of_it(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(local, "POLL_S", 1.0)  # both have ended when the launcher looks
+    code = f"""
+        import os, signal, sys, time
+        mine, other = {str(tmp_path)!r} + "/mine", {str(tmp_path)!r} + "/other"
+        if os.environ["RANK"] == "1":
+            open(mine, "w").write(str(os.getpid()))
+            os.rename(mine, other)
+            os.kill(os.getpid(), signal.SIGKILL)
+        while not os.path.exists(other):
+            time.sleep(0.01)
+        pid = open(other).read()
+        while os.path.exists(f"/proc/{{pid}}/stat") and ") Z" not in open(f"/proc/{{pid}}/stat").read():
+            time.sleep(0.01)
+        sys.exit(3)
+    """
+    assert run_ranks(python(code), 2, tmp_path / "logs", grace_s=20, fault_timeout_s=5) == 128 + signal.SIGKILL
+    said = capfd.readouterr().err
+    assert "rank 1 of 2 was ended by SIGKILL" in said
+    assert "rank 0" not in said
 
 
 def test_ctrl_c_reaches_every_rank_once_and_a_rank_that_ignores_it_is_killed_in_time(tmp_path):
@@ -191,9 +221,8 @@ def test_what_a_rank_leaves_behind_goes_with_it(tmp_path):
 
 
 def test_more_than_one_node_is_refused(tmp_path):
-    words = ["model.path=/m", "data.train=/t", "data.validation=/v", f"run.dir={tmp_path}", "trainer.num_nodes=2"]
     with pytest.raises(ConfigError, match=r"trainer\.num_nodes=2: .* this machine only"):
-        launch(parse(compose(read_command_line(words))), ["false"])
+        launch(make_config(tmp_path, "trainer.num_nodes=2"), ["false"])
 
 
 def test_a_rank_that_hangs_after_the_others_ended_is_killed_in_time(tmp_path, capfd):
