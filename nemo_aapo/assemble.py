@@ -68,7 +68,8 @@ def train(config: Config, tree: dict[str, Any] | None = None, **parts: Any) -> i
             for line in sizes.arithmetic:
                 progress.note(line)
             reporter = RunReporter(experiment, progress, stop, console_samples=config.validation.console_samples)
-            trainer = build_trainer(config, reporter=reporter, stack=stack, **parts)
+            with parallel.lost_ranks_reported(lambda: "the start"):
+                trainer = build_trainer(config, reporter=reporter, stack=stack, **parts)
             complete = trainer.fit()
             if complete:
                 _finish(trainer, reporter)
@@ -281,5 +282,6 @@ def _finish(trainer: AAPOTrainer, reporter: RunReporter) -> None:
     config = trainer.config
     if config.export_hf_model:
         reporter.note("exporting the Hugging Face model")
-        trainer.policy.export(str(Path(config.run.dir) / "hf_model"))
+        with parallel.lost_ranks_reported(lambda: "the export"):
+            trainer.policy.export(str(Path(config.run.dir) / "hf_model"))
     reporter.experiment.finish({"step": trainer.step, "policy_version": trainer.policy.version})

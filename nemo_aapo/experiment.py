@@ -164,6 +164,9 @@ def nemo_loggers(config: Config, run_id: str) -> list[Any]:
     every file that it finds there into ``run_0/`` when a run is resumed: it gets ``logs/nemo/`` and is told where
     TensorBoard's files go.
     """
+    settings = config.exp_manager
+    if not (settings.create_tensorboard_logger or settings.create_wandb_logger):
+        return []  # and NeMo need not be imported
     import_nemo()
     import lightning.pytorch
     from lightning.pytorch.plugins.environments import LightningEnvironment
@@ -176,7 +179,6 @@ def nemo_loggers(config: Config, run_id: str) -> list[Any]:
         enable_checkpointing=False,
         plugins=[LightningEnvironment()],  # or it takes torchrun's or Slurm's ranks for its own
     )
-    settings = config.exp_manager
     base = Path(settings.explicit_log_dir).absolute()
     exp_manager(
         trainer,

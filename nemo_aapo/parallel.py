@@ -10,7 +10,9 @@ from __future__ import annotations
 import datetime
 import os
 import pickle
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +20,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 T = TypeVar("T")
+
+
+class LostRankError(RuntimeError):
+    """This rank waited for another one, which is gone or did not come in time."""
 
 
 def initialize(
@@ -165,6 +171,28 @@ def agree(action: Callable[[], T]) -> T:
     if failure is not None:
         raise failure
     return result
+
+
+@contextmanager
+def lost_ranks_reported(doing: Callable[[], str]) -> Iterator[None]:
+    """Inside, a broken connection between ranks becomes an error that says so: gloo's and NCCL's name only sockets.
+
+    Args:
+        doing: what this rank is at, asked for once a connection broke.
+
+    Raises:
+        LostRankError: which of the others it was is not known here: what started the ranks sees it and says it.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo/transport" not in str(error):  # gloo's have no class
+            raise
+        reason = re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0]).partition(". ")[0]  # without the place in gloo
+        raise LostRankError(
+            f"rank {dist.get_rank()} of {dist.get_world_size()} ended at {doing()}: another rank is gone or did not "
+            f"come within trainer.distributed_timeout_s. The rank that ended first says why ({reason})"
+        ) from error
 
 
 def any_rank(flag: bool) -> bool:

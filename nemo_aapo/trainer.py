@@ -85,6 +85,7 @@ class AAPOTrainer:
         self.checkpoints, self.reporter = checkpoints, reporter
         self.step = 0
         """Training steps done."""
+        self._doing = "the start"
         self._seconds: dict[str, float] = {}
 
     # ------------------------------------------------------------------ the loop
@@ -98,21 +99,23 @@ class AAPOTrainer:
         Raises:
             NonFiniteError: loss or gradient were not finite; the last good checkpoint is untouched.
             ParityError: engine and learner disagreed before the first step.
+            LostRankError: another rank is gone; training goes on from the last checkpoint.
         """
-        saved = self._start()
-        while self.step < self.config.trainer.max_steps:
-            self._train_step()
-            if self._due(self.config.trainer.val_check_interval):
-                self._validate()
-            stopping = parallel.any_rank(self.reporter.stop_requested())
-            if stopping or self._due(self.config.checkpoint.save_interval):
+        with parallel.lost_ranks_reported(lambda: self._doing):
+            saved = self._start()
+            while self.step < self.config.trainer.max_steps:
+                self._train_step()
+                if self._due(self.config.trainer.val_check_interval):
+                    self._validate()
+                stopping = parallel.any_rank(self.reporter.stop_requested())
+                if stopping or self._due(self.config.checkpoint.save_interval):
+                    self._save()
+                    saved = self.step
+                if stopping:
+                    return self.step == self.config.trainer.max_steps
+            if saved != self.step:
                 self._save()
-                saved = self.step
-            if stopping:
-                return self.step == self.config.trainer.max_steps
-        if saved != self.step:
-            self._save()
-        return True
+            return True
 
     def _start(self) -> int:
         """Resume or begin; returns the step of the last checkpoint, -1 without one."""
@@ -163,6 +166,7 @@ class AAPOTrainer:
             [stream_seed(self.config.seed, "rollout", self.step, i, j) for j in range(self.config.group_size)]
             for i in range(len(prompts))
         ]
+        self._doing = f"step {self.step + 1}, rollout"
         groups = self.collector.collect(prompts, self.sampling, seeds)
         self._seconds |= self.collector.seconds
         groups = [group.replace(reference_rewards=reference.get(group.prompt.id)) for group in groups]
@@ -188,6 +192,7 @@ class AAPOTrainer:
         return bool(interval) and (self.step % interval == 0 or last)
 
     def _validate(self) -> None:
+        self._doing = f"the validation after step {self.step}"
         self.reporter.phase("validating", 0, len(self.validator.prompts))
         metrics, samples = self.validator.run()
         self.reporter.log_validation(self.step, metrics, samples)
@@ -213,6 +218,7 @@ class AAPOTrainer:
             )
 
     def _save(self) -> None:
+        self._doing = f"the checkpoint of step {self.step}"
         self.reporter.note(f"saving a checkpoint at step {self.step}")
         state = {"step": self.step, "policy_version": self.policy.version, "sampler": self.sampler.state_dict()}
         self.checkpoints.save(self.step, self.policy, state)
@@ -220,6 +226,7 @@ class AAPOTrainer:
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
+        self._doing = f"step {self.step + 1}, {name}"
         yield
         self._seconds[name] = time.perf_counter() - start
 

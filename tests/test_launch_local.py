@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from nemo_aapo.command_line import read_command_line
-from nemo_aapo.config import ConfigError, parse
+from nemo_aapo.config import Config, ConfigError, parse
 from nemo_aapo.entry import compose
+from nemo_aapo.launch import local
 from nemo_aapo.launch.local import launch, run_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,9 +29,15 @@ def python(code: str) -> list[str]:
     return [sys.executable, "-S", "-c", textwrap.dedent(code)]
 
 
+def make_config(run_dir: Path, *words: str) -> Config:
+    """The page's settings but for these."""
+    words = ("model.path=/m", "data.train=/t", "data.validation=/v", f"run.dir={run_dir}", *words)
+    return parse(compose(read_command_line(list(words))))
+
+
 def start_launcher(code: str, count: int, log_dir: Path, grace_s: float) -> subprocess.Popen[str]:
     """A launcher in a process group of its own, as a shell starts it."""
-    call = f"run_ranks({python(code)!r}, {count}, Path({str(log_dir)!r}), grace_s={grace_s}, after_failure_s=1)"
+    call = f"run_ranks({python(code)!r}, {count}, Path({str(log_dir)!r}), grace_s={grace_s}, fault_timeout_s=1)"
     script = f"from pathlib import Path\nfrom nemo_aapo.launch.local import run_ranks\nraise SystemExit({call})"
     return subprocess.Popen(
         [sys.executable, "-c", script], cwd=ROOT, text=True, stderr=subprocess.PIPE, start_new_session=True
@@ -54,7 +61,7 @@ def alive(pid: int) -> bool:
 def test_ranks_get_what_torchrun_sets_and_rank_0_the_terminal(tmp_path, capfd, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     show = python("import json, os; print(json.dumps(dict(os.environ)))")
-    assert run_ranks(show, 3, tmp_path / "logs", grace_s=20) == 0
+    assert run_ranks(show, 3, tmp_path / "logs", grace_s=20, fault_timeout_s=5) == 0
     said = [capfd.readouterr().out] + [(tmp_path / f"logs/rank_{rank}.log").read_text() for rank in (1, 2)]
     environments = [json.loads(text.splitlines()[-1]) for text in said]
     assert [environment["RANK"] for environment in environments] == ["0", "1", "2"]
@@ -65,7 +72,7 @@ def test_ranks_get_what_torchrun_sets_and_rank_0_the_terminal(tmp_path, capfd, m
     threads = max(1, len(os.sched_getaffinity(0)) // 3)
     assert {environment["OMP_NUM_THREADS"] for environment in environments} == {str(threads)}
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    assert run_ranks(show, 1, tmp_path / "logs", grace_s=20) == 0
+    assert run_ranks(show, 1, tmp_path / "logs", grace_s=20, fault_timeout_s=5) == 0
     assert json.loads(capfd.readouterr().out)["OMP_NUM_THREADS"] == "7"
 
 
@@ -88,7 +95,8 @@ def test_a_rank_that_fails_ends_the_others_and_is_named_with_its_last_words(tmp_
         time.sleep(50)
     """
     start = time.monotonic()
-    assert run_ranks(python(code), 3, tmp_path / "logs", grace_s=40, after_failure_s=0.5) == 7
+    timeouts = ["trainer.distributed_timeout_s=40", "trainer.fault_timeout_s=0.5"]
+    assert launch(make_config(tmp_path, "trainer.devices=3", *timeouts), python(code)) == 7
     assert time.monotonic() - start < 20
     assert (tmp_path / "told0").exists()
     assert (tmp_path / "told2").exists()
@@ -101,8 +109,30 @@ def test_a_rank_that_fails_ends_the_others_and_is_named_with_its_last_words(tmp_
 
 def test_a_rank_that_is_killed_gives_the_shells_exit_code(tmp_path, capfd):
     kill = python("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
-    assert run_ranks(kill, 1, tmp_path / "logs", grace_s=20) == 128 + signal.SIGKILL
+    assert run_ranks(kill, 1, tmp_path / "logs", grace_s=20, fault_timeout_s=5) == 128 + signal.SIGKILL
     assert "was ended by SIGKILL (out of memory?)" in capfd.readouterr().err
+
+
+def test_a_killed_rank_is_named_rather_than_one_that_failed_for_want_of_it(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(local, "POLL_S", 1.0)  # both have ended when the launcher looks
+    code = f"""
+        import os, signal, sys, time
+        mine, other = {str(tmp_path)!r} + "/mine", {str(tmp_path)!r} + "/other"
+        if os.environ["RANK"] == "1":
+            open(mine, "w").write(str(os.getpid()))
+            os.rename(mine, other)
+            os.kill(os.getpid(), signal.SIGKILL)
+        while not os.path.exists(other):
+            time.sleep(0.01)
+        pid = open(other).read()
+        while os.path.exists(f"/proc/{{pid}}/stat") and ") Z" not in open(f"/proc/{{pid}}/stat").read():
+            time.sleep(0.01)
+        sys.exit(3)
+    """
+    assert run_ranks(python(code), 2, tmp_path / "logs", grace_s=20, fault_timeout_s=5) == 128 + signal.SIGKILL
+    said = capfd.readouterr().err
+    assert "rank 1 of 2 was ended by SIGKILL" in said
+    assert "rank 0" not in said
 
 
 def test_ctrl_c_reaches_every_rank_once_and_a_rank_that_ignores_it_is_killed_in_time(tmp_path):
@@ -185,18 +215,17 @@ def test_what_a_rank_leaves_behind_goes_with_it(tmp_path):
         else:
             time.sleep(50)
     """
-    assert run_ranks(python(code), 1, tmp_path / "logs", grace_s=20) == 0
+    assert run_ranks(python(code), 1, tmp_path / "logs", grace_s=20, fault_timeout_s=5) == 0
     worker = int((tmp_path / "worker").read_text())
     wait_for(lambda: not alive(worker), "end of the worker")
 
 
 def test_more_than_one_node_is_refused(tmp_path):
-    words = ["model.path=/m", "data.train=/t", "data.validation=/v", f"run.dir={tmp_path}", "trainer.num_nodes=2"]
     with pytest.raises(ConfigError, match=r"trainer\.num_nodes=2: .* this machine only"):
-        launch(parse(compose(read_command_line(words))), ["false"])
+        launch(make_config(tmp_path, "trainer.num_nodes=2"), ["false"])
 
 
 def test_a_rank_that_hangs_after_the_others_ended_is_killed_in_time(tmp_path, capfd):
     hang = python("import os, time; time.sleep(50 * int(os.environ['RANK']))")
-    assert run_ranks(hang, 2, tmp_path / "logs", grace_s=0.5) == 128 + signal.SIGKILL
+    assert run_ranks(hang, 2, tmp_path / "logs", grace_s=0.5, fault_timeout_s=5) == 128 + signal.SIGKILL
     assert "rank 1: did not end in time after another rank ended; killed" in capfd.readouterr().err

@@ -18,7 +18,7 @@ def check_alone(config: Config) -> None:
         value = _get(config, path)
         if value is not None and value < minimum:
             raise ConfigError(f"{path}={value}: must be at least {minimum}")
-    for path in ("model.optim.lr", "model.optim.clip_grad", "trainer.distributed_timeout_s", "reward_runner.timeout_s"):
+    for path in _ABOVE_ZERO:
         if _get(config, path) <= 0:
             raise ConfigError(f"{path}={_get(config, path)}: must be above 0")
     if len(config.model.optim.betas) != 2:
@@ -39,6 +39,13 @@ def check_alone(config: Config) -> None:
             )
 
 
+_ABOVE_ZERO = (
+    "model.optim.lr",
+    "model.optim.clip_grad",
+    "trainer.distributed_timeout_s",
+    "trainer.fault_timeout_s",
+    "reward_runner.timeout_s",
+)
 _MINIMA = {
     "prompts_per_step": 1,
     "group_size": 1,

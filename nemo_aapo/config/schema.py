@@ -26,6 +26,7 @@ class Trainer:
     max_steps: int
     val_check_interval: int
     distributed_timeout_s: float
+    fault_timeout_s: float
 
 
 @dataclass(frozen=True)

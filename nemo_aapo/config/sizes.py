@@ -102,7 +102,7 @@ def decisive_settings(config: Config) -> dict[str, Any]:
     for section in ("run", "cluster", "exp_manager", "checkpoint", "export_hf_model", "reward_runner"):
         tree.pop(section)
     tree.pop("max_tokens_per_microbatch")
-    for key in ("num_nodes", "devices", "val_check_interval", "distributed_timeout_s"):
+    for key in ("num_nodes", "devices", "val_check_interval", "distributed_timeout_s", "fault_timeout_s"):
         tree["trainer"].pop(key)
     if config.model.optim.sched.name == "constant":
         tree["trainer"].pop("max_steps")  # a cosine schedule ends there; a constant one may go on

@@ -21,8 +21,6 @@ from pathlib import Path
 from nemo_aapo.config import Config, ConfigError
 
 POLL_S = 0.05
-AFTER_FAILURE_S = 15.0
-"""A rank is lost: the others, told to end, wait for it in vain in collectives, and are killed after this long."""
 SHOWN_LINES = 20
 _PR_SET_PDEATHSIG = 1
 
@@ -56,17 +54,17 @@ def launch(config: Config, command: Sequence[str]) -> int:
         config.trainer.devices,
         Path(config.run.dir) / "logs",
         grace_s=config.trainer.distributed_timeout_s,  # no rank waits longer than this within a step
+        fault_timeout_s=config.trainer.fault_timeout_s,
     )
 
 
-def run_ranks(
-    command: Sequence[str], count: int, log_dir: Path, *, grace_s: float, after_failure_s: float = AFTER_FAILURE_S
-) -> int:
+def run_ranks(command: Sequence[str], count: int, log_dir: Path, *, grace_s: float, fault_timeout_s: float) -> int:
     """Start ``count`` ranks, forward SIGINT, SIGTERM and SIGUSR1 to them, and see all of them off.
 
     Args:
         grace_s: after a signal, or after the first rank has ended well, the rest has so long to end by itself.
-        after_failure_s: the same after a rank has failed, or after a second SIGINT.
+        fault_timeout_s: the same after a rank has failed, or after a second SIGINT. The others may wait for it in
+            collectives in vain: what has not ended by then is killed.
 
     Returns:
         As ``launch``.
@@ -79,7 +77,7 @@ def run_ranks(
         environments = rank_environments(os.environ, count, free_port())
         for number, environment in enumerate(environments):
             ranks.append(_start(number, count, command, environment, log_dir))
-        return _watch(ranks, received, grace_s, after_failure_s)
+        return _watch(ranks, received, grace_s, fault_timeout_s)
     finally:
         _kill(ranks)
         for number, handler in previous.items():
@@ -144,17 +142,17 @@ def _prepare_child() -> Callable[[], None]:
     return prepare
 
 
-def _watch(ranks: Sequence[Rank], received: list[int], grace_s: float, after_failure_s: float) -> int:
+def _watch(ranks: Sequence[Rank], received: list[int], grace_s: float, fault_timeout_s: float) -> int:
     """Wait until all ranks have ended. What should lead to their end sets a deadline for it."""
     failed: Rank | None = None
     deadlines: dict[str, float] = {}  # since what -> until when
     while True:
         running = [rank for rank in ranks if not _has_ended(rank)]
         now = time.monotonic()
-        if failed is None and (failed := next((rank for rank in ranks if rank.process.returncode), None)):
+        if failed is None and (failed := _first_failure(ranks)):
             _report(failed, len(ranks))
             _send(running, signal.SIGTERM)
-            deadlines[f"rank {failed.number} failed"] = now + after_failure_s
+            deadlines[f"rank {failed.number} failed"] = now + fault_timeout_s
         if not running:
             return _exit_code(failed.process.returncode) if failed else 0
         if len(running) < len(ranks):
@@ -163,7 +161,7 @@ def _watch(ranks: Sequence[Rank], received: list[int], grace_s: float, after_fai
             number = received.pop(0)
             name = signal.Signals(number).name
             if number == signal.SIGINT and name in deadlines:
-                deadlines.setdefault("the second SIGINT", now + after_failure_s)
+                deadlines.setdefault("the second SIGINT", now + fault_timeout_s)
             deadlines.setdefault(name, now + grace_s)
             _send(running, number)
         if deadlines and now > min(deadlines.values()):
@@ -183,6 +181,12 @@ def _has_ended(rank: Rank) -> bool:
     os.killpg(rank.process.pid, signal.SIGKILL)  # before the process is reaped, so that its number is still its own
     rank.process.wait()
     return True
+
+
+def _first_failure(ranks: Sequence[Rank]) -> Rank | None:
+    """A rank that a signal ended comes before one that ended by itself, perhaps as it missed the other."""
+    failed = [rank for rank in ranks if rank.process.returncode]
+    return min(failed, key=lambda rank: rank.process.returncode > 0, default=None)
 
 
 def _report(rank: Rank, count: int) -> None:
