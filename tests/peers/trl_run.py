@@ -2,8 +2,8 @@
 
     python -m tests.peers.trl_run INPUT.json OUTPUT.npz        with .venv-peers on PYTHONPATH
 
-Nothing of TRL is replaced. Its public hooks give the completions (``rollout_func``) and the rewards (a reward function);
-its own training loop scores them, makes the advantages, splits the batch over accumulation steps, and does two updates
+Nothing of TRL is replaced. Its hooks give the completions (``rollout_func``) and the rewards (a reward function); its
+own training loop scores them, makes the advantages, splits the batch over two accumulation steps, and does two updates
 on it. The subclass and the callback only write down what passes.
 
 For each case the output has ``CASE/advantages`` [S], in the order of the completions, and for the updates u = 0, 1:
@@ -104,8 +104,8 @@ def run_case(given: dict[str, Any], case: dict[str, Any]) -> dict[str, np.ndarra
             rollout_func=rollout,
         )
         if case["importance_weight"]:
-            trainer.use_vllm = True  # after __init__, which would start the engine; here it only turns the correction on
-            trainer._last_loaded_step = 0
+            trainer.use_vllm = True  # turns the correction on; set in __init__ it would start the engine, too
+            trainer._last_loaded_step = 0  # and no engine waits for weights
         trainer.losses = []
         trainer.train()
     results = {"advantages": trainer.advantages}
