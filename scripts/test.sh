@@ -8,6 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 readonly SESSION_TIMEOUT_S=3600 # of all tests together; pyproject.toml has the one for each
 
 bash scripts/environment.sh
+bash scripts/peers.sh || echo "test.sh: going on without .venv-peers: the tests that need it are skipped" >&2
 environment_s=$SECONDS
 export PATH="$PWD/.venv/bin:$PATH"
 export OMP_NUM_THREADS=1 # many tests start several ranks: more threads would only fight over the cores

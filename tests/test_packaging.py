@@ -88,6 +88,11 @@ def test_no_pin_is_left_over(pins):
     assert indirect <= {canonicalize_name(r.name) for package in pins for r in declared_by(package)}
 
 
+def test_the_peers_bring_nothing_that_the_environment_has(pins):
+    """A second torch or transformers on the PYTHONPATH would be compared in place of ours."""
+    assert not read_pins("peers.txt").keys() & pins.keys()
+
+
 def setup_py() -> setuptools.Distribution:
     """What setup.py declares."""
     from distutils.core import run_setup  # setuptools brings it; the standard library has it no longer

@@ -195,3 +195,31 @@ def test_quickstart_moves_only_its_own_finished_run_aside(checkout, finished, ar
     assert (run.with_name("quickstart.previous") / "metrics.jsonl").exists() == moved
     assert (run / "metrics.jsonl").exists() != moved
     assert ("quickstart.previous" in output) == moved
+
+
+def test_the_peers_are_installed_beside_the_environment_once(checkout):
+    checkout.run("environment.sh")
+    status, output, calls = checkout.run("peers.sh")
+    assert status == 0, output
+    (install,) = calls
+    assert "--no-deps" in install
+    assert "--target .venv-peers.new -r requirements/peers.txt" in install
+    assert checkout.run("peers.sh") == (0, "", [])
+    with (checkout.root / "requirements" / "peers.txt").open("a") as file:
+        file.write("# changed\n")
+    assert len(checkout.run("peers.sh")[2]) == 1
+
+
+def test_peers_that_cannot_be_installed_are_named_and_do_not_stop_the_tests(checkout):
+    checkout.run("environment.sh")
+    for name in ("ruff", "python"):  # what test.sh runs after them
+        path = checkout.root / ".venv" / "bin" / name
+        path.write_text(FAKE_PYTHON)
+        path.chmod(0o755)
+    status, output, calls = checkout.run("test.sh", REFUSE="requirements/peers.txt")
+    assert status == 0, output
+    assert "pip could not install requirements/peers.txt" in output
+    assert "going on without .venv-peers" in output
+    assert "-m pytest" in calls[-1]
+    assert not (checkout.root / ".venv-peers").exists()
+    assert checkout.run("peers.sh", REFUSE="requirements/peers.txt")[0] != 0
