@@ -34,7 +34,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 GROUPS, G, LIMIT, TEMPERATURE = 4, 4, 12, 0.7
-RELATIVE_TOLERANCE = 1e-6  # float32 are TRL's rewards and advantages, and the norms inside the model
+RELATIVE_TOLERANCE = 2e-6  # float32 are TRL's rewards and advantages, and the norms inside the model
 
 AGGREGATION = {"grpo": "sequence", "dr_grpo": "fixed_length", "dapo": "token"}
 """TRL's ``loss_type`` and our ``loss_aggregation``."""
