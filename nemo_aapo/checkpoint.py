@@ -4,6 +4,7 @@
         __0_0.distcp ...  .metadata  common.pt  metadata.json     mcore's torch_dist files (see torch_dist.py)
         manifest.json                                             trainer state, checksums (see manifest.py)
     <run.dir>/checkpoints/.step_000050.partial/  a save that was interrupted; removed at the next start or save
+    <run.dir>/checkpoints/step_000050.damaged/   what ``latest_good`` went back from; never removed, for people to judge
 
 When to save is the trainer's business. Saving is synchronous.
 """
@@ -97,8 +98,7 @@ class Checkpointer:
                 f"the checkpoint of step {step} was not saved in {self.directory} ({_free_space(self.directory)}); "
                 f"earlier ones are as they were: {error}"
             ) from error
-        if parallel.rank() == 0:
-            self._prune(step)
+        _on_first_rank(lambda: self._prune(step))
         return target
 
     def _begin(self, target: Path, partial: Path) -> None:
@@ -118,9 +118,7 @@ class Checkpointer:
         """Remove what is older than the newest ``keep_last``; what just was saved is one of these."""
         older = [path for path in self._steps() if _step_of(path) < step]
         for path in older[: max(0, len(older) - self.keep_last + 1)]:
-            doomed = path.with_name(f".{path.name}.removing")  # half removed, it must not look like a checkpoint
-            os.rename(path, doomed)
-            _remove(doomed)
+            _remove(path)
 
     def _remove_leftovers(self) -> None:
         for path in self.directory.glob(".step_*"):
@@ -257,11 +255,13 @@ def _versions() -> dict[str, str]:
 
 def _remove(path: Path) -> None:
     """Remove a directory. That it can't be is no reason to end a run: it is tried again at the next save."""
-    if path.exists():
-        try:
-            shutil.rmtree(path)
-        except OSError as error:
-            logger.warning("can't remove %s: %s", path, error)
+    doomed = path if path.name.startswith(".") else path.with_name(f".{path.name}.removing")
+    try:
+        if path.exists():
+            os.rename(path, doomed)  # half removed, it must not look like a checkpoint
+            shutil.rmtree(doomed)
+    except OSError as error:
+        logger.warning("can't remove %s: %s", path, error)
 
 
 def _free_space(directory: Path) -> str:

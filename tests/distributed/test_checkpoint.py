@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -173,6 +175,31 @@ def test_a_checkpoint_gets_its_name_when_all_of_it_is_on_the_disk_and_older_ones
     assert {name for call, name in calls[:named] if call == "fsync"} == {*files, ".step_000002.partial"}
     assert calls[named - 1] == ("fsync", ".step_000002.partial")
     assert calls[named + 1 :] == [("fsync", "run"), ("rename", "step_000001")]
+
+
+def _prune_in_vain(model, directory):
+    """Old checkpoints can't be removed during one save, and can during the next."""
+
+    def refused(path):
+        raise OSError(errno.ENOTEMPTY, "held open by another process", str(path))
+
+    policy = make_policy(model)
+    train(policy, 1)
+    checkpoints = make_checkpointer(directory, keep_last=1)
+    checkpoints.save(1, policy, {})
+    remove, shutil.rmtree = shutil.rmtree, refused
+    try:
+        checkpoints.save(2, policy, {})
+    finally:
+        shutil.rmtree = remove
+    names = [sorted(os.listdir(directory))]
+    checkpoints.save(3, policy, {})
+    return [*names, sorted(os.listdir(directory))]
+
+
+def test_a_run_goes_on_if_an_old_checkpoint_can_not_be_removed_and_tries_again(ranks, model, tmp_path):
+    [names] = ranks.run(_prune_in_vain, model, tmp_path / "run")
+    assert names == [[".step_000001.removing", "step_000002"], ["step_000003"]]
 
 
 def test_nothing_is_saved_before_the_first_step_and_one_checkpoint_has_to_stay(tmp_path):
