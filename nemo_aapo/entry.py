@@ -14,8 +14,11 @@ from typing import Any
 
 from nemo_aapo.command_line import CommandLine, read_command_line, usage
 from nemo_aapo.config import Config, ConfigError, check_overrides, parse
+from nemo_aapo.errors import RunError
 from nemo_aapo.libraries import import_nemo, quiet
 
+FAILED = 1
+"""Exit code of a run that ended with a ``RunError``."""
 REFUSED = 2
 """Exit code of a configuration that can't work."""
 INTERRUPTED = 130
@@ -68,6 +71,9 @@ def config_main(
         return task(config, tree)
     except ConfigError as error:  # perhaps on this rank only
         return _refuse(error, rank)
+    except RunError as error:
+        _refuse(error, rank)
+        return FAILED
     except KeyboardInterrupt:
         return INTERRUPTED
 
@@ -156,7 +162,7 @@ def _say(text: str, rank: int) -> int:
     return 0
 
 
-def _refuse(error: ConfigError, rank: int) -> int:
+def _refuse(error: Exception, rank: int) -> int:
     who = f"rank {rank}: " if rank else ""
     print(f"{who}{error}", file=sys.stderr, flush=True)
     return REFUSED

@@ -11,7 +11,15 @@ def quiet() -> None:
 
     Call it before they are imported. It imports nothing itself.
     """
-    logging.getLogger("nv_one_logger").setLevel(logging.ERROR)  # telemetry, off, says at each import that it is off
+    for name in (
+        "nv_one_logger",  # telemetry, off, says at each import that it is off
+        "megatron.bridge.utils.fusions",  # says which GPU kernels a CPU lacks
+        "transformers.configuration_utils",  # the Bridge's own use of a deprecated argument
+        "transformers.modeling_utils",
+    ):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # mcore calls what torch 2.13 has renamed; GPU stacks run a torch that has the old names only
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     for library in ("megatron", "nemo", "lightning"):
         for category in (UserWarning, FutureWarning, DeprecationWarning):
             warnings.filterwarnings("ignore", category=category, module=rf"{library}\.")

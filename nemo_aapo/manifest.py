@@ -17,12 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from nemo_aapo.errors import RunError
+
 FILE_NAME = "manifest.json"
 FORMAT = 1
 """Of the manifest; another number is another layout of its fields."""
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(RunError):
     """A checkpoint can't be written, read or used here; the message says which file, why, and what to do."""
 
 

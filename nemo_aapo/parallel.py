@@ -19,10 +19,12 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from nemo_aapo.errors import RunError
+
 T = TypeVar("T")
 
 
-class LostRankError(RuntimeError):
+class LostRankError(RunError):
     """This rank waited for another one, which is gone or did not come in time."""
 
 

@@ -19,6 +19,7 @@ from nemo_aapo.algorithms import Algorithm
 from nemo_aapo.config import Config
 from nemo_aapo.data.prompts import PromptSet
 from nemo_aapo.data.sampler import PromptSampler
+from nemo_aapo.errors import RunError
 from nemo_aapo.evaluate import Validator
 from nemo_aapo.experiment import rollout_rows
 from nemo_aapo.policy.learner import Learner
@@ -31,7 +32,7 @@ from nemo_aapo.statistics import group_numbers, step_metrics
 from nemo_aapo.types import Group, SamplingSpec
 
 
-class ParityError(RuntimeError):
+class ParityError(RunError):
     """Engine and learner disagree on the log-probs of the same tokens."""
 
 
@@ -167,7 +168,10 @@ class AAPOTrainer:
             for i in range(len(prompts))
         ]
         self._doing = f"step {self.step + 1}, rollout"
-        groups = self.collector.collect(prompts, self.sampling, seeds)
+        try:
+            groups = self.collector.collect(prompts, self.sampling, seeds)
+        except FloatingPointError as error:  # the update before was finite, what it led to is not
+            raise NonFiniteError(f"step {self.step + 1}, rollout: {error}. No checkpoint was written") from error
         self._seconds |= self.collector.seconds
         groups = [group.replace(reference_rewards=reference.get(group.prompt.id)) for group in groups]
         first = share(len(prompts)).start

@@ -43,7 +43,7 @@ class Completion:
     finish_reason: FinishReason
     """``"stop"``: a stop token was drawn. ``"length"``: cut at the length limit."""
     policy_version: int
-    """Number of optimizer steps behind the weights that drew it; -1 for the reference model."""
+    """Number of optimizer steps behind the policy that the engine served."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from typing import Any
 
@@ -26,6 +27,7 @@ def check_alone(config: Config) -> None:
     _check_sampling(config)
     _check_algorithm(config)
     _check_rewards(config)
+    _check_loggers(config)
     if config.model.sequence_parallel and config.model.tensor_model_parallel_size == 1:
         raise ConfigError("model.sequence_parallel=true has no effect without model.tensor_model_parallel_size > 1")
     if config.model.optim.sched.name == "constant" and config.model.optim.sched.min_lr:
@@ -137,6 +139,11 @@ def _check_rewards(config: Config) -> None:
         raise ConfigError(f"rewards: {names} names one reward twice")
     if config.validation.reward not in names:
         raise ConfigError(f"validation.reward={config.validation.reward!r} is none of rewards: {names}")
+
+
+def _check_loggers(config: Config) -> None:
+    if config.exp_manager.create_wandb_logger and importlib.util.find_spec("wandb") is None:
+        raise ConfigError("exp_manager.create_wandb_logger=true needs the package wandb: pip install wandb")
 
 
 def _get(config: Config, path: str) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from nemo_aapo.config import ConfigError
 
-class DataError(ValueError):
+
+class DataError(ConfigError):
     """Data or a tokenizer that can't be used; the message names the file, the line and the remedy."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-import queue
 import types
 
 import torch
@@ -47,7 +46,6 @@ def install() -> None:
     patch_cuda_literals()
     patch_gradient_clipping()
     patch_rng_tracker()
-    patch_checkpoint_writer()
     _installed = True
 
 
@@ -141,12 +139,3 @@ def patch_rng_tracker() -> None:
     random.CudaRNGStatesTracker.fork = fork
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-
-
-def patch_checkpoint_writer() -> None:
-    """The checkpoint writer starts a ``multiprocessing.Manager`` (3 s, and it needs a ``__main__`` guard in the
-    user's script) to hand its results back; a synchronous save needs a plain queue only."""
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    results: queue.Queue = queue.Queue()
-    filesystem_async._get_write_results_queue = lambda: results

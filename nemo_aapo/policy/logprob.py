@@ -92,7 +92,7 @@ class _SelectedLogprobs(torch.autograd.Function):
             statistics = _merge(torch.stack([statistics, part]))
         if tp_group is not None:
             gathered = statistics.new_empty(tp_group.size() * 4, statistics.shape[1])
-            dist.all_gather_into_tensor(gathered, statistics, group=tp_group)
+            dist.all_gather(list(gathered.chunk(tp_group.size())), statistics, group=tp_group)
             statistics = _merge(gathered.unflatten(0, (-1, 4)))
         maximum, total, weighted, target = statistics
         log_total = total.log()

@@ -23,6 +23,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from nemo_aapo import parallel
 from nemo_aapo.config import Config, ConfigError, ModelShape
+from nemo_aapo.errors import RunError
 from nemo_aapo.policy import precision
 from nemo_aapo.policy.batching import MicroBatch
 from nemo_aapo.policy.logprob import selected_logprobs
@@ -32,7 +33,7 @@ TokenLoss = Callable[[torch.Tensor, torch.Tensor, MicroBatch], tuple[torch.Tenso
 """``loss(logprobs [n], entropy [n], batch)`` -> (this micro-batch's part of the loss, detached sums for metrics)."""
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(RunError):
     """Loss or gradient is NaN or infinite; the weights were left as they are."""
 
 
@@ -108,6 +109,7 @@ class MegatronPolicy:
         return OptimizerConfig(
             optimizer="adam",
             lr=optim.lr,
+            min_lr=optim.sched.min_lr,
             weight_decay=optim.weight_decay,
             adam_beta1=optim.betas[0],
             adam_beta2=optim.betas[1],
@@ -275,6 +277,7 @@ class MegatronPolicy:
         """Take over what ``dist_checkpointing.load`` read into ``sharded_state_dict(is_loading=True)``."""
         self.module.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.num_steps = 0  # mcore adds the loaded steps to it
         self.scheduler.load_state_dict(state["scheduler"])
         self.version = state["version"]
 

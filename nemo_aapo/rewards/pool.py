@@ -19,6 +19,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from nemo_aapo.errors import RunError
 from nemo_aapo.rewards.channel import Channel
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ _REAP_TIMEOUT_S = 10.0
 Failure = Literal["timeout", "error"]
 
 
-class RewardError(RuntimeError):
+class RewardError(RunError):
     """Rewards can't be computed at all: a worker doesn't start, or the pool is closed."""
 
 
