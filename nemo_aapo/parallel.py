@@ -11,6 +11,7 @@ import datetime
 import os
 import pickle
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -191,10 +192,12 @@ def lost_ranks_reported(doing: Callable[[], str]) -> Iterator[None]:
         if not isinstance(error, dist.DistError) and "gloo/transport" not in str(error):  # gloo's have no class
             raise
         reason = re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0]).partition(". ")[0]  # without the place in gloo
-        raise LostRankError(
+        message = (
             f"rank {dist.get_rank()} of {dist.get_world_size()} ended at {doing()}: another rank is gone or did not "
             f"come within trainer.distributed_timeout_s. The rank that ended first says why ({reason})"
-        ) from error
+        )
+        print(message, file=sys.stderr, flush=True)  # now: a launcher's SIGTERM may end this rank before its traceback
+        raise LostRankError(message) from error
 
 
 def any_rank(flag: bool) -> bool:

@@ -25,7 +25,7 @@ def test_killed_while_it_saves(chaos):
     lives = chaos.survive("save", TWO, [Kill("save", 2, rank=1), Kill("before rename", 1)])
     assert [life.codes.index(-signal.SIGKILL) for life in lives[:2]] == [1, 0]
     said = (chaos.folder / "save.log.0").read_text()
-    assert "LostRankError: rank 0 of 2 ended at the checkpoint of step 4: another rank is gone" in said
+    assert "rank 0 of 2 ended at the checkpoint of step 4: another rank is gone" in said
     assert said.count("removing what an interrupted run left") == 2
 
 
@@ -46,7 +46,7 @@ def test_a_rank_killed_in_the_backward_pass_is_named_and_the_launcher_ends_the_o
     said = capfd.readouterr().err
     assert "rank 1 of 2 was ended by SIGKILL" in said
     assert "did not end in time" not in said
-    assert "LostRankError: rank 0 of 2 ended at step 3, train: another rank is gone" in said
+    assert "rank 0 of 2 ended at step 3, train: another rank is gone" in said
     assert chaos.live(run_dir, TWO, None).codes == [0, 0]
     chaos.compare(run_dir, TWO)
 

@@ -28,12 +28,21 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def uninterrupted(ranks, folder):
     run_dir = folder / "uninterrupted"
-    assert ranks.run(run, settings(folder, run_dir), tp=None) == [0]
+    logged = settings(folder, run_dir, "exp_manager.create_tensorboard_logger=true")
+    assert ranks.run(run, logged, tp=None) == [0]
     return run_dir
 
 
 def test_a_run_leaves_what_its_contract_says(uninterrupted):
-    for name in ("config.yaml", "metrics.jsonl", "finished", "logs", "checkpoints/step_000004", "hf_model/config.json"):
+    for name in (
+        "config.yaml",
+        "metrics.jsonl",
+        "finished",
+        "logs",
+        "tensorboard",
+        "checkpoints/step_000004",
+        "hf_model/config.json",
+    ):
         assert (uninterrupted / name).exists(), name
     lines = metrics(uninterrupted, timeless=False)
     steps = [line for line in lines if "loss" in line]
