@@ -173,9 +173,11 @@ def _scorer(config: Config, given: RewardScorer | None, stack: contextlib.ExitSt
         if not parallel.is_model_parallel_source():
             return None
         runner = config.reward_runner
-        return stack.enter_context(
-            RewardRunner(rewards, runner.workers, runner.timeout_s, score_on_failure=runner.score_on_failure)
-        )
+        try:
+            made = RewardRunner(rewards, runner.workers, runner.timeout_s, score_on_failure=runner.score_on_failure)
+        except ValueError as error:
+            raise ConfigError(f"rewards, reward_runner: {error}") from error
+        return stack.enter_context(made)
 
     return parallel.agree(make)
 

@@ -7,6 +7,7 @@ the script's own early check; only then is NeMo imported (on rank 0), whose ``hy
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -107,8 +108,18 @@ def compose(command: CommandLine) -> dict[str, Any]:
         with hydra.initialize_config_dir(str(command.directory), version_base=None):
             return _resolve(hydra.compose(command.page, overrides=command.overrides))
     except (HydraException, OmegaConfBaseException) as error:
+        if without_effect := re.match(r"Could not override '([^']+)'", str(error)):
+            raise ConfigError(_no_effect(without_effect[1])) from None
         cause = f" ({_one_line(error.__cause__)})" if error.__cause__ else ""
         raise ConfigError(_one_line(error) + cause) from None
+
+
+def _no_effect(key: str) -> str:
+    """A known key (others were refused before) below one that the chosen files set to null."""
+    return (
+        f"{key} has no effect here: a chosen file (algorithm=, experiment=) sets {key.rsplit('.', 1)[0]} to null. "
+        f"Leave it out, or choose another; --cfg job shows what is composed"
+    )
 
 
 def compose_through_nemo(command: CommandLine) -> dict[str, Any]:

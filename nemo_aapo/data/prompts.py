@@ -85,7 +85,7 @@ def load_prompts(
     """
     path = Path(path)
     rows, bad = _parse_rows(_read_lines(path), prompt_field, answer_field, verify_answer)
-    _report(path, bad, "line(s) can't be used", on_bad_line == "skip", 'set on_bad_line to "skip"')
+    _report(path, bad, "line(s) can't be used", on_bad_line == "skip", "set data.on_bad_line=skip")
     if not rows:
         why = f"none of its {len(bad)} lines can be used, such as {_example(path, bad)}" if bad else "empty"
         raise DataError(f"{path}: no prompts: {why}")
@@ -96,7 +96,7 @@ def load_prompts(
         for row, tokens in zip(rows, ids, strict=True)
         if len(tokens) > max_prompt_tokens
     }
-    remedy = 'raise max_prompt_tokens, or set on_long_prompt to "drop"'
+    remedy = "raise data.max_prompt_tokens, or set data.on_long_prompt=drop"
     _report(path, long, "prompt(s) are too long", on_long_prompt == "drop", remedy)
     if len(long) == len(rows):
         raise DataError(f"{path}: no prompts: every one is too long, such as {_example(path, long)}")
@@ -202,7 +202,7 @@ def _field(record: dict[str, Any], field: str, what: str) -> str:
     if field not in record:
         near = difflib.get_close_matches(field, record, n=1)
         hint = f'did you mean "{near[0]}"?' if near else f"there is {', '.join(map(repr, record)) or 'nothing'}"
-        raise DataError(f'no {what}: the key "{field}" is missing; {hint} (set {what}_field)')
+        raise DataError(f'no {what}: the key "{field}" is missing; {hint} (set data.{what}_field)')
     if isinstance(value, int | float) and not isinstance(value, bool) and what == "answer":
         value = str(value)
     if not isinstance(value, str):

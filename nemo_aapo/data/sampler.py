@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from nemo_aapo.data import DataError
+
 
 class PromptSampler:
     """Goes through all prompts epoch by epoch, ``prompts_per_step`` at a time.
@@ -34,7 +36,7 @@ class PromptSampler:
                 f"num_prompts ({num_prompts}) and prompts_per_step ({prompts_per_step}) must be at least 1"
             )
         if num_prompts < prompts_per_step:
-            raise ValueError(
+            raise DataError(
                 f"prompts_per_step is {prompts_per_step}, but the data set holds only {num_prompts} prompts: a step "
                 "would take one twice; lower prompts_per_step or add prompts"
             )
