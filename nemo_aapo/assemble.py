@@ -154,7 +154,10 @@ def build_trainer(
         reference=_reference(config, collector, sampling, policy, stack),
         validator=_validator(config, collector, validation_data, (eos,)),
         checkpoints=Checkpointer(
-            Path(config.run.dir) / "checkpoints", digest(config), keep_last=config.checkpoint.keep_last
+            Path(config.run.dir) / "checkpoints",
+            digest(config),
+            keep_last=config.checkpoint.keep_last,
+            keep_best=config.checkpoint.keep_best,
         ),
         reporter=reporter,
     )

@@ -51,19 +51,21 @@ class Checkpointer:
     rest.
     """
 
-    def __init__(self, directory: Path | str, config_digest: str, keep_last: int) -> None:
+    def __init__(self, directory: Path | str, config_digest: str, keep_last: int, keep_best: str | None = None) -> None:
         """Touches no file.
 
         Args:
             directory: holds the checkpoints; made at the first save. All ranks see the same one.
             config_digest: of this run (``config.digest``); checkpoints of another are refused.
             keep_last: how many checkpoints stay, at least one.
+            keep_best: the checkpoint with the highest value of this stays too: a key of ``trainer_state["metrics"]``.
         """
         if keep_last < 1:
             raise ValueError(f"keep_last={keep_last}: at least one checkpoint has to stay")
         self.directory = Path(directory)
         self.config_digest = config_digest
         self.keep_last = keep_last
+        self.keep_best = keep_best
 
     # ------------------------------------------------------------------ saving
 
@@ -116,9 +118,20 @@ class Checkpointer:
 
     def _prune(self, step: int) -> None:
         """Remove what is older than the newest ``keep_last``; what just was saved is one of these."""
-        older = [path for path in self._steps() if _step_of(path) < step]
+        steps = self._steps()
+        older = [path for path in steps if _step_of(path) < step]
+        best = self._best(steps)
         for path in older[: max(0, len(older) - self.keep_last + 1)]:
-            _remove(path)
+            if path != best:
+                _remove(path)
+
+    def _best(self, paths: list[Path]) -> Path | None:
+        """The checkpoint with the highest value of ``keep_best``, the newest of equals; None where none has one."""
+        if self.keep_best is None:
+            return None
+        values = [(manifest.read(path).trainer_state.get("metrics", {}).get(self.keep_best), path) for path in paths]
+        known = [(value, _step_of(path), path) for value, path in values if value is not None]
+        return max(known)[2] if known else None
 
     def _remove_leftovers(self) -> None:
         for path in self.directory.glob(".step_*"):

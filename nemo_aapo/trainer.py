@@ -7,6 +7,7 @@ prompts -> rollout -> rewards -> advantages -> batches -> log-probs + loss -> op
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from nemo_aapo.policy.megatron import MegatronPolicy, NonFiniteError
 from nemo_aapo.rollout.collect import Collector, share
 from nemo_aapo.rollout.engine import RolloutEngine
 from nemo_aapo.rollout.reference import ReferenceRewards
+from nemo_aapo.schedule import SaveSchedule
 from nemo_aapo.seeds import stream_seed
 from nemo_aapo.statistics import group_numbers, step_metrics
 from nemo_aapo.types import Group, SamplingSpec
@@ -86,6 +88,9 @@ class AAPOTrainer:
         self.checkpoints, self.reporter = checkpoints, reporter
         self.step = 0
         """Training steps done."""
+        self.schedule = SaveSchedule(config.checkpoint)
+        self._latest: dict[str, float] = {}  # metrics of the last step and the last validation
+        self._gated = False  # whether engine and learner were compared since this process began
         self._doing = "the start"
         self._seconds: dict[str, float] = {}
 
@@ -108,8 +113,10 @@ class AAPOTrainer:
                 self._train_step()
                 if self._due(self.config.trainer.val_check_interval):
                     self._validate()
-                stopping = parallel.any_rank(self.reporter.stop_requested())
-                if stopping or self._due(self.config.checkpoint.save_interval):
+                self.schedule.step_done()
+                stopping = parallel.any_rank(self.reporter.stop_requested() or self.schedule.time_is_up())
+                due = parallel.any_rank(self.schedule.time_for_a_checkpoint())
+                if stopping or due or self._due(self.config.checkpoint.save_interval):
                     self._save()
                     saved = self.step
                 if stopping:
@@ -124,6 +131,7 @@ class AAPOTrainer:
         if state is not None:
             self.step = state["step"]
             self.sampler.load_state_dict(state["sampler"])
+            self._latest = dict(state["metrics"])
             self.engine.update_weights(self.policy.named_weights(), self.policy.version)
         self.reporter.begin(self.step if state is not None else -1)
         if state is None and self.config.trainer.val_check_interval:
@@ -136,7 +144,7 @@ class AAPOTrainer:
         start = time.perf_counter()
         self._seconds = {}
         groups = self._rollout()
-        if self.policy.version == 0 or self.step == 0:
+        if not self._gated:
             self._parity_gate(groups)
         with self._timed("train"):
             metrics = self._update(groups)
@@ -147,16 +155,16 @@ class AAPOTrainer:
         numbers = [n for part in parallel.gather_data_parallel([group_numbers(g) for g in groups]) for n in part]
         seconds = {"reference": 0.0, **self._seconds, "step": time.perf_counter() - start}
         tokens = sum(int(n.lengths.sum()) for n in numbers)
-        self.reporter.log_step(
-            self.step,
-            {
-                **step_metrics(numbers),
-                **metrics,
-                "tokens_per_second": tokens / seconds["step"],
-                "epoch": self.step * self.config.prompts_per_step / len(self.data.prompts),
-                **{f"time/{name}": value for name, value in seconds.items()},
-            },
-        )
+        metrics = {
+            **step_metrics(numbers),
+            **metrics,
+            "tokens_per_second": tokens / seconds["step"],
+            "epoch": self.step * self.config.prompts_per_step / len(self.data.prompts),
+            **{f"time/{name}": value for name, value in seconds.items()},
+        }
+        self._latest |= metrics
+        self.reporter.log_step(self.step, metrics)
+        self._watch_parity(metrics)
 
     def _rollout(self) -> list[Group]:
         """This rank's groups of the step, with rewards, reference rewards and advantages."""
@@ -199,6 +207,7 @@ class AAPOTrainer:
         self._doing = f"the validation after step {self.step}"
         self.reporter.phase("validating", 0, len(self.validator.prompts))
         metrics, samples = self.validator.run()
+        self._latest |= metrics
         self.reporter.log_validation(self.step, metrics, samples)
 
     def _fill_reference(self) -> None:
@@ -211,21 +220,42 @@ class AAPOTrainer:
         )
 
     def _parity_gate(self, groups: list[Group]) -> None:
-        """Before the first update the engine's log-probs must be the learner's."""
-        parity = self.learner.parity(groups)
-        error, limit = parity["parity/mult_prob_error"], self.config.rollout.max_parity_error
-        if not error <= limit:
-            raise ParityError(
-                f"engine and learner disagree before step 1: multiplicative probability error {error:.4f} > "
-                f"rollout.max_parity_error={limit} (KL {parity['parity/gen_kl']:.2e}). Look at: rollout.temperature "
-                "(the same in both?), the model's dtype, stale weights in the engine, the padded vocabulary"
-            )
+        """Before the first update of this process the engine's log-probs must be the learner's."""
+        if complaint := self._disagreement(self.learner.parity(groups)):
+            raise ParityError(f"before the first step: {complaint}")
+        self._gated = True
+
+    def _watch_parity(self, metrics: dict[str, float]) -> None:
+        complaint = self._disagreement(metrics)
+        if complaint and self.config.rollout.on_parity_error == "stop":
+            raise ParityError(f"step {self.step}: {complaint}. The last checkpoint is as it was")
+        if complaint:
+            self.reporter.note(f"warning: step {self.step}: {complaint}")
+
+    def _disagreement(self, parity: dict[str, float]) -> str:
+        """What is wrong with the parity of engine and learner; empty if it is within the limits or not known."""
+        error, kl = parity["parity/mult_prob_error"], parity["parity/gen_kl"]
+        error_limit, kl_limit = self.config.rollout.max_parity_error, self.config.rollout.max_gen_kl
+        if not (error > error_limit or kl > kl_limit):
+            return ""
+        return (
+            f"engine and learner disagree on the same tokens: multiplicative probability error {error:.4f} "
+            f"(rollout.max_parity_error={error_limit}), KL {kl:.2e} (rollout.max_gen_kl={kl_limit}). "
+            "Look at: rollout.temperature (the same in both?), the model's dtype, stale weights in the engine, the "
+            "padded vocabulary"
+        )
 
     def _save(self) -> None:
         self._doing = f"the checkpoint of step {self.step}"
         self.reporter.note(f"saving a checkpoint at step {self.step}")
-        state = {"step": self.step, "policy_version": self.policy.version, "sampler": self.sampler.state_dict()}
+        state = {
+            "step": self.step,
+            "policy_version": self.policy.version,
+            "sampler": self.sampler.state_dict(),
+            "metrics": {k: v for k, v in self._latest.items() if math.isfinite(v) and not k.startswith("time/")},
+        }
         self.checkpoints.save(self.step, self.policy, state)
+        self.schedule.saved()
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:

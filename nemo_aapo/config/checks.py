@@ -72,6 +72,10 @@ _MINIMA = {
     "validation.console_samples": 0,
     "checkpoint.save_interval": 1,
     "checkpoint.keep_last": 1,
+    "checkpoint.save_interval_s": 1,
+    "checkpoint.max_time_s": 1,
+    "rollout.max_parity_error": 1,
+    "rollout.max_gen_kl": 0,
 }
 
 

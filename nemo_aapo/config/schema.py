@@ -97,6 +97,8 @@ class Rollout:
     max_new_tokens: int
     max_concurrent_tokens: int
     max_parity_error: float
+    max_gen_kl: float
+    on_parity_error: Literal["warn", "stop"]
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,10 @@ class Validation:
 @dataclass(frozen=True)
 class Checkpoint:
     save_interval: int
+    save_interval_s: float | None
+    max_time_s: float | None
     keep_last: int
+    keep_best: Literal["validation/accuracy_greedy", "validation/accuracy_sampled", "reward/mean"] | None
     resume: Literal["auto", "latest_good"]
 
 

@@ -114,7 +114,8 @@ def decisive_settings(config: Config) -> dict[str, Any]:
         "logprob_chunk_tokens",
     ):
         tree["model"].pop(key)
-    tree["rollout"].pop("max_concurrent_tokens")
+    for key in ("max_concurrent_tokens", "max_parity_error", "max_gen_kl", "on_parity_error"):
+        tree["rollout"].pop(key)
     tree["algorithm"].pop("reference_store")
     tree["validation"].pop("console_samples")
     return tree

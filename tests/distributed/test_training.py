@@ -97,6 +97,39 @@ def assert_same_run(run_dir, other):
         np.testing.assert_allclose(weights[name], expected[name], atol=1e-5, err_msg=name)
 
 
+def test_a_time_limit_ends_a_run_with_a_checkpoint_and_the_best_one_stays(ranks, folder):
+    run_dir = folder / "limited"
+    kept = ["checkpoint.keep_last=1", "checkpoint.keep_best=reward/mean", "checkpoint.save_interval=1"]
+    limited = settings(folder, run_dir, *kept, "checkpoint.max_time_s=1", "trainer.max_steps=400")
+    assert ranks.run(run, limited, tp=None) == [0]
+    rewards = {line["step"]: line["reward/mean"] for line in metrics(run_dir) if "loss" in line}
+    assert 1 <= max(rewards) < 400
+    assert not (run_dir / "finished").exists()
+    best = max(rewards, key=lambda step: (rewards[step], step))
+    left = {int(path.name.removeprefix("step_")) for path in (run_dir / "checkpoints").glob("step_*")}
+    assert left == {best, max(rewards)}
+
+
+def test_a_disagreement_of_engine_and_learner_stops_the_run_before_the_first_step(ranks, folder):
+    strict = settings(folder, folder / "strict", "rollout.max_parity_error=1", "rollout.max_gen_kl=0")
+    with pytest.raises(
+        AssertionError, match=r"before the first step: engine and learner disagree .*rollout\.temperature"
+    ):
+        ranks.run(run, strict, tp=None)
+    assert [line["step"] for line in metrics(folder / "strict")] == [0]
+
+
+def test_a_cosine_schedule_warms_up_and_ends_at_its_minimum(ranks, folder):
+    cosine = ["name=cosine", "warmup_steps=1", "min_lr=1e-4"]
+    run_dir = folder / "cosine"
+    config = settings(folder, run_dir, *(f"model.optim.sched.{word}" for word in cosine), "export_hf_model=false")
+    assert ranks.run(run, config, tp=None) == [0]
+    rates = [line["lr"] for line in metrics(run_dir) if "loss" in line]
+    assert rates[0] == pytest.approx(1e-3)
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] == pytest.approx(1e-4)
+
+
 @pytest.mark.parametrize("algorithm", ["aapo_paper", "gpg", "grpo"])
 def test_every_algorithm_runs_with_its_papers_settings(ranks, folder, algorithm):
     run_dir = folder / algorithm

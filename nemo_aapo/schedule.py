@@ -1,0 +1,38 @@
+"""When to save, and when time is up: decided between steps, from the step's number and the wall clock."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from nemo_aapo.config.schema import Checkpoint
+
+
+class SaveSchedule:
+    """One rank's opinion; ranks agree on it by a collective, as their clocks differ."""
+
+    def __init__(self, settings: Checkpoint, clock: Callable[[], float] = time.monotonic) -> None:
+        """The run's time starts now."""
+        self.settings, self._clock = settings, clock
+        self._started = self._saved = self._stepped = clock()
+        self._longest_step = 0.0
+
+    def step_done(self) -> None:
+        """A training step, with what belongs to it, is over."""
+        now = self._clock()
+        self._longest_step = max(self._longest_step, now - self._stepped)
+        self._stepped = now
+
+    def saved(self) -> None:
+        """A checkpoint was written."""
+        self._saved = self._stepped = self._clock()
+
+    def time_for_a_checkpoint(self) -> bool:
+        """True once ``checkpoint.save_interval_s`` has passed since the last checkpoint."""
+        interval = self.settings.save_interval_s
+        return interval is not None and self._clock() - self._saved >= interval
+
+    def time_is_up(self) -> bool:
+        """True if another step as long as the longest so far would end after ``checkpoint.max_time_s``."""
+        limit = self.settings.max_time_s
+        return limit is not None and self._clock() - self._started + self._longest_step > limit
