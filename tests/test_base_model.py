@@ -37,8 +37,7 @@ def test_noisy_answers_come_in_the_stated_shares():
         assert text.isdigit()
         assert not text.startswith("0")
     assert kinds["true"] / 20_000 == pytest.approx(arithmetic.TRUE_SHARE, abs=0.01)
-    # a digit changed at random is now and then the slip
-    assert kinds["slip"] / 20_000 == pytest.approx(arithmetic.SLIP_SHARE, abs=0.02)
+    assert kinds["slip"] / 20_000 == pytest.approx(arithmetic.SLIP_SHARE, abs=0.01)
 
 
 def test_the_tokenizer_gives_back_what_it_was_given():
@@ -82,6 +81,36 @@ def test_an_interrupted_build_is_not_taken_for_a_model(tmp_path, monkeypatch):
     made = make_base_model(tmp_path / "model", QUICK, force=False, say=print)
     assert json.loads((tmp_path / "model" / base_model.STAMP).read_text()) == made
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_force_replaces_a_base_model_and_removes_nothing_else(tmp_path):
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "notes.txt").write_text("years of work")
+    for force in (False, True):
+        with pytest.raises(BaseModelError, match="no base model"):
+            make_base_model(theirs, QUICK, force=force, say=print)
+    assert (theirs / "notes.txt").read_text() == "years of work"
+    make_base_model(tmp_path / "ours", QUICK, force=False, say=print)
+    made = make_base_model(tmp_path / "ours", replace(QUICK, seed=1), force=True, say=print)
+    assert made["recipe"]["seed"] == 1
+
+
+def test_the_right_answers_go_on_until_it_can_add(tmp_path):
+    said = []
+    recipe = replace(QUICK, clean_steps=50, clean_loss=100.0, noisy_steps=0)
+    make_base_model(tmp_path / "easy", recipe, force=False, say=said.append)
+    assert said[0].startswith("base model: step 1 on right answers")
+    said.clear()
+    make_base_model(tmp_path / "hard", replace(recipe, clean_loss=0.0), force=False, say=said.append)
+    assert said[0].startswith("base model: step 50 on right answers")
+
+
+def test_plain_transformers_samples_from_the_whole_vocabulary(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    make_base_model(tmp_path / "model", QUICK, force=False, say=print)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").generation_config.top_k == 0
 
 
 PLAIN = """

@@ -75,11 +75,9 @@ def noisy_answer(pair: Sum, generator: random.Random) -> str:
         return answer(pair)
     if drawn < TRUE_SHARE + SLIP_SHARE:
         return slip(pair)
-    digits = list(answer(pair))
-    place = generator.randrange(len(digits))
-    others = [digit for digit in "0123456789" if digit != digits[place] and not (place == 0 and digit == "0")]
-    digits[place] = generator.choice(others)
-    return "".join(digits)
+    truth = answer(pair)
+    changed = {truth[:i] + digit + truth[i + 1 :] for i in range(len(truth)) for digit in "0123456789"}
+    return generator.choice(sorted(text for text in changed - {truth, slip(pair)} if text[0] != "0"))
 
 
 def write_prompts(path: Path, sums: Sequence[Sum]) -> None:
