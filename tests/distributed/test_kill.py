@@ -9,7 +9,7 @@ import pytest
 
 from nemo_aapo.launch.local import run_ranks
 from tests.distributed import chaos as chaos_module
-from tests.distributed.chaos import CLOCK, FULL_DISK, ROOT, Chaos, Kill, Layout
+from tests.distributed.chaos import FULL_DISK, ROOT, Chaos, Kill, Layout
 
 TWO = Layout(pp=2)
 pytestmark = pytest.mark.timeout(400)
@@ -29,8 +29,9 @@ def test_killed_while_it_saves(chaos):
     assert said.count("removing what an interrupted run left") == 2
 
 
-def test_all_ranks_killed_at_any_moment(chaos):
-    [killed, _] = chaos.survive("all", TWO, [Kill(CLOCK, 0.6, everyone=True)])
+def test_all_ranks_killed_in_a_rollout(chaos):
+    """The stress script kills at moments of the wall clock too, which a busy machine can let pass."""
+    [killed, _] = chaos.survive("all", TWO, [Kill("rollout", 7, everyone=True)])
     assert killed.codes == [-signal.SIGKILL] * 2
 
 
