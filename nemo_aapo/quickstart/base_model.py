@@ -214,11 +214,10 @@ def accuracy(model: Any, tokenizer: Any, pairs: Sequence[Sum], *, samples: int, 
 
     torch.manual_seed(0)
     prompts = _prompt_ids(tokenizer, pairs).repeat_interleave(samples, dim=0)
-    how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+    sampled = {"do_sample": True, "temperature": temperature, "top_k": 0}
+    how = sampled if temperature else {"do_sample": False, "top_k": None}
     with torch.no_grad():
-        out = model.generate(
-            prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=5, **({"do_sample": False} | how)
-        )
+        out = model.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=5, **how)
     texts = tokenizer.batch_decode(out[:, prompts.shape[1] :], skip_special_tokens=True)
     truths = [arithmetic.answer(pair) for pair in pairs for _ in range(samples)]
     return sum(text == truth for text, truth in zip(texts, truths, strict=True)) / len(texts)
