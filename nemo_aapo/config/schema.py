@@ -15,12 +15,16 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class Run:
+    """Name and place of the run."""
+
     name: str
     dir: str
 
 
 @dataclass(frozen=True)
 class Trainer:
+    """Ranks, steps, deadlines."""
+
     num_nodes: int
     devices: int
     max_steps: int
@@ -31,6 +35,8 @@ class Trainer:
 
 @dataclass(frozen=True)
 class Sched:
+    """The learning rate over the steps."""
+
     name: Literal["constant", "cosine"]
     warmup_steps: int
     min_lr: float
@@ -38,6 +44,8 @@ class Sched:
 
 @dataclass(frozen=True)
 class Optim:
+    """Adam, as mcore builds it."""
+
     lr: float
     betas: tuple[float, float]
     eps: float
@@ -48,6 +56,8 @@ class Optim:
 
 @dataclass(frozen=True)
 class Model:
+    """The model, its layout over the ranks, its optimizer."""
+
     path: str
     trust_remote_code: bool
     tensor_model_parallel_size: int
@@ -60,6 +70,8 @@ class Model:
 
 @dataclass(frozen=True)
 class Margin:
+    """Bounds and estimator of AAPO's margin."""
+
     low: float
     high: float
     estimator: Literal["sampled", "expected"]
@@ -67,12 +79,16 @@ class Margin:
 
 @dataclass(frozen=True)
 class Clip:
+    """How far the importance ratio may go from 1."""
+
     low: float
     high: float
 
 
 @dataclass(frozen=True)
 class AlgorithmConfig:
+    """What ``algorithms.Algorithm`` picks from the papers."""
+
     name: str
     scale_rewards: bool
     reference: Literal["cached", "online"] | None
@@ -90,6 +106,8 @@ class AlgorithmConfig:
 
 @dataclass(frozen=True)
 class Rollout:
+    """How completions are drawn, and how well engine and learner must agree."""
+
     engine: Literal["megatron"]
     temperature: float
     top_p: float
@@ -103,6 +121,8 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Data:
+    """Prompts and how they are rendered."""
+
     train: str
     validation: str
     prompt_field: str
@@ -117,6 +137,8 @@ class Data:
 
 @dataclass(frozen=True)
 class RewardRunnerConfig:
+    """The processes that score completions."""
+
     workers: int
     timeout_s: float
     score_on_failure: float
@@ -124,6 +146,8 @@ class RewardRunnerConfig:
 
 @dataclass(frozen=True)
 class Validation:
+    """What is measured on held-out prompts."""
+
     reward: str
     samples: int
     temperature: float
@@ -134,6 +158,8 @@ class Validation:
 
 @dataclass(frozen=True)
 class Checkpoint:
+    """When to save, what to keep, how to resume."""
+
     save_interval: int
     save_interval_s: float | None
     max_time_s: float | None
@@ -144,6 +170,8 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class ExpManager:
+    """NeMo's exp_manager: logs and loggers."""
+
     explicit_log_dir: str
     create_tensorboard_logger: bool
     create_wandb_logger: bool
@@ -152,11 +180,15 @@ class ExpManager:
 
 @dataclass(frozen=True)
 class Precision:
+    """Numbers and kernels."""
+
     name: Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True)
 class Cluster:
+    """Where the launcher starts ranks."""
+
     kind: Literal["local"]
 
 
