@@ -115,6 +115,7 @@ def _serve(pipe: Any) -> None:
 
 def _call(function, args, rank, world, tp, pp, seed, store, timeout_s):
     import datetime
+    import gc
 
     import torch.distributed as dist
 
@@ -136,3 +137,4 @@ def _call(function, args, rank, world, tp, pp, seed, store, timeout_s):
         return function(*args)
     finally:
         parallel.shutdown()
+        gc.collect()  # groups that are still referred to keep their threads

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_aapo.command_line import config_directory, read_command_line, read_page
 from nemo_aapo.config import Config, ConfigError, ModelShape, check_overrides, derive, digest, parse
 from nemo_aapo.entry import compose
+from tests.models import make_config
 
 GIVEN = ("model.path=/m", "data.train=/t", "data.validation=/v")
 GROUPS = read_command_line([]).groups()
@@ -207,7 +208,8 @@ def test_derived_sizes_multiply_out():
         assert sizes.completions_per_step == config.prompts_per_step * config.group_size
 
 
-def test_the_digest_covers_what_decides_the_result_and_nothing_that_may_change_between_parts():
+def test_the_digest_covers_what_decides_the_result_and_nothing_that_may_change_between_parts(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())  # as if wandb were installed
     same = [
         ["run.name=other"],
         ["trainer.devices=4", "model.tensor_model_parallel_size=2", "model.sequence_parallel=true"],
@@ -229,3 +231,9 @@ def test_the_digest_covers_what_decides_the_result_and_nothing_that_may_change_b
     assert len({of_page, *(digest(config_of(*words)) for words in other)}) == 1 + len(other)
     cosine = ["model.optim.sched.name=cosine"]  # ends at max_steps, which then decides the result
     assert digest(config_of(*cosine)) != digest(config_of(*cosine, "trainer.max_steps=7"))
+
+
+def test_a_logger_whose_package_is_missing_is_refused(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"create_wandb_logger=true needs .* pip install wandb"):
+        make_config("model", exp_manager__create_wandb_logger=True)

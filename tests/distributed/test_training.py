@@ -60,8 +60,8 @@ def test_a_run_leaves_what_its_contract_says(uninterrupted):
 
 def test_a_stopped_run_goes_on_to_the_same_bits(ranks, folder, uninterrupted):
     run_dir = folder / "stopped"
-    # reward calls: 6 x 3 in the first validation, 4 x 4 reference completions a step for 4 steps, then 16 a step
-    in_the_third_step = 18 + 64 + 32 + 18 + 5
+    # reward calls: 6 x 3 in a validation, 10 x 4 reference completions, 16 a step; an epoch ends within the third
+    in_the_third_step = 18 + 40 + 32 + 18 + 5
     assert ranks.run(run, settings(folder, run_dir), in_the_third_step, tp=None) == [0]
     assert [line["step"] for line in metrics(run_dir)] == [0, 1, 2, 2, 3]
     assert not (run_dir / "finished").exists()
