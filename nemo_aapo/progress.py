@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import collections
 import datetime
+import io
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -45,7 +47,7 @@ class Progress:
         form = "step {n_fmt}/{total_fmt} |{bar:20}| {desc}"
         self._bar = (
             tqdm(total=total, initial=start, file=self._stream, bar_format=form, dynamic_ncols=True)
-            if enabled and self._stream.isatty()
+            if enabled and _is_live(self._stream)
             else None
         )
 
@@ -139,3 +141,13 @@ class Progress:
         if self._enabled:
             self._spoke_at = time.monotonic()
             print(text, file=self._stream, flush=True)
+
+
+def _is_live(stream: TextIO) -> bool:
+    """True for a terminal that a bar fits on: some pseudo-terminals have no width, and tqdm would show nothing."""
+    if not stream.isatty():
+        return False
+    try:
+        return os.get_terminal_size(stream.fileno()).columns > 0
+    except (OSError, io.UnsupportedOperation):
+        return True  # it says that it is one
