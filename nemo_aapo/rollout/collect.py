@@ -58,7 +58,9 @@ class Collector:
 
         start = time.perf_counter()
         ids = [prompt.token_ids for prompt in prompts]
+        self.engine.wake()
         completions = self.engine.generate(ids, sampling, seeds, score if source else None)
+        self.engine.sleep()
         generated = time.perf_counter()
         # One rank judges and tells the others: a timeout could strike on one of them and not on the next.
         scores = parallel.broadcast_in_model_parallel(_tables(self.rewards.collect(), seeds) if source else None)

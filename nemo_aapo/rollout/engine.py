@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -14,9 +15,30 @@ OnFinish = Callable[[int, int, Completion], None]
 """Called as ``on_finish(i, j, completion)`` the moment completion j of prompt i is done."""
 
 
+@dataclass(frozen=True, slots=True)
+class RolloutStats:
+    """What one ``generate`` call did for this model-parallel group."""
+
+    tokens: int
+    """Tokens drawn."""
+    seconds: float
+    """Wall-clock time."""
+    steps: int
+    """Forward passes; 0 where the engine can't tell."""
+    tail_factor: float
+    """Longest completion over the mean: how far stragglers stretch the rollout."""
+    idle_fraction: float
+    """Share of the rows that stood empty, averaged over the steps; NaN where the engine can't tell."""
+
+
 @runtime_checkable
 class RolloutEngine(Protocol):
     """Draws completions. All ranks of one model-parallel group call it alike and receive the same."""
+
+    shares_weights: bool
+    """True: it serves the learner's own weights. False: it has a copy, which ``update_weights`` replaces."""
+    stats: RolloutStats | None
+    """Of the last ``generate`` call; None before the first."""
 
     def generate(
         self,

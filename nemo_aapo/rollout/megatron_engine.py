@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,26 +19,10 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
 from nemo_aapo.rollout import sampling as sampler
-from nemo_aapo.rollout.engine import OnFinish
+from nemo_aapo.rollout.engine import OnFinish, RolloutStats
 from nemo_aapo.rollout.kv_cache import SlotCache, check_supported, decoding
 from nemo_aapo.rollout.slots import Admission, Slots, capacity
 from nemo_aapo.types import Completion, SamplingSpec
-
-
-@dataclass(frozen=True, slots=True)
-class RolloutStats:
-    """What one ``generate`` call did on this model-parallel group."""
-
-    tokens: int
-    """Tokens drawn."""
-    seconds: float
-    """Wall-clock time."""
-    steps: int
-    """Forward passes."""
-    tail_factor: float
-    """Longest completion over the mean: how far stragglers stretch the rollout."""
-    idle_fraction: float
-    """Share of the rows that stood empty, averaged over the steps."""
 
 
 class MegatronEngine:
@@ -61,6 +44,7 @@ class MegatronEngine:
         self.vocab_size = vocab_size
         self.max_concurrent_tokens = max_concurrent_tokens
         self.policy_version = policy_version
+        self.shares_weights = True
         self.stats: RolloutStats | None = None
         self.group = parallel_state.get_model_parallel_group()
         ranks = dist.get_process_group_ranks(self.group)
