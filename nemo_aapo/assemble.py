@@ -33,6 +33,7 @@ from nemo_aapo.rewards.runner import RewardRunner
 from nemo_aapo.rollout.collect import Collector, RewardScorer
 from nemo_aapo.rollout.engine import RolloutEngine
 from nemo_aapo.rollout.reference import ReferenceRewards, RewardStore, store_key
+from nemo_aapo.rollout.source import RolloutSource
 from nemo_aapo.stop import StopSignal
 from nemo_aapo.trainer import AAPOTrainer
 from nemo_aapo.types import SamplingSpec
@@ -138,11 +139,15 @@ def build_trainer(
     return AAPOTrainer(
         config=config,
         policy=policy,
-        engine=rollout_engine,
-        collector=collector,
-        sampling=sampling,
-        data=data,
-        sampler=sampler,
+        rollouts=RolloutSource(
+            config=config,
+            policy=policy,
+            collector=collector,
+            sampling=sampling,
+            prompts=data.prompts,
+            sampler=sampler,
+            reference=_reference(config, collector, sampling, policy, stack),
+        ),
         algorithm=algorithm,
         learner=Learner(
             policy,
@@ -151,13 +156,14 @@ def build_trainer(
             config.algorithm.updates_per_rollout,
             config.model.tensor_model_parallel_size if config.model.sequence_parallel else 1,
         ),
-        reference=_reference(config, collector, sampling, policy, stack),
         validator=_validator(config, collector, validation_data, (eos,)),
         checkpoints=Checkpointer(
             Path(config.run.dir) / "checkpoints",
             digest(config),
             keep_last=config.checkpoint.keep_last,
             keep_best=config.checkpoint.keep_best,
+            background=config.checkpoint.async_save,
+            timeout_s=config.trainer.distributed_timeout_s,
         ),
         reporter=reporter,
     )

@@ -6,21 +6,20 @@
     <run.dir>/checkpoints/.step_000050.partial/  a save that was interrupted; removed at the next start or save
     <run.dir>/checkpoints/step_000050.damaged/   what ``latest_good`` went back from; never removed, for people to judge
 
-When to save is the trainer's business. Saving is synchronous.
+When to save is the trainer's business. In the background, ``save`` returns as soon as there is a copy of the state in
+the host's memory; a thread writes it while training goes on. Its collectives run in a process group of their own.
 """
 
 from __future__ import annotations
 
+import datetime
 import functools
-import logging
 import os
 import platform
-import re
-import shutil
-import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol
 
 import megatron.core
 import torch
@@ -29,10 +28,10 @@ from megatron.core import parallel_state
 
 import nemo_aapo
 from nemo_aapo import manifest, parallel, torch_dist
+from nemo_aapo.agreement import Group, on_all_ranks, on_first_rank
+from nemo_aapo.background import Background
+from nemo_aapo.checkpoint_directory import CheckpointDirectory, remove, step_of
 from nemo_aapo.manifest import CheckpointError, DamagedCheckpointError, Manifest
-
-T = TypeVar("T")
-logger = logging.getLogger(__name__)
 
 ResumeMode = Literal["auto", "latest_good"]
 
@@ -51,7 +50,16 @@ class Checkpointer:
     rest.
     """
 
-    def __init__(self, directory: Path | str, config_digest: str, keep_last: int, keep_best: str | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path | str,
+        config_digest: str,
+        keep_last: int,
+        keep_best: str | None = None,
+        *,
+        background: bool = False,
+        timeout_s: float = 1800.0,
+    ) -> None:
         """Touches no file.
 
         Args:
@@ -59,91 +67,112 @@ class Checkpointer:
             config_digest: of this run (``config.digest``); checkpoints of another are refused.
             keep_last: how many checkpoints stay, at least one.
             keep_best: the checkpoint with the highest value of this stays too: a key of ``trainer_state["metrics"]``.
+            background: write while training goes on; costs a copy of this rank's share of the state.
+            timeout_s: how long a rank waits in the background for another one.
         """
         if keep_last < 1:
             raise ValueError(f"keep_last={keep_last}: at least one checkpoint has to stay")
-        self.directory = Path(directory)
+        self.directory = CheckpointDirectory(directory, keep_last, keep_best)
         self.config_digest = config_digest
-        self.keep_last = keep_last
-        self.keep_best = keep_best
+        self.seconds = 0.0
+        """What the last finished save took, from its beginning to its name."""
+        self.resumed_from: Path | None = None
+        """The checkpoint that ``resume`` loaded."""
+        self._background = Background() if background else None
+        self._timeout = datetime.timedelta(seconds=timeout_s)
+        self._group: Group = None
 
     # ------------------------------------------------------------------ saving
 
-    def save(self, step: int, policy: Checkpointable, trainer_state: dict[str, Any]) -> Path:
+    def save(
+        self,
+        step: int,
+        policy: Checkpointable,
+        trainer_state: dict[str, Any],
+        extra_files: Mapping[str, bytes] | None = None,
+    ) -> Path:
         """Write the checkpoint of a step, then remove those older than the newest ``keep_last``.
+
+        In the background this returns before it is written: ``wait`` raises what went wrong.
 
         Args:
             step: training steps done, at least 1: before that the optimizer has no state to save.
             trainer_state: what JSON can hold unchanged; rank 0's is kept.
+            extra_files: content by file name, checked like all other parts at loading; rank 0's are kept.
 
         Returns:
-            The checkpoint's directory.
+            The directory that the checkpoint has, or will have.
 
         Raises:
             CheckpointError: on all ranks, for a failure on any (a full disk); earlier checkpoints are as they were.
         """
         if step < 1:
             raise ValueError(f"step {step}: nothing to save before the first optimizer step")
-        target = self.directory / f"step_{step:06d}"
-        partial = self.directory / f".{target.name}.partial"
+        self.wait()
+        start = time.monotonic()
+        background = self._background is not None
+        if background and self._group is None and dist.get_world_size() > 1:
+            self._group = dist.new_group(backend="gloo", timeout=self._timeout)
+        replicas = parallel_state.get_data_parallel_group_gloo()
+        content = torch_dist.snapshot(policy.sharded_state_dict(), replicas, copied=background)
+        job = functools.partial(self._write, step, content, trainer_state, dict(extra_files or {}), start)
+        if background:
+            self._background.start(job)
+        else:
+            job()
+        return self.directory.of(step)
+
+    def failed(self) -> bool:
+        """True once a save in the background has failed here; then all ranks ``wait`` for the error. Not collective."""
+        return self._background is not None and self._background.failed()
+
+    def wait(self) -> None:
+        """Return when no save is under way.
+
+        Raises:
+            CheckpointError: as ``save``, of the one that was under way.
+        """
+        if self._background is not None:
+            self._background.wait()
+
+    def close(self) -> None:
+        """Leave no save half done where there is an error already."""
+        if self._background is not None:
+            self._background.close()
+
+    def _write(
+        self,
+        step: int,
+        content: torch_dist.Snapshot,
+        trainer_state: dict[str, Any],
+        extra: dict[str, bytes],
+        start: float,
+    ) -> None:
+        """All that comes after the snapshot; on the main thread or on another one."""
+        directory, group = self.directory, self._group
+        partial = directory.partial(step)
         try:
-            _on_first_rank(lambda: self._begin(target, partial))
-            torch_dist.write(policy.sharded_state_dict(), partial, parallel_state.get_data_parallel_group_gloo())
-            sealed = _on_all_ranks(lambda: _seal_own_files(partial))
+            on_first_rank(lambda: directory.begin(step, extra), group)
+            torch_dist.write(content, partial, group)
+            sealed = on_all_ranks(lambda: _seal_own_files(partial), group)
             files = {name: record for part in sealed for name, record in part.items()}
-            content = Manifest(step, self.config_digest, trainer_state, _layout(), _versions(), files)
-            _on_first_rank(lambda: self._commit(content, partial, target))
+            whole = Manifest(step, self.config_digest, trainer_state, _layout(), _versions(), files)
+            on_first_rank(lambda: directory.commit(whole), group)
         except CheckpointError as error:
             if parallel.rank() == 0:
-                _remove(partial)
+                remove(partial)
             raise CheckpointError(
-                f"the checkpoint of step {step} was not saved in {self.directory} ({_free_space(self.directory)}); "
+                f"the checkpoint of step {step} was not saved in {directory.path} ({directory.free_space()}); "
                 f"earlier ones are as they were: {error}"
             ) from error
-        _on_first_rank(lambda: self._prune(step))
-        return target
-
-    def _begin(self, target: Path, partial: Path) -> None:
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self._remove_leftovers()
-        if target.exists():
-            raise CheckpointError(f"{target} exists already, and is not overwritten")
-        partial.mkdir()
-
-    def _commit(self, content: Manifest, partial: Path, target: Path) -> None:
-        manifest.write(content, partial)
-        manifest.sync_directory(partial)
-        os.rename(partial, target)
-        manifest.sync_directory(self.directory)
-
-    def _prune(self, step: int) -> None:
-        """Remove what is older than the newest ``keep_last``; what just was saved is one of these."""
-        steps = self._steps()
-        older = [path for path in steps if _step_of(path) < step]
-        best = self._best(steps)
-        for path in older[: max(0, len(older) - self.keep_last + 1)]:
-            if path != best:
-                _remove(path)
-
-    def _best(self, paths: list[Path]) -> Path | None:
-        """The checkpoint with the highest value of ``keep_best``, the newest of equals; None where none has one."""
-        if self.keep_best is None:
-            return None
-        values = [(manifest.read(path).trainer_state.get("metrics", {}).get(self.keep_best), path) for path in paths]
-        known = [(value, _step_of(path), path) for value, path in values if value is not None]
-        return max(known)[2] if known else None
-
-    def _remove_leftovers(self) -> None:
-        for path in self.directory.glob(".step_*"):
-            if path.suffix in (".partial", ".removing"):
-                logger.warning("removing what an interrupted run left: %s", path)
-                _remove(path)
+        self.seconds = time.monotonic() - start
+        on_first_rank(lambda: directory.prune(step), group)
 
     # ------------------------------------------------------------------ loading
 
     def latest(self) -> Path | None:
         """The newest checkpoint, unverified; None without any. Not collective."""
-        steps = self._steps()
+        steps = self.directory.steps()
         return steps[-1] if steps else None
 
     def load(self, path: Path | str, policy: Checkpointable) -> dict[str, Any]:
@@ -158,7 +187,7 @@ class Checkpointer:
         """
         path = Path(path)
         content = self._verify(path)
-        header = _on_first_rank(lambda: torch_dist.read_header(path))
+        header = on_first_rank(lambda: torch_dist.read_header(path))
         policy.load_state_dict(torch_dist.read(policy.sharded_state_dict(is_loading=True), path, header))
         return content.trainer_state
 
@@ -176,7 +205,7 @@ class Checkpointer:
             CheckpointError: on all ranks. With anything there that looks like a checkpoint, None is never returned.
         """
         damaged: dict[Path, str] = {}
-        for path in reversed(_on_first_rank(self._checkpoints_at_start)):
+        for path in reversed(on_first_rank(self.directory.at_start)):
             try:
                 state = self.load(path, policy)
             except DamagedCheckpointError as error:
@@ -187,59 +216,30 @@ class Checkpointer:
                     ) from error
                 damaged[path] = str(error)
                 continue
-            _on_first_rank(functools.partial(self._set_aside, damaged, path))
+            on_first_rank(functools.partial(self.directory.loaded, path, damaged))
+            self.resumed_from = path
             return state
         if damaged:
             reasons = "; ".join(damaged.values())
-            raise CheckpointError(f"no checkpoint in {self.directory} is whole: {reasons}")
+            raise CheckpointError(f"no checkpoint in {self.directory.path} is whole: {reasons}")
         return None
-
-    def _checkpoints_at_start(self) -> list[Path]:
-        self.directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=self.directory):  # that nothing can be saved shows now, not hours later
-            self._remove_leftovers()
-        steps = self._steps()
-        strange = [path.name for path in self.directory.glob("step_*")]
-        if strange and not steps:
-            raise CheckpointError(
-                f"{self.directory} holds {', '.join(sorted(strange))} but no step_NNNNNN to resume from: "
-                "move them away to start afresh"
-            )
-        return steps
 
     def _verify(self, path: Path) -> Manifest:
         """Check whose the checkpoint is and then every file; the ranks share the reading."""
-        content = _on_first_rank(lambda: manifest.read(path))
+        content = on_first_rank(lambda: manifest.read(path))
         if content.config_digest != self.config_digest:
             raise CheckpointError(
                 f"{path} belongs to another configuration: its digest is {content.config_digest}, this run's "
                 f"{self.config_digest}. Resume with the settings it was saved under, or use another run.dir"
             )
-        if _step_of(path) not in (None, content.step):
+        if step_of(path) not in (None, content.step):
             raise DamagedCheckpointError(f"{path} was renamed: its manifest says step {content.step}")
         own = manifest.share(content.files, parallel.rank(), dist.get_world_size())
-        checked = _on_all_ranks(lambda: [manifest.problem(path, name, content.files[name]) for name in own])
+        checked = on_all_ranks(lambda: [manifest.problem(path, name, content.files[name]) for name in own])
         problems = [problem for part in checked for problem in part if problem]
         if problems:
             raise DamagedCheckpointError("; ".join(problems))
         return content
-
-    def _set_aside(self, damaged: dict[Path, str], loaded: Path) -> None:
-        for path, reason in damaged.items():
-            aside = path.with_name(f"{path.name}.damaged")
-            _remove(aside)
-            os.rename(path, aside)
-            logger.warning("went back to %s, since %s; what there is of %s is now %s", loaded, reason, path, aside)
-
-    def _steps(self) -> list[Path]:
-        """Checkpoints by step, oldest first."""
-        found = [path for path in self.directory.glob("step_*") if _step_of(path) is not None]
-        return sorted(found, key=_step_of)
-
-
-def _step_of(path: Path) -> int | None:
-    match = re.fullmatch(r"step_(\d{6,})", path.name)
-    return int(match.group(1)) if match else None
 
 
 def _seal_own_files(directory: Path) -> dict[str, manifest.FileRecord]:
@@ -264,51 +264,3 @@ def _versions() -> dict[str, str]:
         "torch": str(torch.__version__),
         "python": platform.python_version(),
     }
-
-
-def _remove(path: Path) -> None:
-    """Remove a directory. That it can't be is no reason to end a run: it is tried again at the next save."""
-    doomed = path if path.name.startswith(".") else path.with_name(f".{path.name}.removing")
-    try:
-        if path.exists():
-            os.rename(path, doomed)  # half removed, it must not look like a checkpoint
-            shutil.rmtree(doomed)
-    except OSError as error:
-        logger.warning("can't remove %s: %s", path, error)
-
-
-def _free_space(directory: Path) -> str:
-    try:
-        return f"{shutil.disk_usage(directory).free / 2**20:,.0f} MiB free"
-    except OSError as error:
-        return f"free space unknown: {error}"
-
-
-def _on_first_rank(action: Callable[[], T]) -> T:
-    """Rank 0 acts; all ranks get its result, or raise its error."""
-    outcome = parallel.broadcast_from_first_rank(_outcome(action) if parallel.rank() == 0 else None)
-    if isinstance(outcome, CheckpointError):
-        raise outcome
-    return outcome
-
-
-def _on_all_ranks(action: Callable[[], T]) -> list[T]:
-    """All ranks act; each gets all results in rank order, or raises the first error."""
-    outcomes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(outcomes, _outcome(action))
-    for rank, outcome in enumerate(outcomes):
-        if isinstance(outcome, CheckpointError):
-            raise CheckpointError(f"rank {rank}: {outcome}") from outcome
-    return outcomes
-
-
-def _outcome(action: Callable[[], T]) -> T | CheckpointError:
-    """What ``action`` returns, or the error it ends in, for all ranks to raise: alone, it would leave them waiting."""
-    try:
-        return action()
-    except CheckpointError as error:
-        return error
-    except Exception as error:
-        failure = CheckpointError(f"{type(error).__name__}: {error}")
-        failure.__cause__ = error
-        return failure

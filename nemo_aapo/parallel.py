@@ -200,18 +200,13 @@ def lost_ranks_reported(doing: Callable[[], str]) -> Iterator[None]:
         raise LostRankError(message) from error
 
 
-def any_rank(flag: bool) -> bool:
-    """True on all ranks if it is true on one of them (a stop signal, a failed save)."""
-    return all_reduce_number(float(flag), dist.ReduceOp.MAX) > 0
-
-
-def all_reduce_number(value: float, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> float:
-    """A float64 number reduced over all ranks of the job."""
+def any_rank(*flags: bool) -> list[bool]:
+    """Each true on all ranks if it is true on one of them (a stop signal, a failed save)."""
     if dist.get_world_size() == 1:
-        return value
-    box = torch.tensor([value], dtype=torch.float64)
-    dist.all_reduce(box, op=op)
-    return float(box)
+        return list(flags)
+    box = torch.tensor(flags, dtype=torch.uint8)
+    dist.all_reduce(box, op=dist.ReduceOp.MAX)
+    return [bool(flag) for flag in box]
 
 
 def barrier() -> None:

@@ -32,7 +32,11 @@ class SaveSchedule:
         interval = self.settings.save_interval_s
         return interval is not None and self._clock() - self._saved >= interval
 
-    def time_is_up(self) -> bool:
-        """True if another step as long as the longest so far would end after ``checkpoint.max_time_s``."""
+    def time_is_up(self, save_s: float) -> bool:
+        """True if another step as long as the longest so far, and a save, would end after ``checkpoint.max_time_s``.
+
+        Args:
+            save_s: seconds that a save takes; 0 as long as it isn't known.
+        """
         limit = self.settings.max_time_s
-        return limit is not None and self._clock() - self._started + self._longest_step > limit
+        return limit is not None and self._clock() - self._started + self._longest_step + save_s > limit

@@ -26,6 +26,10 @@ class GroupNumbers:
     """int64 [G], completion tokens"""
     truncated: np.ndarray
     """bool [G], cut at the length limit"""
+    failed: np.ndarray
+    """bool [G], not scored"""
+    policy_version: int
+    """Of the policy that drew them."""
 
 
 def group_numbers(group: Group) -> GroupNumbers:
@@ -37,11 +41,13 @@ def group_numbers(group: Group) -> GroupNumbers:
         advantages=group.advantages,
         lengths=np.array([len(completion.token_ids) for completion in group.completions]),
         truncated=np.array([completion.finish_reason == "length" for completion in group.completions]),
+        failed=group.failed,
+        policy_version=group.completions[0].policy_version,
     )
 
 
-def step_metrics(groups: Sequence[GroupNumbers]) -> dict[str, float]:
-    """Metrics of the groups of one training step, over all ranks.
+def step_metrics(groups: Sequence[GroupNumbers], policy_version: int) -> dict[str, float]:
+    """Metrics of the groups of one training step, over all ranks, before a policy of this version learns from them.
 
     ``groups/zero_std`` counts groups whose rewards are all equal, ``groups/zero_advantage`` those without any final
     advantage: the difference is what the margin wins back.
@@ -51,10 +57,12 @@ def step_metrics(groups: Sequence[GroupNumbers]) -> dict[str, float]:
     metrics = {
         "reward/mean": rewards.mean(),
         "reward/std": rewards.std(),
+        "reward/failed_fraction": np.concatenate([group.failed for group in groups]).mean(),
         "advantage/mean": advantages.mean(),
         "advantage/abs_mean": np.abs(advantages).mean(),
         "groups/zero_std": (rewards == rewards[:, :1]).all(axis=1).mean(),
         "groups/zero_advantage": (advantages == 0).all(axis=1).mean(),
+        "rollout/lag": policy_version - np.mean([group.policy_version for group in groups]),
         **_lengths(groups),
     }
     references = [group.reference_rewards for group in groups if group.reference_rewards is not None]

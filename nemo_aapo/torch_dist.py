@@ -3,8 +3,10 @@
 The files are those of ``megatron.core.dist_checkpointing``, which reads them too; the way there differs.
 
 Writing: mcore forks a process for each file and waits for it without a deadline, and lets rank 0 fail alone (on
-``common.pt``) while the others wait in a collective. Here torch's distributed checkpoint writer works in the rank's
-own process, in steps that each tell all ranks of a failure on one.
+``common.pt``) while the others wait in a collective; its background mode forks too, which threads (gloo's, a server's)
+do not survive, and does not copy what lies in the host's memory already. Here torch's distributed checkpoint writer
+works in the rank's own process, in steps that each tell all ranks of a failure on one, on a snapshot that training can
+leave behind.
 
 Reading: a checkpoint may come from anywhere, and mcore's way unpickles two parts of it without limits: ``.metadata``,
 and objects that were saved in shards. Here the first is read with a list of the classes it may name, and all else with
@@ -13,6 +15,7 @@ and objects that were saved in shards. Here the first is read with a list of the
 
 from __future__ import annotations
 
+import copy
 import io
 import os
 import pickle
@@ -61,27 +64,58 @@ METADATA_CLASSES = {
 """All that ``.metadata`` may name, besides torch's dtypes."""
 
 
-def write(state: ShardedStateDict, directory: Path, replicas: dist.ProcessGroup) -> None:
-    """Write a sharded state dict. Collective; ``directory`` exists and is empty. Files are not yet fsynced.
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """This rank's share of a state, ready to be written."""
+
+    shards: dict[str, Any]
+    """What this rank writes of each tensor and object, as torch's checkpoint planner takes them."""
+    common: StateDict
+    """What is the same on all ranks; rank 0 writes it."""
+
+
+def snapshot(state: ShardedStateDict, replicas: dist.ProcessGroup, *, copied: bool) -> Snapshot:
+    """Decide who writes what. Collective.
 
     Args:
         state: as ``MegatronPolicy.sharded_state_dict`` returns it.
-        directory: each rank writes one file there, rank 0 three more.
         replicas: the ranks that hold the same shards (the data-parallel group) share the work of writing them.
-
-    Raises:
-        CheckpointError: on all ranks, if it failed on one.
+        copied: copy this rank's share to the host's memory, so that training may go on while it is written.
     """
     # torch's planner checks that the shards cover every tensor once, so mcore need not exchange them for that
     sharded, common = save_preprocess(state, validate_access_integrity=False)
     distribution = determine_main_replica_uniform_distribution(sharded, replicas)
     distribute_main_replicas_with_precomputed_distribution(sharded, replicas, distribution)
     by_key, _, _ = mcore_torch._replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
+    if copied:
+        for shard in (shard for shards in by_key.values() for shard in shards):
+            shard.data = _copy(shard.data)
+        common = _copy(common)
+    return Snapshot(mcore_torch.mcore_to_pyt_state_dict(by_key), common)
+
+
+def _copy(data: Any) -> Any:
+    """The same on the host, sharing no memory with it."""
+    if isinstance(data, torch.Tensor):
+        return data.detach().to("cpu", copy=True)
+    return copy.deepcopy(data)
+
+
+def write(content: Snapshot, directory: Path, group: dist.ProcessGroup | None = None) -> None:
+    """Write a snapshot. Collective; ``directory`` exists and is empty. Files are not yet fsynced.
+
+    Args:
+        content: of this rank.
+        directory: each rank writes one file there, rank 0 three more.
+        group: all ranks, in a group that no other thread uses at the time; None: the default one.
+
+    Raises:
+        CheckpointError: on all ranks, if it failed on one.
+    """
     planner = mcore_torch.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
+    writer = _Writer(directory, content.common)
     with _failures_of_ranks():
-        dcp.save(
-            mcore_torch.mcore_to_pyt_state_dict(by_key), storage_writer=_Writer(directory, common), planner=planner
-        )
+        dcp.save(content.shards, storage_writer=writer, planner=planner, process_group=group)
 
 
 @dataclass(frozen=True, slots=True)

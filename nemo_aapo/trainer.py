@@ -7,10 +7,11 @@ prompts -> rollout -> rewards -> advantages -> batches -> log-probs + loss -> op
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,20 +19,17 @@ import numpy as np
 from nemo_aapo import parallel
 from nemo_aapo.algorithms import Algorithm
 from nemo_aapo.config import Config
-from nemo_aapo.data.prompts import PromptSet
-from nemo_aapo.data.sampler import PromptSampler
 from nemo_aapo.errors import RunError
 from nemo_aapo.evaluate import Validator
 from nemo_aapo.experiment import rollout_rows
 from nemo_aapo.policy.learner import Learner
 from nemo_aapo.policy.megatron import MegatronPolicy, NonFiniteError
-from nemo_aapo.rollout.collect import Collector, share
-from nemo_aapo.rollout.engine import RolloutEngine
-from nemo_aapo.rollout.reference import ReferenceRewards
+from nemo_aapo.rollout.collect import share
+from nemo_aapo.rollout.source import RolloutSource
 from nemo_aapo.schedule import SaveSchedule
 from nemo_aapo.seeds import stream_seed
 from nemo_aapo.statistics import group_numbers, step_metrics
-from nemo_aapo.types import Group, SamplingSpec
+from nemo_aapo.types import Group
 
 
 class ParityError(RunError):
@@ -53,8 +51,16 @@ class Reporter(Protocol):
 class Checkpoints(Protocol):
     """What the loop needs of ``checkpoint.Checkpointer``."""
 
+    seconds: float
+    resumed_from: Path | None
+
     def resume(self, policy: Any, mode: Any) -> dict[str, Any] | None: ...
-    def save(self, step: int, policy: Any, trainer_state: dict[str, Any]) -> Any: ...
+    def save(
+        self, step: int, policy: Any, trainer_state: dict[str, Any], extra_files: Mapping[str, bytes] | None = None
+    ) -> Any: ...
+    def failed(self) -> bool: ...
+    def wait(self) -> None: ...
+    def close(self) -> None: ...
 
 
 class AAPOTrainer:
@@ -68,23 +74,16 @@ class AAPOTrainer:
         *,
         config: Config,
         policy: MegatronPolicy,
-        engine: RolloutEngine,
-        collector: Collector,
-        sampling: SamplingSpec,
-        data: PromptSet,
-        sampler: PromptSampler,
+        rollouts: RolloutSource,
         algorithm: Algorithm,
         learner: Learner,
-        reference: ReferenceRewards | None,
         validator: Validator,
         checkpoints: Checkpoints,
         reporter: Reporter,
     ) -> None:
         """``assemble.build_trainer`` makes all of these from a configuration, and takes replacements."""
-        self.config, self.policy, self.engine = config, policy, engine
-        self.collector, self.sampling = collector, sampling
-        self.data, self.sampler, self.algorithm, self.learner = data, sampler, algorithm, learner
-        self.reference, self.validator = reference, validator
+        self.config, self.policy, self.rollouts = config, policy, rollouts
+        self.algorithm, self.learner, self.validator = algorithm, learner, validator
         self.checkpoints, self.reporter = checkpoints, reporter
         self.step = 0
         """Training steps done."""
@@ -92,7 +91,6 @@ class AAPOTrainer:
         self._latest: dict[str, float] = {}  # metrics of the last step and the last validation
         self._gated = False  # whether engine and learner were compared since this process began
         self._doing = "the start"
-        self._seconds: dict[str, float] = {}
 
     # ------------------------------------------------------------------ the loop
 
@@ -107,86 +105,84 @@ class AAPOTrainer:
             ParityError: engine and learner disagreed before the first step.
             LostRankError: another rank is gone; training goes on from the last checkpoint.
         """
-        with parallel.lost_ranks_reported(lambda: self._doing):
+        with parallel.lost_ranks_reported(lambda: self._doing), contextlib.closing(self.checkpoints):
             saved = self._start()
-            while self.step < self.config.trainer.max_steps:
+            stopping = False
+            while self.step < self.config.trainer.max_steps and not stopping:
                 self._train_step()
                 if self._due(self.config.trainer.val_check_interval):
                     self._validate()
                 self.schedule.step_done()
-                stopping = parallel.any_rank(self.reporter.stop_requested() or self.schedule.time_is_up())
-                due = parallel.any_rank(self.schedule.time_for_a_checkpoint())
+                stopping, due, failed = parallel.any_rank(
+                    self.reporter.stop_requested() or self.schedule.time_is_up(self.checkpoints.seconds),
+                    self.schedule.time_for_a_checkpoint(),
+                    self.checkpoints.failed(),
+                )
+                if failed:
+                    self._wait_for_checkpoint()
                 if stopping or due or self._due(self.config.checkpoint.save_interval):
                     self._save()
                     saved = self.step
-                if stopping:
-                    return self.step == self.config.trainer.max_steps
             if saved != self.step:
                 self._save()
-            return True
+            self._wait_for_checkpoint()
+            return self.step == self.config.trainer.max_steps
 
     def _start(self) -> int:
         """Resume or begin; returns the step of the last checkpoint, -1 without one."""
         state = self.checkpoints.resume(self.policy, self.config.checkpoint.resume)
         if state is not None:
             self.step = state["step"]
-            self.sampler.load_state_dict(state["sampler"])
+            self.rollouts.sampler.load_state_dict(state["sampler"])
             self._latest = dict(state["metrics"])
-            self.engine.update_weights(self.policy.named_weights(), self.policy.version)
+            self.rollouts.load(self.checkpoints.resumed_from, self.step)
         self.reporter.begin(self.step if state is not None else -1)
         if state is None and self.config.trainer.val_check_interval:
             self._validate()
-        if self.reference is not None and not self.reference.online:
-            self._fill_reference()
+        self.rollouts.fill_reference(
+            self.step, lambda done, total: self.reporter.phase("reference rewards", done, total)
+        )
         return self.step if state is not None else -1
 
     def _train_step(self) -> None:
         start = time.perf_counter()
-        self._seconds = {}
         groups = self._rollout()
-        if not self._gated:
+        if not self._gated and not self._lag(groups):
             self._parity_gate(groups)
-        with self._timed("train"):
-            metrics = self._update(groups)
-        with self._timed("refit"):
-            self.engine.update_weights(self.policy.named_weights(), self.policy.version)
+        version = self.policy.version
+        began = time.perf_counter()
+        metrics = self._update(groups)
         self.step += 1
-        self.sampler.step = self.step
+        self.rollouts.sampler.step = self.step
         numbers = [n for part in parallel.gather_data_parallel([group_numbers(g) for g in groups]) for n in part]
-        seconds = {"reference": 0.0, **self._seconds, "step": time.perf_counter() - start}
+        now = time.perf_counter()
+        seconds = {**self.rollouts.seconds, "train": now - began, "step": now - start}
         tokens = sum(int(n.lengths.sum()) for n in numbers)
         metrics = {
-            **step_metrics(numbers),
+            **step_metrics(numbers, version),
             **metrics,
             "tokens_per_second": tokens / seconds["step"],
-            "epoch": self.step * self.config.prompts_per_step / len(self.data.prompts),
+            "epoch": self.step * self.config.prompts_per_step / len(self.rollouts.data),
             **{f"time/{name}": value for name, value in seconds.items()},
         }
         self._latest |= metrics
         self.reporter.log_step(self.step, metrics)
-        self._watch_parity(metrics)
+        if not metrics["rollout/lag"]:
+            self._watch_parity(metrics)
 
     def _rollout(self) -> list[Group]:
         """This rank's groups of the step, with rewards, reference rewards and advantages."""
-        prompts = [self.data.prompts[i] for i in self.sampler.indices(self.step)]
-        with self._timed("reference"):
-            reference = self.reference.rewards(prompts, self.step) if self.reference is not None else {}
-        seeds = [
-            [stream_seed(self.config.seed, "rollout", self.step, i, j) for j in range(self.config.group_size)]
-            for i in range(len(prompts))
-        ]
         self._doing = f"step {self.step + 1}, rollout"
         try:
-            groups = self.collector.collect(prompts, self.sampling, seeds)
+            groups = self.rollouts.groups(self.step)
         except FloatingPointError as error:  # the update before was finite, what it led to is not
-            raise NonFiniteError(f"step {self.step + 1}, rollout: {error}. No checkpoint was written") from error
-        self._seconds |= self.collector.seconds
-        groups = [group.replace(reference_rewards=reference.get(group.prompt.id)) for group in groups]
-        first = share(len(prompts)).start
+            raise NonFiniteError(f"{self._doing}: {error}. No checkpoint was written") from error
+        first = share(self.config.prompts_per_step).start
         pair_seeds = [stream_seed(self.config.seed, "pairs", self.step, first + i) for i in range(len(groups))]
         return with_advantages(self.algorithm, groups, pair_seeds)
 
     def _update(self, groups: list[Group]) -> dict[str, float]:
+        self._doing = f"step {self.step + 1}, train"
         try:
             return self.learner.update(groups)
         except NonFiniteError as error:
@@ -204,20 +200,14 @@ class AAPOTrainer:
         return bool(interval) and (self.step % interval == 0 or last)
 
     def _validate(self) -> None:
+        self._doing = f"step {self.step + 1}, rollout"
+        self.rollouts.settle()
+        self.rollouts.refit()
         self._doing = f"the validation after step {self.step}"
         self.reporter.phase("validating", 0, len(self.validator.prompts))
         metrics, samples = self.validator.run()
         self._latest |= metrics
         self.reporter.log_validation(self.step, metrics, samples)
-
-    def _fill_reference(self) -> None:
-        """Draw the reference rewards of exactly the prompts that the rest of the run uses."""
-        steps = range(self.step, self.config.trainer.max_steps)
-        wanted = dict.fromkeys(i for step in steps for i in self.sampler.indices(step))
-        self.reference.prepare(
-            [self.data.prompts[i] for i in wanted],
-            lambda done, total: self.reporter.phase("reference rewards", done, total),
-        )
 
     def _parity_gate(self, groups: list[Group]) -> None:
         """Before the first update of this process the engine's log-probs must be the learner's."""
@@ -231,6 +221,10 @@ class AAPOTrainer:
             raise ParityError(f"step {self.step}: {complaint}. The last checkpoint is as it was")
         if complaint:
             self.reporter.note(f"warning: step {self.step}: {complaint}")
+
+    def _lag(self, groups: list[Group]) -> bool:
+        """Whether these were drawn by an earlier policy: then engine and learner have to differ."""
+        return parallel.any_rank(any(c.policy_version != self.policy.version for g in groups for c in g.completions))[0]
 
     def _disagreement(self, parity: dict[str, float]) -> str:
         """What is wrong with the parity of engine and learner; empty if it is within the limits or not known."""
@@ -246,23 +240,23 @@ class AAPOTrainer:
         )
 
     def _save(self) -> None:
+        self._doing = f"step {self.step + 1}, rollout"
+        rollouts = self.rollouts.save()
         self._doing = f"the checkpoint of step {self.step}"
         self.reporter.note(f"saving a checkpoint at step {self.step}")
         state = {
             "step": self.step,
             "policy_version": self.policy.version,
-            "sampler": self.sampler.state_dict(),
+            "seed": self.config.seed,  # it names every random stream; the loop draws from no global generator
+            "sampler": self.rollouts.sampler.state_dict(),
             "metrics": {k: v for k, v in self._latest.items() if math.isfinite(v) and not k.startswith("time/")},
         }
-        self.checkpoints.save(self.step, self.policy, state)
+        self.checkpoints.save(self.step, self.policy, state, rollouts)
         self.schedule.saved()
 
-    @contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        self._doing = f"step {self.step + 1}, {name}"
-        yield
-        self._seconds[name] = time.perf_counter() - start
+    def _wait_for_checkpoint(self) -> None:
+        self._doing = f"the checkpoint of step {self.step}"
+        self.checkpoints.wait()
 
 
 def with_advantages(algorithm: Algorithm, groups: list[Group], pair_seeds: list[int]) -> list[Group]:

@@ -80,6 +80,8 @@ class Group:
     """float64 [G], the weighted sum of all rewards."""
     reward_parts: dict[str, np.ndarray]
     """Each reward's unweighted values, float64 [G], by name."""
+    failed: np.ndarray
+    """bool [G], scoring failed or timed out, and ``reward_runner.score_on_failure`` stands for the reward."""
     reference_rewards: np.ndarray | None = None
     """float64 [K], rewards of K completions of the frozen reference; None where the algorithm needs none."""
     advantages: np.ndarray | None = None
@@ -102,10 +104,6 @@ class Sample:
     """float32 [T], the engine's."""
     advantage: float
     """A*, the same for all T tokens."""
-    old_logprobs: np.ndarray | None = None
-    """float32 [T], the learner's before the first of several updates; None when on-policy."""
-    policy_version: int = 0
-    """The version of the policy that drew it."""
 
     @property
     def length(self) -> int:

@@ -269,6 +269,7 @@ def test_rollout_rows_say_everything_of_each_completion(tmp_path):
         texts=("4 \u2713", "five"),
         rewards=np.array([1.5, 0.0]),
         reward_parts={"accuracy": np.array([1.0, 0.0]), "format": np.array([0.5, np.nan])},
+        failed=np.zeros(2, bool),
         advantages=np.array([0.7, -0.9]),
     )
     rows = [json.loads(to_json(row)) for row in rollout_rows([group])]

@@ -11,7 +11,6 @@ import textwrap
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from nemo_aapo.rewards import build_reward, pool, reward_config
@@ -147,22 +146,18 @@ def test_cheap_rewards_score_the_same_in_process_and_in_a_worker():
     outcomes = []
     for workers in (0, 1):
         with RewardRunner(rewards, workers, timeout_s=30) as runner:
-            groups = runner.score_groups(
-                [prompt(), prompt("7")], [[completion(n) for n in range(len(texts))]] * 2, [texts] * 2
-            )
+            for question in ("72", "7"):
+                for n, text in enumerate(texts):
+                    runner.submit((question, n), prompt(question), text, completion(n))
+            outcomes.append(runner.collect())
             assert runner.stats.scored == 2 * len(texts)
             assert runner.stats.errors == runner.stats.timeouts == 0
-        outcomes.append(groups)
-    for here, there in zip(*outcomes, strict=True):
-        assert here.rewards.dtype == np.float64
-        assert here.rewards.tolist() == there.rewards.tolist()
-        assert list(here.reward_parts) == ["integer", "format", "exact", "cosine"]
-        for name, values in here.reward_parts.items():
-            assert values.tolist() == there.reward_parts[name].tolist()
-        total = sum(weight * here.reward_parts[reward.name] for reward, weight in rewards)
-        np.testing.assert_allclose(here.rewards, total, rtol=1e-12)
-    assert outcomes[0][0].rewards[0] == 1.0 + 0.7 * 1.0
-    assert outcomes[0][0].texts == tuple(texts)
+    assert outcomes[0] == outcomes[1]
+    for result in outcomes[0].values():
+        assert list(result.parts) == ["integer", "format", "exact", "cosine"]
+        total = sum(weight * result.parts[reward.name] for reward, weight in rewards)
+        assert result.score == pytest.approx(total, rel=1e-12)
+    assert outcomes[0]["72", 0].score == 1.0 + 0.7 * 1.0
 
 
 def test_a_failure_in_process_costs_its_item_only():

@@ -20,6 +20,7 @@ def schedule(clock: Clock, save_interval_s=None, max_time_s=None) -> SaveSchedul
         save_interval=50,
         save_interval_s=save_interval_s,
         max_time_s=max_time_s,
+        async_save=True,
         keep_last=2,
         keep_best=None,
         resume="auto",
@@ -44,10 +45,11 @@ def test_time_is_up_while_the_longest_step_so_far_still_fits():
     for seconds in (10, 30, 10):
         clock.now += seconds
         limited.step_done()
-        assert not limited.time_is_up()  # 50 gone, and 30 may come
-    clock.now += 25
+        assert not limited.time_is_up(save_s=0.0)  # 50 gone, and 30 may come
+    clock.now += 15
     limited.step_done()
-    assert limited.time_is_up()  # 75 gone: a step of 30 would end at 105
+    assert not limited.time_is_up(save_s=0.0)  # 65 gone: a step of 30 would end at 95
+    assert limited.time_is_up(save_s=6.0)  # and be saved at 101
 
 
 def test_without_settings_the_clock_decides_nothing():
@@ -55,5 +57,5 @@ def test_without_settings_the_clock_decides_nothing():
     free = schedule(clock)
     clock.now += 1e9
     free.step_done()
-    assert not free.time_is_up()
+    assert not free.time_is_up(save_s=0.0)
     assert not free.time_for_a_checkpoint()

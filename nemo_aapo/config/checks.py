@@ -26,6 +26,7 @@ def check_alone(config: Config) -> None:
         raise ConfigError(f"model.optim.betas={list(config.model.optim.betas)}: two numbers are needed")
     _check_sampling(config)
     _check_algorithm(config)
+    _check_async(config)
     _check_rewards(config)
     _check_loggers(config)
     if config.model.sequence_parallel and config.model.tensor_model_parallel_size == 1:
@@ -76,6 +77,7 @@ _MINIMA = {
     "checkpoint.max_time_s": 1,
     "rollout.max_parity_error": 1,
     "rollout.max_gen_kl": 0,
+    "rollout.async_depth": 0,
 }
 
 
@@ -126,6 +128,29 @@ def _check_algorithm(config: Config) -> None:
     if config.group_size == 1 and algorithm.margin is None:
         raise ConfigError(
             f"group_size=1: algorithm={algorithm.name} compares completions of a group; at least 2 needed"
+        )
+
+
+def _check_async(config: Config) -> None:
+    depth, algorithm = config.rollout.async_depth, config.algorithm
+    if depth == 0:
+        return
+    if depth > 1:
+        raise ConfigError(f"rollout.async_depth={depth}: 0 or 1; rollouts older than one step are not drawn")
+    if config.rollout.engine != "remote":
+        raise ConfigError(
+            f"rollout.async_depth=1 needs rollout.engine=remote: with {config.rollout.engine} the learner's own ranks "
+            "draw, so nothing would overlap"
+        )
+    if algorithm.importance_weight_cap is None:
+        raise ConfigError(
+            "rollout.async_depth=1 trains on rollouts of the policy before: set algorithm.importance_weight_cap (2.0, "
+            "say), or the loss takes them for its own"
+        )
+    if algorithm.reference == "online":
+        raise ConfigError(
+            "rollout.async_depth=1 with algorithm.reference=online: the servers can't draw from the reference and the "
+            "policy at a time. Use algorithm.reference=cached"
         )
 
 

@@ -114,6 +114,7 @@ class Rollout:
     top_k: int
     max_new_tokens: int
     max_concurrent_tokens: int
+    async_depth: int
     max_parity_error: float
     max_gen_kl: float
     on_parity_error: Literal["warn", "stop"]
@@ -163,6 +164,7 @@ class Checkpoint:
     save_interval: int
     save_interval_s: float | None
     max_time_s: float | None
+    async_save: bool
     keep_last: int
     keep_best: Literal["validation/accuracy_greedy", "validation/accuracy_sampled", "reward/mean"] | None
     resume: Literal["auto", "latest_good"]

@@ -141,7 +141,6 @@ def collate(
         joined = np.concatenate(parts) if parts else np.zeros(0)
         return torch.as_tensor(joined, dtype=dtype).to(device)
 
-    has_old = bool(samples) and samples[0].old_logprobs is not None
     return MicroBatch(
         input_ids=torch.from_numpy(input_ids).to(device),
         position_ids=torch.arange(longest, device=device).expand(rows, -1),
@@ -151,7 +150,6 @@ def collate(
         advantages=flat([np.full(n, s.advantage) for n, s in zip(lengths, samples, strict=True)], torch.float32),
         weights=flat([np.full(n, w) for n, w in zip(lengths, token_weights, strict=True)], torch.float32),
         rollout_logprobs=flat([sample.rollout_logprobs for sample in samples], torch.float32),
-        old_logprobs=flat([sample.old_logprobs for sample in samples], torch.float32) if has_old else None,
     )
 
 

@@ -146,7 +146,6 @@ def _sample(group: Group, i: int) -> Sample:
         completion_ids=completion.token_ids,
         rollout_logprobs=completion.logprobs,
         advantage=float(group.advantages[i]),
-        policy_version=completion.policy_version,
     )
 
 

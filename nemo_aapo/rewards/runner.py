@@ -12,13 +12,11 @@ from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 
-import numpy as np
-
 from nemo_aapo.rewards import reward_config
 from nemo_aapo.rewards.base import Reward, describe_error, score_parts
 from nemo_aapo.rewards.channel import encode_item
 from nemo_aapo.rewards.pool import START_TIMEOUT_S, Failure, Reply, WorkerPool
-from nemo_aapo.types import Completion, Group, Prompt
+from nemo_aapo.types import Completion, Prompt
 
 logger = logging.getLogger(__name__)
 
@@ -133,15 +131,6 @@ class RewardRunner:
         self._count(results)
         return results
 
-    def score_groups(
-        self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]], texts: Sequence[Sequence[str]]
-    ) -> list[Group]:
-        """Submit and collect all: ``completions[i][j]`` and ``texts[i][j]`` belong to ``prompts[i]``."""
-        for i, prompt in enumerate(prompts):
-            for j, (text, completion) in enumerate(zip(texts[i], completions[i], strict=True)):
-                self.submit((i, j), prompt, text, completion)
-        return make_groups(prompts, completions, texts, self.collect())
-
     def check_answer(self, answer: str) -> None:
         """Raise ValueError if a reward can't work with this gold answer, or needs more than the limit to find out."""
         if self.pool is None:
@@ -184,23 +173,6 @@ class RewardRunner:
             logger.warning("completion %s got score %g: %s: %s", index, result.score, result.failure, result.detail)
         if len(failed) > _LOGGED_FAILURES:
             logger.warning("%d of %d completions could not be scored", len(failed), len(results))
-
-
-def make_groups(
-    prompts: Sequence[Prompt],
-    completions: Sequence[Sequence[Completion]],
-    texts: Sequence[Sequence[str]],
-    results: Mapping[Hashable, RewardResult],
-) -> list[Group]:
-    """Groups with their rewards; the result of ``completions[i][j]`` is ``results[i, j]``."""
-    groups = []
-    for i, prompt in enumerate(prompts):
-        mine = [results[i, j] for j in range(len(completions[i]))]
-        rewards = np.array([result.score for result in mine], dtype=np.float64)
-        names = mine[0].parts if mine else {}
-        parts = {name: np.array([result.parts[name] for result in mine], dtype=np.float64) for name in names}
-        groups.append(Group(prompt, tuple(completions[i]), tuple(texts[i]), rewards, parts))
-    return groups
 
 
 def _check_arguments(rewards: Sequence[Reward], weights: Sequence[float], workers: int, score: float) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from nemo_aapo import parallel
-from nemo_aapo.rollout.engine import RolloutEngine
+from nemo_aapo.rollout.engine import OnFinish, PendingCompletions, RolloutEngine
 from nemo_aapo.types import Completion, Group, Prompt, SamplingSpec
 
 
@@ -21,7 +21,24 @@ class RewardScorer(Protocol):
         """Start scoring one completion; returns at once."""
 
     def collect(self) -> Mapping[Any, Any]:
-        """``score`` and ``parts`` (by reward) of everything submitted since the last call, by index."""
+        """``score``, ``parts`` (by reward) and ``failure`` of all submitted since the last call, by index."""
+
+
+@dataclass(slots=True, eq=False)
+class Drawing:
+    """This data-parallel rank's share of the prompts while its completions are being drawn and scored."""
+
+    prompts: Sequence[Prompt]
+    seeds: Sequence[Sequence[int]]
+    texts: dict[tuple[int, int], str] = field(default_factory=dict)
+    """On the model-parallel source rank, as completions end."""
+    pending: PendingCompletions | None = None
+    """Where the engine draws in the background."""
+
+    @property
+    def token_ids(self) -> list[np.ndarray]:
+        """What the engine is fed."""
+        return [prompt.token_ids for prompt in self.prompts]
 
 
 @dataclass(slots=True)
@@ -34,7 +51,7 @@ class Collector:
     decode: Callable[[np.ndarray], str]
     """Token ids -> text, without special tokens."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Of the last call on this rank: ``rollout`` (generation) and ``reward`` (waiting for scores after it)."""
+    """Of the last call on this rank: ``rollout`` (waiting for completions) and ``reward`` (for scores after that)."""
 
     def collect(self, prompts: Sequence[Prompt], sampling: SamplingSpec, seeds: Sequence[Sequence[int]]) -> list[Group]:
         """This data-parallel rank's share of the prompts, completed and scored.
@@ -47,47 +64,86 @@ class Collector:
             sampling: how to draw.
             seeds: ``seeds[i][j]`` of completion j of prompt i, as ``RolloutEngine.generate`` takes them.
         """
-        mine = share(len(prompts))
-        prompts, seeds = prompts[mine], seeds[mine]
-        source = parallel.is_model_parallel_source()
-        texts: dict[tuple[int, int], str] = {}
+        drawing = _share_of(prompts, seeds)
+        start = time.perf_counter()
+        self.engine.wake()
+        completions = self.engine.generate(drawing.token_ids, sampling, drawing.seeds, self._scoring(drawing))
+        self.engine.sleep()
+        return self._groups(drawing, completions, start)
+
+    def begin(self, prompts: Sequence[Prompt], sampling: SamplingSpec, seeds: Sequence[Sequence[int]]) -> Drawing:
+        """As ``collect``, but returns at once; the engine is a ``BackgroundEngine``.
+
+        Until ``finish``, neither the engine nor the rewards may be asked for anything else.
+        """
+        drawing = _share_of(prompts, seeds)
+        drawing.pending = self.engine.start(drawing.token_ids, sampling, drawing.seeds, self._scoring(drawing))
+        return drawing
+
+    def finish(self, drawing: Drawing) -> list[Group]:
+        """Wait for what ``begin`` began; what ``collect`` would have returned."""
+        start = time.perf_counter()
+        return self._groups(drawing, drawing.pending.result(), start)
+
+    def _scoring(self, drawing: Drawing) -> OnFinish | None:
+        """What has each completion scored as soon as it ends; one rank does."""
+        if not parallel.is_model_parallel_source():
+            return None
 
         def score(i: int, j: int, completion: Completion) -> None:
-            texts[i, j] = self.decode(completion.token_ids)
-            self.rewards.submit((i, j), prompts[i], texts[i, j], completion)
+            drawing.texts[i, j] = self.decode(completion.token_ids)
+            self.rewards.submit((i, j), drawing.prompts[i], drawing.texts[i, j], completion)
 
-        start = time.perf_counter()
-        ids = [prompt.token_ids for prompt in prompts]
-        self.engine.wake()
-        completions = self.engine.generate(ids, sampling, seeds, score if source else None)
-        self.engine.sleep()
+        return score
+
+    def _groups(self, drawing: Drawing, completions: list[list[Completion]], start: float) -> list[Group]:
         generated = time.perf_counter()
+        source = parallel.is_model_parallel_source()
         # One rank judges and tells the others: a timeout could strike on one of them and not on the next.
-        scores = parallel.broadcast_in_model_parallel(_tables(self.rewards.collect(), seeds) if source else None)
+        scores = parallel.broadcast_in_model_parallel(
+            _tables(self.rewards.collect(), drawing.seeds) if source else None
+        )
         self.seconds = {"rollout": generated - start, "reward": time.perf_counter() - generated}
         return [
             Group(
                 prompt=prompt,
                 completions=tuple(row),
-                texts=tuple(texts[i, j] for j in range(len(row))) if source else (),
-                rewards=scores[i][0],
-                reward_parts=scores[i][1],
+                texts=tuple(drawing.texts[i, j] for j in range(len(row))) if source else (),
+                rewards=scores[i].rewards,
+                reward_parts=scores[i].parts,
+                failed=scores[i].failed,
             )
-            for i, (prompt, row) in enumerate(zip(prompts, completions, strict=True))
+            for i, (prompt, row) in enumerate(zip(drawing.prompts, completions, strict=True))
         ]
 
 
-def _tables(
-    scores: Mapping[Any, Any], seeds: Sequence[Sequence[int]]
-) -> list[tuple[np.ndarray, dict[str, np.ndarray]]]:
-    """Per prompt: total rewards [G] and each reward's values [G] by name."""
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """The scores of one prompt's completions, [G] each."""
+
+    rewards: np.ndarray
+    parts: dict[str, np.ndarray]
+    failed: np.ndarray
+
+
+def _tables(scores: Mapping[Any, Any], seeds: Sequence[Sequence[int]]) -> list[_Table]:
     tables = []
     for i, row in enumerate(seeds):
         judged = [scores[i, j] for j in range(len(row))]
         names = list(judged[0].parts) if judged else []
-        parts = {name: np.array([score.parts[name] for score in judged], dtype=np.float64) for name in names}
-        tables.append((np.array([score.score for score in judged], dtype=np.float64), parts))
+        tables.append(
+            _Table(
+                rewards=np.array([score.score for score in judged], dtype=np.float64),
+                parts={n: np.array([score.parts[n] for score in judged], dtype=np.float64) for n in names},
+                failed=np.array([score.failure is not None for score in judged], dtype=bool),
+            )
+        )
     return tables
+
+
+def _share_of(prompts: Sequence[Prompt], seeds: Sequence[Sequence[int]]) -> Drawing:
+    mine = share(len(prompts))
+    return Drawing(prompts[mine], seeds[mine])
 
 
 def share(count: int) -> slice:

@@ -31,6 +31,14 @@ class RolloutStats:
     """Share of the rows that stood empty, averaged over the steps; NaN where the engine can't tell."""
 
 
+class PendingCompletions(Protocol):
+    """Completions that are being drawn."""
+
+    def result(self) -> list[list[Completion]]:
+        """Wait for them; what ``generate`` would have returned. Collective over the model-parallel group."""
+        ...
+
+
 @runtime_checkable
 class RolloutEngine(Protocol):
     """Draws completions. All ranks of one model-parallel group call it alike and receive the same."""
@@ -79,4 +87,23 @@ class RolloutEngine(Protocol):
 
     def close(self) -> None:
         """Release everything; the engine can't be used afterwards."""
+        ...
+
+
+@runtime_checkable
+class BackgroundEngine(RolloutEngine, Protocol):
+    """An engine that draws elsewhere while this process does something else."""
+
+    def start(
+        self,
+        prompts: Sequence[np.ndarray],
+        sampling: SamplingSpec,
+        seeds: Sequence[Sequence[int]],
+        on_finish: OnFinish | None = None,
+    ) -> PendingCompletions:
+        """As ``generate``, but returns at once.
+
+        ``on_finish`` is called from another thread. Until ``result`` has returned, nothing else may be asked of the
+        engine. No collective is begun before ``result``.
+        """
         ...

@@ -32,10 +32,10 @@ def make_policy(model: Path, tp: int = 1, pp: int = 1):
     return MegatronPolicy(config, read_model_dir(str(model)))
 
 
-def make_checkpointer(directory: Path, keep_last: int = 2, digest: str = DIGEST):
+def make_checkpointer(directory: Path, keep_last: int = 2, digest: str = DIGEST, background: bool = False):
     from nemo_aapo.checkpoint import Checkpointer
 
-    return Checkpointer(directory, digest, keep_last)
+    return Checkpointer(directory, digest, keep_last, background=background, timeout_s=60)
 
 
 def train(policy: Any, step: int) -> None:

@@ -74,12 +74,12 @@ def test_no_kind_of_file_is_left_out_and_a_damaged_checkpoint_touches_no_weight(
 
 def _fall_back(model, source, scratch):
     """Resume with the newest checkpoint damaged, save again, resume again; then with all of them damaged."""
-    from nemo_aapo import checkpoint, parallel
+    from nemo_aapo import checkpoint_directory, parallel
 
     said = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())
-    checkpoint.logger.addHandler(handler)
+    checkpoint_directory.logger.addHandler(handler)
     policy = make_policy(model)
     with changed_copy(source, scratch) as copy:
         if copy:
@@ -87,7 +87,7 @@ def _fall_back(model, source, scratch):
     checkpoints = make_checkpointer(scratch)
     auto = error_of(lambda: checkpoints.resume(policy))
     state = checkpoints.resume(policy, mode="latest_good")
-    checkpoint.logger.removeHandler(handler)
+    checkpoint_directory.logger.removeHandler(handler)
     names = sorted(os.listdir(scratch))
     train(policy, 3)
     checkpoints.save(3, policy, {"step": 3})

@@ -31,7 +31,15 @@ def saved_groups(count: int = 6, size: int = 4, seed: int = 3):
             completions.append(Completion(tokens, np.full(len(tokens), -2.0, np.float32), "stop", 0))
         advantages = np.zeros(size) if i == 2 else generator.normal(size=size)
         groups.append(
-            Group(Prompt(str(i), prompt, "", "", ""), tuple(completions), (), np.zeros(size), {}, None, advantages)
+            Group(
+                prompt=Prompt(str(i), prompt, "", "", ""),
+                completions=tuple(completions),
+                texts=(),
+                rewards=np.zeros(size),
+                reward_parts={},
+                failed=np.zeros(size, bool),
+                advantages=advantages,
+            )
         )
     return groups
 

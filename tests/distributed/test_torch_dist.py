@@ -118,7 +118,8 @@ def _sharded_objects(directory, mark):
         target = directory / name
         target.mkdir(exist_ok=True)
         parallel.barrier()
-        torch_dist.write(state(value), target, parallel_state.get_data_parallel_group_gloo())
+        replicas = parallel_state.get_data_parallel_group_gloo()
+        torch_dist.write(torch_dist.snapshot(state(value), replicas, copied=name == "plain"), target)
         try:
             answers.append(torch_dist.read(state(None), target, torch_dist.read_header(target)))
         except torch_dist.CheckpointError as error:

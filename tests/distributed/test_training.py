@@ -18,6 +18,10 @@ STEP_KEYS = {
     "truncated_fraction", "tokens_per_second", "time/rollout", "time/reward", "time/train", "time/refit", "time/step",
 }  # fmt: skip
 
+IN_THE_THIRD_STEP = 18 + 40 + 32 + 18 + 5
+"""Reward calls: 6 x 3 in a validation, 10 x 4 reference completions, 16 a step. An epoch ends within the third step,
+and a checkpoint of the second is there."""
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -40,15 +44,15 @@ def test_a_run_leaves_what_its_contract_says(uninterrupted):
         "finished",
         "logs",
         "tensorboard",
-        "checkpoints/step_000004",
+        "checkpoints/step_000006",
         "hf_model/config.json",
     ):
         assert (uninterrupted / name).exists(), name
     lines = metrics(uninterrupted, timeless=False)
     steps = [line for line in lines if "loss" in line]
     validations = [line for line in lines if "validation/accuracy_greedy" in line]
-    assert [line["step"] for line in steps] == [1, 2, 3, 4]
-    assert [line["step"] for line in validations] == [0, 2, 4]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in validations] == [0, 2, 4, 6]
     assert all(set(line) >= STEP_KEYS for line in steps)
     assert all(np.isfinite(line[key]) for line in steps for key in STEP_KEYS)
     assert all(line["parity/mult_prob_error"] < 1.0001 for line in steps)
@@ -60,10 +64,9 @@ def test_a_run_leaves_what_its_contract_says(uninterrupted):
 
 def test_a_stopped_run_goes_on_to_the_same_bits(ranks, folder, uninterrupted):
     run_dir = folder / "stopped"
-    # reward calls: 6 x 3 in a validation, 10 x 4 reference completions, 16 a step; an epoch ends within the third
-    in_the_third_step = 18 + 40 + 32 + 18 + 5
-    assert ranks.run(run, settings(folder, run_dir), in_the_third_step, tp=None) == [0]
+    assert ranks.run(run, settings(folder, run_dir), IN_THE_THIRD_STEP, tp=None) == [0]
     assert [line["step"] for line in metrics(run_dir)] == [0, 1, 2, 2, 3]
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["step_000002", "step_000003"]
     assert not (run_dir / "finished").exists()
     assert ranks.run(run, settings(folder, run_dir), tp=None) == [0]
     assert metrics(run_dir) == metrics(uninterrupted)
@@ -72,7 +75,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(ranks, folder, uninterrupted):
 
 def test_another_layout_takes_over_the_checkpoint_and_ends_in_the_same_weights(ranks, folder, uninterrupted):
     run_dir = folder / "moved"
-    assert ranks.run(run, settings(folder, run_dir, "trainer.max_steps=2"), tp=None) == [0]
+    assert ranks.run(run, settings(folder, run_dir), IN_THE_THIRD_STEP, tp=None) == [0]
     moved = settings(folder, run_dir, world=4, tp=2, pp=2)
     assert ranks.run(run, moved, world=4, tp=None) == [0] * 4
     assert_same_run(run_dir, uninterrupted)
@@ -83,6 +86,40 @@ def test_a_run_on_four_ranks_gives_the_metrics_of_one(ranks, folder, uninterrupt
     config = settings(folder, run_dir, "model.sequence_parallel=true", world=4, tp=2)
     assert ranks.run(run, config, world=4, tp=None) == [0] * 4
     assert_same_run(run_dir, uninterrupted)
+
+
+def _states_of_generators(overrides):
+    """Digests of the state of every global random generator, before and after the loop."""
+    import random
+
+    import torch
+
+    from nemo_aapo.trainer import AAPOTrainer
+
+    def states():
+        return random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state().numpy().tobytes()
+
+    found = []
+
+    def fit(trainer):
+        found.append(states())
+        complete = original(trainer)
+        found.append(states())
+        return complete
+
+    original, AAPOTrainer.fit = AAPOTrainer.fit, fit
+    try:
+        run(overrides)
+    finally:
+        AAPOTrainer.fit = original
+    return found
+
+
+def test_the_loop_draws_from_no_global_generator_so_a_checkpoint_needs_none(ranks, folder):
+    """Validation, reference rewards, rollouts, updates and saves."""
+    config = settings(folder, folder / "generators", "trainer.max_steps=2", "export_hf_model=false")
+    [[before, after]] = ranks.run(_states_of_generators, config, tp=None)
+    assert before == after
 
 
 def assert_same_run(run_dir, other):

@@ -62,7 +62,7 @@ def settings(folder, run_dir, *more, tp=1, pp=1, world=1):
         f"trainer.devices={world}",
         f"model.tensor_model_parallel_size={tp}",
         f"model.pipeline_model_parallel_size={pp}",
-        "trainer.max_steps=4",
+        "trainer.max_steps=6",
         "trainer.val_check_interval=2",
         "trainer.distributed_timeout_s=60",
         "checkpoint.save_interval=2",

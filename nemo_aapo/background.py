@@ -1,0 +1,55 @@
+"""One job at a time beside the main thread, whose error is not lost."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+
+logger = logging.getLogger(__name__)
+
+CLOSE_S = 60.0
+"""How long a process that ends in an error waits for its job."""
+
+
+class Background:
+    """Runs a job in a thread. The thread is a daemon: a job that never ends can't keep the process alive."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def start(self, job: Callable[[], object]) -> None:
+        """Begin a job; the one before has been waited for."""
+        if self._thread is not None:
+            raise RuntimeError("a job is under way: wait for it first")
+
+        def run() -> None:
+            try:
+                job()
+            except BaseException as error:  # raised again in the main thread, by ``wait``
+                self._error = error
+
+        self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def failed(self) -> bool:
+        """True once the job has ended in an error, until ``wait`` raises it."""
+        return self._error is not None
+
+    def wait(self) -> None:
+        """Return when no job is under way. Raises what it ended in."""
+        if self._thread is not None:
+            self._thread.join()
+        self._thread, error, self._error = None, self._error, None
+        if error is not None:
+            raise error
+
+    def close(self) -> None:
+        """Give a job that is under way the time to end, as another error is on its way out already."""
+        if self._thread is None:
+            return
+        self._thread.join(CLOSE_S)
+        if self._error is not None:
+            logger.warning("%s", self._error)
+        self._thread = self._error = None
