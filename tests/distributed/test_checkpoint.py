@@ -6,6 +6,7 @@ import errno
 import os
 import resource
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from tests.distributed.checkpoint_runs import (
     weights,
 )
 
+NOBODY = 65534
 LAYOUTS = {"1x1": (1, 1, 1), "2x1": (2, 2, 1), "1x2": (2, 1, 2), "dp2": (2, 1, 1), "2x2": (4, 2, 2)}
 
 
@@ -107,6 +109,46 @@ def test_a_full_disk_on_one_rank_is_an_error_on_all_and_leaves_the_older_checkpo
         assert names == ["step_000001"]
         assert state == {"step": 1}
         assert names_later == ["step_000002"]
+
+
+def _save_read_only(model, directory):
+    """The directory may not be written while the second checkpoint is saved; root alone could all the same."""
+    from nemo_aapo import parallel
+
+    policy = make_policy(model)
+    checkpoints = make_checkpointer(directory)
+    train(policy, 1)
+    checkpoints.save(1, policy, {"step": 1})
+    train(policy, 2)
+    if parallel.rank() == 0:
+        directory.chmod(0o555)
+    parallel.barrier()
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(NOBODY)
+    try:
+        error = error_of(lambda: checkpoints.save(2, policy, {"step": 2}))
+        start = error_of(lambda: make_checkpointer(directory).resume(policy))
+    finally:
+        os.seteuid(user)
+    parallel.barrier()
+    if parallel.rank() == 0:
+        directory.chmod(0o755)
+    parallel.barrier()
+    state = make_checkpointer(directory).resume(policy)
+    return error, start, os.listdir(directory), state
+
+
+def test_a_read_only_directory_is_an_error_on_all_ranks_and_leaves_the_older_checkpoint(ranks, model):
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are closed to others
+        os.chmod(folder, 0o755)
+        directory = Path(folder) / "checkpoints"
+        for error, start, names, state in ranks.run(_save_read_only, model, directory, world=2):
+            assert f"step 2 was not saved in {directory}" in error
+            assert "PermissionError: [Errno 13]" in error
+            assert "PermissionError: [Errno 13]" in start  # a run that could not save does not begin
+            assert names == ["step_000001"]
+            assert state == {"step": 1}
 
 
 def _interrupt(model, directory):
