@@ -168,11 +168,13 @@ CLASSES = (
 )
 
 ENVIRONMENT = {
+    "TLLM_DISABLE_MPI": "1",
     "TRT_LLM_DISABLE_LOAD_WEIGHTS_IN_PARALLEL": "1",
     "TLLM_RAY_FORCE_LOCAL_CLUSTER": "1",
 }
-"""Variables that are set for the engine's processes."""
+"""Variables that are set before the library is imported, and stay."""
 ENVIRONMENT_READERS = {
+    "TLLM_DISABLE_MPI": "tensorrt_llm._utils",
     "TRT_LLM_DISABLE_LOAD_WEIGHTS_IN_PARALLEL": "tensorrt_llm._torch.models.modeling_utils",
     "TLLM_RAY_FORCE_LOCAL_CLUSTER": "tensorrt_llm.executor.ray_executor",
 }

@@ -12,7 +12,7 @@ import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from nemo_aapo.errors import RunError
 from nemo_aapo.rollout.trtllm_contract import ENVIRONMENT
@@ -135,24 +135,22 @@ def check_gpus(gpus: Sequence[Gpu], tensor_parallel_size: int) -> None:
 def engine_environment(gpus: Sequence[Gpu]) -> Iterator[None]:
     """Inside, ``os.environ`` is what the engine's processes must inherit; afterwards it is the learner's again.
 
-    Trap: Ray's workers and MPI, which TensorRT-LLM starts when it is imported, take Slurm's, PMI's, PMIx's and Open
-    MPI's variables for their own job. torchrun's would give all workers one rank.
+    The variables of the contract stay: the library reads them for as long as it lives.
+
+    Trap: Ray's workers, and MPI if the library starts it, take Slurm's, PMI's, PMIx's and Open MPI's variables for
+    their own job. torchrun's would give all workers one rank.
     """
-    foreign = [name for name in os.environ if name.startswith(FOREIGN_PREFIXES) or name in FOREIGN_NAMES]
-    ours: dict[str, Any] = {
-        # A Ray cluster of the engine's own, which knows its GPUs only: engines on one node don't meet.
-        # Trap: a refit loads parts of the model; threads that load in parallel are made for whole checkpoints.
-        **ENVIRONMENT,
-        "CUDA_VISIBLE_DEVICES": ",".join(str(gpu.number) for gpu in gpus),
-    }
-    before = {name: os.environ.get(name) for name in [*foreign, *ours]}
-    for name in foreign:
+    # No MPI; a Ray cluster of the engine's own, which knows its GPUs only, so that engines on one node don't meet;
+    # and no parallel loading, which is made for whole checkpoints, while a refit loads parts (trap).
+    os.environ.update(ENVIRONMENT)
+    before = {name: value for name, value in os.environ.items() if name.startswith(FOREIGN_PREFIXES)}
+    before |= {name: os.environ[name] for name in FOREIGN_NAMES if name in os.environ}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    for name in before:
         del os.environ[name]
-    os.environ.update(ours)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(str(gpu.number) for gpu in gpus)
     try:
         yield
     finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
+        del os.environ["CUDA_VISIBLE_DEVICES"]
+        os.environ.update(before if visible is None else {**before, "CUDA_VISIBLE_DEVICES": visible})
