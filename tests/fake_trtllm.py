@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import importlib
+import importlib.machinery
 import os
 import pickle
 import sys
@@ -259,19 +260,19 @@ class AsyncLLM:
         self.closed = True
 
 
-MODULES = {
-    contract.ASYNC_LLM: AsyncLLM,
-    contract.KV_CACHE_CONFIG: KvCacheConfig,
-    contract.SAMPLING_PARAMS: SamplingParams,
-    contract.WORKER_EXTENSION: WorkerExtension,
-}
+CLASSES = (
+    (contract.ASYNC_LLM, AsyncLLM),
+    (contract.KV_CACHE_CONFIG, KvCacheConfig),
+    (contract.SAMPLING_PARAMS, SamplingParams),
+    (contract.WORKER_EXTENSION, WorkerExtension),
+)
 
 
 def install(monkeypatch: Any) -> Faults:
     """Put it in the place of ``tensorrt_llm`` for one test; returns that test's faults, none of them set."""
     global FAULTS
     FAULTS = Faults()
-    for cls in MODULES:
+    for cls, _ in CLASSES:
         parts = cls.module.split(".")
         for i in range(1, len(parts) + 1):
             name = ".".join(parts[:i])
@@ -279,9 +280,10 @@ def install(monkeypatch: Any) -> Faults:
             if module is None:
                 module = types.ModuleType(name)
                 module.__path__ = []
+                module.__spec__ = importlib.machinery.ModuleSpec(name, None)
                 monkeypatch.setitem(sys.modules, name, module)
             if i > 1:
                 setattr(sys.modules[".".join(parts[: i - 1])], parts[i - 1], module)
-    for cls, stand_in in MODULES.items():
+    for cls, stand_in in CLASSES:
         setattr(sys.modules[cls.module], cls.name, stand_in)
     return FAULTS
