@@ -237,12 +237,13 @@ class AsyncLLM:
         greedy = sampling.top_k == 1 or (sampling.temperature, sampling.top_k, sampling.top_p) == (None, None, None)
         honours_seeds = self.args.sampler_type == "TRTLLMSampler" and not FAULTS.ignore_seeds
         generator = np.random.default_rng(sampling.seed) if honours_seeds else self.generator
+        raws = torch.log_softmax(weights.double(), -1).numpy()
+        drawn_from = torch.softmax(weights.double() / (sampling.temperature or 1.0), -1).numpy()
         tokens: list[int] = []
         entries = []
         last, reason = prompt[-1], "length"
         while len(tokens) < sampling.max_tokens and reason == "length":
-            raw = torch.log_softmax(weights[last % VOCAB].double(), -1)
-            probs = torch.softmax(weights[last % VOCAB].double() / (sampling.temperature or 1.0), -1).numpy()
+            raw, probs = raws[last % VOCAB], drawn_from[last % VOCAB]
             last = int(raw.argmax()) if greedy else int(generator.choice(VOCAB, p=probs))
             tokens.append(last)
             # the likeliest first, whichever was drawn

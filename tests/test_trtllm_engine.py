@@ -6,6 +6,7 @@ CUDA IPC needs a GPU: ``share`` hands the tensors themselves over instead of han
 from __future__ import annotations
 
 import ast
+import itertools
 import math
 import os
 import threading
@@ -288,7 +289,7 @@ def test_buckets_hold_every_tensor_once_in_order_and_no_more_bytes_than_they_may
         assert [name for bucket in made for name, _ in bucket] == [name for name, _ in named]
         for bucket in made:
             assert sum(tensor.nbytes for _, tensor in bucket) <= limit or len(bucket) == 1
-        for first, second in zip(made, made[1:], strict=False):  # none was closed early
+        for first, second in itertools.pairwise(made):  # none was closed early
             assert sum(tensor.nbytes for _, tensor in [*first, second[0]]) > limit
     assert list(trtllm_refit.buckets([], 10)) == []
 

@@ -53,10 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for difference in differences:
         print(difference)
     count = len(differences)
-    print(
-        f"{path} (version {version(package)}): {count or 'no'} difference{'s' * (count != 1)} from the contract", end=""
-    )
-    print(f" with version {contract.VERSION}")
+    what = f"{count or 'no'} difference{'s' * (count != 1)}"
+    print(f"{path}, version {version(package)}: {what} from the contract with version {contract.VERSION}")
     return int(count > 0)
 
 

@@ -68,7 +68,7 @@ class Package:
             if self._wheel is not None:
                 return self._wheel.read(file).decode()
             return (self.path / file).read_text(encoding="utf-8")
-        except (KeyError, FileNotFoundError):
+        except (KeyError, FileNotFoundError, NotADirectoryError):
             return None
 
     # ------------------------------------------------------------------ names
