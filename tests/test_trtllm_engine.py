@@ -6,6 +6,7 @@ CUDA IPC needs a GPU: ``share`` hands the tensors themselves over instead of han
 from __future__ import annotations
 
 import ast
+import importlib.util
 import itertools
 import math
 import os
@@ -427,8 +428,17 @@ def test_a_machine_without_the_library_is_told_what_is_missing_and_what_to_use()
     config = make_config("/m", rollout__engine="trtllm")
     with pytest.raises(ConfigError, match=r"needs the package tensorrt_llm .* and a CUDA GPU.*rollout.engine=megatron"):
         trtllm_settings.check(config)
-    with pytest.raises(ConfigError, match="tensorrt_llm"):
-        TrtllmEngine.from_config(config)
+    for entrance in (TrtllmEngine.from_config, train_script().check):
+        with pytest.raises(ConfigError, match="tensorrt_llm"):
+            entrance(config)
+
+
+def train_script():
+    """scripts/train.py as a module."""
+    spec = importlib.util.spec_from_file_location("train", Path(__file__).parents[1] / "scripts" / "train.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_an_engine_by_the_configuration(fake, monkeypatch):
