@@ -57,6 +57,7 @@ def share(bucket: NamedTensors, device: int) -> tuple[list[tuple[str, Any]], Nam
     """
     from torch.multiprocessing.reductions import reduce_tensor
 
+    torch.cuda.ipc_collect()  # earlier buckets, which the engine has let go
     # A copy of its own each: a handle names a whole allocation, which the exporter would use again.
     copies = [(name, tensor.detach().to(torch.device("cuda", device), copy=True)) for name, tensor in bucket]
     torch.cuda.synchronize(device)  # the reader has another stream
