@@ -27,6 +27,7 @@ def check_alone(config: Config) -> None:
     _check_sampling(config)
     if config.rollout.engine == "trtllm":
         _check_trtllm(config)
+        _check_trtllm_colocated(config)
     _check_algorithm(config)
     _check_async(config)
     _check_rewards(config)
@@ -99,16 +100,21 @@ def _check_sampling(config: Config) -> None:
 
 
 def _check_trtllm(config: Config) -> None:
-    """An engine of TensorRT-LLM in the learner's GPUs."""
-    model, trtllm = config.model, config.rollout.trtllm
-    tp, pp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
+    """An engine of TensorRT-LLM, wherever it runs."""
     if config.rollout.temperature != 1:
         raise ConfigError(
             f"rollout.temperature={config.rollout.temperature}: rollout.engine=trtllm reports log-probs before "
             "temperature, which are those of the draw at 1 only (validation.temperature is free)"
         )
-    if not 0 < trtllm.kv_cache_fraction < 1:
-        raise ConfigError(f"rollout.trtllm.kv_cache_fraction={trtllm.kv_cache_fraction}: must lie between 0 and 1")
+    fraction = config.rollout.trtllm.kv_cache_fraction
+    if not 0 < fraction < 1:
+        raise ConfigError(f"rollout.trtllm.kv_cache_fraction={fraction}: must lie between 0 and 1")
+
+
+def _check_trtllm_colocated(config: Config) -> None:
+    """The same in the learner's GPUs."""
+    model, trtllm = config.model, config.rollout.trtllm
+    tp, pp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
     if trtllm.tensor_parallel_size not in (None, tp * pp):
         raise ConfigError(
             f"rollout.trtllm.tensor_parallel_size={trtllm.tensor_parallel_size}: in the learner's GPUs an engine takes "

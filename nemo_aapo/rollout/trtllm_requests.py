@@ -5,6 +5,7 @@ The library's defaults and conventions differ from ours in ways that cost result
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,10 @@ import numpy as np
 
 from nemo_aapo.errors import RunError
 from nemo_aapo.types import Completion, SamplingSpec
+
+KNOWN = ("temperature", "max_new_tokens", "stop_token_ids", "top_p")
+"""What of a ``SamplingSpec`` becomes part of a request. Of the others: the library's minimum length holds back its end
+token, not stop tokens, and strings need the tokenizer, which is left out."""
 
 
 def check_request(prompts: Sequence[np.ndarray], sampling: SamplingSpec, seeds: Sequence[Sequence[int]]) -> None:
@@ -25,11 +30,10 @@ def check_request(prompts: Sequence[np.ndarray], sampling: SamplingSpec, seeds: 
     empty = [i for i, prompt in enumerate(prompts) if len(prompt) == 0]
     if empty:
         raise ValueError(f"prompt {empty[0]} has no tokens: nothing to condition the first token on")
-    if sampling.min_new_tokens:
-        # The library would forbid stop tokens when it draws, but not in the log-probs it reports.
-        raise ValueError(
-            f"min_new_tokens={sampling.min_new_tokens}: TensorRT-LLM's log-probs would not be those of the draw"
-        )
+    for field in dataclasses.fields(sampling):
+        value = getattr(sampling, field.name)
+        if field.name not in KNOWN and value != field.default:
+            raise ValueError(f"{field.name}={value!r} can't be had of TensorRT-LLM as it is used here")
 
 
 def sampling_arguments(sampling: SamplingSpec, seed: int) -> dict[str, Any]:
