@@ -10,6 +10,7 @@ import importlib.util
 import itertools
 import math
 import os
+import sys
 import threading
 from pathlib import Path
 
@@ -133,6 +134,12 @@ def test_a_sampler_that_ignores_seeds_is_refused_at_the_start(fake):
     with pytest.raises(RunError, match="ignores the seeds"):
         start()
     assert fake.engines[0].closed
+
+
+def test_a_library_that_can_not_be_imported_is_an_error_with_a_message(fake, monkeypatch):
+    monkeypatch.setitem(sys.modules, contract.SAMPLING_PARAMS.module, None)
+    with pytest.raises(RunError, match=r"can't be imported.*trtllm_check"):
+        start()
 
 
 def test_a_stop_token_at_the_length_limit_counts_as_a_stop(engine):

@@ -39,11 +39,16 @@ T = TypeVar("T")
 
 
 def _library() -> SimpleNamespace:
-    """The library's classes that the engine calls. The import takes half a minute."""
-    from tensorrt_llm._torch.async_llm import AsyncLLM
-    from tensorrt_llm.llmapi.llm_args import KvCacheConfig
-    from tensorrt_llm.sampling_params import SamplingParams
-
+    """The library's classes that the engine calls."""
+    try:
+        from tensorrt_llm._torch.async_llm import AsyncLLM
+        from tensorrt_llm.llmapi.llm_args import KvCacheConfig
+        from tensorrt_llm.sampling_params import SamplingParams
+    except (ImportError, OSError) as error:  # OSError: a library of CUDA's is missing
+        raise RunError(
+            f"TensorRT-LLM can't be imported: {error}. `python -m nemo_aapo.rollout.trtllm_check` tells whether it is "
+            f"another version than {VERSION}"
+        ) from error
     return SimpleNamespace(AsyncLLM=AsyncLLM, KvCacheConfig=KvCacheConfig, SamplingParams=SamplingParams)
 
 
