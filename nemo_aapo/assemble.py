@@ -30,6 +30,7 @@ from nemo_aapo.reporter import RunReporter
 from nemo_aapo.rewards import build_reward
 from nemo_aapo.rewards.base import Reward
 from nemo_aapo.rewards.runner import RewardRunner
+from nemo_aapo.rollout import trtllm_settings
 from nemo_aapo.rollout.collect import Collector, RewardScorer
 from nemo_aapo.rollout.engine import RolloutEngine
 from nemo_aapo.rollout.reference import ReferenceRewards, RewardStore, store_key
@@ -55,6 +56,8 @@ def train(config: Config, tree: dict[str, Any] | None = None, **parts: Any) -> i
     """
     tree = tree if tree is not None else json.loads(json.dumps(dataclasses.asdict(config)))
     world_size = parallel.world_size_of_job()
+    if config.rollout.engine == "trtllm":
+        trtllm_settings.check(config)
     precision.check(config.precision.name)
     _, sizes = model_dir.check_model(config, world_size)
     initialize(config)
@@ -237,6 +240,10 @@ def _left_out(prompts: PromptSet) -> str:
 
 
 def _engine(config: Config, policy: Any, shape: ModelShape) -> RolloutEngine:
+    if config.rollout.engine == "trtllm":
+        from nemo_aapo.rollout.trtllm_engine import TrtllmEngine
+
+        return TrtllmEngine.from_config(config, colocated=True, policy_version=policy.version)
     from nemo_aapo.rollout.megatron_engine import MegatronEngine
 
     return MegatronEngine(policy.module, shape.vocab_size, config.rollout.max_concurrent_tokens, policy.version)

@@ -101,6 +101,17 @@ def broadcast_in_model_parallel(value: T) -> T:
     return box[0]
 
 
+def gather_in_model_parallel(value: T) -> list[T]:
+    """Every rank's object of this model-parallel group, in rank order, on its source rank; empty on the others."""
+    group = parallel_state.get_model_parallel_group()
+    size = dist.get_world_size(group)
+    if size == 1:
+        return [value]
+    gathered: list[Any] | None = [None] * size if is_model_parallel_source() else None
+    dist.gather_object(value, gathered, dst=dist.get_process_group_ranks(group)[0], group=group)
+    return gathered or []
+
+
 def broadcast_from_last_stage(value: T) -> T:
     """The last pipeline stage's object, on all stages."""
     group = parallel_state.get_pipeline_model_parallel_group()

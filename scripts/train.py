@@ -8,11 +8,14 @@ from typing import Any
 from nemo_aapo.config import Config
 from nemo_aapo.entry import config_main
 from nemo_aapo.policy.model_dir import check_model
+from nemo_aapo.rollout import trtllm_settings
 from nemo_aapo.run_directory import check_run_directory
 
 
 def check(config: Config) -> None:
-    """Refuse what can be refused without torch and NeMo: model, layout, run directory."""
+    """Refuse what can be refused without NeMo: model, layout, engine, run directory."""
+    if config.rollout.engine == "trtllm":
+        trtllm_settings.check(config)
     check_model(config, int(os.environ.get("WORLD_SIZE", "1")))
     check_run_directory(config)
 

@@ -186,6 +186,16 @@ def test_settings_without_a_default_must_be_given():
         (["trainer.devices=4"], 1, r"= 4 ranks, but 1 were started.*scripts/launch\.py"),
         (["model.tensor_model_parallel_size=2", "trainer.devices=3"], 3, "3 ranks .* tensor 2 x pipeline 1.*change"),
         (["prompts_per_step=9", "trainer.devices=2"], 2, "prompts_per_step=9 .* data-parallel size 2"),
+        (
+            [
+                "rollout.engine=trtllm",
+                "model.tensor_model_parallel_size=4",
+                "model.pipeline_model_parallel_size=2",
+                "trainer.devices=8",
+            ],
+            8,
+            "engine=trtllm .* 4 x 2 GPUs .* 12 attention",
+        ),
         (["data.max_prompt_tokens=3073"], 1, r"= 4097 exceeds the 4096 positions"),
     ],
 )

@@ -25,6 +25,9 @@ def check_alone(config: Config) -> None:
     if len(config.model.optim.betas) != 2:
         raise ConfigError(f"model.optim.betas={list(config.model.optim.betas)}: two numbers are needed")
     _check_sampling(config)
+    if config.rollout.engine == "trtllm":
+        _check_trtllm(config)
+        _check_trtllm_colocated(config)
     _check_algorithm(config)
     _check_async(config)
     _check_rewards(config)
@@ -78,6 +81,8 @@ _MINIMA = {
     "rollout.max_parity_error": 1,
     "rollout.max_gen_kl": 0,
     "rollout.async_depth": 0,
+    "rollout.trtllm.tensor_parallel_size": 1,
+    "rollout.trtllm.refit_bucket_bytes": 1,
 }
 
 
@@ -92,6 +97,35 @@ def _check_sampling(config: Config) -> None:
         )
     if not 0 < config.validation.top_p <= 1:
         raise ConfigError(f"validation.top_p={config.validation.top_p}: must lie in (0, 1]")
+
+
+def _check_trtllm(config: Config) -> None:
+    """An engine of TensorRT-LLM, wherever it runs."""
+    if config.rollout.temperature != 1:
+        raise ConfigError(
+            f"rollout.temperature={config.rollout.temperature}: rollout.engine=trtllm reports log-probs before "
+            "temperature, which are those of the draw at 1 only (validation.temperature is free)"
+        )
+    fraction = config.rollout.trtllm.kv_cache_fraction
+    if not 0 < fraction < 1:
+        raise ConfigError(f"rollout.trtllm.kv_cache_fraction={fraction}: must lie between 0 and 1")
+
+
+def _check_trtllm_colocated(config: Config) -> None:
+    """The same in the learner's GPUs."""
+    model, trtllm = config.model, config.rollout.trtllm
+    tp, pp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
+    if trtllm.tensor_parallel_size not in (None, tp * pp):
+        raise ConfigError(
+            f"rollout.trtllm.tensor_parallel_size={trtllm.tensor_parallel_size}: in the learner's GPUs an engine takes "
+            f"those of a model-parallel group, tensor {tp} x pipeline {pp} = {tp * pp}; leave it null"
+        )
+    # Neighbouring ranks are tensor-parallel; pipeline stages are the farthest apart, hence on several nodes.
+    if config.trainer.devices % tp or (pp > 1 and config.trainer.num_nodes > 1):
+        raise ConfigError(
+            f"tensor {tp} x pipeline {pp} on {config.trainer.num_nodes} x {config.trainer.devices} ranks puts a "
+            "model-parallel group on several nodes, but an engine of rollout.engine=trtllm needs its GPUs on one"
+        )
 
 
 def _check_algorithm(config: Config) -> None:

@@ -105,10 +105,19 @@ class AlgorithmConfig:
 
 
 @dataclass(frozen=True)
+class Trtllm:
+    """An engine of TensorRT-LLM."""
+
+    tensor_parallel_size: int | None
+    kv_cache_fraction: float
+    refit_bucket_bytes: int
+
+
+@dataclass(frozen=True)
 class Rollout:
     """How completions are drawn, and how well engine and learner must agree."""
 
-    engine: Literal["megatron"]
+    engine: Literal["megatron", "trtllm"]
     temperature: float
     top_p: float
     top_k: int
@@ -118,6 +127,7 @@ class Rollout:
     max_parity_error: float
     max_gen_kl: float
     on_parity_error: Literal["warn", "stop"]
+    trtllm: Trtllm
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,11 @@ def derive(config: Config, shape: ModelShape, world_size: int) -> Sizes:
     ):
         if parts % number:
             raise ConfigError(f"model.{key}={number} does not divide the model's {parts} {what}")
+    if config.rollout.engine == "trtllm" and shape.num_attention_heads % (tp * pp):
+        raise ConfigError(
+            f"rollout.engine=trtllm cuts each layer over the {tp} x {pp} GPUs of a model-parallel group, which do not "
+            f"divide the model's {shape.num_attention_heads} attention heads"
+        )
     asked = config.trainer.num_nodes * config.trainer.devices
     if world_size != asked:
         raise ConfigError(
@@ -114,7 +119,7 @@ def decisive_settings(config: Config) -> dict[str, Any]:
         "logprob_chunk_tokens",
     ):
         tree["model"].pop(key)
-    for key in ("max_concurrent_tokens", "max_parity_error", "max_gen_kl", "on_parity_error"):
+    for key in ("max_concurrent_tokens", "max_parity_error", "max_gen_kl", "on_parity_error", "trtllm"):
         tree["rollout"].pop(key)
     tree["algorithm"].pop("reference_store")
     tree["validation"].pop("console_samples")

@@ -1,0 +1,130 @@
+"""The one user of an ``AsyncLLM``: an event loop in a thread of its own, and a deadline on every wait.
+
+The library lives in that thread. It is asynchronous, the learner is not; and Ray, started in the main thread, would
+take over the signal handlers that make a run stop cleanly.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import queue
+import threading
+from collections.abc import Coroutine, Hashable, Iterator, Sequence
+from typing import Any
+
+from nemo_aapo.errors import RunError
+
+Request = tuple[Hashable, list[int], dict[str, Any]]
+"""A name for it, the prompt's token ids, keyword arguments of ``SamplingParams``."""
+
+CLOSE_S = 60.0
+"""The library gives its workers 30 seconds to end."""
+
+
+class EngineClient:
+    """Synchronous calls of one engine. Every failure of the library comes out as a ``RunError`` that names the call."""
+
+    def __init__(self, library: Any, arguments: dict[str, Any], timeout_s: float) -> None:
+        """Start the engine and wait until it is ready.
+
+        Args:
+            library: has ``AsyncLLM`` and ``SamplingParams``.
+            arguments: of ``AsyncLLM``.
+            timeout_s: the longest wait for any one answer, the start included.
+        """
+        self._library, self._timeout_s = library, timeout_s
+        self._llm: Any = None
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="trtllm", daemon=True)
+        self._thread.start()
+        try:
+            self._call("start", self._start(arguments))
+        except RunError:
+            self.close()
+            raise
+
+    async def _start(self, arguments: dict[str, Any]) -> None:
+        self._llm = self._library.AsyncLLM(**arguments)
+        await self._llm.setup_async()
+
+    def release(self, tags: Sequence[str]) -> None:
+        """Give device memory back."""
+        self._call("release", self._llm.release(tags=list(tags)))
+
+    def resume(self, tags: Sequence[str]) -> None:
+        """Take it again."""
+        self._call("resume", self._llm.resume(tags=list(tags)))
+
+    def update_weights(self, payloads: dict[str, str] | None) -> None:
+        """Hand over one bucket; None after the last: post-load hooks run, and the prefix cache is emptied."""
+        self._call("update_weights", self._llm.update_weights(weights=payloads))
+
+    def ask_workers(self, method: str) -> list[Any]:
+        """Call a method of every worker."""
+        return self._call(method, self._llm.collective_rpc(method=method))
+
+    def complete(self, requests: Sequence[Request]) -> Iterator[tuple[Hashable, Any]]:
+        """Draw completions, all at once.
+
+        Yields:
+            The request's name and its ``CompletionOutput``, each the moment it is done.
+
+        Raises:
+            RunError: a request failed, or none ended within the deadline. The others are cancelled.
+        """
+        finished: queue.SimpleQueue = queue.SimpleQueue()
+
+        async def draw(name: Hashable, prompt: list[int], arguments: dict[str, Any]) -> None:
+            sampling = self._library.SamplingParams(**arguments)
+            output = await self._llm.generate_async(inputs=prompt, sampling_params=sampling)
+            finished.put((name, output.outputs[0]))
+
+        async def draw_all() -> None:
+            # Trap: n completions are n requests of one, which stream, finish and are seeded one by one.
+            await asyncio.gather(*(draw(*request) for request in requests))
+
+        future = asyncio.run_coroutine_threadsafe(draw_all(), self._loop)
+        future.add_done_callback(lambda _: finished.put(None))
+        try:
+            for _ in requests:
+                item = finished.get(timeout=self._timeout_s)
+                if item is None:  # all is over, and not all have come: one of them failed
+                    raise _failed("generate_async", future.exception())
+                yield item
+        except queue.Empty:
+            raise RunError(f"TensorRT-LLM finished no completion within {self._timeout_s:g} s") from None
+        finally:
+            future.cancel()
+
+    def close(self) -> None:
+        """End the engine and its thread. May be called again."""
+        if not self._loop.is_running():
+            return
+        llm, self._llm = self._llm, None
+        try:
+            if llm is not None:
+                self._wait("shutdown", self._shutdown(llm), CLOSE_S)
+        finally:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(CLOSE_S)
+
+    async def _shutdown(self, llm: Any) -> None:
+        await self._loop.run_in_executor(None, llm.shutdown)
+
+    def _call(self, what: str, coroutine: Coroutine) -> Any:
+        return self._wait(what, coroutine, self._timeout_s)
+
+    def _wait(self, what: str, coroutine: Any, timeout_s: float) -> Any:
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result(timeout_s)
+        except concurrent.futures.TimeoutError:
+            future.cancel()
+            raise RunError(f"TensorRT-LLM did not answer to {what} within {timeout_s:g} s") from None
+        except Exception as error:
+            raise _failed(what, error) from error
+
+
+def _failed(what: str, error: BaseException | None) -> RunError:
+    return RunError(f"TensorRT-LLM failed in {what}: {type(error).__name__}: {error}")

@@ -1,0 +1,116 @@
+"""One completion as a request to TensorRT-LLM, and its answer as a ``Completion``: pure functions.
+
+The library's defaults and conventions differ from ours in ways that cost results, not errors. Each is named here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from nemo_aapo.errors import RunError
+from nemo_aapo.types import Completion, SamplingSpec
+
+KNOWN = ("temperature", "max_new_tokens", "stop_token_ids", "top_p")
+"""What of a ``SamplingSpec`` becomes part of a request. Of the others: the library's minimum length holds back its end
+token, not stop tokens, and strings need the tokenizer, which is left out."""
+
+
+def check_request(prompts: Sequence[np.ndarray], sampling: SamplingSpec, seeds: Sequence[Sequence[int]]) -> None:
+    """Refuse what the engine can't do as asked.
+
+    Raises:
+        ValueError: says what.
+    """
+    if len(seeds) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts but seeds for {len(seeds)}")
+    empty = [i for i, prompt in enumerate(prompts) if len(prompt) == 0]
+    if empty:
+        raise ValueError(f"prompt {empty[0]} has no tokens: nothing to condition the first token on")
+    for field in dataclasses.fields(sampling):
+        value = getattr(sampling, field.name)
+        if field.name not in KNOWN and value != field.default:
+            raise ValueError(f"{field.name}={value!r} can't be had of TensorRT-LLM as it is used here")
+
+
+def sampling_arguments(sampling: SamplingSpec, seed: int) -> dict[str, Any]:
+    """Keyword arguments of the library's ``SamplingParams`` for one completion.
+
+    Args:
+        seed: 0 <= seed < 2**63, the completion's own random stream.
+    """
+    stops = list(sampling.stop_token_ids)
+    arguments = {
+        "max_tokens": sampling.max_new_tokens,  # trap: the default is 32
+        # Trap: whether the end token is part of the output depends on the sampler, and no end token at all makes the
+        # library ask for a tokenizer. So none ever ends a completion (-1), and stop tokens, kept in the output, do.
+        "end_id": -1,
+        "pad_id": stops[0] if stops else 0,  # the default is end_id
+        "stop_token_ids": stops or None,
+        "include_stop_str_in_output": True,
+        "logprobs": 1,  # trap: 0 asks for none
+        "detokenize": False,
+        "seed": seed,
+    }
+    if sampling.greedy:
+        # Temperature 0 means different things to the library's samplers; the likeliest of one is the same to both.
+        return {**arguments, "top_k": 1}
+    # Trap: with temperature, top_p and top_k all unset decoding is greedy. All three are always given.
+    return {**arguments, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+
+
+def read_completion(output: Any, sampling: SamplingSpec, policy_version: int) -> Completion:
+    """One finished ``CompletionOutput`` as ours.
+
+    Log-probs are NaN where they are not those of the draw: at another temperature than 1, unless greedy. Only
+    validation draws so, and it reads none.
+
+    Raises:
+        RunError: the request did not end as a completion ends, or its answer contradicts itself.
+    """
+    tokens = np.asarray(output.token_ids, dtype=np.int32)
+    reason = output.finish_reason
+    if reason not in ("stop", "length"):  # timeout, cancelled, or None for a request that has not finished
+        raise RunError(
+            f"TensorRT-LLM ended a completion after {len(tokens)} tokens with finish_reason={reason!r}: part of a "
+            "completion is no sample of the policy. Look at the engine's log for evicted or aborted requests"
+        )
+    # Judged by the last token: a stop token drawn at the length limit is reported as "length".
+    stopped = len(tokens) > 0 and int(tokens[-1]) in sampling.stop_token_ids
+    if reason == "stop" and not stopped:
+        raise RunError(
+            f"TensorRT-LLM reports a stop, but the completion's last token is none of {sampling.stop_token_ids}: "
+            "include_stop_str_in_output had no effect, or another end token was used"
+        )
+    if not stopped and len(tokens) != sampling.max_new_tokens:
+        raise RunError(
+            f"TensorRT-LLM cut a completion at {len(tokens)} of {sampling.max_new_tokens} tokens: "
+            "max_seq_len or the KV cache is too small for it"
+        )
+    return Completion(
+        token_ids=tokens,
+        logprobs=_logprobs(tokens, output.logprobs, sampling),
+        finish_reason="stop" if stopped else "length",
+        policy_version=policy_version,
+    )
+
+
+def _logprobs(tokens: np.ndarray, entries: Sequence[Any] | None, sampling: SamplingSpec) -> np.ndarray:
+    """float32 [T]."""
+    # Trap: they are raw, of the logits before temperature (and before top_p, which ours are as well). From the
+    # drawn token's alone they can't be rescaled.
+    if not sampling.greedy and sampling.temperature != 1.0:
+        return np.full(len(tokens), np.nan, dtype=np.float32)
+    if entries is None or len(entries) != len(tokens):
+        raise RunError(
+            f"TensorRT-LLM gave log-probs for {0 if entries is None else len(entries)} of {len(tokens)} tokens"
+        )
+    # Trap: an entry holds the likeliest token as well as the drawn one, in an order that depends on the sampler.
+    missing = [t for t, (token, entry) in enumerate(zip(tokens, entries, strict=True)) if int(token) not in entry]
+    if missing:
+        raise RunError(f"TensorRT-LLM gave no log-prob of the drawn token {tokens[missing[0]]} at {missing[0]}")
+    values = (entry[int(token)].logprob for token, entry in zip(tokens, entries, strict=True))
+    return np.fromiter(values, dtype=np.float32, count=len(tokens))

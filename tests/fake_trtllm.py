@@ -1,0 +1,290 @@
+"""A strict stand-in for TensorRT-LLM, made of the contract: what the adapter may use, and in which order.
+
+It refuses arguments that the contract doesn't name and calls that come at the wrong moment, and draws tokens from a
+tiny model whose logits depend on the loaded weights and on nothing else. There is no Ray: workers are objects.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import importlib
+import importlib.machinery
+import os
+import pickle
+import sys
+import types
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from nemo_aapo.rollout import trtllm_contract as contract
+from nemo_aapo.rollout.trtllm_contract import REQUIRED
+
+VOCAB = 24
+TABLE = "model.table.weight"
+"""The model's weights: row t holds the logits after token t."""
+
+
+class LifeCycleError(Exception):
+    """A call that the library would answer with a crash, a hang or wrong tokens."""
+
+
+def strict(cls: contract.LibraryClass, given: dict[str, Any]) -> dict[str, Any]:
+    """All fields, from what was given and the defaults; unknown and missing ones are errors, as with pydantic."""
+    unknown = sorted(set(given) - set(cls.fields))
+    missing = [name for name, default in cls.fields.items() if default is REQUIRED and name not in given]
+    if unknown or missing:
+        raise TypeError(f"{cls.name}: unknown arguments {unknown}, missing arguments {missing}")
+    return {name: given.get(name, default) for name, default in cls.fields.items()}
+
+
+class Record:
+    """A configuration object of the contract's fields."""
+
+    contract_class: contract.LibraryClass
+
+    def __init__(self, **given: Any) -> None:
+        self.__dict__.update(strict(self.contract_class, given))
+
+
+class KvCacheConfig(Record):
+    contract_class = contract.KV_CACHE_CONFIG
+
+
+class SamplingParams(Record):
+    contract_class = contract.SAMPLING_PARAMS
+
+
+@dataclass
+class Logprob:
+    logprob: float
+
+
+@dataclass
+class CompletionOutput:
+    token_ids: list[int]
+    logprobs: list[dict[int, Logprob]] | None
+    finish_reason: str | None
+
+
+@dataclass
+class RequestOutput:
+    outputs: list[CompletionOutput]
+
+
+@dataclass
+class Faults:
+    """What goes wrong, and what was seen; one for all engines of a test."""
+
+    device_ids: list[str] = field(default_factory=lambda: ["GPU-0"])
+    ignore_seeds: bool = False
+    """As TorchSampler of that generation."""
+    finish_reason: str | None = None
+    cut_at: int | None = None
+    fail_request: int | None = None
+    """The how-manyth request of all fails."""
+    hang: bool = False
+    drop_stop_token: bool = False
+    drop_logprobs: bool = False
+    seen: list[Any] = field(default_factory=list)
+    """(call, argument) in their order."""
+    bucket_bytes: list[int] = field(default_factory=list)
+    environments: list[dict[str, str]] = field(default_factory=list)
+    requests: int = 0
+    engines: list[Any] = field(default_factory=list)
+
+
+FAULTS = Faults()
+
+
+def table(seed: int = 0) -> torch.Tensor:
+    """float32 [VOCAB, VOCAB], a model's weights."""
+    return torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(seed))
+
+
+class Executor:
+    """The state of one worker: what memory it has, what weights, what is in its prefix cache."""
+
+    def __init__(self) -> None:
+        self.weights = {TABLE: table()}
+        self.present = set(contract.MEMORY_TAGS.values)
+        self.in_flight = 0
+        self.unfinished_update = False
+        self.prefixes: set[tuple[int, ...]] = set()
+        self.stale: set[tuple[int, ...]] = set()
+
+    def reset_prefix_cache(self) -> None:
+        self.prefixes.clear()
+        self.stale.clear()
+
+    def require(self, condition: bool, message: str) -> None:
+        if not condition:
+            raise LifeCycleError(message)
+
+
+class WorkerExtension:
+    """``rlhf_utils.WorkerExtension``."""
+
+    def update_weights(self, ipc_handles: dict[str, str] | None = None) -> None:
+        engine = self.engine
+        engine.require(engine.in_flight == 0, "update_weights while requests are under way")
+        engine.require(set(contract.WEIGHT_TAGS) <= engine.present, "update_weights while the weights are released")
+        if ipc_handles is None:
+            engine.require(engine.unfinished_update, "finalize without an update")
+            engine.unfinished_update = False
+            engine.reset_prefix_cache()
+            return
+        engine.unfinished_update = True
+        handles = pickle.loads(base64.b64decode(ipc_handles[self.device_id]))
+        tensors = [(name, function(*arguments)) for name, (function, arguments) in handles]
+        engine.weights.update(tensors)
+        FAULTS.bucket_bytes.append(sum(tensor.nbytes for _, tensor in tensors))
+
+
+class Worker:
+    def __init__(self, device_id: str) -> None:
+        self.device_id, self.engine = device_id, Executor()
+
+    def report_device_id(self) -> str:
+        return self.device_id
+
+    def sleep(self, tags: list[str]) -> None:
+        engine = self.engine
+        engine.require(engine.in_flight == 0, "release while requests are under way")
+        engine.require(set(tags) <= engine.present, f"release of what is released: {set(tags) - engine.present}")
+        engine.require(not engine.unfinished_update, "release before finalize")
+        engine.present -= set(tags)
+        if contract.KV_CACHE_TAG in tags:
+            engine.stale |= engine.prefixes  # the index outlives the memory
+
+    def wakeup(self, tags: list[str]) -> None:
+        engine = self.engine
+        engine.require(not set(tags) & engine.present, f"resume of what is there: {set(tags) & engine.present}")
+        if contract.KV_CACHE_TAG in tags:
+            engine.require(len(tags) == 1 and set(contract.WEIGHT_TAGS) <= engine.present, "the KV cache comes last")
+            engine.require(not engine.unfinished_update, "resume of the KV cache before finalize")
+        engine.present |= set(tags)
+
+
+class AsyncLLM:
+    def __init__(self, **given: Any) -> None:
+        self.args = types.SimpleNamespace(**strict(contract.LLM_ARGS, given))
+        FAULTS.environments.append(dict(os.environ))
+        module, _, name = self.args.ray_worker_extension_cls.rpartition(".")
+        extension = getattr(importlib.import_module(module), name)
+        clashes = [n for n in dir(extension) if not n.startswith("__") and hasattr(Worker, n)]
+        assert not clashes, f"the worker class already defines {clashes}"
+        self.worker_class = type("ExtendedWorker", (Worker, extension), {})
+        self.ready = self.closed = False
+        self.generator = np.random.default_rng(42)  # TorchSampler's, the same in every engine
+        FAULTS.engines.append(self)
+
+    async def setup_async(self) -> None:
+        ids = FAULTS.device_ids
+        if len(ids) != self.args.tensor_parallel_size:
+            raise LifeCycleError(f"{self.args.tensor_parallel_size} workers on {len(ids)} GPUs")
+        self.workers = [self.worker_class(device_id) for device_id in ids]
+        self.ready = True
+
+    async def collective_rpc(self, method: str, args: tuple = ()) -> list[Any]:
+        FAULTS.seen.append((method, args))
+        if method in ("sleep", "wakeup") and not self.args.enable_sleep:
+            raise ValueError("enable_sleep=False")
+        return [getattr(worker, method)(*args) for worker in self.workers]
+
+    async def release(self, tags: list[str]) -> None:
+        await self.collective_rpc("sleep", args=(tags,))
+
+    async def resume(self, tags: list[str]) -> None:
+        await self.collective_rpc("wakeup", args=(tags,))
+
+    async def update_weights(self, weights: dict[str, str] | None) -> None:
+        await self.collective_rpc("update_weights", args=(weights,))
+
+    def generate_async(self, inputs: list[int], sampling_params: SamplingParams, streaming: bool = False) -> Any:
+        return self._generate(list(inputs), sampling_params)
+
+    async def _generate(self, prompt: list[int], sampling: SamplingParams) -> RequestOutput:
+        for worker in self.workers:
+            engine = worker.engine
+            engine.require(self.ready and not self.closed, "generate before start or after shutdown")
+            engine.require(engine.present == set(contract.MEMORY_TAGS.values), "generate while memory is released")
+            engine.require(not engine.unfinished_update, "generate before finalize")
+            engine.require(tuple(prompt) not in engine.stale, "generate from a prefix whose keys and values are gone")
+            engine.prefixes.add(tuple(prompt))
+        if len(prompt) > self.args.max_input_len or len(prompt) + sampling.max_tokens > self.args.max_seq_len:
+            raise ValueError(f"prompt of {len(prompt)} + {sampling.max_tokens} tokens is too long")
+        if sampling.end_id is None:
+            raise ValueError("tokenizer is required to reset end_id if it is None")
+        FAULTS.requests += 1
+        number = FAULTS.requests
+        try:
+            for worker in self.workers:
+                worker.engine.in_flight += 1
+            await asyncio.sleep(3600 if FAULTS.hang else 0)
+            if FAULTS.fail_request == number:
+                raise RuntimeError("CUDA error: an illegal memory access")
+            return RequestOutput([self._draw(prompt, sampling)])
+        finally:
+            for worker in self.workers:
+                worker.engine.in_flight -= 1
+
+    def _draw(self, prompt: list[int], sampling: SamplingParams) -> CompletionOutput:
+        weights = self.workers[0].engine.weights[TABLE]
+        greedy = sampling.top_k == 1 or (sampling.temperature, sampling.top_k, sampling.top_p) == (None, None, None)
+        honours_seeds = self.args.sampler_type == "TRTLLMSampler" and not FAULTS.ignore_seeds
+        generator = np.random.default_rng(sampling.seed) if honours_seeds else self.generator
+        raws = torch.log_softmax(weights.double(), -1).numpy()
+        drawn_from = torch.softmax(weights.double() / (sampling.temperature or 1.0), -1).numpy()
+        tokens: list[int] = []
+        entries = []
+        last, reason = prompt[-1], "length"
+        while len(tokens) < sampling.max_tokens and reason == "length":
+            raw, probs = raws[last % VOCAB], drawn_from[last % VOCAB]
+            last = int(raw.argmax()) if greedy else int(generator.choice(VOCAB, p=probs))
+            tokens.append(last)
+            # the likeliest first, whichever was drawn
+            entries.append({token: Logprob(float(raw[token])) for token in (int(raw.argmax()), last)})
+            if len(tokens) < sampling.max_tokens and last in (sampling.stop_token_ids or ()):
+                reason = "stop"  # at the length limit it is called "length"
+            if len(tokens) == FAULTS.cut_at:
+                break
+        if reason == "stop" and (FAULTS.drop_stop_token or not sampling.include_stop_str_in_output):
+            tokens.pop()
+        logprobs = None if FAULTS.drop_logprobs or not sampling.logprobs else entries
+        return CompletionOutput(tokens, logprobs, FAULTS.finish_reason or reason)
+
+    def shutdown(self) -> None:
+        self.closed = True
+
+
+CLASSES = (
+    (contract.ASYNC_LLM, AsyncLLM),
+    (contract.KV_CACHE_CONFIG, KvCacheConfig),
+    (contract.SAMPLING_PARAMS, SamplingParams),
+    (contract.WORKER_EXTENSION, WorkerExtension),
+)
+
+
+def install(monkeypatch: Any) -> Faults:
+    """Put it in the place of ``tensorrt_llm`` for one test; returns that test's faults, none of them set."""
+    global FAULTS
+    FAULTS = Faults()
+    for cls, _ in CLASSES:
+        parts = cls.module.split(".")
+        for i in range(1, len(parts) + 1):
+            name = ".".join(parts[:i])
+            module = sys.modules.get(name)
+            if module is None:
+                module = types.ModuleType(name)
+                module.__path__ = []
+                module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+                monkeypatch.setitem(sys.modules, name, module)
+            if i > 1:
+                setattr(sys.modules[".".join(parts[: i - 1])], parts[i - 1], module)
+    for cls, stand_in in CLASSES:
+        setattr(sys.modules[cls.module], cls.name, stand_in)
+    return FAULTS
