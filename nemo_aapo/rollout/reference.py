@@ -97,9 +97,9 @@ class ReferenceRewards:
         done = 0
         with served():
             for batch in batches[turn:] + batches[:turn]:
+                report(done, len(missing))
                 if done and parallel.any_rank(stop_requested())[0]:
                     return False
-                report(done, len(missing))
                 self._fill(batch)
                 done += len(batch)
         report(done, len(missing))
