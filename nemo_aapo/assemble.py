@@ -17,6 +17,7 @@ import numpy as np
 
 from nemo_aapo import parallel, report
 from nemo_aapo.algorithms import Algorithm
+from nemo_aapo.assemble_reference import build_reference, open_reference_store
 from nemo_aapo.checkpoint import Checkpointer
 from nemo_aapo.config import Config, ConfigError, ModelShape, digest
 from nemo_aapo.data.prompts import PromptSet, load_prompts
@@ -33,7 +34,6 @@ from nemo_aapo.rewards.runner import RewardRunner
 from nemo_aapo.rollout import trtllm_settings
 from nemo_aapo.rollout.collect import Collector, RewardScorer
 from nemo_aapo.rollout.engine import RolloutEngine
-from nemo_aapo.rollout.reference import ReferenceRewards, RewardStore, store_key
 from nemo_aapo.rollout.source import RolloutSource
 from nemo_aapo.stop import StopSignal
 from nemo_aapo.trainer import AAPOTrainer
@@ -106,6 +106,7 @@ def build_trainer(
     validation_data: PromptSet | None = None,
     rewards: RewardScorer | None = None,
     engine: Callable[[Any], RolloutEngine] | None = None,
+    new_store_key: bool = False,
 ) -> AAPOTrainer:
     """A trainer of parts by the configuration, but for those that are given. Collective.
 
@@ -115,6 +116,7 @@ def build_trainer(
         data, validation_data: prompts; by default those of ``data.train`` and ``data.validation``.
         rewards: a scorer; by default a ``RewardRunner`` for ``rewards`` of the configuration.
         engine: makes an engine of a policy; by default the in-process Megatron engine.
+        new_store_key: take a named reference store even if it holds nothing but other runs' rewards.
     """
     from nemo_aapo.policy.learner import Learner
     from nemo_aapo.policy.megatron import MegatronPolicy
@@ -122,14 +124,16 @@ def build_trainer(
     shape = model_dir.read_model_dir(config.model.path)
     tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
     eos = require_eos(tokenizer, config.model.path)
-    scorer = _scorer(config, rewards, stack)
-    data = data or _prompts(config, config.data.train, tokenizer, scorer)
-    validation_data = validation_data or _prompts(config, config.data.validation, tokenizer, scorer)
+    scorer = build_scorer(config, rewards, stack)
+    data = data or read_prompts(config, config.data.train, tokenizer, scorer)
+    validation_data = validation_data or read_prompts(config, config.data.validation, tokenizer, scorer)
     for name, prompts in (("training", data), ("validation", validation_data)):
         reporter.note(f"{len(prompts.prompts)} {name} prompts from {prompts.path}{_left_out(prompts)}")
     sampler = PromptSampler(
         len(data.prompts), config.prompts_per_step, config.seed, config.data.shuffle, data_digest=data.digest
     )
+    sampling = sampling_of(config, eos)
+    key, store = open_reference_store(config, sampling, scorer, reporter, stack, new_store_key)
     reporter.note(f"loading {config.model.path} ({shape.architecture}) into Megatron")
     policy = MegatronPolicy(config, shape)
     algorithm = Algorithm(config.algorithm, config.rollout.max_new_tokens)
@@ -137,7 +141,6 @@ def build_trainer(
         policy.keep_reference()
     rollout_engine = engine(policy) if engine else _engine(config, policy, shape)
     stack.callback(rollout_engine.close)
-    sampling = SamplingSpec(config.rollout.temperature, config.rollout.max_new_tokens, (eos,))
     collector = Collector(rollout_engine, scorer, _decoder(tokenizer))
     return AAPOTrainer(
         config=config,
@@ -149,7 +152,7 @@ def build_trainer(
             sampling=sampling,
             prompts=data.prompts,
             sampler=sampler,
-            reference=_reference(config, collector, sampling, policy, stack),
+            reference=build_reference(config, collector, sampling, key, store),
         ),
         algorithm=algorithm,
         learner=Learner(
@@ -175,7 +178,7 @@ def build_trainer(
 # ---------------------------------------------------------------- parts
 
 
-def _scorer(config: Config, given: RewardScorer | None, stack: contextlib.ExitStack) -> RewardScorer | None:
+def build_scorer(config: Config, given: RewardScorer | None, stack: contextlib.ExitStack) -> RewardScorer | None:
     """The rewards on this model-parallel group's source rank; None on its other ranks."""
     if given is not None:
         return given if parallel.is_model_parallel_source() else None
@@ -206,7 +209,7 @@ def reward_of(entry: dict[str, Any]) -> Reward:
         raise ConfigError(f"rewards: {error}") from error
 
 
-def _prompts(config: Config, path: str, tokenizer: Any, scorer: RewardScorer | None) -> PromptSet:
+def read_prompts(config: Config, path: str, tokenizer: Any, scorer: RewardScorer | None) -> PromptSet:
     """Rank 0 reads and checks the file; all ranks get the same prompts, or the same error."""
     data = config.data
 
@@ -239,6 +242,11 @@ def _left_out(prompts: PromptSet) -> str:
     return f" (left out: {named})" if named else ""
 
 
+def sampling_of(config: Config, eos: int) -> SamplingSpec:
+    """How policy and reference are sampled in training."""
+    return SamplingSpec(config.rollout.temperature, config.rollout.max_new_tokens, (eos,))
+
+
 def _engine(config: Config, policy: Any, shape: ModelShape) -> RolloutEngine:
     if config.rollout.engine == "trtllm":
         from nemo_aapo.rollout.trtllm_engine import TrtllmEngine
@@ -254,32 +262,6 @@ def _decoder(tokenizer: Any) -> Callable[[np.ndarray], str]:
         return tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     return decode
-
-
-def _reference(
-    config: Config, collector: Collector, sampling: SamplingSpec, policy: Any, stack: contextlib.ExitStack
-) -> ReferenceRewards | None:
-    """Where reference rewards come from; None for an algorithm without a margin."""
-    algorithm = config.algorithm
-    if algorithm.reference is None:
-        return None
-    online = algorithm.reference == "online"
-
-    def open_store() -> RewardStore | None:
-        if online or parallel.rank() != 0:
-            return None
-        key = store_key(model_dir.digest(config.model.path), sampling, config.rewards, config.seed)
-        return stack.enter_context(contextlib.closing(RewardStore(algorithm.reference_store, key)))
-
-    return ReferenceRewards(
-        collector=collector,
-        sampling=sampling,
-        samples=algorithm.reference_samples,
-        seed=config.seed,
-        store=parallel.agree(open_store),
-        reference_weights=policy.reference_weights,
-        online=online,
-    )
 
 
 def _validator(config: Config, collector: Collector, data: PromptSet, stop_token_ids: Sequence[int]) -> Validator:

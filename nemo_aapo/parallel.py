@@ -181,7 +181,7 @@ def agree(action: Callable[[], T]) -> T:
         others = [entry for entry in found if entry is not None]
         if failure is None and others:
             kind, message = others[0]
-            failure = kind(message) if issubclass(kind, ValueError) else RuntimeError(message)
+            failure = kind(message) if issubclass(kind, ValueError | RunError) else RuntimeError(message)
     if failure is not None:
         raise failure
     return result

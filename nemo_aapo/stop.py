@@ -21,16 +21,19 @@ class StopSignal:
     acting on it.
     """
 
-    def __init__(self, run_dir: Path | None = None, *, speak: bool = True) -> None:
+    def __init__(
+        self, run_dir: Path | None = None, *, speak: bool = True, ending: str = "finishing this step, then saving"
+    ) -> None:
         """
         Args:
             run_dir: where the stop file is looked for; None: nowhere.
             speak: say on stderr what the first signal does; on one rank.
+            ending: what is done before the end, to be said.
         """
         self.reason: str | None = None
         """What asked for the stop: a signal's name or the stop file's path; None so far."""
         self._file = run_dir / STOP_FILE if run_dir else None
-        self._speak = speak
+        self._speak, self._ending = speak, ending
         self._interrupts = 0
         self._previous: dict[int, Any] = {}
 
@@ -48,7 +51,7 @@ class StopSignal:
         """True once a signal came or the stop file is there; costs one look at the file system."""
         if self.reason is None and self._file is not None and self._file.exists():
             self.reason = str(self._file)
-            self._say(f"{self._file} is there: finishing this step, then saving.")
+            self._say(f"{self._file} is there: {self._ending}.")
         return self.reason is not None
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -59,7 +62,7 @@ class StopSignal:
         if self.reason is None:
             self.reason = signal.Signals(number).name
         more = " Ctrl-C once more stops at once." if number == signal.SIGINT else ""
-        self._say(f"{signal.Signals(number).name}: finishing this step, then saving.{more}")
+        self._say(f"{signal.Signals(number).name}: {self._ending}.{more}")
 
     def _say(self, text: str) -> None:
         if self._speak:

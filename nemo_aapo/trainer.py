@@ -98,7 +98,8 @@ class AAPOTrainer:
         """Train up to ``trainer.max_steps``, going on from the last checkpoint if there is one.
 
         Returns:
-            True if the run is complete, False if a stop signal ended it early; a checkpoint is there either way.
+            True if the run is complete, False if a stop signal ended it early; a checkpoint is there either way, unless
+            the signal came before the end of the first step.
 
         Raises:
             NonFiniteError: loss or gradient were not finite; the last good checkpoint is untouched.
@@ -109,6 +110,8 @@ class AAPOTrainer:
             saved = self._start()
             stopping = False
             while self.step < self.config.trainer.max_steps and not stopping:
+                if not self._reference_ready():  # a stop signal came while they were drawn
+                    break
                 self._train_step()
                 if self._due(self.config.trainer.val_check_interval):
                     self._validate()
@@ -123,7 +126,7 @@ class AAPOTrainer:
                 if stopping or due or self._due(self.config.checkpoint.save_interval):
                     self._save()
                     saved = self.step
-            if saved != self.step:
+            if self.step > max(saved, 0):
                 self._save()
             self._wait_for_checkpoint()
             return self.step == self.config.trainer.max_steps
@@ -135,13 +138,12 @@ class AAPOTrainer:
             self.step = state["step"]
             self.rollouts.sampler.load_state_dict(state["sampler"])
             self._latest = dict(state["metrics"])
+            if self.rollouts.reference is not None:
+                self.rollouts.reference.load_state_dict(state["reference"])
             self.rollouts.load(self.checkpoints.resumed_from, self.step)
         self.reporter.begin(self.step if state is not None else -1)
         if state is None and self.config.trainer.val_check_interval:
             self._validate()
-        self.rollouts.fill_reference(
-            self.step, lambda done, total: self.reporter.phase("reference rewards", done, total)
-        )
         return self.step if state is not None else -1
 
     def _train_step(self) -> None:
@@ -209,6 +211,15 @@ class AAPOTrainer:
         self._latest |= metrics
         self.reporter.log_validation(self.step, metrics, samples)
 
+    def _reference_ready(self) -> bool:
+        """Have the next step's reference rewards at hand; False if a stop signal came while they were drawn."""
+        self._doing = f"the reference rewards of step {self.step + 1}"
+        return self.rollouts.fill_reference(
+            self.step,
+            lambda done, total: self.reporter.phase("reference rewards", done, total),
+            lambda: self.reporter.stop_requested() or self.schedule.time_is_up(self.checkpoints.seconds),
+        )
+
     def _parity_gate(self, groups: list[Group]) -> None:
         """Before the first update of this process the engine's log-probs must be the learner's."""
         if complaint := self._disagreement(self.learner.parity(groups)):
@@ -249,6 +260,7 @@ class AAPOTrainer:
             "policy_version": self.policy.version,
             "seed": self.config.seed,  # it names every random stream; the loop draws from no global generator
             "sampler": self.rollouts.sampler.state_dict(),
+            "reference": self.rollouts.reference.state_dict() if self.rollouts.reference is not None else None,
             "metrics": {k: v for k, v in self._latest.items() if math.isfinite(v) and not k.startswith("time/")},
         }
         self.checkpoints.save(self.step, self.policy, state, rollouts)

@@ -66,6 +66,7 @@ _MINIMA = {
     "model.optim.sched.warmup_steps": 0,
     "model.optim.weight_decay": 0,
     "algorithm.updates_per_rollout": 1,
+    "algorithm.reference_fill_steps": 1,
     "algorithm.kl_coefficient": 0,
     "algorithm.importance_weight_cap": 1,
     "rollout.max_new_tokens": 1,
@@ -151,8 +152,10 @@ def _check_algorithm(config: Config) -> None:
             )
         if algorithm.reference == "cached" and algorithm.reference_store is None:
             raise ConfigError("algorithm.reference_store must name a file for algorithm.reference=cached")
-    elif algorithm.reference_samples is not None:
-        raise ConfigError("algorithm.reference_samples has no effect without algorithm.reference: set it to null")
+        if algorithm.reference == "online":
+            _refuse_without_effect(config, "reference_store", "reference_fill_steps")
+    else:
+        _refuse_without_effect(config, "reference_samples", "reference_store", "reference_fill_steps")
     if (algorithm.loss == "ratio_clip") != (algorithm.clip is not None):
         raise ConfigError("algorithm.clip is what algorithm.loss=ratio_clip needs and nothing else uses")
     if algorithm.kl_coefficient and algorithm.loss != "ratio_clip":
@@ -186,6 +189,14 @@ def _check_async(config: Config) -> None:
             "rollout.async_depth=1 with algorithm.reference=online: the servers can't draw from the reference and the "
             "policy at a time. Use algorithm.reference=cached"
         )
+
+
+def _refuse_without_effect(config: Config, *names: str) -> None:
+    """These settings of ``algorithm`` do nothing under its ``reference``."""
+    for name in names:
+        if getattr(config.algorithm, name) is not None:
+            mode = "null" if config.algorithm.reference is None else config.algorithm.reference
+            raise ConfigError(f"algorithm.{name} has no effect with algorithm.reference={mode}: set it to null")
 
 
 def _check_rewards(config: Config) -> None:

@@ -94,6 +94,7 @@ class AlgorithmConfig:
     reference: Literal["cached", "online"] | None
     reference_samples: int | None
     reference_store: str | None
+    reference_fill_steps: int | None
     margin: Margin | None
     rescale_dead_groups: bool
     loss: Literal["cross_entropy", "ratio_clip"]

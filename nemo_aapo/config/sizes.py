@@ -121,7 +121,8 @@ def decisive_settings(config: Config) -> dict[str, Any]:
         tree["model"].pop(key)
     for key in ("max_concurrent_tokens", "max_parity_error", "max_gen_kl", "on_parity_error", "trtllm"):
         tree["rollout"].pop(key)
-    tree["algorithm"].pop("reference_store")
+    for key in ("reference_store", "reference_fill_steps"):
+        tree["algorithm"].pop(key)
     tree["validation"].pop("console_samples")
     return tree
 

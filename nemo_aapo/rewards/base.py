@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Sequence
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 from nemo_aapo.types import Completion, Prompt
 
@@ -40,6 +40,10 @@ class Reward(Protocol):
 
     def check_answer(self, answer: str) -> None:
         """Raise ValueError if this gold answer can't be worked with. Called when data is loaded."""
+
+    def depends_on(self) -> dict[str, Any]:
+        """What its values depend on besides its parameters: versions of libraries, a digest of code. Plain values."""
+        return {}
 
     def load(self) -> None:
         """Import what scoring needs; raises what is wrong with it. Called once a worker, before its first item."""

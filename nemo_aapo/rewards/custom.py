@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import difflib
 import functools
+import hashlib
 import importlib
+import importlib.machinery
 import importlib.util
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from nemo_aapo.rewards.base import Reward
 from nemo_aapo.types import Completion, Prompt
@@ -57,6 +60,13 @@ class Custom(Reward):
         info = {"num_tokens": len(completion.token_ids), "finish_reason": completion.finish_reason}
         return function(prompt.text, text, prompt.answer, **info)
 
+    def depends_on(self) -> dict[str, Any]:
+        """The text of the function's file, wherever that lies; not of what the file imports."""
+        module, _, name = self.function.rpartition(":")
+        file = Path(module) if module.endswith(".py") else _module_file(module)
+        text = file.read_bytes() if file is not None else None
+        return {"function": name, "source": hashlib.sha256(text).hexdigest()[:16] if text is not None else None}
+
     def load(self) -> None:
         """Import the function and see that it can be called."""
         _load_function(self.function)
@@ -76,6 +86,17 @@ def _load_function(path: str) -> Callable[..., float]:
     except TypeError as error:
         raise ValueError(f"{path} must be callable as fn(prompt, completion, answer, **info): {error}") from None
     return function
+
+
+def _module_file(module: str) -> Path | None:
+    """Where a module's source lies, found without importing it or its packages; None if it can't be found."""
+    spec, path = None, [*sys.path, str(Path.cwd())]
+    for name in module.split("."):
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        if spec is None:
+            return None
+        path = spec.submodule_search_locations or []
+    return Path(spec.origin) if spec is not None and spec.has_location and spec.origin else None
 
 
 def _load_file(path: Path) -> ModuleType:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from nemo_aapo.rewards.base import Reward
 from nemo_aapo.rewards.exact import Exact, Integer
@@ -59,6 +59,10 @@ class Cosine(Reward):
     def check_answer(self, answer: str) -> None:
         """As the verifier."""
         _VERIFIERS[self.verifier].check_answer(answer)
+
+    def depends_on(self) -> dict[str, Any]:
+        """As the verifier."""
+        return _VERIFIERS[self.verifier].depends_on()
 
     def load(self) -> None:
         """As the verifier."""

@@ -7,6 +7,7 @@ Its limits are switched off here, as ``RewardRunner`` kills a worker that is ove
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import logging
 import re
 from collections.abc import Callable
@@ -49,6 +50,10 @@ class Accuracy(Reward):
         boxed = answer if "\\boxed" in answer else f"\\boxed{{{answer.strip('$ ')}}}"
         if not _is_correct(answer, boxed):
             raise ValueError(f"math-verify doesn't judge {boxed!r} to be equal to it")
+
+    def depends_on(self) -> dict[str, Any]:
+        """The versions of math-verify and of its LaTeX parser."""
+        return {name: importlib.metadata.version(name) for name in ("math-verify", "latex2sympy2_extended")}
 
     def load(self) -> None:
         """Import math-verify (and sympy) and compile its patterns."""

@@ -11,10 +11,12 @@ import math
 from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
+from typing import Any
 
 from nemo_aapo.rewards import reward_config
 from nemo_aapo.rewards.base import Reward, describe_error, score_parts
 from nemo_aapo.rewards.channel import encode_item
+from nemo_aapo.rewards.definition import reward_definition
 from nemo_aapo.rewards.pool import START_TIMEOUT_S, Failure, Reply, WorkerPool
 from nemo_aapo.types import Completion, Prompt
 
@@ -130,6 +132,12 @@ class RewardRunner:
         results = {index: self._result(future.result()) for index, future in pending.items()}
         self._count(results)
         return results
+
+    def definition(self) -> list[dict[str, Any]]:
+        """All that scores depend on besides the completion: each reward with its weight, and the score of failures."""
+        weighted = zip(self._rewards, self._weights, strict=True)
+        rewards = [{**reward_definition(reward), "weight": weight} for reward, weight in weighted]
+        return [*rewards, {"score_on_failure": self._score_on_failure}]
 
     def check_answer(self, answer: str) -> None:
         """Raise ValueError if a reward can't work with this gold answer, or needs more than the limit to find out."""

@@ -2,76 +2,33 @@
 
 The reference never changes, so the rewards of its completions of a prompt are a fixed distribution. Drawing them again
 every step doubles the cost of rollouts; K of them per prompt, stored, cost nothing from then on.
+
+Sample k of a prompt has a random stream of its own, named by seed, prompt and k: its reward is the same whenever, in
+whatever order and on whatever layout it is drawn.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import hashlib
-import json
-import sqlite3
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from nemo_aapo import parallel
+from nemo_aapo.errors import RunError
 from nemo_aapo.rollout.collect import Collector
+from nemo_aapo.rollout.reward_store import RewardStore
+from nemo_aapo.rollout.store_key import StoreKey
 from nemo_aapo.seeds import stream_seed
 from nemo_aapo.types import Prompt, SamplingSpec
 
 FILL_BATCH = 64
-"""Prompts between two commits while the store is filled: what an interruption can lose."""
+"""Prompts between two commits while the store is filled, at least: what an interruption can lose."""
 
 
-def store_key(reference_digest: str, sampling: SamplingSpec, rewards: Sequence[Mapping], seed: int) -> str:
-    """Digest of everything that reference rewards depend on besides the prompt: 16 hex digits."""
-    parts = [reference_digest, dataclasses.asdict(sampling), list(rewards), seed]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-class RewardStore:
-    """Reference rewards by prompt, in one SQLite file that runs can share one after the other.
-
-    ``key`` digests everything the rewards depend on besides the prompt: the reference's weights, the sampling, the
-    rewards' definition, the seed. Rewards stored under another key are never seen.
-    """
-
-    def __init__(self, path: str | Path, key: str) -> None:
-        self.key = key
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        self._db = sqlite3.connect(path, timeout=60.0)
-        self._db.execute(
-            "CREATE TABLE IF NOT EXISTS rewards "
-            "(key TEXT, prompt TEXT, sample INTEGER, reward REAL, PRIMARY KEY (key, prompt, sample))"
-        )
-        self._db.commit()
-
-    def read(self, prompt_ids: Sequence[str], samples: int) -> dict[str, np.ndarray]:
-        """float64 [samples] of each prompt of which at least so many are stored."""
-        found = {}
-        for prompt_id in prompt_ids:
-            rows = self._db.execute(
-                "SELECT reward FROM rewards WHERE key = ? AND prompt = ? AND sample < ? ORDER BY sample",
-                (self.key, prompt_id, samples),
-            ).fetchall()
-            if len(rows) == samples:
-                found[prompt_id] = np.array([reward for (reward,) in rows], dtype=np.float64)
-        return found
-
-    def write(self, rewards: dict[str, np.ndarray]) -> None:
-        """Store the rewards [K] of some prompts; all of them or, if interrupted, none."""
-        with self._db:
-            self._db.executemany(
-                "INSERT OR REPLACE INTO rewards VALUES (?, ?, ?, ?)",
-                [(self.key, prompt, k, float(r)) for prompt, row in rewards.items() for k, r in enumerate(row)],
-            )
-
-    def close(self) -> None:
-        """Close the file."""
-        self._db.close()
+Served = Callable[[], AbstractContextManager[None]]
+"""A context in which the collector's engine draws from the reference (``RolloutSource.reference_served``)."""
 
 
 class ReferenceRewards:
@@ -84,54 +41,127 @@ class ReferenceRewards:
         sampling: SamplingSpec,
         samples: int,
         seed: int,
+        key: StoreKey,
         store: RewardStore | None,
-        reference_weights: Callable[[], AbstractContextManager[None]],
         online: bool,
+        fill_batch: int = FILL_BATCH,
+        first_batch: int = 0,
     ) -> None:
         """Args:
         sampling: the policy's own spec: rewards drawn otherwise can't be compared.
         samples: K.
+        key: of the rewards, on all ranks.
         store: on rank 0 in cached mode, else None.
-        reference_weights: a context in which the engine draws from the reference.
         online: draw afresh every step instead of storing.
+        fill_batch: prompts between two commits while the store is filled.
+        first_batch: which batch to begin with (modulo their number). Runs that fill one store at the same time begin
+            at different places, and each skips what the others have stored.
         """
         self.collector, self.sampling, self.samples, self.seed = collector, sampling, samples, seed
-        self.store, self.reference_weights, self.online = store, reference_weights, online
+        self.key, self.store, self.online = key, store, online
+        self.fill_batch, self.first_batch = fill_batch, first_batch
         self._known: dict[str, np.ndarray] = {}
 
-    def prepare(self, prompts: Sequence[Prompt], report: Callable[[int, int], None]) -> None:
-        """Cached mode: make sure that the rewards of these prompts are stored, drawing what is missing.
+    def has(self, prompts: Sequence[Prompt]) -> bool:
+        """Whether all these prompts' rewards are at hand. No collective: all ranks know the same."""
+        return all(prompt.id in self._known for prompt in prompts)
+
+    def prepare(
+        self,
+        prompts: Sequence[Prompt],
+        served: Served,
+        report: Callable[[int, int], None] = lambda done, total: None,
+        stop_requested: Callable[[], bool] = lambda: False,
+    ) -> bool:
+        """Cached mode: have the rewards of these prompts at hand, drawing and storing what the store lacks.
 
         Args:
-            report: told (prompts done, prompts in all) as filling goes on.
-        """
-        self._look_up(prompts)
-        missing = list({p.id: p for p in prompts if p.id not in self._known}.values())
-        with self.reference_weights() if missing else contextlib.nullcontext():
-            for start in range(0, len(missing), FILL_BATCH):
-                batch = missing[start : start + FILL_BATCH]
-                drawn = self._draw(batch, lambda prompt, k: stream_seed(self.seed, "reference", prompt.id, k))
-                if self.store is not None:
-                    self.store.write(drawn)
-                self._known.update(drawn)
-                report(min(start + FILL_BATCH, len(missing)), len(missing))
+            served: entered while something is drawn.
+            report: told (prompts done, prompts to draw) as filling goes on.
+            stop_requested: asked on every rank between batches; True on one of them ends the filling. One batch is
+                drawn in any case, so that even a run that is always stopped soon gets on.
 
-    def rewards(self, prompts: Sequence[Prompt], step: int) -> dict[str, np.ndarray]:
+        Returns:
+            False if a stop ended it early. What was drawn is stored.
+
+        Raises:
+            StoreError: on all ranks.
+        """
+        missing = list({p.id: p for p in prompts if p.id not in self._known}.values())
+        self._look_up(missing)
+        missing = [p for p in missing if p.id not in self._known]
+        batches = [missing[i : i + self.fill_batch] for i in range(0, len(missing), self.fill_batch)]
+        if not batches:
+            return True
+        turn = self.first_batch % len(batches)
+        done = 0
+        with served():
+            for batch in batches[turn:] + batches[:turn]:
+                report(done, len(missing))
+                if done and parallel.any_rank(stop_requested())[0]:
+                    return False
+                self._fill(batch)
+                done += len(batch)
+        report(done, len(missing))
+        return True
+
+    def rewards(self, prompts: Sequence[Prompt], step: int, served: Served) -> dict[str, np.ndarray]:
         """float64 [K] by prompt id, the same on all ranks."""
         if self.online:
-            with self.reference_weights():
-                return self._draw(prompts, lambda prompt, k: stream_seed(self.seed, "online", step, prompt.id, k))
-        self.prepare(prompts, lambda done, total: None)
+            seeds = [[stream_seed(self.seed, "online", step, p.id, k) for k in range(self.samples)] for p in prompts]
+            with served():
+                return self._draw(prompts, seeds)
+        self.prepare(prompts, served)
         return {prompt.id: self._known[prompt.id] for prompt in prompts}
 
-    def _look_up(self, prompts: Sequence[Prompt]) -> None:
-        wanted = [prompt.id for prompt in prompts if prompt.id not in self._known]
-        if wanted:
-            found = self.store.read(wanted, self.samples) if self.store is not None else None
-            self._known.update(parallel.broadcast_from_first_rank(found))
+    # ------------------------------------------------------------------ what a checkpoint keeps
 
-    def _draw(self, prompts: Sequence[Prompt], seed: Callable[[Prompt, int], int]) -> dict[str, np.ndarray]:
-        seeds = [[seed(prompt, k) for k in range(self.samples)] for prompt in prompts]
+    def state_dict(self) -> dict[str, Any]:
+        """Which rewards the run uses: the key's digest and, for people, its parts. The values stay in the store."""
+        return {"digest": self.key.digest, "parts": self.key.parts}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See that the run goes on with the rewards it began with.
+
+        Raises:
+            RunError: they belong to another key; names every part that differs.
+        """
+        if state["digest"] != self.key.digest:
+            differences = "; ".join(self.key.differences(state["parts"]))
+            raise RunError(
+                f"this run began with other reference rewards than those it would go on with: {differences} (there: "
+                "its checkpoint; here: now). Restore what has changed, or start a new run (run.name=NAME)"
+            )
+
+    # ------------------------------------------------------------------ drawing
+
+    def _look_up(self, prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
+        """What the store has of these prompts, [0..K] by id; prompts with all K are known from then on."""
+        ids = [prompt.id for prompt in prompts]
+        if not ids:
+            return {}
+        read = parallel.agree(lambda: self.store.read(ids, self.samples) if self.store is not None else None)
+        found = parallel.broadcast_from_first_rank(read)
+        self._known.update({prompt: rewards for prompt, rewards in found.items() if len(rewards) == self.samples})
+        return found
+
+    def _fill(self, batch: Sequence[Prompt]) -> None:
+        """Draw what is missing of a batch, and store it."""
+        found = self._look_up(batch)  # once more: another run may have stored some meanwhile
+        wanted = [prompt for prompt in batch if prompt.id not in self._known]
+        if not wanted:
+            return
+        stored = [found.get(prompt.id, np.empty(0)) for prompt in wanted]
+        seeds = [
+            [stream_seed(self.seed, "reference", prompt.id, k) for k in range(len(have), self.samples)]
+            for prompt, have in zip(wanted, stored, strict=True)
+        ]
+        drawn = self._draw(wanted, seeds)
+        whole = {p.id: np.concatenate([have, drawn[p.id]]) for p, have in zip(wanted, stored, strict=True)}
+        kept = parallel.agree(lambda: self.store.write(whole) if self.store is not None else None)
+        self._known.update(parallel.broadcast_from_first_rank(kept))
+
+    def _draw(self, prompts: Sequence[Prompt], seeds: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
         groups = self.collector.collect(prompts, self.sampling, seeds)
         mine = [(group.prompt.id, group.rewards) for group in groups]
         return dict(item for part in parallel.gather_data_parallel(mine) for item in part)

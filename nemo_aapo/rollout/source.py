@@ -68,7 +68,8 @@ class RolloutSource:
             groups = self.settle()
         self._ahead = None
         with self._timed("reference"):
-            reference = self.reference.rewards(self.prompts(step), step) if self.reference else {}
+            prompts, served = self.prompts(step), self.reference_served
+            reference = self.reference.rewards(prompts, step, served) if self.reference else {}
         if self.config.rollout.async_depth and step + 1 < self.config.trainer.max_steps:
             self.refit()
             self._ahead = self.collector.begin(*self._order(step + 1))
@@ -88,12 +89,35 @@ class RolloutSource:
                 self.collector.engine.update_weights(self.policy.named_weights(), self.policy.version)
             self._served = self.policy.version
 
-    def fill_reference(self, step: int, report: Callable[[int, int], None]) -> None:
-        """Draw the stored reference rewards of exactly the prompts that the run uses from this step on."""
-        if self.reference is None or self.reference.online:
+    def fill_reference(self, step: int, report: Callable[[int, int], None], stop_requested: Callable[[], bool]) -> bool:
+        """Have a step's stored reference rewards at hand; if they are not, draw those of the steps ahead with them.
+
+        Returns:
+            False if a stop was requested meanwhile.
+        """
+        if self.reference is None or self.reference.online or self.reference.has(self.prompts(step)):
+            return True
+        self.settle()
+        last = self.config.trainer.max_steps
+        end = min(step + (self.config.algorithm.reference_fill_steps or last), last)
+        wanted = dict.fromkeys(i for s in range(step, end) for i in self.sampler.indices(s))
+        return self.reference.prepare([self.data[i] for i in wanted], self.reference_served, report, stop_requested)
+
+    @contextmanager
+    def reference_served(self) -> Iterator[None]:
+        """Inside, the engine draws from the reference; afterwards the policy's weights are back, bit for bit.
+
+        Nothing is moved where the engine serves the reference already: before the first update, or in a copy of its own
+        that had none since.
+        """
+        engine = self.collector.engine
+        if self.policy.version == 0 or (self._served == 0 and not engine.shares_weights):
+            yield
             return
-        wanted = dict.fromkeys(i for s in range(step, self.config.trainer.max_steps) for i in self.sampler.indices(s))
-        self.reference.prepare([self.data[i] for i in wanted], report)
+        with self.policy.reference_weights():
+            engine.update_weights(self.policy.named_weights(), 0)  # the reference has no optimizer step behind it
+            self._served = 0  # the next refit gives it the policy again
+            yield
 
     # ------------------------------------------------------------------ checkpoints
 

@@ -75,6 +75,7 @@ GRPO = {
     "algorithm__name": "grpo",
     "algorithm__reference": None,
     "algorithm__reference_samples": None,
+    "algorithm__reference_store": None,
     "algorithm__margin": None,
     "algorithm__loss": "ratio_clip",
     "algorithm__clip": {"low": 0.2, "high": 0.2},

@@ -1,0 +1,28 @@
+"""What a reward's values depend on, as plain values: part of the key that reference rewards are stored under."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+from typing import Any
+
+from nemo_aapo.rewards import REWARDS, reward_config
+from nemo_aapo.rewards.base import Reward
+
+
+def reward_definition(reward: Reward) -> dict[str, Any]:
+    """Name, parameters, and what else decides its values: versions of libraries, a digest of a user's code.
+
+    A reward of one's own class is defined by its class's source, where Python can find that, and by its fields.
+    """
+    if type(reward) in REWARDS.values():
+        return {**reward_config(reward), **reward.depends_on()}
+    definition: dict[str, Any] = {"name": reward.name}
+    if dataclasses.is_dataclass(reward):
+        definition |= dataclasses.asdict(reward)
+    try:
+        source = inspect.getsource(type(reward))
+    except (OSError, TypeError):  # typed at a prompt
+        return definition
+    return {**definition, "source": hashlib.sha256(source.encode()).hexdigest()[:16]}
