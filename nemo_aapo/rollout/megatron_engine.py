@@ -19,8 +19,8 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
 from nemo_aapo.rollout import sampling as sampler
+from nemo_aapo.rollout.decoder import Decoder, check_supported
 from nemo_aapo.rollout.engine import OnFinish, RolloutStats
-from nemo_aapo.rollout.kv_cache import SlotCache, check_supported, decoding
 from nemo_aapo.rollout.slots import Admission, Slots, capacity
 from nemo_aapo.types import Completion, SamplingSpec
 
@@ -69,8 +69,8 @@ class MegatronEngine:
         """
         self._check(prompts, sampling, seeds)
         began = time.perf_counter()
-        with decoding(self.model):
-            rollout = _Rollout(self, prompts, sampling, seeds, on_finish)
+        rollout = _Rollout(self, prompts, sampling, seeds, on_finish)
+        with torch.inference_mode():
             while rollout.step():
                 pass
         self.stats = rollout.stats(time.perf_counter() - began)
@@ -113,12 +113,13 @@ class _Rollout:
         on_finish: OnFinish | None,
     ) -> None:
         self._engine, self._model, self._prompts = engine, engine.model, prompts
+        self._decoder = Decoder(engine.model)
         self._sampling, self._on_finish = sampling, on_finish
         self.completions: list[list[Completion]] = [[None] * len(row) for row in seeds]
         length = max((len(prompt) for prompt in prompts), default=0) + sampling.max_new_tokens
         rows = capacity(engine.max_concurrent_tokens, length, sequences=sum(map(len, seeds)))
         self._slots = Slots(prompts, seeds, sampling.max_new_tokens, rows)
-        self._cache = SlotCache(engine.model, rows, length)
+        self._cache = self._decoder.new_cache(rows, length)
         self._is_stop = np.zeros(engine.vocab_size, dtype=bool)
         self._is_stop[list(sampling.stop_token_ids)] = True
         self._steps = self._idle = 0
@@ -144,19 +145,21 @@ class _Rollout:
 
     def _forward(self, decoding_rows: int, fresh: Sequence[Admission]) -> torch.Tensor | None:
         """One pass over all live rows: logits [live, padded vocabulary] on the last stage, None on the others."""
-        slots, model, pipeline = self._slots, self._model, parallel_state.get_pipeline_model_parallel_group()
+        slots, model, decoder = self._slots, self._model, self._decoder
+        pipeline = parallel_state.get_pipeline_model_parallel_group()
         prompts = [self._prompts[admission.prompt] for admission in fresh]
         shares = [admission.stop - admission.start for admission in fresh]
         decode = slice(decoding_rows)
-        tokens, positions = self._cache.begin(slots.token[decode], slots.length[decode], prompts, shares)
-        if not model.pre_process:
-            hidden = positions.new_empty(len(positions), 1, model.config.hidden_size, dtype=model.config.pipeline_dtype)
+        tokens = self._cache.begin(slots.token[decode], slots.length[decode], prompts, shares)
+        if model.pre_process:
+            hidden = decoder.embed(tokens)
+        else:
+            hidden = self._cache.kv.new_empty(len(tokens), model.config.hidden_size)
             dist.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank(), group=pipeline)
-            model.set_input_tensor(hidden)
-        out = model(tokens[None], positions[None], None, inference_context=self._cache, runtime_gather_output=True)
+        hidden = decoder.layers(hidden, self._cache)
         if model.post_process:
-            return out[0]
-        dist.send(out, parallel_state.get_pipeline_model_parallel_next_rank(), group=pipeline)
+            return decoder.logits(hidden)
+        dist.send(hidden, parallel_state.get_pipeline_model_parallel_next_rank(), group=pipeline)
         return None
 
     def _draw(self, logits: torch.Tensor | None) -> tuple[np.ndarray, np.ndarray]:
