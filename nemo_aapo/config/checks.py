@@ -73,6 +73,7 @@ _MINIMA = {
     "data.max_prompt_tokens": 1,
     "reward_runner.workers": 0,
     "validation.samples": 0,
+    "validation.min_new_tokens": 0,
     "validation.max_prompts": 1,
     "validation.console_samples": 0,
     "checkpoint.save_interval": 1,
@@ -98,6 +99,13 @@ def _check_sampling(config: Config) -> None:
         )
     if not 0 < config.validation.top_p <= 1:
         raise ConfigError(f"validation.top_p={config.validation.top_p}: must lie in (0, 1]")
+    if "" in rollout.stop_strings:
+        raise ConfigError("rollout.stop_strings holds an empty string, which would end every completion at once")
+    if config.validation.min_new_tokens > rollout.max_new_tokens:
+        raise ConfigError(
+            f"validation.min_new_tokens={config.validation.min_new_tokens} is more than "
+            f"rollout.max_new_tokens={rollout.max_new_tokens}: no completion could end by itself"
+        )
 
 
 def _check_trtllm(config: Config) -> None:

@@ -5,8 +5,8 @@ anew in each step, and hides padding by a mask that TransformerEngine's attentio
 one is for CUDA and flash-attn only. In ``SlotCache`` rows are independent, each sequence has positions 0, 1, 2, ... of
 its own, and keys are stored rotated.
 
-One forward pass takes a packed batch of T tokens: first one token for each decoding row, then whole prompts, padded
-to a common width. Everything but the attention treats them alike.
+One forward pass takes a packed batch of T tokens: first one token for each decoding row, then whole prompts, one after
+the other. Everything but the attention treats them alike; it alone pads the prompts to a common width.
 """
 
 from __future__ import annotations
@@ -69,27 +69,20 @@ class SlotCache:
             shares: [N], how many of the rows from D on each prompt fills.
 
         Returns:
-            int64 [T] token ids. T = D + N * width.
+            int64 [T] token ids. T = D + the prompts' lengths.
         """
         device = self.kv.device
         decoding = self._decoding = len(lengths)
         self._prompts = len(prompts)
-        positions = torch.from_numpy(lengths)
         if decoding:
             self._lay_out_decoding(lengths)
+        positions = lengths
         self.logits_at = None
         if prompts:
-            width = self._width = max(map(len, prompts))
-            padded = np.zeros((len(prompts), width), dtype=np.int64)
-            for row, prompt in zip(padded, prompts, strict=True):
-                row[: len(prompt)] = prompt
-            tokens = np.concatenate([tokens, padded.ravel()])
-            positions = torch.cat([positions, torch.arange(width).repeat(len(prompts))])
-            last = decoding + width * np.arange(len(prompts)) + [len(prompt) - 1 for prompt in prompts]
-            at = np.concatenate([np.arange(decoding), np.repeat(last, shares)])
-            self.logits_at = torch.from_numpy(at).to(device)
-            self._prompt_of_row = torch.from_numpy(np.repeat(np.arange(len(prompts)), shares)).to(device)
-        positions = positions.to(device)
+            self._lay_out_prefill([len(prompt) for prompt in prompts], shares)
+            tokens = np.concatenate([tokens, *prompts])
+            positions = np.concatenate([lengths, *(np.arange(len(prompt)) for prompt in prompts)])
+        positions = torch.from_numpy(positions).to(device)
         self._cos_now, self._sin_now = self._cos[positions], self._sin[positions]
         return torch.from_numpy(tokens).to(device)
 
@@ -103,6 +96,18 @@ class SlotCache:
             beyond = np.arange(self._extent) > lengths[:, None]
             mask = torch.from_numpy(np.where(beyond, np.float32(-np.inf), np.float32(0)))
             self._mask = mask[:, None, None].to(self.kv)
+
+    def _lay_out_prefill(self, lengths: Sequence[int], shares: Sequence[int]) -> None:
+        """Where the prompts stand in the packed batch, and how they stand side by side in the attention."""
+        device, width, lengths = self.kv.device, max(lengths), np.array(lengths)
+        starts = np.cumsum(lengths) - lengths
+        at = np.concatenate([np.arange(self._decoding), self._decoding + np.repeat(starts + lengths - 1, shares)])
+        self.logits_at = torch.from_numpy(at).to(device)
+        self._prompt_of_row = torch.from_numpy(np.repeat(np.arange(len(lengths)), shares)).to(device)
+        # [N, width]: which packed token; a prompt's last one stands in for its padding
+        columns = np.minimum(np.arange(width), lengths[:, None] - 1)
+        self._padded = torch.from_numpy(starts[:, None] + columns).to(device)
+        self._real = torch.from_numpy(np.flatnonzero(np.arange(width) < lengths[:, None])).to(device)
 
     def attend(self, layer: int, mixed: Tensor) -> Tensor:
         """Rotate, store keys and values, and attend to what each sequence has.
@@ -142,15 +147,15 @@ class SlotCache:
 
     def _prefill(self, layer: int, mixed: Tensor) -> Tensor:
         """Whole prompts, padded at the end: causality alone hides the padding."""
-        mixed = mixed.unflatten(0, (self._prompts, self._width))  # [N, width, heads, queries per key + 2, head size]
+        mixed = mixed[self._padded]  # [N, width, heads, queries per key + 2, head size]
         rows = slice(self._decoding, self._decoding + len(self._prompt_of_row))
         new = mixed[:, :, :, self._queries :]
-        self.kv[layer, rows, : self._width] = new if len(new) == rows.stop - rows.start else new[self._prompt_of_row]
+        self.kv[layer, rows, : new.shape[1]] = new[self._prompt_of_row]
         query = mixed[:, :, :, : self._queries].flatten(2, 3).transpose(1, 2)
         key, value = new.transpose(1, 2).unbind(3)
         grouped = self._queries > 1
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=self._scale, enable_gqa=grouped)
-        return out.transpose(1, 2).flatten(0, 1).flatten(1)
+        return out.transpose(1, 2).flatten(0, 1)[self._real].flatten(1)
 
     def move(self, source: np.ndarray, target: np.ndarray, length: int) -> None:
         """Copy the first ``length`` tokens of the source rows to the target rows."""

@@ -10,7 +10,7 @@ from the rank that draws: token ids and log-probs.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -22,19 +22,28 @@ from nemo_aapo.rollout import sampling as sampler
 from nemo_aapo.rollout.decoder import Decoder, check_supported
 from nemo_aapo.rollout.engine import OnFinish, RolloutStats
 from nemo_aapo.rollout.slots import Admission, Slots, capacity
+from nemo_aapo.rollout.stop_strings import StopStrings
 from nemo_aapo.types import Completion, SamplingSpec
 
 
 class MegatronEngine:
     """A ``RolloutEngine`` on an mcore GPTModel that lives in this process."""
 
-    def __init__(self, model: GPTModel, vocab_size: int, max_concurrent_tokens: int, policy_version: int = 0) -> None:
+    def __init__(
+        self,
+        model: GPTModel,
+        vocab_size: int,
+        max_concurrent_tokens: int,
+        policy_version: int = 0,
+        decode: Callable[[np.ndarray], str] | None = None,
+    ) -> None:
         """
         Args:
             model: this rank's stage, unwrapped (no DDP). It is only borrowed during ``generate``.
             vocab_size: the tokenizer's; Megatron pads the model's, and padding is never drawn.
             max_concurrent_tokens: size of the KV cache in tokens; decides how many sequences run at a time.
             policy_version: of the weights that the model holds now.
+            decode: token ids -> text, the same on all ranks; only stop strings need it.
 
         Raises:
             ValueError: the model's attention is of a kind that the engine doesn't know.
@@ -44,8 +53,10 @@ class MegatronEngine:
         self.vocab_size = vocab_size
         self.max_concurrent_tokens = max_concurrent_tokens
         self.policy_version = policy_version
+        self.decode = decode
         self.shares_weights = True
         self.stats: RolloutStats | None = None
+        self._stop_strings: StopStrings | None = None  # kept, as it learns what each token says
         self.group = parallel_state.get_model_parallel_group()
         ranks = dist.get_process_group_ranks(self.group)
         self.group_size = len(ranks)
@@ -64,7 +75,8 @@ class MegatronEngine:
 
         Raises:
             ValueError: an empty prompt, ``seeds`` of another length than ``prompts``, a stop token outside the
-                vocabulary, a sequence that may outgrow ``max_concurrent_tokens``.
+                vocabulary, stop strings that are empty or that nothing here can decode, a sequence that may outgrow
+                ``max_concurrent_tokens``.
             FloatingPointError: the model gave log-probs that are not finite.
         """
         self._check(prompts, sampling, seeds)
@@ -85,6 +97,16 @@ class MegatronEngine:
         outside = [token for token in sampling.stop_token_ids if not 0 <= token < self.vocab_size]
         if outside:
             raise ValueError(f"stop token {outside[0]} lies outside the vocabulary of {self.vocab_size}")
+
+    def stop_strings(self, sampling: SamplingSpec) -> StopStrings | None:
+        """What looks for the spec's stop strings; None if it has none."""
+        if not sampling.stop_strings:
+            return None
+        if self.decode is None:
+            raise ValueError(f"stop_strings {list(sampling.stop_strings)}: the engine was made without ``decode``")
+        if self._stop_strings is None or self._stop_strings.strings != sampling.stop_strings:
+            self._stop_strings = StopStrings(sampling.stop_strings, self.decode, self.vocab_size)
+        return self._stop_strings
 
     def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Take the version. The weights are the learner's own, hence new already; ``named_tensors`` stays unread."""
@@ -122,6 +144,7 @@ class _Rollout:
         self._cache = self._decoder.new_cache(rows, length)
         self._is_stop = np.zeros(engine.vocab_size, dtype=bool)
         self._is_stop[list(sampling.stop_token_ids)] = True
+        self._stop_strings = engine.stop_strings(sampling)
         self._steps = self._idle = 0
 
     def step(self) -> bool:
@@ -140,8 +163,17 @@ class _Rollout:
         tokens, logprobs = self._draw(logits)
         slots.record(tokens, logprobs, decoding_rows)
         self._steps, self._idle = self._steps + 1, self._idle + slots.rows - slots.live
-        self._let_out(stopped=self._is_stop[tokens])
+        self._let_out(self._stopped(tokens))
         return True
+
+    def _stopped(self, tokens: np.ndarray) -> np.ndarray:
+        """bool [live], which rows the new tokens [live] end by what they say."""
+        slots, live = self._slots, slice(self._slots.live)
+        stopped = self._is_stop[tokens]
+        if self._stop_strings is not None:
+            long_enough = slots.drawn[live] >= self._sampling.min_new_tokens
+            stopped = stopped | self._stop_strings.found(slots.tokens[live], slots.drawn[live], tokens) & long_enough
+        return stopped
 
     def _forward(self, decoding_rows: int, fresh: Sequence[Admission]) -> torch.Tensor | None:
         """One pass over all live rows: logits [live, padded vocabulary] on the last stage, None on the others."""
