@@ -112,7 +112,7 @@ class AAPOTrainer:
             while self.step < self.config.trainer.max_steps and not stopping:
                 if not self._reference_ready():  # a stop signal came while they were drawn
                     break
-                self._train_step()
+                self.train_step()
                 if self._due(self.config.trainer.val_check_interval):
                     self._validate()
                 self.schedule.step_done()
@@ -147,7 +147,8 @@ class AAPOTrainer:
             self._validate()
         return self.step if state is not None else -1
 
-    def _train_step(self) -> None:
+    def train_step(self) -> None:
+        """One step of ``fit``, without what stands around it: resuming, validation, checkpoints."""
         start = time.perf_counter()
         groups = self._rollout()
         if not self._gated and not self._lag(groups):

@@ -1,0 +1,159 @@
+"""What a training step costs: GPG, AAPO with stored reference rewards, AAPO with fresh ones each step.
+
+One process holds a trainer for each, on the quickstart's task with a random model of the quickstart's size, and they
+take steps in turns. The reward is a coin toss by the tokens, so that nearly every group has a signal in all three and
+they train on the same number of sequences; the learning rate is too small to change their lengths.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_aapo.benchmarks.measure import Figure, in_turns, ratio, table
+from nemo_aapo.types import Completion, Prompt
+
+ALGORITHMS = {
+    "GPG": "gpg",
+    "AAPO, stored reference rewards": "aapo",
+    "AAPO, fresh reference rewards": "aapo_paper",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Sizes of the comparison."""
+
+    prompts_per_step: int = 32
+    new_tokens: int = 8
+    steps: int = 20
+    """Of each, measured."""
+
+
+QUICK = Plan(prompts_per_step=4, new_tokens=4, steps=2)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the table. Ratios are over GPG's."""
+
+    algorithm: str
+    milliseconds: Figure
+    """Of a step."""
+    ratio: Figure
+    ratio_cpu: Figure
+    generation_ratio: float
+    """Time spent on generation, the policy's and the reference's: the medians' ratio."""
+
+
+@dataclass(frozen=True)
+class CoinToss:
+    """1 for an even sum of token ids."""
+
+    kind = name = "coin_toss"
+    in_process = True
+
+    def __call__(self, prompt: Prompt, text: str, completion: Completion) -> float:
+        return float(completion.token_ids.sum() % 2 == 0)
+
+    def check_answer(self, answer: str) -> None:
+        """Any."""
+
+    def load(self) -> None:
+        """Nothing to load."""
+
+
+class _Meter:
+    """The trainers' reporter: keeps the seconds of generation of each step."""
+
+    def __init__(self) -> None:
+        self.generation: list[float] = []
+
+    def log_step(self, step: int, metrics: dict[str, float]) -> None:
+        self.generation.append(metrics["time/rollout"] + metrics["time/reference"])
+
+    def note(self, text: str) -> None: ...
+
+
+def compare(plan: Plan, folder: Path) -> list[Row]:
+    """Steps of each algorithm in turns.
+
+    Args:
+        folder: for the model, the data and the store.
+    """
+    _make_input(folder)
+    with contextlib.ExitStack() as stack:
+        meters = {name: _Meter() for name in ALGORITHMS}
+        trainers = {
+            name: _trainer(plan, folder, algorithm, meters[name], stack) for name, algorithm in ALGORITHMS.items()
+        }
+        timings = in_turns({name: trainer.train_step for name, trainer in trainers.items()}, plan.steps)
+    base = next(iter(ALGORITHMS))
+    generation = {name: Figure.of(meter.generation[1:]).median for name, meter in meters.items()}
+    return [
+        Row(
+            algorithm=name,
+            milliseconds=Figure.of([1000 * timing.wall for timing in timings[name]]),
+            ratio=ratio(timings[name], timings[base], "wall"),
+            ratio_cpu=ratio(timings[name], timings[base], "cpu"),
+            generation_ratio=generation[name] / generation[base],
+        )
+        for name in ALGORITHMS
+    ]
+
+
+def _trainer(plan: Plan, folder: Path, algorithm: str, meter: _Meter, stack: contextlib.ExitStack) -> Any:
+    from nemo_aapo.assemble import build_trainer
+    from nemo_aapo.entry import load_config
+    from nemo_aapo.rewards.runner import RewardRunner
+
+    config = load_config(
+        [
+            "experiment=quickstart",
+            f"algorithm={algorithm}",
+            f"run.dir={folder / algorithm}",
+            f"model.path={folder / 'model'}",
+            f"data.train={folder / 'train.jsonl'}",
+            f"data.validation={folder / 'train.jsonl'}",
+            f"prompts_per_step={plan.prompts_per_step}",
+            f"rollout.max_new_tokens={plan.new_tokens}",
+            f"rollout.max_concurrent_tokens={plan.prompts_per_step * 8 * (16 + plan.new_tokens)}",
+            "trainer.devices=1",
+            "model.optim.lr=1e-9",
+        ]
+    )
+    rewards = RewardRunner([(CoinToss(), 1.0)], workers=0, timeout_s=10.0)
+    trainer = build_trainer(config, reporter=meter, stack=stack, rewards=rewards)
+    if trainer.reference is not None and not trainer.reference.online:
+        trainer.reference.prepare(trainer.data.prompts, lambda done, total: None)
+    return trainer
+
+
+def _make_input(folder: Path) -> None:
+    """A random model of the quickstart's size, and as many sums as an epoch of a few steps."""
+    from nemo_aapo.quickstart import arithmetic
+    from nemo_aapo.quickstart.base_model import Recipe, new_model
+
+    tokenizer = arithmetic.make_tokenizer()
+    new_model(Recipe(), tokenizer).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    arithmetic.write_prompts(folder / "train.jsonl", arithmetic.split_sums(0).training[:128])
+
+
+def report(rows: Sequence[Row]) -> str:
+    """The table."""
+    header = ("step of", "milliseconds", "over GPG's", "by CPU time", "its generation")
+    lines = [
+        (
+            row.algorithm,
+            row.milliseconds.text(),
+            row.ratio.text(2),
+            f"{row.ratio_cpu.median:.2f}",
+            f"{row.generation_ratio:.2f}",
+        )
+        for row in rows
+    ]
+    return table(header, lines)
