@@ -304,6 +304,29 @@ def test_what_cannot_work_is_refused_by_name(ranks, tiny_models):
     assert "policy version 0" in nan
 
 
+def _generate_with_fused_norms(path):
+    """TransformerEngine's projections hold the norm before them; mcore's local ones made to look like that."""
+    import torch
+
+    from nemo_aapo.rollout.megatron_engine import MegatronEngine
+
+    model = build(path)
+    expected = flat(MegatronEngine(model, VOCAB_SIZE, ROOMY).generate(prompts(), SPEC, SEEDS))
+    for layer in model.decoder.layers:
+        for norm, linear in (
+            (layer.input_layernorm, layer.self_attention.linear_qkv),
+            (layer.pre_mlp_layernorm, layer.mlp.linear_fc1),
+        ):
+            linear.layer_norm_weight = torch.nn.Parameter(norm.weight.detach().clone())
+            norm.weight.data.zero_()
+    return expected, flat(MegatronEngine(model, VOCAB_SIZE, ROOMY).generate(prompts(), SPEC, SEEDS))
+
+
+def test_norms_are_found_where_transformer_engine_keeps_them(ranks, tiny_models):
+    ((expected, found),) = ranks.run(_generate_with_fused_norms, tiny_models["qwen3"])
+    assert found == expected
+
+
 def _versions(path):
     from nemo_aapo.rollout.megatron_engine import MegatronEngine
 

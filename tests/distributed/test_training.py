@@ -16,6 +16,7 @@ STEP_KEYS = {
     "step", "reward/mean", "reward/std", "reference_reward/mean", "advantage/abs_mean", "groups/zero_std",
     "groups/zero_advantage", "loss", "grad_norm", "lr", "entropy", "completion_length/mean", "completion_length/max",
     "truncated_fraction", "tokens_per_second", "time/rollout", "time/reward", "time/train", "time/refit", "time/step",
+    "rollout/tail_factor", "rollout/idle_fraction", "rollout/tokens_per_second",
 }  # fmt: skip
 
 IN_THE_THIRD_STEP = 18 + 40 + 32 + 18 + 5
