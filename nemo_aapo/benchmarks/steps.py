@@ -127,8 +127,7 @@ def _trainer(plan: Plan, folder: Path, algorithm: str, meter: _Meter, stack: con
     )
     rewards = RewardRunner([(CoinToss(), 1.0)], workers=0, timeout_s=10.0)
     trainer = build_trainer(config, reporter=meter, stack=stack, rewards=rewards)
-    if trainer.reference is not None and not trainer.reference.online:
-        trainer.reference.prepare(trainer.data.prompts, lambda done, total: None)
+    trainer.rollouts.fill_reference(0, lambda done, total: None)
     return trainer
 
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from nemo_aapo.rollout.collect import rollout_metrics
+from nemo_aapo.rollout.collect import engine_metrics
 from nemo_aapo.rollout.engine import RolloutStats
 from nemo_aapo.types import Prompt
 from tests.distributed.test_engine import SEEDS, SPEC, TIGHT, VOCAB_SIZE, build, prompts
@@ -25,7 +25,10 @@ class Scores:
 
     def collect(self):
         items, self.items = self.items, {}
-        return {index: SimpleNamespace(score=score, parts={"sum": score}) for index, (_, score) in items.items()}
+        return {
+            index: SimpleNamespace(score=score, parts={"sum": score}, failure=None)
+            for index, (_, score) in items.items()
+        }
 
 
 def _collect_twice(path):
@@ -76,13 +79,10 @@ def test_the_order_of_entering_changes_no_token_and_no_place(ranks, tiny_models)
     assert answers[0][2] == everything  # the prompt without completions isn't in it
 
 
-def test_rollout_metrics_count_all_ranks():
+def test_engine_metrics_count_all_ranks():
     stats = [RolloutStats(30, 2.0, 10, 1.5, 0.2), RolloutStats(10, 1.0, 30, 1.0, 0.6)]
-    metrics = rollout_metrics(stats, [16, 8, 6, 10])
-    assert metrics == {
-        "rollout/tail_factor": pytest.approx(1.6),
+    assert engine_metrics(stats) == {
         "rollout/idle_fraction": pytest.approx(0.5),
         "rollout/tokens_per_second": pytest.approx(20.0),
     }
-    unknown = rollout_metrics([RolloutStats(30, 2.0, 0, 1.5, float("nan"))], [30])
-    assert np.isnan(unknown["rollout/idle_fraction"])
+    assert np.isnan(engine_metrics([RolloutStats(30, 2.0, 0, 1.5, float("nan"))])["rollout/idle_fraction"])
