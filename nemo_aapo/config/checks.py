@@ -115,6 +115,12 @@ def _check_trtllm(config: Config) -> None:
             f"rollout.temperature={config.rollout.temperature}: rollout.engine=trtllm reports log-probs before "
             "temperature, which are those of the draw at 1 only (validation.temperature is free)"
         )
+    if config.rollout.stop_strings or config.validation.min_new_tokens:
+        raise ConfigError(
+            f"rollout.stop_strings={list(config.rollout.stop_strings)}, validation.min_new_tokens="
+            f"{config.validation.min_new_tokens}: rollout.engine=trtllm has neither, since it runs without a tokenizer "
+            "and holds back its own end token only. Use rollout.engine=megatron, or [] and 0"
+        )
     fraction = config.rollout.trtllm.kv_cache_fraction
     if not 0 < fraction < 1:
         raise ConfigError(f"rollout.trtllm.kv_cache_fraction={fraction}: must lie between 0 and 1")
