@@ -68,11 +68,13 @@ def compare(plan: Plan, folder: Path) -> list[Row]:
     """
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
     from nemo_aapo.policy.megatron import MegatronPolicy
     from nemo_aapo.policy.model_dir import read_model_dir
     from nemo_aapo.rollout.megatron_engine import MegatronEngine
 
+    logging.set_verbosity_error()  # it says for each model that it isn't cut over ranks
     rows = []
     for hidden_size in plan.hidden_sizes:
         path = _random_model(plan, hidden_size, folder / f"d{hidden_size}")
