@@ -72,6 +72,15 @@ def test_a_stopped_run_goes_on_to_the_same_bits(ranks, folder, uninterrupted):
     assert ranks.run(run, settings(folder, run_dir), tp=None) == [0]
     assert metrics(run_dir) == metrics(uninterrupted)
     assert exported(run_dir) == exported(uninterrupted)
+    assert expected_lengths(run_dir) == expected_lengths(uninterrupted) != {}
+
+
+def expected_lengths(run_dir):
+    """What the order of the next rollout would depend on."""
+    from nemo_aapo import manifest
+
+    newest = max((run_dir / "checkpoints").iterdir())
+    return manifest.read(newest).trainer_state["completion_lengths"]
 
 
 def test_another_layout_takes_over_the_checkpoint_and_ends_in_the_same_weights(ranks, folder, uninterrupted):
