@@ -151,7 +151,7 @@ def _trainer(plan: Plan, folder: Path, algorithm: str, new_tokens: int, stack: c
     )
     rewards = RewardRunner([(CoinToss(), 1.0)], workers=0, timeout_s=10.0)
     trainer = build_trainer(config, reporter=_Silent(), stack=stack, rewards=rewards)
-    trainer.rollouts.fill_reference(0, lambda done, total: None)
+    trainer.rollouts.fill_reference(0, lambda done, total: None, lambda: False)
     return trainer
 
 
