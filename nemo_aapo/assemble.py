@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -136,12 +136,13 @@ def build_trainer(
     key, store = open_reference_store(config, sampling, scorer, reporter, stack, new_store_key)
     reporter.note(f"loading {config.model.path} ({shape.architecture}) into Megatron")
     policy = MegatronPolicy(config, shape)
+    decode = _decoder(tokenizer)
     algorithm = Algorithm(config.algorithm, config.rollout.max_new_tokens)
     if algorithm.needs_reference_logprobs or config.algorithm.reference is not None:
         policy.keep_reference()
-    rollout_engine = engine(policy) if engine else _engine(config, policy, shape)
+    rollout_engine = engine(policy) if engine else _engine(config, policy, shape, decode)
     stack.callback(rollout_engine.close)
-    collector = Collector(rollout_engine, scorer, _decoder(tokenizer))
+    collector = Collector(rollout_engine, scorer, decode)
     return AAPOTrainer(
         config=config,
         policy=policy,
@@ -162,7 +163,7 @@ def build_trainer(
             config.algorithm.updates_per_rollout,
             config.model.tensor_model_parallel_size if config.model.sequence_parallel else 1,
         ),
-        validator=_validator(config, collector, validation_data, (eos,)),
+        validator=_validator(config, collector, validation_data, eos),
         checkpoints=Checkpointer(
             Path(config.run.dir) / "checkpoints",
             digest(config),
@@ -244,17 +245,23 @@ def _left_out(prompts: PromptSet) -> str:
 
 def sampling_of(config: Config, eos: int) -> SamplingSpec:
     """How policy and reference are sampled in training."""
-    return SamplingSpec(config.rollout.temperature, config.rollout.max_new_tokens, (eos,))
+    return _sampling(config, eos, config.rollout.temperature)
 
 
-def _engine(config: Config, policy: Any, shape: ModelShape) -> RolloutEngine:
+def _engine(config: Config, policy: Any, shape: ModelShape, decode: Callable[[np.ndarray], str]) -> RolloutEngine:
     if config.rollout.engine == "trtllm":
         from nemo_aapo.rollout.trtllm_engine import TrtllmEngine
 
         return TrtllmEngine.from_config(config, colocated=True, policy_version=policy.version)
     from nemo_aapo.rollout.megatron_engine import MegatronEngine
 
-    return MegatronEngine(policy.module, shape.vocab_size, config.rollout.max_concurrent_tokens, policy.version)
+    budget = config.rollout.max_concurrent_tokens
+    return MegatronEngine(policy.module, shape.vocab_size, budget, policy.version, decode)
+
+
+def _sampling(config: Config, eos: int, temperature: float, **more: Any) -> SamplingSpec:
+    rollout = config.rollout
+    return SamplingSpec(temperature, rollout.max_new_tokens, (eos,), stop_strings=rollout.stop_strings, **more)
 
 
 def _decoder(tokenizer: Any) -> Callable[[np.ndarray], str]:
@@ -264,14 +271,14 @@ def _decoder(tokenizer: Any) -> Callable[[np.ndarray], str]:
     return decode
 
 
-def _validator(config: Config, collector: Collector, data: PromptSet, stop_token_ids: Sequence[int]) -> Validator:
-    validation, stop = config.validation, tuple(stop_token_ids)
+def _validator(config: Config, collector: Collector, data: PromptSet, eos: int) -> Validator:
+    validation, at_least = config.validation, config.validation.min_new_tokens
     return Validator(
         collector=collector,
         prompts=data.prompts[: validation.max_prompts],
         reward=validation.reward,
-        greedy=SamplingSpec(0.0, config.rollout.max_new_tokens, stop),
-        sampled=SamplingSpec(validation.temperature, config.rollout.max_new_tokens, stop, top_p=validation.top_p),
+        greedy=_sampling(config, eos, 0.0, min_new_tokens=at_least),
+        sampled=_sampling(config, eos, validation.temperature, min_new_tokens=at_least, top_p=validation.top_p),
         samples=validation.samples,
         seed=config.seed,
     )

@@ -78,6 +78,7 @@ def _lengths(groups: Sequence[GroupNumbers]) -> dict[str, float]:
     return {
         "completion_length/mean": lengths.mean(),
         "completion_length/max": lengths.max(),
+        "rollout/tail_factor": lengths.max() / max(lengths.mean(), 1e-9),
         "truncated_fraction": np.concatenate([group.truncated for group in groups]).mean(),
     }
 

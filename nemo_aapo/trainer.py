@@ -112,7 +112,7 @@ class AAPOTrainer:
             while self.step < self.config.trainer.max_steps and not stopping:
                 if not self._reference_ready():  # a stop signal came while they were drawn
                     break
-                self._train_step()
+                self.train_step()
                 if self._due(self.config.trainer.val_check_interval):
                     self._validate()
                 self.schedule.step_done()
@@ -137,6 +137,7 @@ class AAPOTrainer:
         if state is not None:
             self.step = state["step"]
             self.rollouts.sampler.load_state_dict(state["sampler"])
+            self.rollouts.collector.lengths.load(state["completion_lengths"])
             self._latest = dict(state["metrics"])
             if self.rollouts.reference is not None:
                 self.rollouts.reference.load_state_dict(state["reference"])
@@ -146,7 +147,8 @@ class AAPOTrainer:
             self._validate()
         return self.step if state is not None else -1
 
-    def _train_step(self) -> None:
+    def train_step(self) -> None:
+        """One step of ``fit``, without what stands around it: resuming, validation, checkpoints."""
         start = time.perf_counter()
         groups = self._rollout()
         if not self._gated and not self._lag(groups):
@@ -163,6 +165,7 @@ class AAPOTrainer:
         metrics = {
             **step_metrics(numbers, version),
             **metrics,
+            **self.rollouts.metrics,
             "tokens_per_second": tokens / seconds["step"],
             "epoch": self.step * self.config.prompts_per_step / len(self.rollouts.data),
             **{f"time/{name}": value for name, value in seconds.items()},
@@ -261,6 +264,7 @@ class AAPOTrainer:
             "seed": self.config.seed,  # it names every random stream; the loop draws from no global generator
             "sampler": self.rollouts.sampler.state_dict(),
             "reference": self.rollouts.reference.state_dict() if self.rollouts.reference is not None else None,
+            "completion_lengths": self.rollouts.collector.lengths.state(),
             "metrics": {k: v for k, v in self._latest.items() if math.isfinite(v) and not k.startswith("time/")},
         }
         self.checkpoints.save(self.step, self.policy, state, rollouts)

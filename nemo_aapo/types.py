@@ -37,11 +37,12 @@ class Completion:
     """One sampled answer, exactly as the engine drew it."""
 
     token_ids: np.ndarray
-    """int32 [T]; ends with the stop token if ``finish_reason`` is ``"stop"``. T may be 0."""
+    """int32 [T]; ends with what stopped it, a stop token or the last token of a stop string, if ``finish_reason`` is
+    ``"stop"``. T may be 0."""
     logprobs: np.ndarray
     """float32 [T], log pi(token) at the sampling temperature, as the engine computed it."""
     finish_reason: FinishReason
-    """``"stop"``: a stop token was drawn. ``"length"``: cut at the length limit."""
+    """``"stop"``: a stop token was drawn, or a stop string completed. ``"length"``: cut at the length limit."""
     policy_version: int
     """Number of optimizer steps behind the policy that the engine served."""
 
@@ -60,6 +61,9 @@ class SamplingSpec:
     """Stop tokens get probability zero before this many tokens."""
     top_p: float = 1.0
     """Nucleus truncation; evaluation only, as training needs the full softmax."""
+    stop_strings: tuple[str, ...] = ()
+    """A completion whose text contains one, ``min_new_tokens`` or more tokens long, ends with the token that completed
+    it, which it keeps. Special tokens are no text."""
 
     @property
     def greedy(self) -> bool:

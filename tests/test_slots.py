@@ -97,14 +97,12 @@ def test_batched_sequences_come_out_as_if_drawn_one_at_a_time(seed, rows):
 
 
 @pytest.mark.parametrize("rows", [1, 3, 100])
-def test_each_prompt_is_prefilled_once_longest_first(rows):
+def test_each_prompt_is_prefilled_once_in_the_given_order(rows):
     prompts, seeds, max_new_tokens = workload(3)
     simulation = Simulation(prompts, seeds, max_new_tokens, rows)
     simulation.run()
     order = [i for step in simulation.prefills for i in step]
-    assert sorted(order) == [i for i, row in enumerate(seeds) if row]
-    lengths = [len(prompts[i]) for i in order]
-    assert lengths == sorted(lengths, reverse=True)
+    assert order == [i for i, row in enumerate(seeds) if row]
 
 
 def test_rows_are_refilled_at_once_and_closed_up_when_nothing_waits():

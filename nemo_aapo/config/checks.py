@@ -73,6 +73,7 @@ _MINIMA = {
     "data.max_prompt_tokens": 1,
     "reward_runner.workers": 0,
     "validation.samples": 0,
+    "validation.min_new_tokens": 0,
     "validation.max_prompts": 1,
     "validation.console_samples": 0,
     "checkpoint.save_interval": 1,
@@ -98,6 +99,13 @@ def _check_sampling(config: Config) -> None:
         )
     if not 0 < config.validation.top_p <= 1:
         raise ConfigError(f"validation.top_p={config.validation.top_p}: must lie in (0, 1]")
+    if "" in rollout.stop_strings:
+        raise ConfigError("rollout.stop_strings holds an empty string, which would end every completion at once")
+    if config.validation.min_new_tokens > rollout.max_new_tokens:
+        raise ConfigError(
+            f"validation.min_new_tokens={config.validation.min_new_tokens} is more than "
+            f"rollout.max_new_tokens={rollout.max_new_tokens}: no completion could end by itself"
+        )
 
 
 def _check_trtllm(config: Config) -> None:
@@ -106,6 +114,12 @@ def _check_trtllm(config: Config) -> None:
         raise ConfigError(
             f"rollout.temperature={config.rollout.temperature}: rollout.engine=trtllm reports log-probs before "
             "temperature, which are those of the draw at 1 only (validation.temperature is free)"
+        )
+    if config.rollout.stop_strings or config.validation.min_new_tokens:
+        raise ConfigError(
+            f"rollout.stop_strings={list(config.rollout.stop_strings)}, validation.min_new_tokens="
+            f"{config.validation.min_new_tokens}: rollout.engine=trtllm has neither, since it runs without a tokenizer "
+            "and holds back its own end token only. Use rollout.engine=megatron, or [] and 0"
         )
     fraction = config.rollout.trtllm.kv_cache_fraction
     if not 0 < fraction < 1:

@@ -123,6 +123,7 @@ class Rollout:
     top_p: float
     top_k: int
     max_new_tokens: int
+    stop_strings: tuple[str, ...]
     max_concurrent_tokens: int
     async_depth: int
     max_parity_error: float
@@ -164,6 +165,7 @@ class Validation:
     samples: int
     temperature: float
     top_p: float
+    min_new_tokens: int
     max_prompts: int | None
     console_samples: int
 

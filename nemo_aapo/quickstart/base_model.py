@@ -124,7 +124,8 @@ def _figures(stamp: dict[str, Any]) -> str:
     )
 
 
-def _new_model(recipe: Recipe, tokenizer: Any) -> Any:
+def new_model(recipe: Recipe, tokenizer: Any) -> Any:
+    """The recipe's transformers model with random weights."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -154,7 +155,7 @@ def _train(recipe: Recipe, sums: Sequence[Sum], tokenizer: Any, say: Callable[[s
     import torch
 
     generator = random.Random(recipe.seed)
-    model = _new_model(recipe, tokenizer)
+    model = new_model(recipe, tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     prompts = _prompt_ids(tokenizer, sums)
 

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from nemo_aapo import parallel
-from nemo_aapo.rollout.engine import OnFinish, PendingCompletions, RolloutEngine
+from nemo_aapo.rollout.engine import OnFinish, PendingCompletions, RolloutEngine, RolloutStats
+from nemo_aapo.rollout.order import LengthMemory
 from nemo_aapo.types import Completion, Group, Prompt, SamplingSpec
 
 
@@ -28,6 +29,8 @@ class RewardScorer(Protocol):
 class Drawing:
     """This data-parallel rank's share of the prompts while its completions are being drawn and scored."""
 
+    order: Sequence[int]
+    """Where each prompt stands in the share: they enter the engine longest expected first."""
     prompts: Sequence[Prompt]
     seeds: Sequence[Sequence[int]]
     texts: dict[tuple[int, int], str] = field(default_factory=dict)
@@ -52,8 +55,18 @@ class Collector:
     """Token ids -> text, without special tokens."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Of the last call on this rank: ``rollout`` (waiting for completions) and ``reward`` (for scores after that)."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Of the last call over all ranks: see ``engine_metrics``."""
+    lengths: LengthMemory = field(default_factory=LengthMemory)
+    """Decides which prompts enter the engine first; the same on all ranks."""
 
-    def collect(self, prompts: Sequence[Prompt], sampling: SamplingSpec, seeds: Sequence[Sequence[int]]) -> list[Group]:
+    def collect(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingSpec,
+        seeds: Sequence[Sequence[int]],
+        remember_lengths: bool = True,
+    ) -> list[Group]:
         """This data-parallel rank's share of the prompts, completed and scored.
 
         Rank d of D takes prompts ``share(len(prompts))``: neighbours, so that the gathered shares are in order. The
@@ -63,20 +76,21 @@ class Collector:
             prompts: the same on all ranks.
             sampling: how to draw.
             seeds: ``seeds[i][j]`` of completion j of prompt i, as ``RolloutEngine.generate`` takes them.
+            remember_lengths: let the completions' lengths decide the order of later calls.
         """
-        drawing = _share_of(prompts, seeds)
+        drawing = self._share_of(prompts, seeds)
         start = time.perf_counter()
         self.engine.wake()
         completions = self.engine.generate(drawing.token_ids, sampling, drawing.seeds, self._scoring(drawing))
         self.engine.sleep()
-        return self._groups(drawing, completions, start)
+        return self._groups(drawing, completions, start, remember_lengths)
 
     def begin(self, prompts: Sequence[Prompt], sampling: SamplingSpec, seeds: Sequence[Sequence[int]]) -> Drawing:
         """As ``collect``, but returns at once; the engine is a ``BackgroundEngine``.
 
         Until ``finish``, neither the engine nor the rewards may be asked for anything else.
         """
-        drawing = _share_of(prompts, seeds)
+        drawing = self._share_of(prompts, seeds)
         drawing.pending = self.engine.start(drawing.token_ids, sampling, drawing.seeds, self._scoring(drawing))
         return drawing
 
@@ -96,7 +110,15 @@ class Collector:
 
         return score
 
-    def _groups(self, drawing: Drawing, completions: list[list[Completion]], start: float) -> list[Group]:
+    def _share_of(self, prompts: Sequence[Prompt], seeds: Sequence[Sequence[int]]) -> Drawing:
+        mine = share(len(prompts))
+        prompts, seeds = prompts[mine], seeds[mine]
+        order = self.lengths.order(prompts)
+        return Drawing(order, [prompts[i] for i in order], [seeds[i] for i in order])
+
+    def _groups(
+        self, drawing: Drawing, completions: list[list[Completion]], start: float, remember_lengths: bool = True
+    ) -> list[Group]:
         generated = time.perf_counter()
         source = parallel.is_model_parallel_source()
         # One rank judges and tells the others: a timeout could strike on one of them and not on the next.
@@ -104,7 +126,8 @@ class Collector:
             _tables(self.rewards.collect(), drawing.seeds) if source else None
         )
         self.seconds = {"rollout": generated - start, "reward": time.perf_counter() - generated}
-        return [
+        self._take_stock(drawing.prompts, completions, remember_lengths)
+        groups = [
             Group(
                 prompt=prompt,
                 completions=tuple(row),
@@ -115,6 +138,39 @@ class Collector:
             )
             for i, (prompt, row) in enumerate(zip(drawing.prompts, completions, strict=True))
         ]
+        return [group for _, group in sorted(zip(drawing.order, groups, strict=True), key=lambda pair: pair[0])]
+
+    def _take_stock(
+        self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]], remember_lengths: bool
+    ) -> None:
+        """Metrics and lengths over all data-parallel ranks."""
+        means = [
+            (prompt.id, float(np.mean([len(completion.token_ids) for completion in row])))
+            for prompt, row in zip(prompts, completions, strict=True)
+            if row
+        ]
+        stats, means = zip(*parallel.gather_data_parallel((self.engine.stats, means)), strict=True)
+        self.metrics = engine_metrics(stats)
+        if remember_lengths:
+            self.lengths.learn(mean for part in means for mean in part)
+
+
+def engine_metrics(stats: Sequence[RolloutStats]) -> dict[str, float]:
+    """What the rollout cost.
+
+    Args:
+        stats: one for each data-parallel rank.
+
+    Returns:
+        ``rollout/idle_fraction``: share of the engines' rows that stood empty, averaged over their steps; NaN where an
+        engine can't tell. ``rollout/tokens_per_second``: completion tokens over the slowest engine's seconds.
+    """
+    steps, seconds = sum(stat.steps for stat in stats), max(stat.seconds for stat in stats)
+    idle = sum(stat.idle_fraction * stat.steps for stat in stats)
+    return {
+        "rollout/idle_fraction": idle / steps if steps else float("nan"),
+        "rollout/tokens_per_second": sum(stat.tokens for stat in stats) / seconds,
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,11 +195,6 @@ def _tables(scores: Mapping[Any, Any], seeds: Sequence[Sequence[int]]) -> list[_
             )
         )
     return tables
-
-
-def _share_of(prompts: Sequence[Prompt], seeds: Sequence[Sequence[int]]) -> Drawing:
-    mine = share(len(prompts))
-    return Drawing(prompts[mine], seeds[mine])
 
 
 def share(count: int) -> slice:

@@ -58,8 +58,8 @@ class RolloutEngine(Protocol):
         """Completions of each prompt.
 
         Args:
-            prompts: int32 [P_i] token ids, P_i >= 1.
-            sampling: temperature, lengths and stop tokens.
+            prompts: int32 [P_i] token ids, P_i >= 1. Where not all sequences run at once, they enter in this order.
+            sampling: temperature, lengths, stop tokens and stop strings.
             seeds: ``seeds[i][j]`` names the random stream of completion j of prompt i (0 <= seed < 2**63);
                 ``len(seeds[i])`` completions are drawn. The tokens of a completion depend on its prompt, its seed,
                 the weights and the sampling spec, never on what else is in the batch.

@@ -10,7 +10,7 @@ from the rank that draws: token ids and log-probs.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -19,22 +19,31 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
 from nemo_aapo.rollout import sampling as sampler
+from nemo_aapo.rollout.decoder import Decoder, check_supported
 from nemo_aapo.rollout.engine import OnFinish, RolloutStats
-from nemo_aapo.rollout.kv_cache import SlotCache, check_supported, decoding
 from nemo_aapo.rollout.slots import Admission, Slots, capacity
+from nemo_aapo.rollout.stop_strings import StopStrings
 from nemo_aapo.types import Completion, SamplingSpec
 
 
 class MegatronEngine:
     """A ``RolloutEngine`` on an mcore GPTModel that lives in this process."""
 
-    def __init__(self, model: GPTModel, vocab_size: int, max_concurrent_tokens: int, policy_version: int = 0) -> None:
+    def __init__(
+        self,
+        model: GPTModel,
+        vocab_size: int,
+        max_concurrent_tokens: int,
+        policy_version: int = 0,
+        decode: Callable[[np.ndarray], str] | None = None,
+    ) -> None:
         """
         Args:
             model: this rank's stage, unwrapped (no DDP). It is only borrowed during ``generate``.
             vocab_size: the tokenizer's; Megatron pads the model's, and padding is never drawn.
             max_concurrent_tokens: size of the KV cache in tokens; decides how many sequences run at a time.
             policy_version: of the weights that the model holds now.
+            decode: token ids -> text, the same on all ranks; only stop strings need it.
 
         Raises:
             ValueError: the model's attention is of a kind that the engine doesn't know.
@@ -44,8 +53,10 @@ class MegatronEngine:
         self.vocab_size = vocab_size
         self.max_concurrent_tokens = max_concurrent_tokens
         self.policy_version = policy_version
+        self.decode = decode
         self.shares_weights = True
         self.stats: RolloutStats | None = None
+        self._stop_strings: StopStrings | None = None  # kept, as it learns what each token says
         self.group = parallel_state.get_model_parallel_group()
         ranks = dist.get_process_group_ranks(self.group)
         self.group_size = len(ranks)
@@ -64,13 +75,14 @@ class MegatronEngine:
 
         Raises:
             ValueError: an empty prompt, ``seeds`` of another length than ``prompts``, a stop token outside the
-                vocabulary, a sequence that may outgrow ``max_concurrent_tokens``.
+                vocabulary, stop strings that are empty or that nothing here can decode, a sequence that may outgrow
+                ``max_concurrent_tokens``.
             FloatingPointError: the model gave log-probs that are not finite.
         """
         self._check(prompts, sampling, seeds)
         began = time.perf_counter()
-        with decoding(self.model):
-            rollout = _Rollout(self, prompts, sampling, seeds, on_finish)
+        rollout = _Rollout(self, prompts, sampling, seeds, on_finish)
+        with torch.inference_mode():
             while rollout.step():
                 pass
         self.stats = rollout.stats(time.perf_counter() - began)
@@ -85,6 +97,16 @@ class MegatronEngine:
         outside = [token for token in sampling.stop_token_ids if not 0 <= token < self.vocab_size]
         if outside:
             raise ValueError(f"stop token {outside[0]} lies outside the vocabulary of {self.vocab_size}")
+
+    def stop_strings(self, sampling: SamplingSpec) -> StopStrings | None:
+        """What looks for the spec's stop strings; None if it has none."""
+        if not sampling.stop_strings:
+            return None
+        if self.decode is None:
+            raise ValueError(f"stop_strings {list(sampling.stop_strings)}: the engine was made without ``decode``")
+        if self._stop_strings is None or self._stop_strings.strings != sampling.stop_strings:
+            self._stop_strings = StopStrings(sampling.stop_strings, self.decode, self.vocab_size)
+        return self._stop_strings
 
     def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Take the version. The weights are the learner's own, hence new already; ``named_tensors`` stays unread."""
@@ -113,14 +135,16 @@ class _Rollout:
         on_finish: OnFinish | None,
     ) -> None:
         self._engine, self._model, self._prompts = engine, engine.model, prompts
+        self._decoder = Decoder(engine.model)
         self._sampling, self._on_finish = sampling, on_finish
         self.completions: list[list[Completion]] = [[None] * len(row) for row in seeds]
         length = max((len(prompt) for prompt in prompts), default=0) + sampling.max_new_tokens
         rows = capacity(engine.max_concurrent_tokens, length, sequences=sum(map(len, seeds)))
         self._slots = Slots(prompts, seeds, sampling.max_new_tokens, rows)
-        self._cache = SlotCache(engine.model, rows, length)
+        self._cache = self._decoder.new_cache(rows, length)
         self._is_stop = np.zeros(engine.vocab_size, dtype=bool)
         self._is_stop[list(sampling.stop_token_ids)] = True
+        self._stop_strings = engine.stop_strings(sampling)
         self._steps = self._idle = 0
 
     def step(self) -> bool:
@@ -139,24 +163,35 @@ class _Rollout:
         tokens, logprobs = self._draw(logits)
         slots.record(tokens, logprobs, decoding_rows)
         self._steps, self._idle = self._steps + 1, self._idle + slots.rows - slots.live
-        self._let_out(stopped=self._is_stop[tokens])
+        self._let_out(self._stopped(tokens))
         return True
+
+    def _stopped(self, tokens: np.ndarray) -> np.ndarray:
+        """bool [live], which rows the new tokens [live] end by what they say."""
+        slots, live = self._slots, slice(self._slots.live)
+        stopped = self._is_stop[tokens]
+        if self._stop_strings is not None:
+            long_enough = slots.drawn[live] >= self._sampling.min_new_tokens
+            stopped = stopped | self._stop_strings.found(slots.tokens[live], slots.drawn[live], tokens) & long_enough
+        return stopped
 
     def _forward(self, decoding_rows: int, fresh: Sequence[Admission]) -> torch.Tensor | None:
         """One pass over all live rows: logits [live, padded vocabulary] on the last stage, None on the others."""
-        slots, model, pipeline = self._slots, self._model, parallel_state.get_pipeline_model_parallel_group()
+        slots, model, decoder = self._slots, self._model, self._decoder
+        pipeline = parallel_state.get_pipeline_model_parallel_group()
         prompts = [self._prompts[admission.prompt] for admission in fresh]
         shares = [admission.stop - admission.start for admission in fresh]
         decode = slice(decoding_rows)
-        tokens, positions = self._cache.begin(slots.token[decode], slots.length[decode], prompts, shares)
-        if not model.pre_process:
-            hidden = positions.new_empty(len(positions), 1, model.config.hidden_size, dtype=model.config.pipeline_dtype)
+        tokens = self._cache.begin(slots.token[decode], slots.length[decode], prompts, shares)
+        if model.pre_process:
+            hidden = decoder.embed(tokens)
+        else:
+            hidden = self._cache.kv.new_empty(len(tokens), model.config.hidden_size)
             dist.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank(), group=pipeline)
-            model.set_input_tensor(hidden)
-        out = model(tokens[None], positions[None], None, inference_context=self._cache, runtime_gather_output=True)
+        hidden = decoder.layers(hidden, self._cache)
         if model.post_process:
-            return out[0]
-        dist.send(out, parallel_state.get_pipeline_model_parallel_next_rank(), group=pipeline)
+            return decoder.logits(hidden)
+        dist.send(hidden, parallel_state.get_pipeline_model_parallel_next_rank(), group=pipeline)
         return None
 
     def _draw(self, logits: torch.Tensor | None) -> tuple[np.ndarray, np.ndarray]:

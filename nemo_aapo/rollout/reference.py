@@ -162,6 +162,7 @@ class ReferenceRewards:
         self._known.update(parallel.broadcast_from_first_rank(kept))
 
     def _draw(self, prompts: Sequence[Prompt], seeds: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
-        groups = self.collector.collect(prompts, self.sampling, seeds)
+        # Not remembered: how many are drawn here depends on what the store held, and a run must not depend on that.
+        groups = self.collector.collect(prompts, self.sampling, seeds, remember_lengths=False)
         mine = [(group.prompt.id, group.rewards) for group in groups]
         return dict(item for part in parallel.gather_data_parallel(mine) for item in part)

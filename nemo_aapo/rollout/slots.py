@@ -67,7 +67,12 @@ class Slots:
     def __init__(
         self, prompts: Sequence[np.ndarray], seeds: Sequence[Sequence[int]], max_new_tokens: int, rows: int
     ) -> None:
-        """Args: prompts: token ids of each. seeds: one for each completion of each. rows: see ``capacity``."""
+        """
+        Args:
+            prompts: token ids of each, in the order in which they enter.
+            seeds: one for each completion of each.
+            rows: see ``capacity``.
+        """
         self.rows = rows
         self.live = 0
         self._numbers = numbers = np.zeros((6, rows), dtype=np.int64)
@@ -76,10 +81,7 @@ class Slots:
         self.logprobs = np.zeros((rows, max_new_tokens), dtype=np.float32)
         self._prompts = prompts
         self._seeds = seeds
-        # Longest expected first, so that the last rows to finish don't run alone. The prompt's length is all that
-        # is known beforehand; it also puts prompts of similar length side by side, where padding is least.
-        longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        self._waiting = deque(i for i in longest_first if len(seeds[i]))
+        self._waiting = deque(i for i in range(len(prompts)) if len(seeds[i]))
         self._entered = 0  # completions of the first waiting prompt that have a row already
 
     def admit(self) -> list[Admission]:

@@ -9,6 +9,7 @@ Ahead, completions of step k+1 come from the policy before step k's update: one 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -47,6 +48,8 @@ class RolloutSource:
         self.data, self.sampler, self.reference = prompts, sampler, reference
         self.seconds: dict[str, float] = {}
         """Since the last ``groups`` began, on this rank: rollout, reward, reference, refit."""
+        self.metrics: dict[str, float] = {}
+        """Of the engine, over all ranks, when it drew the last ``groups``; NaN where a checkpoint held them."""
         self._served: int = policy.version  # of the weights that the engine has
         self._ahead: Drawing | list[Group] | None = None  # of the next step: under way, or in hand
 
@@ -134,6 +137,7 @@ class RolloutSource:
         path = checkpoint / pending.FILE_NAME
         content = path.read_bytes() if parallel.rank() == 0 and path.exists() else None
         if (content := parallel.broadcast_from_first_rank(content)) is not None:
+            self.metrics = {"rollout/idle_fraction": math.nan, "rollout/tokens_per_second": math.nan}
             self._ahead = pending.unpack(content, self.prompts(step))[share(self.config.prompts_per_step)]
 
     # ------------------------------------------------------------------ parts
@@ -150,6 +154,7 @@ class RolloutSource:
     def _collected(self, collect: Callable[[], list[Group]]) -> list[Group]:
         groups = collect()
         self.seconds |= self.collector.seconds
+        self.metrics = self.collector.metrics
         return groups
 
     @contextmanager

@@ -150,6 +150,48 @@ def test_tokens_depend_on_prompt_and_seed_alone(ranks, tiny_models):
     assert all(a != b for a, b in zip(flat(others), expected, strict=True))
 
 
+def text(token_ids: np.ndarray) -> str:
+    """Token n as a letter, so that a random model says a string of one or two of them soon enough."""
+    return "".join(chr(ord("a") + token % 26) for token in token_ids)
+
+
+STRINGS = ("ab", "q", "xyz")
+
+
+def cut(tokens: list[int], at_least: int) -> tuple[list[int], bool]:
+    """A completion as it would be with stop strings: the tokens, and whether one was found."""
+    for n in range(at_least, len(tokens) + 1):
+        if any(string in text(tokens[:n]) for string in STRINGS):
+            return tokens[:n], True
+    return tokens, False
+
+
+def _generate_with_strings(path, tp, pp):
+    from nemo_aapo.rollout.megatron_engine import MegatronEngine
+
+    engine = MegatronEngine(build(path, tp, pp), VOCAB_SIZE, TIGHT, decode=text)
+    spec = dataclasses.replace(SPEC, min_new_tokens=0)
+    whole = engine.generate(prompts(), spec, SEEDS)
+    ended = engine.generate(prompts(), dataclasses.replace(spec, stop_strings=STRINGS), SEEDS)
+    return whole, ended
+
+
+@pytest.mark.parametrize("layout", ["1x1", "2x2"])
+def test_a_completion_ends_with_the_token_that_completes_a_stop_string(ranks, tiny_models, layout):
+    tp, pp, _ = {"1x1": (1, 1, False), **LAYOUTS}[layout]
+    arguments = (tiny_models["qwen2_tied"], tp, pp)
+    answers = ranks.run(_generate_with_strings, *arguments, world=tp * pp, tp=tp, pp=pp)
+    for whole, ended in answers:
+        completions = [completion for row in ended for completion in row]
+        expected = [cut(tokens, 1) for tokens in flat(whole)]
+        assert flat(ended) == [tokens for tokens, _ in expected]
+        assert sum(found for _, found in expected) > 5
+        for completion, (_, found) in zip(completions, expected, strict=True):
+            assert not found or completion.finish_reason == "stop"
+            assert len(completion.logprobs) == len(completion.token_ids)
+    assert all(flat(ended) == flat(answers[0][1]) for _, ended in answers)
+
+
 CALLS = [(prompts(), SEEDS, spec, TIGHT) for spec in (SPEC, GREEDY)]
 
 
@@ -241,6 +283,7 @@ def _refusals(path):
     refused(ValueError, [np.zeros(0, np.int32)], [[1]])
     refused(ValueError, prompts(), SEEDS[:-1])
     refused(ValueError, prompts(), SEEDS, dataclasses.replace(SPEC, stop_token_ids=(VOCAB_SIZE,)))
+    refused(ValueError, prompts(), SEEDS, dataclasses.replace(SPEC, stop_strings=("a",)))
     model.decoder.final_layernorm.weight.data[0] = torch.nan
     refused(FloatingPointError, prompts(), SEEDS)
     model.config.window_size = (8, 0)
@@ -251,13 +294,37 @@ def _refusals(path):
 
 def test_what_cannot_work_is_refused_by_name(ranks, tiny_models):
     (messages,) = ranks.run(_refusals, tiny_models["qwen2"])
-    budget, empty, seeds, stop, nan = messages
+    budget, empty, seeds, stop, strings, nan = messages
     assert "43 tokens" in budget
     assert "rollout.max_concurrent_tokens=42" in budget
     assert "prompt 0" in empty
     assert "6 prompts but seeds for 5" in seeds
     assert "stop token 150" in stop
+    assert "without ``decode``" in strings
     assert "policy version 0" in nan
+
+
+def _generate_with_fused_norms(path):
+    """TransformerEngine's projections hold the norm before them; mcore's local ones made to look like that."""
+    import torch
+
+    from nemo_aapo.rollout.megatron_engine import MegatronEngine
+
+    model = build(path)
+    expected = flat(MegatronEngine(model, VOCAB_SIZE, ROOMY).generate(prompts(), SPEC, SEEDS))
+    for layer in model.decoder.layers:
+        for norm, linear in (
+            (layer.input_layernorm, layer.self_attention.linear_qkv),
+            (layer.pre_mlp_layernorm, layer.mlp.linear_fc1),
+        ):
+            linear.layer_norm_weight = torch.nn.Parameter(norm.weight.detach().clone())
+            norm.weight.data.zero_()
+    return expected, flat(MegatronEngine(model, VOCAB_SIZE, ROOMY).generate(prompts(), SPEC, SEEDS))
+
+
+def test_norms_are_found_where_transformer_engine_keeps_them(ranks, tiny_models):
+    ((expected, found),) = ranks.run(_generate_with_fused_norms, tiny_models["qwen3"])
+    assert found == expected
 
 
 def _versions(path):

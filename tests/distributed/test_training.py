@@ -16,6 +16,7 @@ STEP_KEYS = {
     "step", "reward/mean", "reward/std", "reference_reward/mean", "advantage/abs_mean", "groups/zero_std",
     "groups/zero_advantage", "loss", "grad_norm", "lr", "entropy", "completion_length/mean", "completion_length/max",
     "truncated_fraction", "tokens_per_second", "time/rollout", "time/reward", "time/train", "time/refit", "time/step",
+    "rollout/tail_factor", "rollout/idle_fraction", "rollout/tokens_per_second",
 }  # fmt: skip
 
 IN_THE_THIRD_STEP = 18 + 40 + 32 + 18 + 5
@@ -71,6 +72,15 @@ def test_a_stopped_run_goes_on_to_the_same_bits(ranks, folder, uninterrupted):
     assert ranks.run(run, settings(folder, run_dir), tp=None) == [0]
     assert metrics(run_dir) == metrics(uninterrupted)
     assert exported(run_dir) == exported(uninterrupted)
+    assert expected_lengths(run_dir) == expected_lengths(uninterrupted) != {}
+
+
+def expected_lengths(run_dir):
+    """What the order of the next rollout would depend on."""
+    from nemo_aapo import manifest
+
+    newest = max((run_dir / "checkpoints").iterdir())
+    return manifest.read(newest).trainer_state["completion_lengths"]
 
 
 def test_another_layout_takes_over_the_checkpoint_and_ends_in_the_same_weights(ranks, folder, uninterrupted):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tests.models import SIZES, save_character_tokenizer, save_model
 
-TIMES = ("time/", "tokens_per_second")
+TIMES = ("time/", "tokens_per_second", "rollout/idle_fraction", "rollout/tokens_per_second")
 
 
 class Parity:

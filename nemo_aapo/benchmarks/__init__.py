@@ -1,0 +1,1 @@
+"""What scripts/benchmark.py measures: ratios within one process, by interleaved repeats."""

@@ -1,0 +1,59 @@
+"""Measures this code against its alternatives, in one process and in turns: ``python scripts/benchmark.py rollout``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from nemo_aapo.files import write_atomic
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
+
+
+def rollout(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The engine beside transformers' generate, then the cost of the algorithms' steps."""
+    import torch
+
+    from nemo_aapo import parallel
+    from nemo_aapo.benchmarks import generate, steps
+    from nemo_aapo.libraries import quiet
+    from nemo_aapo.policy import cpu
+
+    quiet()
+    torch.set_num_threads(1)
+    cpu.install()
+    parallel.initialize(tensor_model_parallel_size=1, pipeline_model_parallel_size=1, seed=0, timeout_s=600)
+    try:
+        with tempfile.TemporaryDirectory(prefix="aapo_benchmark_") as folder:
+            engine = generate.compare(generate.QUICK if arguments.quick else generate.Plan(), Path(folder) / "generate")
+            print("Completion tokens per second, median (lowest to highest); ratio: engine over transformers' generate")
+            print(generate.report(engine), end="\n\n", flush=True)
+            algorithms = steps.compare(steps.QUICK if arguments.quick else steps.Plan(), Path(folder) / "steps")
+            print("Milliseconds of a training step, median (lowest to highest)")
+            print(steps.report(algorithms), flush=True)
+    finally:
+        parallel.shutdown()
+    return {"generate": [asdict(row) for row in engine], "steps": [asdict(row) for row in algorithms]}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="WHAT")
+    command = commands.add_parser("rollout", help=rollout.__doc__, description=rollout.__doc__)
+    command.set_defaults(run=rollout)
+    command.add_argument("--quick", action="store_true", help="tiny sizes: shows that it works, measures nothing")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    arguments = parser.parse_args()
+    figures = arguments.run(arguments)
+    if arguments.json:
+        write_atomic(arguments.json, json.dumps(figures, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

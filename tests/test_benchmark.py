@@ -1,0 +1,59 @@
+"""scripts/benchmark.py runs and prints what it says. What the figures are is for people to look at."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from nemo_aapo.benchmarks.measure import Figure, Timing, in_turns, ratio, table
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_rollout_benchmark_prints_two_whole_tables(tmp_path):
+    command = [sys.executable, "-W", "ignore", "scripts/benchmark.py", "rollout", "--quick"]
+    done = subprocess.run(
+        [*command, "--json", str(tmp_path / "figures.json")],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    combinations = [(row["prompts"], row["lengths"]) for row in figures["generate"]]
+    assert combinations == [(p, n) for p in ("groups of 8", "each its own") for n in ("fixed", "variable")]
+    for row in figures["generate"]:
+        assert 0 < row["engine"]["low"] <= row["engine"]["median"] <= row["engine"]["high"]
+        assert (row["tail_factor"] == 1.0) == (row["lengths"] == "fixed")
+    assert [row["algorithm"].split(",")[0] for row in figures["steps"]] == ["GPG", "AAPO", "AAPO"]
+    assert figures["steps"][0]["ratio"]["median"] == 1.0
+    for row in (*figures["generate"], *figures["steps"]):
+        name = row.get("model") or row["algorithm"]
+        assert any(line.startswith(name) for line in done.stdout.splitlines()), done.stdout
+    for block in done.stdout.strip().split("\n\n"):
+        _, header, rule, *rows = block.splitlines()
+        assert set(rule) == {"-", " "}
+        assert len({len(line) for line in (header, rule, *rows)}) == 1, block
+
+
+def test_contestants_take_turns_after_a_warm_up():
+    calls: list[str] = []
+    timings = in_turns({name: lambda name=name: calls.append(name) for name in "ab"}, repeats=3)
+    assert calls == list("abababab")
+    assert [len(timings[name]) for name in "ab"] == [3, 3]
+
+
+def test_ratios_compare_turn_by_turn():
+    slow, fast = [Timing(4.0, 2.0), Timing(9.0, 2.0)], [Timing(2.0, 1.0), Timing(3.0, 2.0)]
+    assert ratio(slow, fast, "wall") == Figure(2.5, 2.0, 3.0)
+    assert ratio(slow, fast, "cpu") == Figure(1.5, 1.0, 2.0)
+
+
+def test_a_table_has_its_first_column_left_and_the_others_right():
+    text = table(("what", "n"), [("a", "1,000"), ("longer", "7")])
+    assert text.splitlines() == ["what        n", "------  -----", "a       1,000", "longer      7"]
