@@ -19,7 +19,7 @@ from nemo_aapo import parallel, report
 from nemo_aapo.algorithms import Algorithm
 from nemo_aapo.assemble_reference import build_reference, open_reference_store
 from nemo_aapo.checkpoint import Checkpointer
-from nemo_aapo.config import Config, ConfigError, ModelShape, digest
+from nemo_aapo.config import Config, ConfigError, digest
 from nemo_aapo.data.prompts import PromptSet, load_prompts
 from nemo_aapo.data.sampler import PromptSampler
 from nemo_aapo.data.tokenizer import load_tokenizer, require_eos
@@ -34,6 +34,7 @@ from nemo_aapo.rewards.runner import RewardRunner
 from nemo_aapo.rollout import trtllm_settings
 from nemo_aapo.rollout.collect import Collector, RewardScorer
 from nemo_aapo.rollout.engine import RolloutEngine
+from nemo_aapo.rollout.engines import build_engine
 from nemo_aapo.rollout.source import RolloutSource
 from nemo_aapo.stop import StopSignal
 from nemo_aapo.trainer import AAPOTrainer
@@ -115,7 +116,7 @@ def build_trainer(
         stack: closes what needs closing (reward workers, the reference store, the engine).
         data, validation_data: prompts; by default those of ``data.train`` and ``data.validation``.
         rewards: a scorer; by default a ``RewardRunner`` for ``rewards`` of the configuration.
-        engine: makes an engine of a policy; by default the in-process Megatron engine.
+        engine: makes an engine of a policy; by default the one that ``rollout.engine`` names.
         new_store_key: take a named reference store even if it holds nothing but other runs' rewards.
     """
     from nemo_aapo.policy.learner import Learner
@@ -139,7 +140,7 @@ def build_trainer(
     algorithm = Algorithm(config.algorithm, config.rollout.max_new_tokens)
     if algorithm.needs_reference_logprobs or config.algorithm.reference is not None:
         policy.keep_reference()
-    rollout_engine = engine(policy) if engine else _engine(config, policy, shape)
+    rollout_engine = engine(policy) if engine else build_engine(config, policy, shape)
     stack.callback(rollout_engine.close)
     collector = Collector(rollout_engine, scorer, _decoder(tokenizer))
     return AAPOTrainer(
@@ -245,16 +246,6 @@ def _left_out(prompts: PromptSet) -> str:
 def sampling_of(config: Config, eos: int) -> SamplingSpec:
     """How policy and reference are sampled in training."""
     return SamplingSpec(config.rollout.temperature, config.rollout.max_new_tokens, (eos,))
-
-
-def _engine(config: Config, policy: Any, shape: ModelShape) -> RolloutEngine:
-    if config.rollout.engine == "trtllm":
-        from nemo_aapo.rollout.trtllm_engine import TrtllmEngine
-
-        return TrtllmEngine.from_config(config, colocated=True, policy_version=policy.version)
-    from nemo_aapo.rollout.megatron_engine import MegatronEngine
-
-    return MegatronEngine(policy.module, shape.vocab_size, config.rollout.max_concurrent_tokens, policy.version)
 
 
 def _decoder(tokenizer: Any) -> Callable[[np.ndarray], str]:

@@ -51,6 +51,8 @@ _ABOVE_ZERO = (
     "trainer.distributed_timeout_s",
     "trainer.fault_timeout_s",
     "reward_runner.timeout_s",
+    "rollout.remote.wait_s",
+    "rollout.remote.timeout_s",
 )
 _MINIMA = {
     "prompts_per_step": 1,
@@ -84,6 +86,11 @@ _MINIMA = {
     "rollout.async_depth": 0,
     "rollout.trtllm.tensor_parallel_size": 1,
     "rollout.trtllm.refit_bucket_bytes": 1,
+    "rollout.remote.servers": 1,
+    "rollout.remote.retries": 0,
+    "rollout.server.index": 0,
+    "rollout.server.port": 0,
+    "rollout.server.max_request_bytes": 1024,
 }
 
 

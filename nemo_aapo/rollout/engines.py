@@ -1,0 +1,65 @@
+"""Engines by their names in the configuration: the trainer's (``rollout.engine``) and a server's own."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_aapo.config import Config, ModelShape
+from nemo_aapo.rollout.engine import RolloutEngine
+
+
+def build_engine(config: Config, policy: Any, shape: ModelShape) -> RolloutEngine:
+    """The trainer's engine. Collective.
+
+    Args:
+        policy: the ``MegatronPolicy`` that is trained.
+        shape: the model's.
+    """
+    if config.rollout.engine == "remote":
+        from nemo_aapo.rollout.remote_engine import RemoteEngine
+
+        return RemoteEngine.from_config(config)
+    from nemo_aapo.rollout.megatron_engine import MegatronEngine
+
+    return MegatronEngine(policy.module, shape.vocab_size, config.rollout.max_concurrent_tokens, policy.version)
+
+
+@dataclass(frozen=True)
+class HostedEngine:
+    """An engine with weights of its own, which come from directories."""
+
+    engine: RolloutEngine
+    load: Callable[[Path, int], None]
+    """``load(directory, version)``: take over the weights of a Hugging Face directory, bucket by bucket."""
+
+
+def build_hosted_engine(config: Config, shape: ModelShape) -> HostedEngine:
+    """A server's engine, without weights so far; on this process alone, whatever the trainer's layout."""
+    from nemo_aapo import parallel
+    from nemo_aapo.policy import cpu, precision
+    from nemo_aapo.policy.megatron import build_module
+    from nemo_aapo.policy.weights import WeightMap
+    from nemo_aapo.rollout.megatron_engine import MegatronEngine
+
+    cpu.install()
+    parallel.initialize(
+        tensor_model_parallel_size=1,
+        pipeline_model_parallel_size=1,
+        seed=config.seed,
+        timeout_s=config.trainer.distributed_timeout_s,
+    )
+    layout = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "sequence_parallel": False}
+    model = dataclasses.replace(config.model, recompute_granularity=None, **layout)
+    weight_map = WeightMap(config.model.path, precision.dtype(config.precision.name))
+    module = build_module(dataclasses.replace(config, model=model), shape, weight_map)
+    engine = MegatronEngine(module, shape.vocab_size, config.rollout.max_concurrent_tokens)
+
+    def load(directory: Path, version: int) -> None:
+        weight_map.load(module, directory)
+        engine.update_weights((), version)
+
+    return HostedEngine(engine, load)
