@@ -38,7 +38,7 @@ class HostedEngine:
 
 
 def build_hosted_engine(config: Config, shape: ModelShape) -> HostedEngine:
-    """A server's engine, without weights so far; on this process alone, whatever the trainer's layout."""
+    """A server's engine with the base model's weights; on this process alone, whatever the trainer's layout."""
     from nemo_aapo import parallel
     from nemo_aapo.policy import cpu, precision
     from nemo_aapo.policy.megatron import build_module
@@ -62,4 +62,5 @@ def build_hosted_engine(config: Config, shape: ModelShape) -> HostedEngine:
         weight_map.load(module, directory)
         engine.update_weights((), version)
 
+    load(Path(config.model.path), 0)
     return HostedEngine(engine, load)

@@ -132,8 +132,8 @@ class RemoteEngine:
             )
         self._weights = self._versions[version]
         parallel.agree(lambda: self.fleet.prepare(self._weights) if first else None)
-        # The base model (0) and the reference (negative) come back; older ones of the policy's don't.
-        self._versions = {v: weights for v, weights in self._versions.items() if v <= 0 or v >= version}
+        # The base model, which is the reference, comes back; older ones of the policy's don't.
+        self._versions = {v: weights for v, weights in self._versions.items() if v == 0 or v >= version}
         if first:
             self.store.prune(keep=self._versions.values())
 

@@ -27,13 +27,16 @@ from nemo_aapo.rollout.server_directory import ServerRecord, open_directory, ope
 STOP_S = 10.0
 """After a signal the running batch is broken off at its next finished completion, or left alone after this."""
 PARENT_POLL_S = 1.0
-_PARENT = os.getppid()
 
 
 def main(argv: list[str] | None = None) -> int:
     """Serve until told to stop; 0, or 1 or 2 with a message as scripts/train.py."""
     return config_main(
-        serve, description="Hosts a rollout engine behind HTTP.", argv=argv, check=_check, through_nemo=False
+        functools.partial(serve, parent=os.getppid()),
+        description="Hosts a rollout engine behind HTTP.",
+        argv=argv,
+        check=_check,
+        through_nemo=False,
     )
 
 
@@ -43,8 +46,11 @@ def _check(config: Config) -> None:
         raise ConfigError("a rollout server is one process: start each without torchrun, with its rollout.server.index")
 
 
-def serve(config: Config, tree: dict[str, Any]) -> int:
+def serve(config: Config, tree: dict[str, Any], parent: int) -> int:
     """Listen, load, answer, stop. Blocks.
+
+    Args:
+        parent: id of the process that started this one.
 
     Raises:
         ConfigError: the port is in use, the directory or token is open to others, the model can't be loaded.
@@ -53,7 +59,7 @@ def serve(config: Config, tree: dict[str, Any]) -> int:
     directory = open_directory(settings.directory)
     token = open_token(directory)
     with _listening(settings.host, settings.port) as listener:
-        return asyncio.run(_serve(config, directory, token, listener))
+        return asyncio.run(_serve(config, directory, token, listener, parent))
 
 
 @contextmanager
@@ -67,13 +73,13 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
         yield listener
 
 
-async def _serve(config: Config, directory: Path, token: str, listener: socket.socket) -> int:
+async def _serve(config: Config, directory: Path, token: str, listener: socket.socket, parent: int) -> int:
     from aiohttp import web
 
     from nemo_aapo.rollout.service import Service
     from nemo_aapo.rollout.wire import Limits
 
-    stop = _stop_request()
+    stop = _stop_request(parent)
     shape = model_dir.read_model_dir(config.model.path)
     worker = _worker(config, shape, directory)
     limits = Limits(shape.vocab_size, config.rollout.max_concurrent_tokens)
@@ -104,12 +110,12 @@ async def _serve(config: Config, directory: Path, token: str, listener: socket.s
 
 
 def _worker(config: Config, shape: ModelShape, directory: Path) -> Any:
-    from nemo_aapo.rollout.wire import Weights, WeightsId
+    from nemo_aapo.rollout.wire import Weights, WeightsId  # with numpy, which refusals do without
     from nemo_aapo.rollout.worker import EngineWorker
 
     @functools.cache
-    def base() -> Weights:
-        return Weights(WeightsId(0, model_dir.digest(config.model.path)), None)
+    def base() -> WeightsId:
+        return WeightsId(0, model_dir.digest(config.model.path))
 
     def build() -> Any:
         from nemo_aapo.rollout.engines import build_hosted_engine
@@ -121,14 +127,14 @@ def _worker(config: Config, shape: ModelShape, directory: Path) -> Any:
 
         if weights.manifest is not None:
             return verified(directory, weights)
-        if weights != base():
+        if weights.id != base():
             raise WeightsError(f"the base model of this server, {config.model.path}, is another one than the trainer's")
         return Path(config.model.path)
 
     return EngineWorker(build, base, locate)
 
 
-def _stop_request() -> asyncio.Future[str]:
+def _stop_request(parent: int) -> asyncio.Future[str]:
     """Becomes what asked for the end: a signal, or that the process that started this one is gone."""
     loop = asyncio.get_running_loop()
     stop: asyncio.Future[str] = loop.create_future()
@@ -138,7 +144,7 @@ def _stop_request() -> asyncio.Future[str]:
             stop.set_result(reason)
 
     def watch_parent() -> None:
-        if os.getppid() != _PARENT:
+        if os.getppid() != parent:
             ask("the process that started it is gone")
         loop.call_later(PARENT_POLL_S, watch_parent)
 

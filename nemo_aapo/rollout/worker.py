@@ -62,13 +62,13 @@ class EngineWorker:
     def __init__(
         self,
         build: Callable[[], HostedEngine],
-        base: Callable[[], Weights],
+        base: Callable[[], WeightsId],
         locate: Callable[[Weights], Path],
     ) -> None:
         """
         Args:
-            build: makes the engine, in the worker's thread.
-            base: the base model's weights, which are loaded first.
+            build: makes the engine with the base model's weights, in the worker's thread.
+            base: their name.
             locate: checks the files of some weights, to the last byte, and says which folder they are in.
         """
         self.weights: WeightsId | None = None
@@ -78,7 +78,7 @@ class EngineWorker:
         self.busy_seconds = 0.0
         """Spent in ``generate`` so far."""
         self.built: Future[None] = Future()
-        """Done once the base weights are loaded; holds the error if they can't be."""
+        """Done once there is an engine; holds the error if there can't be one."""
         self._build, self._base, self._locate = build, base, locate
         self._queue: deque[Job | _Load] = deque()
         self._changed = threading.Condition()
@@ -120,7 +120,8 @@ class EngineWorker:
     def _run(self) -> None:
         try:
             self._hosted = self._build()
-            self._load(_Load(self._base(), self.built))
+            self.weights = self._base()
+            self.built.set_result(None)
         except BaseException as error:  # for the main thread, which waits for it
             self.built.set_exception(error)
             return
