@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import resource
@@ -67,7 +68,7 @@ def test_buckets_keep_the_order_lose_nothing_and_hold_no_more_than_asked():
     made = list(buckets(iter(given.items()), BUCKET))
     assert [name for bucket in made for name in bucket] == list(given)
     assert all(len(bucket) == 1 or sum(t.nbytes for t in bucket.values()) <= BUCKET for bucket in made)
-    for one, two in zip(made, made[1:], strict=False):
+    for one, two in itertools.pairwise(made):
         first = next(iter(two.values()))
         assert sum(t.nbytes for t in one.values()) + first.nbytes > BUCKET
 
