@@ -273,14 +273,17 @@ class Fleet:
 
 
 def spread(works: Sequence[Work], busy: Sequence[int]) -> list[list[Work]]:
-    """Shares for servers that have ``busy`` tokens to draw each: the longest first, each to who has the least."""
+    """Shares for servers that have ``busy`` tokens to draw each: the longest first, each to who has the least.
+
+    A share is in the order of the prompts: one server alone is asked exactly what an engine in process would be.
+    """
     shares: list[list[Work]] = [[] for _ in busy]
     tokens = list(busy)
     for work in sorted(works, key=lambda work: -work.tokens):
         least = tokens.index(min(tokens))
         shares[least].append(work)
         tokens[least] += work.tokens
-    return shares
+    return [sorted(share, key=lambda work: work.prompt) for share in shares]
 
 
 def _requests(works: Sequence[Work], prompts: Sequence[np.ndarray]) -> Iterator[list[Work]]:

@@ -79,6 +79,7 @@ class Engines:
         hosted = build_hosted_engine(config, model_dir.read_model_dir(config.model.path))
         self.local: MegatronEngine = hosted.engine
         self.remote = RemoteEngine.from_config(config)
+        self.tolerance = 0.0 if config.rollout.remote.servers == 1 else 1e-5
         self.said: list[str] = []
         self.remote.fleet._say = self.said.append
 
@@ -97,7 +98,8 @@ class Engines:
         self.remote.update_weights(exported, version)
 
     def assert_same(self, spec=SPEC, seeds=SEEDS, on_finish=None):
-        """Both draw the same, bit for bit; each completion is told once. Returns it."""
+        """Both draw the same tokens, and log-probs up to what batches of another size round otherwise; each completion
+        is told once. Returns what the remote one drew."""
         wanted = self.local.generate(PROMPTS, spec, seeds)
         told = []
 
@@ -111,13 +113,13 @@ class Engines:
         for row, wanted_row in zip(got, wanted, strict=True):
             for one, other in zip(row, wanted_row, strict=True):
                 assert one.token_ids.tobytes() == other.token_ids.tobytes()
-                assert one.logprobs.tobytes() == other.logprobs.tobytes()
+                np.testing.assert_allclose(one.logprobs, other.logprobs, rtol=0, atol=self.tolerance)
                 assert (one.finish_reason, one.policy_version) == (other.finish_reason, other.policy_version)
         return got
 
 
-def _same_through_refits(words, directory):
-    engines = Engines(words, "rollout.remote.servers=2")
+def _same_through_refits(words, directory, count):
+    engines = Engines(words, f"rollout.remote.servers={count}")
     engines.remote.store.bucket_bytes = 50_000
     base = engines.assert_same()
     assert not engines.remote.shares_weights
@@ -142,8 +144,8 @@ def _same_through_refits(words, directory):
     return buckets, list((Path(directory) / "weights").iterdir()), engines.said
 
 
-def test_the_tokens_are_those_of_the_in_process_engine_and_stay_so_through_refits(ranks, words, directory, two):
-    ((buckets, left, said),) = ranks.run(_same_through_refits, words, directory)
+def test_two_servers_draw_the_tokens_of_the_in_process_engine_also_after_refits(ranks, words, directory, two):
+    ((buckets, left, said),) = ranks.run(_same_through_refits, words, directory, 2, tp=None)
     assert min(buckets) > 3
     assert left == said == []
     for index in (0, 1):
@@ -151,6 +153,13 @@ def test_the_tokens_are_those_of_the_in_process_engine_and_stay_so_through_refit
         assert float(re.search(r"^rollout_tokens_total (\S+)$", counted, re.MULTILINE)[1]) > 100
         assert float(re.search(r"^rollout_policy_version (\S+)$", counted, re.MULTILINE)[1]) == 2
         assert float(re.search(r"^rollout_outstanding_completions (\S+)$", counted, re.MULTILINE)[1]) == 0
+
+
+def test_one_server_draws_what_the_in_process_engine_draws_bit_for_bit(ranks, words, directory, two):
+    two.processes[1].terminate()
+    two.processes[1].join(15)
+    assert two.processes[1].exitcode == 0
+    ranks.run(_same_through_refits, words, directory, 1, tp=None)
 
 
 def _on_layout(words):
@@ -171,7 +180,7 @@ def _on_layout(words):
     drawn = remote.generate(PROMPTS[part], SPEC, SEEDS[part], lambda i, j, c: told.append((i, j)))
     parallel.barrier()
     remote.close()
-    return [[(c.token_ids.tolist(), c.logprobs.tolist()) for c in row] for row in drawn], told, remote.stats.tokens
+    return [[c.token_ids.tolist() for c in row] for row in drawn], told, remote.stats.tokens
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 1)], ids=["tensor-parallel", "data-parallel"])
@@ -200,7 +209,7 @@ def _kill_in_mid_batch(words, pid, number):
 
 
 def test_kill_9_of_a_server_in_mid_batch_loses_nothing(ranks, words, directory, two):
-    ((said, later),) = ranks.run(_kill_in_mid_batch, words, two.processes[0].pid, signal.SIGKILL)
+    ((said, later),) = ranks.run(_kill_in_mid_batch, words, two.processes[0].pid, signal.SIGKILL, tp=None)
     assert len(later) == len(said) == 1
     assert "rollout server 0 (http://127.0.0.1:" in said[0]
     two.processes[0].join(10)
@@ -211,7 +220,7 @@ def test_kill_9_of_a_server_in_mid_batch_loses_nothing(ranks, words, directory, 
 def test_a_server_that_hangs_in_mid_batch_is_left_behind_and_its_late_answers_reach_nobody(ranks, words, two):
     pid = two.processes[1].pid
     try:
-        ((said, later),) = ranks.run(_kill_in_mid_batch, words, pid, signal.SIGSTOP)
+        ((said, later),) = ranks.run(_kill_in_mid_batch, words, pid, signal.SIGSTOP, tp=None)
     finally:
         os.kill(pid, signal.SIGCONT)
     assert len(later) == len(said) == 1
@@ -253,7 +262,7 @@ def test_a_replaced_server_takes_part_with_the_current_weights_and_none_left_is_
 
     actor = threading.Thread(target=act)
     actor.start()
-    ((message, seconds),) = ranks.run(_restart_and_end, words, tmp_path)
+    ((message, seconds),) = ranks.run(_restart_and_end, words, tmp_path, tp=None)
     actor.join()
     assert seconds < 10
     assert message.count("can't be reached") == 2
@@ -284,9 +293,9 @@ def test_a_body_of_100_mb_is_refused_without_being_kept(two, directory):
         return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
 
     before, body = peak(), b"[" + b"1," * 50_000_000 + b"1]"
-    status, answer = ask(directory, 0, "/v1/generate", body)
-    assert status == 413
-    assert "rollout.server.max_request_bytes is 16777216" in answer["error"]
+    for status, answer in (ask(directory, 0, "/v1/generate", body), ask(directory, 0, "/v1/update_weights", body)):
+        assert status == 413
+        assert "rollout.server.max_request_bytes is 16777216" in answer["error"]
     assert chunked(directory, body) == 413  # nobody said how long it would be
     assert peak() - before < 60_000
     assert ask(directory, 0, "/v1/generate", generate_body(directory))[0] == 200
@@ -301,9 +310,7 @@ def chunked(directory, body: bytes) -> int:
     token = (directory / "token").read_text().strip()
     pieces = (body[k : k + 2**20] for k in range(0, len(body), 2**20))
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it does not read to the end
-        connection.request(
-            "POST", "/v1/generate", pieces, {"Authorization": f"Bearer {token}", "Transfer-Encoding": "chunked"}
-        )
+        connection.request("POST", "/v1/generate", pieces, {"Authorization": f"Bearer {token}"})
     return connection.getresponse().status
 
 
@@ -350,7 +357,7 @@ def _write_versions(words, folder):
 def test_a_damaged_refit_leaves_what_was_served_and_a_half_loaded_one_serves_nothing(
     ranks, words, directory, two, tmp_path
 ):
-    whole, lacking = ranks.run(_write_versions, words, tmp_path)[0]
+    whole, lacking = ranks.run(_write_versions, words, tmp_path, tp=None)[0]
     shutil.rmtree(directory / "weights", ignore_errors=True)
     shutil.copytree(tmp_path / "weights", directory / "weights")
     before = ask(directory, 0, "/v1/ready")
@@ -417,4 +424,4 @@ def test_a_client_that_goes_away_takes_its_work_with_it(two, directory):
     while "rollout_outstanding_completions 0.0" not in (text := ask(directory, 0, "/v1/metrics")[1]):
         assert time.monotonic() < end
         time.sleep(0.05)
-    assert float(re.search(r"^rollout_completions_total.*length.* (\S+)$", text, re.MULTILINE)[1]) < 500
+    assert int(re.search(r"^rollout_completions_total\S+ (\d+)", text, re.MULTILINE)[1]) < 500
