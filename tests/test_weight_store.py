@@ -14,10 +14,15 @@ import torch
 
 from nemo_aapo.errors import RunError
 from nemo_aapo.policy.model_dir import weight_files
-from nemo_aapo.rollout.weight_store import WeightsError, WeightStore, buckets, verified
+from nemo_aapo.rollout import weight_store
+from nemo_aapo.rollout.weight_store import WeightsError, WeightStore, buckets
 from nemo_aapo.rollout.wire import Weights, WireError
 
 BUCKET = 3000
+
+
+def verified(directory: Path, weights: Weights, names: tuple[str, ...] = ()) -> Path:
+    return weight_store.verified(directory, weights, {*tensors(), *names})
 
 
 def tensors(version: int = 1) -> dict[str, torch.Tensor]:
@@ -116,6 +121,12 @@ def test_a_manifest_that_was_replaced_together_with_its_files_is_refused(store, 
         verified(directory, first)
     with pytest.raises(WeightsError, match=r"manifest.*policy version 2"):
         verified(directory, Weights(type(other.id)(3, other.id.digest), other.manifest))
+
+
+def test_a_version_without_one_of_the_models_tensors_is_refused(store, directory):
+    weights = store.write(tensors().items(), 1)
+    with pytest.raises(WeightsError, match=r"1 tensors of the model are missing, lm_head\.weight first"):
+        verified(directory, weights, ("lm_head.weight",))
 
 
 @pytest.mark.parametrize(

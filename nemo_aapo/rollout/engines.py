@@ -35,6 +35,8 @@ class HostedEngine:
     engine: RolloutEngine
     load: Callable[[Path, int], None]
     """``load(directory, version)``: take over the weights of a Hugging Face directory, bucket by bucket."""
+    tensors: frozenset[str]
+    """Names of all tensors that such a directory must have."""
 
 
 def build_hosted_engine(config: Config, shape: ModelShape) -> HostedEngine:
@@ -63,4 +65,4 @@ def build_hosted_engine(config: Config, shape: ModelShape) -> HostedEngine:
         engine.update_weights((), version)
 
     load(Path(config.model.path), 0)
-    return HostedEngine(engine, load)
+    return HostedEngine(engine, load, frozenset(name for name, _ in weight_map.export(module)))

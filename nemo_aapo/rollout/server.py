@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -122,11 +122,11 @@ def _worker(config: Config, shape: ModelShape, directory: Path) -> Any:
 
         return build_hosted_engine(config, shape)
 
-    def locate(weights: Weights) -> Path:
+    def locate(weights: Weights, tensors: Set[str]) -> Path:
         from nemo_aapo.rollout.weight_store import WeightsError, verified
 
         if weights.manifest is not None:
-            return verified(directory, weights)
+            return verified(directory, weights, tensors)
         if weights.id != base():
             raise WeightsError(f"the base model of this server, {config.model.path}, is another one than the trainer's")
         return Path(config.model.path)

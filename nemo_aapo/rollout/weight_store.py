@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Set
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from nemo_aapo.rollout.wire import Weights, WeightsId, WireError
 
 FOLDER = "weights"
 MANIFEST = "manifest.json"
+INDEX = "model.safetensors.index.json"
 BUCKET_BYTES = 512 * 2**20
 """What trainer and server hold in memory at a time, or the largest tensor if that is larger."""
 
@@ -86,7 +87,7 @@ class WeightStore:
             files[name] = _write(folder / name, safetensors.torch.save(bucket))
             place.update(dict.fromkeys(bucket, name))
         index = {"metadata": {}, "weight_map": place}
-        files["model.safetensors.index.json"] = _write(folder / "model.safetensors.index.json", to_json(index).encode())
+        files[INDEX] = _write(folder / INDEX, to_json(index).encode())
         files["config.json"] = _write(folder / "config.json", self.config.read_bytes())
         return to_json({"policy_version": version, "files": files}).encode()
 
@@ -112,16 +113,17 @@ def buckets(named_tensors: Iterator[tuple[str, torch.Tensor]], bucket_bytes: int
         yield bucket
 
 
-def verified(directory: Path, weights: Weights) -> Path:
+def verified(directory: Path, weights: Weights, tensors: Set[str]) -> Path:
     """The server's side: the folder of a version, each byte of which is as the trainer wrote it.
 
     Args:
         directory: the servers' directory.
         weights: ``manifest`` is not None.
+        tensors: names that must be among them. (Megatron-Bridge leaves a weight as it was where the file has none.)
 
     Raises:
         WireError: a path that leads out of the directory.
-        WeightsError: a file is missing, cut off or changed; the message names it.
+        WeightsError: a file or tensor is missing, a file was cut off or changed; the message names it.
     """
     if not re.fullmatch(rf"{FOLDER}/v-?\d+-[0-9a-f]{{8}}/{re.escape(MANIFEST)}", weights.manifest):
         raise WireError(f"manifest={weights.manifest[:200]!r}: {FOLDER}/vVERSION-DIGEST/{MANIFEST} is needed")
@@ -139,6 +141,9 @@ def verified(directory: Path, weights: Weights) -> Path:
             _verify(manifest.parent / name, entry)
     except OSError as error:
         raise WeightsError(f"{error.filename}: {error.strerror}") from None
+    index = json.loads((manifest.parent / INDEX).read_bytes())
+    if missing := sorted(tensors - index["weight_map"].keys()):
+        raise WeightsError(f"{manifest.parent}: {len(missing)} tensors of the model are missing, {missing[0]} first")
     return manifest.parent
 
 

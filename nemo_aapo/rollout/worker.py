@@ -11,7 +11,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,13 +63,14 @@ class EngineWorker:
         self,
         build: Callable[[], HostedEngine],
         base: Callable[[], WeightsId],
-        locate: Callable[[Weights], Path],
+        locate: Callable[[Weights, Set[str]], Path],
     ) -> None:
         """
         Args:
             build: makes the engine with the base model's weights, in the worker's thread.
             base: their name.
-            locate: checks the files of some weights, to the last byte, and says which folder they are in.
+            locate: checks the files of some weights, to the last byte, for the tensors of these names, and says which
+                folder they are in.
         """
         self.weights: WeightsId | None = None
         """What the engine serves; None while it has none that are whole."""
@@ -156,7 +157,7 @@ class EngineWorker:
             load.done.set_result(None)
             return
         try:
-            folder = self._locate(load.weights)
+            folder = self._locate(load.weights, self._hosted.tensors)
         except Exception as error:  # nothing was touched: what was served goes on being served
             load.done.set_exception(error)
             return

@@ -338,7 +338,7 @@ def test_a_wrong_field_is_named_and_another_policy_version_is_409(two, directory
 
 
 def _write_versions(words, folder):
-    """Versions in a directory of their own: 1 is whole, 2 lacks a tensor."""
+    """Versions in a directory of their own: 1 is whole, 2 lacks a tensor, one of 3 has another shape."""
     import torch
 
     from nemo_aapo.rollout.weight_store import WeightStore
@@ -350,14 +350,17 @@ def _write_versions(words, folder):
     exported = dict(WeightMap(str(path), torch.float32).export(engines.local.model))
     store = WeightStore(folder, str(path))
     whole = store.write([(name, 1.1 * tensor) for name, tensor in exported.items()], 1)
-    lacking = store.write([item for item in exported.items() if "layers.1.mlp.down_proj" not in item[0]], 2)
-    return wire.encode_weights(whole), wire.encode_weights(lacking)
+    last = [name for name in exported if "layers.1.mlp.down_proj" in name]
+    assert len(last) == 1
+    lacking = store.write([item for item in exported.items() if item[0] not in last], 2)
+    misshapen = store.write({**exported, last[0]: torch.zeros(3, 3)}.items(), 3)
+    return [wire.encode_weights(weights) for weights in (whole, lacking, misshapen)]
 
 
 def test_a_damaged_refit_leaves_what_was_served_and_a_half_loaded_one_serves_nothing(
     ranks, words, directory, two, tmp_path
 ):
-    whole, lacking = ranks.run(_write_versions, words, tmp_path, tp=None)[0]
+    whole, lacking, misshapen = ranks.run(_write_versions, words, tmp_path, tp=None)[0]
     shutil.rmtree(directory / "weights", ignore_errors=True)
     shutil.copytree(tmp_path / "weights", directory / "weights")
     before = ask(directory, 0, "/v1/ready")
@@ -367,13 +370,17 @@ def test_a_damaged_refit_leaves_what_was_served_and_a_half_loaded_one_serves_not
     status, answer = ask(directory, 0, "/v1/update_weights", whole)
     assert (status, answer["reason"]) == (422, "weights")
     assert bucket.name in answer["error"]
+    status, answer = ask(directory, 0, "/v1/update_weights", lacking)
+    assert (status, answer["reason"]) == (422, "weights")
+    assert "layers.1.mlp.down_proj" in answer["error"]
     assert ask(directory, 0, "/v1/ready") == before
     assert ask(directory, 0, "/v1/generate", generate_body(directory))[0] == 200
 
     asks = generate_body(directory)
-    status, answer = ask(directory, 0, "/v1/update_weights", lacking)
+    status, answer = ask(directory, 0, "/v1/update_weights", misshapen)
     assert status == 500
-    assert "policy version 2" in answer["error"]
+    assert "policy version 3" in answer["error"]
+    assert "Traceback" not in answer["error"]
     assert ask(directory, 0, "/v1/ready")[0] == 503
     assert ask(directory, 0, "/v1/generate", asks)[0] == 503
 
