@@ -101,7 +101,7 @@ async def _serve(config: Config, directory: Path, token: str, listener: socket.s
         _say(index, f"stopping: {await stop}")
     finally:
         withdraw(directory, record)
-        ended = await asyncio.to_thread(worker.stop, STOP_S)
+        ended = await asyncio.to_thread(worker.stop, STOP_S if worker.built.done() else 0.0)
         await runner.cleanup()
     if not ended:  # its thread is deep in a forward pass or in an import: nothing of it is worth waiting for
         sys.stderr.flush()
