@@ -25,8 +25,10 @@ def check_alone(config: Config) -> None:
     if len(config.model.optim.betas) != 2:
         raise ConfigError(f"model.optim.betas={list(config.model.optim.betas)}: two numbers are needed")
     _check_sampling(config)
-    if config.rollout.engine == "trtllm":
+    hosted = config.rollout.engine == "remote" and config.rollout.server.engine == "trtllm"
+    if hosted or config.rollout.engine == "trtllm":
         _check_trtllm(config)
+    if config.rollout.engine == "trtllm":
         _check_trtllm_colocated(config)
     _check_algorithm(config)
     _check_async(config)

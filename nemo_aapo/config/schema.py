@@ -129,7 +129,7 @@ class Remote:
 class Server:
     """One rollout server."""
 
-    engine: Literal["megatron"]
+    engine: Literal["megatron", "trtllm"]
     index: int
     host: str
     port: int

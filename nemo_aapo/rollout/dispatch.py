@@ -273,13 +273,14 @@ class Fleet:
 
 
 def spread(works: Sequence[Work], busy: Sequence[int]) -> list[list[Work]]:
-    """Shares for servers that have ``busy`` tokens to draw each: the longest first, each to who has the least.
+    """Shares for servers that have ``busy`` tokens to draw each; a group goes to who has the least so far.
 
-    A share is in the order of the prompts: one server alone is asked exactly what an engine in process would be.
+    Those with the most completions come first, and else the order of the prompts counts, which is longest expected
+    first. A share is in that order: one server alone is asked exactly what an engine in process would be.
     """
     shares: list[list[Work]] = [[] for _ in busy]
     tokens = list(busy)
-    for work in sorted(works, key=lambda work: -work.tokens):
+    for work in sorted(works, key=lambda work: (-len(work.left), work.prompt)):
         least = tokens.index(min(tokens))
         shares[least].append(work)
         tokens[least] += work.tokens

@@ -23,6 +23,10 @@ def build_engine(config: Config, policy: Any, shape: ModelShape) -> RolloutEngin
         from nemo_aapo.rollout.remote_engine import RemoteEngine
 
         return RemoteEngine.from_config(config)
+    if config.rollout.engine == "trtllm":
+        from nemo_aapo.rollout.trtllm_engine import TrtllmEngine
+
+        return TrtllmEngine.from_config(config, colocated=True, policy_version=policy.version)
     from nemo_aapo.rollout.megatron_engine import MegatronEngine
 
     return MegatronEngine(policy.module, shape.vocab_size, config.rollout.max_concurrent_tokens, policy.version)
@@ -40,7 +44,23 @@ class HostedEngine:
 
 
 def build_hosted_engine(config: Config, shape: ModelShape) -> HostedEngine:
-    """A server's engine with the base model's weights; on this process alone, whatever the trainer's layout."""
+    """A server's engine with the base model's weights; in this process alone, whatever the trainer's layout."""
+    return _hosted_trtllm(config) if config.rollout.server.engine == "trtllm" else _hosted_megatron(config, shape)
+
+
+def _hosted_trtllm(config: Config) -> HostedEngine:
+    from nemo_aapo.rollout.trtllm_engine import TrtllmEngine
+    from nemo_aapo.rollout.weight_store import read_tensors
+
+    engine = TrtllmEngine.from_config(config)
+
+    def load(directory: Path, version: int) -> None:
+        engine.update_weights(read_tensors(directory), version)
+
+    return HostedEngine(engine, load, frozenset(name for name, _ in read_tensors(Path(config.model.path))))
+
+
+def _hosted_megatron(config: Config, shape: ModelShape) -> HostedEngine:
     from nemo_aapo import parallel
     from nemo_aapo.policy import cpu, precision
     from nemo_aapo.policy.megatron import build_module

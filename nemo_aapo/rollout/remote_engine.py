@@ -5,9 +5,13 @@ One rank of each model-parallel group talks to the servers and tells the others;
 
 from __future__ import annotations
 
+import functools
+import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,20 +19,20 @@ import torch
 
 from nemo_aapo import parallel
 from nemo_aapo.config import Config
-from nemo_aapo.errors import RunError
 from nemo_aapo.policy import model_dir
 from nemo_aapo.rollout.dispatch import Call, Fleet
-from nemo_aapo.rollout.engine import OnFinish, RolloutStats
+from nemo_aapo.rollout.engine import OnFinish, PendingCompletions, RolloutStats
 from nemo_aapo.rollout.weight_store import WeightStore
 from nemo_aapo.rollout.wire import Weights, WeightsId
 from nemo_aapo.types import Completion, SamplingSpec
 
 Drawn = list[tuple[int, int, Completion]]
 """Completions in the order in which they came."""
+Outcome = Drawn | Exception
 
 
 class RemoteEngine:
-    """A ``RolloutEngine`` whose work is done by the servers of one directory."""
+    """A ``BackgroundEngine`` whose work is done by the servers of one directory."""
 
     def __init__(self, fleet: Fleet, store: WeightStore, base: Weights) -> None:
         """
@@ -77,15 +81,53 @@ class RemoteEngine:
             RunError: no server is left, or a prompt has failed too often; names each server and why.
             FloatingPointError: the model gave log-probs that are not finite.
         """
-        began = time.perf_counter()
+        draw = functools.partial(self._draw, self._weights, prompts, sampling, seeds, on_finish)
+        return self._shared(draw, seeds, on_finish, time.perf_counter())
+
+    def start(
+        self,
+        prompts: Sequence[np.ndarray],
+        sampling: SamplingSpec,
+        seeds: Sequence[Sequence[int]],
+        on_finish: OnFinish | None = None,
+    ) -> PendingCompletions:
+        """See ``BackgroundEngine.start``; ``result`` raises what ``generate`` would have."""
+        draw = functools.partial(self._draw, self._weights, prompts, sampling, seeds, on_finish)
+        drawn: Future[Outcome] = Future()
+        if parallel.is_model_parallel_source():
+            # A daemon: a run that ends in an error meanwhile does not wait for it.
+            threading.Thread(target=lambda: drawn.set_result(draw()), name="rollouts", daemon=True).start()
+        return _Pending(functools.partial(self._shared, drawn.result, seeds, on_finish, time.perf_counter()))
+
+    def _draw(
+        self,
+        weights: Weights,
+        prompts: Sequence[np.ndarray],
+        sampling: SamplingSpec,
+        seeds: Sequence[Sequence[int]],
+        on_finish: OnFinish | None,
+    ) -> Outcome:
+        """On the source rank: ask the servers. No collective."""
+        drawn: Drawn = []
+
+        def keep(i: int, j: int, completion: Completion) -> None:
+            drawn.append((i, j, completion))
+            if on_finish is not None:
+                on_finish(i, j, completion)
+
+        try:
+            if any(seeds):
+                self.fleet.generate(Call(weights, prompts, sampling, seeds, keep))
+        except Exception as error:  # raised by ``_shared``, on all ranks
+            return error
+        return drawn
+
+    def _shared(
+        self, draw: Callable[[], Outcome], seeds: Sequence[Sequence[int]], on_finish: OnFinish | None, began: float
+    ) -> list[list[Completion]]:
+        """What the source rank has drawn, on all ranks of its model-parallel group; or its error."""
         source = parallel.is_model_parallel_source()
-        outcome: Drawn | RunError | FloatingPointError = []
-        if source:
-            try:
-                outcome = self.draw(prompts, sampling, seeds, on_finish)
-            except (RunError, FloatingPointError) as error:
-                outcome = error
-        outcome = parallel.broadcast_in_model_parallel(outcome)
+        outcome = parallel.broadcast_in_model_parallel(draw() if source else None)
         if isinstance(outcome, Exception):
             raise outcome
         completions: list[list[Completion]] = [[None] * len(row) for row in seeds]
@@ -95,25 +137,6 @@ class RemoteEngine:
                 on_finish(i, j, completion)
         self.stats = _stats([len(completion.token_ids) for _, _, completion in outcome], time.perf_counter() - began)
         return completions
-
-    def draw(
-        self,
-        prompts: Sequence[np.ndarray],
-        sampling: SamplingSpec,
-        seeds: Sequence[Sequence[int]],
-        on_finish: OnFinish | None = None,
-    ) -> Drawn:
-        """What ``generate`` does on the source rank: no collective, so that it may run in a thread of its own."""
-        drawn: Drawn = []
-
-        def keep(i: int, j: int, completion: Completion) -> None:
-            drawn.append((i, j, completion))
-            if on_finish is not None:
-                on_finish(i, j, completion)
-
-        if any(seeds):
-            self.fleet.generate(Call(self._weights, prompts, sampling, seeds, keep))
-        return drawn
 
     def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Leave the weights in the directory and have the servers load them. Collective over all ranks of the job.
@@ -147,6 +170,13 @@ class RemoteEngine:
         """Remove the weights that were left for the servers; they go on serving what they have loaded."""
         if parallel.rank() == 0:
             self.store.prune(keep=())
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """``PendingCompletions`` that a thread is waiting for."""
+
+    result: Callable[[], list[list[Completion]]]
 
 
 def _read_through(named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:

@@ -22,11 +22,13 @@ from collections.abc import Collection, Iterable, Iterator, Set
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 import torch
 
 from nemo_aapo.errors import RunError
 from nemo_aapo.files import to_json
+from nemo_aapo.policy import model_dir
 from nemo_aapo.rollout.wire import Weights, WeightsId, WireError
 
 FOLDER = "weights"
@@ -145,6 +147,14 @@ def verified(directory: Path, weights: Weights, tensors: Set[str]) -> Path:
     if missing := sorted(tensors - index["weight_map"].keys()):
         raise WeightsError(f"{manifest.parent}: {len(missing)} tensors of the model are missing, {missing[0]} first")
     return manifest.parent
+
+
+def read_tensors(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of a Hugging Face directory, one in memory at a time."""
+    for file in model_dir.weight_files(directory):
+        with safetensors.safe_open(directory / file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118, not a mapping
+                yield name, tensors.get_tensor(name)
 
 
 def _verify(path: Path, entry: dict[str, Any]) -> None:

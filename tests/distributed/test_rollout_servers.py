@@ -19,6 +19,7 @@ import pytest
 from nemo_aapo.entry import load_config
 from nemo_aapo.errors import RunError
 from nemo_aapo.rollout import wire
+from nemo_aapo.rollout.engine import BackgroundEngine
 from nemo_aapo.types import SamplingSpec
 from tests.distributed.training_runs import make_input, settings
 from tests.servers import Servers, ask, wait_until_ready
@@ -122,7 +123,10 @@ def _same_through_refits(words, directory, count):
     engines = Engines(words, f"rollout.remote.servers={count}")
     engines.remote.store.bucket_bytes = 50_000
     base = engines.assert_same()
+    assert isinstance(engines.remote, BackgroundEngine)
     assert not engines.remote.shares_weights
+    ahead = engines.remote.start(PROMPTS, SPEC, SEEDS).result()
+    assert [c.token_ids.tolist() for row in ahead for c in row] == [c.token_ids.tolist() for row in base for c in row]
     assert engines.remote.stats.tokens == engines.local.stats.tokens
     assert engines.remote.stats.tail_factor == engines.local.stats.tail_factor
     buckets = []
