@@ -60,7 +60,7 @@ def served(config, tmp_path):
     loop, ready = asyncio.new_event_loop(), threading.Event()
 
     async def start() -> None:
-        runner = web.AppRunner(service.app)
+        runner = web.AppRunner(service.app, handler_cancellation=True)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         port = runner.addresses[0][1]
@@ -94,3 +94,17 @@ def test_a_hosted_engine_serves_each_version_it_is_given_and_tells_its_own_log_p
             np.testing.assert_allclose(completion.logprobs, raw[before, completion.token_ids], rtol=1e-6)
         drawn[version] = {(i, j): completion.token_ids.tolist() for i, j, completion in told}
     assert drawn[3] != drawn[4]
+
+
+def test_a_client_that_goes_away_does_not_break_the_engine_for_the_next(served, config):
+    fleet = Fleet(served, servers=1, wait_s=20, timeout_s=20, retries=0)
+    weights = WeightStore(served, config.model.path).write([(TABLE, table(1))], 1)
+
+    def leave(i, j, completion):
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        fleet.generate(Call(weights, PROMPTS, SAMPLING, SEEDS, leave))
+    told = []
+    fleet.generate(Call(weights, PROMPTS, SAMPLING, SEEDS, lambda *news: told.append(news)))
+    assert len(told) == sum(map(len, SEEDS))

@@ -113,6 +113,12 @@ def test_whatever_bytes_come_they_are_a_request_or_a_wire_error():
     assert refused > len(texts) / 2
 
 
+@pytest.mark.parametrize("text", ['{"logprobs": [NaN]}', "-Infinity", "[Infinity]"])
+def test_numbers_that_json_does_not_have_are_no_json(text):
+    with pytest.raises(wire.WireError, match="no JSON number"):
+        wire.loads(text)
+
+
 def test_a_damaged_completion_is_a_wire_error():
     fields = {"token_ids": [1, 2], "logprobs": [-1.0, -2.0], "finish_reason": "stop", "policy_version": 0}
     good = {"i": 0, "j": 1, **fields}

@@ -41,6 +41,8 @@ class HostedEngine:
     """``load(directory, version)``: take over the weights of a Hugging Face directory, bucket by bucket."""
     tensors: frozenset[str]
     """Names of all tensors that such a directory must have."""
+    can_break_off: bool
+    """``generate`` may be left by an exception of ``on_finish``, and the engine goes on."""
 
 
 def build_hosted_engine(config: Config, shape: ModelShape) -> HostedEngine:
@@ -57,7 +59,8 @@ def _hosted_trtllm(config: Config) -> HostedEngine:
     def load(directory: Path, version: int) -> None:
         engine.update_weights(read_tensors(directory), version)
 
-    return HostedEngine(engine, load, frozenset(name for name, _ in read_tensors(Path(config.model.path))))
+    tensors = frozenset(name for name, _ in read_tensors(Path(config.model.path)))
+    return HostedEngine(engine, load, tensors, can_break_off=False)
 
 
 def _hosted_megatron(config: Config, shape: ModelShape) -> HostedEngine:
@@ -85,4 +88,5 @@ def _hosted_megatron(config: Config, shape: ModelShape) -> HostedEngine:
         engine.update_weights((), version)
 
     load(Path(config.model.path), 0)
-    return HostedEngine(engine, load, frozenset(name for name, _ in weight_map.export(module)))
+    tensors = frozenset(name for name, _ in weight_map.export(module))
+    return HostedEngine(engine, load, tensors, can_break_off=True)

@@ -63,7 +63,8 @@ class Service:
             response = _error(error.status, "http", error.reason)
         except wire.WireError as error:
             response = _error(400, "request", str(error))
-        self._metrics.requests.labels(request.path if response.status != 404 else "?", response.status).inc()
+        resource = request.match_info.route.resource  # and not the path, of which anybody can make up a million
+        self._metrics.requests.labels(resource.canonical if resource else "unknown", response.status).inc()
         return response
 
     def _is_authorized(self, request: web.Request) -> bool:

@@ -107,6 +107,9 @@ class EngineWorker:
 
     def _put(self, item: Job | _Load) -> None:
         with self._changed:
+            if self._stopping:
+                _drop(item)
+                return
             if isinstance(item, Job):
                 self.outstanding += item.request.sequences
             self._queue.append(item)
@@ -132,8 +135,7 @@ class EngineWorker:
             else:
                 self._generate(batch)
         for item in self._queue:
-            stopping = Failure("stopping", "the server is stopping")
-            item.emit(stopping) if isinstance(item, Job) else item.done.cancel()
+            _drop(item)
         self._hosted.engine.close()
 
     def _next(self) -> list[Job] | _Load | None:
@@ -187,7 +189,7 @@ class EngineWorker:
             job, i = owners[number]
             if not job.cancelled:
                 job.emit((i, j, completion))
-            if self._stopping or all(job.cancelled for job in jobs):
+            if self._stopping or (self._hosted.can_break_off and all(job.cancelled for job in jobs)):
                 raise _Aborted
 
         began, end = time.perf_counter(), None
@@ -200,7 +202,7 @@ class EngineWorker:
                 engine.generate(prompts, jobs[0].request.sampling, seeds, on_finish)
                 engine.sleep()
         except _Aborted:
-            end = Failure("stopping", "the server is stopping")
+            end = _STOPPING
         except FloatingPointError as error:
             end = Failure("not_finite", str(error))
         except Exception as error:  # the client learns of it and asks elsewhere; the rest is for this server's log
@@ -210,6 +212,13 @@ class EngineWorker:
         self.busy_seconds += time.perf_counter() - began
         for job in jobs:
             job.emit(end)
+
+
+_STOPPING = Failure("stopping", "the server is stopping")
+
+
+def _drop(item: Job | _Load) -> None:
+    item.emit(_STOPPING) if isinstance(item, Job) else item.done.cancel()
 
 
 def _alike(job: Job, other: Job) -> bool:

@@ -397,6 +397,49 @@ def test_a_damaged_refit_leaves_what_was_served_and_a_half_loaded_one_serves_not
         assert ask(directory, 0, "/v1/update_weights", body)[0] == 400
 
 
+def _refit_on_a_full_disk(words):
+    """On both ranks: the error while rank 0's files may not grow beyond 20 kB, and that all went on."""
+    import resource
+
+    from nemo_aapo import parallel
+    from nemo_aapo.policy import model_dir
+    from nemo_aapo.policy.megatron import MegatronPolicy
+    from nemo_aapo.rollout.remote_engine import RemoteEngine
+
+    config = load_config(words)
+    remote = RemoteEngine.from_config(config)
+    policy = MegatronPolicy(config, model_dir.read_model_dir(config.model.path))
+    remote.update_weights(policy.named_weights(), 1)
+    before = remote.generate(PROMPTS, SPEC, SEEDS)
+    for parameter in policy.module.parameters():
+        parameter.data.mul_(1.1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if parallel.rank() == 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(RunError) as error:
+            remote.update_weights(policy.named_weights(), 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    drawn = [remote.generate(PROMPTS, SPEC, SEEDS)]
+    remote.update_weights(policy.named_weights(), 2)
+    drawn.append(remote.generate(PROMPTS, SPEC, SEEDS))
+    parallel.barrier()
+    remote.close()
+    versions = [{c.policy_version for row in rows for c in row} for rows in drawn]
+    same = all(a.token_ids.tobytes() == b.token_ids.tobytes() for a, b in zip(before[0], drawn[0][0], strict=True))
+    return str(error.value), same, versions
+
+
+def test_a_disk_that_is_full_during_a_refit_is_an_error_on_all_ranks_and_the_version_before_stays(ranks, words, two):
+    more = ["model.tensor_model_parallel_size=2", "trainer.devices=2"]
+    for message, same, versions in ranks.run(_refit_on_a_full_disk, [*words, *more], world=2, tp=2):
+        assert "policy version 2 can't be written" in message
+        assert "MiB free" in message
+        assert same
+        assert versions == [{1}, {2}]
+
+
 # ---------------------------------------------------------------- the end
 
 
