@@ -50,6 +50,8 @@ setup(
     extras_require={
         # The entry points (hydra_runner, exp_manager) and their loggers
         "nemo": ["nemo-toolkit[core]>=2.7.3,<2.8", "lightning>=2.4,<2.5", "tensorboard"],
+        # Rollout servers, and the trainer's side of them
+        "servers": ["aiohttp>=3.10,<4", "prometheus_client>=0.20"],
         "math": ["math-verify[antlr4_9_3]>=0.9,<0.10"],
         "gpu": ["megatron-bridge>=0.3.1,<0.4", "transformer-engine[pytorch]>=2.9,<2.12"],
         "wandb": ["wandb>=0.25"],

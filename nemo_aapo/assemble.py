@@ -13,16 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from nemo_aapo import parallel, report
 from nemo_aapo.algorithms import Algorithm
 from nemo_aapo.assemble_reference import build_reference, open_reference_store
 from nemo_aapo.checkpoint import Checkpointer
-from nemo_aapo.config import Config, ConfigError, ModelShape, digest
+from nemo_aapo.config import Config, ConfigError, digest
 from nemo_aapo.data.prompts import PromptSet, load_prompts
 from nemo_aapo.data.sampler import PromptSampler
-from nemo_aapo.data.tokenizer import load_tokenizer, require_eos
+from nemo_aapo.data.tokenizer import load_tokenizer, require_eos, text_decoder
 from nemo_aapo.evaluate import Validator
 from nemo_aapo.experiment import open_experiment
 from nemo_aapo.policy import cpu, model_dir, precision
@@ -34,6 +32,7 @@ from nemo_aapo.rewards.runner import RewardRunner
 from nemo_aapo.rollout import trtllm_settings
 from nemo_aapo.rollout.collect import Collector, RewardScorer
 from nemo_aapo.rollout.engine import RolloutEngine
+from nemo_aapo.rollout.engines import build_engine
 from nemo_aapo.rollout.source import RolloutSource
 from nemo_aapo.stop import StopSignal
 from nemo_aapo.trainer import AAPOTrainer
@@ -115,7 +114,7 @@ def build_trainer(
         stack: closes what needs closing (reward workers, the reference store, the engine).
         data, validation_data: prompts; by default those of ``data.train`` and ``data.validation``.
         rewards: a scorer; by default a ``RewardRunner`` for ``rewards`` of the configuration.
-        engine: makes an engine of a policy; by default the in-process Megatron engine.
+        engine: makes an engine of a policy; by default the one that ``rollout.engine`` names.
         new_store_key: take a named reference store even if it holds nothing but other runs' rewards.
     """
     from nemo_aapo.policy.learner import Learner
@@ -136,11 +135,11 @@ def build_trainer(
     key, store = open_reference_store(config, sampling, scorer, reporter, stack, new_store_key)
     reporter.note(f"loading {config.model.path} ({shape.architecture}) into Megatron")
     policy = MegatronPolicy(config, shape)
-    decode = _decoder(tokenizer)
+    decode = text_decoder(tokenizer)
     algorithm = Algorithm(config.algorithm, config.rollout.max_new_tokens)
     if algorithm.needs_reference_logprobs or config.algorithm.reference is not None:
         policy.keep_reference()
-    rollout_engine = engine(policy) if engine else _engine(config, policy, shape, decode)
+    rollout_engine = engine(policy) if engine else build_engine(config, policy, shape, decode)
     stack.callback(rollout_engine.close)
     collector = Collector(rollout_engine, scorer, decode)
     return AAPOTrainer(
@@ -248,27 +247,9 @@ def sampling_of(config: Config, eos: int) -> SamplingSpec:
     return _sampling(config, eos, config.rollout.temperature)
 
 
-def _engine(config: Config, policy: Any, shape: ModelShape, decode: Callable[[np.ndarray], str]) -> RolloutEngine:
-    if config.rollout.engine == "trtllm":
-        from nemo_aapo.rollout.trtllm_engine import TrtllmEngine
-
-        return TrtllmEngine.from_config(config, colocated=True, policy_version=policy.version)
-    from nemo_aapo.rollout.megatron_engine import MegatronEngine
-
-    budget = config.rollout.max_concurrent_tokens
-    return MegatronEngine(policy.module, shape.vocab_size, budget, policy.version, decode)
-
-
 def _sampling(config: Config, eos: int, temperature: float, **more: Any) -> SamplingSpec:
     rollout = config.rollout
     return SamplingSpec(temperature, rollout.max_new_tokens, (eos,), stop_strings=rollout.stop_strings, **more)
-
-
-def _decoder(tokenizer: Any) -> Callable[[np.ndarray], str]:
-    def decode(token_ids: np.ndarray) -> str:
-        return tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-    return decode
 
 
 def _validator(config: Config, collector: Collector, data: PromptSet, eos: int) -> Validator:

@@ -4,7 +4,7 @@ A configuration passes three gates before anything expensive happens: ``check_ov
 command line), ``parse`` (the composed tree by itself), ``derive`` (against the model and the number of ranks).
 """
 
-from nemo_aapo.config.parse import check_overrides, parse
+from nemo_aapo.config.parse import build, check_overrides, parse
 from nemo_aapo.config.schema import Config, ConfigError
 from nemo_aapo.config.sizes import ModelShape, Sizes, decisive_settings, derive, digest
 
@@ -13,6 +13,7 @@ __all__ = [
     "ConfigError",
     "ModelShape",
     "Sizes",
+    "build",
     "check_overrides",
     "decisive_settings",
     "derive",

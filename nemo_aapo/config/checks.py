@@ -25,8 +25,10 @@ def check_alone(config: Config) -> None:
     if len(config.model.optim.betas) != 2:
         raise ConfigError(f"model.optim.betas={list(config.model.optim.betas)}: two numbers are needed")
     _check_sampling(config)
-    if config.rollout.engine == "trtllm":
+    hosted = config.rollout.engine == "remote" and config.rollout.server.engine == "trtllm"
+    if hosted or config.rollout.engine == "trtllm":
         _check_trtllm(config)
+    if config.rollout.engine == "trtllm":
         _check_trtllm_colocated(config)
     _check_algorithm(config)
     _check_async(config)
@@ -51,6 +53,8 @@ _ABOVE_ZERO = (
     "trainer.distributed_timeout_s",
     "trainer.fault_timeout_s",
     "reward_runner.timeout_s",
+    "rollout.remote.wait_s",
+    "rollout.remote.timeout_s",
 )
 _MINIMA = {
     "prompts_per_step": 1,
@@ -85,6 +89,11 @@ _MINIMA = {
     "rollout.async_depth": 0,
     "rollout.trtllm.tensor_parallel_size": 1,
     "rollout.trtllm.refit_bucket_bytes": 1,
+    "rollout.remote.servers": 1,
+    "rollout.remote.retries": 0,
+    "rollout.server.index": 0,
+    "rollout.server.port": 0,
+    "rollout.server.max_request_bytes": 1024,
 }
 
 

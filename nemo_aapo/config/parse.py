@@ -74,12 +74,20 @@ def parse(tree: dict[str, Any]) -> Config:
     Raises:
         ConfigError: unknown key (naming the nearest), missing key, wrong type, or a combination that can't work.
     """
-    config = _build(Config, tree, "")
+    config = build(Config, tree)
     check_alone(config)
     return config
 
 
-def _build(cls: type, tree: Any, path: str) -> Any:
+def build(cls: type, tree: Any, path: str = "") -> Any:
+    """A plain tree as an instance of a dataclass, field for field, by its annotations.
+
+    Args:
+        path: where the tree stands in a larger one, for messages.
+
+    Raises:
+        ConfigError: unknown key (naming the nearest), missing key, wrong type.
+    """
     if not isinstance(tree, dict):
         raise ConfigError(f"{path or 'the configuration'} must be a mapping, not {tree!r}")
     hints = typing.get_type_hints(cls)
@@ -109,7 +117,7 @@ def _convert(value: Any, annotation: Any, path: str) -> Any:
     if value is None and inner is not annotation:
         return None
     if dataclasses.is_dataclass(inner):
-        return _build(inner, value, path)
+        return build(inner, value, path)
     origin = typing.get_origin(inner)
     if origin is Literal:
         choices = typing.get_args(inner)

@@ -115,10 +115,33 @@ class Trtllm:
 
 
 @dataclass(frozen=True)
+class Remote:
+    """The trainer's side of rollout servers."""
+
+    directory: str
+    servers: int
+    wait_s: float
+    timeout_s: float
+    retries: int
+
+
+@dataclass(frozen=True)
+class Server:
+    """One rollout server."""
+
+    engine: Literal["megatron", "trtllm"]
+    index: int
+    host: str
+    port: int
+    directory: str
+    max_request_bytes: int
+
+
+@dataclass(frozen=True)
 class Rollout:
     """How completions are drawn, and how well engine and learner must agree."""
 
-    engine: Literal["megatron", "trtllm"]
+    engine: Literal["megatron", "trtllm", "remote"]
     temperature: float
     top_p: float
     top_k: int
@@ -130,6 +153,8 @@ class Rollout:
     max_gen_kl: float
     on_parity_error: Literal["warn", "stop"]
     trtllm: Trtllm
+    remote: Remote
+    server: Server
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,15 @@ def decisive_settings(config: Config) -> dict[str, Any]:
         "logprob_chunk_tokens",
     ):
         tree["model"].pop(key)
-    for key in ("max_concurrent_tokens", "max_parity_error", "max_gen_kl", "on_parity_error", "trtllm"):
+    for key in (
+        "max_concurrent_tokens",
+        "max_parity_error",
+        "max_gen_kl",
+        "on_parity_error",
+        "trtllm",
+        "remote",
+        "server",
+    ):
         tree["rollout"].pop(key)
     for key in ("reference_store", "reference_fill_steps"):
         tree["algorithm"].pop(key)

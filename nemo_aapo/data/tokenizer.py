@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
@@ -125,3 +125,12 @@ def _apply_template(
             f"the tokenizer's chat template refuses the messages: {error}; unset system_prompt if it is the system "
             "role that is refused, or set chat_template to 'none'"
         ) from error
+
+
+def text_decoder(tokenizer: Any) -> Callable[[np.ndarray], str]:
+    """Token ids -> text, without special tokens and exactly as the tokens say it."""
+
+    def decode(token_ids: np.ndarray) -> str:
+        return tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    return decode

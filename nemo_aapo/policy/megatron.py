@@ -52,7 +52,7 @@ class MegatronPolicy:
         self.version = 0
         """Optimizer steps taken so far."""
         self.weight_map = WeightMap(config.model.path, precision.dtype(config.precision.name))
-        self.module = self._build_module()
+        self.module = build_module(config, shape, self.weight_map)
         self.weight_map.load(self.module)
         self.model = DistributedDataParallel(
             self.module.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), self.module
@@ -66,43 +66,6 @@ class MegatronPolicy:
         self._reference: list[torch.Tensor] | None = None
 
     # ------------------------------------------------------------------ building
-
-    def _build_module(self) -> GPTModel:
-        provider = self.weight_map.provider()
-        model = self.config.model
-        fields = {
-            **precision.model_fields(self.config.precision.name),
-            "tensor_model_parallel_size": model.tensor_model_parallel_size,
-            "pipeline_model_parallel_size": model.pipeline_model_parallel_size,
-            "sequence_parallel": model.sequence_parallel,
-            "recompute_granularity": model.recompute_granularity,
-            "recompute_method": "uniform" if model.recompute_granularity else None,
-            "recompute_num_layers": 1 if model.recompute_granularity else None,
-            # The weights come from the model directory, but mcore marks tensor-parallel parameters in the same breath
-            # as it initialises them, and the gradient norm counts unmarked ones on one rank only.
-            "perform_initialization": True,
-            "hidden_dropout": 0.0,  # the sampled policy and the trained one must be the same function
-            "attention_dropout": 0.0,
-            "calculate_per_token_loss": True,  # neither the schedule nor DDP divides the loss
-            "variable_seq_lengths": True,  # micro-batches differ in length
-            "moe_token_dispatcher_type": "alltoall",  # mcore wants it with variable lengths, dense models included
-            "batch_p2p_comm": True,
-            "batch_p2p_sync": False,
-            "deallocate_pipeline_outputs": True,
-            "parallel_output": True,
-        }
-        for name, value in fields.items():
-            setattr(provider, name, value)
-        provider.finalize()
-        if self.shape.vocab_size % model.tensor_model_parallel_size:
-            raise ConfigError(
-                f"model.tensor_model_parallel_size={model.tensor_model_parallel_size} does not divide the vocabulary "
-                f"of {self.shape.vocab_size} entries"
-            )
-        module = provider.provide(
-            pre_process=parallel_state.is_pipeline_first_stage(), post_process=parallel_state.is_pipeline_last_stage()
-        )
-        return module.to(torch.cuda.current_device())
 
     def _optimizer_config(self) -> OptimizerConfig:
         optim = self.config.model.optim
@@ -280,6 +243,48 @@ class MegatronPolicy:
         self.scheduler.num_steps = 0  # mcore adds the loaded steps to it
         self.scheduler.load_state_dict(state["scheduler"])
         self.version = state["version"]
+
+
+def build_module(config: Config, shape: ModelShape, weight_map: WeightMap) -> GPTModel:
+    """This rank's stage of the model, with random weights.
+
+    Raises:
+        ConfigError: the vocabulary can't be cut over the tensor-parallel ranks.
+    """
+    provider, model = weight_map.provider(), config.model
+    fields = {
+        **precision.model_fields(config.precision.name),
+        "tensor_model_parallel_size": model.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": model.pipeline_model_parallel_size,
+        "sequence_parallel": model.sequence_parallel,
+        "recompute_granularity": model.recompute_granularity,
+        "recompute_method": "uniform" if model.recompute_granularity else None,
+        "recompute_num_layers": 1 if model.recompute_granularity else None,
+        # The weights come from the model directory, but mcore marks tensor-parallel parameters in the same breath
+        # as it initialises them, and the gradient norm counts unmarked ones on one rank only.
+        "perform_initialization": True,
+        "hidden_dropout": 0.0,  # the sampled policy and the trained one must be the same function
+        "attention_dropout": 0.0,
+        "calculate_per_token_loss": True,  # neither the schedule nor DDP divides the loss
+        "variable_seq_lengths": True,  # micro-batches differ in length
+        "moe_token_dispatcher_type": "alltoall",  # mcore wants it with variable lengths, dense models included
+        "batch_p2p_comm": True,
+        "batch_p2p_sync": False,
+        "deallocate_pipeline_outputs": True,
+        "parallel_output": True,
+    }
+    for name, value in fields.items():
+        setattr(provider, name, value)
+    provider.finalize()
+    if shape.vocab_size % model.tensor_model_parallel_size:
+        raise ConfigError(
+            f"model.tensor_model_parallel_size={model.tensor_model_parallel_size} does not divide the vocabulary "
+            f"of {shape.vocab_size} entries"
+        )
+    module = provider.provide(
+        pre_process=parallel_state.is_pipeline_first_stage(), post_process=parallel_state.is_pipeline_last_stage()
+    )
+    return module.to(torch.cuda.current_device())
 
 
 def _loss_part(loss: TokenLoss, logprobs: torch.Tensor, entropy: torch.Tensor, batch: MicroBatch):

@@ -63,10 +63,15 @@ class WeightMap:
         """Megatron-Bridge's GPTModelProvider for the architecture, without weights."""
         return self.auto_bridge.to_megatron_provider(load_weights=False)
 
-    def load(self, model: torch.nn.Module) -> None:
-        """Fill the Megatron model (this rank's part) from the directory. Collective."""
+    def load(self, model: torch.nn.Module, directory: str | os.PathLike | None = None) -> None:
+        """Fill the Megatron model (this rank's part), tensor by tensor. Collective.
+
+        Args:
+            directory: weights of the same architecture, with a ``config.json``; None: the model directory's own.
+                The Bridge remembers which tensor is in which file, so a directory must not change once it was read.
+        """
         with contextlib.redirect_stdout(io.StringIO()):  # the Bridge draws a bar of its own
-            self.auto_bridge.load_hf_weights([model])
+            self.auto_bridge.load_hf_weights([model], None if directory is None else str(directory))
 
     def export(self, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face name, full tensor on CPU), vocabulary padding stripped. Collective; all ranks get all."""
