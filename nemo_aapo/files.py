@@ -11,13 +11,22 @@ from typing import Any
 
 import numpy as np
 
+FINISHED = "finished"
+"""Name of the file in the run directory that says that the run is complete; its JSON sums the run up."""
+LOCK = ".lock"
+"""Name of the file in the run directory that the process which writes there holds locked."""
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write a whole file or none: a reader, or a run that starts after a crash, never sees half of it."""
+
+def write_atomic(path: Path, text: str, mode: int = 0o666) -> None:
+    """Write a whole file or none: a reader, or a run that starts after a crash, never sees half of it.
+
+    Args:
+        mode: permissions of the new file, less the umask.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("w", encoding="utf-8") as file:
+        with open(partial, "w", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
