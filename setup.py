@@ -55,6 +55,7 @@ setup(
         "math": ["math-verify[antlr4_9_3]>=0.9,<0.10"],
         "gpu": ["megatron-bridge>=0.3.1,<0.4", "transformer-engine[pytorch]>=2.9,<2.12"],
         "wandb": ["wandb>=0.25"],
+        "nemo_run": ["nemo-run==0.11.1", "leptonai==0.26.6"],  # with a later leptonai nemo-run does not import
         "dev": ["pytest", "pytest-timeout", "ruff"],
     },
     classifiers=[

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from nemo_aapo.command_line import CommandLine, read_command_line, usage
-from nemo_aapo.config import Config, ConfigError, check_overrides, parse
+from nemo_aapo.config import Config, ConfigError, check_overrides, parse, without_secrets
 from nemo_aapo.errors import RunError
 from nemo_aapo.libraries import import_nemo, quiet
 
@@ -57,8 +57,8 @@ def config_main(
         check_overrides(command.overrides, command.groups())
         tree = compose(command)
         if command.show == "config":
-            return _say(_to_yaml(tree), rank)
-        config = parse(tree)
+            return _say(_to_yaml(without_secrets(tree)), rank)
+        config, tree = parse(tree), without_secrets(tree)  # the tree is what is logged and written
         if check is not None:
             check(config)
     except ConfigError as error:  # every rank finds the same: one says it
@@ -68,7 +68,7 @@ def config_main(
         return _refuse(error, rank)
     try:
         if through_nemo and rank == 0:
-            _check_same(tree, compose_through_nemo(command))
+            _check_same(tree, without_secrets(compose_through_nemo(command)))
         return task(config, tree)
     except ConfigError as error:  # perhaps on this rank only
         return _refuse(error, rank)
@@ -115,7 +115,10 @@ def compose(command: CommandLine) -> dict[str, Any]:
 
 
 def _no_effect(key: str) -> str:
-    """A known key (others were refused before) below one that the chosen files set to null."""
+    """A known key (others were refused before): new in a mapping, or below one that the chosen files set to null."""
+    if key.startswith(("cluster.env", "cluster.sbatch_args")):
+        section = ".".join(key.split(".")[:2])
+        return f"{key}: what is new in a mapping is given with a plus, one by one: +{section}.NAME=VALUE"
     return (
         f"{key} has no effect here: a chosen file (algorithm=, experiment=) sets {key.rsplit('.', 1)[0]} to null. "
         f"Leave it out, or choose another; --cfg job shows what is composed"

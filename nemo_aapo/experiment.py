@@ -13,15 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from nemo_aapo.config import Config
-from nemo_aapo.files import to_json, write_atomic
+from nemo_aapo.files import FINISHED, to_json, write_atomic
 from nemo_aapo.libraries import import_nemo
 from nemo_aapo.metrics import MetricsFile
 from nemo_aapo.run_directory import claim
 from nemo_aapo.stop import STOP_FILE
 from nemo_aapo.types import Group
-
-FINISHED = "finished"
-"""Name of the file in the run directory that says that the run is complete; its JSON sums the run up."""
 
 
 def open_experiment(

@@ -11,6 +11,11 @@ from typing import Any
 
 import numpy as np
 
+FINISHED = "finished"
+"""Name of the file in the run directory that says that the run is complete; its JSON sums the run up."""
+LOCK = ".lock"
+"""Name of the file in the run directory that the process which writes there holds locked."""
+
 
 def write_atomic(path: Path, text: str, mode: int = 0o666) -> None:
     """Write a whole file or none: a reader, or a run that starts after a crash, never sees half of it.

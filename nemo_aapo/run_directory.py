@@ -17,11 +17,10 @@ from typing import Any, TextIO
 import yaml
 
 from nemo_aapo.config import Config, ConfigError, decisive_settings, digest
-from nemo_aapo.files import to_json, write_atomic
+from nemo_aapo.files import LOCK, to_json, write_atomic
 
 RECORD = "run.json"
 """What the directory belongs to: digest and settings of the configuration, and every start with its versions."""
-LOCK = ".lock"
 VERSIONS_OF = ("torch", "megatron-core", "megatron-bridge", "transformers", "nemo-toolkit", "math-verify")
 SHOWN_DIFFERENCES = 12
 _NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from nemo_aapo.config import Config
+from nemo_aapo.config import Config, ConfigError
 from nemo_aapo.entry import config_main
 from nemo_aapo.policy.model_dir import check_model
 from nemo_aapo.rollout import trtllm_settings
@@ -16,6 +16,8 @@ def check(config: Config) -> None:
     """Refuse what can be refused without NeMo: model, layout, engine, run directory."""
     if config.rollout.engine == "trtllm":
         trtllm_settings.check(config)
+    if config.dry_run:
+        raise ConfigError("dry_run=true has an effect with scripts/launch.py only")
     check_model(config, int(os.environ.get("WORLD_SIZE", "1")))
     check_run_directory(config)
 

@@ -4,6 +4,7 @@ A configuration passes three gates before anything expensive happens: ``check_ov
 command line), ``parse`` (the composed tree by itself), ``derive`` (against the model and the number of ranks).
 """
 
+from nemo_aapo.config.cluster import without_secrets
 from nemo_aapo.config.parse import build, check_overrides, parse
 from nemo_aapo.config.schema import Config, ConfigError
 from nemo_aapo.config.sizes import ModelShape, Sizes, decisive_settings, derive, digest
@@ -19,4 +20,5 @@ __all__ = [
     "derive",
     "digest",
     "parse",
+    "without_secrets",
 ]

@@ -6,6 +6,7 @@ import importlib.util
 import math
 from typing import Any
 
+from nemo_aapo.config.cluster import check_cluster
 from nemo_aapo.config.schema import Config, ConfigError
 
 
@@ -34,6 +35,7 @@ def check_alone(config: Config) -> None:
     _check_async(config)
     _check_rewards(config)
     _check_loggers(config)
+    check_cluster(config)
     if config.model.sequence_parallel and config.model.tensor_model_parallel_size == 1:
         raise ConfigError("model.sequence_parallel=true has no effect without model.tensor_model_parallel_size > 1")
     if config.model.optim.sched.name == "constant" and config.model.optim.sched.min_lr:
@@ -94,6 +96,15 @@ _MINIMA = {
     "rollout.server.index": 0,
     "rollout.server.port": 0,
     "rollout.server.max_request_bytes": 1024,
+    "cluster.gpus_per_node": 0,
+    "cluster.cpus_per_task": 1,
+    "cluster.chain": 1,
+    "cluster.signal_s": 1,
+    "cluster.max_requeues": 0,
+    "cluster.fill_jobs": 1,
+    "cluster.servers.nodes": 0,
+    "cluster.servers.per_node": 1,
+    "cluster.servers.gpus_per_node": 0,
 }
 
 

@@ -226,10 +226,48 @@ class Precision:
 
 
 @dataclass(frozen=True)
-class Cluster:
-    """Where the launcher starts ranks."""
+class Servers:
+    """Rollout servers beside the trainer."""
 
-    kind: Literal["local"]
+    nodes: int
+    per_node: int
+    gpus_per_node: int
+
+
+@dataclass(frozen=True)
+class Container:
+    """What pyxis starts the ranks in."""
+
+    image: str | None
+    mounts: tuple[str, ...]
+    workdir: str | None
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where the launcher starts ranks, and what it asks Slurm for."""
+
+    kind: Literal["local", "slurm", "interactive"]
+    launcher: Literal["sbatch", "nemo_run"]
+    account: str | None
+    partition: str | None
+    qos: str | None
+    time: str
+    gpus_per_node: int
+    cpus_per_task: int | None
+    exclusive: bool
+    dependency: str | None
+    chain: int
+    signal_s: int
+    max_requeues: int
+    fill_jobs: int
+    servers: Servers
+    container: Container
+    python: str | None
+    sbatch_args: dict[str, Any]
+    srun_args: tuple[str, ...]
+    env: dict[str, Any]
+    setup: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -253,4 +291,5 @@ class Config:
     export_hf_model: bool
     exp_manager: ExpManager
     precision: Precision
+    dry_run: bool
     cluster: Cluster

@@ -104,7 +104,7 @@ def decisive_settings(config: Config) -> dict[str, Any]:
     often it validates and saves, and where it logs.
     """
     tree = dataclasses.asdict(config)
-    for section in ("run", "cluster", "exp_manager", "checkpoint", "export_hf_model", "reward_runner"):
+    for section in ("run", "cluster", "exp_manager", "checkpoint", "export_hf_model", "reward_runner", "dry_run"):
         tree.pop(section)
     tree.pop("max_tokens_per_microbatch")
     for key in ("num_nodes", "devices", "val_check_interval", "distributed_timeout_s", "fault_timeout_s"):

@@ -1,0 +1,121 @@
+"""The ``cluster`` settings: what Slurm would misread is refused, what others must not read is hidden."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from nemo_aapo.config.schema import Cluster, Config, ConfigError
+
+HIDDEN = "<hidden>"
+WARNED_EARLY_S = 90
+"""Slurm warns of a time limit up to a minute early, and only once: a job that is just starting would miss it."""
+_ONLY_BATCH = ("account", "partition", "qos", "sbatch_args", "setup", "servers.nodes")
+_ONLY_SLURM = ("cpus_per_task", "python", "srun_args", "env", "container.image")
+"""Empty by default; a value would have no effect without a batch job, or without Slurm."""
+_OWN_FLAGS = {
+    "account": "cluster.account",
+    "array": "cluster.fill_jobs",
+    "cpus-per-task": "cluster.cpus_per_task",
+    "dependency": "cluster.dependency",
+    "exclusive": "cluster.exclusive",
+    "gpus-per-node": "cluster.gpus_per_node",
+    "job-name": "run.name",
+    "nodes": "trainer.num_nodes",
+    "ntasks-per-node": "trainer.devices",
+    "partition": "cluster.partition",
+    "qos": "cluster.qos",
+    "signal": "cluster.signal_s",
+    "time": "cluster.time",
+}
+"""Flags of sbatch that have a setting of their own."""
+
+
+def without_secrets(tree: dict[str, Any]) -> dict[str, Any]:
+    """A composed tree whose ``cluster.env`` has names only: what may be shown, logged and written to files."""
+    cluster = tree.get("cluster")
+    if not isinstance(cluster, dict) or not isinstance(cluster.get("env"), dict):
+        return tree
+    return {**tree, "cluster": {**cluster, "env": dict.fromkeys(cluster["env"], HIDDEN)}}
+
+
+def time_in_seconds(time: str) -> int:
+    """Seconds of HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS.
+
+    Raises:
+        ConfigError: anything else, above all a bare number, and MM:SS, which looks like HH:MM.
+    """
+    match = re.fullmatch(r"(?:(\d+)-(\d{1,2})(?::(\d\d))?(?::(\d\d))?|(\d+):(\d\d):(\d\d))", time)
+    if match is None:
+        raise ConfigError(
+            f"cluster.time={time}: write HH:MM:SS or D-HH:MM:SS, in quotes: cluster.time='\"04:00:00\"' on the command "
+            'line, time: "04:00:00" in a file. YAML reads a bare 4:00:00 as the number 14400'
+        )
+    parts = [int(part or 0) for part in match.groups()]
+    days, hours, minutes, seconds = parts[:4] if match[1] is not None else [0, *parts[4:]]
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def check_cluster(config: Config) -> None:
+    """Refuse what Slurm would misread or what has no effect.
+
+    Raises:
+        ConfigError: names the key, its value and the reason.
+    """
+    cluster = config.cluster
+    limit = time_in_seconds(cluster.time)
+    if cluster.kind == "local":
+        _check_without_effect(cluster, (*_ONLY_BATCH, *_ONLY_SLURM), "on this machine (cluster=slurm asks Slurm)")
+        return
+    if cluster.kind == "interactive":
+        _check_without_effect(cluster, _ONLY_BATCH, "in an allocation that is there already")
+    if cluster.signal_s + WARNED_EARLY_S > limit:
+        raise ConfigError(
+            f"cluster.signal_s={cluster.signal_s}: the warning could come before the job is up, as Slurm may send it a "
+            f"minute early: cluster.time={cluster.time} must be at least {WARNED_EARLY_S} s longer"
+        )
+    for key, text in (("run.name", config.run.name), ("run.dir", config.run.dir), *_texts(cluster)):
+        if re.search(r"[\x00-\x1f\x7f]", text):
+            raise ConfigError(f"{key}={text!r}: line breaks and control characters can't stand in a batch script")
+    _check_maps(cluster)
+    if cluster.container.image is None and (cluster.container.mounts or cluster.container.workdir):
+        raise ConfigError("cluster.container.mounts and workdir have no effect without cluster.container.image")
+    if cluster.container.image is not None:
+        for key, path in (
+            ("run.dir", config.run.dir),
+            ("model.path", config.model.path),
+            ("data.train", config.data.train),
+            ("data.validation", config.data.validation),
+        ):
+            if not path.startswith("/"):
+                raise ConfigError(f"{key}={path}: with cluster.container.image paths must be absolute")
+    if cluster.launcher == "nemo_run" and (cluster.kind != "slurm" or cluster.servers.nodes):
+        raise ConfigError("cluster.launcher=nemo_run submits trainers: it needs cluster=slurm, without servers")
+
+
+def _check_without_effect(cluster: Cluster, keys: Sequence[str], where: str) -> None:
+    for key in keys:
+        if operator.attrgetter(key)(cluster):
+            raise ConfigError(f"cluster.{key} has no effect {where}. Leave it out")
+
+
+def _check_maps(cluster: Cluster) -> None:
+    for name in cluster.env:
+        if not re.fullmatch(r"[A-Za-z_]\w*", str(name)):
+            raise ConfigError(f"cluster.env: {name!r} is no name of a variable")
+    for flag in cluster.sbatch_args:
+        if not re.fullmatch(r"[a-z][a-z0-9-]*", str(flag)):
+            raise ConfigError(f"cluster.sbatch_args: {flag!r}: write sbatch's long flags without dashes: constraint")
+        if flag in _OWN_FLAGS:
+            raise ConfigError(f"cluster.sbatch_args.{flag}: set {_OWN_FLAGS[flag]} instead")
+
+
+def _texts(cluster: Cluster) -> list[tuple[str, str]]:
+    """Everything else that ends up in the script, but for lines of ``setup``."""
+    found = [(f"cluster.{key}", getattr(cluster, key) or "") for key in ("account", "partition", "qos", "dependency")]
+    found += [(f"cluster.sbatch_args.{flag}", str(value)) for flag, value in cluster.sbatch_args.items()]
+    found += [("cluster.srun_args", flag) for flag in cluster.srun_args]
+    found += [("cluster.container", text) for text in (cluster.container.image or "", *cluster.container.mounts)]
+    return found
