@@ -40,7 +40,7 @@ class Cluster:
     def __init__(self, folder: Path, *, nodes: int = 6, warn_preempted: bool = True) -> None:
         """Start it. It ends with this process, however that ends."""
         self.folder = folder
-        port = 30000 + os.getpid() % 240 * 10 + (0 if warn_preempted else 5)
+        port = 30000 + os.getpid() % 120 * 20 + (0 if warn_preempted else 10)
         self.environment = {
             **{key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "SBATCH"))},
             "PATH": PATH,
