@@ -9,7 +9,9 @@ import time
 
 import pytest
 
-from tests.distributed.test_training import assert_same_run
+from nemo_aapo import manifest
+from nemo_aapo.rollout import pending
+from tests.distributed.test_training import IN_THE_THIRD_STEP, assert_same_run
 from tests.distributed.training_runs import exported, make_input, metrics, run, settings
 from tests.servers import Servers, wait_until_ready
 
@@ -68,3 +70,25 @@ def test_a_run_on_one_server_stopped_and_resumed_ends_in_the_same_bits(ranks, fo
         assert ranks.run(run, remote(folder, run_dir, servers, *more), tp=None) == [0]
     assert metrics(run_dir) == metrics(folder / "in_process")
     assert exported(run_dir) == exported(folder / "in_process")
+
+
+AHEAD = ("rollout.async_depth=1", "algorithm.importance_weight_cap=2.0")
+
+
+def test_one_step_ahead_a_checkpoint_keeps_the_rollouts_that_were_not_trained_on(ranks, folder, servers):
+    """Stopped and resumed to the same bits; on tensor-parallel ranks within 1e-5. One server is left here."""
+    whole, stopped, moved = (folder / f"ahead_{name}" for name in ("whole", "stopped", "moved"))
+    assert ranks.run(run, remote(folder, whole, servers, *AHEAD), tp=None) == [0]
+    steps = [line for line in metrics(whole) if "loss" in line]
+    assert [line["rollout/lag"] for line in steps] == [0, 1, 1, 1, 1, 1]  # the first has nothing to be ahead of
+    assert all(0 < line["importance_weight/mean"] < 2 for line in steps)
+    for run_dir in (stopped, moved):
+        assert ranks.run(run, remote(folder, run_dir, servers, *AHEAD), IN_THE_THIRD_STEP, tp=None) == [0]
+        newest = max((run_dir / "checkpoints").iterdir())
+        assert pending.FILE_NAME in manifest.read(newest).files
+        assert not (run_dir / "finished").exists()
+    assert ranks.run(run, remote(folder, stopped, servers, *AHEAD), tp=None) == [0]
+    assert metrics(stopped) == metrics(whole)
+    assert exported(stopped) == exported(whole)
+    assert ranks.run(run, remote(folder, moved, servers, *AHEAD, world=2, tp=2), world=2, tp=None) == [0, 0]
+    assert_same_run(moved, whole)

@@ -14,10 +14,11 @@ from tests.test_trtllm_engine import PROMPTS, SAMPLING, SEEDS, share_on_cpu
 
 def _rollout(path, tp, pp):
     """What this rank saw: weights in the engine's workers, completions, how they came, how a failure ended."""
-    from nemo_aapo import assemble, parallel
+    from nemo_aapo import parallel
     from nemo_aapo.policy.megatron import MegatronPolicy
     from nemo_aapo.policy.model_dir import read_model_dir
     from nemo_aapo.rollout import trtllm_placement, trtllm_refit, trtllm_settings
+    from nemo_aapo.rollout.engines import build_engine
     from tests import fake_trtllm
 
     layout = {"model__tensor_model_parallel_size": tp, "model__pipeline_model_parallel_size": pp, "trainer__devices": 2}
@@ -38,7 +39,7 @@ def _rollout(path, tp, pp):
         monkeypatch.setattr(trtllm_placement, "visible_gpu", lambda device: gpu)
         fake = fake_trtllm.install(monkeypatch)
         fake.device_ids = ["GPU-0", "GPU-1"]
-        engine = assemble._engine(config, types.SimpleNamespace(version=0), None)
+        engine = build_engine(config, types.SimpleNamespace(version=0), None, str)
         engine.update_weights(policy.named_weights(), 5)
         engine.wake()
         out = engine.generate(PROMPTS, SAMPLING, SEEDS, lambda i, j, completion: came.append((i, j)))
