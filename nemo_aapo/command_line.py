@@ -12,6 +12,8 @@ from typing import Literal, NoReturn
 from nemo_aapo.config import ConfigError
 
 PAGE = "train_aapo"
+FROZEN = "frozen"
+"""Name of the page that a launcher leaves in the run directory: everything is resolved in it."""
 MAIN_KEYS = (
     "run.name",
     "run.dir",

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from nemo_aapo.command_line import CommandLine, read_command_line, usage
+from nemo_aapo.command_line import FROZEN, CommandLine, read_command_line, usage
 from nemo_aapo.config import Config, ConfigError, check_overrides, parse, without_secrets
 from nemo_aapo.errors import RunError
 from nemo_aapo.libraries import import_nemo, quiet
@@ -43,7 +43,8 @@ def config_main(
         description: what the script does, for ``--help``.
         argv: the words after the script's name; None: those of this process.
         check: further refusals, on every rank, before anything slow is imported.
-        through_nemo: compose by NeMo's ``hydra_runner`` on rank 0, as NeMo's scripts do. Launchers do without.
+        through_nemo: compose by NeMo's ``hydra_runner`` on rank 0, as NeMo's scripts do. Launchers do without, and so
+            do the ranks of a job, whose page the launcher has frozen: NeMo's import is half of a rank's start.
 
     Returns:
         The task's exit code, or 2 where the configuration is refused: one message on stderr, no traceback.
@@ -67,7 +68,7 @@ def config_main(
             return REFUSED
         return _refuse(error, rank)
     try:
-        if through_nemo and rank == 0:
+        if through_nemo and rank == 0 and command.page != FROZEN:  # in that one nothing is left to compose
             _check_same(tree, without_secrets(compose_through_nemo(command)))
         return task(config, tree)
     except ConfigError as error:  # perhaps on this rank only
