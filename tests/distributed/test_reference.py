@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.distributed.training_runs import Parity, make_input, settings
+from tests.distributed.training_runs import TIMES, Parity, make_input, settings
 
 SHORT = ["trainer.max_steps=4", "checkpoint.save_interval=2", "trainer.val_check_interval=0", "export_hf_model=false"]
 
@@ -37,7 +37,7 @@ class Quiet:
         self.notes.append(text)
 
     def log_step(self, step, metrics):
-        self.metrics.append({k: v for k, v in metrics.items() if not k.startswith(("time/", "tokens_per"))})
+        self.metrics.append({k: v for k, v in metrics.items() if not k.startswith(TIMES)})
 
     def log_validation(self, step, metrics, samples): ...
     def save_rollouts(self, name, samples): ...
