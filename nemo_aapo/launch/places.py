@@ -21,10 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_aapo.command_line import FROZEN
 from nemo_aapo.files import to_json, write_atomic
-
-FROZEN = "frozen"
-"""Name of the frozen page, as ``--config-name`` takes it."""
 
 
 @dataclass(frozen=True)

@@ -165,6 +165,8 @@ def _check_sampling(sampling: SamplingSpec, limits: Limits) -> None:
             f"sampling.min_new_tokens={sampling.min_new_tokens}, sampling.max_new_tokens={sampling.max_new_tokens}: "
             "0 <= min <= max with max >= 1 is needed"
         )
+    if "" in sampling.stop_strings:
+        raise WireError("sampling.stop_strings: an empty string would end every completion at once")
     for token in sampling.stop_token_ids:
         if not 0 <= token < limits.vocab_size:
             raise WireError(f"sampling.stop_token_ids: {token} lies outside the vocabulary of {limits.vocab_size}")

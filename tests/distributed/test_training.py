@@ -253,6 +253,7 @@ def make_real_input(folder):
         sizes["eos_token_id"] = tokenizer.eos_token_id
     else:
         save_character_tokenizer(folder / "model")
+        sizes["vocab_size"] = SIZES["vocab_size"]  # or few of the ids that are drawn would be text
     save_model(Qwen2Config(**sizes, tie_word_embeddings=True), folder / "model")
     gsm8k = SHARED / "data" / "gsm8k" / "train.jsonl"
     if gsm8k.exists():
