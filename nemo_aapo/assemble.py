@@ -17,7 +17,7 @@ from nemo_aapo import parallel, report
 from nemo_aapo.algorithms import Algorithm
 from nemo_aapo.assemble_reference import build_reference, open_reference_store
 from nemo_aapo.checkpoint import Checkpointer
-from nemo_aapo.config import Config, ConfigError, digest
+from nemo_aapo.config import Config, ConfigError, ModelShape, digest
 from nemo_aapo.data.prompts import PromptSet, load_prompts
 from nemo_aapo.data.sampler import PromptSampler
 from nemo_aapo.data.tokenizer import load_tokenizer, require_eos, text_decoder
@@ -117,9 +117,6 @@ def build_trainer(
         engine: makes an engine of a policy; by default the one that ``rollout.engine`` names.
         new_store_key: take a named reference store even if it holds nothing but other runs' rewards.
     """
-    from nemo_aapo.policy.learner import Learner
-    from nemo_aapo.policy.megatron import MegatronPolicy
-
     shape = model_dir.read_model_dir(config.model.path)
     tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
     eos = require_eos(tokenizer, config.model.path)
@@ -134,11 +131,9 @@ def build_trainer(
     sampling = sampling_of(config, eos)
     key, store = open_reference_store(config, sampling, scorer, reporter, stack, new_store_key)
     reporter.note(f"loading {config.model.path} ({shape.architecture}) into Megatron")
-    policy = MegatronPolicy(config, shape)
-    decode = text_decoder(tokenizer)
     algorithm = Algorithm(config.algorithm, config.rollout.max_new_tokens)
-    if algorithm.needs_reference_logprobs or config.algorithm.reference is not None:
-        policy.keep_reference()
+    policy, learner = _policy_and_learner(config, shape, algorithm)
+    decode = text_decoder(tokenizer)
     rollout_engine = engine(policy) if engine else build_engine(config, policy, shape, decode)
     stack.callback(rollout_engine.close)
     collector = Collector(rollout_engine, scorer, decode)
@@ -155,27 +150,43 @@ def build_trainer(
             reference=build_reference(config, collector, sampling, key, store),
         ),
         algorithm=algorithm,
-        learner=Learner(
-            policy,
-            algorithm,
-            config.max_tokens_per_microbatch,
-            config.algorithm.updates_per_rollout,
-            config.model.tensor_model_parallel_size if config.model.sequence_parallel else 1,
-        ),
+        learner=learner,
         validator=_validator(config, collector, validation_data, eos),
-        checkpoints=Checkpointer(
-            Path(config.run.dir) / "checkpoints",
-            digest(config),
-            keep_last=config.checkpoint.keep_last,
-            keep_best=config.checkpoint.keep_best,
-            background=config.checkpoint.async_save,
-            timeout_s=config.trainer.distributed_timeout_s,
-        ),
+        checkpoints=_checkpointer(config),
         reporter=reporter,
     )
 
 
 # ---------------------------------------------------------------- parts
+
+
+def _policy_and_learner(config: Config, shape: ModelShape, algorithm: Algorithm) -> tuple[Any, Any]:
+    """``MegatronPolicy`` with the base model's weights, and the ``Learner`` that updates it."""
+    from nemo_aapo.policy.learner import Learner
+    from nemo_aapo.policy.megatron import MegatronPolicy
+
+    policy = MegatronPolicy(config, shape)
+    if algorithm.needs_reference_logprobs or config.algorithm.reference is not None:
+        policy.keep_reference()
+    learner = Learner(
+        policy,
+        algorithm,
+        config.max_tokens_per_microbatch,
+        config.algorithm.updates_per_rollout,
+        config.model.tensor_model_parallel_size if config.model.sequence_parallel else 1,
+    )
+    return policy, learner
+
+
+def _checkpointer(config: Config) -> Checkpointer:
+    return Checkpointer(
+        Path(config.run.dir) / "checkpoints",
+        digest(config),
+        keep_last=config.checkpoint.keep_last,
+        keep_best=config.checkpoint.keep_best,
+        background=config.checkpoint.async_save,
+        timeout_s=config.trainer.distributed_timeout_s,
+    )
 
 
 def build_scorer(config: Config, given: RewardScorer | None, stack: contextlib.ExitStack) -> RewardScorer | None:
