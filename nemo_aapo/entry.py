@@ -99,12 +99,9 @@ def compose(command: CommandLine) -> dict[str, Any]:
     """
     import hydra
     from hydra.errors import HydraException
-    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    # NeMo's own resolvers, so that a page means the same on ranks that don't import NeMo.
-    OmegaConf.register_new_resolver("multiply", lambda x, y: x * y, replace=True)
-    OmegaConf.register_new_resolver("sum", lambda x, y: x + y, replace=True)
+    register_resolvers()
     try:
         with hydra.initialize_config_dir(str(command.directory), version_base=None):
             return _resolve(hydra.compose(command.page, overrides=command.overrides))
@@ -113,6 +110,14 @@ def compose(command: CommandLine) -> dict[str, Any]:
             raise ConfigError(_no_effect(without_effect[1])) from None
         cause = f" ({_one_line(error.__cause__)})" if error.__cause__ else ""
         raise ConfigError(_one_line(error) + cause) from None
+
+
+def register_resolvers() -> None:
+    """NeMo's own resolvers, so that a page means the same on ranks that don't import NeMo."""
+    from omegaconf import OmegaConf
+
+    OmegaConf.register_new_resolver("multiply", lambda x, y: x * y, replace=True)
+    OmegaConf.register_new_resolver("sum", lambda x, y: x + y, replace=True)
 
 
 def _no_effect(key: str) -> str:

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_aapo.command_line import config_directory, read_command_line, read_page
 from nemo_aapo.config import Config, ConfigError, ModelShape, check_overrides, derive, digest, parse
-from nemo_aapo.entry import compose
+from nemo_aapo.entry import compose, register_resolvers
 from tests.models import make_config
 
 GIVEN = ("model.path=/m", "data.train=/t", "data.validation=/v")
@@ -57,6 +57,7 @@ def test_the_page_has_exactly_the_settings_of_the_schema_each_with_a_comment():
 
 @pytest.mark.parametrize("group", sorted(GROUPS))
 def test_every_choice_composes_with_the_page_into_a_valid_configuration(group):
+    register_resolvers()
     assert GROUPS[group]
     for choice in GROUPS[group]:
         config = config_of(f"{group}={choice}")
