@@ -11,15 +11,9 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.training_runs import metrics
-from tests.slurm.cluster import ROOT, make_run
+from tests.slurm.cluster import make_run
 
-pytestmark = [
-    pytest.mark.timeout(900),
-    pytest.mark.skipif(
-        not (ROOT / "nemo_aapo" / "rollout" / "server.py").exists(),
-        reason="there are no rollout servers in this checkout",
-    ),
-]
+pytestmark = pytest.mark.timeout(900)
 ONE_RANK = ("trainer.num_nodes=1", "model.tensor_model_parallel_size=1")
 
 
