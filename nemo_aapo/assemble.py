@@ -17,7 +17,7 @@ from nemo_aapo import parallel, report
 from nemo_aapo.algorithms import Algorithm
 from nemo_aapo.assemble_reference import build_reference, open_reference_store
 from nemo_aapo.checkpoint import Checkpointer
-from nemo_aapo.config import Config, ConfigError, ModelShape, digest
+from nemo_aapo.config import Config, ConfigError, ModelShape, digest, pad_multiple
 from nemo_aapo.data.prompts import PromptSet, load_prompts
 from nemo_aapo.data.sampler import PromptSampler
 from nemo_aapo.data.tokenizer import load_tokenizer, require_eos, text_decoder
@@ -53,11 +53,12 @@ def train(config: Config, tree: dict[str, Any] | None = None, **parts: Any) -> i
     Raises:
         ConfigError, DataError: what can't work, on every rank.
     """
-    tree = tree if tree is not None else json.loads(json.dumps(dataclasses.asdict(config)))
+    config = precision.decide(config)
+    decided = json.loads(json.dumps(dataclasses.asdict(config)))
+    tree = decided if tree is None else {**tree, "precision": decided["precision"], "model": decided["model"]}
     world_size = parallel.world_size_of_job()
     if config.rollout.engine == "trtllm":
         trtllm_settings.check(config)
-    precision.check(config.precision.name)
     _, sizes = model_dir.check_model(config, world_size)
     initialize(config)
     rank = parallel.rank()
@@ -173,7 +174,8 @@ def _policy_and_learner(config: Config, shape: ModelShape, algorithm: Algorithm)
         algorithm,
         config.max_tokens_per_microbatch,
         config.algorithm.updates_per_rollout,
-        config.model.tensor_model_parallel_size if config.model.sequence_parallel else 1,
+        pad_multiple=pad_multiple(policy.config),
+        packed=policy.config.model.sequence_packing,
     )
     return policy, learner
 

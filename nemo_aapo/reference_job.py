@@ -43,7 +43,7 @@ def fill(config: Config, shard: Shard | None = None) -> int:
     store = config.algorithm.reference_store
     own = str(shard.path(store)) if shard else store
     filled = dataclasses.replace(config, algorithm=dataclasses.replace(config.algorithm, reference_store=own))
-    precision.check(config.precision.name)
+    config, filled = precision.decide(config), precision.decide(filled)
     assemble.initialize(config)
     speaks = parallel.rank() == 0
     try:

@@ -17,7 +17,7 @@ from tests.models import make_config
 
 GIVEN = ("model.path=/m", "data.train=/t", "data.validation=/v")
 GROUPS = read_command_line([]).groups()
-SHAPE = ModelShape("Qwen2ForCausalLM", 6, 48, 96, 12, 4, 1000, False, 4096)
+SHAPE = ModelShape("Qwen2ForCausalLM", 6, 48, 96, 12, 4, 4, 1000, False, 4096)
 
 
 @functools.cache

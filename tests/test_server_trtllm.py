@@ -49,7 +49,7 @@ def config(monkeypatch, tmp_path):
 def served(config, tmp_path):
     """The server's directory; the server runs in threads of this process."""
     directory, base = open_directory(tmp_path / "servers"), wire.WeightsId(0, "base")
-    shape = ModelShape("Qwen2ForCausalLM", 1, 8, 8, 1, 1, VOCAB, False, 64)
+    shape = ModelShape("Qwen2ForCausalLM", 1, 8, 8, 1, 1, 8, VOCAB, False, 64)
 
     def locate(weights, tensors) -> Path:
         assert tensors == {TABLE}

@@ -6,19 +6,25 @@ command line), ``parse`` (the composed tree by itself), ``derive`` (against the 
 
 from nemo_aapo.config.cluster import without_secrets
 from nemo_aapo.config.parse import build, check_overrides, parse
+from nemo_aapo.config.precision import PRECISIONS, PrecisionKind, kind_of, pad_multiple, with_machine_defaults
 from nemo_aapo.config.schema import Config, ConfigError
 from nemo_aapo.config.sizes import ModelShape, Sizes, decisive_settings, derive, digest
 
 __all__ = [
+    "PRECISIONS",
     "Config",
     "ConfigError",
     "ModelShape",
+    "PrecisionKind",
     "Sizes",
     "build",
     "check_overrides",
     "decisive_settings",
     "derive",
     "digest",
+    "kind_of",
+    "pad_multiple",
     "parse",
+    "with_machine_defaults",
     "without_secrets",
 ]

@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 from nemo_aapo.config.cluster import check_cluster
+from nemo_aapo.config.precision import check_optimizer, check_precision
 from nemo_aapo.config.schema import Config, ConfigError
 
 
@@ -36,6 +37,9 @@ def check_alone(config: Config) -> None:
     _check_rewards(config)
     _check_loggers(config)
     check_cluster(config)
+    check_precision(config)
+    check_optimizer(config.model)
+    _check_layout(config)
     if config.model.sequence_parallel and config.model.tensor_model_parallel_size == 1:
         raise ConfigError("model.sequence_parallel=true has no effect without model.tensor_model_parallel_size > 1")
     if config.model.optim.sched.name == "constant" and config.model.optim.sched.min_lr:
@@ -68,7 +72,11 @@ _MINIMA = {
     "trainer.val_check_interval": 0,
     "model.tensor_model_parallel_size": 1,
     "model.pipeline_model_parallel_size": 1,
+    "model.context_parallel_size": 1,
+    "model.expert_model_parallel_size": 1,
     "model.logprob_chunk_tokens": 1,
+    "precision.num_layers_at_start_in_bf16": 0,
+    "precision.num_layers_at_end_in_bf16": 0,
     "model.optim.sched.warmup_steps": 0,
     "model.optim.weight_decay": 0,
     "algorithm.updates_per_rollout": 1,
@@ -106,6 +114,32 @@ _MINIMA = {
     "cluster.servers.per_node": 1,
     "cluster.servers.gpus_per_node": 0,
 }
+
+
+def _check_layout(config: Config) -> None:
+    """What megatron-core could do and is not wired here, and settings without effect."""
+    model = config.model
+    if model.context_parallel_size > 1:
+        raise ConfigError(
+            f"model.context_parallel_size={model.context_parallel_size}: not wired. Log-probs are taken from whole "
+            "sequences, and the in-process rollout engine knows no such cut. For longer sequences use "
+            "model.tensor_model_parallel_size with sequence_parallel=true, and recompute_granularity=full"
+        )
+    if model.expert_model_parallel_size > 1:
+        raise ConfigError(
+            f"model.expert_model_parallel_size={model.expert_model_parallel_size}: the models that train here (Qwen2, "
+            "Qwen3, Llama) have no experts to deal out; models with experts are refused, as the in-process rollout "
+            "engine has no such layers"
+        )
+    if model.recompute_granularity == "selective" and not model.recompute_modules:
+        raise ConfigError("model.recompute_granularity=selective recomputes model.recompute_modules, which is empty")
+    if config.rollout.offload_learner and config.rollout.engine == "remote":
+        raise ConfigError("rollout.offload_learner=true has no effect with rollout.engine=remote: it draws elsewhere")
+    if config.rollout.offload_learner and model.optim.cpu_offload_fraction:
+        raise ConfigError(
+            f"rollout.offload_learner=true with model.optim.cpu_offload_fraction={model.optim.cpu_offload_fraction}: "
+            "the optimizer state would move while a part of it lives in host memory. Use one of the two"
+        )
 
 
 def _check_sampling(config: Config) -> None:

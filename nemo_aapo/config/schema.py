@@ -51,6 +51,10 @@ class Optim:
     eps: float
     weight_decay: float
     clip_grad: float
+    use_distributed_optimizer: bool | None
+    overlap_grad_reduce: bool
+    overlap_param_gather: bool
+    cpu_offload_fraction: float
     sched: Sched
 
 
@@ -62,8 +66,12 @@ class Model:
     trust_remote_code: bool
     tensor_model_parallel_size: int
     pipeline_model_parallel_size: int
+    context_parallel_size: int
+    expert_model_parallel_size: int
     sequence_parallel: bool
-    recompute_granularity: Literal["full"] | None
+    sequence_packing: bool | None
+    recompute_granularity: Literal["full", "selective"] | None
+    recompute_modules: tuple[Literal["core_attn", "mlp", "layernorm"], ...]
     logprob_chunk_tokens: int
     optim: Optim
 
@@ -148,6 +156,7 @@ class Rollout:
     max_new_tokens: int
     stop_strings: tuple[str, ...]
     max_concurrent_tokens: int
+    offload_learner: bool
     async_depth: int
     max_parity_error: float
     max_gen_kl: float
@@ -222,7 +231,9 @@ class ExpManager:
 class Precision:
     """Numbers and kernels."""
 
-    name: Literal["fp32", "bf16"]
+    name: Literal["auto", "fp32", "bf16", "fp8_tensorwise", "fp8_blockwise", "fp8_delayed"]
+    num_layers_at_start_in_bf16: int
+    num_layers_at_end_in_bf16: int
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from nemo_aapo.config.precision import check_widths, pad_multiple
 from nemo_aapo.config.schema import Config, ConfigError
 
 
@@ -21,6 +22,7 @@ class ModelShape:
     ffn_hidden_size: int
     num_attention_heads: int
     num_query_groups: int
+    head_size: int
     vocab_size: int
     tied_embeddings: bool
     max_position_embeddings: int
@@ -53,6 +55,13 @@ def derive(config: Config, shape: ModelShape, world_size: int) -> Sizes:
     ):
         if parts % number:
             raise ConfigError(f"model.{key}={number} does not divide the model's {parts} {what}")
+    check_widths(config, _widths(shape, tp))
+    edges = config.precision.num_layers_at_start_in_bf16, config.precision.num_layers_at_end_in_bf16
+    if max(edges) > shape.num_layers // pp:
+        raise ConfigError(
+            f"precision.num_layers_at_start_in_bf16={edges[0]}, num_layers_at_end_in_bf16={edges[1]}: a pipeline stage "
+            f"has {shape.num_layers // pp} layers, and bf16 ones must lie within the first and the last"
+        )
     if config.rollout.engine == "trtllm" and shape.num_attention_heads % (tp * pp):
         raise ConfigError(
             f"rollout.engine=trtllm cuts each layer over the {tp} x {pp} GPUs of a model-parallel group, which do not "
@@ -78,6 +87,12 @@ def derive(config: Config, shape: ModelShape, world_size: int) -> Sizes:
             f"data.max_prompt_tokens + rollout.max_new_tokens = {longest} exceeds the "
             f"{shape.max_position_embeddings} positions of the model (max_position_embeddings)"
         )
+    multiple = pad_multiple(config)
+    if -(-longest // multiple) * multiple > config.max_tokens_per_microbatch:
+        raise ConfigError(
+            f"max_tokens_per_microbatch={config.max_tokens_per_microbatch} can't hold one sequence of {longest} tokens "
+            f"padded to a multiple of {multiple} (precision={config.precision.name}, sequence parallelism)"
+        )
     per_rank = config.prompts_per_step // dp
     completions = config.prompts_per_step * config.group_size
     updates = config.algorithm.updates_per_rollout
@@ -97,6 +112,17 @@ def derive(config: Config, shape: ModelShape, world_size: int) -> Sizes:
     )
 
 
+def _widths(shape: ModelShape, tp: int) -> dict[str, int]:
+    """Dimensions of one rank's linear layers."""
+    heads = shape.num_attention_heads + 2 * shape.num_query_groups
+    return {
+        "hidden size": shape.hidden_size,
+        "query, key and value size of a rank": heads * shape.head_size // tp,
+        "attention output of a rank": shape.num_attention_heads * shape.head_size // tp,
+        "feed-forward units of a rank": shape.ffn_hidden_size // tp,
+    }
+
+
 def decisive_settings(config: Config) -> dict[str, Any]:
     """The settings that decide the result of a run, as a plain tree.
 
@@ -114,13 +140,20 @@ def decisive_settings(config: Config) -> dict[str, Any]:
     for key in (
         "tensor_model_parallel_size",
         "pipeline_model_parallel_size",
+        "context_parallel_size",
+        "expert_model_parallel_size",
         "sequence_parallel",
+        "sequence_packing",
         "recompute_granularity",
+        "recompute_modules",
         "logprob_chunk_tokens",
     ):
         tree["model"].pop(key)
+    for key in ("overlap_grad_reduce", "overlap_param_gather"):
+        tree["model"]["optim"].pop(key)
     for key in (
         "max_concurrent_tokens",
+        "offload_learner",
         "max_parity_error",
         "max_gen_kl",
         "on_parity_error",

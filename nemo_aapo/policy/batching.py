@@ -18,15 +18,18 @@ from nemo_aapo.types import Sample
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MicroBatch:
-    """b sequences, padded on the right to s tokens, and the n completion tokens that are scored or trained on.
+    """Sequences, and the n completion tokens of theirs that are scored or trained on.
 
-    The n tokens are flat, sequence by sequence in the order of the rows.
+    Either b rows, one for each sequence, padded on the right to s tokens; or packed: one row (b = 1) of sequences end
+    to end (mcore's ``thd``). The n tokens are flat, sequence by sequence.
     """
 
     input_ids: torch.Tensor
     """int64 [b, s]"""
     position_ids: torch.Tensor
-    """int64 [b, s]"""
+    """int64 [b, s], counted from each sequence's start"""
+    bounds: tuple[int, ...] | None
+    """Packed: where each sequence starts in the row, and the row's end. None: padded rows."""
     positions: torch.Tensor
     """int64 [n], where in the flattened hidden states [s * b, h] the prediction of each token stands."""
     targets: torch.Tensor
@@ -49,19 +52,23 @@ class MicroBatch:
         return dataclasses.replace(self, **changes)
 
 
-def plan(lengths: Sequence[int], *, budget: int, data_parallel_size: int, multiple: int = 1) -> list[list[list[int]]]:
-    """Deal sequences into micro-batches of at most ``budget`` padded tokens, the same number on every rank.
+def plan(
+    lengths: Sequence[int], *, budget: int, data_parallel_size: int, multiple: int = 1, packed: bool = False
+) -> list[list[list[int]]]:
+    """Deal sequences into micro-batches of at most ``budget`` tokens, padding included; as many on every rank.
 
-    All sequences are sorted by length, so that neighbours pad each other little, and cut into micro-batches; these go
-    to the rank with the least work so far, where work counts tokens and, for attention, squared lengths. Dealing
-    sequences first and cutting on each rank balances better on paper, but pads more: the busiest rank then has 6 to
-    25 % more padded tokens (measured on log-normal lengths).
+    Longest first. Padded rows: the sorted sequences are cut into micro-batches, so that neighbours pad each other
+    little. Packed: each sequence goes to the first micro-batch that has room for it. These go to the rank with the
+    least work so far, where work counts tokens and, for attention, squared lengths. Dealing sequences first and cutting
+    on each rank balances better on paper, but pads more: the busiest rank then has 6 to 25 % more padded tokens
+    (measured on log-normal lengths).
 
     Args:
         lengths: prompt + completion tokens of each sequence of the whole optimizer batch.
-        budget: rows x longest row, rounded up to ``multiple``, stays within it.
+        budget: a micro-batch's tokens (``tokens_of``) stay within it.
         data_parallel_size: number of ranks to deal to.
-        multiple: what sequence lengths are padded to.
+        multiple: what token counts are padded to: each sequence's or, packed, the micro-batch's.
+        packed: sequences stand end to end in one row.
 
     Returns:
         ``plan[rank][micro-batch]``: indices into ``lengths``. A micro-batch is empty where there are fewer sequences
@@ -71,17 +78,30 @@ def plan(lengths: Sequence[int], *, budget: int, data_parallel_size: int, multip
         ValueError: one sequence alone exceeds the budget.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    if order and pad_to(lengths[order[0]], multiple) > budget:
+        raise ValueError(f"a sequence of {lengths[order[0]]} tokens exceeds max_tokens_per_microbatch={budget}")
     batches: list[list[int]] = []
+    sums: list[int] = []
     for i in order:
-        padded = pad_to(lengths[i] if not batches else lengths[batches[-1][0]], multiple)
-        if pad_to(lengths[i], multiple) > budget:
-            raise ValueError(f"a sequence of {lengths[i]} tokens exceeds max_tokens_per_microbatch={budget}")
-        if batches and (len(batches[-1]) + 1) * padded <= budget:
-            batches[-1].append(i)
+        # of padded rows only the newest can have room: the ones before it were left for want of it
+        for k in range(0 if packed else max(len(batches) - 1, 0), len(batches)):
+            rows = (len(batches[k]) + 1) * pad_to(lengths[batches[k][0]], multiple)
+            if (pad_to(sums[k] + lengths[i], multiple) if packed else rows) <= budget:
+                batches[k].append(i)
+                sums[k] += lengths[i]
+                break
         else:
             batches.append([i])
+            sums.append(lengths[i])
     _split_until_divisible(batches, data_parallel_size)
     return _deal(batches, lengths, data_parallel_size)
+
+
+def tokens_of(lengths: Sequence[int], multiple: int, packed: bool) -> int:
+    """Tokens that the forward pass of a micro-batch of these sequences sees, padding included."""
+    if packed:
+        return pad_to(sum(lengths), multiple)
+    return len(lengths) * pad_to(max(lengths, default=0), multiple)
 
 
 def _split_until_divisible(batches: list[list[int]], ranks: int) -> None:
@@ -118,34 +138,36 @@ def pad_to(length: int, multiple: int) -> int:
 
 
 def collate(
-    samples: Sequence[Sample], token_weights: Sequence[float], *, multiple: int, device: torch.device
+    samples: Sequence[Sample],
+    token_weights: Sequence[float],
+    *,
+    multiple: int,
+    device: torch.device,
+    packed: bool = False,
 ) -> MicroBatch:
     """One micro-batch of these samples; ``token_weights[k]`` is the weight of each completion token of sample k.
 
-    Without samples it is a dummy row without a token to train on, so that all ranks run the same schedule.
+    Without samples it is one dummy sequence without a token to train on, so that all ranks run the same schedule.
     """
-    longest = pad_to(max((sample.length for sample in samples), default=1), multiple)
-    rows = max(1, len(samples))
-    input_ids = np.zeros((rows, longest), dtype=np.int64)
-    positions, targets, lengths = [], [], []
-    for row, sample in enumerate(samples):
-        prompt, completion = len(sample.prompt_ids), len(sample.completion_ids)
-        input_ids[row, :prompt] = sample.prompt_ids
-        input_ids[row, prompt : prompt + completion] = sample.completion_ids
-        # the state at position t predicts token t + 1; hidden states are flattened as [s, b]
-        positions.append(np.arange(prompt - 1, prompt + completion - 1) * rows + row)
-        targets.append(sample.completion_ids)
-        lengths.append(completion)
+    sequences = [np.concatenate([sample.prompt_ids, sample.completion_ids]) for sample in samples]
+    rows = (_pack if packed else _pad)(sequences or [np.zeros(1)], multiple)
+    lengths = [len(sample.completion_ids) for sample in samples]
+    # the state at one token predicts the next
+    positions = [
+        start + (len(sample.prompt_ids) - 1 + np.arange(length)) * rows.stride
+        for start, sample, length in zip(rows.starts, samples, lengths, strict=False)
+    ]
 
     def flat(parts: Sequence[np.ndarray], dtype: torch.dtype) -> torch.Tensor:
         joined = np.concatenate(parts) if parts else np.zeros(0)
         return torch.as_tensor(joined, dtype=dtype).to(device)
 
     return MicroBatch(
-        input_ids=torch.from_numpy(input_ids).to(device),
-        position_ids=torch.arange(longest, device=device).expand(rows, -1),
+        input_ids=torch.from_numpy(rows.ids).to(device),
+        position_ids=torch.from_numpy(rows.position_ids).to(device),
+        bounds=rows.bounds,
         positions=flat(positions, torch.int64),
-        targets=flat(targets, torch.int64),
+        targets=flat([sample.completion_ids for sample in samples], torch.int64),
         lengths=tuple(lengths),
         advantages=flat([np.full(n, s.advantage) for n, s in zip(lengths, samples, strict=True)], torch.float32),
         weights=flat([np.full(n, w) for n, w in zip(lengths, token_weights, strict=True)], torch.float32),
@@ -153,7 +175,46 @@ def collate(
     )
 
 
-def padding_fraction(batches: Sequence[Sequence[int]], lengths: Sequence[int], multiple: int = 1) -> float:
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Sequences laid out as the model takes them."""
+
+    ids: np.ndarray
+    """int64 [b, s]"""
+    position_ids: np.ndarray
+    """int64 [b, s]"""
+    starts: Sequence[int]
+    """Where each sequence begins in the flattened hidden states [s * b, h]."""
+    stride: int
+    """How far apart its tokens are there."""
+    bounds: tuple[int, ...] | None = None
+    """See ``MicroBatch``."""
+
+
+def _pad(sequences: Sequence[np.ndarray], multiple: int) -> _Rows:
+    """A row for each sequence, padded on the right; hidden states are flattened as [s, b]."""
+    longest, rows = pad_to(max(map(len, sequences)), multiple), len(sequences)
+    ids = np.zeros((rows, longest), dtype=np.int64)
+    for row, sequence in zip(ids, sequences, strict=True):
+        row[: len(sequence)] = sequence
+    return _Rows(ids, np.tile(np.arange(longest), (rows, 1)), starts=range(rows), stride=rows)
+
+
+def _pack(sequences: Sequence[np.ndarray], multiple: int) -> _Rows:
+    """One row of all sequences, end to end. What pads it at the end is a sequence of its own: none attends to it."""
+    bounds = [0, *np.cumsum([len(sequence) for sequence in sequences]).tolist()]
+    starts = bounds[:-1]
+    if padding := pad_to(bounds[-1], multiple) - bounds[-1]:
+        sequences = [*sequences, np.zeros(padding)]
+        bounds.append(bounds[-1] + padding)
+    ids = np.concatenate(sequences).astype(np.int64)
+    position_ids = np.concatenate([np.arange(len(sequence)) for sequence in sequences])
+    return _Rows(ids[None], position_ids[None], starts, stride=1, bounds=tuple(bounds))
+
+
+def padding_fraction(
+    batches: Sequence[Sequence[int]], lengths: Sequence[int], multiple: int = 1, packed: bool = False
+) -> float:
     """Share of the forward pass's tokens that is padding."""
-    padded = sum(len(b) * pad_to(max(lengths[i] for i in b), multiple) for b in batches if b)
+    padded = sum(tokens_of([lengths[i] for i in b], multiple, packed) for b in batches if b)
     return 1.0 - sum(lengths[i] for b in batches for i in b) / padded if padded else 0.0

@@ -13,6 +13,7 @@ import contextlib
 import importlib
 import os
 import types
+from collections.abc import Iterator
 
 import torch
 
@@ -93,6 +94,26 @@ def _cpu_torch() -> types.ModuleType:
     for name in ("zeros", "ones", "empty", "full", "tensor"):
         setattr(proxy, name, on_cpu(getattr(torch, name)))
     return proxy
+
+
+@contextlib.contextmanager
+def types_as_on_gpu() -> Iterator[None]:
+    """Inside, ``Tensor.type()`` gives a CPU tensor the name of its CUDA twin.
+
+    The distributed optimizer sorts parameters by that name when it is made (distrib_optimizer.py:361, :420, :582), and
+    knows none without ``cuda`` in it.
+    """
+    original = torch.Tensor.type
+
+    def named_as_on_gpu(self, *args, **kwargs):
+        found = original(self, *args, **kwargs)
+        return found.replace("torch.", "torch.cuda.", 1) if isinstance(found, str) and not self.is_cuda else found
+
+    torch.Tensor.type = named_as_on_gpu
+    try:
+        yield
+    finally:
+        torch.Tensor.type = original
 
 
 def patch_gradient_clipping() -> None:

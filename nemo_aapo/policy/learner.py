@@ -25,8 +25,10 @@ class Learner:
     algorithm: Algorithm
     max_tokens_per_microbatch: int
     updates_per_rollout: int
-    pad_multiple: int
-    """What sequence lengths are padded to (tensor-parallel size under sequence parallelism)."""
+    pad_multiple: int = 1
+    """What token counts are padded to (``config.pad_multiple``)."""
+    packed: bool = False
+    """Micro-batches are one row of sequences end to end."""
 
     def update(self, groups: Sequence[Group]) -> dict[str, float]:
         """``updates_per_rollout`` optimizer steps on the groups of all ranks.
@@ -44,6 +46,7 @@ class Learner:
         for _ in range(self.updates_per_rollout):
             step = _means(self.policy.train_step(batches, self._loss))
             metrics = {**step, **metrics, **{key: step[key] for key in ("loss", "grad_norm", "lr")}}
+        self.policy.finish_updates()
         return {**metrics, **shape_metrics}
 
     def parity(self, groups: Sequence[Group]) -> dict[str, float]:
@@ -91,7 +94,8 @@ class Learner:
             weights = alpha * self.algorithm.token_weights(
                 lengths, total_tokens=total_tokens, total_sequences=total_sequences
             )
-            batches.append(collate(samples, weights, multiple=self.pad_multiple, device=torch.cuda.current_device()))
+            device = torch.cuda.current_device()
+            batches.append(collate(samples, weights, multiple=self.pad_multiple, device=device, packed=self.packed))
         return batches, {"padding_fraction": padding, "microbatches": float(len(batches)), "alpha": alpha}
 
     def _dealt(self, samples: Sequence[Sample]) -> tuple[list[list[Sample]], float]:
@@ -105,13 +109,14 @@ class Learner:
             budget=self.max_tokens_per_microbatch,
             data_parallel_size=size,
             multiple=self.pad_multiple,
+            packed=self.packed,
         )
         outgoing: list[list[tuple[int, Sample]]] = [[] for _ in range(size)]
         for target, batches in enumerate(dealt):
             wanted = {i for batch in batches for i in batch}
             outgoing[target] = [(first + k, s) for k, s in enumerate(samples) if first + k in wanted]
         by_index = dict(parallel.exchange_data_parallel(outgoing))
-        padding = padding_fraction([batch for part in dealt for batch in part], flat, self.pad_multiple)
+        padding = padding_fraction([batch for part in dealt for batch in part], flat, self.pad_multiple, self.packed)
         return [[by_index[i] for i in batch] for batch in dealt[rank]], padding
 
     def _scored(self, batches: list[MicroBatch]) -> list[MicroBatch]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -15,10 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core import parallel_state, tensor_parallel
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import finalize_model_grads
 from megatron.core.models.gpt import GPTModel
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from nemo_aapo import parallel
@@ -27,6 +27,7 @@ from nemo_aapo.errors import RunError
 from nemo_aapo.policy import precision
 from nemo_aapo.policy.batching import MicroBatch
 from nemo_aapo.policy.logprob import selected_logprobs
+from nemo_aapo.policy.optimizer import CHECKPOINT_METADATA, build_optimizer, build_scheduler, data_parallel
 from nemo_aapo.policy.weights import WeightMap
 
 TokenLoss = Callable[[torch.Tensor, torch.Tensor, MicroBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
@@ -47,59 +48,23 @@ class MegatronPolicy:
             config: the run's configuration.
             shape: the model's, as ``read_model_dir`` returned it.
         """
-        self.config = config
+        self.config = config = precision.decide(config)
         self.shape = shape
         self.version = 0
         """Optimizer steps taken so far."""
-        self.weight_map = WeightMap(config.model.path, precision.dtype(config.precision.name))
+        self.weight_map = WeightMap(config.model.path, precision.dtype(config))
         self.module = build_module(config, shape, self.weight_map)
         self.weight_map.load(self.module)
-        self.model = DistributedDataParallel(
-            self.module.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), self.module
-        )
-        self.optimizer = get_megatron_optimizer(self._optimizer_config(), [self.model])
-        self.scheduler = self._scheduler()
+        self.fused_weight_gradients = precision.fuse_weight_gradients(self.module)
+        """Layers that add their weight gradients to the buffer by themselves."""
+        self.model = data_parallel(config, self.module)
+        self.optimizer = build_optimizer(config, self.model)
+        self.scheduler = build_scheduler(config, self.optimizer)
         self.module.config.grad_scale_func = self.optimizer.scale_loss
         self.module.config.no_sync_func = self.model.no_sync
         # Our token weights hold 1 / (global denominator) already: mcore must neither count tokens nor divide.
         self.module.config.finalize_model_grads_func = lambda model, num_tokens, **kw: finalize_model_grads(model, **kw)
         self._reference: list[torch.Tensor] | None = None
-
-    # ------------------------------------------------------------------ building
-
-    def _optimizer_config(self) -> OptimizerConfig:
-        optim = self.config.model.optim
-        return OptimizerConfig(
-            optimizer="adam",
-            lr=optim.lr,
-            min_lr=optim.sched.min_lr,
-            weight_decay=optim.weight_decay,
-            adam_beta1=optim.betas[0],
-            adam_beta2=optim.betas[1],
-            adam_eps=optim.eps,
-            clip_grad=optim.clip_grad,
-            bf16=self.config.precision.name == "bf16",
-            params_dtype=precision.dtype(self.config.precision.name),
-        )
-
-    def _scheduler(self) -> OptimizerParamScheduler:
-        optim, steps = (
-            self.config.model.optim,
-            self.config.trainer.max_steps * self.config.algorithm.updates_per_rollout,
-        )
-        return OptimizerParamScheduler(
-            self.optimizer,
-            init_lr=0.0,
-            max_lr=optim.lr,
-            min_lr=optim.sched.min_lr,
-            lr_warmup_steps=optim.sched.warmup_steps,
-            lr_decay_steps=max(steps, optim.sched.warmup_steps + 1),
-            lr_decay_style=optim.sched.name,
-            start_wd=optim.weight_decay,
-            end_wd=optim.weight_decay,
-            wd_incr_steps=0,
-            wd_incr_style="constant",
-        )
 
     # ------------------------------------------------------------------ passes
 
@@ -131,6 +96,11 @@ class MegatronPolicy:
         self.version += 1
         return {**sums, "grad_norm": grad_norm, "lr": lr}
 
+    def finish_updates(self) -> None:
+        """Have the updated weights in place; with ``overlap_param_gather`` the next forward pass would gather them."""
+        if self.config.model.optim.overlap_param_gather:
+            self.model.start_param_sync(force_sync=True)
+
     @torch.no_grad()
     def score(self, batches: Sequence[MicroBatch]) -> list[np.ndarray]:
         """Log-probs of the completion tokens at the sampling temperature, without gradients.
@@ -146,8 +116,9 @@ class MegatronPolicy:
 
         def forward_step(iterator: Iterator[MicroBatch], model: torch.nn.Module):
             batch = next(iterator)
+            packing = packed_seq_params(batch) if batch.bounds else None
             with _hidden_states_out(self.module):
-                hidden = model(batch.input_ids, batch.position_ids, None)
+                hidden = model(batch.input_ids, batch.position_ids, None, packed_seq_params=packing)
 
             def on_last_stage(hidden: torch.Tensor, non_loss_data: bool = False):
                 return finish(*self._logprobs(hidden, batch), batch)
@@ -231,7 +202,7 @@ class MegatronPolicy:
         model = self.module.sharded_state_dict()
         return {
             "model": model,
-            "optimizer": self.optimizer.sharded_state_dict(model, is_loading=is_loading),
+            "optimizer": self.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=CHECKPOINT_METADATA),
             "scheduler": self.scheduler.state_dict(),
             "version": self.version,
         }
@@ -253,13 +224,16 @@ def build_module(config: Config, shape: ModelShape, weight_map: WeightMap) -> GP
     """
     provider, model = weight_map.provider(), config.model
     fields = {
-        **precision.model_fields(config.precision.name),
+        **precision.model_fields(config),
         "tensor_model_parallel_size": model.tensor_model_parallel_size,
         "pipeline_model_parallel_size": model.pipeline_model_parallel_size,
+        "context_parallel_size": model.context_parallel_size,
+        "expert_model_parallel_size": model.expert_model_parallel_size,
         "sequence_parallel": model.sequence_parallel,
         "recompute_granularity": model.recompute_granularity,
-        "recompute_method": "uniform" if model.recompute_granularity else None,
-        "recompute_num_layers": 1 if model.recompute_granularity else None,
+        "recompute_method": "uniform" if model.recompute_granularity == "full" else None,
+        "recompute_num_layers": 1 if model.recompute_granularity == "full" else None,
+        "recompute_modules": list(model.recompute_modules),
         # The weights come from the model directory, but mcore marks tensor-parallel parameters in the same breath
         # as it initialises them, and the gradient norm counts unmarked ones on one rank only.
         "perform_initialization": True,
@@ -285,6 +259,19 @@ def build_module(config: Config, shape: ModelShape, weight_map: WeightMap) -> GP
         pre_process=parallel_state.is_pipeline_first_stage(), post_process=parallel_state.is_pipeline_last_stage()
     )
     return module.to(torch.cuda.current_device())
+
+
+def packed_seq_params(batch: MicroBatch) -> PackedSeqParams:
+    """What mcore's attention and rotary embedding are told of a packed micro-batch."""
+    bounds = torch.tensor(batch.bounds, dtype=torch.int32, device=batch.input_ids.device)
+    longest = max(stop - start for start, stop in itertools.pairwise(batch.bounds))
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=bounds,
+        cu_seqlens_kv=bounds,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
 
 
 def _loss_part(loss: TokenLoss, logprobs: torch.Tensor, entropy: torch.Tensor, batch: MicroBatch):

@@ -1,51 +1,127 @@
-"""Numbers and kernels: what a precision means for Megatron's configuration. The only place that knows them.
+"""Numbers and kernels: what a precision means for Megatron on this machine. The only place for TransformerEngine.
 
-On CPU the layers are mcore's local ones in fp32; on GPU TransformerEngine's.
+On CPU the layers are mcore's local ones in fp32; on GPU TransformerEngine's. ``config/precision.py`` has the precisions
+as data, and what can be refused without looking at the machine.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import os
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from nemo_aapo.config import ConfigError
+from nemo_aapo.config import PRECISIONS, Config, ConfigError, PrecisionKind, kind_of, with_machine_defaults
 
 
-def check(name: str) -> None:
-    """Refuse a precision that this machine can't do.
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What a precision depends on."""
+
+    gpu: str | None
+    """Name of the GPU; None: there is none."""
+    capability: tuple[int, int] = (0, 0)
+    """CUDA compute capability."""
+    cuda: tuple[int, int] = (0, 0)
+    """Version of CUDA that torch was built for."""
+    transformer_engine: bool = False
+    """Whether the package is there."""
+
+    @classmethod
+    def present(cls) -> Machine:
+        """This one; its first GPU stands for all."""
+        found = importlib.util.find_spec("transformer_engine") is not None
+        if not torch.cuda.is_available():
+            return cls(None, transformer_engine=found)
+        major, minor = (torch.version.cuda or "0.0").split(".")[:2]
+        return cls(torch.cuda.get_device_name(), torch.cuda.get_device_capability(), (int(major), int(minor)), found)
+
+
+def decide(config: Config) -> Config:
+    """The configuration with what it leaves to the machine decided (``precision=auto``, nulls).
 
     Raises:
-        ConfigError: bf16 without a GPU or without TransformerEngine.
+        ConfigError: this machine can't do what is asked for; says why, and what it can do.
     """
-    if name == "bf16":
-        if not torch.cuda.is_available():
-            raise ConfigError("precision=bf16 needs a GPU with TransformerEngine; on CPU use precision=fp32")
-        _require_transformer_engine()
+    machine = Machine.present()
+    config = with_machine_defaults(config, on_gpu=machine.gpu is not None)
+    if problem := refusal(config, machine):
+        raise ConfigError(problem)
+    if kind_of(config).fp8_recipe == "blockwise":
+        # scales as they are instead of rounded to powers of two; read when TransformerEngine is imported
+        os.environ.setdefault("NVTE_FP8_BLOCK_SCALING_FP32_SCALES", "1")
+    return config
 
 
-def _require_transformer_engine() -> None:
-    try:
-        import transformer_engine  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(f"precision=bf16 needs TransformerEngine ({error}); see the Dockerfile") from error
+def refusal(config: Config, machine: Machine) -> str | None:
+    """Why a machine can't run a configuration whose precision is decided; None if it can."""
+    name, kind = config.precision.name, kind_of(config)
+    if machine.gpu is None:
+        if kind.bf16:
+            return f"precision={name} needs a GPU with TransformerEngine; on CPU use precision=fp32"
+        if config.model.optim.cpu_offload_fraction or config.rollout.offload_learner:
+            return (
+                "model.optim.cpu_offload_fraction and rollout.offload_learner move what lies in GPU memory, and there "
+                "is no GPU: set them to 0 and false"
+            )
+        return None
+    if not machine.transformer_engine:
+        return f"precision={name} on a GPU needs TransformerEngine, which is not installed; see the Dockerfile"
+    if machine.capability < kind.min_capability:
+        return (
+            f"precision={name} needs a GPU of compute capability {_dotted(kind.min_capability)}, and {machine.gpu} has "
+            f"{_dotted(machine.capability)}: use {_best(machine)}"
+        )
+    if machine.cuda < kind.min_cuda:
+        return (
+            f"precision={name} needs CUDA {_dotted(kind.min_cuda)}, and torch was built for {_dotted(machine.cuda)}: "
+            f"use {_best(machine)}"
+        )
+    if kind.fp8_recipe == "blockwise" and machine.capability >= (10, 0):
+        return (
+            f"precision={name} is for Hopper; TransformerEngine has other block formats on {machine.gpu}, which are "
+            f"not wired here: use {_best(machine)}"
+        )
+    if config.rollout.offload_learner and not kind.bf16:
+        return (
+            f"rollout.offload_learner=true with precision={name}: fp32 weights are their own optimizer copy and can't "
+            "leave the GPU while an engine draws from them. Use precision=bf16"
+        )
+    return None
 
 
-def dtype(name: str) -> torch.dtype:
+def _best(machine: Machine) -> str:
+    """What to use instead."""
+    usable = [
+        name
+        for name in ("fp8_tensorwise", "bf16", "fp32")
+        if machine.capability >= PRECISIONS[name].min_capability and machine.cuda >= PRECISIONS[name].min_cuda
+    ]
+    return " or ".join(f"precision={name}" for name in usable)
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return f"{version[0]}.{version[1]}"
+
+
+def dtype(config: Config) -> torch.dtype:
     """The dtype of weights and activations."""
-    return torch.bfloat16 if name == "bf16" else torch.float32
+    return torch.bfloat16 if kind_of(config).bf16 else torch.float32
 
 
-def model_fields(name: str) -> dict[str, Any]:
-    """Fields of mcore's TransformerConfig that the precision decides."""
-    fused = torch.cuda.is_available()
+def model_fields(config: Config) -> dict[str, Any]:
+    """Fields of mcore's TransformerConfig that the precision and the machine decide."""
+    kind, fused = kind_of(config), torch.cuda.is_available()
     return {
-        "params_dtype": dtype(name),
-        "pipeline_dtype": dtype(name),
-        "autocast_dtype": dtype(name),
-        "bf16": name == "bf16",
+        "params_dtype": dtype(config),
+        "pipeline_dtype": dtype(config),
+        "autocast_dtype": dtype(config),
+        "bf16": kind.bf16,
         "fp16": False,
         "use_cpu_initialization": not fused,
+        # mcore's own layers would want apex for it; TransformerEngine's are told by fuse_weight_gradients()
         "gradient_accumulation_fusion": False,
         "bias_activation_fusion": fused,
         "bias_dropout_fusion": fused,
@@ -53,8 +129,35 @@ def model_fields(name: str) -> dict[str, Any]:
         "persist_layer_norm": fused,
         "apply_rope_fusion": fused,
         "cross_entropy_loss_fusion": False,  # the loss is ours: policy/logprob.py
-        "transformer_layer_spec": transformer_engine_layer_spec if fused else local_layer_spec,
+        "transformer_layer_spec": _layer_spec(),
+        **_fp8_fields(config, kind),
     }
+
+
+def _fp8_fields(config: Config, kind: PrecisionKind) -> dict[str, Any]:
+    """FP8 products in the linear layers; weights, attention, embedding and output layer stay in bf16."""
+    if kind.fp8 is None:
+        return {"fp8": None}
+    start, end = config.precision.num_layers_at_start_in_bf16, config.precision.num_layers_at_end_in_bf16
+    fields = {
+        "fp8": kind.fp8,
+        "fp8_recipe": kind.fp8_recipe,
+        "fp8_param": False,  # the rollout engine and the export read bf16 weights
+        "first_last_layers_bf16": bool(start or end),
+        "num_layers_at_start_in_bf16": start,
+        "num_layers_at_end_in_bf16": end,
+    }
+    if kind.fp8_recipe == "delayed":
+        fields |= {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"}
+    return fields
+
+
+def _layer_spec() -> Any:
+    if torch.cuda.is_available():
+        return transformer_engine_layer_spec
+    from nemo_aapo.policy.local_layers import local_layer_spec
+
+    return local_layer_spec
 
 
 def transformer_engine_layer_spec(config: Any) -> Any:
@@ -64,33 +167,13 @@ def transformer_engine_layer_spec(config: Any) -> Any:
     return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
 
 
-def local_layer_spec(config: Any) -> Any:
-    """mcore's local layers for a provider's configuration, with norms that know sequence parallelism."""
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.transformer.identity_op import IdentityOp
-    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+def fuse_weight_gradients(module: torch.nn.Module) -> int:
+    """Let TransformerEngine's layers add weight gradients straight to the fp32 buffer, in the product's own epilogue.
 
-    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
-    layer.submodules.input_layernorm = TorchNorm
-    layer.submodules.pre_mlp_layernorm = TorchNorm
-    attention = layer.submodules.self_attention.submodules
-    if attention.q_layernorm is not IdentityOp:
-        attention.q_layernorm = attention.k_layernorm = TorchNorm
-    layers = [layer] * get_num_layers_to_build(config, vp_stage=None, pp_rank=None)
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=TorchNorm)
-
-
-class TorchNorm:
-    """torch's RMSNorm or LayerNorm under sequence parallelism.
-
-    mcore's WrappedTorchNorm refuses sequence parallelism although the mathematics is the same: each rank normalises
-    its own tokens, and the weights' gradients must be summed over the tensor-parallel ranks. mcore does that
-    (finalize_model_grads) for parameters that are marked, so mark them.
+    Returns:
+        Number of layers that do.
     """
-
-    def __new__(cls, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> torch.nn.Module:
-        norm_class = {"RMSNorm": torch.nn.RMSNorm, "LayerNorm": torch.nn.LayerNorm}[config.normalization]
-        norm = norm_class(hidden_size, eps=eps)
-        for parameter in norm.parameters():
-            parameter.sequence_parallel = config.sequence_parallel
-        return norm
+    layers = [layer for layer in module.modules() if hasattr(layer, "fuse_wgrad_accumulation")]
+    for layer in layers:
+        layer.fuse_wgrad_accumulation = True
+    return len(layers)

@@ -6,6 +6,9 @@ step of 64 tokens of a small model spends more than half of its time there. And 
 evaluation mode with sequence parallelism off, on a model that the learner trains. ``Decoder`` reads the weights, where
 the learner keeps them, and leaves everything else alone.
 
+Where the learner's products are in FP8, rollouts are in bf16 all the same: FP8 kernels want row counts that a decoding
+step doesn't have. The parity gate says what that costs.
+
 It knows one kind of layer, that of Qwen2, Qwen2.5, Qwen3 and Llama, and refuses others by name.
 """
 
@@ -180,7 +183,6 @@ def check_supported(model: GPTModel) -> None:
         "num_moe_experts": (config.num_moe_experts, None),
         "fp32_residual_connection": (config.fp32_residual_connection, False),
         "mtp_num_layers": (config.mtp_num_layers or None, None),
-        "fp8": (config.fp8, None),  # its kernels want row counts that a decoding step doesn't have
         "context_parallel_size": (config.context_parallel_size, 1),
         "virtual_pipeline_model_parallel_size": (config.virtual_pipeline_model_parallel_size, None),
         "num_query_groups % tensor_model_parallel_size": (

@@ -51,6 +51,9 @@ class HostedEngine:
 
 def build_hosted_engine(config: Config, shape: ModelShape) -> HostedEngine:
     """A server's engine with the base model's weights; in this process alone, whatever the trainer's layout."""
+    from nemo_aapo.policy import precision
+
+    config = precision.decide(config)
     return _hosted_trtllm(config) if config.rollout.server.engine == "trtllm" else _hosted_megatron(config, shape)
 
 
@@ -84,8 +87,9 @@ def _hosted_megatron(config: Config, shape: ModelShape) -> HostedEngine:
     )
     layout = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "sequence_parallel": False}
     model = dataclasses.replace(config.model, recompute_granularity=None, **layout)
-    weight_map = WeightMap(config.model.path, precision.dtype(config.precision.name))
-    module = build_module(dataclasses.replace(config, model=model), shape, weight_map)
+    config = dataclasses.replace(config, model=model)
+    weight_map = WeightMap(config.model.path, precision.dtype(config))
+    module = build_module(config, shape, weight_map)
     decode = text_decoder(load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code))
     engine = MegatronEngine(module, shape.vocab_size, config.rollout.max_concurrent_tokens, decode=decode)
 

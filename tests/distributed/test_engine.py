@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from nemo_aapo.types import SamplingSpec
+from tests.models import make_config
 
 VOCAB_SIZE = 150  # of the model's 160: the rest plays Megatron's padding
 SPEC = SamplingSpec(temperature=0.8, max_new_tokens=24, stop_token_ids=(3, 7, 20, 41, 90, 111), min_new_tokens=2)
@@ -36,7 +37,7 @@ def build(path: Path, tp: int = 1, pp: int = 1, sp: bool = False):
     weights = WeightMap(str(path), torch.float32)
     provider = weights.provider()
     for name, value in {
-        **precision.model_fields("fp32"),
+        **precision.model_fields(precision.decide(make_config(path))),
         "tensor_model_parallel_size": tp,
         "pipeline_model_parallel_size": pp,
         "sequence_parallel": sp,

@@ -7,13 +7,18 @@ import pytest
 
 from tests.models import make_config
 
-LAYOUTS = {  # TP, PP, DP, sequence parallel, micro-batch budget
+LAYOUTS = {  # TP, PP, DP, sequence parallel, micro-batch budget; packed and with the distributed optimizer where named
     "2x1x1": (2, 1, 1, False, 128),
     "1x2x1": (1, 2, 1, False, 128),
     "2x2x1": (2, 2, 1, False, 128),
     "1x1x2": (1, 1, 2, False, 128),
     "2x1x2+sp": (2, 1, 2, True, 128),
     "1x1x1, small micro-batches": (1, 1, 1, False, 48),
+    "1x1x1, packed": (1, 1, 1, False, 128),
+    "2x2x1+sp, packed": (2, 2, 1, True, 64),
+    "1x1x2, packed, distributed optimizer": (1, 1, 2, False, 128),
+    "2x1x2+sp, distributed optimizer": (2, 1, 2, True, 128),
+    "1x2x2, packed, distributed optimizer, overlap": (1, 2, 2, False, 128),
 }
 
 
@@ -44,9 +49,10 @@ def saved_groups(count: int = 6, size: int = 4, seed: int = 3):
     return groups
 
 
-def learn(path, algorithm, tp, pp, sp, budget, updates=1, lr=1e-3):
+def learn(path, algorithm, tp, pp, sp, budget, updates=1, lr=1e-3, how=""):
     """Loss, gradient norm and the weights after the update, on this rank."""
     from nemo_aapo.algorithms import Algorithm
+    from nemo_aapo.config import pad_multiple
     from nemo_aapo.policy.learner import Learner
     from nemo_aapo.policy.megatron import MegatronPolicy
     from nemo_aapo.policy.model_dir import read_model_dir
@@ -60,12 +66,18 @@ def learn(path, algorithm, tp, pp, sp, budget, updates=1, lr=1e-3):
         model__optim__lr=lr,
         model__optim__eps=1e-3,  # with 1e-8 Adam's first update is the gradient's sign, noise included
         max_tokens_per_microbatch=budget,
+        model__sequence_packing="packed" in how,
+        model__optim__use_distributed_optimizer="distributed optimizer" in how,
+        model__optim__overlap_grad_reduce="overlap" in how,
+        model__optim__overlap_param_gather="overlap" in how,
         **algorithm,
     )
     policy = MegatronPolicy(config, read_model_dir(str(path)))
     if config.algorithm.kl_coefficient:
         policy.keep_reference()
-    learner = Learner(policy, Algorithm(config.algorithm, 16), budget, updates, tp if sp else 1)
+    learner = Learner(
+        policy, Algorithm(config.algorithm, 16), budget, updates, pad_multiple(policy.config), "packed" in how
+    )
     groups = saved_groups()
     metrics = learner.update(groups[share(len(groups))])
     return metrics, {name: tensor.numpy().copy() for name, tensor in policy.named_weights()}
@@ -89,7 +101,9 @@ def test_loss_and_gradient_are_those_of_one_process(ranks, tiny_models, layout):
     tp, pp, dp, sp, budget = LAYOUTS[layout]
     path = tiny_models["qwen2_tied"]
     (expected, weights), *_ = ranks.run(learn, path, {}, 1, 1, False, 1024)
-    for metrics, updated in ranks.run(learn, path, {}, tp, pp, sp, budget, world=tp * pp * dp, tp=tp, pp=pp):
+    for metrics, updated in ranks.run(
+        learn, path, {}, tp, pp, sp, budget, 1, 1e-3, layout, world=tp * pp * dp, tp=tp, pp=pp
+    ):
         assert metrics["loss"] == pytest.approx(expected["loss"], rel=1e-6, abs=1e-7)
         assert metrics["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
         assert metrics["entropy"] == pytest.approx(expected["entropy"], rel=1e-5)

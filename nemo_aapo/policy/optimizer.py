@@ -1,0 +1,79 @@
+"""mcore's optimizer and its learning rate by the configuration: Adam, its state whole or dealt out, on GPU or host."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from nemo_aapo.config import Config, kind_of
+from nemo_aapo.policy import cpu, precision
+
+CHECKPOINT_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+"""How the distributed optimizer saves its state: as one tensor a parameter, which any TP x PP x DP can load."""
+
+
+def data_parallel(config: Config, module: GPTModel) -> DistributedDataParallel:
+    """The model in mcore's data parallelism: gradients in one fp32 buffer, reduced over the data-parallel ranks."""
+    optim = config.model.optim
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=optim.use_distributed_optimizer,
+        overlap_grad_reduce=optim.overlap_grad_reduce,
+        overlap_param_gather=optim.overlap_param_gather,
+    )
+    return DistributedDataParallel(module.config, settings, module)
+
+
+def build_optimizer(config: Config, model: DistributedDataParallel) -> MegatronOptimizer:
+    """Adam with decoupled weight decay.
+
+    Main weights and moments are fp32. With bf16 weights they are copies; ``use_distributed_optimizer`` gives each
+    data-parallel rank a part of them, and ``cpu_offload_fraction`` keeps (and updates) so much in host memory.
+    """
+    optim, kind = config.model.optim, kind_of(config)
+    offloaded = optim.cpu_offload_fraction > 0
+    settings = OptimizerConfig(
+        optimizer="adam",
+        lr=optim.lr,
+        min_lr=optim.sched.min_lr,
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.betas[0],
+        adam_beta2=optim.betas[1],
+        adam_eps=optim.eps,
+        clip_grad=optim.clip_grad,
+        bf16=kind.bf16,
+        params_dtype=precision.dtype(config),
+        fp8_recipe=kind.fp8_recipe,
+        use_distributed_optimizer=optim.use_distributed_optimizer,
+        overlap_param_gather=optim.overlap_param_gather,
+        optimizer_cpu_offload=offloaded,
+        optimizer_offload_fraction=optim.cpu_offload_fraction,
+        overlap_cpu_optimizer_d2h_h2d=offloaded,
+        use_precision_aware_optimizer=offloaded,  # mcore's offloading goes by that path
+    )
+    on_cpu = not torch.cuda.is_available()
+    with cpu.types_as_on_gpu() if on_cpu and optim.use_distributed_optimizer else contextlib.nullcontext():
+        return get_megatron_optimizer(settings, [model])
+
+
+def build_scheduler(config: Config, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+    """Linear warm-up, then constant or cosine; counted in optimizer steps."""
+    optim, steps = config.model.optim, config.trainer.max_steps * config.algorithm.updates_per_rollout
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=optim.lr,
+        min_lr=optim.sched.min_lr,
+        lr_warmup_steps=optim.sched.warmup_steps,
+        lr_decay_steps=max(steps, optim.sched.warmup_steps + 1),
+        lr_decay_style=optim.sched.name,
+        start_wd=optim.weight_decay,
+        end_wd=optim.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )
