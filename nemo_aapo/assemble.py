@@ -118,6 +118,8 @@ def build_trainer(
         engine: makes an engine of a policy; by default the one that ``rollout.engine`` names.
         new_store_key: take a named reference store even if it holds nothing but other runs' rewards.
     """
+    from nemo_aapo.policy.offload import LearnerOffload
+
     shape = model_dir.read_model_dir(config.model.path)
     tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
     eos = require_eos(tokenizer, config.model.path)
@@ -138,6 +140,8 @@ def build_trainer(
     rollout_engine = engine(policy) if engine else build_engine(config, policy, shape, decode)
     stack.callback(rollout_engine.close)
     collector = Collector(rollout_engine, scorer, decode)
+    if config.rollout.offload_learner:
+        collector.room = LearnerOffload(policy.model, policy.optimizer, reporter.note)
     return AAPOTrainer(
         config=config,
         policy=policy,

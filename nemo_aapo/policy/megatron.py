@@ -30,6 +30,9 @@ from nemo_aapo.policy.logprob import selected_logprobs
 from nemo_aapo.policy.optimizer import CHECKPOINT_METADATA, build_optimizer, build_scheduler, data_parallel
 from nemo_aapo.policy.weights import WeightMap
 
+EXTRA_STATE = "_extra_state"
+"""torch's name for what a module keeps besides tensors."""
+
 TokenLoss = Callable[[torch.Tensor, torch.Tensor, MicroBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 """``loss(logprobs [n], entropy [n], batch)`` -> (this micro-batch's part of the loss, detached sums for metrics)."""
 
@@ -200,6 +203,9 @@ class MegatronPolicy:
     def sharded_state_dict(self, is_loading: bool = False) -> dict[str, Any]:
         """Model, optimizer and scheduler for mcore's dist_checkpointing: loads under any TP x PP x DP."""
         model = self.module.sharded_state_dict()
+        # TransformerEngine's FP8 state is a pickle, and loading it may run code. Only delayed scaling needs it: its
+        # maxima are found anew after a resume.
+        model = {name: part for name, part in model.items() if not name.endswith(EXTRA_STATE)}
         return {
             "model": model,
             "optimizer": self.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=CHECKPOINT_METADATA),
@@ -209,7 +215,8 @@ class MegatronPolicy:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what ``dist_checkpointing.load`` read into ``sharded_state_dict(is_loading=True)``."""
-        self.module.load_state_dict(state["model"])
+        absent = {name: torch.empty(0) for name in self.module.state_dict() if name.endswith(EXTRA_STATE)}
+        self.module.load_state_dict({**state["model"], **absent})
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.num_steps = 0  # mcore adds the loaded steps to it
         self.scheduler.load_state_dict(state["scheduler"])

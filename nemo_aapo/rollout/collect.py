@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -53,6 +54,8 @@ class Collector:
     """On the model-parallel source rank; None elsewhere."""
     decode: Callable[[np.ndarray], str]
     """Token ids -> text, without special tokens."""
+    room: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Entered while the engine draws: makes room for it in GPU memory."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Of the last call on this rank: ``rollout`` (waiting for completions) and ``reward`` (for scores after that)."""
     metrics: dict[str, float] = field(default_factory=dict)
@@ -80,9 +83,10 @@ class Collector:
         """
         drawing = self._share_of(prompts, seeds)
         start = time.perf_counter()
-        self.engine.wake()
-        completions = self.engine.generate(drawing.token_ids, sampling, drawing.seeds, self._scoring(drawing))
-        self.engine.sleep()
+        with self.room():
+            self.engine.wake()
+            completions = self.engine.generate(drawing.token_ids, sampling, drawing.seeds, self._scoring(drawing))
+            self.engine.sleep()
         return self._groups(drawing, completions, start, remember_lengths)
 
     def begin(self, prompts: Sequence[Prompt], sampling: SamplingSpec, seeds: Sequence[Sequence[int]]) -> Drawing:
