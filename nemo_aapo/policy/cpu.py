@@ -46,6 +46,7 @@ def install() -> None:
     patch_device_queries()
     patch_cuda_literals()
     patch_gradient_clipping()
+    patch_distributed_optimizer()
     patch_rng_tracker()
     _installed = True
 
@@ -130,6 +131,22 @@ def patch_gradient_clipping() -> None:
     # optimizer.py imported the name, so both modules hold it
     clip_grads.clip_grad_by_total_norm_fp32 = clip_grad_by_total_norm_fp32
     optimizer.clip_grad_by_total_norm_fp32 = clip_grad_by_total_norm_fp32
+
+
+def patch_distributed_optimizer() -> None:
+    """Loading its state looks for torch's step count among the tensors (distrib_optimizer.py:940), where it is not.
+
+    It was set by then: TransformerEngine's and apex's Adam keep it elsewhere, which is all that mcore thinks of there.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    original = DistributedOptimizer._set_main_param_and_optimizer_states
+
+    def set_states(self, model_param, tensors):
+        present = self._get_main_param_and_optimizer_states(model_param)
+        original(self, model_param, {**{key: present[key] for key in ("step",) if key in present}, **tensors})
+
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_states
 
 
 def patch_rng_tracker() -> None:

@@ -27,7 +27,13 @@ from nemo_aapo.errors import RunError
 from nemo_aapo.policy import precision
 from nemo_aapo.policy.batching import MicroBatch
 from nemo_aapo.policy.logprob import selected_logprobs
-from nemo_aapo.policy.optimizer import CHECKPOINT_METADATA, build_optimizer, build_scheduler, data_parallel
+from nemo_aapo.policy.optimizer import (
+    CHECKPOINT_METADATA,
+    build_optimizer,
+    build_scheduler,
+    data_parallel,
+    prepare_to_load,
+)
 from nemo_aapo.policy.weights import WeightMap
 
 EXTRA_STATE = "_extra_state"
@@ -202,6 +208,8 @@ class MegatronPolicy:
 
     def sharded_state_dict(self, is_loading: bool = False) -> dict[str, Any]:
         """Model, optimizer and scheduler for mcore's dist_checkpointing: loads under any TP x PP x DP."""
+        if is_loading:
+            prepare_to_load(self.optimizer)
         model = self.module.sharded_state_dict()
         # TransformerEngine's FP8 state is a pickle, and loading it may run code. Only delayed scaling needs it: its
         # maxima are found anew after a resume.

@@ -9,6 +9,8 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
+from nemo_aapo.policy.optimizer import parts
+
 GIB = 2**30
 
 
@@ -37,19 +39,14 @@ class LearnerOffload:
         self._model.offload_grad_buffers()
         try:
             # before the first update there are no moments yet
-            if not self._told and any(part.optimizer.state for part in _parts(self._optimizer)):
+            if not self._told and any(part.optimizer.state for part in parts(self._optimizer)):
                 self._told = True
                 after = torch.cuda.memory_allocated()
                 self._note(
-                    f"rollout.offload_learner: {before / GIB:.2f} GiB of GPU memory before, {after / GIB:.2f} GiB while "
-                    "the engine draws"
+                    f"rollout.offload_learner: {before / GIB:.2f} GiB of GPU memory before, {after / GIB:.2f} GiB "
+                    "while the engine draws"
                 )
             yield
         finally:
             self._model.restore_grad_buffers()
             self._optimizer.restore_from_cpu()
-
-
-def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    """mcore chains optimizers of dense and of expert parameters."""
-    return getattr(optimizer, "chained_optimizers", [optimizer])

@@ -8,6 +8,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from nemo_aapo.config import Config, kind_of
@@ -77,3 +78,25 @@ def build_scheduler(config: Config, optimizer: MegatronOptimizer) -> OptimizerPa
         wd_incr_steps=0,
         wd_incr_style="constant",
     )
+
+
+def parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """mcore chains optimizers, of dense and of expert parameters."""
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+def prepare_to_load(optimizer: MegatronOptimizer) -> None:
+    """Give torch's Adam its state: the distributed optimizer asks for its step count even before the first update.
+
+    TransformerEngine's and apex's keep that count elsewhere.
+    """
+    for adam in (part.optimizer for part in parts(optimizer) if isinstance(part, DistributedOptimizer)):
+        if not isinstance(adam, torch.optim.Adam):
+            continue
+        for parameter in (parameter for group in adam.param_groups for parameter in group["params"]):
+            if not adam.state[parameter]:
+                adam.state[parameter] = {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": torch.zeros_like(parameter.data),
+                    "exp_avg_sq": torch.zeros_like(parameter.data),
+                }

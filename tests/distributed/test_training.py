@@ -91,6 +91,16 @@ def test_another_layout_takes_over_the_checkpoint_and_ends_in_the_same_weights(r
     assert_same_run(run_dir, uninterrupted)
 
 
+def test_the_distributed_optimizers_state_moves_to_another_layout_too(ranks, folder, uninterrupted):
+    run_dir = folder / "dealt out"
+    dealt = ("model.optim.use_distributed_optimizer=true", "model.sequence_packing=true")
+    first = settings(folder, run_dir, *dealt, "model.optim.overlap_grad_reduce=true", world=2)
+    assert ranks.run(run, first, IN_THE_THIRD_STEP, world=2, tp=None) == [0] * 2
+    moved = settings(folder, run_dir, *dealt, world=4, tp=2)
+    assert ranks.run(run, moved, world=4, tp=None) == [0] * 4
+    assert_same_run(run_dir, uninterrupted)
+
+
 def test_a_run_on_four_ranks_gives_the_metrics_of_one(ranks, folder, uninterrupted):
     run_dir = folder / "tp2dp2"
     config = settings(folder, run_dir, "model.sequence_parallel=true", world=4, tp=2)
