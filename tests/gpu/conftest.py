@@ -1,0 +1,31 @@
+"""What tests on a GPU share. Without one they are skipped; ``pytest tests/gpu`` on a machine with one runs them."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import pytest
+
+
+def pytest_collection_modifyitems(items):
+    import torch
+
+    absent = [] if torch.cuda.is_available() else ["a CUDA GPU"]
+    if importlib.util.find_spec("transformer_engine") is None:
+        absent.append("TransformerEngine")
+    if absent:
+        for item in items:
+            if "tests/gpu" in item.nodeid:
+                item.add_marker(pytest.mark.skip(reason=f"needs {' and '.join(absent)}"))
+
+
+@pytest.fixture(scope="session")
+def one_rank():
+    """Megatron's groups of a single rank, on the GPU."""
+    from nemo_aapo import parallel
+
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    parallel.initialize(tensor_model_parallel_size=1, pipeline_model_parallel_size=1, seed=1, timeout_s=120)
+    yield
+    parallel.shutdown()
