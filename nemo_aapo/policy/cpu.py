@@ -46,6 +46,7 @@ def install() -> None:
     patch_device_queries()
     patch_cuda_literals()
     patch_gradient_clipping()
+    patch_optimizer_class()
     patch_distributed_optimizer()
     patch_rng_tracker()
     _installed = True
@@ -131,6 +132,18 @@ def patch_gradient_clipping() -> None:
     # optimizer.py imported the name, so both modules hold it
     clip_grads.clip_grad_by_total_norm_fp32 = clip_grad_by_total_norm_fp32
     optimizer.clip_grad_by_total_norm_fp32 = clip_grad_by_total_norm_fp32
+
+
+def patch_optimizer_class() -> None:
+    """Where TransformerEngine or apex is installed without a GPU, mcore takes their Adam, which wants one.
+
+    Both flags are what they are without those packages (optimizer/__init__.py:34, distrib_optimizer.py:36).
+    """
+    from megatron.core import optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    optimizer.USING_PYTORCH_OPTIMIZER = True
+    distrib_optimizer.HAVE_APEX_OR_TE = False
 
 
 def patch_distributed_optimizer() -> None:

@@ -1,6 +1,6 @@
 """One batch of rollouts, learned from: on a GPU in the tests' process; on the CPU in fp32 in a process of its own.
 
-    CUDA_VISIBLE_DEVICES= python -m tests.gpu.learning MODEL OUT.npz '{"updates": 2}'
+CUDA_VISIBLE_DEVICES= python -m tests.gpu.learning MODEL OUT.npz '{"updates": 2}'
 """
 
 from __future__ import annotations
