@@ -41,13 +41,37 @@ def rollout(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"generate": [asdict(row) for row in engine], "steps": [asdict(row) for row in algorithms]}
 
 
+def gpu(arguments: argparse.Namespace) -> dict[str, Any]:
+    """One GPU: the learner's MFU by precision, decoding against the bandwidth floor, log-prob memory, parity."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise SystemExit("benchmark.py gpu: no CUDA GPU on this machine")
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    from nemo_aapo import parallel
+    from nemo_aapo.benchmarks import gpu
+    from nemo_aapo.libraries import quiet
+
+    quiet()
+    parallel.initialize(tensor_model_parallel_size=1, pipeline_model_parallel_size=1, seed=0, timeout_s=600)
+    try:
+        with tempfile.TemporaryDirectory(prefix="aapo_benchmark_") as folder:
+            found = gpu.measure(gpu.QUICK if arguments.quick else gpu.Plan(), Path(folder))
+    finally:
+        parallel.shutdown()
+    for part in gpu.report(found):
+        print(f"\n{part}", flush=True)
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="WHAT")
-    command = commands.add_parser("rollout", help=rollout.__doc__, description=rollout.__doc__)
-    command.set_defaults(run=rollout)
-    command.add_argument("--quick", action="store_true", help="tiny sizes: shows that it works, measures nothing")
-    command.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    for run in (rollout, gpu):
+        command = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
+        command.set_defaults(run=run)
+        command.add_argument("--quick", action="store_true", help="tiny sizes: shows that it works, measures nothing")
+        command.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
     arguments = parser.parse_args()
     figures = arguments.run(arguments)
     if arguments.json:

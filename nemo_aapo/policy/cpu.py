@@ -46,7 +46,7 @@ def install() -> None:
     patch_device_queries()
     patch_cuda_literals()
     patch_gradient_clipping()
-    patch_optimizer_class()
+    patch_optimizer_kernels()
     patch_distributed_optimizer()
     patch_rng_tracker()
     _installed = True
@@ -134,16 +134,22 @@ def patch_gradient_clipping() -> None:
     optimizer.clip_grad_by_total_norm_fp32 = clip_grad_by_total_norm_fp32
 
 
-def patch_optimizer_class() -> None:
-    """Where TransformerEngine or apex is installed without a GPU, mcore takes their Adam, which wants one.
+def patch_optimizer_kernels() -> None:
+    """Where TransformerEngine or apex is installed without a GPU, mcore takes their Adam and norms, which want one.
 
-    Both flags are what they are without those packages (optimizer/__init__.py:34, distrib_optimizer.py:36).
+    All is set to what it is without those packages (optimizer/__init__.py:34, distrib_optimizer.py:36,
+    clip_grads.py:40, optimizer.py:36).
     """
-    from megatron.core import optimizer
-    from megatron.core.optimizer import distrib_optimizer
+    from megatron.core import optimizer, utils
+    from megatron.core.optimizer import clip_grads, distrib_optimizer
+    from megatron.core.optimizer import optimizer as base
 
     optimizer.USING_PYTORCH_OPTIMIZER = True
     distrib_optimizer.HAVE_APEX_OR_TE = False
+    clip_grads.l2_norm_impl = utils.local_multi_tensor_l2_norm
+    for module in (clip_grads, base):
+        module.multi_tensor_applier = utils.local_multi_tensor_applier
+        module.multi_tensor_scale_impl = utils.local_multi_tensor_scale
 
 
 def patch_distributed_optimizer() -> None:
