@@ -139,7 +139,9 @@ def _rotate_and_store(
     queries = queries_ptr + (row * heads + head) * QUERIES * SIZE + part * SIZE + column
     tl.store(queries, turned, mask=part < QUERIES)
     cached = cache_ptr + row * row_stride + position * token_stride + head * 2 * SIZE
-    tl.store(cached + (part - QUERIES) * SIZE + column, tl.where(part > QUERIES, x, turned), mask=real & (part >= QUERIES))
+    tl.store(
+        cached + (part - QUERIES) * SIZE + column, tl.where(part > QUERIES, x, turned), mask=real & (part >= QUERIES)
+    )
 
 
 @triton.jit
@@ -197,9 +199,7 @@ def _attend_split(
 
 
 @triton.jit
-def _merge_splits(
-    parts_ptr, statistics_ptr, out_ptr, GROUP: tl.constexpr, SIZE: tl.constexpr, SPLITS: tl.constexpr
-):
+def _merge_splits(parts_ptr, statistics_ptr, out_ptr, GROUP: tl.constexpr, SIZE: tl.constexpr, SPLITS: tl.constexpr):
     """Program (row and head, query of the group)."""
     pair, member = tl.program_id(0).to(tl.int64), tl.program_id(1)
     split, column = tl.arange(0, SPLITS), tl.arange(0, SIZE)

@@ -173,3 +173,54 @@ def test_graphs_give_the_completions_of_single_kernels(ranks, tiny_models, name)
             for completion, expected in zip(row, expected_row, strict=True):
                 np.testing.assert_array_equal(completion.token_ids, expected.token_ids)
                 np.testing.assert_allclose(completion.logprobs, expected.logprobs, atol=1e-4)
+
+
+@pytest.mark.parametrize(("tokens", "columns", "first"), [(5, 3001, 0), (3, 40, 16), (1, 2048, 128)])
+def test_a_tiles_statistics_and_gradient(tokens, columns, first):
+    from nemo_aapo.policy import logprob, logprob_triton
+
+    hidden = torch.zeros(tokens, 1, device=DEVICE)
+    statistics, expected = logprob._no_statistics(hidden), logprob._no_statistics(hidden)
+    targets = torch.randint(0, 2 * columns, (tokens,), device=DEVICE)  # some lie in the tile
+    targets[0] = first + columns - 1
+    for shift in (0.0, 30.0, -30.0):  # the maximum grows, and stays
+        tile = torch.randn(tokens, columns, device=DEVICE) * 3 + shift
+        logprob_triton.add_statistics(tile, targets, first, statistics)
+        part = logprob._statistics(tile.clone(), targets - first, torch.empty_like(tile))
+        expected = logprob._merge(torch.stack([expected, part]))
+        expected[3] = torch.where(part[3].isneginf(), expected[3], part[3])  # each tile stands at the same columns here
+    torch.testing.assert_close(statistics, expected, rtol=2e-5, atol=1e-5)
+
+    logsumexp = tile.logsumexp(1) + 0.5
+    grad = torch.randn(tokens, device=DEVICE)
+    wanted = logprob._grad_logits(tile.clone(), targets - first, logsumexp, grad)
+    half = logprob_triton.grad_logits(tile, targets, first, logsumexp, grad, torch.empty_like(tile, dtype=HALF))
+    torch.testing.assert_close(half.float(), wanted, rtol=1e-2, atol=1e-6)
+    in_place = logprob_triton.grad_logits(tile, targets, first, logsumexp, grad, tile)
+    torch.testing.assert_close(in_place, wanted, rtol=1e-5, atol=1e-6)
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n", "rows", "vocab_size", "h"), [(1000, 5000, 4900, 128), (4096, 152_064, 151_936, 256)])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_and_gradients_on_a_gpu(monkeypatch, dtype, n, rows, vocab_size, h, temperature):
+    """Several tiles; against float64 on the same, rounded, inputs."""
+    from nemo_aapo.policy import logprob
+    from tests.test_logprob import one_rank, plain
+
+    monkeypatch.setattr(logprob, "CUDA_MIN_TILE_LOGITS", n * rows // 5)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    hidden = torch.randn(n, h, device=DEVICE).to(dtype).requires_grad_()
+    weight = (torch.randn(rows, h, device=DEVICE) * 2 * h**-0.5).to(dtype).requires_grad_()
+    targets = torch.randint(0, vocab_size, (n,), device=DEVICE)
+    grad = torch.randn(n, device=DEVICE)
+    logprobs, entropy = one_rank(hidden, weight, targets, temperature, vocab_size, 1)
+    logprobs.backward(grad)
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    expected, expected_entropy = plain(*exact, targets, temperature, vocab_size)
+    expected.backward(grad.double())
+    torch.testing.assert_close(logprobs.detach().double(), expected.detach(), rtol=0, atol=5e-5)
+    torch.testing.assert_close(entropy.double(), expected_entropy, rtol=0, atol=1e-4)
+    for ours, theirs in ((hidden.grad, exact[0].grad), (weight.grad, exact[1].grad)):
+        assert (ours.double() - theirs).norm() < (1e-5 if dtype == torch.float32 else 6e-3) * theirs.norm()
