@@ -139,9 +139,8 @@ def _rotate_and_store(
     queries = queries_ptr + (row * heads + head) * QUERIES * SIZE + part * SIZE + column
     tl.store(queries, turned, mask=part < QUERIES)
     cached = cache_ptr + row * row_stride + position * token_stride + head * 2 * SIZE
-    tl.store(
-        cached + (part - QUERIES) * SIZE + column, tl.where(part > QUERIES, x, turned), mask=real & (part >= QUERIES)
-    )
+    stored = tl.where(part > QUERIES, x, turned)  # the value stays as it is
+    tl.store(cached + (part - QUERIES) * SIZE + column, stored, mask=real & (part >= QUERIES))
 
 
 @triton.jit

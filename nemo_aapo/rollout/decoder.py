@@ -119,9 +119,17 @@ class Decoder:
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states [rows, h] -> logits [rows, padded vocabulary]; last stage only."""
+        """Hidden states [rows, h] -> logits [rows, padded vocabulary]; last stage only.
+
+        On a GPU they are float32, as the learner's are (policy/logprob.py): rounded to bfloat16, they would part the
+        log-probs of the two by more than all else together.
+        """
         normed = self._norm(hidden, self._model.decoder.final_layernorm.weight)
-        logits = F.linear(normed, self._output_weight())
+        weight = self._output_weight()
+        if normed.is_cuda and normed.dtype != torch.float32:
+            logits = torch.mm(normed, weight.t(), out_dtype=torch.float32)
+        else:
+            logits = F.linear(normed, weight)
         return logits if self._tp_size == 1 else tensor_parallel.gather_from_tensor_model_parallel_region(logits)
 
     def addresses(self) -> tuple[int, ...]:

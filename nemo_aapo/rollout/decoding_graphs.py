@@ -72,6 +72,11 @@ class DecodingGraphs:
         mine = self._addresses, tuple(self.cache.kv.shape[1:3]), self._sampling, self._vocab_size
         return mine == (decoder.addresses(), (rows, length), sampling, vocab_size)
 
+    @property
+    def captured(self) -> int:
+        """Graphs that exist."""
+        return sum(graph is not None for graph in self._graphs.values())
+
     def step(self, slots: Slots) -> np.ndarray:
         """Feed each live row its token and draw the next one.
 

@@ -123,7 +123,7 @@ def _race(
     HAS_STOPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Program (row, split): maximum, sum, best ratio and leader of blocks ``split * share`` to ``(split + 1) * share``."""
+    """Program (row, split): maximum, sum, best ratio and leader of ``share`` blocks, from ``split * share`` on."""
     row, split = tl.program_id(0), tl.program_id(1)
     rows, splits = tl.num_programs(0), tl.num_programs(1)
     step = tl.load(steps_ptr + row)

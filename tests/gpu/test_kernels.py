@@ -1,224 +1,85 @@
-"""The Triton kernels and CUDA graphs against the torch code that runs on a CPU.
+"""The GPU's way through engine and log-probs as a whole: graphs, kernels, float32 products of 16-bit inputs.
 
-``TRITON_INTERPRET=1`` runs the kernel tests on a CPU where triton is installed (slowly, without bfloat16 products).
+The kernels one by one: tests/test_triton.py.
 """
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
-from nemo_aapo.rollout import sampling
-from nemo_aapo.types import SamplingSpec
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if not INTERPRETED and not torch.cuda.is_available():
-    pytest.skip("needs a CUDA device, or triton and TRITON_INTERPRET=1", allow_module_level=True)
-pytest.importorskip("triton")
-
-DEVICE = "cpu" if INTERPRETED else "cuda"
-HALF = torch.float16 if INTERPRETED else torch.bfloat16  # the interpreter multiplies bfloat16 as integers
-on_gpu = pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device")
+from nemo_aapo.policy import logprob
+from nemo_aapo.types import Completion
+from tests import test_logprob
+from tests.distributed import test_engine as engines
 
 
 @pytest.fixture(autouse=True)
-def seeded():
+def exact_products(monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     torch.manual_seed(0)
 
 
-SAMPLING_CASES = [
-    # rows, vocabulary, padding, dtype, temperature, stop tokens
-    (3, 5001, 119, torch.float32, 1.0, ()),
-    (40, 150, 10, torch.bfloat16, 0.7, (3, 7, 149)),
-    (1, 2049, 0, torch.float32, 1.3, (2048,)),
-]
-if not INTERPRETED:
-    SAMPLING_CASES += [
-        (rows, 151_936, 128, dtype, 1.0, (151_643,)) for rows in (1, 64, 256) for dtype in (torch.float32, HALF)
-    ]
+def common(row: Completion, other: Completion) -> int:
+    """Tokens before the first that differs."""
+    length = min(len(row.token_ids), len(other.token_ids))
+    same = row.token_ids[:length] == other.token_ids[:length]
+    return length if same.all() else int(same.argmin())
 
 
-@pytest.mark.parametrize(("rows", "vocab_size", "padding", "dtype", "temperature", "stops"), SAMPLING_CASES)
-def test_the_fused_race_draws_the_same_tokens(rows, vocab_size, padding, dtype, temperature, stops):
-    from nemo_aapo.rollout import sampling_triton
-
-    logits = (torch.randn(rows, vocab_size + padding, device=DEVICE) * 3).to(dtype)
-    logits[:, vocab_size:] = 60.0  # would win, were it not padding
-    logits[:, list(stops)] += 9.0
-    seeds = torch.randint(0, 2**63 - 1, (rows,), device=DEVICE)
-    steps = torch.randint(0, 6, (rows,), device=DEVICE)
-    spec = SamplingSpec(temperature=temperature, max_new_tokens=8, stop_token_ids=stops, min_new_tokens=3)
-    tokens, logprobs = sampling_triton.draw(
-        logits,
-        1 / temperature,
-        seeds,
-        steps,
-        vocab_size,
-        sampling.early_stops(spec, vocab_size, logits.device),
-        spec.min_new_tokens,
-    )
-    expected, _ = sampling._draw_block(logits[:, :vocab_size], seeds, steps, spec)
-    assert (tokens != expected).sum() <= rows // 64  # ties within rounding errors: none in most runs
-    z = logits[:, :vocab_size].double() / temperature
-    z[:, list(stops)] = z[:, list(stops)].masked_fill((steps < 3)[:, None], -torch.inf)
-    exact = torch.log_softmax(z, -1).gather(1, tokens[:, None])[:, 0]
-    torch.testing.assert_close(logprobs.double(), exact, rtol=0, atol=1e-5)
-
-
-def test_the_fused_race_shows_logits_that_are_not_finite():
-    from nemo_aapo.rollout import sampling_triton
-
-    logits = torch.zeros(3, 3000, device=DEVICE)
-    logits[0, 2999], logits[1, 5] = torch.nan, torch.inf
-    rows = torch.arange(3, device=DEVICE)
-    tokens, logprobs = sampling_triton.draw(logits, 1.0, rows, rows, 3000, None, 0)
-    assert logprobs.isfinite().tolist() == [False, False, True]
-    assert ((tokens >= 0) & (tokens < 3000)).all()
-
-
-ATTENTION_CASES = [
-    # rows, rows of the cache, heads, queries per key, head size, length of the cache, dtype
-    (5, 7, 2, 3, 16, 100, torch.float32),
-    (3, 3, 2, 6, 128, 300, torch.float32),
-    (4, 4, 2, 7, 64, 200, HALF),
-    (1, 1, 1, 1, 32, 40, torch.float32),
-]
-if not INTERPRETED:
-    ATTENTION_CASES += [
-        (rows, 256, heads, group, size, 1000, HALF)
-        for rows in (1, 64, 256)
-        for heads, group, size in ((2, 7, 64), (2, 6, 128), (8, 4, 128))
-    ]
-
-
-@pytest.mark.parametrize(("rows", "capacity", "heads", "group", "size", "length", "dtype"), ATTENTION_CASES)
-def test_attention_over_rows_of_different_lengths(rows, capacity, heads, group, size, length, dtype):
-    from nemo_aapo.rollout.kv_cache import SlotCache
-
-    angles = torch.outer(torch.arange(length).float(), 10_000 ** -(torch.arange(0, size, 2) / size)).repeat(1, 2)
-    ours, theirs = (
-        SlotCache(
-            layers=2,
-            rows=capacity,
-            length=length,
-            heads=heads,
-            queries_per_key=group,
-            angles=angles.to(DEVICE),
-            scale=size**-0.5,
-            dtype=dtype,
-        )
-        for _ in range(2)
-    )
-    theirs.kv.normal_()
-    ours.kv.copy_(theirs.kv)
-    lengths = np.random.default_rng(0).integers(0, length, rows)
-    lengths[0] = 0
-    mixed = torch.randn(rows, heads, group + 2, size, device=DEVICE).to(dtype)
-    theirs.begin(np.zeros(rows, dtype=np.int64), lengths, [], [])
-    expected = theirs.attend(1, mixed)
-    out = ours.attend_rows(1, mixed, torch.from_numpy(lengths).to(DEVICE))
-    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-    torch.testing.assert_close(out, expected, rtol=0, atol=tolerance)
-    torch.testing.assert_close(ours.kv, theirs.kv, rtol=0, atol=tolerance)
-
-
-@pytest.mark.parametrize(("tokens", "width"), [(7, 1500), (1, 4864), (64, 8960)])
-def test_swiglu(tokens, width):
-    from nemo_aapo.rollout.decode_triton import swiglu
-
-    units = torch.randn(tokens, 2 * width, device=DEVICE).to(HALF)
-    gate, up = units.double().chunk(2, -1)
-    torch.testing.assert_close(swiglu(units).double(), F.silu(gate) * up, rtol=1e-2, atol=1e-5)
-
-
-def _completions(path, dtype):
-    """Of one model kernel by kernel, by graphs, and by the same graphs with other weights and back."""
+@pytest.mark.parametrize("name", ["qwen2_tied", "qwen3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_graphs_give_the_completions_of_single_kernels(one_rank, tiny_models, name, dtype):
+    """In bfloat16 the number of rows changes a product's rounding, and that may change a token, but no log-prob much."""
     from nemo_aapo.rollout.megatron_engine import MegatronEngine
-    from tests.distributed import test_engine as engines
 
-    torch.backends.cuda.matmul.allow_tf32 = False
-    model = engines.build(path).to("cuda", dtype)
-    results = []
-    for graphs in (False, True):
-        engine = MegatronEngine(model, engines.VOCAB_SIZE, engines.TIGHT)
-        assert engine.cuda_graphs
-        engine.cuda_graphs = graphs
-        results.append(engine.generate(engines.prompts(), engines.SPEC, engines.SEEDS))
-    kept = engine.graphs
+    model = engines.build(tiny_models[name]).to("cuda", dtype)
+    engine = MegatronEngine(model, engines.VOCAB_SIZE, engines.TIGHT)
+    assert engine.cuda_graphs
+
+    def draw():
+        return [c for row in engine.generate(engines.prompts(), engines.SPEC, engines.SEEDS) for c in row]
+
+    engine.cuda_graphs = False
+    plain = draw()
+    engine.cuda_graphs = True
+    first, kept = draw(), engine.graphs
     weight = model.decoder.layers[0].mlp.linear_fc1.weight
     with torch.no_grad():
+        weight.neg_()  # in place, as the optimizer does it: the graphs must see it
+        changed = draw()
         weight.neg_()
-        changed = engine.generate(engines.prompts(), engines.SPEC, engines.SEEDS)
-        weight.neg_()
-    results.append(engine.generate(engines.prompts(), engines.SPEC, engines.SEEDS))
+    again = draw()
     assert engine.graphs is kept
-    assert engines.flat(changed) != engines.flat(results[-1])
-    captured = [graph for graph in kept._graphs.values() if graph is not None]
+    assert kept.captured
     engine.sleep()
-    return results, len(captured)
+    assert engine.graphs is None
+
+    assert any(common(a, b) < len(a.token_ids) for a, b in zip(plain, changed, strict=True))
+    for others in (first, again):
+        if dtype == torch.float32:
+            assert [c.token_ids.tolist() for c in others] == [c.token_ids.tolist() for c in plain]
+        pairs = [(a.logprobs[: common(a, b)], b.logprobs[: common(a, b)]) for a, b in zip(plain, others, strict=True)]
+        gaps = np.concatenate([np.abs(a - b) for a, b in pairs])
+        assert len(gaps) >= len(plain)
+        assert gaps.mean() < (1e-5 if dtype == torch.float32 else 0.05)
 
 
-@on_gpu
-@pytest.mark.parametrize("name", ["qwen2_tied", "qwen3"])
-def test_graphs_give_the_completions_of_single_kernels(ranks, tiny_models, name):
-    """In float32: the row count's influence on a product's rounding is far below what changes a token."""
-    (plain, *others), captured = ranks.run(_completions, tiny_models[name], torch.float32, timeout_s=240.0)[0]
-    assert captured
-    for completions in others:
-        for row, expected_row in zip(completions, plain, strict=True):
-            for completion, expected in zip(row, expected_row, strict=True):
-                np.testing.assert_array_equal(completion.token_ids, expected.token_ids)
-                np.testing.assert_allclose(completion.logprobs, expected.logprobs, atol=1e-4)
-
-
-@pytest.mark.parametrize(("tokens", "columns", "first"), [(5, 3001, 0), (3, 40, 16), (1, 2048, 128)])
-def test_a_tiles_statistics_and_gradient(tokens, columns, first):
-    from nemo_aapo.policy import logprob, logprob_triton
-
-    hidden = torch.zeros(tokens, 1, device=DEVICE)
-    statistics, expected = logprob._no_statistics(hidden), logprob._no_statistics(hidden)
-    targets = torch.randint(0, 2 * columns, (tokens,), device=DEVICE)  # some lie in the tile
-    targets[0] = first + columns - 1
-    for shift in (0.0, 30.0, -30.0):  # the maximum grows, and stays
-        tile = torch.randn(tokens, columns, device=DEVICE) * 3 + shift
-        logprob_triton.add_statistics(tile, targets, first, statistics)
-        part = logprob._statistics(tile.clone(), targets - first, torch.empty_like(tile))
-        expected = logprob._merge(torch.stack([expected, part]))
-        expected[3] = torch.where(part[3].isneginf(), expected[3], part[3])  # each tile stands at the same columns here
-    torch.testing.assert_close(statistics, expected, rtol=2e-5, atol=1e-5)
-
-    logsumexp = tile.logsumexp(1) + 0.5
-    grad = torch.randn(tokens, device=DEVICE)
-    wanted = logprob._grad_logits(tile.clone(), targets - first, logsumexp, grad)
-    half = logprob_triton.grad_logits(tile, targets, first, logsumexp, grad, torch.empty_like(tile, dtype=HALF))
-    torch.testing.assert_close(half.float(), wanted, rtol=1e-2, atol=1e-6)
-    in_place = logprob_triton.grad_logits(tile, targets, first, logsumexp, grad, tile)
-    torch.testing.assert_close(in_place, wanted, rtol=1e-5, atol=1e-6)
-
-
-@on_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("n", "rows", "vocab_size", "h"), [(1000, 5000, 4900, 128), (4096, 152_064, 151_936, 256)])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_and_gradients_on_a_gpu(monkeypatch, dtype, n, rows, vocab_size, h, temperature):
     """Several tiles; against float64 on the same, rounded, inputs."""
-    from nemo_aapo.policy import logprob
-    from tests.test_logprob import one_rank, plain
-
     monkeypatch.setattr(logprob, "CUDA_MIN_TILE_LOGITS", n * rows // 5)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    hidden = torch.randn(n, h, device=DEVICE).to(dtype).requires_grad_()
-    weight = (torch.randn(rows, h, device=DEVICE) * 2 * h**-0.5).to(dtype).requires_grad_()
-    targets = torch.randint(0, vocab_size, (n,), device=DEVICE)
-    grad = torch.randn(n, device=DEVICE)
-    logprobs, entropy = one_rank(hidden, weight, targets, temperature, vocab_size, 1)
+    hidden = torch.randn(n, h, device="cuda").to(dtype).requires_grad_()
+    weight = (torch.randn(rows, h, device="cuda") * 2 * h**-0.5).to(dtype).requires_grad_()
+    targets = torch.randint(0, vocab_size, (n,), device="cuda")
+    grad = torch.randn(n, device="cuda")
+    logprobs, entropy = test_logprob.one_rank(hidden, weight, targets, temperature, vocab_size, 1)
     logprobs.backward(grad)
     exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
-    expected, expected_entropy = plain(*exact, targets, temperature, vocab_size)
+    expected, expected_entropy = test_logprob.plain(*exact, targets, temperature, vocab_size)
     expected.backward(grad.double())
     torch.testing.assert_close(logprobs.detach().double(), expected.detach(), rtol=0, atol=5e-5)
     torch.testing.assert_close(entropy.double(), expected_entropy, rtol=0, atol=1e-4)
