@@ -31,7 +31,7 @@ def common(row: Completion, other: Completion) -> int:
 @pytest.mark.parametrize("name", ["qwen2_tied", "qwen3"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_graphs_give_the_completions_of_single_kernels(one_rank, tiny_models, name, dtype):
-    """In bfloat16 the number of rows changes a product's rounding, and that may change a token, but no log-prob much."""
+    """In bfloat16 the number of rows changes the rounding of products, now and then a token, but no log-prob much."""
     from nemo_aapo.rollout.megatron_engine import MegatronEngine
 
     model = engines.build(tiny_models[name]).to("cuda", dtype)
