@@ -53,7 +53,12 @@ setup(
         # Rollout servers, and the trainer's side of them
         "servers": ["aiohttp>=3.10,<4", "prometheus_client>=0.20"],
         "math": ["math-verify[antlr4_9_3]>=0.9,<0.10"],
-        "gpu": ["megatron-bridge>=0.3.1,<0.4", "transformer-engine[pytorch]>=2.9,<2.12"],
+        "gpu": [
+            "megatron-bridge>=0.3.1,<0.4",
+            "transformer-engine[pytorch]>=2.9,<2.12",
+            "torch>=2.8",  # float32 products of bfloat16 inputs: torch.mm(..., out_dtype=...)
+            "triton>=3.4",  # comes with torch's CUDA builds
+        ],
         "wandb": ["wandb>=0.25"],
         "nemo_run": ["nemo-run==0.11.1", "leptonai==0.26.6"],  # with a later leptonai nemo-run does not import
         "dev": ["pytest", "pytest-timeout", "ruff"],

@@ -132,3 +132,13 @@ def test_the_budget_decides_the_number_of_rows():
     assert capacity(96, longest=96, sequences=64) == 1
     with pytest.raises(ValueError, match=r"97 tokens .* rollout.max_concurrent_tokens=96: raise it to at least 97"):
         capacity(96, longest=97, sequences=1)
+
+
+def test_a_graphs_rows_hold_the_live_ones_and_no_more_than_the_cache_has():
+    from nemo_aapo.rollout.decoding_graphs import padded_rows
+
+    for rows in (1, 7, 40, 100, 256):
+        sizes = [padded_rows(live, rows) for live in range(1, rows + 1)]
+        assert all(live <= size <= rows for live, size in enumerate(sizes, 1))
+        assert sizes == sorted(sizes)
+    assert len(set(sizes)) == 5  # of 256 rows: few graphs to capture

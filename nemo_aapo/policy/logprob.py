@@ -23,6 +23,9 @@ from torch.autograd.function import once_differentiable
 MIN_TILE_LOGITS = 2**18
 """A tile holds at least so many logits (1 MiB of float32, about a CPU core's cache): smaller ones only cost time."""
 
+CUDA_MIN_TILE_LOGITS = 2**26
+"""The same on a GPU (256 MiB of float32): its products want thousands of rows and columns."""
+
 TILE_ALIGNMENT = 128
 """Tiles are so many columns wide, or a multiple of it, which suits the GPU's matrix units."""
 
@@ -55,7 +58,8 @@ def selected_logprobs(
         tp_group: the ranks that share the vocabulary; None means that this rank has all of it.
         vocab_start: the token id of the shard's first row.
         chunk_tokens: bounds the memory: no more logits exist at a time than so many tokens have on this rank,
-            ``chunk_tokens * v`` (but see ``MIN_TILE_LOGITS``). They take two buffers of the result's dtype.
+            ``chunk_tokens * v`` (but see ``MIN_TILE_LOGITS`` and its twin for GPUs). They take two buffers of the
+            result's dtype or, on a GPU, one of it and one of the inputs' dtype.
 
     Returns:
         Log-probs [n] and entropies [n] in nats, float32 (float64 for float64 inputs). A target outside
@@ -85,11 +89,7 @@ class _SelectedLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, rows, inverse_temperature, tp_group, max_logits):
         ctx.rows, ctx.inverse_temperature, ctx.max_logits = rows, inverse_temperature, max_logits
-        statistics, scratch = _no_statistics(hidden), None
-        for tile, logits in _tiles(hidden, weight[:rows], inverse_temperature, max_logits):
-            scratch = torch.empty_like(logits) if scratch is None else scratch.resize_(logits.shape)
-            part = _statistics(logits, targets - tile.start, scratch)
-            statistics = _merge(torch.stack([statistics, part]))
+        statistics = _shard_statistics(hidden, weight[:rows], targets, inverse_temperature, max_logits)
         if tp_group is not None:
             gathered = statistics.new_empty(tp_group.size() * 4, statistics.shape[1])
             dist.all_gather(list(gathered.chunk(tp_group.size())), statistics, group=tp_group)
@@ -112,12 +112,34 @@ class _SelectedLogprobs(torch.autograd.Function):
         if need_weight:
             grad_weight[ctx.rows :] = 0.0  # padding: no tile comes by
         for tile, logits in _tiles(hidden, weight[: ctx.rows], ctx.inverse_temperature, ctx.max_logits):
-            grad_logits = _grad_logits(logits, targets - tile.start, logsumexp, grad).to(hidden.dtype)
+            grad_logits = _grad_tile(logits, targets, tile.start, logsumexp, grad, hidden.dtype)
             if need_hidden:
                 _add_product(grad_hidden, grad_logits, weight[tile])
             if need_weight:
                 torch.mm(grad_logits.t(), hidden, out=grad_weight[tile])
         return grad_hidden.to(hidden.dtype) if need_hidden else None, grad_weight, *[None] * 5
+
+
+def _fused(logits: torch.Tensor) -> bool:
+    """True where ``logprob_triton`` takes the place of torch operations."""
+    return logits.is_cuda and logits.dtype == torch.float32
+
+
+def _shard_statistics(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, inverse_temperature: float, max_logits: int
+) -> torch.Tensor:
+    """[4, n], as of ``_statistics``, over all rows of ``weight``."""
+    statistics, scratch = _no_statistics(hidden), None
+    for tile, logits in _tiles(hidden, weight, inverse_temperature, max_logits):
+        if _fused(logits):
+            from nemo_aapo.policy import logprob_triton  # triton comes with torch's CUDA builds only
+
+            logprob_triton.add_statistics(logits, targets, tile.start, statistics)
+        else:
+            scratch = torch.empty_like(logits) if scratch is None else scratch.resize_(logits.shape)
+            part = _statistics(logits, targets - tile.start, scratch)
+            statistics = _merge(torch.stack([statistics, part]))
+    return statistics
 
 
 def _tiles(
@@ -130,15 +152,24 @@ def _tiles(
     than the arithmetic.
     """
     tokens, rows = hidden.shape[0], weight.shape[0]
-    columns = max(max_logits, MIN_TILE_LOGITS) // max(tokens, 1) // TILE_ALIGNMENT * TILE_ALIGNMENT
+    least = CUDA_MIN_TILE_LOGITS if hidden.is_cuda else MIN_TILE_LOGITS
+    columns = max(max_logits, least) // max(tokens, 1) // TILE_ALIGNMENT * TILE_ALIGNMENT
     columns = max(columns, TILE_ALIGNMENT)
     buffer = hidden.new_empty(tokens * min(columns, rows), dtype=_statistics_dtype(hidden))
-    product = buffer if buffer.dtype == hidden.dtype else torch.empty_like(buffer, dtype=hidden.dtype)
+    # cuBLAS adds up 16-bit products in float32 and can leave them so; a rounding to bfloat16 would move a logit of 20
+    # by up to 0.06, and the target's log-prob with it
+    one_buffer = hidden.is_cuda or buffer.dtype == hidden.dtype
+    product = buffer if one_buffer else torch.empty_like(buffer, dtype=hidden.dtype)
     for start in range(0, rows, columns):
         tile = slice(start, min(start + columns, rows))
         shape = (tokens, tile.stop - tile.start)
         logits, out = (flat[: shape[0] * shape[1]].view(shape) for flat in (buffer, product))
-        torch.addmm(out, hidden, weight[tile].t(), beta=0, alpha=inverse_temperature, out=out)
+        if out.dtype == hidden.dtype:
+            torch.addmm(out, hidden, weight[tile].t(), beta=0, alpha=inverse_temperature, out=out)
+        else:
+            torch.mm(hidden, weight[tile].t(), out_dtype=out.dtype, out=out)
+            if inverse_temperature != 1.0:
+                out.mul_(inverse_temperature)
         if product is not buffer:
             logits.copy_(out)
         yield tile, logits
@@ -184,6 +215,23 @@ def _merge(parts: torch.Tensor) -> torch.Tensor:
     return torch.stack([largest, (scale * total).sum(0), (scale * (weighted + shift * total)).sum(0), target.amax(0)])
 
 
+def _grad_tile(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    first: int,
+    logsumexp: torch.Tensor,
+    grad: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """``_grad_logits`` of the tile that begins at column ``first``, in ``dtype``; ``logits`` may be overwritten."""
+    if not _fused(logits):
+        return _grad_logits(logits, targets - first, logsumexp, grad).to(dtype)
+    from nemo_aapo.policy import logprob_triton  # triton comes with torch's CUDA builds only
+
+    out = logits if dtype == logits.dtype else torch.empty_like(logits, dtype=dtype)
+    return logprob_triton.grad_logits(logits, targets, first, logsumexp, grad, out)
+
+
 def _grad_logits(
     logits: torch.Tensor, targets: torch.Tensor, logsumexp: torch.Tensor, grad: torch.Tensor
 ) -> torch.Tensor:
@@ -202,5 +250,7 @@ def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -
     """total += left @ right, added up in ``total``'s precision."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
+    elif total.is_cuda:
+        total += torch.mm(left, right, out_dtype=total.dtype)
     else:
         total += left @ right

@@ -14,7 +14,7 @@ It knows one kind of layer, that of Qwen2, Qwen2.5, Qwen3 and Llama, and refuses
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.distributed as dist
@@ -114,17 +114,35 @@ class Decoder:
             if index == len(self._layers) - 1 and self._model.post_process and cache.logits_at is not None:
                 hidden, context = hidden[cache.logits_at], context[cache.logits_at]  # nothing reads the others any more
             hidden = self._add(hidden, context, layer.projection)
-            gate, up = F.linear(self._norm(hidden, layer.mlp_norm), layer.gate_and_up).chunk(2, dim=-1)
-            hidden = self._add(hidden, F.silu(gate).mul_(up), layer.down)
+            units = _swiglu(F.linear(self._norm(hidden, layer.mlp_norm), layer.gate_and_up))
+            hidden = self._add(hidden, units, layer.down)
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states [rows, h] -> logits [rows, padded vocabulary]; last stage only."""
+        """Hidden states [rows, h] -> logits [rows, padded vocabulary]; last stage only.
+
+        On a GPU they are float32, as the learner's are (policy/logprob.py): rounded to bfloat16, they would part the
+        log-probs of the two by more than all else together.
+        """
+        normed = self._norm(hidden, self._model.decoder.final_layernorm.weight)
+        weight = self._output_weight()
+        if normed.is_cuda and normed.dtype != torch.float32:
+            logits = torch.mm(normed, weight.t(), out_dtype=torch.float32)
+        else:
+            logits = F.linear(normed, weight)
+        return logits if self._tp_size == 1 else tensor_parallel.gather_from_tensor_model_parallel_region(logits)
+
+    def addresses(self) -> tuple[int, ...]:
+        """Where the weights of a whole model lie on its device: what a CUDA graph of it remembers of them."""
+        model = self._model
+        weights = [getattr(layer, field.name) for layer in self._layers for field in fields(layer)]
+        weights += [model.embedding.word_embeddings.weight, model.decoder.final_layernorm.weight, self._output_weight()]
+        return tuple(weight.data_ptr() for weight in weights if weight is not None)
+
+    def _output_weight(self) -> Tensor:
         model = self._model
         tied = model.share_embeddings_and_output_weights
-        weight = model.shared_embedding_or_output_weight() if tied else model.output_layer.weight
-        logits = F.linear(self._norm(hidden, model.decoder.final_layernorm.weight), weight)
-        return logits if self._tp_size == 1 else tensor_parallel.gather_from_tensor_model_parallel_region(logits)
+        return model.shared_embedding_or_output_weight() if tied else model.output_layer.weight
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, self._config.layernorm_epsilon)
@@ -136,6 +154,16 @@ class Decoder:
         part = F.linear(x, weight)
         dist.all_reduce(part, group=self._tp_group)
         return hidden.add_(part)
+
+
+def _swiglu(gate_and_up: Tensor) -> Tensor:
+    """[T, 2 f] -> silu(gate) * up [T, f]."""
+    if gate_and_up.is_cuda:
+        from nemo_aapo.rollout import decode_triton  # triton comes with torch's CUDA builds only
+
+        return decode_triton.swiglu(gate_and_up)
+    gate, up = gate_and_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
 
 
 def _weights(layer: torch.nn.Module) -> _Layer:

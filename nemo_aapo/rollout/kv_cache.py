@@ -126,6 +126,23 @@ class SlotCache:
             parts.append(self._prefill(layer, mixed[cut:]))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def attend_rows(self, layer: int, mixed: Tensor, lengths: Tensor) -> Tensor:
+        """``attend`` on a GPU for one token of each of the first rows, without ``begin``.
+
+        Args:
+            layer: index on this rank.
+            mixed: [R, heads, queries per key + 2, head size], as in ``attend``, contiguous.
+            lengths: int64 [R], how many tokens the rows have in the cache.
+
+        Returns:
+            [R, heads * queries per key * head size]
+        """
+        from nemo_aapo.rollout import decode_triton  # triton comes with torch's CUDA builds only
+
+        cache = self.kv[layer]
+        queries = decode_triton.rotate_and_store(mixed, lengths, self._cos[:, 0, 0], self._sin[:, 0, 0], cache)
+        return decode_triton.attend(queries, cache, lengths, self._scale)
+
     def _rotate(self, mixed: Tensor) -> Tensor:
         """Rotary embedding as in mcore's rope_utils, not interleaved, in float32.
 

@@ -20,6 +20,7 @@ from megatron.core.models.gpt import GPTModel
 
 from nemo_aapo.rollout import sampling as sampler
 from nemo_aapo.rollout.decoder import Decoder, check_supported
+from nemo_aapo.rollout.decoding_graphs import DecodingGraphs, can_be_captured
 from nemo_aapo.rollout.engine import OnFinish, RolloutStats
 from nemo_aapo.rollout.slots import Admission, Slots, capacity
 from nemo_aapo.rollout.stop_strings import StopStrings
@@ -63,6 +64,10 @@ class MegatronEngine:
         # Tensor ranks are neighbours: the last pipeline stage's are the last of the group, and its first one draws.
         self.drawing_rank = ranks[-parallel_state.get_tensor_model_parallel_world_size()]
         self.draws = dist.get_rank() == self.drawing_rank
+        self.cuda_graphs = self.group_size == 1 and can_be_captured(model)
+        """Steps without a prefill are CUDA graphs (decoding_graphs.py). False: kernel by kernel, for comparisons."""
+        self.graphs: DecodingGraphs | None = None
+        """Of the last ``generate`` call, with its KV cache; kept for the next one until ``sleep``."""
 
     def generate(
         self,
@@ -85,6 +90,7 @@ class MegatronEngine:
         with torch.inference_mode():
             while rollout.step():
                 pass
+        self.graphs = rollout.graphs  # only if all went well: an overflow may have left NaN in the cache
         self.stats = rollout.stats(time.perf_counter() - began)
         return rollout.completions
 
@@ -113,13 +119,15 @@ class MegatronEngine:
         self.policy_version = version
 
     def sleep(self) -> None:
-        """Nothing to give back: the KV cache lives no longer than a ``generate`` call."""
+        """Give back the KV cache and the graphs, where CUDA graphs keep them beyond a ``generate`` call."""
+        self.graphs = None
 
     def wake(self) -> None:
         """Nothing to take."""
 
     def close(self) -> None:
         """Let go of the model."""
+        self.graphs = None
         del self.model
 
 
@@ -141,11 +149,22 @@ class _Rollout:
         length = max((len(prompt) for prompt in prompts), default=0) + sampling.max_new_tokens
         rows = capacity(engine.max_concurrent_tokens, length, sequences=sum(map(len, seeds)))
         self._slots = Slots(prompts, seeds, sampling.max_new_tokens, rows)
-        self._cache = self._decoder.new_cache(rows, length)
+        self.graphs = self._reusable_graphs(rows, length)
+        self._cache = self.graphs.cache if self.graphs else self._decoder.new_cache(rows, length)
+        if self.graphs is None and engine.cuda_graphs and rows:
+            self.graphs = DecodingGraphs(self._decoder, self._cache, sampling, engine.vocab_size)
         self._is_stop = np.zeros(engine.vocab_size, dtype=bool)
         self._is_stop[list(sampling.stop_token_ids)] = True
         self._stop_strings = engine.stop_strings(sampling)
         self._steps = self._idle = 0
+
+    def _reusable_graphs(self, rows: int, length: int) -> DecodingGraphs | None:
+        """The last call's graphs, with its cache, if they suit this one. Otherwise its memory is given back first."""
+        engine = self._engine
+        kept, engine.graphs = engine.graphs, None
+        if kept and engine.cuda_graphs and kept.fits(self._decoder, rows, length, self._sampling, engine.vocab_size):
+            return kept
+        return None
 
     def step(self) -> bool:
         """Let sequences in, draw a token for each row, let finished ones out; False when there was nothing to do."""
@@ -157,10 +176,14 @@ class _Rollout:
         for admission in entered[: len(entered) - len(fresh)]:
             cache.restore(admission.start, admission.stop)
         decoding_rows = fresh[0].start if fresh else slots.live
-        logits = self._forward(decoding_rows, fresh)
-        if fresh and fresh[-1].keep:
-            cache.keep(fresh[-1].start, len(self._prompts[fresh[-1].prompt]))
-        tokens, logprobs = self._draw(logits)
+        if self.graphs and not fresh:
+            drawn = self.graphs.step(slots)
+        else:
+            logits = self._forward(decoding_rows, fresh)
+            if fresh and fresh[-1].keep:
+                cache.keep(fresh[-1].start, len(self._prompts[fresh[-1].prompt]))
+            drawn = self._draw(logits)
+        tokens, logprobs = self._finite(drawn)
         slots.record(tokens, logprobs, decoding_rows)
         self._steps, self._idle = self._steps + 1, self._idle + slots.rows - slots.live
         self._let_out(self._stopped(tokens))
@@ -194,8 +217,8 @@ class _Rollout:
         dist.send(hidden, parallel_state.get_pipeline_model_parallel_next_rank(), group=pipeline)
         return None
 
-    def _draw(self, logits: torch.Tensor | None) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and log-probs [live] of this step, the same on every rank of the group."""
+    def _draw(self, logits: torch.Tensor | None) -> np.ndarray:
+        """Tokens and log-probs of this step, float64 [2, live], the same on every rank of the group."""
         slots, engine = self._slots, self._engine
         # float64 holds token ids and float32 numbers alike, so that one broadcast carries both
         drawn = torch.empty(2, slots.live, dtype=torch.float64, device=self._cache.kv.device)
@@ -206,10 +229,14 @@ class _Rollout:
             drawn[0], drawn[1] = sampler.draw(logits, self._sampling, seeds, steps, engine.vocab_size)
         if engine.group_size > 1:
             dist.broadcast(drawn, engine.drawing_rank, group=engine.group)
-        tokens, logprobs = drawn.cpu().numpy()
+        return drawn.cpu().numpy()
+
+    def _finite(self, drawn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens int64 and log-probs of float64 [2, live]."""
+        tokens, logprobs = drawn
         if not np.isfinite(logprobs).all():
             raise FloatingPointError(
-                f"policy version {engine.policy_version} gives log-probs that are not finite: the weights or the "
+                f"policy version {self._engine.policy_version} gives log-probs that are not finite: the weights or the "
                 "activations have overflowed. Look at grad_norm and the learning rate of the steps before"
             )
         return tokens.astype(np.int64), logprobs

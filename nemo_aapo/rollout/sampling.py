@@ -14,6 +14,8 @@ tokens.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
 from nemo_aapo.types import SamplingSpec
@@ -21,6 +23,9 @@ from nemo_aapo.types import SamplingSpec
 BLOCK_ENTRIES = 1 << 20
 """Rows are taken in blocks of about so many logits: it bounds the noise's memory, and large vocabularies stay within
 reach of a CPU's caches (three times faster than 64 x 151,936 at once)."""
+
+CUDA_BLOCK_ENTRIES = 1 << 26
+"""The same on a GPU, which wants few large kernels: 441 rows of 151,936 logits, 256 MiB of noise."""
 
 _GOLDEN = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as a signed integer: splitmix64's step
 _MIX_1 = -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
@@ -79,7 +84,13 @@ def draw(
         vocabulary (temperature 1 when greedy). Before ``min_new_tokens`` stop tokens count as impossible there too.
         ``top_p`` narrows what is drawn, not what is reported.
     """
-    size = max(1, BLOCK_ENTRIES // vocab_size)
+    if logits.is_cuda and not sampling.greedy and sampling.top_p >= 1.0:
+        from nemo_aapo.rollout import sampling_triton  # triton comes with torch's CUDA builds only
+
+        stops = early_stops(sampling, vocab_size, logits.device)
+        minimum = sampling.min_new_tokens
+        return sampling_triton.draw(logits, 1 / sampling.temperature, seeds, steps, vocab_size, stops, minimum)
+    size = max(1, (CUDA_BLOCK_ENTRIES if logits.is_cuda else BLOCK_ENTRIES) // vocab_size)
     blocks = zip(logits[:, :vocab_size].split(size), seeds.split(size), steps.split(size), strict=True)
     tokens, logprobs = zip(*(_draw_block(*block, sampling) for block in blocks), strict=True)
     return torch.cat(tokens), torch.cat(logprobs)
@@ -92,8 +103,9 @@ def _draw_block(
     logits = logits.float()
     if not sampling.greedy and sampling.temperature != 1.0:
         logits = logits / sampling.temperature
-    if sampling.min_new_tokens and sampling.stop_token_ids:
-        logits = _without_early_stops(logits, sampling, steps)
+    stops = early_stops(sampling, logits.shape[1], logits.device)
+    if stops is not None:
+        logits = logits.masked_fill(stops & (steps < sampling.min_new_tokens)[:, None], -torch.inf)
     probs = torch.softmax(logits, -1)
     if sampling.greedy:
         tokens = logits.argmax(-1)
@@ -104,11 +116,17 @@ def _draw_block(
     return tokens, probs.gather(-1, tokens[:, None])[:, 0].log()
 
 
-def _without_early_stops(logits: torch.Tensor, sampling: SamplingSpec, steps: torch.Tensor) -> torch.Tensor:
-    """Logits [B, V] with the stop tokens at -inf in the rows that are still too short."""
-    forbidden = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
-    forbidden[list(sampling.stop_token_ids)] = True
-    return logits.masked_fill(forbidden & (steps < sampling.min_new_tokens)[:, None], -torch.inf)
+@lru_cache(maxsize=8)
+def early_stops(sampling: SamplingSpec, vocab_size: int, device: torch.device) -> torch.Tensor | None:
+    """bool [V], the tokens that are impossible before ``min_new_tokens``; None if there are none.
+
+    Kept from call to call: made anew, it would be an upload to the GPU in each decoding step.
+    """
+    if not (sampling.min_new_tokens and sampling.stop_token_ids):
+        return None
+    stops = torch.zeros(vocab_size, dtype=torch.bool)
+    stops[list(sampling.stop_token_ids)] = True
+    return stops.to(device)
 
 
 def _nucleus(probs: torch.Tensor, top_p: float) -> torch.Tensor:

@@ -61,6 +61,7 @@ class Slots:
         ``length``: int64 [rows], tokens whose keys and values are in the cache.
         ``token``: int64 [rows], the token that comes next, at position ``length``.
         ``drawn``: int64 [rows], tokens drawn so far.
+        ``inputs``: int64 [4, rows], the last four in one piece.
         ``tokens`` int32 and ``logprobs`` float32 [rows, max_new_tokens]: the completion so far.
     """
 
@@ -77,6 +78,7 @@ class Slots:
         self.live = 0
         self._numbers = numbers = np.zeros((6, rows), dtype=np.int64)
         self.prompt, self.completion, self.seed, self.length, self.token, self.drawn = numbers
+        self.inputs = numbers[2:]
         self.tokens = np.zeros((rows, max_new_tokens), dtype=np.int32)
         self.logprobs = np.zeros((rows, max_new_tokens), dtype=np.float32)
         self._prompts = prompts
