@@ -174,7 +174,7 @@ def _weights(layer: torch.nn.Module) -> _Layer:
     return _Layer(
         attention_norm=attention.linear_qkv.layer_norm_weight if fused else layer.input_layernorm.weight,
         qkv=attention.linear_qkv.weight,
-        qkv_bias=attention.linear_qkv.bias,
+        qkv_bias=_present(attention.linear_qkv.bias),
         query_norm=getattr(query_norm, "weight", None),
         key_norm=getattr(key_norm, "weight", None),
         projection=attention.linear_proj.weight,
@@ -182,6 +182,11 @@ def _weights(layer: torch.nn.Module) -> _Layer:
         gate_and_up=mlp.linear_fc1.weight,
         down=mlp.linear_fc2.weight,
     )
+
+
+def _present(bias: Tensor | None) -> Tensor | None:
+    """TransformerEngine's layers without a bias have an empty one."""
+    return bias if bias is not None and bias.numel() else None
 
 
 def check_supported(model: GPTModel) -> None:

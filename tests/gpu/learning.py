@@ -27,6 +27,7 @@ SIZES: dict[str, Any] = {
 }
 """Dimensions that every FP8 recipe takes."""
 BUDGET = 1024
+GRADIENT = "gradient/"
 
 
 def make_model(folder: Path) -> Path:
@@ -76,7 +77,7 @@ def make_groups(seed: int = 3, count: int = 8, size: int = 4):
 
 
 def learn(path: Path | str, updates: int = 1, groups=None, policy=None, **settings: Any) -> dict[str, Any]:
-    """Loss, gradient norm and the gradient [parameters] of the first update, log-probs before it, weights after all."""
+    """Loss and gradient norm of each update, the first gradient by parameter, log-probs before it, weights after all."""
     from nemo_aapo.algorithms import Algorithm
     from nemo_aapo.config import pad_multiple
     from nemo_aapo.policy.learner import Learner
@@ -117,7 +118,7 @@ def learn(path: Path | str, updates: int = 1, groups=None, policy=None, **settin
         "grad_norm": [step["grad_norm"] for step in metrics],
         "entropy": [step["entropy"] for step in metrics],
         "logprobs": logprobs,
-        "gradient": flat(gradients[0]),
+        "gradient": plain_names(gradients[0]),
         "weights": weights,
     }
 
@@ -132,15 +133,14 @@ def by_sequence(batches, scored) -> np.ndarray:
     return np.concatenate([values for _, values in sorted(pieces, key=lambda piece: piece[0])])
 
 
-def flat(gradient: dict[str, np.ndarray]) -> np.ndarray:
-    """The norms' weights have other names in TransformerEngine's layers: sorted by what they are, not by where."""
-    plain = {
+def plain_names(gradient: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The norms' weights have other names in TransformerEngine's layers."""
+    return {
         name.replace("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight").replace(
             "pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"
         ): values
         for name, values in gradient.items()
     }
-    return np.concatenate([plain[name] for name in sorted(plain)])
 
 
 def main() -> None:
@@ -151,7 +151,8 @@ def main() -> None:
     cpu.install()
     parallel.initialize(tensor_model_parallel_size=1, pipeline_model_parallel_size=1, seed=1, timeout_s=120)
     found = learn(path, **settings)
-    np.savez(out, **{key: found[key] for key in ("loss", "grad_norm", "entropy", "logprobs", "gradient")})
+    numbers = {key: found[key] for key in ("loss", "grad_norm", "entropy", "logprobs")}
+    np.savez(out, **numbers, **{GRADIENT + name: values for name, values in found["gradient"].items()})
     parallel.shutdown()
 
 
