@@ -264,7 +264,7 @@ def training_flops(shape: Any, batches: list[Any]) -> float:
     layer = attention + 3 * h * shape.ffn_hidden_size
     total = 0.0
     for batch in batches:
-        lengths = np.diff(batch.bounds)
+        lengths = np.diff(batch.cu_seqlens.cpu().numpy())
         total += 6.0 * layer * shape.num_layers * lengths.sum()
         total += 6.0 * shape.vocab_size * h * batch.targets.numel()
         total += 6.0 * float((lengths.astype(float) ** 2).sum()) * shape.num_attention_heads * size * shape.num_layers

@@ -28,8 +28,10 @@ class MicroBatch:
     """int64 [b, s]"""
     position_ids: torch.Tensor
     """int64 [b, s], counted from each sequence's start"""
-    bounds: tuple[int, ...] | None
-    """Packed: where each sequence starts in the row, and the row's end. None: padded rows."""
+    cu_seqlens: torch.Tensor | None
+    """Packed: int32, where each sequence starts in the row, and the row's end. None: padded rows."""
+    longest: int
+    """Tokens of the longest sequence."""
     positions: torch.Tensor
     """int64 [n], where in the flattened hidden states [s * b, h] the prediction of each token stands."""
     targets: torch.Tensor
@@ -165,7 +167,8 @@ def collate(
     return MicroBatch(
         input_ids=torch.from_numpy(rows.ids).to(device),
         position_ids=torch.from_numpy(rows.position_ids).to(device),
-        bounds=rows.bounds,
+        cu_seqlens=None if rows.bounds is None else torch.tensor(rows.bounds, dtype=torch.int32).to(device),
+        longest=int(rows.position_ids.max()) + 1,
         positions=flat(positions, torch.int64),
         targets=flat([sample.completion_ids for sample in samples], torch.int64),
         lengths=tuple(lengths),
@@ -188,7 +191,7 @@ class _Rows:
     stride: int
     """How far apart its tokens are there."""
     bounds: tuple[int, ...] | None = None
-    """See ``MicroBatch``."""
+    """``MicroBatch.cu_seqlens``"""
 
 
 def _pad(sequences: Sequence[np.ndarray], multiple: int) -> _Rows:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -125,7 +124,7 @@ class MegatronPolicy:
 
         def forward_step(iterator: Iterator[MicroBatch], model: torch.nn.Module):
             batch = next(iterator)
-            packing = packed_seq_params(batch) if batch.bounds else None
+            packing = None if batch.cu_seqlens is None else packed_seq_params(batch)
             with _hidden_states_out(self.module):
                 hidden = model(batch.input_ids, batch.position_ids, None, packed_seq_params=packing)
 
@@ -278,14 +277,12 @@ def build_module(config: Config, shape: ModelShape, weight_map: WeightMap) -> GP
 
 def packed_seq_params(batch: MicroBatch) -> PackedSeqParams:
     """What mcore's attention and rotary embedding are told of a packed micro-batch."""
-    bounds = torch.tensor(batch.bounds, dtype=torch.int32, device=batch.input_ids.device)
-    longest = max(stop - start for start, stop in itertools.pairwise(batch.bounds))
     return PackedSeqParams(
         qkv_format="thd",
-        cu_seqlens_q=bounds,
-        cu_seqlens_kv=bounds,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
+        cu_seqlens_q=batch.cu_seqlens,
+        cu_seqlens_kv=batch.cu_seqlens,
+        max_seqlen_q=batch.longest,
+        max_seqlen_kv=batch.longest,
     )
 
 

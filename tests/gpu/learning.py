@@ -77,7 +77,7 @@ def make_groups(seed: int = 3, count: int = 8, size: int = 4):
 
 
 def learn(path: Path | str, updates: int = 1, groups=None, policy=None, **settings: Any) -> dict[str, Any]:
-    """Loss and gradient norm of each update, the first gradient by parameter, log-probs before it, weights after all."""
+    """Loss and gradient norm of each update, the first gradient by parameter, log-probs before, weights after all."""
     from nemo_aapo.algorithms import Algorithm
     from nemo_aapo.config import pad_multiple
     from nemo_aapo.policy.learner import Learner
