@@ -68,6 +68,18 @@ def test_the_fused_race_draws_the_same_tokens(rows, vocab_size, padding, dtype, 
     torch.testing.assert_close(logprobs.double(), exact, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(("shape", "dtype"), [((5, 96), torch.float32), ((3, 2, 4, 64), HALF), ((64, 1536), HALF)])
+def test_rms_norm_is_torchs(shape, dtype):
+    from nemo_aapo.rollout import decode_triton
+
+    x, weight = torch.randn(*shape, device=DEVICE).to(dtype), torch.randn(shape[-1], device=DEVICE).to(dtype)
+    expected = torch.nn.functional.rms_norm(x.double(), weight.shape, weight.double(), 1e-6)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(
+        decode_triton.rms_norm(x, weight, 1e-6).double(), expected, rtol=tolerance, atol=tolerance
+    )
+
+
 def test_the_fused_race_shows_logits_that_are_not_finite():
     from nemo_aapo.rollout import sampling_triton
 

@@ -37,8 +37,8 @@ class Plan:
     shapes: tuple[str, ...] = ("0.5B", "1.5B")
     sequence: int = 1024
     """Tokens of a sequence, half of them prompt."""
-    micro_batch_tokens: int = 16_384
-    micro_batches: int = 2
+    micro_batch_tokens: int = 32_768
+    micro_batches: int = 1
     steps: int = 4
     decode_rows: tuple[int, ...] = (64, 256)
     decode_prompt: int = 512
@@ -72,6 +72,9 @@ def measure(plan: Plan, folder: Path) -> dict[str, Any]:
                         figures = decode(policy, plan, rows, found["ceilings"]["bytes_per_s"])
                         found["decode"].append({"model": name, "rows": rows, **figures})
                         print(json.dumps(found["decode"][-1]), flush=True)
+            del policy  # or it would live until the next one is built
+            gc.collect()
+            torch.cuda.empty_cache()
     return found
 
 
@@ -223,8 +226,6 @@ class _policy:
 
     def __exit__(self, *_: object) -> None:
         del self._policy
-        gc.collect()
-        torch.cuda.empty_cache()
 
 
 def learner(policy: Any, plan: Plan) -> dict[str, float]:

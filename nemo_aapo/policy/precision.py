@@ -123,7 +123,8 @@ def model_fields(config: Config) -> dict[str, Any]:
         "use_cpu_initialization": not fused,
         # mcore's own layers would want apex for it; TransformerEngine's are told by fuse_weight_gradients()
         "gradient_accumulation_fusion": False,
-        "bias_activation_fusion": fused,
+        "bias_activation_fusion": False,
+        "use_te_activation_func": fused,  # its backward pass is one kernel near the memory's bandwidth
         "bias_dropout_fusion": fused,
         "masked_softmax_fusion": fused,
         "persist_layer_norm": fused,
@@ -164,7 +165,9 @@ def transformer_engine_layer_spec(config: Any) -> Any:
     """TransformerEngine's layers for a provider's configuration."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
-    return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    return get_gpt_layer_with_transformer_engine_spec(
+        qk_layernorm=config.qk_layernorm, use_te_activation_func=config.use_te_activation_func
+    )
 
 
 def fuse_weight_gradients(module: torch.nn.Module) -> int:

@@ -145,6 +145,10 @@ class Decoder:
         return model.shared_embedding_or_output_weight() if tied else model.output_layer.weight
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        if x.is_cuda:
+            from nemo_aapo.rollout import decode_triton  # triton comes with torch's CUDA builds only
+
+            return decode_triton.rms_norm(x, weight, self._config.layernorm_epsilon)
         return F.rms_norm(x, weight.shape, weight, self._config.layernorm_epsilon)
 
     def _add(self, hidden: Tensor, x: Tensor, weight: Tensor) -> Tensor:
