@@ -150,8 +150,7 @@ def _race(
         top = tl.maximum(tl.max(z, 0), LEAST)
         exp = tl.exp(z - top)
         ratio = exp / _exponential(tl.interleave(low, high))
-        winner = tl.argmax(ratio, 0).to(tl.int32)
-        winning = tl.max(ratio, 0)
+        winning, winner = tl.max(ratio, 0, return_indices=True)
 
         larger = tl.maximum(maximum, top)
         scale, scale_new = tl.exp(maximum - larger), tl.exp(top - larger)
