@@ -63,9 +63,9 @@ def bridge_module(architecture: str) -> str | None:
     if not importlib.metadata.version("megatron-bridge").startswith(SUPPORTED + "."):
         return None
     (folder,) = importlib.util.find_spec("megatron.bridge").submodule_search_locations
-    registers = re.compile(rf"^@MegatronModelBridge\.register_bridge\(\s*source=[\"']?{re.escape(architecture)}\b", re.MULTILINE)
+    source = rf"^@MegatronModelBridge\.register_bridge\(\s*source=[\"']?{re.escape(architecture)}\b"
     for path in sorted((Path(folder) / "models").glob("*/*_bridge.py")):
-        if registers.search(path.read_text(encoding="utf-8")):
+        if re.search(source, path.read_text(encoding="utf-8"), re.MULTILINE):
             return f"{MODELS}.{path.parent.name}.{path.stem}"
     return None
 
