@@ -9,8 +9,6 @@ import sys
 import warnings
 from collections.abc import Iterator
 
-from nemo_aapo.stand_ins import standing_in
-
 
 def quiet() -> None:
     """Drop warnings that libraries give at import about packages that are not needed here. Errors stay.
@@ -34,14 +32,13 @@ def quiet() -> None:
 def import_nemo() -> None:
     """Import NeMo; its errors go to stderr, all else that it logs to its log files only.
 
-    It takes 8 to 15 s of CPU, so ranks other than 0 do without. ``nemo.core`` comes first: ``exp_manager`` imported
+    It takes more than torch and megatron-core together, so ranks other than 0 do without. ``nemo.core`` comes first: ``exp_manager`` imported
     alone asks for packages that ``nemo-toolkit[core]`` does not bring.
     """
     quiet()
     import_megatron_core()  # which NeMo imports too
-    with importing(), standing_in(["pandas"]):  # for a logger that is not used: almost a second
-        import nemo.core.config
-        import nemo.utils.loggers  # noqa: F401
+    with importing():
+        import nemo.core.config  # noqa: F401
         from nemo.utils import logging as nemo_logging
 
     nemo_logging.captureWarnings(False)  # NeMo drops all of a category once one library's are filtered

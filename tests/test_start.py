@@ -17,7 +17,7 @@ from nemo_aapo.command_line import FROZEN
 from nemo_aapo.libraries import importing
 from nemo_aapo.policy import bridge
 from nemo_aapo.policy.model_dir import ARCHITECTURES
-from nemo_aapo.stand_ins import standing_in
+from nemo_aapo.policy.stand_ins import standing_in
 from tests.distributed.training_runs import make_input, settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,7 +42,7 @@ def python(code: str, *words: str) -> str:
     return done.stdout
 
 
-def test_a_rank_of_a_job_imports_one_family_of_models_and_neither_nemo_nor_a_compiler_nor_pandas(tmp_path):
+def test_a_rank_of_a_job_imports_one_family_of_models_and_neither_nemo_nor_a_compiler(tmp_path):
     given = make_input(tmp_path)
     words = ["rewards=[{name: integer, weight: 1.0}]", "validation.reward=integer", "reward_runner.workers=0"]
     words = settings(given, tmp_path / "run", *words, "trainer.max_steps=1", "trainer.val_check_interval=0")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_aapo.libraries import import_megatron_core, importing
-from nemo_aapo.stand_ins import standing_in
+from nemo_aapo.policy.stand_ins import standing_in
 
 SUPPORTED = "0.3"
 """The release line whose layout of packages is known here; of any other, all is imported."""
