@@ -32,15 +32,14 @@ def quiet() -> None:
 def import_nemo() -> None:
     """Import NeMo; its errors go to stderr, all else that it logs to its log files only.
 
-    It takes more than torch and megatron-core together, so ranks other than 0 do without. ``nemo.core`` comes first: ``exp_manager`` imported
-    alone asks for packages that ``nemo-toolkit[core]`` does not bring.
+    It imports a thousand modules that no other part needs, so ranks other than 0 do without. ``nemo.core`` comes first:
+    ``exp_manager`` imported alone asks for packages that ``nemo-toolkit[core]`` does not bring.
     """
     quiet()
     import_megatron_core()  # which NeMo imports too
     with importing():
         import nemo.core.config  # noqa: F401
         from nemo.utils import logging as nemo_logging
-
     nemo_logging.captureWarnings(False)  # NeMo drops all of a category once one library's are filtered
     for handler in logging.getLogger("nemo_logger").handlers:
         if isinstance(handler, logging.StreamHandler):
