@@ -44,7 +44,7 @@ def config_main(
         argv: the words after the script's name; None: those of this process.
         check: further refusals, on every rank, before anything slow is imported.
         through_nemo: compose by NeMo's ``hydra_runner`` on rank 0, as NeMo's scripts do. Launchers do without, and so
-            do the ranks of a job, whose page the launcher has frozen: NeMo's import is half of a rank's start.
+            do the ranks of a job, whose page the launcher has frozen.
 
     Returns:
         The task's exit code, or 2 where the configuration is refused: one message on stderr, no traceback.
@@ -92,7 +92,7 @@ def load_config(overrides: Sequence[str]) -> Config:
 
 
 def compose(command: CommandLine) -> dict[str, Any]:
-    """The resolved tree, composed by Hydra without NeMo: a third of a second instead of ten.
+    """The resolved tree, composed by Hydra without NeMo: a third of a second instead of several.
 
     Raises:
         ConfigError: what Hydra or OmegaConf refuse.

@@ -14,7 +14,7 @@ from typing import Any
 
 from nemo_aapo.config import Config
 from nemo_aapo.files import FINISHED, to_json, write_atomic
-from nemo_aapo.libraries import import_nemo
+from nemo_aapo.libraries import import_nemo, importing
 from nemo_aapo.metrics import MetricsFile
 from nemo_aapo.run_directory import claim
 from nemo_aapo.stop import STOP_FILE
@@ -165,9 +165,10 @@ def nemo_loggers(config: Config, run_id: str) -> list[Any]:
     if not (settings.create_tensorboard_logger or settings.create_wandb_logger):
         return []  # and NeMo need not be imported
     import_nemo()
-    import lightning.pytorch
-    from lightning.pytorch.plugins.environments import LightningEnvironment
-    from nemo.utils.exp_manager import exp_manager
+    with importing():
+        import lightning.pytorch
+        from lightning.pytorch.plugins.environments import LightningEnvironment
+        from nemo.utils.exp_manager import exp_manager
 
     trainer = lightning.pytorch.Trainer(
         devices=1,

@@ -18,9 +18,12 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from nemo_aapo.errors import RunError
+from nemo_aapo.libraries import import_megatron_core
+
+import_megatron_core()
+from megatron.core import parallel_state  # noqa: E402
 
 T = TypeVar("T")
 

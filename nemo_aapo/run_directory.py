@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 import yaml
 
-from nemo_aapo.config import Config, ConfigError, decisive_settings, digest
+from nemo_aapo.config import Config, ConfigError, decisive_settings, digest, with_machine_defaults
 from nemo_aapo.files import LOCK, to_json, write_atomic
 
 RECORD = "run.json"
@@ -36,11 +36,12 @@ def check_run_directory(config: Config) -> None:
     if directory.exists() and not directory.is_dir():
         raise ConfigError(f"run.dir={config.run.dir}: is a file; name a directory")
     record = read_record(directory)
-    if record is None or record["digest"] == digest(config):
+    # what is left to the machine is not decided yet where this is asked early: either answer will do
+    answers = [config, *(with_machine_defaults(config, on_gpu=on_gpu) for on_gpu in (False, True))]
+    if record is None or record["digest"] in map(digest, answers):
         return
-    there, now = _flat(record["settings"]), _flat(json.loads(to_json(decisive_settings(config))))
-    different = [key for key in {*there, *now} if (key in there, there.get(key)) != (key in now, now.get(key))]
-    different.sort(key=lambda key: (key not in there or key not in now, key))  # what was changed before what is new
+    there = _flat(record["settings"])
+    now, different = min((_differences(there, answer) for answer in answers), key=lambda found: len(found[1]))
     shown = [f"  {key}: {_show(there, key)} there, {_show(now, key)} now" for key in different[:SHOWN_DIFFERENCES]]
     if len(different) > SHOWN_DIFFERENCES:
         shown.append(f"  and {len(different) - SHOWN_DIFFERENCES} more")
@@ -48,6 +49,13 @@ def check_run_directory(config: Config) -> None:
         f"run.dir={config.run.dir} holds a run with another configuration:\n" + "\n".join(shown) + "\n"
         f"Give this run another name (run.name=NAME or run.dir=DIR), set these as they were, or remove {config.run.dir}"
     )
+
+
+def _differences(there: dict[str, Any], config: Config) -> tuple[dict[str, Any], list[str]]:
+    """The configuration's settings by dotted key, and the keys whose values differ: changed ones before new ones."""
+    now = _flat(json.loads(to_json(decisive_settings(config))))
+    different = [key for key in {*there, *now} if (key in there, there.get(key)) != (key in now, now.get(key))]
+    return now, sorted(different, key=lambda key: (key not in there or key not in now, key))
 
 
 def claim(config: Config, tree: dict[str, Any], world_size: int) -> tuple[TextIO, str]:

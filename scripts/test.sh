@@ -15,6 +15,7 @@ environment_s=$SECONDS
 export PATH="$PWD/.venv/bin:$PATH"
 export OMP_NUM_THREADS=1 # many tests start several ranks: more threads would only fight over the cores
 export HF_HUB_OFFLINE=1  # no test may need a hub
+unset PYTHONDONTWRITEBYTECODE # dozens of ranks are started: compile their modules once
 
 ruff check .
 ruff format --check .

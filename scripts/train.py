@@ -7,6 +7,7 @@ from typing import Any
 
 from nemo_aapo.config import Config, ConfigError
 from nemo_aapo.entry import config_main
+from nemo_aapo.libraries import importing
 from nemo_aapo.policy.model_dir import check_model
 from nemo_aapo.rollout import trtllm_settings
 from nemo_aapo.run_directory import check_run_directory
@@ -23,7 +24,8 @@ def check(config: Config) -> None:
 
 
 def train(config: Config, tree: dict[str, Any]) -> int:
-    from nemo_aapo import assemble  # torch and Megatron
+    with importing():
+        from nemo_aapo import assemble  # torch and Megatron
 
     return assemble.train(config, tree)
 

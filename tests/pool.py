@@ -96,12 +96,15 @@ def _serve(pipe: Any) -> None:
     import warnings
 
     warnings.simplefilter("ignore")
-    import torch
+    from nemo_aapo.libraries import importing
 
-    torch.set_num_threads(1)
-    from nemo_aapo.policy import cpu
+    with importing():
+        import torch
 
-    cpu.install()
+        torch.set_num_threads(1)
+        from nemo_aapo.policy import cpu
+
+        cpu.install()
     while True:
         try:
             job = pipe.recv()

@@ -19,7 +19,7 @@ import yaml
 
 from nemo_aapo import experiment as experiment_module
 from nemo_aapo.command_line import read_command_line
-from nemo_aapo.config import ConfigError, parse
+from nemo_aapo.config import ConfigError, parse, with_machine_defaults
 from nemo_aapo.entry import compose
 from nemo_aapo.experiment import Experiment, SilentExperiment, open_experiment, rollout_rows
 from nemo_aapo.files import to_json, write_atomic
@@ -177,6 +177,15 @@ def test_the_directory_says_what_ran_in_it(settings):
     starts = json.loads((run.directory / "run.json").read_text())["starts"]
     assert len(starts) == 2
     assert starts[0]["versions"]["torch"]
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_a_run_goes_on_with_what_the_machine_decided_at_its_first_start(settings, on_gpu):
+    config, tree = settings
+    claim(with_machine_defaults(config, on_gpu=on_gpu), tree, 1)[0].close()
+    check_run_directory(config)  # before the machine is asked
+    with pytest.raises(ConfigError, match=r'precision\.name: "\w+" there, "(fp32|bf16)" now'):
+        check_run_directory(changed(tree, precision={"name": "fp32" if on_gpu else "bf16"})[0])
 
 
 def test_another_configuration_is_refused_with_the_keys_that_differ_and_a_remedy(settings):

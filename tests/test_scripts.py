@@ -26,7 +26,7 @@ def test_shell_scripts_parse_and_stop_at_the_first_error(script):
 
 FAKE_PYTHON = """#!/usr/bin/env bash
 call=$(printf ' %q' "$@")
-echo "${call:1}" >>"$CALLS"
+echo "${PYTHONDONTWRITEBYTECODE:+without bytecode: }${call:1}" >>"$CALLS"
 [[ -n ${REFUSE:-} && "$*" == *$REFUSE* ]] && exit 1
 [[ "$1 $2" == "-m venv" ]] && mkdir -p "$3/bin" && cp "$0" "$3/bin/python"
 [[ -n ${SLOW:-} && "$*" == *$SLOW* ]] && sleep "$SECONDS_SLOW"
@@ -94,6 +94,11 @@ def test_the_environment_is_made_once_and_a_second_run_does_nothing(checkout):
     assert "torch==" in installs[0]
     assert all("--no-deps" in call for call in installs)
     assert checkout.run("environment.sh") == (0, "", [])
+
+
+def test_what_a_run_imports_is_compiled_once_even_where_python_is_told_to_keep_no_bytecode(checkout):
+    calls = checkout.run("environment.sh", PYTHONDONTWRITEBYTECODE="1")[2]
+    assert [call for call in calls if not call.startswith("without bytecode: ")] == ["-W ignore -"]
 
 
 def test_an_environment_whose_making_was_killed_is_made_anew(checkout):

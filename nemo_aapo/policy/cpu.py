@@ -17,6 +17,8 @@ from collections.abc import Iterator
 
 import torch
 
+from nemo_aapo.libraries import import_megatron_core
+
 SUPPORTED_MCORE = "0.16"
 """The release line whose sources the patches were written for."""
 
@@ -53,6 +55,7 @@ def install() -> None:
 
 
 def _check_version() -> None:
+    import_megatron_core()
     from megatron.core import __version__
 
     if not __version__.startswith(SUPPORTED_MCORE + "."):

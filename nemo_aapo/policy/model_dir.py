@@ -29,7 +29,7 @@ def read_model_dir(path: str) -> ModelShape:
             "(config.json, *.safetensors, tokenizer files); `huggingface-cli download NAME --local-dir DIR` makes one"
         )
     config = _read_json(directory / "config.json", "is this a Hugging Face model directory?")
-    architecture = (config.get("architectures") or ["none named"])[0]
+    architecture = architecture_of(path)
     if architecture not in ARCHITECTURES:
         raise ConfigError(f"model.path={path}: architecture {architecture}; supported are {', '.join(ARCHITECTURES)}")
     for name in weight_files(directory):
@@ -47,6 +47,16 @@ def read_model_dir(path: str) -> ModelShape:
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
         max_position_embeddings=config.get("max_position_embeddings", 2**31),
     )
+
+
+def architecture_of(path: str) -> str:
+    """The first of the architectures that ``config.json`` names.
+
+    Raises:
+        ConfigError: no such file, or not JSON.
+    """
+    config = _read_json(Path(path) / "config.json", "is this a Hugging Face model directory?")
+    return (config.get("architectures") or ["none named"])[0]
 
 
 def check_model(config: Config, world_size: int) -> tuple[ModelShape, Sizes]:

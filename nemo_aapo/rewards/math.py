@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+from nemo_aapo.libraries import importing
 from nemo_aapo.rewards.base import Reward
 from nemo_aapo.types import Completion, Prompt
 
@@ -97,7 +98,8 @@ def _parse_gold(answer: str) -> list[Any]:
 @functools.cache
 def _math_verify() -> SimpleNamespace:
     """``parse`` and ``verify``, imported late: sympy takes most of a second."""
-    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+    with importing():
+        from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
     # It warns that time limits are off, once a process; here that is on purpose.
     logging.getLogger("math_verify").setLevel(logging.ERROR)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from nemo_aapo.config import Config, ModelShape
+from nemo_aapo.libraries import importing
 from nemo_aapo.rollout.engine import RolloutEngine
 
 
@@ -71,12 +72,13 @@ def _hosted_trtllm(config: Config) -> HostedEngine:
 
 
 def _hosted_megatron(config: Config, shape: ModelShape) -> HostedEngine:
-    from nemo_aapo import parallel
-    from nemo_aapo.data.tokenizer import load_tokenizer, text_decoder
-    from nemo_aapo.policy import cpu, precision
-    from nemo_aapo.policy.megatron import build_module
-    from nemo_aapo.policy.weights import WeightMap
-    from nemo_aapo.rollout.megatron_engine import MegatronEngine
+    with importing():
+        from nemo_aapo import parallel
+        from nemo_aapo.data.tokenizer import load_tokenizer, text_decoder
+        from nemo_aapo.policy import cpu, precision
+        from nemo_aapo.policy.megatron import build_module
+        from nemo_aapo.policy.weights import WeightMap
+        from nemo_aapo.rollout.megatron_engine import MegatronEngine
 
     cpu.install()
     parallel.initialize(

@@ -7,12 +7,12 @@ import importlib
 import torch
 
 from nemo_aapo.libraries import quiet
-from nemo_aapo.policy import cpu, weights
+from nemo_aapo.policy import bridge, cpu
 
 quiet()
 torch.set_num_threads(1)
 cpu.install()
-weights._auto_bridge_class()
+bridge.auto_bridge_class("Qwen2ForCausalLM")
 for name in (
     "nemo_aapo.assemble",
     "nemo_aapo.policy.learner",
