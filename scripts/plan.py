@@ -1,4 +1,4 @@
-"""Plans a run without a GPU: ``python scripts/plan.py model=NAME hardware=h100 KEY=VALUE ...``; ``--help`` says more."""
+"""Plans a run, without a GPU: ``python scripts/plan.py model=NAME hardware=h100 KEY=VALUE ...``; see ``--help``."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from nemo_aapo.planning import models, plan, report, request
 DOES_NOT_FIT = 1
 DESCRIPTION = "\n".join(
     (
-        "What a run with these settings would take: memory of each rank by part, a lower bound on the time of a step by",
-        "phase, which layouts fit, what stored reference rewards save. Data need not be there, nor weights.",
+        "What a run with these settings would take: memory of each rank by part, a lower bound on a step's time by",
+        "phase, which layouts fit, what stored reference rewards save. Data and weights need not be there.",
         "Exit code 0: it fits, 1: it does not, 2: it can't be.",
         "",
         *(f"  {word + '=':<26}{meaning}" for word, meaning in request.OWN_WORDS.items()),

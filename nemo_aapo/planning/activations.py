@@ -49,7 +49,7 @@ LOCAL: tuple[Term, ...] = (
     Term(
         "qkv output",
         {"query": 1, "key_value": 2},
-        "the key norm's input is a part of it: all of it stays",
+        "the key norm's input is a part of it: all stays",
         only="qk_norm",
     ),
     Term("query and key norm, 1/rms", {"heads": 1, "groups": 1}, _TORCH_NORM, "fp32", only="qk_norm"),
@@ -68,9 +68,7 @@ LOCAL: tuple[Term, ...] = (
 
 _TE_NORM_LINEAR = "TransformerEngine module/layernorm_linear.py: inputmat, ln_out, rsigma"
 _TE_LINEAR = "TransformerEngine module/linear.py: saved_inputmat"
-_TE_ATTENTION = (
-    "TransformerEngine attention/dot_product_attention/backends.py, FusedAttnFunc: q, k, v, out, softmax stats"
-)
+_TE_ATTENTION = "TransformerEngine attention/dot_product_attention/backends.py, FusedAttnFunc: q, k, v, out, statistics"
 _SWIGLU = "mcore fusions/fused_bias_swiglu.py, SwiGLUFunction: its input"
 _MOE = "mcore transformer/moe: permuted tokens, router probabilities (tokens spread evenly over the experts)"
 
@@ -81,7 +79,7 @@ TRANSFORMER_ENGINE: tuple[Term, ...] = (
     Term(
         "query and key norm input",
         {"query": 1, "key_value": 1},
-        "TransformerEngine ops/basic/rmsnorm.py",
+        "TransformerEngine module/rmsnorm.py",
         only="qk_norm",
     ),
     Term("query and key norm, 1/rms", {"heads": 1, "groups": 1}, "the same", "fp32", only="qk_norm"),

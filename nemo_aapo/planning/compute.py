@@ -128,27 +128,23 @@ def rollout_phases(inputs: Inputs, rates: Rates) -> tuple[Phase, Phase]:
     prompts, sequences = work.prompts / engine.engines, work.completions / engine.engines
     prefill = forward(inputs, prompts * work.prompt_tokens, prompts * work.prompt_tokens**2 / 2, prompts)
     rows = memory.rows_at_a_time(inputs)
+    read_once = decode_weight_bytes(inputs, rows) / rates.memory / gpus
     drawn = sequences * work.completion_tokens
     steps = max(work.completion_tokens, drawn / rows)
     attended = sequences * (work.completion_tokens * work.prompt_tokens + work.completion_tokens**2 / 2)
     decode = forward(inputs, drawn, attended, drawn)
     moved = steps * decode_weight_bytes(inputs, min(rows, sequences))
     moved += attended * memory.kv_bytes_per_token(inputs, 1, 1)
+
+    def phase(name: str, tokens: float, flops: Flops, moving_s: float) -> Phase:
+        computing_s = flops.seconds(rates, numbers) / gpus
+        limit = "FLOPs" if computing_s > moving_s else "memory bandwidth"
+        return Phase(name, tokens * engine.engines, flops.total * engine.engines, max(computing_s, moving_s), limit)
+
     return (
-        _longest(
-            "prefill", engine.engines, prompts * work.prompt_tokens, prefill,
-            {"FLOPs": prefill.seconds(rates, numbers) / gpus, "weights": decode_weight_bytes(inputs, rows) / rates.memory / gpus},
-        ),
-        _longest(
-            "decode", engine.engines, drawn, decode,
-            {"FLOPs": decode.seconds(rates, numbers) / gpus, "memory bandwidth": moved / rates.memory / gpus},
-        ),
-    )  # fmt: skip
-
-
-def _longest(name: str, engines: int, tokens: float, flops: Flops, seconds: dict[str, float]) -> Phase:
-    limit = max(seconds, key=seconds.__getitem__)
-    return Phase(name, tokens * engines, flops.total * engines, seconds[limit], limit)
+        phase("prefill", prompts * work.prompt_tokens, prefill, read_once),
+        phase("decode", drawn, decode, moved / rates.memory / gpus),
+    )
 
 
 # ---------------------------------------------------------------- learner
@@ -225,7 +221,7 @@ def reference_phase(inputs: Inputs, rollout: tuple[Phase, Phase]) -> Phase:
 
 
 def refit_phase(inputs: Inputs) -> Phase:
-    """New weights for the engine: none in process; else all of them to the host and back (cpu=True in policy/weights.py)."""
+    """New weights for the engine: none in process; else all of them to the host and back (policy/weights.py)."""
     engine, hardware = inputs.engine, inputs.hardware
     if engine.kind == "megatron":
         seconds, limit = 0.0, "shares the learner's weights"

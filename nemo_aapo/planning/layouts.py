@@ -46,7 +46,7 @@ def with_gpus(config: Config, gpus: int) -> Config:
 
 
 def candidates(config: Config) -> list[Layout]:
-    """Every TP x PP x DP of the configured GPUs with tensor-parallel ranks on one node, sequence parallel where TP > 1."""
+    """Every TP x PP x DP of the configured GPUs, TP within a node, sequence parallel where TP > 1."""
     ranks, node = config.trainer.num_nodes * config.trainer.devices, config.trainer.devices
     found = []
     for tensor in (size for size in range(1, node + 1) if node % size == 0 and ranks % size == 0):

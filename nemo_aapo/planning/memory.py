@@ -135,9 +135,7 @@ def _of_stage(inputs: Inputs, stage: int) -> RankMemory:
     }
     clone = count.total * WEIGHT_BYTES[learner.numbers]
     runtime = {"runtime (assumed)": RUNTIME_BYTES}
-    phases = {"train": {**resident, **_training(inputs, count, stage), **runtime}}
-    if inputs.work.scores_reference:
-        phases["scoring"] = {**resident, "policy, while the reference is swapped in": clone, **runtime}
+    phases = {}
     host = {"optimizer": state * learner.optimizer_on_host}
     if inputs.work.keeps_reference:
         host["reference weights"] = own
@@ -149,6 +147,9 @@ def _of_stage(inputs: Inputs, stage: int) -> RankMemory:
             away = ("gradients", "optimizer") if engine.kind == "megatron" else tuple(resident)
             host["learner, while the engine generates"] = sum(rollout.pop(part) for part in away)
         rollout |= _engine_memory(inputs, sum(rollout.values()))
+    if inputs.work.scores_reference:
+        phases["scoring"] = {**resident, **runtime, "policy, while the reference is swapped in": clone}
+    phases["train"] = {**resident, **runtime, **_training(inputs, count, stage)}
     return RankMemory(phases, {part: size for part, size in host.items() if size}, inputs.hardware.memory_bytes)
 
 

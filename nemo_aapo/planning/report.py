@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from nemo_aapo.planning import compute, parameters
@@ -13,8 +14,8 @@ from nemo_aapo.planning.plan import Plan
 GIB = 2**30
 MOST_LAYOUTS = 12
 NOT_MODELLED = (
-    "Not modelled: rewards, validation, checkpoints, kernel launches, latency of collectives, padding, temporaries of "
-    "one layer, fragmentation. docs/planning.md has the formulas, their sources, and what was checked."
+    "Not modelled: rewards, validation, checkpoints, kernel launches, latency of collectives, padding, temporaries of one\n"
+    "layer, fragmentation. docs/planning.md has the formulas, their sources, and what was checked."
 )
 
 
@@ -81,8 +82,8 @@ def _step(plan: Plan) -> str:
     rows.append(["step", "", "", f"{total:.2f}", *([f"{compute.seconds_of(measured):.2f}"] if measured else []), ""])
     drawn = plan.inputs.work.completions * plan.inputs.work.completion_tokens
     return _table(rows, left=(0, len(rows[0]) - 1)) + (
-        f"\nat most {drawn / total:,.0f} completion tokens/s; a completion of the longest length alone takes at least "
-        f"{plan.straggler_seconds:.1f} s, however many GPUs draw others"
+        f"\nat most {drawn / total:,.0f} completion tokens/s; one completion of the longest length, alone, takes "
+        f"{plan.straggler_seconds:.1f} s at least"
     )
 
 
@@ -91,19 +92,31 @@ def _figures(phase: Phase) -> list[str]:
 
 
 def _store(plan: Plan) -> str:
-    if plan.inputs.work.reference is None:
+    work, saving = plan.inputs.work, plan.saving
+    if work.reference is None:
         return ""
-    saving, work = plan.saving, plan.inputs.work
-    known = "" if saving.data_is_known else " (dataset_prompts=N says how many there are; until then none comes twice)"
-    less = saving.online_seconds - saving.stored_seconds
-    return (
-        f"reference rewards over {work.steps} steps\n"
-        f"  fresh each step   {saving.online_completions:>12,} completions, {_duration(saving.online_seconds)} at least\n"
-        f"  drawn once        {saving.stored_completions:>12,} completions, {_duration(saving.stored_seconds)} at least: "
-        f"{work.reference_samples} for each of {saving.distinct_prompts:,} prompts{known}\n"
-        f"  the store saves   {saving.online_completions - saving.stored_completions:>12,} completions, "
-        f"{_duration(less)}; all of them in a later run that shares it"
+    without_s = compute.seconds_of(plan.step) - sum(phase.seconds for phase in plan.step if phase.name == "reference")
+    longer = 1 + saving.online_seconds / max(1, work.steps) / without_s
+    fewer, less_s = saving.online_completions - saving.stored_completions, saving.online_seconds - saving.stored_seconds
+    rows = [
+        [f"reference rewards, {work.steps} steps", "completions", "at least", ""],
+        _cost("drawn each step", saving.online_completions, saving.online_seconds, f"steps are {longer:.2f} x as long"),
+        _cost(
+            "drawn once and stored",
+            saving.stored_completions,
+            saving.stored_seconds,
+            f"{work.reference_samples} for each of {saving.distinct_prompts:,} prompts",
+        ),
+        _cost("saved by the store", fewer, less_s, "by every later run that shares it: all of the first line"),
+    ]
+    known = (
+        "" if saving.data_is_known else "\n(dataset_prompts=N says how many prompts there are; else none comes twice)"
     )
+    return _table(rows, left=(0, 3)) + known
+
+
+def _cost(what: str, completions: int, seconds: float, note: str) -> list[str]:
+    return [what, f"{completions:,}", _duration(seconds), note]
 
 
 def _duration(seconds: float) -> str:
@@ -141,11 +154,12 @@ def _smallest(found: Verdict | None) -> str:
 
 def _table(rows: list[list[str]], left: tuple[int, ...] = (0,)) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
-        .rstrip()
-        for row in rows
-    )  # fmt: skip
+    lines = []
+    for row in rows:
+        cells = zip(row, widths, strict=True)
+        padded = (cell.ljust(width) if i in left else cell.rjust(width) for i, (cell, width) in enumerate(cells))
+        lines.append("  ".join(padded).rstrip())
+    return "\n".join(lines)
 
 
 def tree(plan: Plan) -> dict[str, Any]:
@@ -154,7 +168,7 @@ def tree(plan: Plan) -> dict[str, Any]:
     return {
         "model": vars(inputs.model),
         "parameters": {**vars(count), "total": count.total, "active": parameters.active(inputs.model)},
-        "hardware": {"name": inputs.hardware.name, "memory_bytes": inputs.hardware.memory_bytes, "source": inputs.hardware.source},
+        "hardware": asdict(inputs.hardware),
         "layout": vars(inputs.layout),
         "learner": vars(inputs.learner),
         "engine": vars(inputs.engine),
@@ -170,15 +184,11 @@ def tree(plan: Plan) -> dict[str, Any]:
         "step_at_measured_rates": _phases(plan.measured_step) if plan.measured_step else None,
         "straggler_seconds": plan.straggler_seconds,
         "reference_store": vars(plan.saving) if inputs.work.reference else None,
-        "layouts": [_plain(verdict) for verdict in plan.layouts],
-        "smallest": _plain(plan.smallest) if plan.smallest else None,
-    }  # fmt: skip
+        "layouts": [asdict(verdict) for verdict in plan.layouts],
+        "smallest": asdict(plan.smallest) if plan.smallest else None,
+    }
 
 
 def _phases(phases: tuple[Phase, ...]) -> dict[str, Any]:
     named = {phase.name: {key: value for key, value in vars(phase).items() if key != "name"} for phase in phases}
     return {**named, "seconds": compute.seconds_of(phases)}
-
-
-def _plain(verdict: Verdict) -> dict[str, Any]:
-    return {**vars(verdict), "layout": vars(verdict.layout)}
