@@ -14,8 +14,8 @@ from nemo_aapo.planning.plan import Plan
 GIB = 2**30
 MOST_LAYOUTS = 12
 NOT_MODELLED = (
-    "Not modelled: rewards, validation, checkpoints, kernel launches, latency of collectives, padding, temporaries of one\n"
-    "layer, fragmentation. docs/planning.md has the formulas, their sources, and what was checked."
+    "Not modelled: rewards, validation, checkpoints, kernel launches, latency of collectives, padding, temporaries of\n"
+    "one layer, fragmentation. docs/planning.md has the formulas, their sources, and what was checked."
 )
 
 

@@ -1,0 +1,193 @@
+"""The plan's memory model against bytes counted in a real ``MegatronPolicy`` while it takes an optimizer step.
+
+Parameters, gradients and Adam's moments must agree to the byte, saved activations within 20 %.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from nemo_aapo.planning import activations, memory, models, parameters
+from nemo_aapo.planning.inputs import Layout, Learner
+from tests.models import SIZES, make_config, save_character_tokenizer, save_model
+
+MICROBATCHES = 3
+
+
+class SavedBytes:
+    """Bytes of the distinct storages that autograd keeps at a time, weights left out; their peak."""
+
+    def __init__(self, module) -> None:
+        self._weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+        self._holders: dict[int, int] = {}
+        self.now = self.peak = 0
+
+    def pack(self, tensor):
+        return _Saved(self, tensor)
+
+    def hold(self, storage) -> None:
+        at = storage.data_ptr()
+        if at in self._weights:
+            return
+        self._holders[at] = self._holders.get(at, 0) + 1
+        if self._holders[at] == 1:
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+
+    def drop(self, storage) -> None:
+        at = storage.data_ptr()
+        if at in self._weights:
+            return
+        self._holders[at] -= 1
+        if not self._holders[at]:
+            del self._holders[at]
+            self.now -= storage.nbytes()
+
+
+class _Saved:
+    """A tensor as autograd keeps it, counted for as long."""
+
+    def __init__(self, counter: SavedBytes, tensor) -> None:
+        self.counter, self.tensor = counter, tensor
+        counter.hold(tensor.untyped_storage())
+
+    def __del__(self) -> None:
+        self.counter.drop(self.tensor.untyped_storage())
+
+
+def measure_a_step(path: str, length: int, rows: int, changes: dict) -> dict[str, float]:
+    """One optimizer step of three micro-batches of ``rows`` sequences of ``length`` tokens; bytes on this rank."""
+    import numpy as np
+    import torch
+
+    from nemo_aapo.policy.batching import collate
+    from nemo_aapo.policy.megatron import MegatronPolicy
+    from nemo_aapo.policy.model_dir import read_model_dir
+    from nemo_aapo.types import Sample
+
+    policy = MegatronPolicy(make_config(path, **changes), read_model_dir(path))
+    prompt = np.arange(4) + 2
+    completion = np.arange(length - len(prompt)) % 90 + 2
+    sample = Sample(prompt, completion, np.zeros(len(completion), np.float32), advantage=1.0)
+    multiple = changes.get("model__tensor_model_parallel_size", 1)
+    batch = collate([sample] * rows, [1e-3] * rows, multiple=multiple, device=torch.device("cpu"))
+
+    def loss(logprobs, entropy, batch):
+        return -(batch.weights * logprobs).sum(), {}
+
+    saved = SavedBytes(policy.module)
+    with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda kept: kept.tensor):
+        policy.train_step([batch] * MICROBATCHES, loss)
+    assert saved.now == 0, "something is still saved after the step"
+    states = [state for part in policy.optimizer.chained_optimizers for state in part.optimizer.state.values()]
+    moments = [state[name] for state in states for name in ("exp_avg", "exp_avg_sq")]
+    return {
+        "weights": sum(parameter.nbytes for parameter in policy.module.parameters()),
+        "gradients": sum(buffer.grad_data.nbytes for buffer in policy.model.buffers),
+        "optimizer": sum(moment.nbytes for moment in moments),
+        "activations": saved.peak,
+    }
+
+
+def plan_a_step(path: str, length: int, rows: int, layout: Layout, recompute: str | None) -> list[dict[str, float]]:
+    """The same as the plan has it, by pipeline stage."""
+    model = models.read(path)
+    learner = Learner(
+        kind="local",
+        numbers="fp32",
+        recompute=recompute,
+        tokens_per_microbatch=length * rows,
+        logprob_chunk_tokens=64,
+        distributed_optimizer=False,
+        overlap_grad_reduce=False,
+        optimizer_on_host=0.0,
+    )
+    found = []
+    for stage in range(layout.pipeline):
+        count = parameters.on_rank(model, layout, stage)
+        flying = activations.in_flight(layout, stage, MICROBATCHES)
+        batch = activations.MicroBatch(rows, length)
+        found.append(
+            {
+                "weights": memory.weights(count, learner),
+                "gradients": memory.gradients(count),
+                "optimizer": memory.optimizer(count, learner, layout),
+                "activations": activations.of_stage(model, layout, learner, batch, stage, flying),
+            }
+        )
+    return found
+
+
+def compare(ranks, path: Path, layout: Layout, recompute: str | None = None, length: int = 40, rows: int = 3) -> None:
+    changes = {
+        "model__tensor_model_parallel_size": layout.tensor,
+        "model__pipeline_model_parallel_size": layout.pipeline,
+        "model__sequence_parallel": layout.sequence_parallel,
+        "model__recompute_granularity": recompute,
+        "trainer__devices": layout.ranks,
+        "data__max_prompt_tokens": length,
+        "max_tokens_per_microbatch": 2 * length * rows,
+    }
+    arguments = (str(path), length, rows, changes)
+    measured = ranks.run(measure_a_step, *arguments, world=layout.ranks, tp=layout.tensor, pp=layout.pipeline)
+    planned = plan_a_step(str(path), length, rows, layout, recompute)
+    per_stage = layout.ranks // layout.pipeline
+    for rank, seen in enumerate(measured):
+        expected = planned[rank // per_stage]  # neighbours are tensor-, then data-parallel
+        for part in ("weights", "gradients", "optimizer"):
+            assert seen[part] == expected[part], (rank, part)
+        assert expected["activations"] == pytest.approx(seen["activations"], rel=0.2), (rank, seen, expected)
+
+
+LAYOUTS = [
+    Layout(),
+    Layout(tensor=2),
+    Layout(tensor=2, sequence_parallel=True),
+    Layout(pipeline=2),
+    Layout(tensor=2, pipeline=2, sequence_parallel=True),
+    Layout(pipeline=2, data=2),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("name", ["qwen2", "qwen2_tied", "qwen3", "llama"])
+def test_weights_gradients_and_moments_to_the_byte_and_activations_within_a_fifth(ranks, tiny_models, name, layout):
+    compare(ranks, tiny_models[name], layout)
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(tensor=2, pipeline=2, sequence_parallel=True)], ids=str)
+def test_with_full_recomputation_layers_keep_their_input_and_one_of_them_the_rest(ranks, tiny_models, layout):
+    compare(ranks, tiny_models["qwen2"], layout, recompute="full")
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory) -> Path:
+    """Other proportions: feed-forward 4 x hidden, many queries to a key, a head size of its own."""
+    from transformers import Qwen3Config
+
+    directory = tmp_path_factory.mktemp("models") / "wide"
+    sizes = {**SIZES, "hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 8}
+    save_model(Qwen3Config(**sizes, head_dim=24, tie_word_embeddings=False), directory)
+    save_character_tokenizer(directory)
+    return directory
+
+
+@pytest.mark.parametrize("recompute", [None, "full"])
+@pytest.mark.parametrize(("length", "rows"), [(24, 8), (200, 1)])
+def test_other_shapes(ranks, wide, length, rows, recompute):
+    compare(ranks, wide, Layout(), recompute, length, rows)
+
+
+def test_a_model_directory_is_read_as_transformers_writes_it(wide):
+    import safetensors.torch
+
+    tensors = safetensors.torch.load_file(wide / "model.safetensors")
+    assert parameters.whole(models.read(str(wide))).total == sum(tensor.numel() for tensor in tensors.values())
+    assert (
+        dataclasses.asdict(models.read(str(wide)))["head_size"]
+        == json.loads((wide / "config.json").read_text())["head_dim"]
+    )
