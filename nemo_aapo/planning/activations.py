@@ -29,8 +29,8 @@ class Term:
     """``linear_input``: as the products take them, a byte under FP8; ``mask``: a byte."""
     cut: Literal["tensor", "sequence", "whole"] = "tensor"
     """Over the tensor-parallel ranks; over them under sequence parallelism only; never."""
-    core_attention: bool = False
-    """Recomputed under selective recomputation."""
+    recomputed_with: Literal["core_attn", "mlp", "layernorm"] | None = None
+    """Which of ``model.recompute_modules`` has it recomputed under selective recomputation."""
     per_position: bool = False
     """One row for all sequences of the micro-batch."""
     only: Literal["qk_norm", "dense", "experts", "fp8"] | None = None
@@ -42,28 +42,31 @@ _LOCAL_ATTENTION = "mcore transformer/dot_product_attention.py: the operands of 
 _LOCAL_MLP = "mcore transformer/mlp.py, glu: silu(gate) * (up + 0)"
 
 LOCAL: tuple[Term, ...] = (
-    Term("attention norm", {"hidden": 2}, _TORCH_NORM, cut="sequence"),
-    Term("attention norm, 1/rms", {"one": 1}, _TORCH_NORM, "fp32", "sequence"),
-    Term("qkv input", {"hidden": 1}, _LOCAL_LINEAR, cut="sequence"),
+    Term("attention norm input", {"hidden": 1}, _TORCH_NORM, cut="sequence"),
+    Term("attention norm", {"hidden": 1}, _TORCH_NORM, cut="sequence", recomputed_with="layernorm"),
+    Term("attention norm, 1/rms", {"one": 1}, _TORCH_NORM, "fp32", "sequence", recomputed_with="layernorm"),
+    Term("qkv input", {"hidden": 1}, _LOCAL_LINEAR, cut="sequence", recomputed_with="layernorm"),
     Term("query and key norm", {"query": 2, "key_value": 1}, _TORCH_NORM, only="qk_norm"),
-    Term(
-        "qkv output",
-        {"query": 1, "key_value": 2},
-        "the key norm's input is a part of it: all stays",
-        only="qk_norm",
-    ),
+    Term("qkv output", {"query": 1, "key_value": 2}, "the key norm's input is a part of it: all stays", only="qk_norm"),
     Term("query and key norm, 1/rms", {"heads": 1, "groups": 1}, _TORCH_NORM, "fp32", only="qk_norm"),
     Term("cosine and sine", {"head_size": 4}, "mcore rope_utils.py, for query and key", cut="whole", per_position=True),
-    Term("query, keys, values", {"query": 3}, _LOCAL_ATTENTION, core_attention=True),
-    Term("attention probabilities", {"scores": 1}, _LOCAL_ATTENTION, core_attention=True),
-    Term("mask", {"length": 1}, "fused_softmax.py", "mask", "whole", core_attention=True, per_position=True),
+    Term("query, keys, values", {"query": 3}, _LOCAL_ATTENTION, recomputed_with="core_attn"),
+    Term("attention probabilities", {"scores": 1}, _LOCAL_ATTENTION, recomputed_with="core_attn"),
+    Term("mask", {"length": 1}, "fused_softmax.py", "mask", "whole", recomputed_with="core_attn", per_position=True),
     Term("projection input", {"query": 1}, _LOCAL_LINEAR),
-    Term("mlp norm", {"hidden": 2}, _TORCH_NORM, cut="sequence"),
-    Term("mlp norm, 1/rms", {"one": 1}, _TORCH_NORM, "fp32", "sequence"),
-    Term("fc1 input", {"hidden": 1}, _LOCAL_LINEAR, cut="sequence"),
-    Term("fc1 output", {"ffn": 2}, _LOCAL_MLP + ": silu saves the gate, a view of it", only="dense"),
-    Term("silu(gate), up + 0", {"ffn": 2}, _LOCAL_MLP, only="dense"),
-    Term("fc2 input", {"ffn": 1}, _LOCAL_LINEAR, only="dense"),
+    Term("mlp norm input", {"hidden": 1}, _TORCH_NORM, cut="sequence"),
+    Term("mlp norm", {"hidden": 1}, _TORCH_NORM, cut="sequence", recomputed_with="layernorm"),
+    Term("mlp norm, 1/rms", {"one": 1}, _TORCH_NORM, "fp32", "sequence", recomputed_with="layernorm"),
+    Term("fc1 input", {"hidden": 1}, _LOCAL_LINEAR, cut="sequence", recomputed_with="layernorm"),
+    Term(
+        "fc1 output",
+        {"ffn": 2},
+        _LOCAL_MLP + ": silu saves the gate, a view of it",
+        recomputed_with="mlp",
+        only="dense",
+    ),
+    Term("silu(gate), up + 0", {"ffn": 2}, _LOCAL_MLP, recomputed_with="mlp", only="dense"),
+    Term("fc2 input", {"ffn": 1}, _LOCAL_LINEAR, recomputed_with="mlp", only="dense"),
 )
 
 _TE_NORM_LINEAR = "TransformerEngine module/layernorm_linear.py: inputmat, ln_out, rsigma"
@@ -85,13 +88,13 @@ TRANSFORMER_ENGINE: tuple[Term, ...] = (
     Term("query and key norm, 1/rms", {"heads": 1, "groups": 1}, "the same", "fp32", only="qk_norm"),
     Term("query, key, value", {"query": 1, "key_value": 2}, _TE_ATTENTION),
     Term("attention output", {"query": 1}, _TE_ATTENTION + "; it is the projection's input as well"),
-    Term("softmax statistics", {"heads": 1}, _TE_ATTENTION, "fp32", core_attention=True),
+    Term("softmax statistics", {"heads": 1}, _TE_ATTENTION, "fp32", recomputed_with="core_attn"),
     Term("projection input", {"query": 1}, _TE_LINEAR + ", a copy in FP8", "linear_input", only="fp8"),
     Term("mlp norm input", {"hidden": 1}, _TE_NORM_LINEAR, cut="sequence"),
-    Term("mlp norm, 1/rms", {"one": 1}, _TE_NORM_LINEAR, "fp32", "sequence"),
-    Term("fc1 input", {"hidden": 1}, _TE_NORM_LINEAR, "linear_input", "sequence"),
-    Term("fc1 output", {"ffn": 2}, _SWIGLU, only="dense"),
-    Term("fc2 input", {"ffn": 1}, _TE_LINEAR, "linear_input", only="dense"),
+    Term("mlp norm, 1/rms", {"one": 1}, _TE_NORM_LINEAR, "fp32", "sequence", recomputed_with="mlp"),
+    Term("fc1 input", {"hidden": 1}, _TE_NORM_LINEAR, "linear_input", "sequence", recomputed_with="mlp"),
+    Term("fc1 output", {"ffn": 2}, _SWIGLU, recomputed_with="mlp", only="dense"),
+    Term("fc2 input", {"ffn": 1}, _TE_LINEAR, "linear_input", recomputed_with="mlp", only="dense"),
     Term("router", {"experts": 2}, _MOE, "fp32", "sequence", only="experts"),
     Term("tokens sent to experts", {"sent_hidden": 2}, _MOE, cut="sequence", only="experts"),
     Term("experts' fc1 output", {"sent_ffn": 2}, _MOE, only="experts"),
@@ -150,7 +153,7 @@ def stored(terms: Sequence[Term], model: PlannedModel, layout: Layout, learner: 
         cut = layout.tensor if term.cut == "tensor" or (term.cut == "sequence" and layout.sequence_parallel) else 1
         rows = batch.length if term.per_position else batch.tokens
         width = sum(sizes[dimension] * times for dimension, times in term.width.items())
-        total += rows / layout.context * width / cut * _number_bytes(term, learner)
+        total += rows * width / cut * _number_bytes(term, learner)
     return total
 
 
@@ -170,16 +173,17 @@ def _number_bytes(term: Term, learner: Learner) -> int:
     return {"fp32": 4, "mask": 1}.get(term.numbers, _BYTES[learner.numbers])
 
 
-def layer_terms(learner: Learner) -> tuple[tuple[Term, ...], tuple[Term, ...]]:
-    """What a layer keeps from forward to backward pass, and what its own backward pass recomputes."""
+def layer_terms(learner: Learner) -> tuple[tuple[Term, ...], list[tuple[Term, ...]]]:
+    """What a layer keeps from forward to backward pass; and what is recomputed in its backward pass, piece by piece."""
     terms = _OF_KIND[learner.kind]
     if learner.recompute == "full":
-        return _LAYER_INPUT, terms
-    if learner.recompute == "selective":
-        core = tuple(term for term in terms if term.core_attention)
-        kept = tuple(term for term in terms if not term.core_attention)
-        return kept + (_CORE_INPUT if learner.kind == "local" else ()), core
-    return terms, ()
+        inside = tuple(term for term in terms if term is not terms[0])  # the first is the layer's input itself
+        return _LAYER_INPUT, [inside]
+    modules = learner.recompute_modules if learner.recompute == "selective" else ()
+    kept = tuple(term for term in terms if term.recomputed_with not in modules)
+    if learner.kind == "local" and "core_attn" in modules:
+        kept += _CORE_INPUT
+    return kept, [tuple(term for term in terms if term.recomputed_with == module) for module in modules]
 
 
 def of_stage(
@@ -192,11 +196,11 @@ def of_stage(
     """
     kept, recomputed = layer_terms(learner)
     layers = model.layers // layout.pipeline
-    total = in_flight * layers * stored(kept, model, layout, learner, batch)
-    total += stored(recomputed, model, layout, learner, batch)
+    # What is recomputed comes one after the other, and after the last stage's end is done with.
+    passing = [stored(piece, model, layout, learner, batch) for piece in recomputed]
     if stage == layout.pipeline - 1:
-        total += stored(_FINAL_NORM[learner.kind] + _SCORED, model, layout, learner, batch)
-    return total
+        passing.append(stored(_FINAL_NORM[learner.kind] + _SCORED, model, layout, learner, batch))
+    return in_flight * layers * stored(kept, model, layout, learner, batch) + max(passing, default=0.0)
 
 
 def in_flight(layout: Layout, stage: int, microbatches: int) -> int:

@@ -161,7 +161,7 @@ def learner_seconds(inputs: Inputs, rates: Rates, flops: Flops, passes: float) -
     found = {"FLOPs": computed}
     if layout.tensor > 1:
         link = hardware.nvlink if layout.tensor <= layout.ranks_per_node else hardware.network
-        tokens = work.tokens / layout.data / layout.context
+        tokens = work.tokens / layout.data
         sent = 2 * (layout.tensor - 1) / layout.tensor * tokens * inputs.model.hidden * _activation_bytes(inputs)
         found["tensor-parallel collectives"] = 2 * passes * inputs.model.layers / layout.pipeline * sent / link
     if layout.pipeline > 1:
@@ -180,7 +180,7 @@ def train_phase(inputs: Inputs, rates: Rates) -> Phase:
     flops = train_flops(inputs)
     parts = learner_seconds(inputs, rates, flops, 3 if learner.recompute == "full" else 2)
     share = max(parameters.on_rank(inputs.model, layout, stage).total for stage in range(layout.pipeline))
-    replicas = layout.data * layout.context
+    replicas = layout.data
     if replicas > 1 and not learner.overlap_grad_reduce:
         link = inputs.hardware.nvlink if layout.ranks <= layout.ranks_per_node else inputs.hardware.network
         parts["gradient reduction"] = 2 * (replicas - 1) / replicas * share * memory.GRADIENT_BYTES / link
@@ -227,9 +227,9 @@ def refit_phase(inputs: Inputs) -> Phase:
         seconds, limit = 0.0, "shares the learner's weights"
     else:
         seconds, limit = 2 * parameters.whole(inputs.model).total * 2 / hardware.pcie, "PCIe, both ways"
-    if engine.offload_learner and engine.kind != "remote":
-        away = memory.of_rank(inputs).host["learner, while the engine generates"]
-        seconds, limit = seconds + 2 * away / hardware.pcie, "PCIe, the learner's way out and back"
+    if engine.offload_learner:
+        away = memory.of_rank(inputs).host["optimizer, while the engine draws"]
+        seconds, limit = seconds + 2 * away / hardware.pcie, "PCIe, the optimizer's way out and back"
     return Phase("refit", 0.0, 0.0, seconds, limit)
 
 

@@ -29,6 +29,8 @@ class Hardware:
     """One GPU of a node of eight, and its links."""
 
     name: str
+    capability: tuple[int, int]
+    """CUDA compute capability."""
     memory_bytes: float
     peak: Rates
     nvlink: float
@@ -46,6 +48,7 @@ H100_PEAK = Rates(memory=3.35e12, fp32=67e12, bf16=989e12, fp8=1979e12)
 KNOWN = {
     "h100": Hardware(
         name="NVIDIA H100 SXM",
+        capability=(9, 0),
         memory_bytes=80e9,
         peak=H100_PEAK,
         nvlink=450e9,
@@ -56,6 +59,7 @@ KNOWN = {
     ),
     "h200": Hardware(
         name="NVIDIA H200 SXM",
+        capability=(9, 0),
         memory_bytes=141e9,
         peak=Rates(memory=4.8e12, fp32=H100_PEAK.fp32, bf16=H100_PEAK.bf16, fp8=H100_PEAK.fp8),
         nvlink=450e9,
@@ -66,6 +70,7 @@ KNOWN = {
     ),
     "b200": Hardware(
         name="NVIDIA B200 SXM",
+        capability=(10, 0),
         memory_bytes=180e9,
         peak=Rates(memory=8.0e12, fp32=80e12, bf16=2250e12, fp8=4500e12),
         nvlink=900e9,

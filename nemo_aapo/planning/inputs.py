@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from nemo_aapo.config import Config
+from nemo_aapo.config import Config, kind_of
 from nemo_aapo.planning.hardware import Hardware
 from nemo_aapo.planning.models import PlannedModel
 
@@ -27,25 +27,20 @@ class Question:
 
 @dataclass(frozen=True)
 class Layout:
-    """How the ranks are cut up: tensor x pipeline x context x data."""
+    """How the ranks are cut up: tensor x pipeline x data."""
 
     tensor: int = 1
     pipeline: int = 1
-    context: int = 1
-    expert: int = 1
     data: int = 1
     sequence_parallel: bool = False
     ranks_per_node: int = 8
 
     @property
     def ranks(self) -> int:
-        return self.tensor * self.pipeline * self.context * self.data
+        return self.tensor * self.pipeline * self.data
 
     def __str__(self) -> str:
-        parts = [f"TP {self.tensor}", f"PP {self.pipeline}"]
-        parts += [f"CP {self.context}"] if self.context > 1 else []
-        parts += [f"EP {self.expert}"] if self.expert > 1 else []
-        return " x ".join([*parts, f"DP {self.data}"])
+        return f"TP {self.tensor} x PP {self.pipeline} x DP {self.data}"
 
 
 @dataclass(frozen=True)
@@ -56,6 +51,8 @@ class Learner:
     """Whose layers run."""
     numbers: Numbers
     recompute: Literal["selective", "full"] | None
+    recompute_modules: tuple[str, ...]
+    """Under ``selective``."""
     tokens_per_microbatch: int
     logprob_chunk_tokens: int
     distributed_optimizer: bool
@@ -127,7 +124,11 @@ class Inputs:
 
 
 def inputs_of(config: Config, question: Question) -> Inputs:
-    """A plan's inputs; the configuration must have passed ``config.derive`` for the model."""
+    """A plan's inputs.
+
+    Args:
+        config: with what it leaves to the machine decided, and passed by ``config.derive`` for the model.
+    """
     return Inputs(
         question.model, question.hardware, layout_of(config), _learner(config), _engine(config), _work(config, question)
     )
@@ -147,16 +148,17 @@ def layout_of(config: Config) -> Layout:
 
 
 def _learner(config: Config) -> Learner:
-    model = config.model
+    model, precision = config.model, kind_of(config)
     return Learner(
         kind="transformer_engine",  # on a GPU, whatever the precision (policy/precision.py)
-        numbers="fp8" if config.precision.name.startswith("fp8") else config.precision.name,
+        numbers="fp8" if precision.fp8 else "bf16" if precision.bf16 else "fp32",
         recompute=model.recompute_granularity,
+        recompute_modules=model.recompute_modules,
         tokens_per_microbatch=config.max_tokens_per_microbatch,
         logprob_chunk_tokens=model.logprob_chunk_tokens,
-        distributed_optimizer=False,
-        overlap_grad_reduce=False,
-        optimizer_on_host=0.0,
+        distributed_optimizer=bool(model.optim.use_distributed_optimizer),
+        overlap_grad_reduce=model.optim.overlap_grad_reduce,
+        optimizer_on_host=model.optim.cpu_offload_fraction,
     )
 
 
@@ -175,7 +177,7 @@ def _engine(config: Config) -> Engine:
         max_concurrent_tokens=rollout.max_concurrent_tokens,
         kv_cache_fraction=trtllm.kv_cache_fraction,
         refit_bucket_bytes=trtllm.refit_bucket_bytes,
-        offload_learner=False,
+        offload_learner=rollout.offload_learner,
     )
 
 

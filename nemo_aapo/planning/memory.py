@@ -58,10 +58,10 @@ def gradients(count: Parameters) -> float:
 def optimizer(count: Parameters, learner: Learner, layout: Layout) -> float:
     """Bytes of Adam's moments and, under mixed precision, of the float32 weights, wherever they lie.
 
-    A distributed optimizer cuts them over the data- and context-parallel ranks.
+    A distributed optimizer cuts them over the data-parallel ranks.
     """
     state = ADAM_BYTES + (0 if learner.numbers == "fp32" else MASTER_BYTES)
-    return count.total * state / (layout.data * layout.context if learner.distributed_optimizer else 1)
+    return count.total * state / (layout.data if learner.distributed_optimizer else 1)
 
 
 def logprobs(inputs: Inputs, tokens: float) -> float:
@@ -74,7 +74,7 @@ def logprobs(inputs: Inputs, tokens: float) -> float:
         tokens: that are scored in one micro-batch.
     """
     model, learner = inputs.model, inputs.learner
-    tokens = max(1, math.ceil(tokens / inputs.layout.context))
+    tokens = max(1, math.ceil(tokens))
     rows, number = model.vocabulary // inputs.layout.tensor, WEIGHT_BYTES[learner.numbers]
     columns = max(learner.logprob_chunk_tokens * rows, MIN_TILE_LOGITS) // tokens // TILE_ALIGNMENT * TILE_ALIGNMENT
     tile = tokens * min(max(columns, TILE_ALIGNMENT), rows)
@@ -143,9 +143,9 @@ def _of_stage(inputs: Inputs, stage: int) -> RankMemory:
         phases["rollout"] = rollout = {**resident, **runtime}
         if inputs.work.draws_from_reference:
             rollout["policy, while the reference is swapped in"] = clone
-        if engine.offload_learner:
-            away = ("gradients", "optimizer") if engine.kind == "megatron" else tuple(resident)
-            host["learner, while the engine generates"] = sum(rollout.pop(part) for part in away)
+        if engine.offload_learner:  # gradients are dropped, weights stay (policy/offload.py)
+            del rollout["gradients"]
+            host["optimizer, while the engine draws"] = rollout.pop("optimizer")
         rollout |= _engine_memory(inputs, sum(rollout.values()))
     if inputs.work.scores_reference:
         phases["scoring"] = {**resident, **runtime, "policy, while the reference is swapped in": clone}

@@ -54,6 +54,7 @@ class PlannedModel:
             ffn_hidden_size=self.ffn,
             num_attention_heads=self.heads,
             num_query_groups=self.groups,
+            head_size=self.head_size,
             vocab_size=self.vocabulary,
             tied_embeddings=self.tied,
             max_position_embeddings=self.max_positions,

@@ -47,7 +47,7 @@ def on_rank(model: PlannedModel, layout: Layout, stage: int) -> Parameters:
     tensor, layers = layout.tensor, model.layers // layout.pipeline
     first, last = stage == 0, stage == layout.pipeline - 1
     linear = attention_matrices(model) + (0 if model.experts else mlp_matrices(model))
-    experts = mlp_matrices(model) * model.experts // layout.expert
+    experts = mlp_matrices(model) * model.experts
     small = 2 * model.hidden + 2 * model.head_size * model.qk_norm + model.hidden * model.experts
     if model.qkv_bias:
         small += (model.query + 2 * model.key_value) // tensor

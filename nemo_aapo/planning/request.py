@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from nemo_aapo.command_line import read_command_line
-from nemo_aapo.config import Config, ConfigError, check_overrides, parse
+from nemo_aapo.config import Config, ConfigError, check_overrides, kind_of, parse, with_machine_defaults
 from nemo_aapo.entry import compose
 from nemo_aapo.planning import hardware, models
 from nemo_aapo.planning.inputs import Question
@@ -40,12 +40,15 @@ def read(words: Sequence[str]) -> tuple[Config, Question]:
     for section, key in (("model", "path"), ("data", "train"), ("data", "validation")):
         if tree[section][key] == MISSING:
             tree[section][key] = NOT_NEEDED
-    config = parse(tree)
+    config = with_machine_defaults(parse(tree), on_gpu=True)
+    gpu = hardware.find(own.get("hardware", DEFAULT_HARDWARE))
+    if kind_of(config).fp8_recipe == "blockwise" and gpu.capability >= (10, 0):
+        raise ConfigError(f"precision={config.precision.name} is for Hopper, not for {gpu.name}: use fp8_tensorwise")
     longest_prompt, longest_completion = config.data.max_prompt_tokens, config.rollout.max_new_tokens
     prompts = own.get("dataset_prompts")
     return config, Question(
         model=model,
-        hardware=hardware.find(own.get("hardware", DEFAULT_HARDWARE)),
+        hardware=gpu,
         mean_prompt_tokens=_length(own, "mean_prompt_tokens", longest_prompt, "data.max_prompt_tokens"),
         mean_completion_tokens=_length(own, "mean_completion_tokens", longest_completion, "rollout.max_new_tokens"),
         dataset_prompts=None if prompts is None else int(_number("dataset_prompts", prompts)),

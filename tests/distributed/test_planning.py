@@ -1,21 +1,22 @@
 """The plan's memory model against bytes counted in a real ``MegatronPolicy`` while it takes an optimizer step.
 
-Parameters, gradients and Adam's moments must agree to the byte, saved activations within 20 %.
+Parameters, gradients and Adam's moments must agree to the byte, saved activations within 5 %.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from pathlib import Path
 
 import pytest
 
-from nemo_aapo.planning import activations, memory, models, parameters
-from nemo_aapo.planning.inputs import Layout, Learner
+from nemo_aapo.planning import activations, compute, memory, models, parameters
+from nemo_aapo.planning.inputs import Layout, Learner, inputs_of
 from tests.models import SIZES, make_config, save_character_tokenizer, save_model
 
 MICROBATCHES = 3
+PROMPT = 4
+MODULES = ("core_attn", "mlp")
+"""Of model.recompute_modules. Not layernorm: mcore empties the storage of its output, which is not counted here."""
 
 
 class SavedBytes:
@@ -23,7 +24,7 @@ class SavedBytes:
 
     def __init__(self, module) -> None:
         self._weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
-        self._holders: dict[int, int] = {}
+        self._holders: dict[int, list[int]] = {}  # address -> [how many, bytes]
         self.now = self.peak = 0
 
     def pack(self, tensor):
@@ -33,19 +34,19 @@ class SavedBytes:
         at = storage.data_ptr()
         if at in self._weights:
             return
-        self._holders[at] = self._holders.get(at, 0) + 1
-        if self._holders[at] == 1:
+        if at not in self._holders:
+            self._holders[at] = [0, storage.nbytes()]
             self.now += storage.nbytes()
             self.peak = max(self.peak, self.now)
+        self._holders[at][0] += 1
 
     def drop(self, storage) -> None:
         at = storage.data_ptr()
         if at in self._weights:
             return
-        self._holders[at] -= 1
-        if not self._holders[at]:
-            del self._holders[at]
-            self.now -= storage.nbytes()
+        self._holders[at][0] -= 1
+        if not self._holders[at][0]:
+            self.now -= self._holders.pop(at)[1]
 
 
 class _Saved:
@@ -59,8 +60,8 @@ class _Saved:
         self.counter.drop(self.tensor.untyped_storage())
 
 
-def measure_a_step(path: str, length: int, rows: int, changes: dict) -> dict[str, float]:
-    """One optimizer step of three micro-batches of ``rows`` sequences of ``length`` tokens; bytes on this rank."""
+def prepare(path: str, length: int, rows: int, changes: dict):
+    """A policy, a micro-batch of ``rows`` sequences of ``length`` tokens, and a loss."""
     import numpy as np
     import torch
 
@@ -70,8 +71,8 @@ def measure_a_step(path: str, length: int, rows: int, changes: dict) -> dict[str
     from nemo_aapo.types import Sample
 
     policy = MegatronPolicy(make_config(path, **changes), read_model_dir(path))
-    prompt = np.arange(4) + 2
-    completion = np.arange(length - len(prompt)) % 90 + 2
+    prompt = np.arange(PROMPT) + 2
+    completion = np.arange(length - PROMPT) % 90 + 2
     sample = Sample(prompt, completion, np.zeros(len(completion), np.float32), advantage=1.0)
     multiple = changes.get("model__tensor_model_parallel_size", 1)
     batch = collate([sample] * rows, [1e-3] * rows, multiple=multiple, device=torch.device("cpu"))
@@ -79,6 +80,14 @@ def measure_a_step(path: str, length: int, rows: int, changes: dict) -> dict[str
     def loss(logprobs, entropy, batch):
         return -(batch.weights * logprobs).sum(), {}
 
+    return policy, batch, loss
+
+
+def measure_a_step(path: str, length: int, rows: int, changes: dict) -> dict[str, float]:
+    """One optimizer step of three micro-batches; bytes on this rank."""
+    import torch
+
+    policy, batch, loss = prepare(path, length, rows, changes)
     saved = SavedBytes(policy.module)
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda kept: kept.tensor):
         policy.train_step([batch] * MICROBATCHES, loss)
@@ -93,16 +102,29 @@ def measure_a_step(path: str, length: int, rows: int, changes: dict) -> dict[str
     }
 
 
-def plan_a_step(path: str, length: int, rows: int, layout: Layout, recompute: str | None) -> list[dict[str, float]]:
+def count_flops(path: str, length: int, rows: int, changes: dict) -> float:
+    """FLOPs of the products of one optimizer step on one micro-batch, as torch counts them."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    policy, batch, loss = prepare(path, length, rows, changes)
+    with FlopCounterMode(display=False) as counter:
+        policy.train_step([batch], loss)
+    return counter.get_total_flops()
+
+
+def plan_a_step(
+    path: str, length: int, rows: int, layout: Layout, recompute: str | None, distributed_optimizer: bool = False
+) -> list[dict[str, float]]:
     """The same as the plan has it, by pipeline stage."""
     model = models.read(path)
     learner = Learner(
         kind="local",
         numbers="fp32",
-        recompute=recompute,
+        recompute="selective" if recompute in MODULES else recompute,
+        recompute_modules=(recompute,) if recompute in MODULES else (),
         tokens_per_microbatch=length * rows,
         logprob_chunk_tokens=64,
-        distributed_optimizer=False,
+        distributed_optimizer=distributed_optimizer,
         overlap_grad_reduce=False,
         optimizer_on_host=0.0,
     )
@@ -127,7 +149,8 @@ def compare(ranks, path: Path, layout: Layout, recompute: str | None = None, len
         "model__tensor_model_parallel_size": layout.tensor,
         "model__pipeline_model_parallel_size": layout.pipeline,
         "model__sequence_parallel": layout.sequence_parallel,
-        "model__recompute_granularity": recompute,
+        "model__recompute_granularity": "selective" if recompute in MODULES else recompute,
+        "model__recompute_modules": [recompute] if recompute in MODULES else ["core_attn"],
         "trainer__devices": layout.ranks,
         "data__max_prompt_tokens": length,
         "max_tokens_per_microbatch": 2 * length * rows,
@@ -140,7 +163,7 @@ def compare(ranks, path: Path, layout: Layout, recompute: str | None = None, len
         expected = planned[rank // per_stage]  # neighbours are tensor-, then data-parallel
         for part in ("weights", "gradients", "optimizer"):
             assert seen[part] == expected[part], (rank, part)
-        assert expected["activations"] == pytest.approx(seen["activations"], rel=0.2), (rank, seen, expected)
+        assert expected["activations"] == pytest.approx(seen["activations"], rel=0.05), (rank, seen, expected)
 
 
 LAYOUTS = [
@@ -155,13 +178,25 @@ LAYOUTS = [
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("name", ["qwen2", "qwen2_tied", "qwen3", "llama"])
-def test_weights_gradients_and_moments_to_the_byte_and_activations_within_a_fifth(ranks, tiny_models, name, layout):
+def test_weights_gradients_and_moments_to_the_byte_and_activations_closely(ranks, tiny_models, name, layout):
     compare(ranks, tiny_models[name], layout)
 
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(tensor=2, pipeline=2, sequence_parallel=True)], ids=str)
-def test_with_full_recomputation_layers_keep_their_input_and_one_of_them_the_rest(ranks, tiny_models, layout):
-    compare(ranks, tiny_models["qwen2"], layout, recompute="full")
+@pytest.mark.parametrize("recompute", ["full", *MODULES])
+def test_what_is_recomputed_is_not_kept(ranks, tiny_models, layout, recompute):
+    compare(ranks, tiny_models["qwen2"], layout, recompute)
+
+
+def test_a_distributed_optimizer_deals_moments_to_the_data_parallel_ranks(ranks, tiny_models):
+    path, layout = str(tiny_models["qwen2"]), Layout(data=2)
+    changes = {"trainer__devices": 2, "model__optim__use_distributed_optimizer": True}
+    seen = ranks.run(measure_a_step, path, 40, 3, changes, world=2)
+    planned = plan_a_step(path, 40, 3, layout, None, distributed_optimizer=True)[0]
+    assert sum(rank["optimizer"] for rank in seen) == 2 * planned["optimizer"]
+    for rank in seen:  # mcore pads its buffers to multiples of 128 numbers
+        assert planned["optimizer"] == pytest.approx(rank["optimizer"], rel=0.01)
+        assert 0 <= rank["gradients"] - planned["gradients"] < 128 * 4
 
 
 @pytest.fixture(scope="module")
@@ -182,12 +217,35 @@ def test_other_shapes(ranks, wide, length, rows, recompute):
     compare(ranks, wide, Layout(), recompute, length, rows)
 
 
+@pytest.mark.parametrize("recompute", [None, "full"])
+def test_flops_of_a_step_are_those_that_torch_counts(ranks, wide, recompute):
+    from nemo_aapo.planning import request
+
+    length, rows = 40, 3
+    changes = {"model__recompute_granularity": recompute, "data__max_prompt_tokens": length}
+    counted = ranks.run(count_flops, str(wide), length, rows, {**changes, "max_tokens_per_microbatch": length * rows})[
+        0
+    ]
+    config, question = request.read(
+        [
+            f"model.path={wide}",
+            f"model.recompute_granularity={recompute or 'null'}",
+            "prompts_per_step=1",
+            f"group_size={rows}",
+            f"data.max_prompt_tokens={PROMPT}",
+            f"rollout.max_new_tokens={length - PROMPT}",
+        ]
+    )
+    inputs = inputs_of(config, question)
+    planned = compute.train_flops(inputs)
+    # mcore's attention on CPU multiplies all pairs, of which causality hides half: the plan has the other half only.
+    hidden_half = compute.forward(inputs, 0, rows * length**2 / 2, 0).rest * (4 if recompute else 3)
+    assert planned.total + hidden_half == pytest.approx(counted, rel=1e-6)
+
+
 def test_a_model_directory_is_read_as_transformers_writes_it(wide):
     import safetensors.torch
 
     tensors = safetensors.torch.load_file(wide / "model.safetensors")
     assert parameters.whole(models.read(str(wide))).total == sum(tensor.numel() for tensor in tensors.values())
-    assert (
-        dataclasses.asdict(models.read(str(wide)))["head_size"]
-        == json.loads((wide / "config.json").read_text())["head_dim"]
-    )
+    assert models.read(str(wide)).head_size == 24
