@@ -67,8 +67,9 @@ def optimizer(count: Parameters, learner: Learner, layout: Layout) -> float:
 def logprobs(inputs: Inputs, tokens: float) -> float:
     """Peak bytes of log-probs and their gradient (policy/logprob.py), beside the hidden states that go in.
 
-    Two phases: the forward pass holds a tile of logits, its product in the weight's numbers and a scratch tile; the
-    backward pass two tiles, the gradient of the hidden states in float32, and the output layer's gradient.
+    The forward pass holds a tile of logits in float32, one of scratch and, under bfloat16, one for the product. The
+    backward pass holds a tile, under bfloat16 the product and the gradients of this tile and the one before, and the
+    gradients of hidden states (float32) and output layer.
 
     Args:
         tokens: that are scored in one micro-batch.
@@ -80,7 +81,7 @@ def logprobs(inputs: Inputs, tokens: float) -> float:
     tile = tokens * min(max(columns, TILE_ALIGNMENT), rows)
     low = 0 if number == 4 else number  # in float32 the product is the tile itself
     forward = tile * (4 + low + 4)
-    backward = tile * (4 + 2 * low) + tokens * model.hidden * 4 + rows * model.hidden * number
+    backward = tile * (4 + (3 if tile < tokens * rows else 2) * low) + tokens * model.hidden * 4 + rows * model.hidden * number
     return max(forward, backward)
 
 

@@ -125,9 +125,9 @@ def _duration(seconds: float) -> str:
 
 def _layouts(plan: Plan) -> str:
     possible = [verdict for verdict in plan.layouts if verdict.refused is None]
-    rows = [["layouts of these GPUs", "GiB", "", "step, s"]]
-    rows += [[*_verdict(verdict, plan.memory.capacity)] for verdict in possible[:MOST_LAYOUTS]]
-    lines = [_table(rows, left=(0, 2))]
+    rows = [["layouts of these GPUs", "GiB", "", "step, s", ""]]
+    rows += [_verdict(plan, verdict) for verdict in possible[:MOST_LAYOUTS]]
+    lines = [_table(rows, left=(0, 2, 4))]
     if len(possible) > MOST_LAYOUTS:
         lines.append(f"and {len(possible) - MOST_LAYOUTS} more that are possible (--json has all)")
     refused = len(plan.layouts) - len(possible)
@@ -138,18 +138,20 @@ def _layouts(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _verdict(verdict: Verdict, capacity: float) -> list[str]:
-    over = f"fits, {(capacity - verdict.bytes) / GIB:.1f} to spare"
-    if not verdict.fits:
-        over = f"{(verdict.bytes - capacity) / GIB:.1f} too many"
-    return [_name(verdict.layout), f"{verdict.bytes / GIB:.1f}", over, f"{verdict.seconds:.2f}"]
+def _verdict(plan: Plan, verdict: Verdict) -> list[str]:
+    spare = (plan.memory.capacity - verdict.bytes) / GIB
+    judgement = f"fits, {spare:.1f} to spare" if verdict.fits else f"{-spare:.1f} too many"
+    mark = "<- as configured" if verdict.layout == plan.inputs.layout else ""
+    return [_name(verdict.layout), f"{verdict.bytes / GIB:.1f}", judgement, f"{verdict.seconds:.2f}", mark]
 
 
 def _smallest(found: Verdict | None) -> str:
-    less = "model.recompute_granularity=full, a smaller max_tokens_per_microbatch or rollout.max_concurrent_tokens"
+    less = (
+        "What needs less: model.recompute_granularity=full, less of max_tokens_per_microbatch, max_concurrent_tokens."
+    )
     if found is None:
-        return f"none fits, nor does any on more GPUs: try {less}"
-    return f"none fits. With these settings {found.layout.ranks} GPUs would do, {_name(found.layout)}; or try {less}"
+        return f"none fits, nor does any on more GPUs.\n{less}"
+    return f"none fits. With these settings {found.layout.ranks} GPUs would do: {_name(found.layout)}.\n{less}"
 
 
 def _table(rows: list[list[str]], left: tuple[int, ...] = (0,)) -> str:
