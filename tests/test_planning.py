@@ -102,6 +102,16 @@ def test_training_takes_six_flops_for_each_parameter_and_token():
     assert compute.score_flops(inputs).total / inputs.work.tokens == pytest.approx(each / 3, rel=0.05)
 
 
+def test_gradients_cross_the_network_only_where_data_parallel_ranks_lie_on_several_nodes():
+    words = ("model=Qwen2.5-7B", "model.tensor_model_parallel_size=4", "model.sequence_parallel=true")
+    seconds = {}
+    for nodes, devices, more in ((1, 8, []), (2, 4, []), (2, 4, ["model.optim.overlap_grad_reduce=true"])):
+        inputs = made_inputs(*words, f"trainer.num_nodes={nodes}", f"trainer.devices={devices}", *more)
+        phase = compute.train_phase(inputs, hardware.KNOWN["h100"].peak)
+        seconds[nodes, devices, len(more)] = phase.seconds
+    assert seconds[1, 8, 0] < seconds[2, 4, 1] < seconds[2, 4, 0]
+
+
 def test_an_aapo_step_needs_no_scoring_and_grpos_does():
     names = ("algorithm=aapo", "algorithm=gpg", "algorithm=grpo")
     passes = [made_inputs("model=Qwen2.5-7B", name).work.scoring_passes for name in names]

@@ -7,7 +7,6 @@ reduction, the optimizer's pass over its state).
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from nemo_aapo.planning import memory, parameters
@@ -129,9 +128,9 @@ def rollout_phases(inputs: Inputs, rates: Rates) -> tuple[Phase, Phase]:
     prefill = forward(inputs, prompts * work.prompt_tokens, prompts * work.prompt_tokens**2 / 2, prompts)
     rows = memory.rows_at_a_time(inputs)
     read_once = decode_weight_bytes(inputs, rows) / rates.memory / gpus
-    drawn = sequences * work.completion_tokens
-    steps = max(work.completion_tokens, drawn / rows)
-    attended = sequences * (work.completion_tokens * work.prompt_tokens + work.completion_tokens**2 / 2)
+    length = work.completion_tokens - 1  # the first token is the prefill's
+    drawn, steps = sequences * length, max(length, sequences * length / rows)
+    attended = sequences * (length * work.prompt_tokens + length**2 / 2)
     decode = forward(inputs, drawn, attended, drawn)
     moved = steps * decode_weight_bytes(inputs, min(rows, sequences))
     moved += attended * memory.kv_bytes_per_token(inputs, 1, 1)
@@ -180,17 +179,33 @@ def train_phase(inputs: Inputs, rates: Rates) -> Phase:
     flops = train_flops(inputs)
     parts = learner_seconds(inputs, rates, flops, 3 if learner.recompute == "full" else 2)
     share = max(parameters.on_rank(inputs.model, layout, stage).total for stage in range(layout.pipeline))
-    replicas = layout.data
-    if replicas > 1 and not learner.overlap_grad_reduce:
-        link = inputs.hardware.nvlink if layout.ranks <= layout.ranks_per_node else inputs.hardware.network
-        parts["gradient reduction"] = 2 * (replicas - 1) / replicas * share * memory.GRADIENT_BYTES / link
-    updated = share / (replicas if learner.distributed_optimizer else 1)
+    parts["gradients and weights over DP"] = share * _data_parallel_bytes(inputs) / _data_parallel_link(inputs)
+    updated = share / (layout.data if learner.distributed_optimizer else 1)
     traffic = updated * OPTIMIZER_TRAFFIC_BYTES[learner.numbers]
     parts["optimizer"] = traffic * (1 - learner.optimizer_on_host) / rates.memory
     parts["optimizer's way to the host"] = updated * 4 * learner.optimizer_on_host / inputs.hardware.pcie
     times = work.updates
     limit = max(parts, key=parts.__getitem__)
     return Phase("train", times * work.tokens, times * flops.total, times * sum(parts.values()), limit)
+
+
+def _data_parallel_bytes(inputs: Inputs) -> float:
+    """Bytes that a rank sends for each of its parameters, where nothing overlaps.
+
+    A distributed optimizer reduces each gradient to one rank and hands the weight out; else gradients are all-reduced.
+    """
+    learner, layout = inputs.learner, inputs.layout
+    reduced = 0 if learner.overlap_grad_reduce else memory.GRADIENT_BYTES
+    handed_out = 0 if learner.overlap_param_gather else memory.WEIGHT_BYTES[learner.numbers]
+    if not learner.distributed_optimizer:
+        handed_out = reduced
+    return (reduced + handed_out) * (layout.data - 1) / layout.data
+
+
+def _data_parallel_link(inputs: Inputs) -> float:
+    """Tensor-parallel ranks are neighbours, then data-parallel ones, then pipeline stages."""
+    layout, hardware = inputs.layout, inputs.hardware
+    return hardware.nvlink if layout.tensor * layout.data <= layout.ranks_per_node else hardware.network
 
 
 def score_phase(inputs: Inputs, rates: Rates) -> Phase:
@@ -274,4 +289,4 @@ def store_saving(inputs: Inputs, rates: Rates) -> StoreSaving:
 
 def straggler_seconds(inputs: Inputs, rates: Rates, completion_tokens: int) -> float:
     """One completion alone, at the end of a rollout: each of its tokens reads the weights."""
-    return math.ceil(completion_tokens) * decode_weight_bytes(inputs, 1) / rates.memory / _engine_gpus(inputs)
+    return completion_tokens * decode_weight_bytes(inputs, 1) / rates.memory / _engine_gpus(inputs)

@@ -57,6 +57,7 @@ class Learner:
     logprob_chunk_tokens: int
     distributed_optimizer: bool
     overlap_grad_reduce: bool
+    overlap_param_gather: bool
     optimizer_on_host: float
     """Share of the optimizer's state in host memory."""
 
@@ -158,6 +159,7 @@ def _learner(config: Config) -> Learner:
         logprob_chunk_tokens=model.logprob_chunk_tokens,
         distributed_optimizer=bool(model.optim.use_distributed_optimizer),
         overlap_grad_reduce=model.optim.overlap_grad_reduce,
+        overlap_param_gather=model.optim.overlap_param_gather,
         optimizer_on_host=model.optim.cpu_offload_fraction,
     )
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from nemo_aapo.config import Config, ConfigError, derive
 from nemo_aapo.planning import compute, memory
-from nemo_aapo.planning.inputs import Inputs, Layout, Question, inputs_of
+from nemo_aapo.planning.inputs import Inputs, Layout, Question, inputs_of, layout_of
 
 MOST_GPUS = 1024
 
@@ -73,17 +73,11 @@ def judge(config: Config, question: Question) -> Verdict:
     """The configured layout."""
     reason = refusal(config, question)
     if reason is not None:
-        return Verdict(_described(config), reason)
+        return Verdict(layout_of(config), reason)
     inputs = inputs_of(config, question)
     needed = memory.of_rank(inputs)
     seconds = compute.seconds_of(compute.step(inputs, question.hardware.peak))
     return Verdict(inputs.layout, None, needed.peak, needed.fits, seconds)
-
-
-def _described(config: Config) -> Layout:
-    model, ranks = config.model, config.trainer.num_nodes * config.trainer.devices
-    tensor, pipeline = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
-    return Layout(tensor, pipeline, data=ranks // (tensor * pipeline))
 
 
 def judge_all(config: Config, question: Question) -> list[Verdict]:

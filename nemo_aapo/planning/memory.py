@@ -80,9 +80,9 @@ def logprobs(inputs: Inputs, tokens: float) -> float:
     columns = max(learner.logprob_chunk_tokens * rows, MIN_TILE_LOGITS) // tokens // TILE_ALIGNMENT * TILE_ALIGNMENT
     tile = tokens * min(max(columns, TILE_ALIGNMENT), rows)
     low = 0 if number == 4 else number  # in float32 the product is the tile itself
-    forward = tile * (4 + low + 4)
-    backward = tile * (4 + (3 if tile < tokens * rows else 2) * low) + tokens * model.hidden * 4 + rows * model.hidden * number
-    return max(forward, backward)
+    several = tile < tokens * rows
+    gradients = tokens * model.hidden * 4 + rows * model.hidden * number
+    return max(tile * (4 + low + 4), tile * (4 + (3 if several else 2) * low) + gradients)
 
 
 def kv_bytes_per_token(inputs: Inputs, tensor: int, pipeline: int) -> float:
@@ -128,9 +128,8 @@ def _of_stage(inputs: Inputs, stage: int) -> RankMemory:
     learner, layout, engine = inputs.learner, inputs.layout, inputs.engine
     count = parameters.on_rank(inputs.model, layout, stage)
     state = optimizer(count, learner, layout)
-    own = weights(count, learner)
     resident = {
-        "weights": own,
+        "weights": weights(count, learner),
         "gradients": gradients(count),
         "optimizer": state * (1 - learner.optimizer_on_host),
     }
@@ -139,7 +138,7 @@ def _of_stage(inputs: Inputs, stage: int) -> RankMemory:
     phases = {}
     host = {"optimizer": state * learner.optimizer_on_host}
     if inputs.work.keeps_reference:
-        host["reference weights"] = own
+        host["reference weights"] = clone
     if engine.kind != "remote":
         phases["rollout"] = rollout = {**resident, **runtime}
         if inputs.work.draws_from_reference:

@@ -131,6 +131,7 @@ def plan_a_step(
         logprob_chunk_tokens=64,
         distributed_optimizer=distributed_optimizer,
         overlap_grad_reduce=False,
+        overlap_param_gather=False,
         optimizer_on_host=0.0,
     )
     found = []
