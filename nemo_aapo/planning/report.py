@@ -132,7 +132,7 @@ def _layouts(plan: Plan) -> str:
         lines.append(f"and {len(possible) - MOST_LAYOUTS} more that are possible (--json has all)")
     refused = len(plan.layouts) - len(possible)
     if refused:
-        lines.append(f"{refused} others can't be: what they cut does not divide (--json has the reasons)")
+        lines.append(f"left out, as what they cut does not divide: {refused} (--json has the reasons)")
     if not plan.layouts[0].fits:
         lines.append(_smallest(plan.smallest))
     return "\n".join(lines)
