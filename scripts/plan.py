@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 
 from nemo_aapo.command_line import read_command_line, usage
 from nemo_aapo.config import ConfigError
@@ -20,7 +21,7 @@ DESCRIPTION = "\n".join(
         *(f"  {word + '=':<26}{meaning}" for word, meaning in request.OWN_WORDS.items()),
         f"  {'--json':<26}all figures as JSON, unrounded: bytes, seconds, FLOPs",
         "",
-        f"Models: {', '.join(models.KNOWN)}",
+        *textwrap.wrap(f"Models: {', '.join(models.KNOWN)}", 110),
     )
 )
 
@@ -30,6 +31,8 @@ def main(argv: list[str]) -> int:
     words = [word for word in argv if word != "--json"]
     try:
         command = read_command_line(request.split(words)[1])
+        if command.show == "config":
+            raise ConfigError("--cfg shows what a run would be given: python scripts/train.py --cfg job KEY=VALUE ...")
         if command.show == "help":
             print(usage(DESCRIPTION, command), end="")
             return 0
