@@ -3,7 +3,7 @@
 Of Korthikanti et al. (arXiv 2205.05198, section 4) the method is kept: name every tensor that some operation saves.
 The terms are those of today's layers: gated feed-forward, RMSNorm, grouped queries, no dropout.
 
-``LOCAL`` is mcore's local layers on CPU, checked against measured bytes in tests/test_planning_measured.py.
+``LOCAL`` is mcore's local layers on CPU, checked against measured bytes in tests/distributed/test_planning.py.
 ``TRANSFORMER_ENGINE`` was read from the sources of TransformerEngine 2.11 and mcore 0.16 and has not been measured.
 """
 
