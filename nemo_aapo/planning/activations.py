@@ -1,0 +1,208 @@
+"""What a forward pass keeps for the backward pass, term by term, as data.
+
+Of Korthikanti et al. (arXiv 2205.05198, section 4) the method is kept: name every tensor that some operation saves.
+The terms are those of today's layers: gated feed-forward, RMSNorm, grouped queries, no dropout.
+
+``LOCAL`` is mcore's local layers on CPU, checked against measured bytes in tests/distributed/test_planning.py.
+``TRANSFORMER_ENGINE`` was read from the sources of TransformerEngine 2.11 and mcore 0.16 and has not been measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from nemo_aapo.planning.inputs import Layout, Learner
+from nemo_aapo.planning.models import PlannedModel
+
+
+@dataclass(frozen=True)
+class Term:
+    """A tensor that one layer saves."""
+
+    name: str
+    width: dict[str, float]
+    """Numbers for each token: dimension (see ``dimensions``) -> how often."""
+    source: str
+    numbers: Literal["compute", "linear_input", "fp32", "mask"] = "compute"
+    """``linear_input``: as the products take them, a byte under FP8; ``mask``: a byte."""
+    cut: Literal["tensor", "sequence", "whole"] = "tensor"
+    """Over the tensor-parallel ranks; over them under sequence parallelism only; never."""
+    recomputed_with: Literal["core_attn", "mlp", "layernorm"] | None = None
+    """Which of ``model.recompute_modules`` has it recomputed under selective recomputation."""
+    per_position: bool = False
+    """One row for all sequences of the micro-batch."""
+    only: Literal["qk_norm", "dense", "experts", "fp8"] | None = None
+
+
+_TORCH_NORM = "torch's RMSNorm on CPU saves its input, the normalised input and 1/rms"
+_LOCAL_LINEAR = "mcore tensor_parallel/layers.py, LinearWithGradAccumulationAndAsyncCommunication: the input"
+_LOCAL_ATTENTION = "mcore transformer/dot_product_attention.py: the operands of both products, keys repeated"
+_LOCAL_MLP = "mcore transformer/mlp.py, glu: silu(gate) * (up + 0)"
+
+LOCAL: tuple[Term, ...] = (
+    Term("attention norm input", {"hidden": 1}, _TORCH_NORM, cut="sequence"),
+    Term("attention norm", {"hidden": 1}, _TORCH_NORM, cut="sequence", recomputed_with="layernorm"),
+    Term("attention norm, 1/rms", {"one": 1}, _TORCH_NORM, "fp32", "sequence", recomputed_with="layernorm"),
+    Term("qkv input", {"hidden": 1}, _LOCAL_LINEAR, cut="sequence", recomputed_with="layernorm"),
+    Term("query and key norm", {"query": 2, "key_value": 1}, _TORCH_NORM, only="qk_norm"),
+    Term("qkv output", {"query": 1, "key_value": 2}, "the key norm's input is a part of it: all stays", only="qk_norm"),
+    Term("query and key norm, 1/rms", {"heads": 1, "groups": 1}, _TORCH_NORM, "fp32", only="qk_norm"),
+    Term("cosine and sine", {"head_size": 4}, "mcore rope_utils.py, for query and key", cut="whole", per_position=True),
+    Term("query, keys, values", {"query": 3}, _LOCAL_ATTENTION, recomputed_with="core_attn"),
+    Term("attention probabilities", {"scores": 1}, _LOCAL_ATTENTION, recomputed_with="core_attn"),
+    Term("mask", {"length": 1}, "fused_softmax.py", "mask", "whole", recomputed_with="core_attn", per_position=True),
+    Term("projection input", {"query": 1}, _LOCAL_LINEAR),
+    Term("mlp norm input", {"hidden": 1}, _TORCH_NORM, cut="sequence"),
+    Term("mlp norm", {"hidden": 1}, _TORCH_NORM, cut="sequence", recomputed_with="layernorm"),
+    Term("mlp norm, 1/rms", {"one": 1}, _TORCH_NORM, "fp32", "sequence", recomputed_with="layernorm"),
+    Term("fc1 input", {"hidden": 1}, _LOCAL_LINEAR, cut="sequence", recomputed_with="layernorm"),
+    Term(
+        "fc1 output",
+        {"ffn": 2},
+        _LOCAL_MLP + ": silu saves the gate, a view of it",
+        recomputed_with="mlp",
+        only="dense",
+    ),
+    Term("silu(gate), up + 0", {"ffn": 2}, _LOCAL_MLP, recomputed_with="mlp", only="dense"),
+    Term("fc2 input", {"ffn": 1}, _LOCAL_LINEAR, recomputed_with="mlp", only="dense"),
+)
+
+_TE_NORM_LINEAR = "TransformerEngine module/layernorm_linear.py: inputmat, ln_out, rsigma"
+_TE_LINEAR = "TransformerEngine module/linear.py: saved_inputmat"
+_TE_ATTENTION = "TransformerEngine attention/dot_product_attention/backends.py, FusedAttnFunc: q, k, v, out, statistics"
+_SWIGLU = "mcore fusions/fused_bias_swiglu.py, SwiGLUFunction: its input"
+_MOE = "mcore transformer/moe: permuted tokens, router probabilities (tokens spread evenly over the experts)"
+
+TRANSFORMER_ENGINE: tuple[Term, ...] = (
+    Term("attention norm input", {"hidden": 1}, _TE_NORM_LINEAR, cut="sequence"),
+    Term("attention norm, 1/rms", {"one": 1}, _TE_NORM_LINEAR, "fp32", "sequence"),
+    Term("qkv input", {"hidden": 1}, _TE_NORM_LINEAR, "linear_input", "sequence"),
+    Term(
+        "query and key norm input",
+        {"query": 1, "key_value": 1},
+        "TransformerEngine module/rmsnorm.py",
+        only="qk_norm",
+    ),
+    Term("query and key norm, 1/rms", {"heads": 1, "groups": 1}, "the same", "fp32", only="qk_norm"),
+    Term("query, key, value", {"query": 1, "key_value": 2}, _TE_ATTENTION),
+    Term("attention output", {"query": 1}, _TE_ATTENTION + "; it is the projection's input as well"),
+    Term("softmax statistics", {"heads": 1}, _TE_ATTENTION, "fp32", recomputed_with="core_attn"),
+    Term("projection input", {"query": 1}, _TE_LINEAR + ", a copy in FP8", "linear_input", only="fp8"),
+    Term("mlp norm input", {"hidden": 1}, _TE_NORM_LINEAR, cut="sequence"),
+    Term("mlp norm, 1/rms", {"one": 1}, _TE_NORM_LINEAR, "fp32", "sequence", recomputed_with="mlp"),
+    Term("fc1 input", {"hidden": 1}, _TE_NORM_LINEAR, "linear_input", "sequence", recomputed_with="mlp"),
+    Term("fc1 output", {"ffn": 2}, _SWIGLU, recomputed_with="mlp", only="dense"),
+    Term("fc2 input", {"ffn": 1}, _TE_LINEAR, "linear_input", recomputed_with="mlp", only="dense"),
+    Term("router", {"experts": 2}, _MOE, "fp32", "sequence", only="experts"),
+    Term("tokens sent to experts", {"sent_hidden": 2}, _MOE, cut="sequence", only="experts"),
+    Term("experts' fc1 output", {"sent_ffn": 2}, _MOE, only="experts"),
+    Term("experts' fc2 input", {"sent_ffn": 1}, _MOE, "linear_input", only="experts"),
+)
+
+_OF_KIND = {"local": LOCAL, "transformer_engine": TRANSFORMER_ENGINE}
+_LAYER_INPUT = (Term("layer input", {"hidden": 1}, "mcore tensor_parallel/random.py, checkpoint", cut="sequence"),)
+_CORE_INPUT = (Term("core attention's input", {"query": 1, "key_value": 2}, "the same, of query, key, value"),)
+_FINAL_NORM = {
+    "local": (Term("final norm", {"hidden": 2}, _TORCH_NORM, cut="sequence"),),
+    "transformer_engine": (Term("final norm", {"hidden": 1}, _TE_NORM_LINEAR, cut="sequence"),),
+}
+_SCORED = (Term("hidden states that are scored", {"hidden": 1}, "policy/logprob.py", cut="whole"),)
+_BYTES = {"fp32": 4, "bf16": 2, "fp8": 2}
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """A micro-batch's size: sequences x their padded length."""
+
+    sequences: float
+    length: int
+
+    @property
+    def tokens(self) -> float:
+        return self.sequences * self.length
+
+
+def dimensions(model: PlannedModel, length: int) -> dict[str, float]:
+    """What widths are made of."""
+    return {
+        "one": 1,
+        "hidden": model.hidden,
+        "query": model.query,
+        "key_value": model.key_value,
+        "heads": model.heads,
+        "groups": model.groups,
+        "head_size": model.head_size,
+        "ffn": model.ffn,
+        "length": length,
+        "scores": model.heads * length,
+        "experts": model.experts,
+        "sent_hidden": model.experts_per_token * model.hidden,
+        "sent_ffn": model.experts_per_token * model.ffn,
+    }
+
+
+def stored(terms: Sequence[Term], model: PlannedModel, layout: Layout, learner: Learner, batch: MicroBatch) -> float:
+    """Bytes that these terms take on one rank."""
+    sizes = dimensions(model, batch.length)
+    total = 0.0
+    for term in terms:
+        if not _applies(term, model, learner):
+            continue
+        cut = layout.tensor if term.cut == "tensor" or (term.cut == "sequence" and layout.sequence_parallel) else 1
+        rows = batch.length if term.per_position else batch.tokens
+        width = sum(sizes[dimension] * times for dimension, times in term.width.items())
+        total += rows * width / cut * _number_bytes(term, learner)
+    return total
+
+
+def _applies(term: Term, model: PlannedModel, learner: Learner) -> bool:
+    return {
+        None: True,
+        "qk_norm": model.qk_norm,
+        "dense": not model.experts,
+        "experts": model.experts > 0,
+        "fp8": learner.numbers == "fp8",
+    }[term.only]
+
+
+def _number_bytes(term: Term, learner: Learner) -> int:
+    if term.numbers == "linear_input" and learner.numbers == "fp8":
+        return 1
+    return {"fp32": 4, "mask": 1}.get(term.numbers, _BYTES[learner.numbers])
+
+
+def layer_terms(learner: Learner) -> tuple[tuple[Term, ...], list[tuple[Term, ...]]]:
+    """What a layer keeps from forward to backward pass; and what is recomputed in its backward pass, piece by piece."""
+    terms = _OF_KIND[learner.kind]
+    if learner.recompute == "full":
+        inside = tuple(term for term in terms if term is not terms[0])  # the first is the layer's input itself
+        return _LAYER_INPUT, [inside]
+    modules = learner.recompute_modules if learner.recompute == "selective" else ()
+    kept = tuple(term for term in terms if term.recomputed_with not in modules)
+    if learner.kind == "local" and "core_attn" in modules:
+        kept += _CORE_INPUT
+    return kept, [tuple(term for term in terms if term.recomputed_with == module) for module in modules]
+
+
+def of_stage(
+    model: PlannedModel, layout: Layout, learner: Learner, batch: MicroBatch, stage: int, in_flight: int
+) -> float:
+    """Peak bytes of saved activations on one rank of a pipeline stage.
+
+    Args:
+        in_flight: micro-batches whose forward pass is done and whose backward pass is not.
+    """
+    kept, recomputed = layer_terms(learner)
+    layers = model.layers // layout.pipeline
+    # What is recomputed comes one after the other, and after the last stage's end is done with.
+    passing = [stored(piece, model, layout, learner, batch) for piece in recomputed]
+    if stage == layout.pipeline - 1:
+        passing.append(stored(_FINAL_NORM[learner.kind] + _SCORED, model, layout, learner, batch))
+    return in_flight * layers * stored(kept, model, layout, learner, batch) + max(passing, default=0.0)
+
+
+def in_flight(layout: Layout, stage: int, microbatches: int) -> int:
+    """Micro-batches in flight under the 1F1B schedule (Narayanan et al., arXiv 2104.04473)."""
+    return max(1, min(microbatches, layout.pipeline - stage))

@@ -1,0 +1,292 @@
+"""Tokens, FLOPs and a lower bound on the time of each phase of a step.
+
+A lower bound: each part takes at least its FLOPs at the GPU's rate, or its bytes at the memory's, whichever is longer;
+nothing else is counted but what mcore does not overlap (pipeline bubble, tensor-parallel collectives, gradient
+reduction, the optimizer's pass over its state).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nemo_aapo.planning import memory, parameters
+from nemo_aapo.planning.hardware import Rates
+from nemo_aapo.planning.inputs import Inputs
+
+OPTIMIZER_TRAFFIC_BYTES = {"fp32": 28, "bf16": 30, "fp8": 30}
+"""A parameter's gradient read; its moments and float32 value read and written; its low-precision value written."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One phase of a step, over all GPUs."""
+
+    name: str
+    tokens: float
+    flops: float
+    seconds: float
+    """Lower bound."""
+    limit: str
+    """What takes the most of it."""
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs by what they are done in: the layers' products (FP8 where asked for), the rest in the compute dtype."""
+
+    layers: float = 0.0
+    rest: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.layers + self.rest
+
+    def seconds(self, rates: Rates, numbers: str) -> float:
+        """On one GPU."""
+        rest = rates.fp32 if numbers == "fp32" else rates.bf16
+        layers = rates.fp8 if numbers == "fp8" else rest
+        return self.layers / layers + self.rest / rest
+
+
+def layer_matrices(inputs: Inputs) -> float:
+    """Parameters of the layers' matrices that one token is multiplied with."""
+    model = inputs.model
+    mlp = parameters.mlp_matrices(model)
+    mlp = mlp * model.experts_per_token + model.hidden * model.experts if model.experts else mlp
+    return model.layers * (parameters.attention_matrices(model) + mlp)
+
+
+def forward(inputs: Inputs, tokens: float, pairs: float, scored: float) -> Flops:
+    """FLOPs of a forward pass: 2 for each parameter and token, 4 for each number of a query and token it attends to.
+
+    Args:
+        pairs: (token, token that it attends to), over all sequences.
+        scored: tokens that pass the output layer.
+    """
+    model = inputs.model
+    attention = 4 * pairs * model.query * model.layers
+    return Flops(2 * layer_matrices(inputs) * tokens, attention + 2 * scored * model.vocabulary * model.hidden)
+
+
+def train_flops(inputs: Inputs) -> Flops:
+    """One optimizer step: three forward passes' worth, four with full recomputation; of log-probs always four.
+
+    Log-probs recompute the logits of each tile in the backward pass (policy/logprob.py); prompts are not scored.
+    """
+    work = inputs.work
+    once = forward(inputs, work.tokens, _pairs(inputs), 0)
+    head = forward(inputs, 0, 0, work.completions * work.completion_tokens)
+    recompute = inputs.learner.recompute
+    layers = once.layers * (4 if recompute == "full" else 3)
+    return Flops(layers, once.rest * (3 if recompute is None else 4) + 4 * head.rest)
+
+
+def score_flops(inputs: Inputs) -> Flops:
+    """One forward pass over the batch."""
+    work = inputs.work
+    return forward(inputs, work.tokens, _pairs(inputs), work.completions * work.completion_tokens)
+
+
+def _pairs(inputs: Inputs) -> float:
+    """Causal pairs of all sequences; at least those of sequences of the mean length."""
+    work = inputs.work
+    return work.completions * (work.prompt_tokens + work.completion_tokens) ** 2 / 2
+
+
+# ---------------------------------------------------------------- rollout
+
+
+def decode_weight_bytes(inputs: Inputs, rows: float) -> float:
+    """Bytes of weights that one decoding step of a whole engine reads; of experts, those that its rows are sent to.
+
+    With rows sent to experts evenly and independently, 1 - (1 - k / E)^rows of the experts are read.
+    """
+    model, count = inputs.model, parameters.whole(inputs.model)
+    experts = count.experts
+    if model.experts:
+        experts *= 1 - (1 - model.experts_per_token / model.experts) ** rows
+    output = model.vocabulary * model.hidden
+    return (count.linear + experts + count.small + output) * memory.engine_number_bytes(inputs)
+
+
+def _engine_gpus(inputs: Inputs) -> int:
+    """GPUs of an engine that work at a time: the in-process engine passes one pipeline stage after the other."""
+    return inputs.layout.tensor if inputs.engine.kind == "megatron" else inputs.engine.gpus
+
+
+def decode_step_seconds(inputs: Inputs, rates: Rates, rows: float, context: float) -> float:
+    """One decoding step of ``rows`` sequences: weights + rows x context x bytes of keys and values, over bandwidth."""
+    cache = rows * context * memory.kv_bytes_per_token(inputs, 1, 1)
+    return (decode_weight_bytes(inputs, rows) + cache) / rates.memory / _engine_gpus(inputs)
+
+
+def rollout_phases(inputs: Inputs, rates: Rates) -> tuple[Phase, Phase]:
+    """Prefill of each prompt once, and decoding of its completions."""
+    work, engine, gpus = inputs.work, inputs.engine, _engine_gpus(inputs)
+    numbers = "fp32" if engine.kind == "megatron" and inputs.learner.numbers == "fp32" else "bf16"
+    prompts, sequences = work.prompts / engine.engines, work.completions / engine.engines
+    prefill = forward(inputs, prompts * work.prompt_tokens, prompts * work.prompt_tokens**2 / 2, prompts)
+    rows = memory.rows_at_a_time(inputs)
+    read_once = decode_weight_bytes(inputs, rows) / rates.memory / gpus
+    length = work.completion_tokens - 1  # the first token is the prefill's
+    drawn, steps = sequences * length, max(length, sequences * length / rows)
+    attended = sequences * (length * work.prompt_tokens + length**2 / 2)
+    decode = forward(inputs, drawn, attended, drawn)
+    moved = steps * decode_weight_bytes(inputs, min(rows, sequences))
+    moved += attended * memory.kv_bytes_per_token(inputs, 1, 1)
+
+    def phase(name: str, tokens: float, flops: Flops, moving_s: float) -> Phase:
+        computing_s = flops.seconds(rates, numbers) / gpus
+        limit = "FLOPs" if computing_s > moving_s else "memory bandwidth"
+        return Phase(name, tokens * engine.engines, flops.total * engine.engines, max(computing_s, moving_s), limit)
+
+    return (
+        phase("prefill", prompts * work.prompt_tokens, prefill, read_once),
+        phase("decode", drawn, decode, moved / rates.memory / gpus),
+    )
+
+
+# ---------------------------------------------------------------- learner
+
+
+def learner_seconds(inputs: Inputs, rates: Rates, flops: Flops, passes: float) -> dict[str, float]:
+    """Seconds of passes over the whole batch, by what takes them.
+
+    Args:
+        passes: as many layer-wise collectives as so many forward passes have.
+    """
+    layout, work, hardware = inputs.layout, inputs.work, inputs.hardware
+    computed = flops.seconds(rates, inputs.learner.numbers) / layout.ranks
+    found = {"FLOPs": computed}
+    if layout.tensor > 1:
+        link = hardware.nvlink if layout.tensor <= layout.ranks_per_node else hardware.network
+        tokens = work.tokens / layout.data
+        sent = 2 * (layout.tensor - 1) / layout.tensor * tokens * inputs.model.hidden * _activation_bytes(inputs)
+        found["tensor-parallel collectives"] = 2 * passes * inputs.model.layers / layout.pipeline * sent / link
+    if layout.pipeline > 1:
+        bubble = (layout.pipeline - 1) / memory.microbatches(inputs)
+        found["pipeline bubble"] = bubble * sum(found.values())
+    return found
+
+
+def _activation_bytes(inputs: Inputs) -> int:
+    return 4 if inputs.learner.numbers == "fp32" else 2
+
+
+def train_phase(inputs: Inputs, rates: Rates) -> Phase:
+    """All optimizer steps on one rollout batch."""
+    work, learner, layout = inputs.work, inputs.learner, inputs.layout
+    flops = train_flops(inputs)
+    parts = learner_seconds(inputs, rates, flops, 3 if learner.recompute == "full" else 2)
+    share = max(parameters.on_rank(inputs.model, layout, stage).total for stage in range(layout.pipeline))
+    parts["gradients and weights over DP"] = share * _data_parallel_bytes(inputs) / _data_parallel_link(inputs)
+    updated = share / (layout.data if learner.distributed_optimizer else 1)
+    traffic = updated * OPTIMIZER_TRAFFIC_BYTES[learner.numbers]
+    parts["optimizer"] = traffic * (1 - learner.optimizer_on_host) / rates.memory
+    parts["optimizer's way to the host"] = updated * 4 * learner.optimizer_on_host / inputs.hardware.pcie
+    times = work.updates
+    limit = max(parts, key=parts.__getitem__)
+    return Phase("train", times * work.tokens, times * flops.total, times * sum(parts.values()), limit)
+
+
+def _data_parallel_bytes(inputs: Inputs) -> float:
+    """Bytes that a rank sends for each of its parameters, where nothing overlaps.
+
+    A distributed optimizer reduces each gradient to one rank and hands the weight out; else gradients are all-reduced.
+    """
+    learner, layout = inputs.learner, inputs.layout
+    reduced = 0 if learner.overlap_grad_reduce else memory.GRADIENT_BYTES
+    handed_out = 0 if learner.overlap_param_gather else memory.WEIGHT_BYTES[learner.numbers]
+    if not learner.distributed_optimizer:
+        handed_out = reduced
+    return (reduced + handed_out) * (layout.data - 1) / layout.data
+
+
+def _data_parallel_link(inputs: Inputs) -> float:
+    """Tensor-parallel ranks are neighbours, then data-parallel ones, then pipeline stages."""
+    layout, hardware = inputs.layout, inputs.hardware
+    return hardware.nvlink if layout.tensor * layout.data <= layout.ranks_per_node else hardware.network
+
+
+def score_phase(inputs: Inputs, rates: Rates) -> Phase:
+    """Log-probs before the first update, and the reference's, where the loss needs them."""
+    times = inputs.work.scoring_passes
+    if not times:
+        return Phase("scoring", 0.0, 0.0, 0.0, "not needed")
+    flops = score_flops(inputs)
+    parts = learner_seconds(inputs, rates, flops, 1)
+    limit = max(parts, key=parts.__getitem__)
+    return Phase("scoring", times * inputs.work.tokens, times * flops.total, times * sum(parts.values()), limit)
+
+
+def reference_phase(inputs: Inputs, rollout: tuple[Phase, Phase]) -> Phase:
+    """What each step draws from the reference: as much as from the policy (online), or nothing (cached)."""
+    if inputs.work.reference != "online":
+        return Phase("reference", 0.0, 0.0, 0.0, "stored" if inputs.work.reference == "cached" else "none")
+    swapped = (
+        parameters.on_rank(inputs.model, inputs.layout, 0).total * _activation_bytes(inputs) / inputs.hardware.pcie
+    )
+    return Phase(
+        "reference",
+        sum(phase.tokens for phase in rollout),
+        sum(phase.flops for phase in rollout),
+        sum(phase.seconds for phase in rollout) + swapped,
+        rollout[1].limit,
+    )
+
+
+def refit_phase(inputs: Inputs) -> Phase:
+    """New weights for the engine: none in process; else all of them to the host and back (policy/weights.py)."""
+    engine, hardware = inputs.engine, inputs.hardware
+    if engine.kind == "megatron":
+        seconds, limit = 0.0, "shares the learner's weights"
+    else:
+        seconds, limit = 2 * parameters.whole(inputs.model).total * 2 / hardware.pcie, "PCIe, both ways"
+    if engine.offload_learner:
+        away = memory.of_rank(inputs).host["optimizer, while the engine draws"]
+        seconds, limit = seconds + 2 * away / hardware.pcie, "PCIe, the optimizer's way out and back"
+    return Phase("refit", 0.0, 0.0, seconds, limit)
+
+
+def step(inputs: Inputs, rates: Rates) -> tuple[Phase, ...]:
+    """The phases of a step, one after the other."""
+    rollout = rollout_phases(inputs, rates)
+    return (
+        *rollout,
+        reference_phase(inputs, rollout),
+        score_phase(inputs, rates),
+        train_phase(inputs, rates),
+        refit_phase(inputs),
+    )
+
+
+def seconds_of(phases: tuple[Phase, ...]) -> float:
+    """Of a whole step."""
+    return sum(phase.seconds for phase in phases)
+
+
+@dataclass(frozen=True)
+class StoreSaving:
+    """Reference rewards drawn once and stored, against fresh ones each step, over the whole run."""
+
+    online_completions: int
+    stored_completions: int
+    online_seconds: float
+    stored_seconds: float
+    distinct_prompts: int
+    data_is_known: bool
+
+
+def store_saving(inputs: Inputs, rates: Rates) -> StoreSaving:
+    """What ``algorithm.reference=cached`` saves: K completions of each distinct prompt, not G each time it is taken."""
+    work = inputs.work
+    taken = work.steps * work.prompts
+    distinct = min(taken, work.dataset_prompts or taken)
+    online, stored = taken * work.group_size, distinct * work.reference_samples
+    each = sum(phase.seconds for phase in rollout_phases(inputs, rates)) / work.completions
+    return StoreSaving(online, stored, online * each, stored * each, distinct, work.dataset_prompts is not None)
+
+
+def straggler_seconds(inputs: Inputs, rates: Rates, completion_tokens: int) -> float:
+    """One completion alone, at the end of a rollout: each of its tokens reads the weights."""
+    return completion_tokens * decode_weight_bytes(inputs, 1) / rates.memory / _engine_gpus(inputs)

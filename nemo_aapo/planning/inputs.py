@@ -1,0 +1,205 @@
+"""The settings that a plan depends on, out of the configuration; and what the question adds to them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from nemo_aapo.config import Config, kind_of
+from nemo_aapo.planning.hardware import Hardware
+from nemo_aapo.planning.models import PlannedModel
+
+Kind = Literal["local", "transformer_engine"]
+Numbers = Literal["fp32", "bf16", "fp8"]
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked besides the configuration."""
+
+    model: PlannedModel
+    hardware: Hardware
+    mean_prompt_tokens: float
+    mean_completion_tokens: float
+    dataset_prompts: int | None
+    """Prompts in the training data; None: unknown, no prompt is taken twice."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the ranks are cut up: tensor x pipeline x data."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    sequence_parallel: bool = False
+    ranks_per_node: int = 8
+
+    @property
+    def ranks(self) -> int:
+        return self.tensor * self.pipeline * self.data
+
+    def __str__(self) -> str:
+        return f"TP {self.tensor} x PP {self.pipeline} x DP {self.data}"
+
+
+@dataclass(frozen=True)
+class Learner:
+    """What decides the learner's memory and work."""
+
+    kind: Kind
+    """Whose layers run."""
+    numbers: Numbers
+    recompute: Literal["selective", "full"] | None
+    recompute_modules: tuple[str, ...]
+    """Under ``selective``."""
+    tokens_per_microbatch: int
+    logprob_chunk_tokens: int
+    distributed_optimizer: bool
+    overlap_grad_reduce: bool
+    overlap_param_gather: bool
+    optimizer_on_host: float
+    """Share of the optimizer's state in host memory."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Where completions come from."""
+
+    kind: Literal["megatron", "trtllm", "remote"]
+    engines: int
+    gpus: int
+    """Of one engine."""
+    max_concurrent_tokens: int
+    """KV-cache budget of one engine."""
+    kv_cache_fraction: float
+    refit_bucket_bytes: int
+    offload_learner: bool
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step does."""
+
+    steps: int
+    prompts: int
+    group_size: int
+    max_sequence_tokens: int
+    prompt_tokens: float
+    """Mean of a prompt."""
+    completion_tokens: float
+    """Mean of a completion."""
+    updates: int
+    scoring_passes: int
+    """Forward passes of the learner over the whole batch, besides those of training."""
+    reference: Literal["cached", "online"] | None
+    reference_samples: int
+    keeps_reference: bool
+    """Reference weights are kept in host memory."""
+    scores_reference: bool
+    """They are swapped in to score the batch."""
+    draws_from_reference: bool
+    """They are swapped in to draw, after the first update."""
+    dataset_prompts: int | None
+
+    @property
+    def completions(self) -> int:
+        return self.prompts * self.group_size
+
+    @property
+    def tokens(self) -> float:
+        """Prompt and completion tokens that the learner sees in a step."""
+        return self.completions * (self.prompt_tokens + self.completion_tokens)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All that a plan is worked out from."""
+
+    model: PlannedModel
+    hardware: Hardware
+    layout: Layout
+    learner: Learner
+    engine: Engine
+    work: Work
+
+
+def inputs_of(config: Config, question: Question) -> Inputs:
+    """A plan's inputs.
+
+    Args:
+        config: with what it leaves to the machine decided, and passed by ``config.derive`` for the model.
+    """
+    return Inputs(
+        question.model, question.hardware, layout_of(config), _learner(config), _engine(config), _work(config, question)
+    )
+
+
+def layout_of(config: Config) -> Layout:
+    """The configured layout; what is left over is data-parallel."""
+    model, ranks = config.model, config.trainer.num_nodes * config.trainer.devices
+    tensor, pipeline = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
+    return Layout(
+        tensor=tensor,
+        pipeline=pipeline,
+        data=ranks // (tensor * pipeline),
+        sequence_parallel=model.sequence_parallel,
+        ranks_per_node=config.trainer.devices,
+    )
+
+
+def _learner(config: Config) -> Learner:
+    model, precision = config.model, kind_of(config)
+    return Learner(
+        kind="transformer_engine",  # on a GPU, whatever the precision (policy/precision.py)
+        numbers="fp8" if precision.fp8 else "bf16" if precision.bf16 else "fp32",
+        recompute=model.recompute_granularity,
+        recompute_modules=model.recompute_modules,
+        tokens_per_microbatch=config.max_tokens_per_microbatch,
+        logprob_chunk_tokens=model.logprob_chunk_tokens,
+        distributed_optimizer=bool(model.optim.use_distributed_optimizer),
+        overlap_grad_reduce=model.optim.overlap_grad_reduce,
+        overlap_param_gather=model.optim.overlap_param_gather,
+        optimizer_on_host=model.optim.cpu_offload_fraction,
+    )
+
+
+def _engine(config: Config) -> Engine:
+    rollout, layout = config.rollout, layout_of(config)
+    trtllm = rollout.trtllm
+    engines, gpus = layout.data, layout.tensor * layout.pipeline
+    if rollout.engine == "remote":
+        engines, gpus = rollout.remote.servers, 1
+        if rollout.server.engine == "trtllm":
+            gpus = trtllm.tensor_parallel_size or 1
+    return Engine(
+        kind=rollout.engine,
+        engines=engines,
+        gpus=gpus,
+        max_concurrent_tokens=rollout.max_concurrent_tokens,
+        kv_cache_fraction=trtllm.kv_cache_fraction,
+        refit_bucket_bytes=trtllm.refit_bucket_bytes,
+        offload_learner=rollout.offload_learner,
+    )
+
+
+def _work(config: Config, question: Question) -> Work:
+    algorithm = config.algorithm
+    old = algorithm.updates_per_rollout > 1 and algorithm.loss == "ratio_clip"
+    kl = algorithm.kl_coefficient > 0
+    return Work(
+        steps=config.trainer.max_steps,
+        prompts=config.prompts_per_step,
+        group_size=config.group_size,
+        max_sequence_tokens=config.data.max_prompt_tokens + config.rollout.max_new_tokens,
+        prompt_tokens=question.mean_prompt_tokens,
+        completion_tokens=question.mean_completion_tokens,
+        updates=algorithm.updates_per_rollout,
+        scoring_passes=int(old) + int(kl),
+        reference=algorithm.reference,
+        reference_samples=algorithm.reference_samples or 0,
+        keeps_reference=kl or algorithm.reference is not None,
+        scores_reference=kl,
+        draws_from_reference=algorithm.reference == "online" or algorithm.reference_fill_steps is not None,
+        dataset_prompts=question.dataset_prompts,
+    )

@@ -1,0 +1,109 @@
+"""Which layouts there are for a number of GPUs, and which of them fit."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from nemo_aapo.config import Config, ConfigError, derive
+from nemo_aapo.planning import compute, memory
+from nemo_aapo.planning.inputs import Inputs, Layout, Question, inputs_of, layout_of
+
+MOST_GPUS = 1024
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One layout, judged."""
+
+    layout: Layout
+    refused: str | None
+    """Why it can't be, by the rules of the configuration; None: it can."""
+    bytes: float = 0.0
+    """Of the fullest rank, at the peak."""
+    fits: bool = False
+    seconds: float = 0.0
+    """Lower bound of a step."""
+
+
+def with_layout(config: Config, layout: Layout) -> Config:
+    """The configuration with another layout."""
+    model = dataclasses.replace(
+        config.model,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        sequence_parallel=layout.sequence_parallel,
+    )
+    return dataclasses.replace(config, model=model)
+
+
+def with_gpus(config: Config, gpus: int) -> Config:
+    """The configuration on another number of GPUs, nodes as large as they are."""
+    node = min(gpus, max(8, config.trainer.devices))
+    return dataclasses.replace(
+        config, trainer=dataclasses.replace(config.trainer, num_nodes=gpus // node, devices=node)
+    )
+
+
+def candidates(config: Config) -> list[Layout]:
+    """Every TP x PP x DP of the configured GPUs, TP within a node, sequence parallel where TP > 1."""
+    ranks, node = config.trainer.num_nodes * config.trainer.devices, config.trainer.devices
+    found = []
+    for tensor in (size for size in range(1, node + 1) if node % size == 0 and ranks % size == 0):
+        for pipeline in (size for size in range(1, ranks // tensor + 1) if ranks // tensor % size == 0):
+            data = ranks // tensor // pipeline
+            found.append(Layout(tensor, pipeline, data=data, sequence_parallel=tensor > 1, ranks_per_node=node))
+    return found
+
+
+def refusal(config: Config, question: Question) -> str | None:
+    """Why the configured layout can't be for this model; None: it can."""
+    ranks = config.trainer.num_nodes * config.trainer.devices
+    try:
+        derive(config, question.model.shape(), ranks)
+    except ConfigError as error:
+        return str(error)
+    tensor = config.model.tensor_model_parallel_size
+    if question.model.vocabulary % tensor:
+        return f"tensor-parallel size {tensor} does not divide the vocabulary of {question.model.vocabulary} entries"
+    return None
+
+
+def judge(config: Config, question: Question) -> Verdict:
+    """The configured layout."""
+    reason = refusal(config, question)
+    if reason is not None:
+        return Verdict(layout_of(config), reason)
+    inputs = inputs_of(config, question)
+    needed = memory.of_rank(inputs)
+    seconds = compute.seconds_of(compute.step(inputs, question.hardware.peak))
+    return Verdict(inputs.layout, None, needed.peak, needed.fits, seconds)
+
+
+def judge_all(config: Config, question: Question) -> list[Verdict]:
+    """Every layout of the configured GPUs: those that fit first, the fastest bound first."""
+    verdicts = [judge(with_layout(config, layout), question) for layout in candidates(config)]
+    return sorted(verdicts, key=lambda v: (v.refused is not None, not v.fits, v.seconds if v.fits else v.bytes))
+
+
+def smallest(config: Config, question: Question) -> Verdict | None:
+    """The layout that fits on the fewest GPUs, of 1, 2, 4, ...; None: on none of them."""
+    gpus = 1
+    while gpus <= MOST_GPUS:
+        best = judge_all(with_gpus(config, gpus), question)[0]
+        if best.fits:
+            return best
+        gpus *= 2
+    return None
+
+
+def inputs_if_possible(config: Config, question: Question) -> Inputs:
+    """The plan's inputs.
+
+    Raises:
+        ConfigError: the configured layout can't be for this model.
+    """
+    reason = refusal(config, question)
+    if reason is not None:
+        raise ConfigError(reason)
+    return inputs_of(config, question)

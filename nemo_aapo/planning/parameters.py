@@ -1,0 +1,74 @@
+"""Parameters of each rank, counted from the shape as mcore cuts it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nemo_aapo.planning.inputs import Layout
+from nemo_aapo.planning.models import PlannedModel
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """How many parameters there are on a rank, by what happens to them."""
+
+    embedding: int
+    """Rows of the input embedding."""
+    linear: int
+    """Matrices of the layers that every token passes, without biases."""
+    experts: int
+    """Matrices of the experts."""
+    small: int
+    """Norms, biases, routers."""
+    output: int
+    """Rows of the output layer; a tied one counts where it is a copy, on a last stage that is not the first."""
+
+    @property
+    def total(self) -> int:
+        return self.embedding + self.linear + self.experts + self.small + self.output
+
+
+def attention_matrices(model: PlannedModel) -> int:
+    """Parameters of one layer's query, key, value and output projection."""
+    return model.hidden * (2 * model.query + 2 * model.key_value)
+
+
+def mlp_matrices(model: PlannedModel) -> int:
+    """Parameters of one gated feed-forward block, or of one expert."""
+    return 3 * model.hidden * model.ffn
+
+
+def on_rank(model: PlannedModel, layout: Layout, stage: int) -> Parameters:
+    """Parameters of one rank of a pipeline stage.
+
+    Args:
+        stage: 0 .. pipeline - 1.
+    """
+    tensor, layers = layout.tensor, model.layers // layout.pipeline
+    first, last = stage == 0, stage == layout.pipeline - 1
+    linear = attention_matrices(model) + (0 if model.experts else mlp_matrices(model))
+    experts = mlp_matrices(model) * model.experts
+    small = 2 * model.hidden + 2 * model.head_size * model.qk_norm + model.hidden * model.experts
+    if model.qkv_bias:
+        small += (model.query + 2 * model.key_value) // tensor
+    vocabulary = model.vocabulary // tensor * model.hidden
+    return Parameters(
+        embedding=vocabulary if first else 0,
+        linear=layers * linear // tensor,
+        experts=layers * experts // tensor,
+        small=layers * small + (model.hidden if last else 0),
+        output=vocabulary if last and not (model.tied and first) else 0,
+    )
+
+
+def whole(model: PlannedModel) -> Parameters:
+    """All parameters of the model."""
+    return on_rank(model, Layout(), 0)
+
+
+def active(model: PlannedModel) -> int:
+    """Parameters that one token passes: all, or of the experts those that it is sent to."""
+    every = whole(model)
+    if not model.experts:
+        return every.total
+    return every.total - every.experts + every.experts * model.experts_per_token // model.experts

@@ -1,0 +1,90 @@
+"""What is asked on the command line: a configuration, which need not be complete, and a few words of the plan's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from nemo_aapo.command_line import read_command_line
+from nemo_aapo.config import Config, ConfigError, check_overrides, kind_of, parse, with_machine_defaults
+from nemo_aapo.entry import compose
+from nemo_aapo.planning import hardware, models
+from nemo_aapo.planning.inputs import Question
+from nemo_aapo.planning.models import PlannedModel
+
+OWN_WORDS = {
+    "model": "a model known by name; or model.path=DIR, of which only config.json is read",
+    "hardware": f"{' | '.join(hardware.KNOWN)}",
+    "mean_prompt_tokens": "mean length of prompts; by default data.max_prompt_tokens",
+    "mean_completion_tokens": "mean length of completions; by default rollout.max_new_tokens",
+    "dataset_prompts": "prompts in the training data; by default no prompt is taken twice",
+}
+"""Words that are no settings of a run."""
+DEFAULT_HARDWARE = "h100"
+NOT_NEEDED = "(not needed for a plan)"
+MISSING = "???"
+
+
+def read(words: Sequence[str]) -> tuple[Config, Question]:
+    """The configuration and the question of ``KEY=VALUE`` words.
+
+    Raises:
+        ConfigError: what a run would be refused for (but for missing files and names), an unknown model or GPU, a
+            length that the configuration rules out.
+    """
+    own, others = split(words)
+    command = read_command_line(others)
+    check_overrides(command.overrides, command.groups())
+    tree = compose(command)
+    model = _model(own, tree)
+    for section, key in (("model", "path"), ("data", "train"), ("data", "validation")):
+        if tree[section][key] == MISSING:
+            tree[section][key] = NOT_NEEDED
+    config = with_machine_defaults(parse(tree), on_gpu=True)
+    gpu = hardware.find(own.get("hardware", DEFAULT_HARDWARE))
+    if kind_of(config).fp8_recipe == "blockwise" and gpu.capability >= (10, 0):
+        raise ConfigError(f"precision={config.precision.name} is for Hopper, not for {gpu.name}: use fp8_tensorwise")
+    longest_prompt, longest_completion = config.data.max_prompt_tokens, config.rollout.max_new_tokens
+    prompts = own.get("dataset_prompts")
+    return config, Question(
+        model=model,
+        hardware=gpu,
+        mean_prompt_tokens=_length(own, "mean_prompt_tokens", longest_prompt, "data.max_prompt_tokens"),
+        mean_completion_tokens=_length(own, "mean_completion_tokens", longest_completion, "rollout.max_new_tokens"),
+        dataset_prompts=None if prompts is None else int(_number("dataset_prompts", prompts)),
+    )
+
+
+def split(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """The plan's own words, and all others."""
+    pairs = [(word, word.partition("=")) for word in words]
+    own = {key: value for _, (key, equals, value) in pairs if equals and key in OWN_WORDS}
+    return own, [word for word, (key, equals, _) in pairs if not (equals and key in OWN_WORDS)]
+
+
+def _model(own: dict[str, str], tree: dict[str, Any]) -> PlannedModel:
+    path = tree["model"]["path"]
+    if "model" in own:
+        if path != MISSING:
+            raise ConfigError(f"model={own['model']} and model.path={path} name two models: leave one out")
+        return models.find(own["model"])
+    if path == MISSING:
+        raise ConfigError(f"which model? model=NAME, of {', '.join(models.KNOWN)}; or model.path=DIR")
+    return models.read(path)
+
+
+def _length(own: dict[str, str], word: str, limit: int, key: str) -> float:
+    value = _number(word, own[word]) if word in own else float(limit)
+    if value > limit:
+        raise ConfigError(f"{word}={own[word]}: more than {key}={limit}")
+    return value
+
+
+def _number(word: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 1 <= value < float("inf"):
+        raise ConfigError(f"{word}={text}: a number from 1 on is needed")
+    return value
