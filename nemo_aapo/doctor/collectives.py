@@ -1,0 +1,104 @@
+"""Whether the ranks can reach each other: an all-reduce as training does it, over NCCL on GPUs, over gloo on CPUs."""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+from nemo_aapo.doctor.finding import Context, Finding
+
+WAIT_S = 60.0
+"""For the last rank to come, and for each collective."""
+ELEMENTS = 2**24
+"""Of float32: 64 MiB, the size of a gradient bucket."""
+REPEATS = 3
+
+
+def all_reduce(context: Context, wait_s: float = WAIT_S) -> Finding:
+    """Sums what all ranks hold, and compares with what it must be."""
+    import torch
+
+    name, place = "all_reduce", context.place
+    if place.world_size == 1:
+        return Finding(name, "ok", "one rank, nobody to reach: start it by torchrun or srun to try the network")
+    on_gpu = torch.cuda.is_available()
+    backend = "nccl" if on_gpu else "gloo"
+    if on_gpu:
+        torch.cuda.set_device(place.local_rank)
+    store = _meet(context, wait_s)
+    if missing := _missing(store, place.world_size, wait_s):
+        remedy = "see what those ranks wrote; the deadline of training is trainer.distributed_timeout_s"
+        return Finding(name, "failure", f"rank {', '.join(missing)} did not come within {wait_s:g} s", remedy)
+    try:
+        seconds, sums = _reduce(store, context, backend, wait_s)
+    except RuntimeError as error:
+        remedy = "set NCCL_DEBUG=INFO (NCCL_SOCKET_IFNAME, NCCL_IB_HCA) or GLOO_SOCKET_IFNAME to the right interface"
+        return Finding(name, "failure", f"{backend}: {(str(error).splitlines() or [''])[0]}", remedy)
+    expected = float(sum(range(1, place.world_size + 1)))
+    if sums != (expected, expected):
+        remedy = "this network or its driver gives wrong numbers: don't train on it"
+        return Finding(name, "failure", f"{backend}: sums lie in {sums}, not at {expected:g}", remedy)
+    gigabytes = 4 * ELEMENTS * 2 * (place.world_size - 1) / place.world_size / 1e9
+    speed = f"64 MiB in {seconds * 1e3:.0f} ms ({gigabytes / seconds:.1f} GB/s a rank)"
+    return Finding(name, "ok", f"{backend} over {place.world_size} ranks is right; {speed}")
+
+
+def _meet(context: Context, wait_s: float) -> Any:
+    """A store of this check's own on rank 0's machine, whatever the ranks were started by."""
+    from torch.distributed import TCPStore
+
+    place = context.place
+    store = TCPStore(
+        os.environ["MASTER_ADDR"],
+        context.port,
+        is_master=place.rank == 0,
+        timeout=timedelta(seconds=wait_s),
+        wait_for_workers=False,
+    )
+    store.set(f"here/{place.rank}", place.host)
+    return store
+
+
+def _missing(store: Any, world_size: int, wait_s: float) -> list[str]:
+    """Ranks that did not come: gloo's and NCCL's own errors don't say which."""
+    end, missing = time.monotonic() + wait_s, []
+    for rank in range(world_size):
+        try:
+            store.wait([f"here/{rank}"], timedelta(seconds=max(0.01, end - time.monotonic())))
+        except RuntimeError:
+            missing.append(str(rank))
+    return missing
+
+
+def _reduce(store: Any, context: Context, backend: str, wait_s: float) -> tuple[float, tuple[float, float]]:
+    """Seconds of the fastest repeat, and the lowest and the highest sum."""
+    import torch
+    import torch.distributed as dist
+
+    place = context.place
+    timeout = timedelta(seconds=wait_s)
+    dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, timeout=timeout)
+    device = torch.device("cuda", place.local_rank) if backend == "nccl" else torch.device("cpu")
+    seconds = []
+    for _ in range(REPEATS):
+        values = torch.full((ELEMENTS,), float(place.rank + 1), device=device)
+        with _timed(seconds, device):
+            dist.all_reduce(values)
+    found = (float(values.min()), float(values.max()))
+    dist.barrier()  # rank 0 serves the store: it must not leave before the others are done
+    return min(seconds), found
+
+
+@contextmanager
+def _timed(seconds: list[float], device: Any) -> Any:
+    import torch
+
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    yield
+    wait()
+    seconds.append(time.perf_counter() - start)
