@@ -40,7 +40,9 @@ def slurm_tools(context: Context) -> Finding:
     same = {what: [tool for tool in wrong if wrong[tool] == what] for what in dict.fromkeys(wrong.values())}
     text = "; ".join(f"{', '.join(tools)}: {what}" for what, tools in same.items())
     failed = wanted and any(tool in NEEDED for tool in wrong)
-    remedy = "ask the cluster's people; without sacct only the fate of old jobs is unknown"
+    remedy = "ask those who run the cluster"
+    if set(wrong) == {"sacct"}:
+        remedy = "none is needed: without accounting only the end of jobs that Slurm has forgotten stays unknown"
     return Finding(name, "failure" if failed else "warning", text, remedy)
 
 
@@ -58,7 +60,10 @@ def ports(context: Context) -> Finding:
     """Whether the ports that are named can be listened on; those that are not named are picked when they are needed."""
     name, config = "ports", context.config
     wanted: dict[str, tuple[str, int]] = {}
-    if "MASTER_PORT" in os.environ and context.place.world_size == 1:  # with several ranks, they meet there right now
+    meeting = ""
+    if context.place.world_size > 1:
+        meeting = f"the ranks meet at MASTER_PORT={os.environ['MASTER_PORT']}; "
+    elif "MASTER_PORT" in os.environ:
         wanted["MASTER_PORT"] = ("", int(os.environ["MASTER_PORT"]))
     if config is not None and config.rollout.server.port:
         wanted["rollout.server.port"] = (config.rollout.server.host, config.rollout.server.port)
@@ -68,8 +73,9 @@ def ports(context: Context) -> Finding:
         return Finding(name, "failure", "; ".join(problems), remedy)
     if reason := _taken("127.0.0.1", 0):
         return Finding(name, "failure", f"no port of the loopback interface can be had: {reason}", "look at `ss -s`")
-    free = ", ".join(f"{key}={port}" for key, (_, port) in wanted.items())
-    return Finding(name, "ok", f"{free} free" if free else "none is named; free ones can be had")
+    named = ", ".join(f"{key}={port}" for key, (_, port) in wanted.items())
+    free = f"{named} free" if named else "free ones can be had, no further one is named"
+    return Finding(name, "ok", meeting + free)
 
 
 def _taken(host: str, port: int) -> str:
