@@ -22,11 +22,11 @@ CHECKS = (
     Check("tokenizer", model.tokenizer, 180, needs_config=True, on="node"),
     Check("kernels", gpu.kernels, 180, needs_config=True, on="node"),
     Check("file_system", files.file_system, 180, needs_config=True, on="node"),
-    Check("shared_files", files.shared_files, 90, needs_config=True, on="rank", together=True),
-    Check("disk", files.disk, 60, needs_config=True, on="node"),
-    Check("memory", memory.memory, 120, needs_config=True, on="node"),
+    Check("shared_files", files.shared_files, 90, needs_config=True, on="rank", together=True, after=("file_system",)),
+    Check("disk", files.disk, 90, needs_config=True, on="node", after=("model",)),
+    Check("memory", memory.memory, 120, needs_config=True, on="node", after=("model",)),
     Check("rewards", rewards.rewards, 300, needs_config=True, on="node"),
-    Check("parity", parity.parity, 900, needs_config=True, on="rank", together=True),
+    Check("parity", parity.parity, 900, True, on="rank", together=True, after=("all_reduce", "model", "tokenizer")),
 )
 NAMES = tuple(check.name for check in CHECKS)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from nemo_aapo.config import Config
 from nemo_aapo.doctor.finding import Context, Finding
-from nemo_aapo.doctor.sizes import bytes_per_parameter, count_parameters, readable
+from nemo_aapo.doctor.sizes import bytes_per_parameter, count_parameters, on_this_machine, readable
 from nemo_aapo.run_directory import check_run_directory
 
 SIZE = 64 * 2**20
@@ -149,7 +149,8 @@ def _unseen(folder: Path, what: str, world_size: int, wait_s: float) -> list[str
 
 def disk(context: Context) -> Finding:
     """Space for the checkpoints that are kept, the one being written, and the export."""
-    config, directory = context.config, nearest(Path(context.config.run.dir))
+    config = on_this_machine(context.config)
+    directory = nearest(Path(config.run.dir))
     free = shutil.disk_usage(directory).free
     need, text = disk_need(config)
     if free < need:
@@ -159,9 +160,9 @@ def disk(context: Context) -> Finding:
 
 
 def disk_need(config: Config) -> tuple[int, str]:
-    """Bytes, and how they come about."""
+    """Bytes, and how they come about. Args: config: its precision is decided."""
     parameters = count_parameters(Path(config.model.path))
-    size = bytes_per_parameter(config.precision.name)
+    size = bytes_per_parameter(config)
     checkpoints = config.checkpoint.keep_last + 1 + (config.checkpoint.keep_best is not None)
     one = parameters * (size.weight + size.optimizer)
     export = parameters * size.weight if config.export_hf_model else 0

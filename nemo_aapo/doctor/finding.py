@@ -61,6 +61,8 @@ class Check:
     """Where it runs: on rank 0, on one rank of each machine, on all ranks."""
     together: bool = False
     """Its ranks wait for each other: it can't do without any of them."""
+    after: tuple[str, ...] = ()
+    """Checks that it builds on: where one of them failed, it would only fail again, or hang."""
     quick: bool = False
     """Seconds at most, and nothing that would disturb a run on the same machine: fit for a health check."""
 

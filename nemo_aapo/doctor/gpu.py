@@ -8,14 +8,13 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 
-from nemo_aapo.config import Config
+from nemo_aapo.config import PRECISIONS, Config, PrecisionKind
 from nemo_aapo.doctor.finding import Context, Finding
+from nemo_aapo.doctor.sizes import on_this_machine
 from nemo_aapo.doctor.versions import installed_version
 from nemo_aapo.rollout import trtllm_check
 from nemo_aapo.rollout.trtllm_source import Package
 
-FP8 = {"fp8_tensorwise": ((8, 9), (0, 0)), "fp8_delayed": ((8, 9), (0, 0)), "fp8_blockwise": ((9, 0), (12, 9))}
-"""Precision -> lowest compute capability, lowest CUDA version."""
 TRANSFORMER_ENGINE = ((2, 9), (2, 12))
 """What megatron-core 0.16 takes: from, and below."""
 DRIVER_TIMEOUT_S = 20.0
@@ -101,28 +100,27 @@ def fp8(context: Context) -> Finding:
 
 def judge_fp8(gpus: Gpus, config: Config | None) -> Finding:
     """As ``fp8``, of what was seen."""
+    reasons = {name: fp8_refusal(kind, gpus) for name, kind in PRECISIONS.items() if kind.fp8}
     chosen = config.precision.name if config is not None else ""
-    reasons = {name: fp8_refusal(name, gpus) for name in FP8}
     if reason := reasons.get(chosen):
         return Finding("fp8", "failure", f"precision={chosen}: {reason}", "use precision=bf16, or another machine")
     if not gpus.devices:
         return Finding("fp8", "ok", "no GPU, no FP8")
-    able = [name for name in FP8 if not reasons[name]]
-    unable = [f"{name}: {reason}" for name, reason in reasons.items() if reason]
-    text = f"{', '.join(able) or 'none'} can be used" + (f" ({'; '.join(unable)})" if unable else "")
-    return Finding("fp8", "ok", text)
+    able = ", ".join(name for name, reason in reasons.items() if not reason) or "no FP8 precision"
+    unable = [f"{name} {reason}" for name, reason in reasons.items() if reason]
+    return Finding("fp8", "ok", f"{able} can be used" + (f" ({'; '.join(unable)})" if unable else ""))
 
 
-def fp8_refusal(name: str, gpus: Gpus) -> str:
+def fp8_refusal(kind: PrecisionKind, gpus: Gpus) -> str:
     """Why these GPUs can't compute in this precision; empty if they can."""
-    capability, cuda = FP8[name]
     if not gpus.devices:
-        return "there is no GPU"
+        return "needs a GPU"
     weakest = min(gpus.devices, key=lambda device: device.capability)
-    if weakest.capability < capability:
-        return f"needs compute capability {_dotted(capability)}, {weakest.name} has {_dotted(weakest.capability)}"
-    if _numbers(gpus.cuda or "0") < cuda:
-        return f"needs CUDA {_dotted(cuda)}, torch is built for {gpus.cuda}"
+    if weakest.capability < kind.min_capability:
+        wanted, has = _dotted(kind.min_capability), _dotted(weakest.capability)
+        return f"needs compute capability {wanted}, {weakest.name} has {has}"
+    if _numbers(gpus.cuda or "0") < kind.min_cuda:
+        return f"needs CUDA {_dotted(kind.min_cuda)}, torch is built for {gpus.cuda}"
     return ""
 
 
@@ -142,7 +140,7 @@ def apex(context: Context) -> Finding:
     """Its fused kernels are an extra where TransformerEngine is there."""
     version, remedy = installed_version("apex"), "build it for this torch with --cpp_ext --cuda_ext, or uninstall it"
     if version is None:
-        return Finding("apex", "ok", "not installed; only gradient-accumulation fusion would need it")
+        return Finding("apex", "ok", "not installed; TransformerEngine has all that it would be used for")
     return _imported("apex", "apex.optimizers", version, remedy)
 
 
@@ -151,7 +149,8 @@ def _absent(name: str, context: Context, remedy: str) -> Finding:
     if config is not None and config.precision.name not in ("fp32", "auto"):
         return Finding(name, "failure", f"not installed; precision={config.precision.name} needs it", remedy)
     if look().devices:
-        return Finding(name, "warning", "not installed, but there are GPUs, which bf16 and FP8 need it for", remedy)
+        level = "warning" if config is None else "failure"
+        return Finding(name, level, "not installed, and every policy on a GPU needs its layers", remedy)
     return Finding(name, "ok", "not installed; on the CPU nothing needs it")
 
 
@@ -194,14 +193,16 @@ def kernels(context: Context) -> list[Finding]:
     from nemo_aapo.policy import precision
     from nemo_aapo.policy.kernels import fused_kernels, libraries
 
+    config, there = on_this_machine(context.config), libraries()
+    offloaded = config.model.optim.cpu_offload_fraction
     return [
         Finding(
-            f"kernel {kernel.name.replace('gradient accumulation', 'grad accum')}",
+            f"kernel {kernel.name}",
             "warning" if kernel.remedy else "ok",
             f"{'fused' if kernel.in_use else 'not fused'}: {kernel.text}",
             kernel.remedy,
         )
-        for kernel in fused_kernels(precision.model_fields(context.config.precision.name), libraries())
+        for kernel in fused_kernels(precision.model_fields(config), there, offloaded=offloaded)
     ]
 
 

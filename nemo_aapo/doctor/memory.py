@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nemo_aapo.doctor.finding import Context, Finding
-from nemo_aapo.doctor.sizes import readable, training_bytes
+from nemo_aapo.doctor.sizes import on_this_machine, readable, training_bytes
 from nemo_aapo.policy.model_dir import read_model_dir
 
 CGROUPS = (
@@ -21,7 +21,7 @@ def memory(context: Context) -> list[Finding]:
     """The host's memory for all ranks of this machine, and a GPU's for one."""
     import torch
 
-    config, ranks = context.config, ranks_here(context)
+    config, ranks = on_this_machine(context.config), ranks_here(context)
     device, besides = training_bytes(config, read_model_dir(config.model.path))
     on_gpu = torch.cuda.is_available()
     host_need = ranks * (besides if on_gpu else device + besides)

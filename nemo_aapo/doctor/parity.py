@@ -62,12 +62,16 @@ def measure(config: Config, engine: Callable[[Any], Any] | None = None) -> dict[
     from nemo_aapo import assemble, parallel
     from nemo_aapo.algorithms import Algorithm
     from nemo_aapo.data.tokenizer import load_tokenizer, require_eos, text_decoder
-    from nemo_aapo.policy import model_dir
+    from nemo_aapo.policy import model_dir, precision
+    from nemo_aapo.policy.offload import LearnerOffload
+    from nemo_aapo.rollout import trtllm_settings
     from nemo_aapo.rollout.collect import share
     from nemo_aapo.rollout.engines import build_engine
     from nemo_aapo.seeds import stream_seed
 
-    assemble.check_machine(config)
+    config = precision.decide(config)
+    if config.rollout.engine == "trtllm":
+        trtllm_settings.check(config)
     assemble.initialize(config)
     with contextlib.ExitStack() as stack:
         stack.callback(parallel.shutdown)
@@ -83,9 +87,13 @@ def measure(config: Config, engine: Callable[[Any], Any] | None = None) -> dict[
         sampling = dataclasses.replace(sampling, max_new_tokens=min(NEW_TOKENS, sampling.max_new_tokens))
         mine = share(len(prompts))
         seeds = [[stream_seed(config.seed, "doctor", i)] for i in range(len(prompts))][mine]
-        made.wake()
-        drawn = made.generate([prompt.token_ids for prompt in prompts[mine]], sampling, seeds)
-        made.sleep()
+        room = contextlib.nullcontext()
+        if config.rollout.offload_learner:
+            room = LearnerOffload(policy.model, policy.optimizer, print)()
+        with room:
+            made.wake()
+            drawn = made.generate([prompt.token_ids for prompt in prompts[mine]], sampling, seeds)
+            made.sleep()
         groups = [_group(prompt, completions) for prompt, completions in zip(prompts[mine], drawn, strict=True)]
         tokens = sum(parallel.gather_data_parallel(sum(len(c.token_ids) for row in drawn for c in row)))
         return {**learner.parity(groups), "tokens": float(tokens), "prompts": float(len(prompts))}

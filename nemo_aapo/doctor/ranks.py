@@ -69,8 +69,10 @@ def examine(checks: Sequence[Check], config: Config | None, place: Place, tell: 
         RunError: not on rank 0: rank 0 is gone.
     """
     if place.world_size == 1:
+        failed: set[str] = set()
         for check in checks:
-            for finding in _skipped(check, config) or run_guarded(check, _context(config, place, _go())):
+            for finding in _skipped(check, config, failed) or run_guarded(check, _context(config, place, _go())):
+                failed |= _failed(finding)
                 tell(finding)
     elif place.rank == 0:
         _lead(checks, config, place, tell, start_s)
@@ -89,10 +91,10 @@ def _lead(checks: Sequence[Check], config: Config | None, place: Place, tell: Te
     others = range(1, place.world_size)
     came = _gather(store, "host", others, start_s)
     hosts = {0: place.host, **{rank: came.get(rank, "a machine unknown") for rank in others}}
-    lost = set(others) - set(came)
+    lost, failed = set(others) - set(came), set()
     tell(_who(hosts, lost, start_s))
     for number, check in enumerate(checks):
-        skipped = _skipped(check, config)
+        skipped = _skipped(check, config, failed)
         if check.together and lost and not skipped:
             skipped = [Finding(check.name, "skipped", f"needs all ranks, and {_named(lost, hosts)} did not answer")]
         go = None if skipped else _go()
@@ -109,6 +111,7 @@ def _lead(checks: Sequence[Check], config: Config | None, place: Place, tell: Te
             found[rank] = [Finding(check.name, "failure", f"no answer within {patience:g} s", remedy)]
         lost |= asked - set(answers)
         for finding in merge(found, hosts):
+            failed |= _failed(finding)
             tell(finding)
     _gather(store, "left", sorted(set(others) - lost), LEAVE_S)  # the store ends with this process
 
@@ -165,10 +168,17 @@ def _context(config: Config | None, place: Place, go: dict[str, Any]) -> Context
     return Context(config, place, **go)
 
 
-def _skipped(check: Check, config: Config | None) -> list[Finding]:
-    if config is not None or not check.needs_config:
-        return []
-    return [Finding(check.name, "skipped", "needs a configuration: pass KEY=VALUE as to train.py")]
+def _skipped(check: Check, config: Config | None, failed: set[str]) -> list[Finding]:
+    """Why a check is not run at all, as its one finding; empty if it is run."""
+    if config is None and check.needs_config:
+        return [Finding(check.name, "skipped", "needs a configuration: pass KEY=VALUE as to train.py")]
+    if missing := [name for name in check.after if name in failed]:
+        return [Finding(check.name, "skipped", f"builds on {', '.join(missing)}, which failed")]
+    return []
+
+
+def _failed(finding: Finding) -> set[str]:
+    return {finding.name} if finding.level == "failure" else set()
 
 
 def _who(hosts: Mapping[int, str], lost: set[int], start_s: float) -> Finding:

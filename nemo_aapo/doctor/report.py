@@ -51,7 +51,7 @@ def _where(ranks: Sequence[int], hosts: Mapping[int, str]) -> str:
 def line(finding: Finding) -> str:
     """For people."""
     remedy = f". Remedy: {finding.remedy}" if finding.remedy else ""
-    return f"{finding.level:<8} {finding.name:<20} {finding.text}{remedy}"
+    return f"{finding.level:<8} {finding.name:<23} {finding.text}{remedy}"
 
 
 def summary(findings: Sequence[Finding], seconds: float) -> str:

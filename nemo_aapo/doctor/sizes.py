@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from nemo_aapo.config import Config, ModelShape
+from nemo_aapo.config import Config, ModelShape, kind_of, with_machine_defaults
 from nemo_aapo.policy.model_dir import weight_files
 
 GRADIENT = 4
@@ -24,9 +24,16 @@ class Bytes:
     """Adam's two moments in float32, and a float32 copy of a weight that is not."""
 
 
-def bytes_per_parameter(precision: str) -> Bytes:
-    """Args: precision: as the configuration names it. FP8 keeps its weights in bf16."""
-    return Bytes(4, 8) if precision == "fp32" else Bytes(2, 12)
+def bytes_per_parameter(config: Config) -> Bytes:
+    """Args: config: its precision is decided. FP8 keeps its weights in bf16."""
+    return Bytes(2, 12) if kind_of(config).bf16 else Bytes(4, 8)
+
+
+def on_this_machine(config: Config) -> Config:
+    """With what it leaves to the machine (``precision=auto``, nulls) decided. Imports torch."""
+    import torch
+
+    return with_machine_defaults(config, on_gpu=torch.cuda.is_available())
 
 
 def tensor_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
@@ -71,16 +78,23 @@ def rank_parameters(shapes: Mapping[str, tuple[int, ...]], shape: ModelShape, te
 def training_bytes(config: Config, shape: ModelShape) -> tuple[int, int]:
     """(where the model computes, in the host's memory besides) of one rank, at least, without activations and caches.
 
-    Weights, gradients and optimizer; the host holds the frozen reference's weights, and a copy of weights and optimizer
-    while a checkpoint is written in the background.
+    Weights, gradients and optimizer; the host holds the frozen reference's weights, what of the optimizer is offloaded,
+    and a copy of weights and optimizer while a checkpoint is written in the background.
+
+    Args:
+        config: its precision is decided.
     """
-    model = config.model
-    size = bytes_per_parameter(config.precision.name)
-    shapes = tensor_shapes(Path(model.path))
-    parameters = rank_parameters(shapes, shape, model.tensor_model_parallel_size, model.pipeline_model_parallel_size)
+    model, optim = config.model, config.model.optim
+    tensor, pipeline = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
+    parameters = rank_parameters(tensor_shapes(Path(model.path)), shape, tensor, pipeline)
+    size = bytes_per_parameter(config)
+    ranks = config.trainer.num_nodes * config.trainer.devices
+    parts = ranks // (tensor * pipeline) if optim.use_distributed_optimizer else 1
+    state = parameters * size.optimizer / parts
     reference = size.weight if config.algorithm.reference is not None or config.algorithm.kl_coefficient else 0
-    saving = size.weight + size.optimizer if config.checkpoint.async_save else 0
-    return parameters * (size.weight + GRADIENT + size.optimizer), parameters * (reference + saving)
+    saved = parameters * size.weight + state if config.checkpoint.async_save else 0
+    device = parameters * (size.weight + GRADIENT) + state * (1 - optim.cpu_offload_fraction)
+    return int(device), int(parameters * reference + saved + state * optim.cpu_offload_fraction)
 
 
 def readable(size: int) -> str:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 GET_TRANSFORMER_ENGINE = "install TransformerEngine >= 2.9, < 2.12 (the Dockerfile's image has it)"
-GET_APEX = "build apex with --cpp_ext --cuda_ext"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +26,6 @@ class Libraries:
     """Its version; None: mcore does without."""
     adam: str
     """The package that mcore took Adam from: transformer_engine, apex or torch."""
-    apex_weight_gradient: bool
-    """apex's extension ``fused_weight_gradient_mlp_cuda`` is there."""
     rope: bool
     """mcore found a fused rotary embedding."""
     flash_attn: str | None
@@ -59,14 +56,12 @@ def libraries() -> Libraries:
     from megatron.core import optimizer
     from megatron.core.extensions.transformer_engine import HAVE_TE
     from megatron.core.models.common.embeddings import rope_utils
-    from megatron.core.tensor_parallel import layers
 
     gpu = torch.cuda.is_available()
     return Libraries(
         gpu=gpu,
         transformer_engine=importlib.metadata.version("transformer_engine") if HAVE_TE else None,
         adam=optimizer.Adam.__module__.partition(".")[0],
-        apex_weight_gradient=layers._grad_accum_fusion_available,
         rope=rope_utils.fused_apply_rotary_pos_emb is not None,
         flash_attn=_version("flash-attn"),
         cudnn=str(torch.backends.cudnn.version()) if gpu and torch.backends.cudnn.is_available() else None,
@@ -74,21 +69,26 @@ def libraries() -> Libraries:
 
 
 def fused_kernels(
-    fields: Mapping[str, Any], there: Libraries, environment: Mapping[str, str] = os.environ
+    fields: Mapping[str, Any],
+    there: Libraries,
+    *,
+    offloaded: float = 0.0,
+    environment: Mapping[str, str] = os.environ,
 ) -> tuple[Kernel, ...]:
     """Each kernel, whether it is in use, and if not why.
 
     Args:
         fields: of mcore's TransformerConfig, as ``precision.model_fields`` returns them.
         there: what ``libraries()`` found.
+        offloaded: ``model.optim.cpu_offload_fraction``.
         environment: TransformerEngine's switches of attention (``NVTE_FLASH_ATTN``, ``NVTE_FUSED_ATTN``).
     """
     from nemo_aapo.policy.precision import transformer_engine_layer_spec
 
     te_layers = fields["transformer_layer_spec"] is transformer_engine_layer_spec
     return (
-        _weight_gradient(fields["gradient_accumulation_fusion"], there),
-        _adam(there),
+        _weight_gradient(te_layers, there),
+        _adam(offloaded, there),
         _norm(te_layers, there),
         _attention(te_layers, there, environment),
         _by_field("RoPE", fields["apply_rope_fusion"] and there.rope, "TransformerEngine", "mcore's torch code", there),
@@ -96,23 +96,17 @@ def fused_kernels(
     )
 
 
-def _weight_gradient(asked: bool, there: Libraries) -> Kernel:
-    name = "gradient accumulation"
-    if asked and there.apex_weight_gradient:
-        return Kernel(name, True, "the weight gradient's matrix product adds into the fp32 buffer")
-    if not there.gpu:
-        return _no_gpu(name, "autograd, then an addition")
-    if not there.apex_weight_gradient:
-        why = "mcore's output layer needs apex's fused_weight_gradient_mlp_cuda, even with TransformerEngine's layers"
-        return Kernel(name, False, f"autograd, then an addition: {why}", GET_APEX)
-    return Kernel(
-        name, False, "autograd, then an addition: policy/precision.py leaves gradient_accumulation_fusion off"
-    )
+def _weight_gradient(te_layers: bool, there: Libraries) -> Kernel:
+    """``precision.fuse_weight_gradients`` tells TransformerEngine's layers; mcore's own would need apex for it."""
+    in_use = te_layers and there.transformer_engine is not None
+    fused = "TransformerEngine's linear layers add them to the fp32 buffer within the product"
+    return _by_field("weight gradients", in_use, fused, "autograd, then an addition", there)
 
 
-def _adam(there: Libraries) -> Kernel:
+def _adam(offloaded: float, there: Libraries) -> Kernel:
+    on_host = f", {offloaded:.0%} of it on the host by torch's AdamW" if offloaded else ""
     if there.adam != "torch":
-        return Kernel("Adam", True, f"FusedAdam of {there.adam}")
+        return Kernel("Adam", True, f"FusedAdam of {there.adam}{on_host}")
     if not there.gpu:
         return _no_gpu("Adam", "torch's AdamW")
     return Kernel("Adam", False, "torch's AdamW: neither TransformerEngine nor apex imports", GET_TRANSFORMER_ENGINE)
@@ -150,7 +144,7 @@ def _by_field(name: str, in_use: bool, fused: str, plain: str, there: Libraries)
         return _no_gpu(name, plain)
     if there.transformer_engine is None:
         return Kernel(name, False, f"{plain}: TransformerEngine does not import", GET_TRANSFORMER_ENGINE)
-    return Kernel(name, False, f"{plain}: policy/precision.py leaves it off for this precision")
+    return Kernel(name, False, f"{plain}: policy/precision.py leaves it off")
 
 
 def _no_gpu(name: str, plain: str) -> Kernel:
