@@ -28,7 +28,12 @@ def all_reduce(context: Context, wait_s: float = WAIT_S) -> Finding:
     backend = "nccl" if on_gpu else "gloo"
     if on_gpu:
         torch.cuda.set_device(place.local_rank)
-    store = _meet(context, wait_s)
+    try:
+        store = _meet(context, wait_s)
+    except RuntimeError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{context.port}"
+        remedy = "a firewall between the machines, or rank 0 had given up: see its line"
+        return Finding(name, "failure", f"rank 0 can't be reached at {where}: {_first_line(error)}", remedy)
     if missing := _missing(store, place.world_size, wait_s):
         remedy = "see what those ranks wrote; the deadline of training is trainer.distributed_timeout_s"
         return Finding(name, "failure", f"rank {', '.join(missing)} did not come within {wait_s:g} s", remedy)
@@ -36,7 +41,7 @@ def all_reduce(context: Context, wait_s: float = WAIT_S) -> Finding:
         seconds, sums = _reduce(store, context, backend, wait_s)
     except RuntimeError as error:
         remedy = "set NCCL_DEBUG=INFO (NCCL_SOCKET_IFNAME, NCCL_IB_HCA) or GLOO_SOCKET_IFNAME to the right interface"
-        return Finding(name, "failure", f"{backend}: {(str(error).splitlines() or [''])[0]}", remedy)
+        return Finding(name, "failure", f"{backend}: {_first_line(error)}", remedy)
     expected = float(sum(range(1, place.world_size + 1)))
     if sums != (expected, expected):
         remedy = "this network or its driver gives wrong numbers: don't train on it"
@@ -90,6 +95,10 @@ def _reduce(store: Any, context: Context, backend: str, wait_s: float) -> tuple[
     found = (float(values.min()), float(values.max()))
     dist.barrier()  # rank 0 serves the store: it must not leave before the others are done
     return min(seconds), found
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 @contextmanager

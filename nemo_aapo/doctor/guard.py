@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -54,8 +55,10 @@ def run_guarded(check: Check, context: Context) -> list[Finding]:
 def _child(check: Check, context: Context, answer: Connection, output: int) -> None:
     os.setsid()  # what it starts can be killed along
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # the kernel ends it when the parent is gone
+    faulthandler.disable()  # its pages of frames would hide the last words
     os.dup2(output, 1)
     os.dup2(output, 2)
+    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
     try:
         found = check.run(context)
         answer.send([found] if isinstance(found, Finding) else list(found))
@@ -64,7 +67,6 @@ def _child(check: Check, context: Context, answer: Connection, output: int) -> N
     except BaseException as error:
         remedy = "a library or the check itself is at fault: see the place named"
         answer.send([Finding(check.name, "failure", f"broke off: {one_line(describe_error(error))}", remedy)])
-    sys.stdout.flush()
     os._exit(0)  # whatever threads a library left
 
 

@@ -135,6 +135,7 @@ def _follow(checks: Sequence[Check], config: Config | None, place: Place, start_
 
 def _store(place: Place, timeout_s: float) -> Any:
     """Where the ranks meet: with torchrun its own store, else one that rank 0 serves at ``MASTER_PORT``."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of waits that end in vain the report says enough
     from torch.distributed import PrefixStore, TCPStore
 
     served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

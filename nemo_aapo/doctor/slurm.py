@@ -84,4 +84,4 @@ def _taken(host: str, port: int) -> str:
         with socket.create_server((host, port)):
             return ""
     except OSError as error:
-        return error.strerror or str(error)
+        return (error.strerror or str(error)).partition(" (while")[0]  # socket adds the address, which is said already
