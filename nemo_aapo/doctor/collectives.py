@@ -9,6 +9,7 @@ from datetime import timedelta
 from typing import Any
 
 from nemo_aapo.doctor.finding import Context, Finding
+from nemo_aapo.doctor.versions import has_gpu
 
 WAIT_S = 60.0
 """For the last rank to come, and for each collective."""
@@ -19,14 +20,13 @@ REPEATS = 3
 
 def all_reduce(context: Context, wait_s: float = WAIT_S) -> Finding:
     """Sums what all ranks hold, and compares with what it must be."""
-    import torch
-
     name, place = "all_reduce", context.place
     if place.world_size == 1:
         return Finding(name, "ok", "one rank, nobody to reach: start it by torchrun or srun to try the network")
-    on_gpu = torch.cuda.is_available()
-    backend = "nccl" if on_gpu else "gloo"
-    if on_gpu:
+    backend = "nccl" if has_gpu() else "gloo"
+    if backend == "nccl":
+        import torch
+
         torch.cuda.set_device(place.local_rank)
     try:
         store = _meet(context, wait_s)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from nemo_aapo.config import PRECISIONS, Config, PrecisionKind
 from nemo_aapo.doctor.finding import Context, Finding
 from nemo_aapo.doctor.sizes import on_this_machine
-from nemo_aapo.doctor.versions import installed_version
+from nemo_aapo.doctor.versions import cuda_of_torch, has_gpu, installed_version
 from nemo_aapo.rollout import trtllm_check
 from nemo_aapo.rollout.trtllm_source import Package
 
@@ -42,12 +42,13 @@ class Gpus:
 
 def look() -> Gpus:
     """Takes no memory on any device."""
-    import torch
+    devices: tuple[Gpu, ...] = ()
+    if has_gpu():
+        import torch
 
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    properties = [torch.cuda.get_device_properties(i) for i in range(count)]
-    devices = tuple(Gpu(p.name, (p.major, p.minor), p.total_memory) for p in properties)
-    return Gpus(devices, torch.version.cuda, _listed())
+        properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+        devices = tuple(Gpu(p.name, (p.major, p.minor), p.total_memory) for p in properties)
+    return Gpus(devices, cuda_of_torch(), _listed())
 
 
 def _listed() -> int | None:

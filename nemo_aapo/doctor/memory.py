@@ -6,6 +6,7 @@ from pathlib import Path
 
 from nemo_aapo.doctor.finding import Context, Finding
 from nemo_aapo.doctor.sizes import on_this_machine, readable, training_bytes
+from nemo_aapo.doctor.versions import has_gpu
 from nemo_aapo.policy.model_dir import read_model_dir
 
 CGROUPS = (
@@ -19,15 +20,15 @@ REMEDY = "raise the tensor- or pipeline-parallel size, or use machines with more
 
 def memory(context: Context) -> list[Finding]:
     """The host's memory for all ranks of this machine, and a GPU's for one."""
-    import torch
-
     config, ranks = on_this_machine(context.config), ranks_here(context)
     device, besides = training_bytes(config, read_model_dir(config.model.path))
-    on_gpu = torch.cuda.is_available()
+    on_gpu = has_gpu()
     host_need = ranks * (besides if on_gpu else device + besides)
     parts = "copies for reference and checkpoint" if on_gpu else f"{DEVICE_PARTS}, copies for reference and checkpoint"
     found = [judge("host_memory", host_need, free_host_memory(), f"{parts}; ranks here: {ranks}")]
     if on_gpu:
+        import torch
+
         free, _ = torch.cuda.mem_get_info(context.place.local_rank)
         found.append(judge("gpu_memory", device, free, DEVICE_PARTS))
     return found

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_aapo.config import Config, ModelShape, kind_of, with_machine_defaults
+from nemo_aapo.doctor.versions import has_gpu
 from nemo_aapo.policy.model_dir import weight_files
 
 GRADIENT = 4
@@ -30,10 +31,8 @@ def bytes_per_parameter(config: Config) -> Bytes:
 
 
 def on_this_machine(config: Config) -> Config:
-    """With what it leaves to the machine (``precision=auto``, nulls) decided. Imports torch."""
-    import torch
-
-    return with_machine_defaults(config, on_gpu=torch.cuda.is_available())
+    """With what it leaves to the machine (``precision=auto``, nulls) decided."""
+    return with_machine_defaults(config, on_gpu=has_gpu())
 
 
 def tensor_shapes(directory: Path) -> dict[str, tuple[int, ...]]:

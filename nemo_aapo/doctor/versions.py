@@ -71,6 +71,15 @@ def cuda_of_torch() -> str | None:
     return match[1] if match else None
 
 
+def has_gpu() -> bool:
+    """Whether torch can compute on one here. Imports torch only if it is built for CUDA."""
+    if cuda_of_torch() is None:
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def _some(items: list[str]) -> str:
     more = f" and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
     return ", ".join(items[:SHOWN]) + more
