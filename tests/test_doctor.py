@@ -93,6 +93,7 @@ def test_a_machine_without_gpu_is_ok_unless_the_configuration_needs_one(config):
     none = Gpus((), None, None)
     assert gpu.judge_gpus(none, None, 1).level == "ok"
     assert gpu.judge_gpus(none, config, 1).level == "ok"
+    assert gpu.judge_gpus(dataclasses.replace(none, cuda="13.0"), config, 1).level == "warning"
     wanted = dataclasses.replace(config, precision=dataclasses.replace(config.precision, name="bf16"))
     assert "precision=bf16 needs one" in gpu.judge_gpus(none, wanted, 1).text
     hosted = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, engine="trtllm"))

@@ -77,6 +77,9 @@ def judge_gpus(gpus: Gpus, config: Config | None, local_ranks: int) -> Finding:
         if config is not None and (reason := _needs_gpu(config)):
             remedy = "run on a machine with GPUs, or set precision=fp32 and rollout.engine=megatron"
             return Finding("gpu", "failure", f"none here, but {reason} needs one", remedy)
+        if gpus.cuda is not None:
+            remedy = "none on a login node; elsewhere look at the container's --gpus and the job's --gpus-per-node"
+            return Finding("gpu", "warning", f"none here, though torch is built for CUDA {gpus.cuda}", remedy)
         return Finding("gpu", "ok", "none: everything runs on the CPU")
     kinds = {device: gpus.devices.count(device) for device in gpus.devices}
     text = ", ".join(f"{n} x {d.name} ({d.memory_bytes / 2**30:.0f} GiB)" for d, n in kinds.items())

@@ -58,7 +58,7 @@ def _child(check: Check, context: Context, answer: Connection, output: int) -> N
     faulthandler.disable()  # its pages of frames would hide the last words
     os.dup2(output, 1)
     os.dup2(output, 2)
-    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
     try:
         found = check.run(context)
         answer.send([found] if isinstance(found, Finding) else list(found))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import importlib.util
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -61,7 +60,7 @@ def libraries() -> Libraries:
     return Libraries(
         gpu=gpu,
         transformer_engine=importlib.metadata.version("transformer_engine") if HAVE_TE else None,
-        adam=optimizer.Adam.__module__.partition(".")[0],
+        adam="torch" if optimizer.USING_PYTORCH_OPTIMIZER or not gpu else optimizer.Adam.__module__.partition(".")[0],
         rope=rope_utils.fused_apply_rotary_pos_emb is not None,
         flash_attn=_version("flash-attn"),
         cudnn=str(torch.backends.cudnn.version()) if gpu and torch.backends.cudnn.is_available() else None,
