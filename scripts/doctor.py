@@ -10,7 +10,7 @@ from typing import Any
 
 from nemo_aapo.config import Config, ConfigError
 from nemo_aapo.doctor import catalog, ranks, report
-from nemo_aapo.doctor.finding import Check, Finding
+from nemo_aapo.doctor.finding import Check
 from nemo_aapo.entry import FAILED, INTERRUPTED, REFUSED, config_main
 from nemo_aapo.errors import RunError
 
@@ -65,17 +65,13 @@ def read_options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def examine(checks: list[Check], config: Config | None, as_json: bool) -> int:
     """Run the checks; rank 0 says what they found as they find it. The exit code."""
-    place, findings, start = ranks.place_of(os.environ), [], time.monotonic()
-
-    def tell(finding: Finding) -> None:
-        findings.append(finding)
-        print(report.line(finding), file=sys.stderr if as_json else sys.stdout, flush=True)
-
-    ranks.examine(checks, config, place, tell)
+    place, start = ranks.place_of(os.environ), time.monotonic()
+    screen = report.Screen(sys.stderr if as_json else sys.stdout)
+    ranks.examine(checks, config, place, screen)
     if place.rank == 0:
-        seconds = time.monotonic() - start
-        print(report.to_json(findings, place, seconds) if as_json else report.summary(findings, seconds), flush=True)
-    return FAILED if report.failed(findings) else 0
+        found, seconds = screen.findings, time.monotonic() - start
+        print(report.to_json(found, place, seconds) if as_json else report.summary(found, seconds), flush=True)
+    return FAILED if report.failed(screen.findings) else 0
 
 
 if __name__ == "__main__":

@@ -19,6 +19,28 @@ from nemo_aapo.errors import RunError
 from nemo_aapo.launch.local import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+class Listener:
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.begun: list[str] = []
+        self.found: list[Finding] = []
+
+    def begin(self, check: Check) -> None:
+        self.begun.append(check.name)
+
+    def tell(self, finding: Finding) -> None:
+        self.found.append(finding)
+
+
+def examined(checks, place=None, **more) -> list[Finding]:
+    listener = Listener()
+    examine(checks, None, place or ALONE, listener, **more)
+    return listener.found
+
+
 ALONE = Place(rank=0, world_size=1, local_rank=0, local_world_size=1, host="here")
 
 
@@ -47,9 +69,8 @@ def refuses(context: Context) -> Finding:
 
 def test_a_check_that_hangs_crashes_or_raises_costs_its_own_line(capfd):
     checks = [Check(f.__name__, f, 1.0 if f is hangs else 20.0) for f in (hangs, crashes, raises, refuses, fine)]
-    found: list[Finding] = []
     start = time.monotonic()
-    examine(checks, None, ALONE, found.append)
+    found = examined(checks)
     assert time.monotonic() - start < 30
     late, dead, broken, refused, ok = found
     assert [finding.level for finding in found] == ["failure"] * 4 + ["ok"]
@@ -65,8 +86,7 @@ def test_a_check_that_hangs_crashes_or_raises_costs_its_own_line(capfd):
 
 def test_a_check_that_builds_on_a_failed_one_is_skipped():
     checks = [Check("raises", raises, 20), Check("later", fine, 20, after=("raises",)), Check("fine", fine, 20)]
-    found: list[Finding] = []
-    examine([*checks, Check("run", fine, 20, needs_config=True)], None, ALONE, found.append)
+    found = examined([*checks, Check("run", fine, 20, needs_config=True)])
     assert [finding.level for finding in found] == ["failure", "skipped", "ok", "skipped"]
     assert found[1].text == "builds on raises, which failed"
     assert found[3].text == "needs a configuration: pass KEY=VALUE as to train.py"
@@ -116,8 +136,8 @@ def run_scenario() -> None:
     from nemo_aapo.doctor import ranks
 
     ranks.GRACE_S = 3.0
-    place, found = place_of(os.environ), []
-    ranks.examine(SCENARIO, None, Place(**{**as_dict(place), "host": f"host{place.rank}"}), found.append, start_s=120)
+    place = place_of(os.environ)
+    found = examined(SCENARIO, Place(**{**as_dict(place), "host": f"host{place.rank}"}), start_s=120)
     print(json.dumps([as_dict(finding) for finding in found]))
 
 
@@ -144,7 +164,7 @@ def test_late_broken_and_lost_ranks_are_named_and_the_rest_goes_on():
     found = [(entry["level"], entry["text"]) for entry in json.loads(output.splitlines()[-1])]
     who, right, *late, crash, first, lost, together, alone = found
     assert who == ("ok", "2 ranks on host0, host1")
-    assert right[1].startswith("gloo over 2 ranks is right; 64 MiB in ")
+    assert right[1].startswith("the sums of 2 ranks are right; 64 MiB: gloo ")
     assert ("failure", "rank 0 on host0: rank 1 did not come within 2 s") in late
     assert [text.partition(":")[0] for _, text in late] == ["rank 0 on host0", "rank 1 on host1"]
     assert crash == ("failure", "rank 1 on host1: died by SIGABRT; its last words: terminate called")
@@ -161,9 +181,8 @@ def first_of_two(monkeypatch) -> Place:
 
 
 def test_a_rank_that_never_comes_is_named_and_the_machine_is_still_looked_at(first_of_two):
-    found: list[Finding] = []
     checks = [Check("together", fine, 5, on="rank", together=True), Check("fine", fine, 20)]
-    examine(checks, None, first_of_two, found.append, start_s=1)
+    found = examined(checks, first_of_two, start_s=1)
     assert [finding.level for finding in found] == ["failure", "skipped", "ok"]
     assert found[0].text == "rank 1 of 2 did not come within 1 s; there are 1, on here"
 
@@ -171,14 +190,13 @@ def test_a_rank_that_never_comes_is_named_and_the_machine_is_still_looked_at(fir
 def test_a_taken_master_port_is_a_failure_and_other_ranks_do_not_wait_for_ever(first_of_two, monkeypatch):
     import socket
 
-    found: list[Finding] = []
     with socket.create_server(("", int(os.environ["MASTER_PORT"]))):
-        examine([Check("fine", fine, 20)], None, first_of_two, found.append, start_s=2)
+        found = examined([Check("fine", fine, 20)], first_of_two, start_s=2)
     assert [finding.level for finding in found] == ["failure"]
     assert "can't listen on 127.0.0.1:" in found[0].text
     second = Place(rank=1, world_size=2, local_rank=1, local_world_size=2, host="there")
     with pytest.raises(RunError, match=r"on there: rank 0 is gone or does not answer"):
-        examine([Check("fine", fine, 20)], None, second, found.append, start_s=1)
+        examined([Check("fine", fine, 20)], second, start_s=1)
 
 
 # ---------------------------------------------------------------- who is who, and the report

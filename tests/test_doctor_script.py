@@ -78,7 +78,7 @@ def test_ranks_under_torchrun_report_once_and_reach_each_other(quickstart):
     done = doctor(*words, launcher=launcher)
     assert done.returncode == 0, done.stdout + done.stderr
     assert levels(done.stdout) == {"ranks": "ok", "ports": "ok", "all_reduce": "ok", "shared_files": "ok"}
-    assert "gloo over 2 ranks is right" in done.stdout
+    assert "the sums of 2 ranks are right" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,10 @@
-"""Whether the ranks can reach each other: an all-reduce as training does it, over NCCL on GPUs, over gloo on CPUs."""
+"""Whether the ranks can reach each other: all-reduces as training does them, over NCCL on GPUs, over gloo on CPUs."""
 
 from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -23,11 +24,6 @@ def all_reduce(context: Context, wait_s: float = WAIT_S) -> Finding:
     name, place = "all_reduce", context.place
     if place.world_size == 1:
         return Finding(name, "ok", "one rank, nobody to reach: start it by torchrun or srun to try the network")
-    backend = "nccl" if has_gpu() else "gloo"
-    if backend == "nccl":
-        import torch
-
-        torch.cuda.set_device(place.local_rank)
     try:
         store = _meet(context, wait_s)
     except RuntimeError as error:
@@ -37,18 +33,22 @@ def all_reduce(context: Context, wait_s: float = WAIT_S) -> Finding:
     if missing := _missing(store, place.world_size, wait_s):
         remedy = "see what those ranks wrote; the deadline of training is trainer.distributed_timeout_s"
         return Finding(name, "failure", f"rank {', '.join(missing)} did not come within {wait_s:g} s", remedy)
+    devices = {"nccl": f"cuda:{place.local_rank}", "gloo": "cpu"} if has_gpu() else {"gloo": "cpu"}
     try:
-        seconds, sums = _reduce(store, context, backend, wait_s)
+        found = _reduce(store, context, devices, wait_s)
     except RuntimeError as error:
         remedy = "set NCCL_DEBUG=INFO (NCCL_SOCKET_IFNAME, NCCL_IB_HCA) or GLOO_SOCKET_IFNAME to the right interface"
-        return Finding(name, "failure", f"{backend}: {_first_line(error)}", remedy)
+        return Finding(name, "failure", f"{' or '.join(devices)}: {_first_line(error)}", remedy)
     expected = float(sum(range(1, place.world_size + 1)))
-    if sums != (expected, expected):
+    wrong = [
+        f"{backend}: sums lie in {sums}, not at {expected:g}" for backend, sums, _ in found if set(sums) != {expected}
+    ]
+    if wrong:
         remedy = "this network or its driver gives wrong numbers: don't train on it"
-        return Finding(name, "failure", f"{backend}: sums lie in {sums}, not at {expected:g}", remedy)
-    gigabytes = 4 * ELEMENTS * 2 * (place.world_size - 1) / place.world_size / 1e9
-    speed = f"64 MiB in {seconds * 1e3:.0f} ms ({gigabytes / seconds:.1f} GB/s a rank)"
-    return Finding(name, "ok", f"{backend} over {place.world_size} ranks is right; {speed}")
+        return Finding(name, "failure", "; ".join(wrong), remedy)
+    sent = 4 * ELEMENTS * 2 * (place.world_size - 1) / place.world_size / 1e9  # GB of each rank, in a ring
+    speeds = [f"{backend} {1e3 * seconds:.0f} ms ({sent / seconds:.1f} GB/s a rank)" for backend, _, seconds in found]
+    return Finding(name, "ok", f"the sums of {place.world_size} ranks are right; 64 MiB: {', '.join(speeds)}")
 
 
 def _meet(context: Context, wait_s: float) -> Any:
@@ -78,36 +78,50 @@ def _missing(store: Any, world_size: int, wait_s: float) -> list[str]:
     return missing
 
 
-def _reduce(store: Any, context: Context, backend: str, wait_s: float) -> tuple[float, tuple[float, float]]:
-    """Seconds of the fastest repeat, and the lowest and the highest sum."""
+def _reduce(
+    store: Any, context: Context, devices: dict[str, str], wait_s: float
+) -> list[tuple[str, tuple[float, float], float]]:
+    """Backend, lowest and highest sum, seconds of the fastest repeat.
+
+    Args:
+        devices: backend -> where its tensors lie. Training has both on a GPU: gloo for what is no tensor.
+    """
     import torch
     import torch.distributed as dist
 
     place = context.place
-    timeout = timedelta(seconds=wait_s)
-    dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, timeout=timeout)
-    device = torch.device("cuda", place.local_rank) if backend == "nccl" else torch.device("cpu")
-    seconds = []
-    for _ in range(REPEATS):
-        values = torch.full((ELEMENTS,), float(place.rank + 1), device=device)
-        with _timed(seconds, device):
-            dist.all_reduce(values)
-    found = (float(values.min()), float(values.max()))
+    if "nccl" in devices:
+        torch.cuda.set_device(place.local_rank)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if "nccl" in devices else "gloo",
+        store=store,
+        rank=place.rank,
+        world_size=place.world_size,
+        timeout=timedelta(seconds=wait_s),
+    )
+    found = []
+    for backend, device in devices.items():
+        seconds: list[float] = []
+        for _ in range(REPEATS):
+            values = torch.full((ELEMENTS,), float(place.rank + 1), device=device)
+            with _timed(seconds, on_gpu=backend == "nccl"):
+                dist.all_reduce(values)
+        found.append((backend, (float(values.min()), float(values.max())), min(seconds)))
     dist.barrier()  # rank 0 serves the store: it must not leave before the others are done
-    return min(seconds), found
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return found
 
 
 @contextmanager
-def _timed(seconds: list[float], device: Any) -> Any:
+def _timed(seconds: list[float], on_gpu: bool) -> Iterator[None]:
     import torch
 
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait = torch.cuda.synchronize if on_gpu else lambda: None
     wait()
     start = time.perf_counter()
     yield
     wait()
     seconds.append(time.perf_counter() - start)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -24,7 +24,7 @@ SEEN_S = 30.0
 
 def file_system(context: Context) -> Finding:
     """Renames over an existing file, syncs, locks, writes and reads where the run directory is or will be."""
-    name, config = "file_system", context.config
+    name, config = "file_system", on_this_machine(context.config)
     check_run_directory(config)
     directory = nearest(Path(config.run.dir))
     try:

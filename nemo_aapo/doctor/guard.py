@@ -81,7 +81,7 @@ def _late(check: Check, output: IO[bytes]) -> Finding:
 
 def _died(check: Check, code: int | None, output: IO[bytes]) -> Finding:
     how = f"by {signal.Signals(-code).name}" if code is not None and code < 0 else f"with exit code {code}"
-    remedy = "out of memory, or a library built for another version or machine"
+    remedy = "see its last words: out of memory, a library built for another machine, NCCL's watchdog"
     return Finding(check.name, "failure", f"died {how}{_last_words(output)}", remedy)
 
 

@@ -96,7 +96,9 @@ def measure(config: Config, engine: Callable[[Any], Any] | None = None) -> dict[
             made.sleep()
         groups = [_group(prompt, completions) for prompt, completions in zip(prompts[mine], drawn, strict=True)]
         tokens = sum(parallel.gather_data_parallel(sum(len(c.token_ids) for row in drawn for c in row)))
-        return {**learner.parity(groups), "tokens": float(tokens), "prompts": float(len(prompts))}
+        figures = learner.parity(groups)
+        parallel.barrier()  # no rank leaves before the others are done with it
+        return {**figures, "tokens": float(tokens), "prompts": float(len(prompts))}
 
 
 def _group(prompt: Any, completions: list[Any]) -> Any:

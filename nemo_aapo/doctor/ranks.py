@@ -11,10 +11,10 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 from nemo_aapo.config import Config
 from nemo_aapo.doctor.finding import Check, Context, Finding, Place
@@ -31,7 +31,15 @@ GRACE_S = 30.0
 """A rank's findings may come so long after its check's deadline."""
 LEAVE_S = 5.0
 
-Tell = Callable[[Finding], None]
+
+class Listener(Protocol):
+    """Who hears of the examination as it goes on; on rank 0."""
+
+    def begin(self, check: Check) -> None:
+        """A check is run now."""
+
+    def tell(self, finding: Finding) -> None:
+        """It has found this."""
 
 
 def slurm_environment(environment: Mapping[str, str]) -> dict[str, str]:
@@ -58,11 +66,13 @@ def place_of(environment: Mapping[str, str]) -> Place:
     return Place(**number, host=socket.gethostname())
 
 
-def examine(checks: Sequence[Check], config: Config | None, place: Place, tell: Tell, start_s: float = START_S) -> None:
+def examine(
+    checks: Sequence[Check], config: Config | None, place: Place, listener: Listener, start_s: float = START_S
+) -> None:
     """Run all checks, on all ranks of the job.
 
     Args:
-        tell: called on rank 0 with each finding as it is made.
+        listener: of rank 0.
         start_s: so long rank 0 waits for the others to come.
 
     Raises:
@@ -71,28 +81,29 @@ def examine(checks: Sequence[Check], config: Config | None, place: Place, tell: 
     if place.world_size == 1:
         failed: set[str] = set()
         for check in checks:
+            listener.begin(check)
             for finding in _skipped(check, config, failed) or run_guarded(check, _context(config, place, _go())):
                 failed |= _failed(finding)
-                tell(finding)
+                listener.tell(finding)
     elif place.rank == 0:
-        _lead(checks, config, place, tell, start_s)
+        _lead(checks, config, place, listener, start_s)
     else:
         _follow(checks, config, place, start_s)
 
 
-def _lead(checks: Sequence[Check], config: Config | None, place: Place, tell: Tell, start_s: float) -> None:
+def _lead(checks: Sequence[Check], config: Config | None, place: Place, listener: Listener, start_s: float) -> None:
     try:
         store = _store(place, start_s)
     except RuntimeError as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         remedy = "set another MASTER_PORT, or MASTER_ADDR to an address of rank 0's machine"
-        tell(Finding("ranks", "failure", f"rank 0 can't listen on {where}: {_first_line(error)}", remedy))
+        listener.tell(Finding("ranks", "failure", f"rank 0 can't listen on {where}: {_first_line(error)}", remedy))
         return
     others = range(1, place.world_size)
     came = _gather(store, "host", others, start_s)
     hosts = {0: place.host, **{rank: came.get(rank, "a machine unknown") for rank in others}}
     lost, failed = set(others) - set(came), set()
-    tell(_who(hosts, lost, start_s))
+    listener.tell(_who(hosts, lost, start_s))
     for number, check in enumerate(checks):
         skipped = _skipped(check, config, failed)
         if check.together and lost and not skipped:
@@ -100,20 +111,26 @@ def _lead(checks: Sequence[Check], config: Config | None, place: Place, tell: Te
         go = None if skipped else _go()
         store.set(f"go/{number}", json.dumps(go))
         if skipped:
-            tell(skipped[0])
+            listener.tell(skipped[0])
             continue
-        found = {0: run_guarded(check, _context(config, place, go))}
-        asked, patience = set(others) - lost, check.deadline_s + GRACE_S
-        answers = _gather(store, f"found/{number}", sorted(asked), patience)
-        found |= {rank: [Finding(**entry) for entry in answer] for rank, answer in answers.items()}
-        for rank in asked - set(answers):
+        listener.begin(check)
+        asked = set(others) - lost
+        found = {0: run_guarded(check, _context(config, place, go)), **_answers(store, number, check, asked)}
+        lost |= asked - set(found)
+        for rank in asked - set(found):
+            text = f"no answer within {check.deadline_s + GRACE_S:g} s"
             remedy = "look at what that rank wrote, and whether its machine is there"
-            found[rank] = [Finding(check.name, "failure", f"no answer within {patience:g} s", remedy)]
-        lost |= asked - set(answers)
+            found[rank] = [Finding(check.name, "failure", text, remedy)]
         for finding in merge(found, hosts):
             failed |= _failed(finding)
-            tell(finding)
+            listener.tell(finding)
     _gather(store, "left", sorted(set(others) - lost), LEAVE_S)  # the store ends with this process
+
+
+def _answers(store: Any, number: int, check: Check, ranks: set[int]) -> dict[int, list[Finding]]:
+    """What the other ranks find; without those that do not say in time."""
+    answers = _gather(store, f"found/{number}", sorted(ranks), check.deadline_s + GRACE_S)
+    return {rank: [Finding(**entry) for entry in answer] for rank, answer in answers.items()}
 
 
 def _follow(checks: Sequence[Check], config: Config | None, place: Place, start_s: float) -> None:

@@ -6,11 +6,33 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from typing import TextIO
 
-from nemo_aapo.doctor.finding import Finding, Place
+from nemo_aapo.doctor.finding import Check, Finding, Place
 
 PROBLEMS = ("warning", "failure")
 LEVELS = ("ok", "warning", "failure", "skipped")
+
+
+class Screen:
+    """Findings as lines, as they come; on a terminal also what is looked at just now."""
+
+    def __init__(self, output: TextIO) -> None:
+        """Args: output: of the lines."""
+        self.findings: list[Finding] = []
+        self._output = output
+
+    def begin(self, check: Check) -> None:
+        """See ``ranks.Listener``."""
+        if self._output.isatty():
+            self._output.write(f"{check.name} ...")
+            self._output.flush()
+
+    def tell(self, finding: Finding) -> None:
+        """See ``ranks.Listener``."""
+        self.findings.append(finding)
+        wipe = "\r\033[K" if self._output.isatty() else ""
+        print(f"{wipe}{line(finding)}", file=self._output, flush=True)
 
 
 def merge(found: Mapping[int, Sequence[Finding]], hosts: Mapping[int, str]) -> list[Finding]:
