@@ -14,6 +14,8 @@ from nemo_aapo.config import Config
 from nemo_aapo.doctor.finding import Context, Finding
 
 PROMPTS = 8
+COMPLETIONS = 4
+"""Of each prompt."""
 NEW_TOKENS = 32
 """Of each completion, at most."""
 
@@ -86,7 +88,8 @@ def measure(config: Config, engine: Callable[[Any], Any] | None = None) -> dict[
         sampling = assemble.sampling_of(config, require_eos(tokenizer, config.model.path))
         sampling = dataclasses.replace(sampling, max_new_tokens=min(NEW_TOKENS, sampling.max_new_tokens))
         mine = share(len(prompts))
-        seeds = [[stream_seed(config.seed, "doctor", i)] for i in range(len(prompts))][mine]
+        numbers = range(len(prompts))[mine]
+        seeds = [[stream_seed(config.seed, "doctor", i, j) for j in range(COMPLETIONS)] for i in numbers]
         room = contextlib.nullcontext()
         if config.rollout.offload_learner:
             room = LearnerOffload(policy.model, policy.optimizer, print)()
