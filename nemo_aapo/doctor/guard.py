@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from multiprocessing.connection import Connection
-from typing import IO
+from typing import IO, NoReturn
 
 from nemo_aapo.config import ConfigError
 from nemo_aapo.data import DataError
@@ -33,33 +33,33 @@ _PR_SET_PDEATHSIG = 1
 def run_guarded(check: Check, context: Context) -> list[Finding]:
     """What the check finds; a failure instead where it is too late, raises, or dies."""
     ours, theirs = multiprocessing.Pipe(duplex=False)
-    with tempfile.TemporaryFile() as output, ours:
+    with tempfile.TemporaryFile() as output, ours, theirs:
         sys.stdout.flush()
-        start = time.monotonic()
-        process = multiprocessing.get_context("fork").Process(
-            target=_child, args=(check, context, theirs, output.fileno()), daemon=True
-        )
-        process.start()
+        end = time.monotonic() + check.deadline_s
+        pid = os.fork()
+        if pid == 0:
+            _child(check, context, theirs, output.fileno())
         theirs.close()
+        late, found = False, None
         try:
-            if ours.poll(start + check.deadline_s - time.monotonic()):
-                return ours.recv()
-        except EOFError:
-            process.join(REAP_S)
-            return [_died(check, process.exitcode, output)]
+            late = not ours.poll(end - time.monotonic())
+            found = None if late else ours.recv()
+        except EOFError:  # it died
+            pass
         finally:
-            _end(process)
-        return [_late(check, output)]
+            code = _end(pid)
+        return found or [_late(check, output) if late else _died(check, code, output)]
 
 
-def _child(check: Check, context: Context, answer: Connection, output: int) -> None:
-    os.setsid()  # what it starts can be killed along
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # the kernel ends it when the parent is gone
-    faulthandler.disable()  # its pages of frames would hide the last words
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+def _child(check: Check, context: Context, answer: Connection, output: int) -> NoReturn:
+    """Never returns: whatever threads a library left end here."""
     try:
+        os.setsid()  # what it starts can be killed along
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # the kernel ends it when the parent is gone
+        faulthandler.disable()  # its pages of frames would hide the last words
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
         found = check.run(context)
         answer.send([found] if isinstance(found, Finding) else list(found))
     except (ConfigError, DataError, RunError) as error:  # these say what to do
@@ -67,7 +67,8 @@ def _child(check: Check, context: Context, answer: Connection, output: int) -> N
     except BaseException as error:
         remedy = "a library or the check itself is at fault: see the place named"
         answer.send([Finding(check.name, "failure", f"broke off: {one_line(describe_error(error))}", remedy)])
-    os._exit(0)  # whatever threads a library left
+    finally:
+        os._exit(0)
 
 
 def _late(check: Check, output: IO[bytes]) -> Finding:
@@ -92,12 +93,21 @@ def _last_words(output: IO[bytes]) -> str:
     return f"; its last words: {words}" if words else ""
 
 
-def _end(process: multiprocessing.Process) -> None:
-    """Kill what is left of the process and of what it started."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)  # not reaped yet, so the number is still its own
-    process.kill()
-    process.join(REAP_S)  # stuck in the kernel it stays, and the kernel's to end
+def _end(pid: int) -> int | None:
+    """Kill what is left of the process and of what it started; its exit code, below 0 a signal's number.
+
+    None: it is stuck in the kernel, and the kernel's to end.
+    """
+    for kill in (os.killpg, os.kill):  # its group, if it got so far; not reaped yet, its number is still its own
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            kill(pid, signal.SIGKILL)
+    end = time.monotonic() + REAP_S
+    while time.monotonic() < end:
+        reaped, status = os.waitpid(pid, os.WNOHANG)
+        if reaped:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.005)
+    return None
 
 
 def one_line(text: str) -> str:
