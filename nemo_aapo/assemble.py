@@ -135,7 +135,7 @@ def build_trainer(
     key, store = open_reference_store(config, sampling, scorer, reporter, stack, new_store_key)
     reporter.note(f"loading {config.model.path} ({shape.architecture}) into Megatron")
     algorithm = Algorithm(config.algorithm, config.rollout.max_new_tokens)
-    policy, learner = _policy_and_learner(config, shape, algorithm)
+    policy, learner = build_policy_and_learner(config, shape, algorithm)
     decode = text_decoder(tokenizer)
     rollout_engine = engine(policy) if engine else build_engine(config, policy, shape, decode)
     stack.callback(rollout_engine.close)
@@ -165,7 +165,7 @@ def build_trainer(
 # ---------------------------------------------------------------- parts
 
 
-def _policy_and_learner(config: Config, shape: ModelShape, algorithm: Algorithm) -> tuple[Any, Any]:
+def build_policy_and_learner(config: Config, shape: ModelShape, algorithm: Algorithm) -> tuple[Any, Any]:
     """``MegatronPolicy`` with the base model's weights, and the ``Learner`` that updates it."""
     from nemo_aapo.policy.learner import Learner
     from nemo_aapo.policy.megatron import MegatronPolicy

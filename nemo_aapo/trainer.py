@@ -19,6 +19,7 @@ import numpy as np
 from nemo_aapo import parallel
 from nemo_aapo.algorithms import Algorithm
 from nemo_aapo.config import Config
+from nemo_aapo.config.schema import Rollout
 from nemo_aapo.errors import RunError
 from nemo_aapo.evaluate import Validator
 from nemo_aapo.experiment import rollout_rows
@@ -225,12 +226,12 @@ class AAPOTrainer:
 
     def _parity_gate(self, groups: list[Group]) -> None:
         """Before the first update of this process the engine's log-probs must be the learner's."""
-        if complaint := self._disagreement(self.learner.parity(groups)):
+        if complaint := disagreement(self.config.rollout, self.learner.parity(groups)):
             raise ParityError(f"before the first step: {complaint}")
         self._gated = True
 
     def _watch_parity(self, metrics: dict[str, float]) -> None:
-        complaint = self._disagreement(metrics)
+        complaint = disagreement(self.config.rollout, metrics)
         if complaint and self.config.rollout.on_parity_error == "stop":
             raise ParityError(f"step {self.step}: {complaint}. The last checkpoint is as it was")
         if complaint:
@@ -239,19 +240,6 @@ class AAPOTrainer:
     def _lag(self, groups: list[Group]) -> bool:
         """Whether these were drawn by an earlier policy: then engine and learner have to differ."""
         return parallel.any_rank(any(c.policy_version != self.policy.version for g in groups for c in g.completions))[0]
-
-    def _disagreement(self, parity: dict[str, float]) -> str:
-        """What is wrong with the parity of engine and learner; empty if it is within the limits or not known."""
-        error, kl = parity["parity/mult_prob_error"], parity["parity/gen_kl"]
-        error_limit, kl_limit = self.config.rollout.max_parity_error, self.config.rollout.max_gen_kl
-        if not (error > error_limit or kl > kl_limit):
-            return ""
-        return (
-            f"engine and learner disagree on the same tokens: multiplicative probability error {error:.4f} "
-            f"(rollout.max_parity_error={error_limit}), KL {kl:.2e} (rollout.max_gen_kl={kl_limit}). "
-            "Look at: rollout.temperature (the same in both?), the model's dtype, stale weights in the engine, the "
-            "padded vocabulary"
-        )
 
     def _save(self) -> None:
         self._doing = f"step {self.step + 1}, rollout"
@@ -273,6 +261,23 @@ class AAPOTrainer:
     def _wait_for_checkpoint(self) -> None:
         self._doing = f"the checkpoint of step {self.step}"
         self.checkpoints.wait()
+
+
+def disagreement(limits: Rollout, parity: Mapping[str, float]) -> str:
+    """What is wrong with the parity of engine and learner; empty if it is within the limits or not known.
+
+    Args:
+        parity: ``parity/mult_prob_error`` and ``parity/gen_kl``, as ``Learner`` returns them.
+    """
+    error, kl = parity["parity/mult_prob_error"], parity["parity/gen_kl"]
+    if not (error > limits.max_parity_error or kl > limits.max_gen_kl):
+        return ""
+    return (
+        f"engine and learner disagree on the same tokens: multiplicative probability error {error:.4f} "
+        f"(rollout.max_parity_error={limits.max_parity_error}), KL {kl:.2e} (rollout.max_gen_kl={limits.max_gen_kl}). "
+        "Look at: rollout.temperature (the same in both?), the model's dtype, stale weights in the engine, the "
+        "padded vocabulary"
+    )
 
 
 def with_advantages(algorithm: Algorithm, groups: list[Group], pair_seeds: list[int]) -> list[Group]:

@@ -51,7 +51,7 @@ class JobState:
         return self.state not in QUEUED
 
 
-def slurm(*words: str) -> str:
+def slurm(*words: str, timeout_s: float = TIMEOUT_S) -> str:
     """What a command of Slurm prints.
 
     Raises:
@@ -60,9 +60,9 @@ def slurm(*words: str) -> str:
     if shutil.which(words[0]) is None:
         raise SlurmError(f"there is no `{words[0]}` here: call this on a login node of a Slurm cluster")
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT_S, stdin=subprocess.DEVNULL)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=timeout_s, stdin=subprocess.DEVNULL)
     except subprocess.TimeoutExpired:
-        raise SlurmError(f"`{words[0]}` did not answer within {TIMEOUT_S:g} s") from None
+        raise SlurmError(f"`{words[0]}` did not answer within {timeout_s:g} s") from None
     if done.returncode != 0:
         raise SlurmError(done.stderr.strip() or done.stdout.strip() or f"`{words[0]}` failed: {done.returncode}")
     return done.stdout

@@ -1,0 +1,115 @@
+"""One check in a process of its own: it may hang, crash or print, and costs its own line at most.
+
+A hung collective, a hung file system or a library that aborts can't be left by an exception. The process is forked, so
+that a check costs no start of Python; what forks has not touched CUDA.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import time
+from multiprocessing.connection import Connection
+from typing import IO, NoReturn
+
+from nemo_aapo.config import ConfigError
+from nemo_aapo.data import DataError
+from nemo_aapo.doctor.finding import Check, Context, Finding
+from nemo_aapo.errors import RunError
+from nemo_aapo.rewards.base import describe_error
+
+LAST_WORDS = 300
+"""So many characters of what a check wrote are shown when it dies."""
+REAP_S = 5.0
+_PR_SET_PDEATHSIG = 1
+
+
+def run_guarded(check: Check, context: Context) -> list[Finding]:
+    """What the check finds; a failure instead where it is too late, raises, or dies."""
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    with tempfile.TemporaryFile() as output, ours, theirs:
+        sys.stdout.flush()
+        end = time.monotonic() + check.deadline_s
+        pid = os.fork()
+        if pid == 0:
+            _child(check, context, theirs, output.fileno())
+        theirs.close()
+        late, found = False, None
+        try:
+            late = not ours.poll(end - time.monotonic())
+            found = None if late else ours.recv()
+        except EOFError:  # it died
+            pass
+        finally:
+            code = _end(pid)
+        return found or [_late(check, output) if late else _died(check, code, output)]
+
+
+def _child(check: Check, context: Context, answer: Connection, output: int) -> NoReturn:
+    """Never returns: whatever threads a library left end here."""
+    try:
+        os.setsid()  # what it starts can be killed along
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # the kernel ends it when the parent is gone
+        faulthandler.disable()  # its pages of frames would hide the last words
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+        found = check.run(context)
+        answer.send([found] if isinstance(found, Finding) else list(found))
+    except (ConfigError, DataError, RunError) as error:  # these say what to do
+        answer.send([Finding(check.name, "failure", one_line(str(error)))])
+    except BaseException as error:
+        remedy = "a library or the check itself is at fault: see the place named"
+        answer.send([Finding(check.name, "failure", f"broke off: {one_line(describe_error(error))}", remedy)])
+    finally:
+        os._exit(0)
+
+
+def _late(check: Check, output: IO[bytes]) -> Finding:
+    return Finding(
+        check.name,
+        "failure",
+        f"not done after {check.deadline_s:g} s, and killed{_last_words(output)}",
+        "something that it waits for hangs: another rank, the network, a file system, a GPU",
+    )
+
+
+def _died(check: Check, code: int | None, output: IO[bytes]) -> Finding:
+    how = f"by {signal.Signals(-code).name}" if code is not None and code < 0 else f"with exit code {code}"
+    remedy = "see its last words: out of memory, a library built for another machine, NCCL's watchdog"
+    return Finding(check.name, "failure", f"died {how}{_last_words(output)}", remedy)
+
+
+def _last_words(output: IO[bytes]) -> str:
+    size = output.seek(0, os.SEEK_END)
+    output.seek(max(0, size - LAST_WORDS))
+    words = one_line(output.read().decode(errors="replace"))
+    return f"; its last words: {words}" if words else ""
+
+
+def _end(pid: int) -> int | None:
+    """Kill what is left of the process and of what it started; its exit code, below 0 a signal's number.
+
+    None: it is stuck in the kernel, and the kernel's to end.
+    """
+    for kill in (os.killpg, os.kill):  # its group, if it got so far; not reaped yet, its number is still its own
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            kill(pid, signal.SIGKILL)
+    end = time.monotonic() + REAP_S
+    while time.monotonic() < end:
+        reaped, status = os.waitpid(pid, os.WNOHANG)
+        if reaped:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.005)
+    return None
+
+
+def one_line(text: str) -> str:
+    """Lines joined by semicolons."""
+    return "; ".join(line.strip() for line in text.splitlines() if line.strip())
