@@ -38,8 +38,8 @@ class Plan:
     sequence: int = 1024
     """Tokens of a sequence, half of them prompt."""
     micro_batch_tokens: int = 32_768
-    micro_batches: int = 1
-    steps: int = 4
+    micro_batches: int = 4
+    steps: int = 3
     decode_rows: tuple[int, ...] = (64, 256)
     decode_prompt: int = 512
     decode_tokens: int = 256

@@ -106,7 +106,7 @@ def learn(path: Path | str, updates: int = 1, groups=None, policy=None, **settin
 
     def keep_gradient(limit):
         named = policy.module.named_parameters()
-        gradients.append({name: p.main_grad.float().flatten().cpu().numpy() for name, p in named})
+        gradients.append({name: p.main_grad.float().flatten().cpu().numpy().copy() for name, p in named})
         return clip(limit)
 
     policy.optimizer.clip_grad_norm = keep_gradient
