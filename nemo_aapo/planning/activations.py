@@ -72,7 +72,7 @@ LOCAL: tuple[Term, ...] = (
 _TE_NORM_LINEAR = "TransformerEngine module/layernorm_linear.py: inputmat, ln_out, rsigma"
 _TE_LINEAR = "TransformerEngine module/linear.py: saved_inputmat"
 _TE_ATTENTION = "TransformerEngine attention/dot_product_attention/backends.py, FusedAttnFunc: q, k, v, out, statistics"
-_SWIGLU = "mcore fusions/fused_bias_swiglu.py, SwiGLUFunction: its input"
+_SWIGLU = "TransformerEngine ops/basic/activation.py, SwiGLU: its input (of experts mcore's fusion, the same)"
 _MOE = "mcore transformer/moe: permuted tokens, router probabilities (tokens spread evenly over the experts)"
 
 TRANSFORMER_ENGINE: tuple[Term, ...] = (
@@ -82,7 +82,7 @@ TRANSFORMER_ENGINE: tuple[Term, ...] = (
     Term(
         "query and key norm input",
         {"query": 1, "key_value": 1},
-        "TransformerEngine module/rmsnorm.py",
+        "TransformerEngine ops/basic/rmsnorm.py",
         only="qk_norm",
     ),
     Term("query and key norm, 1/rms", {"heads": 1, "groups": 1}, "the same", "fp32", only="qk_norm"),
