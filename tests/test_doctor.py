@@ -18,7 +18,6 @@ from nemo_aapo.doctor.finding import Check, Context, Place
 from nemo_aapo.doctor.gpu import Gpu, Gpus
 from nemo_aapo.doctor.guard import run_guarded
 from nemo_aapo.policy.kernels import Libraries, fused_kernels
-from nemo_aapo.policy.model_dir import read_model_dir
 from tests.models import make_config
 
 ALONE = Place(rank=0, world_size=1, local_rank=0, local_world_size=1, host="here")
@@ -335,14 +334,14 @@ def test_disk_space_is_that_of_the_kept_checkpoints_and_the_export(config):
     assert files.disk(context(many)).level == "failure"
 
 
-def test_a_ranks_parameters_are_the_models_cut_up(tiny_models):
-    for path in tiny_models.values():
-        shapes, shape = sizes.tensor_shapes(path), read_model_dir(str(path))
-        whole = sizes.count_parameters(path)
-        assert sizes.rank_parameters(shapes, shape, 1, 1) == whole
-        halves = sizes.rank_parameters(shapes, shape, 2, 1)
-        assert whole / 2 < halves < 0.53 * whole  # norms are on both ranks
-        assert whole / 4 < sizes.rank_parameters(shapes, shape, 1, 4) < whole / 2  # embedding and output at the ends
+def test_memory_is_held_against_the_plan_and_its_lower_bound(config):
+    weights = sizes.count_parameters(Path(config.model.path)) * 4
+    training = memory.plan(sizes.on_this_machine(config), 2**30).phases["train"]
+    assert [training[part] for part in memory.DEVICE_PARTS] == [weights, weights, 2 * weights]
+    gib = 2**30
+    assert memory.judge("gpu_memory", 50 * gib, 80 * gib, "weights", peak=70 * gib).level == "ok"
+    assert memory.judge("gpu_memory", 50 * gib, 80 * gib, "weights", peak=90 * gib).level == "warning"
+    assert memory.judge("gpu_memory", 90 * gib, 80 * gib, "weights", peak=95 * gib).level == "failure"
 
 
 def test_memory_of_a_container_counts_and_too_little_is_a_failure(config, tmp_path, monkeypatch):

@@ -2,36 +2,56 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+from nemo_aapo.config import Config
 from nemo_aapo.doctor.finding import Context, Finding
-from nemo_aapo.doctor.sizes import on_this_machine, readable, training_bytes
+from nemo_aapo.doctor.sizes import on_this_machine, readable
 from nemo_aapo.doctor.versions import has_gpu
-from nemo_aapo.policy.model_dir import read_model_dir
+from nemo_aapo.planning import hardware, models
+from nemo_aapo.planning.inputs import Question, inputs_of
+from nemo_aapo.planning.memory import RankMemory, of_rank
 
 CGROUPS = (
     ("memory.max", "memory.current"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
 )
 """Limit and usage below /sys/fs/cgroup, version 2 and version 1."""
-DEVICE_PARTS = "weights, gradients, optimizer"
+DEVICE_PARTS = ("weights", "gradients", "optimizer")
 REMEDY = "raise the tensor- or pipeline-parallel size, or use machines with more memory"
 
 
 def memory(context: Context) -> list[Finding]:
     """The host's memory for all ranks of this machine, and a GPU's for one."""
-    config, ranks = on_this_machine(context.config), ranks_here(context)
-    device, besides = training_bytes(config, read_model_dir(config.model.path))
-    on_gpu = has_gpu()
-    host_need = ranks * (besides if on_gpu else device + besides)
-    parts = "copies for reference and checkpoint" if on_gpu else f"{DEVICE_PARTS}, copies for reference and checkpoint"
-    found = [judge("host_memory", host_need, free_host_memory(), f"{parts}; ranks here: {ranks}")]
+    config, ranks, on_gpu = on_this_machine(context.config), ranks_here(context), has_gpu()
+    host = free_host_memory()
+    free = _free_gpu_memory(context.place.local_rank) if on_gpu else host
+    planned = plan(config, free)
+    training = planned.phases["train"]
+    learner = sum(training[part] for part in DEVICE_PARTS)
+    copies = sum(planned.host.values())
+    if config.checkpoint.async_save:
+        copies += training["weights"] + training["optimizer"]
+    parts = [*(() if on_gpu else DEVICE_PARTS), "copies for reference and checkpoint"]
+    need = ranks * (copies if on_gpu else learner + copies)
+    found = [judge("host_memory", need, host, f"{', '.join(parts)}; ranks here: {ranks}")]
     if on_gpu:
-        import torch
-
-        free, _ = torch.cuda.mem_get_info(context.place.local_rank)
-        found.append(judge("gpu_memory", device, free, DEVICE_PARTS))
+        found.append(judge("gpu_memory", learner, free, ", ".join(DEVICE_PARTS), planned.peak))
     return found
+
+
+def plan(config: Config, free: int) -> RankMemory:
+    """What ``scripts/plan.py`` reckons for the fullest rank.
+
+    Args:
+        config: its precision is decided.
+        free: bytes where the model computes.
+    """
+    lengths = float(config.data.max_prompt_tokens), float(config.rollout.max_new_tokens)
+    gpu = replace(hardware.find("h100"), memory_bytes=free)  # of a GPU's other figures only times depend
+    question = Question(models.read(config.model.path), gpu, *lengths, dataset_prompts=None)
+    return of_rank(inputs_of(config, question))
 
 
 def ranks_here(context: Context) -> int:
@@ -40,13 +60,21 @@ def ranks_here(context: Context) -> int:
     return place.local_world_size if place.world_size > 1 else context.config.trainer.devices
 
 
-def judge(name: str, need: int, free: int, what: str) -> Finding:
-    """Args: need, free: bytes. The need is a lower bound: activations, caches and libraries come on top."""
+def _free_gpu_memory(number: int) -> int:
+    import torch
+
+    return torch.cuda.mem_get_info(number)[0]
+
+
+def judge(name: str, need: float, free: int, what: str, peak: float | None = None) -> Finding:
+    """Args: need: bytes, a lower bound. peak: what is reckoned with activations and caches; None: not known."""
     text = f"{readable(free)} free, at least {readable(need)} needed ({what})"
+    if peak is not None:
+        text += f", {readable(peak)} reckoned with activations and caches (scripts/plan.py)"
     if need > free:
         return Finding(name, "failure", text, REMEDY)
-    if need > 0.8 * free:
-        return Finding(name, "warning", f"{text}: little is left for activations and caches", REMEDY)
+    if (peak or need / 0.8) > free:
+        return Finding(name, "warning", f"{text}: it may run out of memory", REMEDY)
     return Finding(name, "ok", text)
 
 
