@@ -3,7 +3,7 @@
 #
 #   docker build -t nemo_aapo .
 #   docker run --gpus all --ipc=host --ulimit memlock=-1 -v "$PWD/results:/opt/nemo_aapo/results" nemo_aapo \
-#       scripts/train.py precision=bf16 model.path=... data.train=... data.validation=...
+#       scripts/train.py model.path=... data.train=... data.validation=...
 #
 # The release image is the base because TensorRT-LLM, torch, CUDA, NCCL and TransformerEngine in it are built for each
 # other. TensorRT-LLM 1.2.1 takes torch >= 2.9.1, <= 2.10.0a0; megatron-core 0.16, TransformerEngine >= 2.9, < 2.12.
@@ -36,6 +36,10 @@ RUN python3 -m pip install --no-deps --no-build-isolation -e .
 RUN useradd --create-home --shell /bin/bash aapo && mkdir -p results && chown aapo:aapo results
 USER aapo
 ENV PYTHONUNBUFFERED=1
+
+# A container whose GPU, libraries or file system are not what the tests saw says so in `docker ps`.
+HEALTHCHECK --interval=5m --timeout=120s --start-period=60s \
+    CMD ["python3", "/opt/nemo_aapo/scripts/doctor.py", "--quick"]
 
 # The base image's own entry point stays in front: it checks the driver and sets up CUDA's compatibility libraries.
 ENTRYPOINT ["/opt/nvidia/nvidia_entrypoint.sh", "python3"]

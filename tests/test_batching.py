@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_aapo.policy.batching import collate, pad_to, padding_fraction, plan
+from nemo_aapo.policy.batching import collate, pad_to, padding_fraction, plan, tokens_of
 from nemo_aapo.types import Sample
 
 
@@ -16,18 +16,21 @@ def reasoning_lengths(count: int, seed: int = 0) -> list[int]:
     return np.clip(drawn, 8, 2048).astype(int).tolist()
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("seed", range(40))
-def test_every_sequence_is_dealt_once_within_the_budget_and_evenly(seed):
+def test_every_sequence_is_dealt_once_within_the_budget_and_evenly(seed, packed):
     generator = np.random.default_rng(seed)
     lengths = generator.integers(1, 200, generator.integers(0, 60)).tolist()
     ranks, multiple = int(generator.integers(1, 5)), int(generator.choice([1, 2, 8]))
     budget = int(generator.integers(208, 1000))
-    dealt = plan(lengths, budget=budget, data_parallel_size=ranks, multiple=multiple)
+    dealt = plan(lengths, budget=budget, data_parallel_size=ranks, multiple=multiple, packed=packed)
     assert sorted(i for rank in dealt for batch in rank for i in batch) == list(range(len(lengths)))
     assert len({len(rank) for rank in dealt}) == 1
     assert dealt[0]
     for batch in (batch for rank in dealt for batch in rank if batch):
-        assert len(batch) * pad_to(max(lengths[i] for i in batch), multiple) <= budget
+        padded = len(batch) * pad_to(max(lengths[i] for i in batch), multiple)
+        packs = pad_to(sum(lengths[i] for i in batch), multiple)
+        assert tokens_of([lengths[i] for i in batch], multiple, packed) == (packs if packed else padded) <= budget
 
 
 def test_sorting_removes_most_padding_of_reasoning_like_lengths():
@@ -38,6 +41,16 @@ def test_sorting_removes_most_padding_of_reasoning_like_lengths():
     in_order = [list(range(start, min(start + 8, 512))) for start in range(0, 512, 8)]
     assert padding_fraction(in_order, lengths) > 0.4
     assert sorted_padding < 0.12
+
+
+def test_packing_leaves_hardly_any_padding_and_needs_fewer_micro_batches():
+    lengths, multiple = reasoning_lengths(512), 128
+    padded, packed = (
+        plan(lengths, budget=8192, data_parallel_size=4, multiple=multiple, packed=p) for p in (False, True)
+    )
+    fraction = padding_fraction([batch for rank in packed for batch in rank], lengths, multiple, packed=True)
+    assert fraction < 0.01
+    assert len(packed[0]) < len(padded[0])
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -70,7 +83,25 @@ def test_positions_select_the_state_that_predicts_each_completion_token():
     assert batch.weights.tolist() == [0.5, 0.5, 0.25]
 
 
-def test_an_empty_micro_batch_has_a_row_and_no_token():
-    batch = collate([], [], multiple=2, device=torch.device("cpu"))
+def test_packed_sequences_stand_end_to_end_and_the_padding_is_one_of_its_own():
+    samples = [
+        Sample(np.array([5, 6, 7], np.int32), np.array([8, 9], np.int32), np.zeros(2, np.float32), 1.0),
+        Sample(np.array([3], np.int32), np.array([4], np.int32), np.zeros(1, np.float32), -1.0),
+    ]
+    batch = collate(samples, [0.5, 0.25], multiple=4, device=torch.device("cpu"), packed=True)
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 3, 4, 0]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 0]]
+    assert batch.cu_seqlens.tolist() == [0, 5, 7, 8]
+    assert batch.cu_seqlens.dtype == torch.int32
+    assert batch.longest == 5
+    assert batch.positions.tolist() == [2, 3, 5]
+    assert batch.targets.tolist() == [8, 9, 4]
+    whole = collate(samples, [0.5, 0.25], multiple=7, device=torch.device("cpu"), packed=True)
+    assert whole.cu_seqlens.tolist() == [0, 5, 7]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_empty_micro_batch_has_a_row_and_no_token(packed):
+    batch = collate([], [], multiple=2, device=torch.device("cpu"), packed=packed)
     assert batch.input_ids.shape == (1, 2)
     assert batch.targets.numel() == batch.weights.numel() == 0

@@ -142,6 +142,41 @@ def test_the_gpu_pins_differ_only_in_transformers_and_leave_the_images_torch_alo
     assert {name for name in gpu if gpu[name] != pins[name]} == {"transformers"}
 
 
+IMAGE = {  # TensorRT-LLM 1.2.1's own requirements, where they name a version, and the Python of its image
+    "torch": "2.9.1",
+    "numpy": "1.26.4",
+    "triton": "3.5.0",
+    "datasets": "3.1.0",
+    "setuptools": "79.0.1",
+    "onnx": "1.19.1",
+    "transformer-engine": "2.9.0",
+}
+IMAGE_HAS = """absl-py accelerate aiohttp annotated-types certifi charset-normalizer click einops filelock fsspec grpcio
+    huggingface-hub idna iniconfig jinja2 markdown markdown-it-py markupsafe mpmath multidict networkx packaging pandas
+    peft pillow pluggy prometheus-client propcache protobuf psutil pyarrow pydantic pydantic-core pygments
+    python-dateutil pyyaml regex requests rich safetensors sentencepiece six sympy tokenizers tqdm typing-extensions
+    typing-inspection tzdata urllib3 werkzeug xxhash yarl""".split()  # noqa: SIM905
+"""What it brings in versions of its own; what is in neither list has to be in gpu.txt."""
+FOR_PYTHON_312 = {"python_version": "3.12", "python_full_version": "3.12.3", "extra": ""}
+
+
+def test_the_gpu_pins_resolve_against_each_other_and_the_image(pins):
+    """By what the installed packages declare: the versions are the same but for transformers, which the image pins."""
+    gpu = read_pins("gpu.txt")
+    versions = {**{name: Version(text) for name, text in IMAGE.items()}, **gpu}
+    for package in gpu:
+        for text in importlib.metadata.requires(package) or []:
+            requirement = Requirement(text)
+            name = canonicalize_name(requirement.name)
+            if requirement.marker is not None and not requirement.marker.evaluate(FOR_PYTHON_312):
+                continue
+            if name in NEVER_IMPORTED.get(package, set()):
+                continue
+            assert name in versions or name in IMAGE_HAS, f"{package} needs {name}"
+            if name in versions:
+                assert requirement.specifier.contains(versions[name], prereleases=True), (package, requirement)
+
+
 def test_the_dockerfile_is_built_on_the_matching_image_without_root_or_missing_files():
     text = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
     steps = [line.split(maxsplit=1) for line in text.splitlines() if re.match(r"[A-Z]+ ", line)]
@@ -159,4 +194,7 @@ def test_the_dockerfile_is_built_on_the_matching_image_without_root_or_missing_f
     assert users[0] not in ("root", "0")
     assert "RUN" not in names[names.index("USER") :]
     assert names.count("ENTRYPOINT") == 1
+    (health,) = [arguments for step, arguments in steps if step == "HEALTHCHECK"]
+    assert "scripts/doctor.py" in health
+    assert "--quick" in health
     assert {".git", ".venv", "results"} <= set((ROOT / ".dockerignore").read_text().split())

@@ -82,6 +82,29 @@ def _the_bridge_leaves_no_stand_ins_behind():
     assert "transformer_engine" in OPTIONAL_DEPENDENCIES
 
 
+def _parameters_are_named_as_on_a_gpu_only_inside():
+    import torch
+
+    from nemo_aapo.policy import cpu
+
+    tensor = torch.zeros(1)
+    with cpu.types_as_on_gpu():
+        assert tensor.type() == "torch.cuda.FloatTensor"
+        assert tensor.bfloat16().type() == "torch.cuda.BFloat16Tensor"
+        assert tensor.type(torch.float64).dtype == torch.float64
+    assert tensor.type() == "torch.FloatTensor"
+
+
+def _mcore_takes_torchs_adam_and_norms():
+    import torch
+    from megatron.core import optimizer
+    from megatron.core.optimizer import clip_grads, distrib_optimizer
+
+    assert optimizer.USING_PYTORCH_OPTIMIZER
+    assert not distrib_optimizer.HAVE_APEX_OR_TE
+    assert clip_grads.get_grad_norm_fp32([torch.tensor([3.0, 4.0])], grad_stats_parallel_group=None) == 5.0
+
+
 @pytest.mark.parametrize(
     "promise",
     [
@@ -89,6 +112,8 @@ def _the_bridge_leaves_no_stand_ins_behind():
         _cuda_literals,
         _gradient_clipping,
         _rng_tracker,
+        _parameters_are_named_as_on_a_gpu_only_inside,
+        _mcore_takes_torchs_adam_and_norms,
         _other_versions_are_refused,
         _the_bridge_leaves_no_stand_ins_behind,
     ],

@@ -19,6 +19,8 @@ LAYOUTS = {  # TP, PP, DP, sequence parallel, micro-batch budget; packed and wit
     "1x1x2, packed, distributed optimizer": (1, 1, 2, False, 128),
     "2x1x2+sp, distributed optimizer": (2, 1, 2, True, 128),
     "1x2x2, packed, distributed optimizer, overlap": (1, 2, 2, False, 128),
+    "1x1x1, full recompute": (1, 1, 1, False, 128),
+    "2x1x1+sp, packed, selective recompute": (2, 1, 1, True, 128),
 }
 
 
@@ -67,6 +69,8 @@ def learn(path, algorithm, tp, pp, sp, budget, updates=1, lr=1e-3, how=""):
         model__optim__eps=1e-3,  # with 1e-8 Adam's first update is the gradient's sign, noise included
         max_tokens_per_microbatch=budget,
         model__sequence_packing="packed" in how,
+        model__recompute_granularity=next((kind for kind in ("full", "selective") if f"{kind} recompute" in how), None),
+        model__recompute_modules=["core_attn", "mlp"],
         model__optim__use_distributed_optimizer="distributed optimizer" in how,
         model__optim__overlap_grad_reduce="overlap" in how,
         model__optim__overlap_param_gather="overlap" in how,
@@ -109,6 +113,33 @@ def test_loss_and_gradient_are_those_of_one_process(ranks, tiny_models, layout):
         assert metrics["entropy"] == pytest.approx(expected["entropy"], rel=1e-5)
         for name, tensor in updated.items():
             np.testing.assert_allclose(tensor, weights[name], atol=2e-6, err_msg=name)
+
+
+def scored_among_others(path, other_seed):
+    """Log-probs of one sequence in the middle of a pack, whose other sequences depend on the seed."""
+    import torch
+
+    from nemo_aapo.policy.batching import collate
+    from nemo_aapo.policy.megatron import MegatronPolicy
+    from nemo_aapo.policy.model_dir import read_model_dir
+    from nemo_aapo.types import Sample
+
+    policy = MegatronPolicy(make_config(path, model__sequence_packing=True), read_model_dir(str(path)))
+
+    def sample(seed, length):
+        tokens = np.random.default_rng(seed).integers(2, 160, length).astype(np.int32)
+        return Sample(tokens[:5], tokens[5:], np.zeros(length - 5, np.float32), 1.0)
+
+    samples = [sample(other_seed, 13), sample(1, 17), sample(other_seed + 1, 20)]
+    batch = collate(samples, [1.0] * 3, multiple=8, device=torch.device("cpu"), packed=True)
+    return policy.score([batch])[0][8 : 8 + 12]
+
+
+def test_no_attention_leaks_between_packed_sequences(ranks, tiny_models):
+    """Other neighbours change nothing of a sequence's log-probs, not even the last bit."""
+    ((first,), (second,)) = (ranks.run(scored_among_others, tiny_models["qwen3"], seed) for seed in (10, 20))
+    assert first.tolist() == second.tolist()
+    assert len(set(first.tolist())) == 12
 
 
 def test_several_grpo_updates_with_kl_agree_between_layouts(ranks, tiny_models):
