@@ -25,7 +25,6 @@ NEVER_IMPORTED = {
     "megatron-bridge": {
         "accelerate",
         "causal-conv1d",
-        "datasets",
         "flash-linear-attention",
         "mamba-ssm",
         "mlflow",
