@@ -125,8 +125,7 @@ def build_trainer(
     eos = require_eos(tokenizer, config.model.path)
     scorer = build_scorer(config, rewards, stack)
     if data is None or validation_data is None:
-        read = read_data(config, tokenizer, scorer)
-        data, validation_data = data or read[0], validation_data or read[1]
+        data, validation_data = read_data(config, tokenizer, scorer, data, validation_data)
     for name, prompts in (("training", data), ("validation", validation_data)):
         reporter.note(f"{_count(prompts)} {name} prompts from {prompts.path}{_left_out(config, prompts)}")
     sampler = build_sampler(config, data)
@@ -225,16 +224,29 @@ def reward_of(entry: dict[str, Any]) -> Reward:
         raise ConfigError(f"rewards: {error}") from error
 
 
-def read_data(config: Config, tokenizer: Any, scorer: RewardScorer | None) -> tuple[PromptSet, PromptSet]:
-    """Training and held-out prompts. Rank 0 reads and checks; all ranks get the same prompts, or the same error."""
+def read_data(
+    config: Config,
+    tokenizer: Any,
+    scorer: RewardScorer | None,
+    train: PromptSet | None = None,
+    validation: PromptSet | None = None,
+) -> tuple[PromptSet, PromptSet]:
+    """Training and held-out prompts. Rank 0 reads and checks; all ranks get the same prompts, or the same error.
+
+    Args:
+        train, validation: prompts of one's own in place of those that the configuration names.
+    """
 
     def load() -> tuple[PromptSet, PromptSet] | None:
         if parallel.rank() != 0:
             return None
-        return load_data(config.data, tokenizer, getattr(scorer, "check_answer", None))
+        verify = getattr(scorer, "check_answer", None)
+        return load_data(config.data, tokenizer, verify, train=train, held_out=validation)
 
-    train, validation = parallel.broadcast_from_first_rank(parallel.agree(load))
-    return parallel.agree(lambda: attach_endless(train, config.data, tokenizer)), validation
+    read, held_out = parallel.broadcast_from_first_rank(parallel.agree(load))
+    if train is None:
+        read = parallel.agree(lambda: attach_endless(read, config.data, tokenizer))
+    return read, held_out
 
 
 def _count(prompts: PromptSet) -> str:

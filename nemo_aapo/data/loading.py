@@ -32,24 +32,38 @@ VerifyAnswer = Callable[[str], None]
 
 
 def load_data(
-    data: Data, tokenizer: PreTrainedTokenizerBase, verify_answer: VerifyAnswer | None = None
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    verify_answer: VerifyAnswer | None = None,
+    *,
+    train: PromptSet | None = None,
+    held_out: PromptSet | None = None,
 ) -> tuple[PromptSet, PromptSet]:
     """The training prompts, those of sources without end still left out, and the held-out ones.
 
     Args:
         verify_answer: raises ValueError for a gold answer that the rewards can't work with.
+        train, held_out: prompts of one's own in place of those that ``data`` names.
 
     Raises:
         DataError: what can't be read or used; training prompts among the held-out ones where that is an error.
     """
-    train, held_out = (
-        join(sources, [_load(source, splits, data, tokenizer, verify_answer) for source in sources])
-        for sources, splits in (
-            (sources_of(data, "train"), TRAIN_SPLITS),
-            (sources_of(data, "validation"), HELD_OUT_SPLITS),
-        )
-    )
-    return without_contamination(train, held_out, data.on_contamination), held_out
+    if held_out is None:
+        held_out = _load_all(sources_of(data, "validation"), HELD_OUT_SPLITS, data, tokenizer, verify_answer)
+    if train is None:
+        read = _load_all(sources_of(data, "train"), TRAIN_SPLITS, data, tokenizer, verify_answer)
+        train = without_contamination(read, held_out, data.on_contamination)
+    return train, held_out
+
+
+def _load_all(
+    sources: Sequence[Source],
+    splits: Sequence[str],
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    verify_answer: VerifyAnswer | None,
+) -> PromptSet:
+    return join(sources, [_load(source, splits, data, tokenizer, verify_answer) for source in sources])
 
 
 def attach_endless(prompts: PromptSet, data: Data, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
