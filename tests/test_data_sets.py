@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from nemo_aapo import load_config
 from nemo_aapo.config.sources import Source, sources_of
 from nemo_aapo.data import DataError
 from nemo_aapo.data.contamination import conflicts, normalise, overlap
@@ -93,7 +94,7 @@ def test_splits_are_chosen_by_use_or_by_name(copies, tokenizer, name):
     assert count() == 20
     assert count(default_splits=("test", "validation")) == 3
     assert count(split="test") == 3
-    with pytest.raises(DataError, match=r"there is no split dev; there is train, test: name one, as in \{path: "):
+    with pytest.raises(DataError, match=r"there is no split dev; there is train, test: name one, as in \[\{path: "):
         count(split="dev")
 
 
@@ -181,6 +182,16 @@ def test_every_preset_is_tested_on_a_row_of_its_real_form_and_is_valid():
         source = sources_of(config.data, "train")[0]
         parsed = parse_row(Record(1, row), source)
         assert (parsed.question, parsed.answer, parsed.before) == (question, answer, ()), name
+
+
+def test_a_presets_place_can_be_replaced_by_a_copy_whose_fields_stay_the_same():
+    for name in REAL_FORMS:
+        words = ["model.path=m", "data.train=copy.jsonl", "data.validation=[{path: held_out.jsonl, answer_field: a}]"]
+        data = load_config([f"data={name}", *words]).data
+        page = yaml.safe_load((PRESETS / f"{name}.yaml").read_text())
+        fields = {key: page[key] for key in ("prompt_field", "answer_field", "answer_form") if key in page}
+        assert sources_of(data, "train") == (Source("copy.jsonl", **fields),), name
+        assert sources_of(data, "validation") == (Source("held_out.jsonl", **{**fields, "answer_field": "a"}),), name
 
 
 def test_orzs_array_is_read_whole(tmp_path, tokenizer):

@@ -171,7 +171,7 @@ def _load_dataset(datasets: Any, source: Source, where: str) -> Any:
 def _hint(source: Source, error: Exception) -> str:
     text = f"{type(error).__name__} {error}".lower()
     if "config name" in text or "builderconfig" in text:
-        return "name its subset, as in data.train={path: ..., subset: main}"
+        return "name its subset, as in data.train=[{path: ..., subset: main}]"
     if source.on_hub and any(
         sign in text for sign in ("offline", "connect", "resolve", "reach", "timed out", "couldn't find")
     ):
@@ -195,7 +195,7 @@ def _choose_split(loaded: Any, source: Source, default_splits: Sequence[str]) ->
         return next(iter(loaded.values()))
     raise DataError(
         f"{source.path}: there is no split {' or '.join(wanted)}; there is {', '.join(loaded)}: name one, as in "
-        f"{{path: {source.path}, split: {next(iter(loaded), 'train')}}}"
+        f"[{{path: {source.path}, split: {next(iter(loaded), 'train')}}}]"
     )
 
 
