@@ -68,8 +68,10 @@ def wait_until(condition, seconds: float) -> bool:
 
 def test_hostile_mathematics_costs_its_limit_and_leaves_the_others_alone():
     rewards = [(build_reward({"name": "accuracy"}), 1.0)]
+    begin = time.monotonic()
     with RewardRunner(rewards, workers=2, timeout_s=LIMIT_S, score_on_failure=-1.0) as runner:
         start = time.monotonic()
+        to_start_s = start - begin  # on this machine, now: what a worker that was killed costs besides
         for n, text in enumerate(HOSTILE_MATH):
             runner.submit(("hostile", n), prompt(), text, completion())
             runner.submit(("right", n), prompt(), "\\boxed{72}", completion())
@@ -82,7 +84,7 @@ def test_hostile_mathematics_costs_its_limit_and_leaves_the_others_alone():
     assert all(r.score == (-1.0 if r.failure else 0.0) for r in hostile)
     assert runner.stats.timeouts == sum(r.failure == "timeout" for r in hostile) >= 2
     assert runner.stats.scored == 3 * len(HOSTILE_MATH)
-    assert seconds < len(HOSTILE_MATH) * (LIMIT_S + 1.5) / 2 + SLACK_S
+    assert seconds < len(HOSTILE_MATH) * (LIMIT_S + 1.5 * to_start_s) / 2 + SLACK_S
 
 
 HOSTILE_CODE = {
