@@ -52,6 +52,9 @@ setup(
         "nemo": ["nemo-toolkit[core]>=2.7.3,<2.8", "lightning>=2.4,<2.5", "tensorboard"],
         # Rollout servers, and the trainer's side of them
         "servers": ["aiohttp>=3.10,<4", "prometheus_client>=0.20"],
+        # Parquet, Arrow and Hugging Face data sets; JSONL needs neither
+        "data": ["datasets>=4.4,<6", "pyarrow>=21"],
+        "reasoning_gym": ["reasoning-gym==0.1.25", "six", "matplotlib"],  # what it imports without declaring it
         "math": ["math-verify[antlr4_9_3]>=0.9,<0.10"],
         "gpu": [
             "megatron-bridge>=0.3.1,<0.4",

@@ -18,8 +18,8 @@ from nemo_aapo.algorithms import Algorithm
 from nemo_aapo.assemble_reference import build_reference, open_reference_store
 from nemo_aapo.checkpoint import Checkpointer
 from nemo_aapo.config import Config, ConfigError, ModelShape, digest, pad_multiple
-from nemo_aapo.data.prompts import PromptSet, load_prompts
-from nemo_aapo.data.sampler import PromptSampler
+from nemo_aapo.data.loading import attach_endless, build_sampler, load_data
+from nemo_aapo.data.prompts import PromptSet
 from nemo_aapo.data.tokenizer import load_tokenizer, require_eos, text_decoder
 from nemo_aapo.evaluate import Validator
 from nemo_aapo.experiment import open_experiment
@@ -124,13 +124,11 @@ def build_trainer(
     tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
     eos = require_eos(tokenizer, config.model.path)
     scorer = build_scorer(config, rewards, stack)
-    data = data or read_prompts(config, config.data.train, tokenizer, scorer)
-    validation_data = validation_data or read_prompts(config, config.data.validation, tokenizer, scorer)
+    if data is None or validation_data is None:
+        data, validation_data = read_data(config, tokenizer, scorer, data, validation_data)
     for name, prompts in (("training", data), ("validation", validation_data)):
-        reporter.note(f"{len(prompts.prompts)} {name} prompts from {prompts.path}{_left_out(prompts)}")
-    sampler = PromptSampler(
-        len(data.prompts), config.prompts_per_step, config.seed, config.data.shuffle, data_digest=data.digest
-    )
+        reporter.note(f"{_count(prompts)} {name} prompts from {prompts.path}{_left_out(config, prompts)}")
+    sampler = build_sampler(config, data)
     sampling = sampling_of(config, eos)
     key, store = open_reference_store(config, sampling, scorer, reporter, stack, new_store_key)
     reporter.note(f"loading {config.model.path} ({shape.architecture}) into Megatron")
@@ -226,34 +224,43 @@ def reward_of(entry: dict[str, Any]) -> Reward:
         raise ConfigError(f"rewards: {error}") from error
 
 
-def read_prompts(config: Config, path: str, tokenizer: Any, scorer: RewardScorer | None) -> PromptSet:
-    """Rank 0 reads and checks the file; all ranks get the same prompts, or the same error."""
-    data = config.data
+def read_data(
+    config: Config,
+    tokenizer: Any,
+    scorer: RewardScorer | None,
+    train: PromptSet | None = None,
+    validation: PromptSet | None = None,
+) -> tuple[PromptSet, PromptSet]:
+    """Training and held-out prompts. Rank 0 reads and checks; all ranks get the same prompts, or the same error.
 
-    def load() -> PromptSet | None:
+    Args:
+        train, validation: prompts of one's own in place of those that the configuration names.
+    """
+
+    def load() -> tuple[PromptSet, PromptSet] | None:
         if parallel.rank() != 0:
             return None
-        return load_prompts(
-            path,
-            tokenizer,
-            prompt_field=data.prompt_field,
-            answer_field=data.answer_field,
-            system_prompt=data.system_prompt,
-            chat_template=data.chat_template,
-            max_prompt_tokens=data.max_prompt_tokens,
-            on_bad_line=data.on_bad_line,
-            on_long_prompt=data.on_long_prompt,
-            verify_answer=getattr(scorer, "check_answer", None),
-        )
+        verify = getattr(scorer, "check_answer", None)
+        return load_data(config.data, tokenizer, verify, train=train, held_out=validation)
 
-    return parallel.broadcast_from_first_rank(parallel.agree(load))
+    read, held_out = parallel.broadcast_from_first_rank(parallel.agree(load))
+    if train is None:
+        read = parallel.agree(lambda: attach_endless(read, config.data, tokenizer))
+    return read, held_out
 
 
-def _left_out(prompts: PromptSet) -> str:
+def _count(prompts: PromptSet) -> str:
+    endless = sum(size is None for size, _ in prompts.shares)
+    finite = [str(len(prompts.prompts))] if len(prompts.prompts) else []
+    return " + ".join([*finite, *["endless"] * endless])
+
+
+def _left_out(config: Config, prompts: PromptSet) -> str:
     counts = {
         "bad lines": prompts.bad_lines,
         "over the length limit": prompts.dropped_long,
         "duplicates": prompts.duplicates,
+        "among the held-out ones": prompts.contaminated if config.data.on_contamination == "drop" else 0,
     }
     named = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
     return f" (left out: {named})" if named else ""

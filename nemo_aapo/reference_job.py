@@ -14,6 +14,7 @@ from tqdm import tqdm
 from nemo_aapo import assemble, parallel
 from nemo_aapo.assemble_reference import reference_key
 from nemo_aapo.config import Config
+from nemo_aapo.data.loading import build_sampler
 from nemo_aapo.data.sampler import PromptSampler
 from nemo_aapo.data.tokenizer import load_tokenizer, require_eos
 from nemo_aapo.policy import precision
@@ -95,12 +96,17 @@ def status(config: Config) -> int:
 
 
 def needed_prompts(prompts: Sequence[Prompt], sampler: PromptSampler, max_steps: int) -> list[Prompt]:
-    """The prompts that steps 0 to ``max_steps`` take, in the order in which they need them."""
+    """The prompts that steps 0 to ``max_steps`` take, in the order in which they need them.
+
+    Where accuracy decides what they take, all that they may take.
+    """
     wanted: dict[int, None] = {}
     for step in range(max_steps):
-        wanted.update(dict.fromkeys(sampler.indices(step)))
-        if len(wanted) == len(prompts):
+        if not sampler.knows(step):
+            wanted.update(dict.fromkeys(range(len(prompts))))
+        if len(wanted) == sampler.num_prompts:
             break
+        wanted.update(dict.fromkeys(sampler.indices(step)))
     return [prompts[i] for i in wanted]
 
 
@@ -128,12 +134,11 @@ def _needed(config: Config) -> tuple[StoreKey, list[Prompt]]:
         with contextlib.ExitStack() as stack:
             tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
             scorer = assemble.build_scorer(config, None, stack)
-            data = assemble.read_prompts(config, config.data.train, tokenizer, scorer)
+            data, _ = assemble.read_data(config, tokenizer, scorer)
             eos = require_eos(tokenizer, config.model.path)
             sampling = assemble.sampling_of(config, eos)
             key = reference_key(config, sampling, scorer)
-        sampler = PromptSampler(len(data.prompts), config.prompts_per_step, config.seed, config.data.shuffle)
-        return key, needed_prompts(data.prompts, sampler, config.trainer.max_steps)
+        return key, needed_prompts(data.prompts, build_sampler(config, data), config.trainer.max_steps)
     finally:
         parallel.shutdown()
 

@@ -168,7 +168,7 @@ class AAPOTrainer:
             **metrics,
             **self.rollouts.metrics,
             "tokens_per_second": tokens / seconds["step"],
-            "epoch": self.step * self.config.prompts_per_step / len(self.rollouts.data),
+            "epoch": self.rollouts.sampler.epochs(self.step),
             **{f"time/{name}": value for name, value in seconds.items()},
         }
         self._latest |= metrics

@@ -64,10 +64,20 @@ def gpu(arguments: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def rewards(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Items a second of each reward on one core, and what hostile completions cost."""
+    from nemo_aapo.benchmarks import rewards as measured
+
+    plan = measured.QUICK if arguments.quick else measured.Plan()
+    speeds, costs = measured.speeds(plan), measured.hostile(plan)
+    print(measured.report(speeds, costs), flush=True)
+    return {"speeds": [asdict(row) for row in speeds], "hostile": [asdict(row) for row in costs]}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="WHAT")
-    for run in (rollout, gpu):
+    for run in (rollout, gpu, rewards):
         command = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
         command.set_defaults(run=run)
         command.add_argument("--quick", action="store_true", help="tiny sizes: shows that it works, measures nothing")

@@ -41,6 +41,24 @@ def test_the_rollout_benchmark_prints_two_whole_tables(tmp_path):
         assert len({len(line) for line in (header, rule, *rows)}) == 1, block
 
 
+def test_the_rewards_benchmark_prints_speeds_and_what_hostile_completions_cost(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "scripts/benchmark.py", "rewards", "--quick", "--json", tmp_path / "f.json"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    figures = json.loads((tmp_path / "f.json").read_text())
+    assert [row["reward"] for row in figures["speeds"]] == ["accuracy", "integer"]
+    assert all(row["items_per_cpu_second"]["median"] > 250 for row in figures["speeds"])
+    assert [row["other_score"] for row in figures["hostile"]] == [1.0] * 6
+    for name in ("accuracy", "9^{9^{9^{9}}}", "10 MB of open boxes"):
+        assert any(line.startswith(name) for line in done.stdout.splitlines()), done.stdout
+
+
 def test_contestants_take_turns_after_a_warm_up():
     calls: list[str] = []
     timings = in_turns({name: lambda name=name: calls.append(name) for name in "ab"}, repeats=3)

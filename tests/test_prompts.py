@@ -203,8 +203,9 @@ def test_a_missing_file_names_the_nearest_and_an_empty_one_is_refused(write, tok
         load_prompts(tmp_path / "dta.jsonl", tokenizer, max_prompt_tokens=9)
     with pytest.raises(DataError, match="there is no directory"):
         load_prompts(tmp_path / "no" / "data.jsonl", tokenizer, max_prompt_tokens=9)
-    with pytest.raises(DataError, match="this is a directory"):
-        load_prompts(tmp_path, tokenizer, max_prompt_tokens=9)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="this is a directory without a data set"):
+        load_prompts(tmp_path / "empty", tokenizer, max_prompt_tokens=9)
     with pytest.raises(DataError, match="no prompts: empty"):
         load_prompts(write(b"", b"  "), tokenizer, max_prompt_tokens=9)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 from nemo_aapo.rewards import build_reward, pool, reward_config
 from nemo_aapo.rewards.pool import RewardError
 from nemo_aapo.rewards.runner import RewardRunner
-from tests.test_rewards import completion, prompt
+from tests.test_rewards import completion, mutate, prompt
 
 LIMIT_S = 1.0
 SLACK_S = 10.0
@@ -31,7 +32,10 @@ HOSTILE_MATH = [
     "\\boxed{" + "9" * 1_000_000 + "}",
     "\\boxed{" * 100_000,
     "\\frac{" * 100_000,
+    "so 1 and 2, " * 850_000 + "\\boxed{71}",
+    "\\boxed{" + "9" * 10_000_000,
 ]
+"""The last two: 10 MB."""
 
 
 @pytest.fixture
@@ -64,8 +68,10 @@ def wait_until(condition, seconds: float) -> bool:
 
 def test_hostile_mathematics_costs_its_limit_and_leaves_the_others_alone():
     rewards = [(build_reward({"name": "accuracy"}), 1.0)]
+    begin = time.monotonic()
     with RewardRunner(rewards, workers=2, timeout_s=LIMIT_S, score_on_failure=-1.0) as runner:
         start = time.monotonic()
+        to_start_s = start - begin  # on this machine, now: what a worker that was killed costs besides
         for n, text in enumerate(HOSTILE_MATH):
             runner.submit(("hostile", n), prompt(), text, completion())
             runner.submit(("right", n), prompt(), "\\boxed{72}", completion())
@@ -78,7 +84,7 @@ def test_hostile_mathematics_costs_its_limit_and_leaves_the_others_alone():
     assert all(r.score == (-1.0 if r.failure else 0.0) for r in hostile)
     assert runner.stats.timeouts == sum(r.failure == "timeout" for r in hostile) >= 2
     assert runner.stats.scored == 3 * len(HOSTILE_MATH)
-    assert seconds < len(HOSTILE_MATH) * (LIMIT_S + 1.5) / 2 + SLACK_S
+    assert seconds < len(HOSTILE_MATH) * (LIMIT_S + 1.5 * to_start_s) / 2 + SLACK_S
 
 
 HOSTILE_CODE = {
@@ -328,3 +334,19 @@ def test_impossible_arguments_are_refused():
     ]:
         with pytest.raises(ValueError, match=message):
             RewardRunner(rewards, **{"workers": 0, "timeout_s": 1.0, **options})
+
+
+def test_mutated_completions_through_accuracy_cost_no_other_item():
+    rng = random.Random(5)
+    seeds = ["So it is \\boxed{\\frac{1}{2}}.", "It is $x = 3$, 72 or \\boxed{72}", "The answer is 1,234.5\\%."]
+    rewards = [(build_reward({"name": "accuracy"}), 1.0)]
+    with RewardRunner(rewards, workers=2, timeout_s=5 * LIMIT_S, score_on_failure=-1.0) as runner:
+        for n in range(2000):
+            runner.submit(n, prompt(), mutate(rng.choice(seeds), rng), completion())
+            if n % 20 == 0:
+                runner.submit(("right", n), prompt(), "\\boxed{72}", completion())
+        results = runner.collect()
+    assert {results[key].score for key in results if isinstance(key, tuple)} == {1.0}
+    assert {result.score for result in results.values()} <= {-1.0, 0.0, 1.0}
+    assert all((result.score == -1.0) == (result.failure is not None) for result in results.values())
+    assert sum(result.failure is not None for result in results.values()) < 20

@@ -132,6 +132,139 @@ def test_format_is_one_think_and_one_answer_block_and_nothing_else(text, value):
     assert judge("format", "1", text) == value
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("a\n</think>\nb", 1),
+        ("a\n</think>\n\n<answer>7</answer>", 1),
+        ("a</think>\nb", 0),
+        ("a\n</think>\nb\n</think>\nc", 0),
+        ("a", 0),
+    ],
+)
+def test_the_think_style_wants_one_line_that_ends_thinking(text, value):
+    reward = build_reward({"name": "format", "style": "think"})
+    assert reward(prompt(text="1+1?<think>\n"), text, completion()) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "opened", "think_answer", "think"),
+    [
+        ("<think>\na\n</think>\n<answer>b</answer>", False, 1.0, 1.0),
+        ("a\n</think>\n<answer>b</answer>", True, 1.0, 1.0),
+        ("a\n</think>\n<answer>b</answer>", False, 0.75, 0.5),
+        ("<think><think></answer>", False, 0.25, 0.0),
+        ("a\n</think>\nb\n</think>\n", True, 0.25, 0.5),
+        ("", False, 0.0, 0.0),
+    ],
+)
+def test_tag_count_is_the_share_of_tags_that_are_there_once(text, opened, think_answer, think):
+    asked = prompt(text="1+1?<think>\n" if opened else "1+1?")
+    for style, value in (("think_answer", think_answer), ("think", think)):
+        assert build_reward({"name": "tag_count", "style": style})(asked, text, completion()) == value
+
+
+@pytest.mark.parametrize(
+    ("gold", "text", "value"),
+    [
+        ("B", "So it is \\boxed{B}.", 1),
+        ("(B)", "\\boxed{\\text{(B)}}", 1),
+        ("B", "\\boxed{A} or rather \\boxed{B. 7 pears}", 1),
+        ("B", "The answer is (B), not (C).", 1),
+        ("B", "Option C is wrong. The correct answer: **B**", 1),
+        ("B", "I think of A.\n\nB.\n", 1),
+        ("B", "A\nB\nC", 0),
+        ("B", "\\boxed{7}, the answer is B", 0),
+        ("B", "The answer is Bob's.", 0),
+        ("A", "A pear costs more. The answer is a secret.", 0),
+        ("B", "", 0),
+    ],
+)
+def test_multiple_choice_takes_the_letter_that_was_decided_for(gold, text, value):
+    assert judge("multiple_choice", gold, text) == value
+
+
+def test_multiple_choice_refuses_a_gold_answer_that_is_no_letter():
+    reward = build_reward({"name": "multiple_choice"})
+    reward.check_answer("(C)")
+    for gold in ("7", "AB", "", "b"):
+        with pytest.raises(ValueError, match="not the letter of a choice"):
+            reward.check_answer(gold)
+
+
+def test_overlong_is_dapos_line_down_to_the_limit():
+    reward = build_reward({"name": "overlong", "max_tokens": 100, "buffer_tokens": 20})
+    values = [reward(prompt(), "", completion(n)) for n in (0, 80, 81, 90, 100, 101, 500)]
+    assert values == pytest.approx([0, 0, -0.05, -0.5, -1, -1, -1])
+
+
+@pytest.mark.parametrize(
+    ("text", "size", "value"),
+    [
+        ("a b c d", 2, 0),
+        ("a b a b a b", 2, -3 / 5),
+        ("A b a B", 2, -1 / 3),
+        ("a b c a b c a b c", 3, -4 / 7),
+        ("so so so so", 1, -3 / 4),
+        ("a b", 3, 0),
+        ("", 3, 0),
+    ],
+)
+def test_repetition_is_the_share_of_n_grams_that_were_there_before(text, size, value):
+    assert judge("repetition", "1", text, ngram_size=size) == pytest.approx(value)
+    rng = random.Random(0)
+    words = [str(rng.randrange(6)) for _ in range(300)]
+    for n in (1, 2, 3, 5):
+        grams = list(zip(*(words[i:] for i in range(n)), strict=False))
+        assert judge("repetition", "1", " ".join(words), ngram_size=n) == pytest.approx(
+            len(set(grams)) / len(grams) - 1
+        )
+
+
+PIECES = ["", "\\boxed{", "}", "{", "\\", "$", "<think>", "</think>\n", "<answer>", "\ud800", "\x00", "9" * 40, "1,234"]
+PIECES += ["\\frac{1}{", "\\left(", "^", "_", "(B)", "\u0661", "-", "%", "é\u202e", ".5.5", "\n"]
+
+
+def mutate(text: str, rng: random.Random) -> str:
+    """A few pieces put in or taken out."""
+    for _ in range(rng.randint(1, 5)):
+        start = rng.randrange(len(text) + 1)
+        text = text[:start] + rng.choice([*PIECES, text[:200]]) + text[start + rng.choice([0, 0, 1, 5, 30]) :]
+    return text
+
+
+def test_ten_thousand_mutated_completions_give_finite_scores_and_no_crash():
+    """Cheap rewards, in this process; accuracy may need its limit and is in test_reward_runner.py."""
+    rng = random.Random(3)
+    seeds = [
+        "<think>\n48/2 = 24, so 24 + 48 = 72.\n</think>\n<answer>\\boxed{72}</answer>",
+        "The answer is (B).",
+        "It is $\\frac{1}{2}$, or 0.5.\n\n\\boxed{\\text{B}} 1,234",
+    ]
+    rewards = [
+        (build_reward({"name": name, **parameters}), gold)
+        for name, gold, parameters in (
+            ("integer", "72", {}),
+            ("exact", "72", {}),
+            ("multiple_choice", "B", {}),
+            ("format", "72", {}),
+            ("format", "72", {"style": "think"}),
+            ("tag_count", "72", {}),
+            ("repetition", "72", {}),
+            ("overlong", "72", {"max_tokens": 9, "buffer_tokens": 4}),
+            ("cosine", "72", {"max_tokens": 9, "verifier": "integer"}),
+        )
+    ]
+    right = set()
+    for _ in range(10_000):
+        text = mutate(rng.choice(seeds), rng)
+        for reward, gold in rewards:
+            value = reward(prompt(gold), text, completion(rng.randrange(12)))
+            assert math.isfinite(value), (reward, text)
+            right |= {reward.name} if value == 1.0 else set()
+    assert right >= {"integer", "multiple_choice", "format", "tag_count", "cosine"}
+
+
 def test_format_counts_a_think_block_that_the_prompt_opened():
     reward = build_reward({"name": "format"})
     opened = prompt(text="<user>1+1?<assistant><think>\n")
@@ -155,6 +288,12 @@ CONFIGS = [
     {"name": "integer"},
     {"name": "exact"},
     {"name": "format"},
+    {"name": "multiple_choice"},
+    {"name": "reasoning_gym"},
+    {"name": "tag_count", "style": "think"},
+    {"name": "overlong", "max_tokens": 9, "buffer_tokens": 3},
+    {"name": "repetition", "ngram_size": 4},
+    {"name": "http", "url": "https://localhost:8000/score", "token_env": "REWARD_TOKEN"},
     {"name": "cosine", "max_tokens": 9, "wrong_long": -0.1},
     {"name": "custom", "function": "pkg.module:fn"},
 ]
@@ -179,6 +318,14 @@ def test_a_rewards_configuration_builds_its_equal():
         ({"name": "cosine", "max_tokens": 0}, "max_tokens must be an integer of at least 1, not 0"),
         ({"name": "cosine", "max_tokens": 3, "wrong_long": math.nan}, "wrong_long must be a finite number"),
         ({"name": "cosine", "max_tokens": 3, "verifier": "format"}, "verifier must be one of"),
+        ({"name": "format", "style": "xml"}, "style must be one of think_answer, think, not 'xml'"),
+        ({"name": "overlong", "max_tokens": 3, "buffer_tokens": 4}, "buffer_tokens=4 is more than max_tokens=3"),
+        ({"name": "repetition", "ngram_size": 0}, "ngram_size must be an integer of at least 1"),
+        ({"name": "http", "url": "ftp://x"}, r"url must be http://\.\.\. or https://\.\.\., not 'ftp://x'"),
+        ({"name": "http", "url": "http://u:secret@x/"}, "url must hold no password"),
+        ({"name": "http", "url": "http://x/", "timeout_s": 0}, "timeout_s must be a number above 0"),
+        ({"name": "http", "url": "http://x/", "retries": -1}, "retries must be an integer of at least 0"),
+        ({"name": "http", "url": "http://x/", "token_env": "Bearer abc"}, "not the token itself"),
         ({"name": "custom", "function": "no_colon"}, "'package.module:function' or 'path/to/file.py:function'"),
         ({"name": "custom", "function": "no/such/file.py:fn"}, "there is no file no/such/file.py"),
     ],

@@ -9,6 +9,7 @@ from typing import Any
 from nemo_aapo.config.cluster import check_cluster
 from nemo_aapo.config.precision import check_optimizer, check_precision
 from nemo_aapo.config.schema import Config, ConfigError
+from nemo_aapo.config.sources import check_data
 
 
 def check_alone(config: Config) -> None:
@@ -35,6 +36,7 @@ def check_alone(config: Config) -> None:
     _check_algorithm(config)
     _check_async(config)
     _check_rewards(config)
+    check_data(config)
     _check_loggers(config)
     check_cluster(config)
     check_precision(config)
@@ -270,17 +272,28 @@ def _refuse_without_effect(config: Config, *names: str) -> None:
 def _check_rewards(config: Config) -> None:
     if not config.rewards:
         raise ConfigError("rewards is empty: name at least one, as in rewards=[{name: accuracy, weight: 1.0}]")
-    names = [entry.get("name") for entry in config.rewards]
     for i, entry in enumerate(config.rewards):
         if not isinstance(entry, dict) or not entry.get("name"):
             raise ConfigError(f"rewards[{i}]={entry!r}: an entry needs a name, as in {{name: accuracy, weight: 1.0}}")
         weight = entry.get("weight", 1.0)
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
             raise ConfigError(f"rewards[{i}].weight={weight!r}: a number is needed")
+        limit = entry.get("timeout_s", 0.0)
+        if isinstance(limit, int | float) and limit >= config.reward_runner.timeout_s:
+            raise ConfigError(
+                f"rewards[{i}].timeout_s={limit}: reward_runner.timeout_s={config.reward_runner.timeout_s} would kill "
+                "the worker before; make that longer"
+            )
+    names = [_reward_name(entry) for entry in config.rewards]
     if len(set(names)) != len(names):
         raise ConfigError(f"rewards: {names} names one reward twice")
     if config.validation.reward not in names:
         raise ConfigError(f"validation.reward={config.validation.reward!r} is none of rewards: {names}")
+
+
+def _reward_name(entry: dict[str, Any]) -> str:
+    """The name of a reward's values, in metrics and for ``validation.reward``: of a custom one its function's."""
+    return str(entry["function"]).rpartition(":")[2] if "function" in entry else str(entry["name"])
 
 
 def _check_loggers(config: Config) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from nemo_aapo.config.schema import Cluster, Config, ConfigError
+from nemo_aapo.config.sources import sources_of
 
 HIDDEN = "<hidden>"
 WARNED_EARLY_S = 90
@@ -86,13 +87,17 @@ def check_cluster(config: Config) -> None:
         for key, path in (
             ("run.dir", config.run.dir),
             ("model.path", config.model.path),
-            ("data.train", config.data.train),
-            ("data.validation", config.data.validation),
+            *((f"data.{what}", path) for what in ("train", "validation") for path in _files(config, what)),
         ):
             if not path.startswith("/"):
                 raise ConfigError(f"{key}={path}: with cluster.container.image paths must be absolute")
     if cluster.launcher == "nemo_run" and (cluster.kind != "slurm" or cluster.servers.nodes):
         raise ConfigError("cluster.launcher=nemo_run submits trainers: it needs cluster=slurm, without servers")
+
+
+def _files(config: Config, what: Literal["train", "validation"]) -> list[str]:
+    """Paths of data; names on the hub, which look like relative ones, aside."""
+    return [s.path for s in sources_of(config.data, what) if s.task is None and not s.on_hub]
 
 
 def _check_without_effect(cluster: Cluster, keys: Sequence[str], where: str) -> None:

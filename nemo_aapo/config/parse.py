@@ -112,9 +112,19 @@ def _unwrap_optional(annotation: Any) -> Any:
     return annotation
 
 
+def _fitting(annotation: Any, value: Any) -> tuple[Any, bool]:
+    """The member of a union that a value is meant for, and whether None is one; a mapping stands for a list of one."""
+    if typing.get_origin(annotation) not in (types.UnionType, typing.Union):
+        return annotation, False
+    members = [part for part in typing.get_args(annotation) if part is not type(None)]
+    lists = [part for part in members if typing.get_origin(part) is tuple]
+    chosen = lists[0] if lists and isinstance(value, list | tuple | dict) else members[0]
+    return chosen, type(None) in typing.get_args(annotation)
+
+
 def _convert(value: Any, annotation: Any, path: str) -> Any:
-    inner = _unwrap_optional(annotation)
-    if value is None and inner is not annotation:
+    inner, optional = _fitting(annotation, value)
+    if value is None and optional:
         return None
     if dataclasses.is_dataclass(inner):
         return build(inner, value, path)
@@ -125,6 +135,8 @@ def _convert(value: Any, annotation: Any, path: str) -> Any:
             known = ", ".join(str(choice) for choice in choices)
             raise ConfigError(f"{path}={value!r}: known values are {known}")
         return value
+    if origin is tuple and inner is not annotation and isinstance(value, dict):
+        value = [value]
     if origin is tuple and isinstance(value, list | tuple):
         element = typing.get_args(inner)[0]
         return tuple(_convert(item, element, f"{path}[{i}]") for i, item in enumerate(value))

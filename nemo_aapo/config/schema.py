@@ -170,15 +170,19 @@ class Rollout:
 class Data:
     """Prompts and how they are rendered."""
 
-    train: str
-    validation: str
+    train: str | tuple[dict[str, Any], ...]
+    validation: str | tuple[dict[str, Any], ...]
     prompt_field: str
     answer_field: str
+    answer_form: Literal["auto", "boxed"]
     system_prompt: str | None
     chat_template: Literal["auto", "none"]
+    prompt_template: str
     max_prompt_tokens: int
     on_long_prompt: Literal["error", "drop"]
     on_bad_line: Literal["error", "skip"]
+    on_contamination: Literal["report", "drop", "error"]
+    sampling: Literal["uniform", "hard", "medium"]
     shuffle: bool
 
 

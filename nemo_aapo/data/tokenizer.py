@@ -81,45 +81,84 @@ def require_eos(tokenizer: PreTrainedTokenizerBase, where: str) -> int:
     return int(tokenizer.eos_token_id)
 
 
+QUESTION, SYSTEM = "{question}", "{system_prompt}"
+"""Places in a prompt template."""
+
+
 def render_prompts(
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[str],
     *,
     system_prompt: str | None = None,
     chat_template: ChatTemplate = "auto",
+    prompt_template: str = QUESTION,
+    before: Sequence[Sequence[dict[str, str]]] | None = None,
 ) -> tuple[list[str], list[np.ndarray]]:
     """What an engine is fed for each question.
 
     With a chat template, its text is tokenised as it stands, since the template writes the special tokens itself.
     Plain text gets those that the tokenizer adds by itself, such as a leading begin-of-sequence token.
 
+    Args:
+        prompt_template: the user's message with ``{question}`` in it; without a chat template the whole text, where
+            ``{system_prompt}`` may stand, too.
+        before: chat messages before each question.
+
     Returns:
         The rendered texts and their token ids, int32 [P_i] each.
 
     Raises:
-        DataError: a system prompt without a template to put it in, a template that refuses the messages, or an
-            unknown ``chat_template``.
+        DataError: a system prompt without a place to put it, a place without a system prompt, chat messages without a
+            chat template, a template that refuses the messages, or an unknown ``chat_template``.
     """
     if chat_template not in get_args(ChatTemplate):
         raise DataError(f"chat_template must be one of {', '.join(get_args(ChatTemplate))}, not {chat_template!r}")
     templated = chat_template == "auto" and bool(tokenizer.chat_template)
-    if system_prompt is not None and not templated:
+    _check_system_prompt(system_prompt, prompt_template, templated)
+    before = before or [()] * len(questions)
+    if not templated and any(before):
         raise DataError(
-            "system_prompt is set, but prompts are rendered as plain text, which has no place for it "
-            "(the tokenizer has no chat template, or chat_template is 'none'); unset it, or write it into the prompts"
+            "prompts hold several chat messages, which only a chat template can render (the tokenizer has none, or "
+            "chat_template is 'none'); name one message, as in data.prompt_field=prompt.0.content"
         )
-    texts = _apply_template(tokenizer, questions, system_prompt) if templated else list(questions)
+    filled = prompt_template.replace(SYSTEM, system_prompt or "")
+    said = [filled.replace(QUESTION, question) for question in questions]
+    texts = _apply_template(tokenizer, said, system_prompt, before) if templated else said
     encoded = tokenizer(texts, add_special_tokens=not templated, return_attention_mask=False, verbose=False)
     return texts, [np.asarray(ids, dtype=np.int32) for ids in encoded["input_ids"]]
 
 
+def _check_system_prompt(system_prompt: str | None, prompt_template: str, templated: bool) -> None:
+    place = SYSTEM in prompt_template
+    if templated and place:
+        raise DataError(
+            f"prompt_template holds {SYSTEM}, but the tokenizer's chat template has a place for the system prompt; "
+            "leave it out, or set chat_template to 'none'"
+        )
+    if system_prompt is not None and not templated and not place:
+        raise DataError(
+            "system_prompt is set, but prompts are rendered as plain text, which has no place for it "
+            "(the tokenizer has no chat template, or chat_template is 'none'); unset it, or write "
+            f"{SYSTEM} into prompt_template"
+        )
+    if system_prompt is None and place:
+        raise DataError(f"prompt_template holds {SYSTEM}, but system_prompt is not set")
+
+
 def _apply_template(
-    tokenizer: PreTrainedTokenizerBase, questions: Sequence[str], system_prompt: str | None
+    tokenizer: PreTrainedTokenizerBase,
+    said: Sequence[str],
+    system_prompt: str | None,
+    before: Sequence[Sequence[dict[str, str]]],
 ) -> list[str]:
     from jinja2 import TemplateError
 
     system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
-    chats = [[*system, {"role": "user", "content": question}] for question in questions]
+    if system and any(message["role"] == "system" for messages in before for message in messages):
+        raise DataError("system_prompt is set, but prompts bring a system message of their own; unset it")
+    chats = [
+        [*system, *messages, {"role": "user", "content": text}] for messages, text in zip(before, said, strict=True)
+    ]
     try:
         return [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
     except TemplateError as error:

@@ -79,7 +79,8 @@ def measure(config: Config, engine: Callable[[Any], Any] | None = None) -> dict[
         stack.callback(parallel.shutdown)
         shape = model_dir.read_model_dir(config.model.path)
         tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
-        data = assemble.read_prompts(config, config.data.train, tokenizer, None).prompts
+        train, held_out = assemble.read_data(config, tokenizer, None)
+        data = train.prompts if len(train.prompts) else held_out.prompts  # a source without end has none yet
         prompts = [data[i % len(data)] for i in range(max(PROMPTS, parallel.data_parallel_size()))]
         algorithm = Algorithm(config.algorithm, config.rollout.max_new_tokens)
         policy, learner = assemble.build_policy_and_learner(config, shape, algorithm)

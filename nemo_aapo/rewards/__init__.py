@@ -8,13 +8,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from nemo_aapo.rewards.base import Reward
+from nemo_aapo.rewards.choice import MultipleChoice
 from nemo_aapo.rewards.custom import Custom
 from nemo_aapo.rewards.exact import Exact, Integer
-from nemo_aapo.rewards.format import Format
-from nemo_aapo.rewards.length import Cosine
+from nemo_aapo.rewards.format import Format, TagCount
+from nemo_aapo.rewards.gym import ReasoningGym
+from nemo_aapo.rewards.http import Http
+from nemo_aapo.rewards.length import Cosine, Overlong
 from nemo_aapo.rewards.math import Accuracy
+from nemo_aapo.rewards.repetition import Repetition
 
-REWARDS: dict[str, type[Reward]] = {c.kind: c for c in (Accuracy, Integer, Exact, Format, Cosine, Custom)}
+_VERIFIERS = (Accuracy, Integer, Exact, MultipleChoice, ReasoningGym)
+_SHAPING = (Format, TagCount, Cosine, Overlong, Repetition)
+_OWN = (Custom, Http)
+REWARDS: dict[str, type[Reward]] = {c.kind: c for c in (*_VERIFIERS, *_SHAPING, *_OWN)}
 
 
 def build_reward(config: Mapping[str, Any]) -> Reward:

@@ -1,4 +1,4 @@
-"""The cosine reward: right answers earn less, and wrong ones lose less, the longer they are."""
+"""Rewards by length: the cosine of right and wrong answers, and DAPO's punishment of overlong ones."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from nemo_aapo.rewards.base import Reward
+from nemo_aapo.rewards.choice import MultipleChoice
 from nemo_aapo.rewards.exact import Exact, Integer
 from nemo_aapo.rewards.math import Accuracy
 from nemo_aapo.types import Completion, Prompt
 
-_VERIFIERS: dict[str, Reward] = {verifier.kind: verifier for verifier in (Accuracy(), Exact(), Integer())}
+_VERIFIERS: dict[str, Reward] = {
+    verifier.kind: verifier for verifier in (Accuracy(), Exact(), Integer(), MultipleChoice())
+}
 
 
 @dataclass(frozen=True)
@@ -29,14 +32,13 @@ class Cosine(Reward):
     correct_long: float = 0.5
     wrong_short: float = -0.5
     wrong_long: float = 0.0
-    verifier: Literal["accuracy", "exact", "integer"] = "accuracy"
+    verifier: Literal["accuracy", "exact", "integer", "multiple_choice"] = "accuracy"
     """The reward that tells right (above 0) from wrong."""
 
     kind: ClassVar[str] = "cosine"
 
     def __post_init__(self) -> None:
-        if isinstance(self.max_tokens, bool) or not isinstance(self.max_tokens, int) or self.max_tokens < 1:
-            raise ValueError(f"reward 'cosine': max_tokens must be an integer of at least 1, not {self.max_tokens!r}")
+        _check_count(self.kind, "max_tokens", self.max_tokens)
         for key in ("correct_short", "correct_long", "wrong_short", "wrong_long"):
             value = getattr(self, key)
             if not isinstance(value, int | float) or not math.isfinite(value):
@@ -67,3 +69,36 @@ class Cosine(Reward):
     def load(self) -> None:
         """As the verifier."""
         _VERIFIERS[self.verifier].load()
+
+
+@dataclass(frozen=True)
+class Overlong(Reward):
+    """DAPO's soft overlong punishment (arXiv 2503.14476, equation 13), from 0.0 to -1.0.
+
+    0 up to ``max_tokens - buffer_tokens`` completion tokens, from there down a line to -1 at ``max_tokens``.
+    """
+
+    max_tokens: int
+    """The run's limit on completion tokens."""
+    buffer_tokens: int
+    """How long before it the punishment begins."""
+
+    kind: ClassVar[str] = "overlong"
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "buffer_tokens"):
+            _check_count(self.kind, name, getattr(self, name))
+        if self.buffer_tokens > self.max_tokens:
+            raise ValueError(
+                f"reward 'overlong': buffer_tokens={self.buffer_tokens} is more than max_tokens={self.max_tokens}"
+            )
+
+    def __call__(self, prompt: Prompt, text: str, completion: Completion) -> float:
+        """0.0 for completions that are short enough."""
+        excess = len(completion.token_ids) - (self.max_tokens - self.buffer_tokens)
+        return -min(max(excess / self.buffer_tokens, 0.0), 1.0)
+
+
+def _check_count(kind: str, name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"reward {kind!r}: {name} must be an integer of at least 1, not {value!r}")

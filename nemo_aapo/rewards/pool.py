@@ -154,7 +154,8 @@ class _Worker:
                 [sys.executable, "-m", "nemo_aapo.rewards.worker"],
                 stdin=there,
                 stdout=2,  # what a reward prints goes to the log
-                env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+                # The fixed hash seed: reasoning-gym makes the item that an answer belongs to anew (data.gym_items).
+                env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"},
                 start_new_session=True,  # so that a kill takes what a reward started along, and Ctrl-C leaves it alone
             )
         except OSError as error:

@@ -70,8 +70,9 @@ class RolloutSource:
         else:
             groups = self.settle()
         self._ahead = None
+        prompts, served = self.prompts(step), self.reference_served
+        self._observe(step, groups)  # before the next step's prompts are asked for
         with self._timed("reference"):
-            prompts, served = self.prompts(step), self.reference_served
             reference = self.reference.rewards(prompts, step, served) if self.reference else {}
         if self.config.rollout.async_depth and step + 1 < self.config.trainer.max_steps:
             self.refit()
@@ -103,7 +104,7 @@ class RolloutSource:
         self.settle()
         last = self.config.trainer.max_steps
         end = min(step + (self.config.algorithm.reference_fill_steps or last), last)
-        wanted = dict.fromkeys(i for s in range(step, end) for i in self.sampler.indices(s))
+        wanted = dict.fromkeys(i for s in range(step, end) if self.sampler.knows(s) for i in self.sampler.indices(s))
         return self.reference.prepare([self.data[i] for i in wanted], self.reference_served, report, stop_requested)
 
     @contextmanager
@@ -141,6 +142,15 @@ class RolloutSource:
             self._ahead = pending.unpack(content, self.prompts(step))[share(self.config.prompts_per_step)]
 
     # ------------------------------------------------------------------ parts
+
+    def _observe(self, step: int, groups: Sequence[Group]) -> None:
+        """Tell a sampler that goes by accuracy how many completions of each prompt were right."""
+        if not self.sampler.observes:
+            return
+        name = self.config.validation.reward
+        mine = [(int((group.reward_parts[name] >= 1.0).sum()), len(group.completions)) for group in groups]
+        counts = [count for part in parallel.gather_data_parallel(mine) for count in part]
+        self.sampler.observe(step, dict(zip(self.sampler.indices(step), counts, strict=True)))
 
     def _order(self, step: int) -> tuple[list[Prompt], SamplingSpec, list[list[int]]]:
         """What the collector is asked for: a step's prompts, and the random stream of each completion."""

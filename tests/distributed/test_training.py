@@ -75,6 +75,33 @@ def test_a_stopped_run_goes_on_to_the_same_bits(ranks, folder, uninterrupted):
     assert expected_lengths(run_dir) == expected_lengths(uninterrupted) != {}
 
 
+def test_a_stopped_run_whose_prompts_go_by_accuracy_goes_on_to_the_same_run(ranks, folder):
+    """Of a mixture: the prompts of steps 4 to 6 depend on what came of those before, also on another layout."""
+    sources = f"data.train=[{{path: {folder}/train.jsonl}}, {{path: {folder}/validation.jsonl, weight: 0.5}}]"
+    runs = {}
+    for name, signal_at, layout in (("whole", None, {}), ("parts", 18 + 64 + 32 + 18 + 5, {"world": 2})):
+        run_dir = folder / f"hard_{name}"
+        more = [sources, "data.sampling=hard", "trainer.max_steps=8"]
+        if signal_at:
+            assert ranks.run(run, settings(folder, run_dir, *more), signal_at, tp=None) == [0]
+            assert metrics(run_dir)[-1]["step"] < 8
+        config = settings(folder, run_dir, *more, **layout)
+        assert ranks.run(run, config, tp=None, **layout) == [0] * layout.get("world", 1)
+        runs[name] = run_dir
+    assert_same_run(runs["parts"], runs["whole"])
+    assert sampler_of(runs["parts"]) == sampler_of(runs["whole"])
+
+
+def sampler_of(run_dir):
+    """What the next step's prompts would depend on."""
+    from nemo_aapo import manifest
+
+    newest = max((run_dir / "checkpoints").iterdir())
+    state = manifest.read(newest).trainer_state["sampler"]
+    assert any(stream["epoch"] >= 2 for stream in state["streams"])
+    return state
+
+
 def expected_lengths(run_dir):
     """What the order of the next rollout would depend on."""
     from nemo_aapo import manifest

@@ -1,0 +1,136 @@
+"""Where prompts come from: the sources that ``data.train`` and ``data.validation`` name, checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from nemo_aapo.config.schema import Config, Data
+
+AnswerForm = Literal["auto", "boxed"]
+"""``"auto"``: the answer as it stands, or what is behind GSM8K's last ``####``. ``"boxed"``: a worked solution, whose
+last ``\\boxed{}`` holds the answer."""
+
+GYM = "reasoning_gym:"
+"""A path that begins so names a task of reasoning-gym and no file."""
+FILE_FORMATS = (".jsonl", ".json", ".parquet", ".arrow")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source of prompts, and where in its rows question and answer stand."""
+
+    path: str
+    """A file, a directory, a name on the Hugging Face hub (``org/name``), or ``reasoning_gym:TASK``."""
+    prompt_field: str = "question"
+    """Of the question: text, or a list of chat messages. Dots lead into nested rows, as in ``reward_model.x``."""
+    answer_field: str = "answer"
+    """Of the gold answer."""
+    answer_form: AnswerForm = "auto"
+    subset: str | None = None
+    """Of a hub data set with several configurations, such as ``main``."""
+    split: str | None = None
+    """Of a data set with several; None: ``train`` for training, ``test`` or ``validation`` for validation."""
+    weight: float = 1.0
+    """Share of a step's prompts, relative to the other sources."""
+    size: int | None = None
+    """reasoning-gym: so many items; None: no end."""
+    seed: int = 0
+    """reasoning-gym: which items; training and validation need seeds of their own."""
+    parameters: dict[str, Any] = field(default_factory=dict)
+    """reasoning-gym: the task's own settings."""
+
+    @property
+    def task(self) -> str | None:
+        """The reasoning-gym task; None for any other source."""
+        return self.path.removeprefix(GYM) if self.path.startswith(GYM) else None
+
+    @property
+    def on_hub(self) -> bool:
+        """Whether the path can only be a name on the hub."""
+        named = bool(_HUB_NAME.fullmatch(self.path)) and not self.path.endswith(FILE_FORMATS)
+        return named and not Path(self.path).exists()
+
+    @property
+    def endless(self) -> bool:
+        """Whether it makes new prompts for ever."""
+        return self.task is not None and self.size is None
+
+
+def sources_of(data: Data, what: Literal["train", "validation"]) -> tuple[Source, ...]:
+    """The sources of ``data.train`` or ``data.validation``; what an entry doesn't say itself it takes from ``data``.
+
+    Raises:
+        ConfigError: an unknown key (the nearest is named), a wrong type, a setting without effect.
+    """
+    value = getattr(data, what)
+    entries = ({"path": value},) if isinstance(value, str) else value
+    defaults = {name: getattr(data, name) for name in ("prompt_field", "answer_field", "answer_form")}
+    return tuple(_source(entry, defaults, f"data.{what}[{i}]") for i, entry in enumerate(entries))
+
+
+def _source(entry: dict[str, Any], defaults: dict[str, Any], where: str) -> Source:
+    from nemo_aapo.config.parse import build
+    from nemo_aapo.config.schema import ConfigError
+
+    filled = {f.name: _default(f) for f in dataclasses.fields(Source) if f.name != "path"}
+    source = build(Source, {**filled, **defaults, **entry}, where)
+    if source.task is None:
+        for key in ("size", "seed", "parameters"):
+            if key in entry:
+                raise ConfigError(f"{where}.{key} has an effect with {GYM}TASK only, not with {source.path}")
+    else:
+        for key in ("prompt_field", "answer_field", "answer_form", "subset", "split"):
+            if key in entry:
+                raise ConfigError(f"{where}.{key} has no effect with {source.path}: a task has no fields")
+    if not (source.weight > 0 and math.isfinite(source.weight)):
+        raise ConfigError(f"{where}.weight={source.weight}: must be above 0")
+    if source.size is not None and source.size < 1:
+        raise ConfigError(f"{where}.size={source.size}: must be at least 1")
+    return source
+
+
+def _default(item: dataclasses.Field) -> Any:
+    return item.default_factory() if item.default is dataclasses.MISSING else item.default
+
+
+def check_data(config: Config) -> None:
+    """Refuse settings of ``data`` that can't work or do nothing.
+
+    Raises:
+        ConfigError: names the key, its value and the reason.
+    """
+    from nemo_aapo.config.schema import ConfigError
+
+    data = config.data
+    train, validation = sources_of(data, "train"), sources_of(data, "validation")
+    for name, sources in (("train", train), ("validation", validation)):
+        if not sources:
+            raise ConfigError(f"data.{name} is an empty list: name at least one source")
+    if "{question}" not in data.prompt_template:
+        raise ConfigError(f"data.prompt_template={data.prompt_template!r}: it must hold {{question}}")
+    if len(train) == 1 and train[0].weight != 1:
+        raise ConfigError(f"data.train[0].weight={train[0].weight} has no effect: there is one source")
+    for i, source in enumerate(validation):
+        if source.weight != 1:
+            raise ConfigError(f"data.validation[{i}].weight has no effect: all held-out prompts are taken")
+        if source.endless:
+            raise ConfigError(
+                f"data.validation[{i}].path={source.path} has no end: set its size, and a seed of its own"
+            )
+        if any((source.path, source.seed) == (other.path, other.seed) for other in train if source.task):
+            raise ConfigError(f"data.validation[{i}] holds the items of data.train: give it another seed")
+    endless = [source.path for source in train if source.endless]
+    if data.sampling != "uniform" and endless:
+        raise ConfigError(
+            f"data.sampling={data.sampling} goes by the accuracy at prompts that come again, and {endless[0]} makes "
+            "new ones for ever: set its size, or data.sampling=uniform"
+        )
+    if data.sampling != "uniform" and not data.shuffle:
+        raise ConfigError(f"data.shuffle=false has no effect with data.sampling={data.sampling}, which draws at random")

@@ -1,0 +1,203 @@
+"""The training and held-out prompts that a configuration names: sources read, joined, and compared with each other."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from nemo_aapo.config import Config
+from nemo_aapo.config.schema import Data
+from nemo_aapo.config.sources import Source, sources_of
+from nemo_aapo.data import DataError
+from nemo_aapo.data.contamination import overlap
+from nemo_aapo.data.gym import GymPrompts, PromptsWithoutEnd, take_all
+from nemo_aapo.data.prompts import PromptSet, digest_of, load_source
+from nemo_aapo.data.rows import HELD_OUT_SPLITS, TRAIN_SPLITS
+from nemo_aapo.data.sampler import PromptSampler
+from nemo_aapo.data.tokenizer import render_prompts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from nemo_aapo.types import Prompt
+
+logger = logging.getLogger(__name__)
+
+_EXAMPLES = 3
+
+VerifyAnswer = Callable[[str], None]
+
+
+def load_data(
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    verify_answer: VerifyAnswer | None = None,
+    *,
+    train: PromptSet | None = None,
+    held_out: PromptSet | None = None,
+) -> tuple[PromptSet, PromptSet]:
+    """The training prompts, those of sources without end still left out, and the held-out ones.
+
+    Args:
+        verify_answer: raises ValueError for a gold answer that the rewards can't work with.
+        train, held_out: prompts of one's own in place of those that ``data`` names.
+
+    Raises:
+        DataError: what can't be read or used; training prompts among the held-out ones where that is an error.
+    """
+    if held_out is None:
+        held_out = _load_all(sources_of(data, "validation"), HELD_OUT_SPLITS, data, tokenizer, verify_answer)
+    if train is None:
+        read = _load_all(sources_of(data, "train"), TRAIN_SPLITS, data, tokenizer, verify_answer)
+        train = without_contamination(read, held_out, data.on_contamination)
+    return train, held_out
+
+
+def _load_all(
+    sources: Sequence[Source],
+    splits: Sequence[str],
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    verify_answer: VerifyAnswer | None,
+) -> PromptSet:
+    return join(sources, [_load(source, splits, data, tokenizer, verify_answer) for source in sources])
+
+
+def attach_endless(prompts: PromptSet, data: Data, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
+    """The same with the sources that have no end; every rank makes those by itself."""
+    endless = {k: _gym(s, data, tokenizer) for k, s in enumerate(sources_of(data, "train")) if s.endless}
+    if not endless:
+        return prompts
+    digest = digest_of([prompts.digest, *(gym.digest for gym in endless.values())])
+    sizes = [size for size, _ in prompts.shares]
+    return dataclasses.replace(prompts, prompts=PromptsWithoutEnd(prompts.prompts, endless, sizes), digest=digest)
+
+
+def build_sampler(config: Config, prompts: PromptSet) -> PromptSampler:
+    """The order in which a run takes its prompts."""
+    endless = any(size is None for size, _ in prompts.shares)
+    return PromptSampler(
+        None if endless else len(prompts.prompts),
+        config.prompts_per_step,
+        config.seed,
+        config.data.shuffle,
+        data_digest=prompts.digest,
+        sampling=config.data.sampling,
+        shares=prompts.shares,
+    )
+
+
+def _load(
+    source: Source,
+    splits: Sequence[str],
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    verify_answer: VerifyAnswer | None,
+) -> PromptSet | None:
+    """The prompts of one source; None if it has no end."""
+    if source.endless:
+        return None
+    if source.task is not None:
+        gym = _gym(source, data, tokenizer)
+        try:
+            return take_all(gym, source.size)
+        finally:
+            gym.close()
+    return load_source(
+        source,
+        tokenizer,
+        default_splits=splits,
+        max_prompt_tokens=data.max_prompt_tokens,
+        system_prompt=data.system_prompt,
+        chat_template=data.chat_template,
+        prompt_template=data.prompt_template,
+        on_bad_line=data.on_bad_line,
+        on_long_prompt=data.on_long_prompt,
+        verify_answer=verify_answer,
+    )
+
+
+def _gym(source: Source, data: Data, tokenizer: PreTrainedTokenizerBase) -> GymPrompts:
+    render = functools.partial(
+        render_prompts,
+        tokenizer,
+        system_prompt=data.system_prompt,
+        chat_template=data.chat_template,
+        prompt_template=data.prompt_template,
+    )
+    return GymPrompts(source, render, data.max_prompt_tokens, data.on_long_prompt == "drop")
+
+
+def join(sources: Sequence[Source], parts: Sequence[PromptSet | None]) -> PromptSet:
+    """One set of several; a prompt that an earlier part has is dropped from the later one.
+
+    Args:
+        parts: of each source; None if it has no end.
+
+    Raises:
+        DataError: a source adds nothing to those before it.
+    """
+    seen: dict[str, tuple[Prompt, str]] = {}
+    shares: list[tuple[int | None, float]] = []
+    for source, part in zip(sources, parts, strict=True):
+        before = len(seen)
+        for prompt, question in zip(part.prompts, part.questions, strict=True) if part else ():
+            seen.setdefault(prompt.id, (prompt, question))
+        if part and len(seen) == before:
+            raise DataError(f"{part.path}: all its prompts are in the sources before it; leave it out")
+        shares.append((len(seen) - before if part else None, source.weight))
+    there = [part for part in parts if part is not None]
+    repeated = sum(len(part.prompts) for part in there) - len(seen)
+    return PromptSet(
+        tuple(prompt for prompt, _ in seen.values()),
+        " + ".join(source.path for source in sources),
+        bad_lines=sum(part.bad_lines for part in there),
+        dropped_long=sum(part.dropped_long for part in there),
+        duplicates=sum(part.duplicates for part in there) + repeated,
+        digest=digest_of(seen),
+        questions=tuple(question for _, question in seen.values()),
+        shares=tuple(shares),
+    )
+
+
+def without_contamination(train: PromptSet, held_out: PromptSet, action: str) -> PromptSet:
+    """The training prompts, without those that are held-out ones by normalised text if ``action`` is ``"drop"``.
+
+    Raises:
+        DataError: there are some and ``action`` is ``"error"``, or nothing is left.
+    """
+    found = overlap(train.questions, held_out.questions)
+    if not found:
+        return train
+    examples = "; ".join(f"{train.prompts[i].source}: {train.questions[i][:80]!r}" for i in list(found)[:_EXAMPLES])
+    what = f"{len(found)} of {len(train.prompts)} training prompts are among the held-out ones of {held_out.path}"
+    if action == "error":
+        raise DataError(f"{what}, such as {examples}. Take them out, or set data.on_contamination=drop")
+    logger.warning("%s%s, such as %s", what, " and are left out" if action == "drop" else "", examples)
+    return _without(train, set(found)) if action == "drop" else dataclasses.replace(train, contaminated=len(found))
+
+
+def _without(train: PromptSet, indices: set[int]) -> PromptSet:
+    shares, start = [], 0
+    for size, weight in train.shares:
+        if size is not None:
+            left = size - sum(start <= i < start + size for i in indices)
+            start += size
+            if left == 0:
+                raise DataError(f"{train.path}: no prompts: all of a source are among the held-out ones")
+            shares.append((left, weight))
+        else:
+            shares.append((None, weight))
+    kept = [i for i in range(len(train.prompts)) if i not in indices]
+    prompts = tuple(train.prompts[i] for i in kept)
+    return dataclasses.replace(
+        train,
+        prompts=prompts,
+        questions=tuple(train.questions[i] for i in kept),
+        digest=digest_of(prompt.id for prompt in prompts),
+        contaminated=len(indices),
+        shares=tuple(shares),
+    )

@@ -1,0 +1,192 @@
+"""Any data set as the project's JSONL, with a report of what was kept and what was not."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from nemo_aapo.config.sources import Source
+from nemo_aapo.data import DataError
+from nemo_aapo.data.contamination import conflicts, overlap
+from nemo_aapo.data.gym import GymProcess
+from nemo_aapo.data.prompts import without_repeats
+from nemo_aapo.data.rows import HELD_OUT_SPLITS, TRAIN_SPLITS, Row, Rows, read_rows
+from nemo_aapo.files import write_atomic
+
+_PERCENTILES = (50, 90, 99, 100)
+_EXAMPLES = 5
+_BLOCK = 64
+"""Items of reasoning-gym asked for at a time."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of a data set's rows."""
+
+    source: str
+    rows: int
+    """Read."""
+    written: int
+    dropped: dict[str, int]
+    """Reason -> rows."""
+    examples: list[str]
+    """Some of them, with their place and the whole reason."""
+    lengths: dict[str, int]
+    """Percentile -> length of a written question."""
+    length_unit: str
+    """``tokens`` or ``characters``."""
+    conflicts: list[list[str]]
+    """Places of questions that are there with different answers, by normalised text; all of them are written."""
+    contamination: dict[str, list[str]]
+    """Held-out source -> places of rows that are among its questions."""
+
+    def text(self) -> str:
+        """For people."""
+        lines = [f"{self.source}: {self.rows} rows, {self.written} written"]
+        lines += [f"  dropped, {reason}: {count}" for reason, count in self.dropped.items()]
+        lines += [f"    {example}" for example in self.examples]
+        numbers = ", ".join(f"{name} {length}" for name, length in self.lengths.items())
+        lines.append(f"  question length in {self.length_unit}: {numbers}")
+        lines.append(f"  questions that are there with different answers: {len(self.conflicts)}")
+        lines += [f"    {', '.join(group[:_EXAMPLES])}" for group in self.conflicts[:_EXAMPLES]]
+        for held_out, places in self.contamination.items():
+            shown = f", such as {', '.join(places[:_EXAMPLES])}" if places else ""
+            lines.append(f"  among the held-out questions of {held_out}: {len(places)}{shown}")
+        return "\n".join(lines) + "\n"
+
+
+def prepare(
+    source: Source,
+    *,
+    held_out: Sequence[Source] = (),
+    drop_contaminated: bool = False,
+    count_tokens: Callable[[str], int] | None = None,
+    max_prompt_tokens: int | None = None,
+    verify_answer: Callable[[str], None] | None = None,
+) -> tuple[list[Row], Report]:
+    """The rows of a source that a run could use, and the report.
+
+    Args:
+        held_out: sources whose questions must not be among the rows.
+        drop_contaminated: leave out rows whose question is.
+        count_tokens: length of a question; by default characters are counted.
+        max_prompt_tokens: longer questions are left out; needs ``count_tokens``.
+        verify_answer: raises ValueError for a gold answer that the rewards can't work with.
+
+    Raises:
+        DataError: a source can't be read.
+    """
+    found = _items(source) if source.task else read_rows(source, TRAIN_SPLITS, verify_answer=verify_answer)
+    dropped = Counter(_reason(problem) for problem in found.problems.values())
+    examples = [f"{source.path}:{n}: {problem}" for n, problem in list(found.problems.items())[:_EXAMPLES]]
+    rows = without_repeats(found.rows)
+    dropped["repeat of an earlier row"] = len(found.rows) - len(rows)
+    lengths = [(count_tokens or len)(row.question) for row in rows]
+    if max_prompt_tokens is not None:
+        kept = [i for i, length in enumerate(lengths) if length <= max_prompt_tokens]
+        dropped[f"longer than {max_prompt_tokens} tokens"] = len(rows) - len(kept)
+        rows, lengths = [rows[i] for i in kept], [lengths[i] for i in kept]
+    contamination, contaminated = _contamination(source, rows, held_out)
+    if drop_contaminated:
+        dropped["among the held-out questions"] = len(contaminated)
+        kept = [i for i in range(len(rows)) if i not in contaminated]
+        rows, lengths = [rows[i] for i in kept], [lengths[i] for i in kept]
+    groups = conflicts([row.question for row in rows], [row.answer for row in rows])
+    report = Report(
+        source=source.path,
+        rows=len(found.rows) + len(found.problems),
+        written=len(rows),
+        dropped={reason: count for reason, count in dropped.items() if count},
+        examples=examples,
+        lengths=_percentiles(lengths),
+        length_unit="tokens" if count_tokens else "characters",
+        conflicts=[[f"{source.path}:{rows[i].number}" for i in group] for group in groups],
+        contamination=contamination,
+    )
+    return rows, report
+
+
+def write_rows(rows: Iterable[Row], path: Path) -> None:
+    """As JSONL with ``question`` and ``answer``; a question behind other chat messages is the list of all of them."""
+    lines = []
+    for row in rows:
+        question: Any = row.question
+        if row.before:
+            question = [*row.before, {"role": "user", "content": row.question}]
+        lines.append(json.dumps({"question": question, "answer": row.answer}, ensure_ascii=False))
+    write_atomic(path, "".join(line + "\n" for line in lines))
+
+
+def write_report(report: Report, path: Path) -> None:
+    """As JSON."""
+    write_atomic(path, json.dumps(dataclasses.asdict(report), indent=1, ensure_ascii=False) + "\n")
+
+
+def preset_source(page: Path, what: str, changes: dict[str, Any]) -> Source:
+    """The source that a page of ``conf/data`` names.
+
+    Args:
+        what: ``train`` or ``validation``.
+        changes: settings that replace the page's.
+
+    Raises:
+        DataError: the page is not there.
+    """
+    if not page.is_file():
+        there = ", ".join(sorted(path.stem for path in page.parent.glob("*.yaml")))
+        raise DataError(f"there is no preset {page.stem}; there is {there}")
+    tree = yaml.safe_load(page.read_text(encoding="utf-8"))
+    named = tree.get(what, {})
+    first = named[0] if isinstance(named, list) else {"path": named} if isinstance(named, str) else named
+    fields = {name: tree[name] for name in ("prompt_field", "answer_field", "answer_form") if name in tree}
+    if "path" in changes:  # of a copy: its file is one split of one subset
+        first = {name: value for name, value in first.items() if name not in ("path", "subset", "split")}
+    return Source(**{**fields, **first, **changes})
+
+
+def _items(source: Source) -> Rows:
+    """Of a reasoning-gym task."""
+    if source.size is None:
+        raise DataError(f"{source.path} has no end: say how many items (--size)")
+    with contextlib.closing(GymProcess(source.task or "", source.parameters, source.seed)) as process:
+        blocks = [range(n, min(n + _BLOCK, source.size)) for n in range(0, source.size, _BLOCK)]
+        made = [item for block in blocks for item in process.items(block)]
+    return Rows([Row(n, question, gold) for n, (question, gold) in enumerate(made, start=1)], {})
+
+
+def _contamination(
+    source: Source, rows: Sequence[Row], held_out: Sequence[Source]
+) -> tuple[dict[str, list[str]], set[int]]:
+    """Places by held-out source, and the indices of all of them."""
+    places: dict[str, list[str]] = {}
+    indices: set[int] = set()
+    questions = [row.question for row in rows]
+    for other in held_out:
+        found = overlap(questions, [row.question for row in read_rows(other, HELD_OUT_SPLITS).rows])
+        places[other.path] = [f"{source.path}:{rows[i].number}" for i in found]
+        indices |= set(found)
+    return places, indices
+
+
+def _reason(problem: str) -> str:
+    """Of a row's whole problem the part that other rows share."""
+    if problem.startswith("the gold answer"):
+        return "gold answer that can't be verified"
+    return re.split(r":| but ", problem, maxsplit=1)[0]
+
+
+def _percentiles(lengths: Sequence[int]) -> dict[str, int]:
+    if not lengths:
+        return {}
+    values = np.percentile(lengths, _PERCENTILES, method="higher")
+    return {"longest" if p == 100 else f"{p}%": int(value) for p, value in zip(_PERCENTILES, values, strict=True)}

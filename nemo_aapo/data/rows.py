@@ -1,0 +1,221 @@
+"""From a data set's rows to questions and gold answers, each row checked by itself."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+from nemo_aapo.config.sources import AnswerForm, Source
+from nemo_aapo.data import DataError
+from nemo_aapo.data.records import Record, read_records
+
+TRAIN_SPLITS = ("train",)
+HELD_OUT_SPLITS = ("test", "validation")
+_GOLD_MARK = "####"
+_THOUSANDS_COMMA = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+_BOX = re.compile(r"\\f?box(?:ed)?\s*\{")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+_ROLES = {"human": "user", "gpt": "assistant"}
+"""Names that some data sets have for the usual ones."""
+
+
+class Row(NamedTuple):
+    """One usable row."""
+
+    number: int
+    """Of the line or row in its source, from 1."""
+    question: str
+    """What the user says (last)."""
+    answer: str
+    """The gold answer, in the form that a verifier takes."""
+    before: tuple[dict[str, str], ...] = ()
+    """Chat messages before the question, each with ``role`` and ``content``."""
+    extra: dict[str, Any] = {}  # noqa: RUF012 - never changed
+    """Values of the other fields that were asked for."""
+
+
+class Rows(NamedTuple):
+    """All rows of a source."""
+
+    rows: list[Row]
+    problems: dict[int, str]
+    """What is wrong with the others, by number."""
+
+
+def read_rows(
+    source: Source,
+    default_splits: Sequence[str],
+    *,
+    verify_answer: Callable[[str], None] | None = None,
+    extra_fields: Sequence[str] = (),
+) -> Rows:
+    """The usable rows of a source, and what is wrong with the others.
+
+    Args:
+        default_splits: ``TRAIN_SPLITS`` or ``HELD_OUT_SPLITS``.
+        verify_answer: raises ValueError for a gold answer that the rewards can't work with; asked once for each
+            different answer.
+        extra_fields: dotted fields to hand through in ``Row.extra``; absent ones are left out.
+
+    Raises:
+        DataError: the source can't be read at all.
+    """
+    rows: list[Row] = []
+    problems: dict[int, str] = {}
+    verdicts: dict[str, str] = {}
+    for record in read_records(source, default_splits):
+        try:
+            row = parse_row(record, source, extra_fields)
+        except DataError as error:
+            problems[record.number] = str(error)
+            continue
+        if verify_answer is not None and row.answer not in verdicts:
+            verdicts[row.answer] = _verdict(row.answer, verify_answer)
+        if verdicts.get(row.answer):
+            problems[record.number] = verdicts[row.answer]
+        else:
+            rows.append(row)
+    return Rows(rows, problems)
+
+
+def parse_row(record: Record, source: Source, extra_fields: Iterable[str] = ()) -> Row:
+    """Question and gold answer of one row.
+
+    Raises:
+        DataError: what is wrong with it, without saying where it stands.
+    """
+    if record.problem:
+        raise DataError(record.problem)
+    value = record.value
+    if not isinstance(value, dict) and not (isinstance(value, list) and source.prompt_field.split(".")[0].isdigit()):
+        raise DataError(f"not a JSON object but {shorten(value)}")
+    *before, question = _messages(_find(value, source.prompt_field, "prompt"), source.prompt_field)
+    answer = _text(_find(value, source.answer_field, "answer"), source.answer_field, "answer")
+    extra = {name: found for name in extra_fields if (found := lookup(value, name)) is not MISSING}
+    return Row(record.number, question["content"], gold_answer(answer, source.answer_form), tuple(before), extra)
+
+
+def gold_answer(answer: str, form: AnswerForm = "auto") -> str:
+    """The gold answer in a data set's answer field.
+
+    GSM8K's answers are worked solutions that end in ``#### N``: the gold answer stands behind the last ``####``,
+    and N loses its thousands commas. Any other answer is taken as it is, without white space around it. In the form
+    ``"boxed"`` it is what the last ``\\boxed{}`` of a worked solution holds.
+
+    Raises:
+        DataError: nothing is there.
+    """
+    if form == "boxed":
+        return _last_box(answer)
+    _, mark, gold = answer.rpartition(_GOLD_MARK)
+    gold = _THOUSANDS_COMMA.sub("", gold.strip()) if mark else answer.strip()
+    if not gold:
+        raise DataError(f'no answer: nothing stands behind the last "{_GOLD_MARK}"')
+    return gold
+
+
+def _last_box(solution: str) -> str:
+    boxes = list(_BOX.finditer(solution))
+    if not boxes:
+        raise DataError("no answer: the worked solution has no \\boxed{}")
+    depth, start = 1, boxes[-1].end()
+    for brace in _BRACE.finditer(solution, start):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth == 0:
+            gold = solution[start : brace.start()].strip()
+            if gold:
+                return gold
+            raise DataError("no answer: the worked solution's last \\boxed{} is empty")
+    raise DataError("no answer: the worked solution's last \\boxed{} has no end")
+
+
+# ---------------------------------------------------------------- fields
+
+MISSING = object()
+"""What ``lookup`` finds where there is nothing."""
+
+
+def lookup(value: Any, path: str) -> Any:
+    """What stands at a dotted path: keys of mappings, numbers (from 0, or from the end: -1) of lists; else ``MISSING``.
+
+    >>> lookup({"prompt": [{"content": "1+1?"}]}, "prompt.0.content")
+    '1+1?'
+    """
+    if isinstance(value, dict) and path in value:  # the name itself may hold dots
+        return value[path]
+    first, dot, rest = path.partition(".")
+    if isinstance(value, dict) and first in value:
+        inner = value[first]
+    elif isinstance(value, list) and first.removeprefix("-").isdecimal() and -len(value) <= int(first) < len(value):
+        inner = value[int(first)]
+    else:
+        return MISSING
+    return lookup(inner, rest) if dot else inner
+
+
+def _find(record: Any, path: str, what: str) -> Any:
+    found = lookup(record, path)
+    if found is MISSING:
+        names = list(record) if isinstance(record, dict) else [str(i) for i in range(len(record))]
+        names = [str(name)[:80] for name in names]
+        near = difflib.get_close_matches(path, names, n=1)
+        hint = f'did you mean "{near[0]}"?' if near else f"there is {', '.join(map(repr, names)) or 'nothing'}"
+        raise DataError(f'no {what}: the key "{path}" is missing; {hint[:500]} (set data.{what}_field)')
+    return found
+
+
+def _text(value: Any, field: str, what: str) -> str:
+    if isinstance(value, int | float) and not isinstance(value, bool) and what == "answer":
+        value = str(value)
+    if not isinstance(value, str):
+        raise DataError(f'no {what}: "{field}" is {shorten(value)}, not text')
+    if not value.strip():
+        raise DataError(f'no {what}: "{field}" is empty')
+    if not _is_unicode(value):
+        raise DataError(f'"{field}" holds half of a surrogate pair, which no tokenizer takes')
+    return value
+
+
+def _messages(value: Any, field: str) -> list[dict[str, str]]:
+    """A question as chat messages, the user's last."""
+    if not (isinstance(value, list) and value and all(isinstance(message, dict) for message in value)):
+        return [{"role": "user", "content": _text(value, field, "prompt")}]
+    messages = []
+    for message in value:
+        role = message.get("role", message.get("from"))
+        content = message.get("content", message.get("value"))
+        if not isinstance(role, str):
+            raise DataError(f'no prompt: a message of "{field}" has no role: {shorten(message)}')
+        messages.append({"role": _ROLES.get(role, role), "content": _text(content, field, "prompt")})
+    if messages[-1]["role"] != "user":
+        raise DataError(
+            f"no prompt: the last message of \"{field}\" is the {messages[-1]['role'][:80]}'s, not the user's"
+        )
+    return messages
+
+
+def _verdict(answer: str, verify_answer: Callable[[str], None]) -> str:
+    try:
+        verify_answer(answer)
+    except ValueError as error:
+        return f"the gold answer {shorten(answer)} can't be verified: {error}"
+    return ""
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def shorten(value: object) -> str:
+    """A value for a message, at most 80 characters."""
+    try:
+        text = repr(value)
+    except RecursionError:
+        return f"a {type(value).__name__} that is nested too deep"
+    return text if len(text) <= 80 else text[:77] + "..."
