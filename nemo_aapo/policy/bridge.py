@@ -75,7 +75,7 @@ def lora_class() -> Any:
 def known_architectures() -> list[str]:
     """All that the installed Megatron-Bridge registers a map for, whether it works here or not; nothing is imported."""
     (folder,) = importlib.util.find_spec("megatron.bridge").submodule_search_locations
-    source = r"^@MegatronModelBridge\.register_bridge\(\s*source=[\"']?(\w+)"
+    source = r"MegatronModelBridge\.register_bridge\(\s*source=[\"']?(\w+)"
     texts = [path.read_text(encoding="utf-8") for path in (Path(folder) / "models").glob("*/*_bridge.py")]
     return sorted({name for text in texts for name in re.findall(source, text, re.MULTILINE)})
 
