@@ -135,6 +135,11 @@ def test_words_that_are_right_pass():
             "model.lora.rank",
             "not divisible",
         ),
+        (
+            ["model.lora={rank: 4, alpha: 4, target_modules: [linear_fc1]}", "rollout.offload_learner=true"],
+            "model.lora",
+            "never trained so",
+        ),
         (["++model.nope=1"], "model.nope", "unknown setting"),
         (["++algorithm.margin.hihg=1"], "algorithm.margin.hihg", "did you mean 'algorithm.margin.high'"),
         (["~seed"], "seed", "must be set"),
