@@ -154,9 +154,9 @@ class Checkpointer:
         try:
             on_first_rank(lambda: directory.begin(step, extra), group)
             torch_dist.write(content, partial, group)
-            sealed = on_all_ranks(lambda: _seal_own_files(partial), group)
+            sealed = on_all_ranks(lambda: seal_own_files(partial), group)
             files = {name: record for part in sealed for name, record in part.items()}
-            whole = Manifest(step, self.config_digest, trainer_state, _layout(), _versions(), files)
+            whole = Manifest(step, self.config_digest, trainer_state, layout(), versions(), files)
             on_first_rank(lambda: directory.commit(whole), group)
         except CheckpointError as error:
             if parallel.rank() == 0:
@@ -234,21 +234,31 @@ class Checkpointer:
             )
         if step_of(path) not in (None, content.step):
             raise DamagedCheckpointError(f"{path} was renamed: its manifest says step {content.step}")
-        own = manifest.share(content.files, parallel.rank(), dist.get_world_size())
-        checked = on_all_ranks(lambda: [manifest.problem(path, name, content.files[name]) for name in own])
-        problems = [problem for part in checked for problem in part if problem]
-        if problems:
-            raise DamagedCheckpointError("; ".join(problems))
+        check_files(path, content)
         return content
 
 
-def _seal_own_files(directory: Path) -> dict[str, manifest.FileRecord]:
+def check_files(path: Path, content: Manifest) -> None:
+    """Compare every file of a checkpoint with its manifest; the ranks share the reading. Collective.
+
+    Raises:
+        DamagedCheckpointError: on all ranks: which files are missing, truncated or altered.
+    """
+    own = manifest.share(content.files, parallel.rank(), dist.get_world_size())
+    checked = on_all_ranks(lambda: [manifest.problem(path, name, content.files[name]) for name in own])
+    problems = [problem for part in checked for problem in part if problem]
+    if problems:
+        raise DamagedCheckpointError("; ".join(problems))
+
+
+def seal_own_files(directory: Path) -> dict[str, manifest.FileRecord]:
     """Bring the files to the disk that this rank wrote, and record them."""
     own = manifest.share(os.listdir(directory), parallel.rank(), dist.get_world_size())
     return {name: manifest.seal(directory / name) for name in own}
 
 
-def _layout() -> dict[str, int]:
+def layout() -> dict[str, int]:
+    """Ranks and parallel sizes, for a manifest."""
     return {
         "world_size": dist.get_world_size(),
         "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
@@ -257,7 +267,8 @@ def _layout() -> dict[str, int]:
     }
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of the libraries that write a checkpoint, for a manifest."""
     return {
         "nemo_aapo": nemo_aapo.__version__,
         "megatron_core": megatron.core.__version__,

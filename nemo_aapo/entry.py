@@ -125,6 +125,10 @@ def _no_effect(key: str) -> str:
     if key.startswith(("cluster.env", "cluster.sbatch_args")):
         section = ".".join(key.split(".")[:2])
         return f"{key}: what is new in a mapping is given with a plus, one by one: +{section}.NAME=VALUE"
+    if key.startswith("model.lora."):
+        return (
+            f"{key}: adapters are given as a whole: 'model.lora={{rank: 16, alpha: 32, target_modules: [linear_qkv]}}'"
+        )
     return (
         f"{key} has no effect here: a chosen file (algorithm=, experiment=) sets {key.rsplit('.', 1)[0]} to null. "
         f"Leave it out, or choose another; --cfg job shows what is composed"

@@ -20,10 +20,13 @@ def quiet() -> None:
         "megatron.bridge.utils.fusions",  # says which GPU kernels a CPU lacks
         "transformers.configuration_utils",  # the Bridge's own use of a deprecated argument
         "transformers.modeling_utils",
+        "transformers.integrations.tensor_parallel",  # says in every process group what it does not cut
+        "megatron.bridge.models.conversion.param_mapping",  # warns of each tensor in another dtype, as was asked for
     ):
         logging.getLogger(name).setLevel(logging.ERROR)
     # mcore calls what torch 2.13 has renamed; GPU stacks run a torch that has the old names only
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="Please use DTensor instead", category=FutureWarning)  # torch to itself
     for library in ("megatron", "nemo", "lightning"):
         for category in (UserWarning, FutureWarning, DeprecationWarning):
             warnings.filterwarnings("ignore", category=category, module=rf"{library}\.")

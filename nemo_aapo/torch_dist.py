@@ -143,6 +143,22 @@ def read_header(directory: Path) -> Header:
         return Header(metadata, _load_plain_data(file, file.name))
 
 
+def weights(header: Header) -> dict[str, dcp_metadata.TensorStorageMetadata]:
+    """The model's tensors by name, with shape and dtype."""
+    return {name: entry for name, entry in _tensors(header) if not name.startswith("optimizer.")}
+
+
+def optimizer_tensors(header: Header) -> dict[str, dcp_metadata.TensorStorageMetadata]:
+    """The optimizer's tensors by name, with shape and dtype."""
+    return {name: entry for name, entry in _tensors(header) if name.startswith("optimizer.")}
+
+
+def _tensors(header: Header) -> Iterator[tuple[str, dcp_metadata.TensorStorageMetadata]]:
+    for name, entry in header.metadata.state_dict_metadata.items():
+        if isinstance(entry, dcp_metadata.TensorStorageMetadata):  # not the small objects
+            yield name, entry
+
+
 def read(state: ShardedStateDict, directory: Path, header: Header) -> StateDict:
     """Read a checkpoint into the layout of ``state``, whatever layout wrote it. Collective.
 

@@ -46,7 +46,8 @@ def test_the_page_has_exactly_the_settings_of_the_schema_each_with_a_comment():
     page = read_page(config_directory() / "train_aapo.yaml")
     known = schema_keys(Config)
     known -= {"algorithm.clip.low", "algorithm.clip.high"}  # null on the page, as AAPO has no use for them
-    known |= {"algorithm.clip"}
+    known -= {"model.lora.rank", "model.lora.alpha", "model.lora.target_modules"}  # null: full training
+    known |= {"algorithm.clip", "model.lora"}
     sections = {key.rsplit(".", depth)[0] for key in known for depth in range(1, key.count(".") + 1)}
     inside = ("rewards.", "exp_manager.wandb_logger_kwargs.")  # what these take is not ours to list
     on_page = {key for key in page if key not in sections | {"defaults"} and not key.startswith(inside)}
@@ -126,6 +127,19 @@ def test_words_that_are_right_pass():
         (["prompts_per_step=0"], "prompts_per_step", "at least 1"),
         (["trainer.max_steps=-1"], "trainer.max_steps", "at least 0"),
         (["rollout.engine=vllm"], "rollout.engine", "known values are megatron"),
+        (["model.lora={rank: 0, alpha: 1, target_modules: [linear_qkv]}"], "model.lora", "at least 1"),
+        (["model.lora={rank: 4, alpha: 1, target_modules: [q_proj]}"], "model.lora.target_modules", "linear_qkv"),
+        (["model.lora={rank: 4, alpha: 1, target_modules: []}"], "model.lora.target_modules", "linear_qkv"),
+        (
+            ["model.lora={rank: 3, alpha: 1, target_modules: [linear_fc1]}", "model.tensor_model_parallel_size=2"],
+            "model.lora.rank",
+            "not divisible",
+        ),
+        (
+            ["model.lora={rank: 4, alpha: 4, target_modules: [linear_fc1]}", "rollout.offload_learner=true"],
+            "model.lora",
+            "never trained so",
+        ),
         (["++model.nope=1"], "model.nope", "unknown setting"),
         (["++algorithm.margin.hihg=1"], "algorithm.margin.hihg", "did you mean 'algorithm.margin.high'"),
         (["~seed"], "seed", "must be set"),
@@ -245,6 +259,7 @@ def test_the_digest_covers_what_decides_the_result_and_nothing_that_may_change_b
         ["group_size=4"],
         ["algorithm=gpg"],
         ["model.optim.lr=2e-6"],
+        ["model.lora={rank: 4, alpha: 8, target_modules: [linear_qkv]}"],
         ["rollout.temperature=0.7"],
         ["data.train=/u"],
         ["rewards=[{name: accuracy, weight: 2.0}]"],

@@ -35,6 +35,7 @@ def check_alone(config: Config) -> None:
         _check_trtllm_colocated(config)
     _check_algorithm(config)
     _check_async(config)
+    _check_lora(config)
     _check_rewards(config)
     check_data(config)
     _check_loggers(config)
@@ -141,6 +142,38 @@ def _check_layout(config: Config) -> None:
         raise ConfigError(
             f"rollout.offload_learner=true with model.optim.cpu_offload_fraction={model.optim.cpu_offload_fraction}: "
             "the optimizer state would move while a part of it lives in host memory. Use one of the two"
+        )
+
+
+LORA_TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+"""Megatron's names of the layers that can have an adapter: attention in and out, feed-forward in and out."""
+
+
+def _check_lora(config: Config) -> None:
+    lora, tp = config.model.lora, config.model.tensor_model_parallel_size
+    if lora is None:
+        return
+    if lora.rank < 1 or lora.alpha < 1:
+        raise ConfigError(f"model.lora: rank={lora.rank}, alpha={lora.alpha}: both must be at least 1")
+    if lora.rank % tp:
+        raise ConfigError(
+            f"model.lora.rank={lora.rank} is not divisible by model.tensor_model_parallel_size={tp}: adapters are cut "
+            "over the tensor-parallel ranks"
+        )
+    if (
+        config.precision.name.startswith("fp8")
+        or config.rollout.offload_learner
+        or config.model.optim.cpu_offload_fraction
+    ):
+        raise ConfigError(
+            f"model.lora with precision={config.precision.name}, rollout.offload_learner="
+            f"{str(config.rollout.offload_learner).lower()}, model.optim.cpu_offload_fraction="
+            f"{config.model.optim.cpu_offload_fraction}: adapters were never trained so. Use bf16 or fp32, false and 0"
+        )
+    unknown = [name for name in lora.target_modules if name not in LORA_TARGETS]
+    if unknown or not lora.target_modules:
+        raise ConfigError(
+            f"model.lora.target_modules={list(lora.target_modules)}: some of {', '.join(LORA_TARGETS)} are needed"
         )
 
 

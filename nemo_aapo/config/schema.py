@@ -59,6 +59,15 @@ class Optim:
 
 
 @dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters that are trained in place of the weights."""
+
+    rank: int
+    alpha: int
+    target_modules: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Model:
     """The model, its layout over the ranks, its optimizer."""
 
@@ -73,6 +82,7 @@ class Model:
     recompute_granularity: Literal["full", "selective"] | None
     recompute_modules: tuple[Literal["core_attn", "mlp", "layernorm"], ...]
     logprob_chunk_tokens: int
+    lora: Lora | None
     optim: Optim
 
 

@@ -47,14 +47,8 @@ def derive(config: Config, shape: ModelShape, world_size: int) -> Sizes:
         ConfigError: what does not divide, with both numbers.
     """
     tp, pp = config.model.tensor_model_parallel_size, config.model.pipeline_model_parallel_size
-    for key, number, what, parts in (
-        ("tensor_model_parallel_size", tp, "attention heads", shape.num_attention_heads),
-        ("tensor_model_parallel_size", tp, "key-value groups", shape.num_query_groups),
-        ("tensor_model_parallel_size", tp, "feed-forward units", shape.ffn_hidden_size),
-        ("pipeline_model_parallel_size", pp, "layers", shape.num_layers),
-    ):
-        if parts % number:
-            raise ConfigError(f"model.{key}={number} does not divide the model's {parts} {what}")
+    if problem := undivided(shape, tp, pp):
+        raise ConfigError(f"model.{problem}")
     check_widths(config, _widths(shape, tp))
     edges = config.precision.num_layers_at_start_in_bf16, config.precision.num_layers_at_end_in_bf16
     if max(edges) > shape.num_layers // pp:
@@ -121,6 +115,19 @@ def _widths(shape: ModelShape, tp: int) -> dict[str, int]:
         "attention output of a rank": shape.num_attention_heads * shape.head_size // tp,
         "feed-forward units of a rank": shape.ffn_hidden_size // tp,
     }
+
+
+def undivided(shape: ModelShape, tensor_parallel_size: int, pipeline_parallel_size: int) -> str | None:
+    """What of a model the parallel sizes do not divide, beginning with the setting; None if they divide all of it."""
+    for key, number, what, parts in (
+        ("tensor_model_parallel_size", tensor_parallel_size, "attention heads", shape.num_attention_heads),
+        ("tensor_model_parallel_size", tensor_parallel_size, "key-value groups", shape.num_query_groups),
+        ("tensor_model_parallel_size", tensor_parallel_size, "feed-forward units", shape.ffn_hidden_size),
+        ("pipeline_model_parallel_size", pipeline_parallel_size, "layers", shape.num_layers),
+    ):
+        if parts % number:
+            return f"{key}={number} does not divide the model's {parts} {what}"
+    return None
 
 
 def decisive_settings(config: Config) -> dict[str, Any]:

@@ -58,6 +58,28 @@ def auto_bridge_class(architecture: str) -> Any:
     return auto_bridge
 
 
+def lora_class() -> Any:
+    """``megatron.bridge.peft.lora.LoRA``, and the truth about TransformerEngine.
+
+    Without it mcore has mocks in place of its classes, which the Bridge takes for real ones and fails on.
+    """
+    import_megatron_core()
+    with importing(), _optional_dependencies():
+        lora = importlib.import_module("megatron.bridge.peft.lora")
+        utils = importlib.import_module("megatron.bridge.peft.utils")
+    if importlib.util.find_spec("transformer_engine") is None:
+        utils.HAVE_TE = False
+    return lora.LoRA
+
+
+def known_architectures() -> list[str]:
+    """All that the installed Megatron-Bridge registers a map for, whether it works here or not; nothing is imported."""
+    (folder,) = importlib.util.find_spec("megatron.bridge").submodule_search_locations
+    source = r"MegatronModelBridge\.register_bridge\(\s*source=[\"']?(\w+)"
+    texts = [path.read_text(encoding="utf-8") for path in (Path(folder) / "models").glob("*/*_bridge.py")]
+    return sorted({name for text in texts for name in re.findall(source, text, re.MULTILINE)})
+
+
 def bridge_module(architecture: str) -> str | None:
     """The module that registers the architecture's bridge; None: it is not found by its text, so import all."""
     if not importlib.metadata.version("megatron-bridge").startswith(SUPPORTED + "."):

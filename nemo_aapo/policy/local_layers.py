@@ -36,11 +36,20 @@ class TorchNorm:
     """
 
     def __new__(cls, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> torch.nn.Module:
-        norm_class = {"RMSNorm": torch.nn.RMSNorm, "LayerNorm": torch.nn.LayerNorm}[config.normalization]
-        norm = norm_class(hidden_size, eps=eps)
+        norms = {"RMSNorm": torch.nn.RMSNorm, "LayerNorm": torch.nn.LayerNorm}
+        if config.layernorm_zero_centered_gamma:
+            norms = {"RMSNorm": ZeroCenteredRMSNorm}
+        norm = norms[config.normalization](hidden_size, eps=eps)
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel
         return norm
+
+
+class ZeroCenteredRMSNorm(torch.nn.RMSNorm):
+    """Gemma's: scales by 1 + weight."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, self.normalized_shape, 1.0 + self.weight, self.eps)
 
 
 class LocalAttention(DotProductAttention):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from nemo_aapo import parallel
 from nemo_aapo.config import Config, ConfigError, ModelShape
@@ -26,6 +27,8 @@ from nemo_aapo.errors import RunError
 from nemo_aapo.policy import precision
 from nemo_aapo.policy.batching import MicroBatch
 from nemo_aapo.policy.logprob import selected_logprobs
+from nemo_aapo.policy.lora import add_adapters
+from nemo_aapo.policy.model_state import load_model_state, sharded_model_state
 from nemo_aapo.policy.optimizer import (
     CHECKPOINT_METADATA,
     build_optimizer,
@@ -34,9 +37,6 @@ from nemo_aapo.policy.optimizer import (
     prepare_to_load,
 )
 from nemo_aapo.policy.weights import WeightMap
-
-EXTRA_STATE = "_extra_state"
-"""torch's name for what a module keeps besides tensors."""
 
 TokenLoss = Callable[[torch.Tensor, torch.Tensor, MicroBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 """``loss(logprobs [n], entropy [n], batch)`` -> (this micro-batch's part of the loss, detached sums for metrics)."""
@@ -63,6 +63,8 @@ class MegatronPolicy:
         self.weight_map = WeightMap(config.model.path, precision.dtype(config))
         self.module = build_module(config, shape, self.weight_map)
         self.weight_map.load(self.module)
+        if config.model.lora is not None:
+            add_adapters(self.module, config.model.lora, config.seed)
         self.fused_weight_gradients = precision.fuse_weight_gradients(self.module)
         """Layers that add their weight gradients to the buffer by themselves."""
         self.model = data_parallel(config, self.module)
@@ -125,7 +127,7 @@ class MegatronPolicy:
         def forward_step(iterator: Iterator[MicroBatch], model: torch.nn.Module):
             batch = next(iterator)
             packing = None if batch.cu_seqlens is None else packed_seq_params(batch)
-            with _hidden_states_out(self.module):
+            with hidden_states_out(self.module):
                 hidden = model(batch.input_ids, batch.position_ids, None, packed_seq_params=packing)
 
             def on_last_stage(hidden: torch.Tensor, non_loss_data: bool = False):
@@ -150,10 +152,7 @@ class MegatronPolicy:
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
         else:
             hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
-        if self.module.share_embeddings_and_output_weights:
-            weight = self.module.shared_embedding_or_output_weight()
-        else:
-            weight = self.module.output_layer.weight
+        weight = output_weight(self.module)
         selected = hidden.flatten(0, 1).index_select(0, batch.positions)
         return selected_logprobs(
             selected.to(weight.dtype),
@@ -176,16 +175,21 @@ class MegatronPolicy:
     def keep_reference(self) -> None:
         """Remember the present weights as the frozen reference (a copy of this rank's part, in host memory).
 
+        Only of the weights that are trained: those below adapters stay what they are.
+
         Called before the first update, or after ``load_base_weights``.
         """
-        self._reference = [parameter.detach().cpu().clone() for parameter in self.module.parameters()]
+        self._reference = [parameter.detach().cpu().clone() for parameter in self._trained()]
+
+    def _trained(self) -> list[torch.nn.Parameter]:
+        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
 
     @contextlib.contextmanager
     def reference_weights(self) -> Iterator[None]:
         """Inside, the model computes with the reference's weights; afterwards the policy's are back, bit for bit."""
         if self._reference is None:
             raise RuntimeError("keep_reference() was not called: there are no reference weights")
-        parameters = list(self.module.parameters())
+        parameters = self._trained()
         policy = [parameter.data.clone() for parameter in parameters]
         try:
             for parameter, frozen in zip(parameters, self._reference, strict=True):
@@ -209,10 +213,7 @@ class MegatronPolicy:
         """Model, optimizer and scheduler for mcore's dist_checkpointing: loads under any TP x PP x DP."""
         if is_loading:
             prepare_to_load(self.optimizer)
-        model = self.module.sharded_state_dict()
-        # TransformerEngine's FP8 state is a pickle, and loading it may run code. Only delayed scaling needs it: its
-        # maxima are found anew after a resume.
-        model = {name: part for name, part in model.items() if not name.endswith(EXTRA_STATE)}
+        model = sharded_model_state(self.module)
         return {
             "model": model,
             "optimizer": self.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=CHECKPOINT_METADATA),
@@ -222,8 +223,7 @@ class MegatronPolicy:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what ``dist_checkpointing.load`` read into ``sharded_state_dict(is_loading=True)``."""
-        absent = {name: torch.empty(0) for name in self.module.state_dict() if name.endswith(EXTRA_STATE)}
-        self.module.load_state_dict({**state["model"], **absent})
+        load_model_state(self.module, state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.num_steps = 0  # mcore adds the loaded steps to it
         self.scheduler.load_state_dict(state["scheduler"])
@@ -236,7 +236,7 @@ def build_module(config: Config, shape: ModelShape, weight_map: WeightMap) -> GP
     Raises:
         ConfigError: the vocabulary can't be cut over the tensor-parallel ranks.
     """
-    provider, model = weight_map.provider(), config.model
+    model = config.model
     fields = {
         **precision.model_fields(config),
         "tensor_model_parallel_size": model.tensor_model_parallel_size,
@@ -248,6 +248,22 @@ def build_module(config: Config, shape: ModelShape, weight_map: WeightMap) -> GP
         "recompute_method": "uniform" if model.recompute_granularity == "full" else None,
         "recompute_num_layers": 1 if model.recompute_granularity == "full" else None,
         "recompute_modules": list(model.recompute_modules),
+    }
+    return build_stage(weight_map, fields)
+
+
+def build_stage(weight_map: WeightMap, fields: Mapping[str, Any]) -> GPTModel:
+    """This rank's stage of the model, with random weights.
+
+    Args:
+        fields: of the Bridge's provider: precision and layout.
+
+    Raises:
+        ConfigError: as ``build_module``.
+    """
+    provider = weight_map.provider()
+    fields = {
+        **fields,
         # The weights come from the model directory, but mcore marks tensor-parallel parameters in the same breath
         # as it initialises them, and the gradient norm counts unmarked ones on one rank only.
         "perform_initialization": True,
@@ -263,11 +279,12 @@ def build_module(config: Config, shape: ModelShape, weight_map: WeightMap) -> GP
     }
     for name, value in fields.items():
         setattr(provider, name, value)
+    provider._pg_collection = ProcessGroupCollection.use_mpu_process_groups()  # Gemma's provider asks it for the stage
     provider.finalize()
-    if shape.vocab_size % model.tensor_model_parallel_size:
+    if provider.vocab_size % provider.tensor_model_parallel_size:
         raise ConfigError(
-            f"model.tensor_model_parallel_size={model.tensor_model_parallel_size} does not divide the vocabulary "
-            f"of {shape.vocab_size} entries"
+            f"model.tensor_model_parallel_size={provider.tensor_model_parallel_size} does not divide the vocabulary "
+            f"of {provider.vocab_size} entries"
         )
     module = provider.provide(
         pre_process=parallel_state.is_pipeline_first_stage(), post_process=parallel_state.is_pipeline_last_stage()
@@ -308,8 +325,15 @@ def _merge(parts: Sequence[dict[str, float]]) -> dict[str, float]:
     return merged
 
 
+def output_weight(module: GPTModel) -> torch.Tensor:
+    """This rank's rows [vocabulary / TP, h] of the output layer; last stage only."""
+    if module.share_embeddings_and_output_weights:
+        return module.shared_embedding_or_output_weight()
+    return module.output_layer.weight
+
+
 @contextlib.contextmanager
-def _hidden_states_out(module: GPTModel) -> Iterator[None]:
+def hidden_states_out(module: GPTModel) -> Iterator[None]:
     """Inside, the last stage returns its normalised hidden states [s, b, h] and skips the output layer.
 
     ``GPTModel._postprocess`` returns early for a model that is not the last stage; the final norm belongs to the

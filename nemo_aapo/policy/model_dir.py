@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from nemo_aapo.config import Config, ConfigError, ModelShape, Sizes, derive
 
 ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM")
-"""What the tests convert both ways and compare with transformers."""
+"""What is trained; ``conversion/families.py`` has what is only converted."""
 
 
-def read_model_dir(path: str) -> ModelShape:
+def read_model_dir(path: str, architectures: Sequence[str] = ARCHITECTURES) -> ModelShape:
     """Check that the directory holds a whole model of a known architecture, and read its shape.
 
     Only headers are read: a 70B model takes milliseconds.
@@ -30,13 +31,18 @@ def read_model_dir(path: str) -> ModelShape:
         )
     config = _read_json(directory / "config.json", "is this a Hugging Face model directory?")
     architecture = architecture_of(path)
-    if architecture not in ARCHITECTURES:
-        raise ConfigError(f"model.path={path}: architecture {architecture}; supported are {', '.join(ARCHITECTURES)}")
+    if architecture not in architectures:
+        raise ConfigError(f"model.path={path}: architecture {architecture}; supported are {', '.join(architectures)}")
     for name in weight_files(directory):
         _check_safetensors(directory / name)
+    return shape_of(config)
+
+
+def shape_of(config: dict[str, Any]) -> ModelShape:
+    """The shape that a ``config.json`` says."""
     heads = config["num_attention_heads"]
     return ModelShape(
-        architecture=architecture,
+        architecture=config["architectures"][0],
         num_layers=config["num_hidden_layers"],
         hidden_size=config["hidden_size"],
         ffn_hidden_size=config["intermediate_size"],

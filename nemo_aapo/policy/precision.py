@@ -113,12 +113,17 @@ def dtype(config: Config) -> torch.dtype:
 
 def model_fields(config: Config) -> dict[str, Any]:
     """Fields of mcore's TransformerConfig that the precision and the machine decide."""
-    kind, fused = kind_of(config), torch.cuda.is_available()
+    return {**machine_fields(dtype(config)), **_fp8_fields(config, kind_of(config))}
+
+
+def machine_fields(dtype: torch.dtype) -> dict[str, Any]:
+    """Those that the machine and the dtype of the weights decide."""
+    fused = torch.cuda.is_available()
     return {
-        "params_dtype": dtype(config),
-        "pipeline_dtype": dtype(config),
-        "autocast_dtype": dtype(config),
-        "bf16": kind.bf16,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "autocast_dtype": dtype,
+        "bf16": dtype is torch.bfloat16,
         "fp16": False,
         "use_cpu_initialization": not fused,
         # mcore's own layers would want apex for it; TransformerEngine's are told by fuse_weight_gradients()
@@ -131,8 +136,15 @@ def model_fields(config: Config) -> dict[str, Any]:
         "apply_rope_fusion": fused,
         "cross_entropy_loss_fusion": False,  # the loss is ours: policy/logprob.py
         "transformer_layer_spec": _layer_spec(),
-        **_fp8_fields(config, kind),
+        **({} if fused else {"attention_backend": _any_attention_backend()}),
     }
+
+
+def _any_attention_backend() -> Any:
+    """Gemma's provider asks for TransformerEngine's flash attention, which mcore sets up even for local layers."""
+    from megatron.core.transformer.enums import AttnBackend
+
+    return AttnBackend.auto
 
 
 def _fp8_fields(config: Config, kind: PrecisionKind) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
+from nemo_aapo.policy.lora import base_layer, merged_weight
 from nemo_aapo.rollout.kv_cache import SlotCache
 
 
@@ -50,7 +51,10 @@ class _Layer:
 
 
 class Decoder:
-    """One pipeline stage of a model. Built anew for each rollout: it holds references to the weights, no copy."""
+    """One pipeline stage of a model. Built anew for each rollout: it holds references to the weights, no copy.
+
+    Of layers with a LoRA adapter it holds the merged weights, a copy for as long as the rollout takes.
+    """
 
     def __init__(self, model: GPTModel) -> None:
         """
@@ -173,18 +177,19 @@ def _swiglu(gate_and_up: Tensor) -> Tensor:
 def _weights(layer: torch.nn.Module) -> _Layer:
     """Weights of an mcore TransformerLayer. TransformerEngine keeps the norms' in the projections that follow them."""
     attention, mlp = layer.self_attention, layer.mlp
-    fused = hasattr(attention.linear_qkv, "layer_norm_weight")
+    qkv, fc1 = base_layer(attention.linear_qkv), base_layer(mlp.linear_fc1)
+    fused = hasattr(qkv, "layer_norm_weight")
     query_norm, key_norm = attention.q_layernorm, attention.k_layernorm
     return _Layer(
-        attention_norm=attention.linear_qkv.layer_norm_weight if fused else layer.input_layernorm.weight,
-        qkv=attention.linear_qkv.weight,
-        qkv_bias=_present(attention.linear_qkv.bias),
+        attention_norm=qkv.layer_norm_weight if fused else layer.input_layernorm.weight,
+        qkv=merged_weight(attention.linear_qkv),
+        qkv_bias=_present(qkv.bias),
         query_norm=getattr(query_norm, "weight", None),
         key_norm=getattr(key_norm, "weight", None),
-        projection=attention.linear_proj.weight,
-        mlp_norm=mlp.linear_fc1.layer_norm_weight if fused else layer.pre_mlp_layernorm.weight,
-        gate_and_up=mlp.linear_fc1.weight,
-        down=mlp.linear_fc2.weight,
+        projection=merged_weight(attention.linear_proj),
+        mlp_norm=fc1.layer_norm_weight if fused else layer.pre_mlp_layernorm.weight,
+        gate_and_up=merged_weight(mlp.linear_fc1),
+        down=merged_weight(mlp.linear_fc2),
     )
 
 

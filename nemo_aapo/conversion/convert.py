@@ -1,0 +1,146 @@
+"""The two conversions, for scripts and for other parts. Collective over the ranks of ``parallel.initialize``.
+
+    checkpoint_to_hf(find_source("results/math7b"), Path("math7b_hf"))     a run's newest checkpoint -> transformers
+    hf_to_megatron(Path("/models/Qwen2.5-7B"), Path("qwen_megatron"))
+
+Tensor- and pipeline-parallel sizes are those that Megatron's groups were made with, whatever wrote a checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from nemo_aapo import parallel, torch_dist
+from nemo_aapo.agreement import on_first_rank
+from nemo_aapo.config import ConfigError
+from nemo_aapo.config.schema import Lora
+from nemo_aapo.conversion import megatron_model
+from nemo_aapo.conversion.card import model_card
+from nemo_aapo.conversion.families import CONVERTS, require_convertible
+from nemo_aapo.conversion.source import Source, lora_of
+from nemo_aapo.manifest import CheckpointError, Manifest
+from nemo_aapo.policy import hf_directory, model_dir
+from nemo_aapo.policy.lora import save_peft
+
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+_SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def checkpoint_to_hf(
+    source: Source,
+    target: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = hf_directory.MAX_SHARD_BYTES,
+    adapter: bool = False,
+    say: Callable[[str], None] = print,
+) -> Manifest:
+    """The model part of a Megatron checkpoint as a Hugging Face directory. Collective.
+
+    The optimizer's state is not read. Configuration, tokenizer, chat template and generation settings are the base
+    model's; its weights are not needed. A model card is written.
+
+    Args:
+        source: a checkpoint, a run (its newest whole checkpoint, also while it trains), or what ``hf_to_megatron``
+            wrote.
+        target: must not exist; appears whole or not at all.
+        dtype: of the written weights; None: as they are stored.
+        max_shard_bytes: a larger model is written in several files with an index.
+        adapter: of a run that trains LoRA adapters, write these alone, as a directory that ``peft`` loads; otherwise
+            they are merged into the weights.
+        say: told, on rank 0, what a reader should know.
+
+    Returns:
+        The manifest of the checkpoint that was taken: its step, and more.
+
+    Raises:
+        ConfigError: an architecture or target that can't be.
+        CheckpointError: no whole checkpoint.
+    """
+
+    def check() -> Lora | None:
+        require_convertible(source.base)
+        _require_absent(target)
+        if adapter and lora_of(source) is None:
+            raise ConfigError(f"{source.path} has no adapters: its run did not train with model.lora")
+        return lora_of(source)
+
+    lora = parallel.agree(check)
+    dtype = dtype or stored_dtype(source)
+    weight_map, module = megatron_model.build(source.base, dtype, lora)
+    content = megatron_model.load_checkpoint(source, module, say)
+    card = parallel.agree(lambda: model_card(source, content, hf_directory.dtype_name(dtype), adapter))
+    if adapter:
+        save_peft(weight_map.export_adapters(module), lora, target, str(source.base), {"README.md": card})
+        return content
+    weight_map.save(module, target, dtype=dtype, max_shard_bytes=max_shard_bytes, more_files={"README.md": card})
+    return content
+
+
+def hf_to_megatron(path: Path, target: Path, *, dtype: torch.dtype | None = None) -> None:
+    """A Hugging Face model as a Megatron checkpoint of mcore's ``torch_dist`` format, which loads under any layout.
+
+    Configuration, tokenizer, chat template and generation settings lie beside the weights. Collective.
+
+    Args:
+        path: the model directory.
+        target: must not exist; appears whole or not at all.
+        dtype: of the written weights; None: the model's own.
+
+    Raises:
+        ConfigError: an architecture, weights or target that can't be.
+        CheckpointError: it could not be written.
+    """
+
+    def check() -> None:
+        require_convertible(path)
+        model_dir.read_model_dir(str(path), CONVERTS)
+        _require_absent(target)
+
+    parallel.agree(check)
+    dtype = dtype or hf_dtype(path)
+    weight_map, module = megatron_model.build(path, dtype)
+    megatron_model.load_hf(weight_map, module)
+    digest = parallel.broadcast_from_first_rank(model_dir.digest(str(path)) if parallel.rank() == 0 else None)
+    about = {"converted_from": path.name, "model_digest": digest, "dtype": hf_directory.dtype_name(dtype)}
+    megatron_model.write(module, target, path, about)
+
+
+def hf_dtype(directory: Path) -> torch.dtype:
+    """The dtype that a model directory's weights are stored in: the widest, if they differ.
+
+    Raises:
+        ConfigError: quantised or otherwise unusual weights.
+    """
+    stored = set(megatron_model.hf_tensor_dtypes(directory).values())
+    unknown = stored - set(_SAFETENSORS_DTYPES)
+    if unknown:
+        raise ConfigError(f"{directory}: weights of dtype {', '.join(sorted(unknown))} can't be converted")
+    return _widest({_SAFETENSORS_DTYPES[name] for name in stored})
+
+
+def stored_dtype(source: Source) -> torch.dtype:
+    """The dtype of a checkpoint's model part, from its header. Collective."""
+
+    def read() -> torch.dtype:
+        for path in source.candidates():
+            try:
+                tensors = torch_dist.weights(torch_dist.read_header(path))
+            except Exception:  # gone, or damaged in whatever way: loading says which
+                continue
+            return _widest({entry.properties.dtype for entry in tensors.values()})
+        raise CheckpointError(f"{source.path}: no checkpoint that can be read")
+
+    return on_first_rank(read)
+
+
+def _widest(dtypes: set[torch.dtype]) -> torch.dtype:
+    return next(iter(dtypes)) if len(dtypes) == 1 else torch.float32
+
+
+def _require_absent(target: Path) -> None:
+    if target.exists():
+        raise ConfigError(f"{target} exists already; name another place, or remove it")

@@ -1,0 +1,163 @@
+"""What a Hugging Face directory, a checkpoint or a run holds, said without loading it: headers and manifests only."""
+
+from __future__ import annotations
+
+from collections import Counter
+from math import prod
+from pathlib import Path
+
+from nemo_aapo import manifest
+from nemo_aapo.config import ConfigError
+from nemo_aapo.conversion.families import CONVERTS, TRAINS, read_config_json
+from nemo_aapo.conversion.source import Source, lora_of, run_settings
+from nemo_aapo.errors import RunError
+from nemo_aapo.launch.run_state import look
+from nemo_aapo.manifest import CheckpointError, Manifest
+from nemo_aapo.policy import hf_directory, model_dir
+
+
+def describe(source: Source) -> list[str]:
+    """Lines for people.
+
+    Raises:
+        ConfigError, RunError: damaged files; which.
+    """
+    if source.kind == "hf":
+        return _hf(source.path)
+    if source.kind == "run":
+        return _run(source)
+    return _checkpoint(source.path, source)
+
+
+def _hf(path: Path) -> list[str]:
+    return [f"Hugging Face model   {path}", *_architecture(path), *_weights(path), *_companions(path)]
+
+
+def _architecture(path: Path) -> list[str]:
+    config = read_config_json(path)
+    architecture = (config.get("architectures") or ["none named"])[0]
+    status = "trains and converts" if architecture in TRAINS else "converts" if architecture in CONVERTS else "refused"
+    lines = [f"architecture         {architecture} ({status})"]
+    if architecture in CONVERTS:
+        shape = model_dir.shape_of(config)
+        tied = "tied" if shape.tied_embeddings else "own"
+        lines.append(
+            f"shape                {shape.num_layers} layers, hidden {shape.hidden_size}, feed-forward "
+            f"{shape.ffn_hidden_size}, {shape.num_attention_heads} heads ({shape.num_query_groups} key-value), "
+            f"vocabulary {shape.vocab_size}, {tied} output layer, {shape.max_position_embeddings} positions"
+        )
+    return lines
+
+
+def _weights(path: Path) -> list[str]:
+    from safetensors import safe_open
+
+    files = model_dir.weight_files(path)
+    shapes: dict[str, tuple[list[int], str]] = {}
+    for name in files:
+        with safe_open(path / name, framework="numpy") as file:
+            for key in file.keys():  # noqa: SIM118 (no mapping)
+                part = file.get_slice(key)
+                shapes[key] = (part.get_shape(), part.get_dtype())
+    parameters = sum(prod(shape) for shape, _ in shapes.values())
+    dtypes = Counter(dtype for _, dtype in shapes.values())
+    size = sum((path / name).stat().st_size for name in files)
+    return [
+        f"weights              {parameters:,} in {len(shapes)} tensors of {', '.join(sorted(dtypes))}; "
+        f"{len(files)} file(s), {_bytes(size)}"
+    ]
+
+
+def _companions(path: Path) -> list[str]:
+    names = [file.name for file in hf_directory.companions(path)]
+    return [f"beside them          {', '.join(names)}"]
+
+
+def _checkpoint(path: Path, source: Source) -> list[str]:
+    from nemo_aapo import torch_dist
+
+    content = manifest.read(path)
+    what = "Megatron model       " if source.kind == "megatron" else "Megatron checkpoint  "
+    layout = content.layout
+    lines = [
+        f"{what}{path}",
+        f"step                 {content.step}",
+        f"written by           {layout['world_size']} rank(s), tensor {layout['tensor_model_parallel_size']} x "
+        f"pipeline {layout['pipeline_model_parallel_size']} x data {layout['data_parallel_size']}; any layout loads it",
+        f"versions             {', '.join(f'{name} {version}' for name, version in content.versions.items())}",
+    ]
+    if source.kind == "megatron":
+        lines += [f"{key:20} {value}" for key, value in content.trainer_state.items()]
+    else:
+        lines.append(f"configuration        digest {content.config_digest}")
+    try:
+        header = torch_dist.read_header(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    for title, tensors in (
+        ("model", torch_dist.weights(header)),
+        ("optimizer", torch_dist.optimizer_tensors(header)),
+    ):
+        if tensors:
+            count = sum(prod(entry.size) for entry in tensors.values())
+            dtypes = {hf_directory.dtype_name(entry.properties.dtype) for entry in tensors.values()}
+            lines.append(f"{title:20} {count:,} numbers in {len(tensors)} tensors of {', '.join(sorted(dtypes))}")
+    lines.append(f"files                {_files(path, content)}")
+    return [*lines, *_base(source)]
+
+
+def _base(source: Source) -> list[str]:
+    try:
+        return [f"base model           {source.base}", *_architecture(source.base)]
+    except ConfigError:
+        return [f"base model           {source.named_base or 'unknown'} (not there)"]
+
+
+def _files(path: Path, content: Manifest) -> str:
+    """Sizes are compared with the manifest; checksums would mean reading all of it, as loading does."""
+    wrong = []
+    for name, record in content.files.items():
+        file = path / name
+        if not file.exists() or file.stat().st_size != record.bytes:
+            wrong.append(name)
+    total = sum(record.bytes for record in content.files.values())
+    state = f"DAMAGED: {', '.join(wrong)}" if wrong else "all there, with the sizes of the manifest"
+    return f"{len(content.files)}, {_bytes(total)}; {state}"
+
+
+def _run(source: Source) -> list[str]:
+    settings = run_settings(source.run)
+    try:
+        state = look(source.path)
+    except RunError as error:
+        raise ConfigError(str(error)) from None
+    lines = [
+        f"run                  {source.path}",
+        f"state                {'finished' if state.finished else 'not finished'}, {state.step} steps in metrics.jsonl",
+    ]
+    if settings:
+        lines += [
+            f"algorithm            {settings['algorithm']['name']}",
+            f"training data        {settings['data']['train']}",
+        ]
+        if lora := lora_of(source):
+            targets = ", ".join(lora.target_modules)
+            lines.append(f"LoRA adapters        rank {lora.rank}, alpha {lora.alpha}, on {targets}")
+    if state.validation is not None:
+        accuracy = state.validation["validation/accuracy_greedy"]
+        lines.append(f"last validation      step {state.validation['step']}: accuracy {accuracy:.3f} greedy")
+    exported = source.path / "hf_model"
+    lines.append(f"exported model       {exported if exported.is_dir() else 'none'}")
+    try:
+        candidates = source.candidates()
+    except ConfigError:
+        return [*lines, "checkpoints          none", *_base(source)]
+    lines.append(f"checkpoints          {', '.join(path.name for path in reversed(candidates))}")
+    return [*lines, "", *_checkpoint(candidates[0], source)]
+
+
+def _bytes(count: int) -> str:
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:,.1f} {unit}"
+    return f"{count} bytes"

@@ -1,0 +1,180 @@
+"""The Megatron side of a conversion: built for the present layout, filled, written, read. All of it is collective.
+
+Torch's process group and Megatron's groups are there already (``parallel.initialize``); their sizes are the layout.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+
+from nemo_aapo import checkpoint, manifest, parallel, torch_dist
+from nemo_aapo.agreement import on_all_ranks, on_first_rank
+from nemo_aapo.checkpoint_directory import remove
+from nemo_aapo.config import ConfigError
+from nemo_aapo.config.schema import Lora
+from nemo_aapo.conversion.source import Source
+from nemo_aapo.manifest import CheckpointError, DamagedCheckpointError, Manifest
+from nemo_aapo.policy import hf_directory, precision
+from nemo_aapo.policy.lora import add_adapters, has_adapters
+from nemo_aapo.policy.megatron import build_stage
+from nemo_aapo.policy.model_state import load_model_state, sharded_model_state
+from nemo_aapo.policy.weights import WeightMap
+
+LOOKS = 5
+"""So often a run's newest checkpoint is looked for, where the one that was being read went away."""
+DERIVED_BUFFERS = ("rotary_emb.inv_freq",)
+"""Ends of names in old weight files that are no weights: they follow from ``config.json``."""
+
+
+def build(base: Path, dtype: torch.dtype, lora: Lora | None = None) -> tuple[WeightMap, GPTModel]:
+    """The weight map of a model directory, and this rank's stage of the model with random weights.
+
+    Args:
+        base: needs no weights (``WeightMap``).
+        dtype: of the weights.
+        lora: adapters on them, as ``lora_of`` a run.
+    """
+    weight_map = WeightMap(str(base), dtype)
+    layout = {
+        "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
+    }
+    module = build_stage(weight_map, {**precision.machine_fields(dtype), **layout})
+    if lora is not None:
+        add_adapters(module, lora, seed=0)  # drawn, and then overwritten
+    return weight_map, module.to(dtype).requires_grad_(False)  # torch's norms begin in float32
+
+
+def load_hf(weight_map: WeightMap, module: GPTModel) -> None:
+    """Fill the module with the model directory's weights.
+
+    Raises:
+        ConfigError: the directory has weights that the map leaves out, or lacks some that it needs.
+    """
+    there, covered = hf_tensor_dtypes(Path(weight_map.path)).keys(), weight_map.names(module)
+    tied = {"lm_head.weight"} if module.share_embeddings_and_output_weights else set()
+    extra = {name for name in there - covered - tied if not name.endswith(DERIVED_BUFFERS)}
+    missing = covered - there - tied
+    if extra or missing:
+        raise ConfigError(
+            f"{weight_map.path}: weights do not fit the architecture; without a place: {_some(extra)}; "
+            f"missing: {_some(missing)}"
+        )
+    weight_map.load(module)
+
+
+def hf_tensor_dtypes(directory: Path) -> dict[str, str]:
+    """Tensor name -> dtype as safetensors spells it (``BF16``), from the files' headers."""
+    from safetensors import safe_open
+
+    from nemo_aapo.policy.model_dir import weight_files
+
+    found = {}
+    for name in weight_files(directory):
+        with safe_open(directory / name, framework="pt") as file:
+            found.update({key: file.get_slice(key).get_dtype() for key in file.keys()})  # noqa: SIM118 (no mapping)
+    return found
+
+
+def load_checkpoint(source: Source, module: GPTModel, say: Callable[[str], None] = print) -> Manifest:
+    """Verify a checkpoint and fill the module with its model part, whatever layout wrote it; the source is not touched.
+
+    Of a run, the newest whole checkpoint is taken. It may still be training: a checkpoint that goes away while it is
+    read is left for the newest one then.
+
+    Args:
+        say: told, on rank 0, which damaged checkpoints were passed over.
+
+    Raises:
+        CheckpointError: on all ranks: no whole checkpoint.
+    """
+    problems: dict[str, str] = {}
+    for _ in range(LOOKS):
+        gone = False
+        for path in on_first_rank(source.candidates):
+            if path.name in problems:
+                continue
+            try:
+                content = load_one(path, module)
+            except CheckpointError as error:
+                gone = not on_first_rank(path.exists)
+                if gone and source.kind == "run":
+                    break  # look again
+                if source.kind != "run" or not isinstance(error, DamagedCheckpointError):
+                    raise
+                problems[path.name] = str(error)
+                continue
+            if problems and parallel.rank() == 0:
+                say(f"WARNING: took {path.name}, since newer ones are damaged: {'; '.join(problems.values())}")
+            return content
+        if not gone:
+            break
+    reasons = "; ".join(problems.values()) or f"each went away while it was read ({LOOKS} times)"
+    raise CheckpointError(f"{source.path}: no whole checkpoint: {reasons}")
+
+
+def load_one(path: Path, module: GPTModel) -> Manifest:
+    """Verify one checkpoint directory and read its model part into the module.
+
+    Raises:
+        DamagedCheckpointError, CheckpointError: on all ranks alike.
+    """
+    content = on_first_rank(lambda: manifest.read(path))
+    checkpoint.check_files(path, content)
+    header = on_first_rank(lambda: torch_dist.read_header(path))
+    expected = sharded_model_state(module)
+    if has_adapters(header.metadata.state_dict_metadata) and not has_adapters(expected):
+        raise CheckpointError(f"{path} holds LoRA adapters, but no config.yaml of its run says which: name the run")
+    load_model_state(module, torch_dist.read({"model": expected}, path, header)["model"])
+    return content
+
+
+def write(module: GPTModel, target: Path, base: Path, about: dict[str, Any]) -> None:
+    """Write a Megatron model directory: mcore's torch_dist files, and the base model's configuration and tokenizer.
+
+    It appears whole or not at all, with a manifest that holds a checksum of every file.
+
+    Args:
+        about: kept in the manifest as its ``trainer_state``.
+
+    Raises:
+        CheckpointError: on all ranks, if it failed on one.
+    """
+    partial = target.with_name(f".{target.name}.partial")
+
+    def begin() -> None:
+        remove(partial)
+        partial.mkdir(parents=True)
+        hf_directory.copy_companions(base, partial, module.config.params_dtype)
+
+    def commit() -> None:
+        manifest.write(whole, partial)
+        manifest.sync_directory(partial)
+        os.rename(partial, target)
+        manifest.sync_directory(target.parent)
+
+    try:
+        on_first_rank(begin)
+        replicas = parallel_state.get_data_parallel_group_gloo()
+        torch_dist.write(torch_dist.snapshot({"model": sharded_model_state(module)}, replicas, copied=False), partial)
+        sealed = on_all_ranks(lambda: checkpoint.seal_own_files(partial))
+        records = {name: record for part in sealed for name, record in part.items()}
+        whole = Manifest(0, "", about, checkpoint.layout(), checkpoint.versions(), records)
+        on_first_rank(commit)
+    except CheckpointError:
+        if parallel.rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _some(names: set[str], count: int = 3) -> str:
+    shown = ", ".join(sorted(names)[:count])
+    return f"{shown} and {len(names) - count} more" if len(names) > count else shown or "none"

@@ -1,0 +1,29 @@
+"""The ranks of a conversion: how many a layout needs, and the groups they work in."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from nemo_aapo import parallel
+from nemo_aapo.policy import cpu
+
+TIMEOUT_S = 1800.0
+"""So long a rank waits for another one."""
+
+
+@contextlib.contextmanager
+def session(tensor_parallel_size: int, pipeline_parallel_size: int) -> Iterator[None]:
+    """Inside, this process is a rank of the layout; torchrun's variables say which, alone without them."""
+    cpu.install()
+    parallel.initialize(
+        tensor_model_parallel_size=tensor_parallel_size,
+        pipeline_model_parallel_size=pipeline_parallel_size,
+        seed=0,  # nothing is drawn but weights that are overwritten
+        timeout_s=TIMEOUT_S,
+    )
+    try:
+        with parallel.lost_ranks_reported(lambda: "the conversion"):
+            yield
+    finally:
+        parallel.shutdown()

@@ -1,0 +1,133 @@
+"""What a path holds: a Hugging Face model, a converted Megatron model, a run's checkpoint, or a whole run. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from nemo_aapo import manifest
+from nemo_aapo.checkpoint_directory import CheckpointDirectory, step_of
+from nemo_aapo.config import ConfigError, build
+from nemo_aapo.config.schema import Lora
+
+Kind = Literal["hf", "megatron", "checkpoint", "run"]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A model, and where the rest of what is known of it lies."""
+
+    kind: Kind
+    """``megatron``: what ``hf-to-megatron`` wrote. ``checkpoint``: one of a run. ``run``: its newest whole one."""
+    path: Path
+    named_base: Path | None
+    """The Hugging Face directory with architecture and tokenizer: the model itself, or what a run started from, as far
+    as that is known; it may have gone."""
+    run: Path | None = None
+    """The run's directory."""
+
+    @property
+    def base(self) -> Path:
+        """The same, and it is there.
+
+        Raises:
+            ConfigError: it is not; how to name it.
+        """
+        if self.named_base is None:
+            raise ConfigError(
+                f"{self.path}: no config.yaml of a run says what its base model was; name it by --base DIR"
+            )
+        if not (self.named_base / "config.json").exists():
+            raise ConfigError(
+                f"{self.path}: its base model {self.named_base} is not there (no config.json); name it by --base DIR"
+            )
+        return self.named_base
+
+    def candidates(self) -> list[Path]:
+        """The Megatron checkpoints to try, in this order; looked up anew at each call, as a trainer removes old ones.
+
+        Raises:
+            ConfigError: a run without a checkpoint.
+        """
+        if self.kind != "run":
+            return [self.path]
+        found = _checkpoints(self.path)
+        if not found:
+            raise ConfigError(f"{self.path / 'checkpoints'} holds no checkpoint (step_NNNNNN): none was saved yet")
+        return found[::-1]
+
+
+def find_source(path: Path | str, base: Path | str | None = None) -> Source:
+    """Tell what a path holds, by the names of the files there.
+
+    Args:
+        path: a Hugging Face directory, what ``hf-to-megatron`` wrote, a run directory, or a checkpoint in one.
+        base: of a run: its base model, where it is no longer where the run's ``config.yaml`` says.
+
+    Raises:
+        ConfigError: nothing of the kind.
+    """
+    path = Path(path).absolute()
+    if not path.is_dir():
+        raise ConfigError(f"{path}: {'is a file; name the directory' if path.exists() else 'no such directory'}")
+    if path.name == "checkpoints" and _checkpoints(path.parent):
+        path = path.parent
+    if (path / manifest.FILE_NAME).exists() or step_of(path) is not None:
+        if (path / "config.json").exists():
+            return Source("megatron", path, _own_base(path, base))
+        run = path.parent.parent if path.parent.name == "checkpoints" else None
+        return Source("checkpoint", path, _base_of_run(run, base), run)
+    if (path / "config.json").exists():
+        return Source("hf", path, _own_base(path, base))
+    if (path / "config.yaml").exists() or _checkpoints(path):
+        return Source("run", path, _base_of_run(path, base), path)
+    raise ConfigError(
+        f"{path}: neither a Hugging Face model (config.json), nor a Megatron checkpoint (manifest.json), nor a run "
+        "directory (config.yaml, checkpoints/)"
+    )
+
+
+def run_settings(run: Path | None) -> dict[str, Any]:
+    """A run's ``config.yaml`` as a plain tree; empty without one.
+
+    Raises:
+        ConfigError: it can't be read.
+    """
+    if run is None or not (run / "config.yaml").exists():
+        return {}
+    try:
+        tree = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{run / 'config.yaml'}: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{run / 'config.yaml'}: not a run's configuration")
+    return tree
+
+
+def lora_of(source: Source) -> Lora | None:
+    """The adapters that a run trains; None where it trains the weights themselves.
+
+    Raises:
+        ConfigError: the run's configuration can't be read.
+    """
+    settings = run_settings(source.run).get("model", {}).get("lora")
+    return None if settings is None else build(Lora, settings, "model.lora")
+
+
+def _checkpoints(run: Path) -> list[Path]:
+    """Oldest first; what is being written or removed has another name."""
+    return CheckpointDirectory(run / "checkpoints", keep_last=1, keep_best=None).steps()
+
+
+def _own_base(path: Path, base: Path | str | None) -> Path:
+    if base is not None:
+        raise ConfigError(f"--base has no effect: {path} brings its own configuration and tokenizer")
+    return path
+
+
+def _base_of_run(run: Path | None, base: Path | str | None) -> Path | None:
+    named = base or run_settings(run).get("model", {}).get("path")
+    return None if named is None else Path(named).absolute()

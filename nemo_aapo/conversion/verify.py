@@ -1,0 +1,209 @@
+"""Whether a Megatron model and a Hugging Face directory are the same model: every tensor's bytes, and the logits.
+
+Both sides compute in float32, into which bfloat16 and float16 go without loss: what differs is then a mistake of the
+conversion, and not rounding. Collective.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.models.gpt import GPTModel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from nemo_aapo import parallel
+from nemo_aapo.config import ConfigError
+from nemo_aapo.conversion import megatron_model
+from nemo_aapo.conversion.families import require_convertible
+from nemo_aapo.conversion.source import Source, lora_of
+from nemo_aapo.data.tokenizer import load_tokenizer, render_prompts
+from nemo_aapo.policy import model_dir
+from nemo_aapo.policy.megatron import hidden_states_out, output_weight
+
+PROMPTS = (
+    "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. How many clips did "
+    "Natalia sell altogether in April and May?",
+    "What is the smallest positive integer that is divisible by both 12 and 18?",
+    "Let $f(x) = x^2 - 4x + 7$. Find the minimum value of $f$.",
+    "Was ist 17 mal 23? Rechne Schritt für Schritt.",
+)
+"""What is compared on, where no file is named."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What was compared, and what came of it."""
+
+    tensors: int
+    different: tuple[str, ...]
+    """Names of tensors whose bytes differ, or that only one side has."""
+    prompts: int
+    tokens: int
+    max_logit_difference: float
+    max_logprob_difference: float
+    same_choice: float
+    """Share of positions with the same most likely token."""
+
+    def ok(self, tolerance: float) -> bool:
+        """Equal bytes, and log-probs within the tolerance."""
+        return not self.different and self.max_logprob_difference <= tolerance
+
+
+def verify(
+    source: Source, directory: Path, questions: Sequence[str] = PROMPTS, say: Callable[[str], None] = print
+) -> Verdict | None:
+    """Compare. Collective.
+
+    Args:
+        source: the Megatron side: a checkpoint, a run, a converted model; or the Hugging Face directory itself, which
+            is then converted in memory.
+        directory: the Hugging Face side.
+        questions: rendered by the tokenizer's chat template, if it has one.
+        say: told of what is done, on rank 0.
+
+    Returns:
+        The verdict, on rank 0; None on the others.
+
+    Raises:
+        ConfigError, DataError: a model or tokenizer that can't be read.
+        CheckpointError: no whole checkpoint.
+    """
+    parallel.agree(lambda: _check(source, directory))
+    weight_map, module = megatron_model.build(source.base, torch.float32, lora_of(source))
+    if source.kind == "hf":
+        megatron_model.load_hf(weight_map, module)
+    else:
+        megatron_model.load_checkpoint(source, module, say)
+    different, tensors = _compare_bytes(weight_map.export(module), directory)
+    _, prompts = render_prompts(load_tokenizer(str(directory)), questions)
+    logits = [_logits(module, ids) for ids in prompts]
+    if parallel.rank() != 0:
+        return None
+    return Verdict(
+        tensors, tuple(different), len(prompts), sum(map(len, prompts)), *_distances(directory, prompts, logits)
+    )
+
+
+def report(verdict: Verdict, tolerance: float, shown: int = 5) -> list[str]:
+    """Lines for people."""
+    count = len(verdict.different)
+    names = ", ".join(verdict.different[:shown]) + (f" and {count - shown} more" if count > shown else "")
+    return [
+        f"tensors        {verdict.tensors}, " + (f"{count} DIFFERENT: {names}" if count else "equal to the bit"),
+        f"prompts        {verdict.prompts}, {verdict.tokens} tokens",
+        f"logits         largest difference {verdict.max_logit_difference:.2e}",
+        f"log-probs      largest difference {verdict.max_logprob_difference:.2e}, allowed {tolerance:.0e}",
+        f"choices        {verdict.same_choice:.1%} of the positions have the same most likely token",
+        "verified" if verdict.ok(tolerance) else "DIFFERENT",
+    ]
+
+
+def _check(source: Source, directory: Path) -> None:
+    require_convertible(source.base)
+    model_dir.read_model_dir(str(directory), (require_convertible(directory)["architectures"][0],))
+
+
+def _compare_bytes(exported: Iterable[tuple[str, torch.Tensor]], directory: Path) -> tuple[list[str], int]:
+    """Names that differ, and how many there are; on rank 0. A tensor is compared in the dtype that its file has."""
+    from safetensors import safe_open
+
+    if parallel.rank() != 0:
+        for _ in exported:
+            pass
+        return [], 0
+    files = {}
+    for name in model_dir.weight_files(directory):
+        file = safe_open(directory / name, framework="pt")
+        files.update(dict.fromkeys(file.keys(), file))
+    different, left = [], set(files)
+    for name, tensor in exported:
+        left.discard(name)
+        stored = files[name].get_tensor(name) if name in files else None
+        if stored is None or not _same_bytes(tensor.to(stored.dtype), stored):
+            different.append(name)
+    tied = {"lm_head.weight"} if require_convertible(directory).get("tie_word_embeddings", True) else set()
+    left = {name for name in left - tied if not name.endswith(megatron_model.DERIVED_BUFFERS)}
+    return [*different, *sorted(left)], len(files)
+
+
+def _same_bytes(left: torch.Tensor, right: torch.Tensor) -> bool:
+    if left.shape != right.shape:
+        return False
+    left, right = (tensor.contiguous().view(torch.uint8) for tensor in (left, right))
+    return torch.equal(left, right)
+
+
+@torch.no_grad()
+def _logits(module: GPTModel, ids: np.ndarray) -> torch.Tensor | None:
+    """Logits [P, vocabulary] of one prompt, on rank 0: hidden states as the learner takes them, times its weight."""
+    tokens = torch.as_tensor(ids, dtype=torch.int64, device=torch.cuda.current_device())[None]
+
+    def forward_step(iterator: Any, model: torch.nn.Module):
+        with hidden_states_out(module):
+            hidden = model(tokens, torch.arange(tokens.shape[1], device=tokens.device)[None], None)
+
+        def on_last_stage(hidden: torch.Tensor, non_loss_data: bool = False) -> torch.Tensor:
+            part = torch.nn.functional.linear(hidden[:, 0], output_weight(module))
+            return tensor_parallel.gather_from_tensor_model_parallel_region(part).cpu()
+
+        return hidden, on_last_stage
+
+    outputs = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter([None]),
+        model=[module],
+        num_microbatches=1,
+        seq_length=tokens.shape[1],
+        micro_batch_size=1,
+        forward_only=True,
+        collect_non_loss_data=True,
+    )
+    outputs = parallel.broadcast_from_last_stage(outputs)
+    return outputs[0] if parallel.rank() == 0 else None
+
+
+@torch.no_grad()
+def _distances(
+    directory: Path, prompts: Sequence[np.ndarray], logits: Sequence[torch.Tensor]
+) -> tuple[float, float, float]:
+    """Largest difference of logits and of log-probs to transformers', and the share of equal choices."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    raw, logprob, same = [], [], []
+    for ids, ours in zip(prompts, logits, strict=True):
+        theirs = model(torch.as_tensor(ids, dtype=torch.int64)[None]).logits[0]
+        ours = ours[:, : theirs.shape[1]]
+        raw.append((ours - theirs).abs().max())
+        logprob.append((ours.log_softmax(-1) - theirs.log_softmax(-1)).abs().max())
+        same.append((ours.argmax(-1) == theirs.argmax(-1)).float())
+    return float(max(raw)), float(max(logprob)), float(torch.cat(same).mean())
+
+
+def read_questions(path: Path, field: str, count: int) -> list[str]:
+    """The first questions of a JSONL file.
+
+    Raises:
+        ConfigError: no such file, or a line without the field.
+    """
+    questions = []
+    try:
+        with path.open(encoding="utf-8") as file:
+            for line in itertools.islice(file, count):
+                questions.append(str(json.loads(line)[field]))
+    except OSError as error:
+        raise ConfigError(f"--prompts {path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        where = f"--prompts {path}, line {len(questions) + 1}"
+        raise ConfigError(f"{where}: no JSON object with the field {field!r} ({error})") from None
+    if not questions:
+        raise ConfigError(f"--prompts {path}: empty")
+    return questions
