@@ -21,7 +21,7 @@ from nemo_aapo.config import Config, ConfigError, ModelShape, digest, pad_multip
 from nemo_aapo.data.loading import attach_endless, build_sampler, load_data
 from nemo_aapo.data.prompts import PromptSet
 from nemo_aapo.data.tokenizer import load_tokenizer, require_eos, text_decoder
-from nemo_aapo.evaluate import Validator
+from nemo_aapo.evaluation.validation import Validator
 from nemo_aapo.experiment import open_experiment
 from nemo_aapo.policy import cpu, model_dir, precision
 from nemo_aapo.progress import Progress

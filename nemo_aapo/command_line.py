@@ -5,37 +5,84 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
-from nemo_aapo.config import ConfigError
+from nemo_aapo.config import Config, ConfigError, EvaluationConfig, parse, parse_evaluation
 
-PAGE = "train_aapo"
 FROZEN = "frozen"
 """Name of the page that a launcher leaves in the run directory: everything is resolved in it."""
-MAIN_KEYS = (
-    "run.name",
-    "run.dir",
-    "seed",
-    "model.path",
-    "data.train",
-    "data.validation",
-    "prompts_per_step",
-    "group_size",
-    "max_tokens_per_microbatch",
-    "trainer.num_nodes",
-    "trainer.devices",
-    "trainer.max_steps",
-    "trainer.val_check_interval",
-    "checkpoint.save_interval",
-    "model.tensor_model_parallel_size",
-    "model.pipeline_model_parallel_size",
-    "model.sequence_parallel",
-    "model.optim.lr",
-    "rollout.max_new_tokens",
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page of settings in ``conf/``, and what it may hold."""
+
+    name: str
+    """Of the file, without ``.yaml``."""
+    schema: type
+    parse: Callable[[dict[str, Any]], Any]
+    """The composed tree -> the typed configuration."""
+    folders: tuple[str, ...] | None
+    """The folders beside it that it takes choices from; None: all."""
+    main_keys: tuple[str, ...]
+    """What ``--help`` shows of it."""
+
+
+TRAINING = Page(
+    "train_aapo",
+    Config,
+    parse,
+    None,
+    (
+        "run.name",
+        "run.dir",
+        "seed",
+        "model.path",
+        "data.train",
+        "data.validation",
+        "prompts_per_step",
+        "group_size",
+        "max_tokens_per_microbatch",
+        "trainer.num_nodes",
+        "trainer.devices",
+        "trainer.max_steps",
+        "trainer.val_check_interval",
+        "checkpoint.save_interval",
+        "model.tensor_model_parallel_size",
+        "model.pipeline_model_parallel_size",
+        "model.sequence_parallel",
+        "model.optim.lr",
+        "rollout.max_new_tokens",
+    ),
 )
-"""What ``--help`` shows of the page."""
+EVALUATION = Page(
+    "evaluate",
+    EvaluationConfig,
+    parse_evaluation,
+    ("precision",),
+    (
+        "run.name",
+        "run.dir",
+        "seed",
+        "model.path",
+        "model.base",
+        "benchmarks",
+        "prompt_template",
+        "chat_template",
+        "samples",
+        "sampling.temperature",
+        "sampling.top_p",
+        "sampling.max_new_tokens",
+        "problems_per_batch",
+        "trainer.num_nodes",
+        "trainer.devices",
+        "model.tensor_model_parallel_size",
+        "model.pipeline_model_parallel_size",
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -50,11 +97,13 @@ class CommandLine:
     """Name of the page in it, without ``.yaml``."""
     show: Literal["help", "config"] | None
     """Say something instead of running."""
+    kind: Page = TRAINING
 
     def groups(self) -> dict[str, list[str]]:
         """Folder beside the page -> the choices that it offers."""
         folders = sorted(path for path in self.directory.iterdir() if path.is_dir())
-        return {folder.name: sorted(path.stem for path in folder.glob("*.yaml")) for folder in folders}
+        taken = [path for path in folders if self.kind.folders is None or path.name in self.kind.folders]
+        return {folder.name: sorted(path.stem for path in folder.glob("*.yaml")) for folder in taken}
 
 
 def config_directory() -> Path:
@@ -66,13 +115,18 @@ def config_directory() -> Path:
     package = Path(__file__).resolve().parent
     places = (package.parent / "conf", package / "conf")
     for place in places:
-        if (place / f"{PAGE}.yaml").is_file():
+        if (place / f"{TRAINING.name}.yaml").is_file():
             return place
-    raise ConfigError(f"{PAGE}.yaml is neither in {places[0]} nor in {places[1]}: name its folder by --config-path DIR")
+    raise ConfigError(
+        f"{TRAINING.name}.yaml is neither in {places[0]} nor in {places[1]}: name its folder by --config-path DIR"
+    )
 
 
-def read_command_line(argv: list[str]) -> CommandLine:
+def read_command_line(argv: list[str], kind: Page = TRAINING) -> CommandLine:
     """Split the words into settings and the few options that Hydra's scripts have.
+
+    Args:
+        kind: of the page; its own one is taken unless the words name another of the kind.
 
     Raises:
         ConfigError: an option that does not exist, or a page that is not there.
@@ -82,14 +136,14 @@ def read_command_line(argv: list[str]) -> CommandLine:
     parser.add_argument("--help", "-h", action="store_true")
     parser.add_argument("--cfg", choices=["job"])
     parser.add_argument("--config-path", "-cp")
-    parser.add_argument("--config-name", "-cn", default=PAGE)
+    parser.add_argument("--config-name", "-cn", default=kind.name)
     words = parser.parse_intermixed_args(argv)
     directory = Path(words.config_path).resolve() if words.config_path else config_directory()
     page = words.config_name.removesuffix(".yaml")
     if not (directory / f"{page}.yaml").is_file():
         raise ConfigError(f"--config-path, --config-name: there is no {directory / page}.yaml")
     show = "help" if words.help else "config" if words.cfg else None
-    return CommandLine(words.overrides, directory, page, show)
+    return CommandLine(words.overrides, directory, page, show, kind)
 
 
 def usage(description: str, command: CommandLine) -> str:
@@ -110,7 +164,7 @@ def usage(description: str, command: CommandLine) -> str:
         "",
         f"Main settings, with their defaults (all of them: {page}):",
     ]
-    for key in MAIN_KEYS:
+    for key in command.kind.main_keys:
         if key in comments:
             default, comment = comments[key]
             lines.append(f"  {key + '=' + default:<44} {comment}")

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from nemo_aapo.command_line import FROZEN, CommandLine, read_command_line, usage
+from nemo_aapo.command_line import FROZEN, TRAINING, CommandLine, Page, read_command_line, usage
 from nemo_aapo.config import Config, ConfigError, check_overrides, parse, without_secrets
 from nemo_aapo.errors import RunError
 from nemo_aapo.libraries import import_nemo, quiet
@@ -24,17 +24,20 @@ REFUSED = 2
 """Exit code of a configuration that can't work."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
+OPEN_MAPPINGS = ("cluster.env", "cluster.sbatch_args", "sources")
+"""Settings that take names of the user's own."""
 RANK_0_SPEAKS_S = 3.0
 """Other ranks give rank 0 so long to say why, as torchrun ends all ranks as soon as it sees one end."""
 
 
 def config_main(
-    task: Callable[[Config, dict[str, Any]], int],
+    task: Callable[[Any, dict[str, Any]], int],
     *,
     description: str,
     argv: list[str] | None = None,
-    check: Callable[[Config], object] | None = None,
+    check: Callable[[Any], object] | None = None,
     through_nemo: bool = True,
+    page: Page = TRAINING,
 ) -> int:
     """Run a task with the configuration that the command line asks for.
 
@@ -45,6 +48,7 @@ def config_main(
         check: further refusals, on every rank, before anything slow is imported.
         through_nemo: compose by NeMo's ``hydra_runner`` on rank 0, as NeMo's scripts do. Launchers do without, and so
             do the ranks of a job, whose page the launcher has frozen.
+        page: what kind of settings the words are; decides what the task and the check are called with.
 
     Returns:
         The task's exit code, or 2 where the configuration is refused: one message on stderr, no traceback.
@@ -52,14 +56,14 @@ def config_main(
     rank = int(os.environ.get("RANK", "0"))
     quiet()
     try:
-        command = read_command_line(sys.argv[1:] if argv is None else argv)
+        command = read_command_line(sys.argv[1:] if argv is None else argv, page)
         if command.show == "help":
             return _say(usage(description, command), rank)
-        check_overrides(command.overrides, command.groups())
+        check_overrides(command.overrides, command.groups(), page.schema)
         tree = compose(command)
         if command.show == "config":
             return _say(_to_yaml(without_secrets(tree)), rank)
-        config, tree = parse(tree), without_secrets(tree)  # the tree is what is logged and written
+        config, tree = page.parse(tree), without_secrets(tree)  # the tree is what is logged and written
         if check is not None:
             check(config)
     except ConfigError as error:  # every rank finds the same: one says it
@@ -122,8 +126,8 @@ def register_resolvers() -> None:
 
 def _no_effect(key: str) -> str:
     """A known key (others were refused before): new in a mapping, or below one that the chosen files set to null."""
-    if key.startswith(("cluster.env", "cluster.sbatch_args")):
-        section = ".".join(key.split(".")[:2])
+    section = next((name for name in OPEN_MAPPINGS if key.startswith(name)), None)
+    if section is not None:
         return f"{key}: what is new in a mapping is given with a plus, one by one: +{section}.NAME=VALUE"
     if key.startswith("model.lora."):
         return (

@@ -77,7 +77,7 @@ def claim(config: Config, tree: dict[str, Any], world_size: int) -> tuple[TextIO
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"run.dir={config.run.dir}: can't be made ({error.strerror})") from None
-    lock = _lock(directory, config.run.dir)
+    lock = lock_directory(directory, config.run.dir)
     try:
         check_run_directory(config)
     except ConfigError:
@@ -111,7 +111,15 @@ def read_record(directory: Path) -> dict[str, Any] | None:
     return record
 
 
-def _lock(directory: Path, named: str) -> TextIO:
+def lock_directory(directory: Path, named: str) -> TextIO:
+    """Keep other processes from writing there until the returned file is closed.
+
+    Args:
+        named: the directory as the user wrote it.
+
+    Raises:
+        ConfigError: another process uses it.
+    """
     lock = (directory / LOCK).open("a+", encoding="utf-8")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

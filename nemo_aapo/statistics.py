@@ -81,16 +81,3 @@ def _lengths(groups: Sequence[GroupNumbers]) -> dict[str, float]:
         "rollout/tail_factor": lengths.max() / max(lengths.mean(), 1e-9),
         "truncated_fraction": np.concatenate([group.truncated for group in groups]).mean(),
     }
-
-
-def accuracy(correct: np.ndarray) -> tuple[float, float]:
-    """Mean over prompts and samples, and its standard error.
-
-    Samples of one prompt are not independent: the error is that of the mean of the prompts' means.
-
-    Args:
-        correct: bool or float [prompts, samples].
-    """
-    means = np.asarray(correct, dtype=np.float64).mean(axis=1)
-    error = means.std(ddof=1) / np.sqrt(len(means)) if len(means) > 1 else float("nan")
-    return float(means.mean()), float(error)

@@ -21,7 +21,7 @@ from nemo_aapo.algorithms import Algorithm
 from nemo_aapo.config import Config
 from nemo_aapo.config.schema import Rollout
 from nemo_aapo.errors import RunError
-from nemo_aapo.evaluate import Validator
+from nemo_aapo.evaluation.validation import Validator
 from nemo_aapo.experiment import rollout_rows
 from nemo_aapo.policy.learner import Learner
 from nemo_aapo.policy.megatron import MegatronPolicy, NonFiniteError

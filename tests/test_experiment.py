@@ -55,8 +55,8 @@ def opened(settings):
 def start_holder(directory: str, then: str) -> subprocess.Popen[bytes]:
     """Another process that locks the run directory."""
     Path(directory).mkdir()
-    code = "import os, time\nfrom pathlib import Path\nfrom nemo_aapo.run_directory import _lock\n"
-    code += f"lock = _lock(Path({directory!r}), '')\n{then}"
+    code = "import os, time\nfrom pathlib import Path\nfrom nemo_aapo.run_directory import lock_directory\n"
+    code += f"lock = lock_directory(Path({directory!r}), '')\n{then}"
     return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
 
 

@@ -5,7 +5,8 @@ command line), ``parse`` (the composed tree by itself), ``derive`` (against the 
 """
 
 from nemo_aapo.config.cluster import without_secrets
-from nemo_aapo.config.parse import build, check_overrides, parse
+from nemo_aapo.config.evaluation import EvaluationConfig
+from nemo_aapo.config.parse import build, check_overrides, parse, parse_evaluation
 from nemo_aapo.config.precision import PRECISIONS, PrecisionKind, kind_of, pad_multiple, with_machine_defaults
 from nemo_aapo.config.schema import Config, ConfigError
 from nemo_aapo.config.sizes import ModelShape, Sizes, decisive_settings, derive, digest
@@ -14,6 +15,7 @@ __all__ = [
     "PRECISIONS",
     "Config",
     "ConfigError",
+    "EvaluationConfig",
     "ModelShape",
     "PrecisionKind",
     "Sizes",
@@ -25,6 +27,7 @@ __all__ = [
     "kind_of",
     "pad_multiple",
     "parse",
+    "parse_evaluation",
     "with_machine_defaults",
     "without_secrets",
 ]

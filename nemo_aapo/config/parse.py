@@ -14,20 +14,22 @@ import typing
 from typing import Any, Literal
 
 from nemo_aapo.config.checks import check_alone
+from nemo_aapo.config.evaluation import EvaluationConfig, check_evaluation
 from nemo_aapo.config.schema import Config, ConfigError
 
 
-def check_overrides(overrides: list[str], groups: dict[str, list[str]]) -> None:
+def check_overrides(overrides: list[str], groups: dict[str, list[str]], schema: type = Config) -> None:
     """Refuse mistyped keys and choices on the command line, naming the nearest known one.
 
     Args:
         overrides: ``KEY=VALUE`` words as typed (``+``, ``++`` and ``~`` prefixes as in Hydra).
         groups: folder of ``conf/`` -> the names that it offers.
+        schema: what the page may hold.
 
     Raises:
         ConfigError: unknown key or choice.
     """
-    known = [path for path, _ in _leaves(Config)]
+    known = [path for path, _ in _leaves(schema)]
     sections = {path.rsplit(".", i)[0] for path in known for i in range(1, path.count(".") + 1)}
     for word in overrides:
         key, equals, value = word.partition("=")
@@ -76,6 +78,13 @@ def parse(tree: dict[str, Any]) -> Config:
     """
     config = build(Config, tree)
     check_alone(config)
+    return config
+
+
+def parse_evaluation(tree: dict[str, Any]) -> EvaluationConfig:
+    """The same for an evaluation."""
+    config = build(EvaluationConfig, tree)
+    check_evaluation(config)
     return config
 
 

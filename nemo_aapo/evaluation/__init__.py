@@ -1,0 +1,1 @@
+"""Measuring policies: drawing and judging, the estimators, validation in training, benchmarks, comparisons."""

@@ -1,0 +1,54 @@
+"""Drawing completions and judging them: the one way for validation in training and for benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from nemo_aapo import parallel
+from nemo_aapo.rollout.collect import Collector
+from nemo_aapo.types import Group, Prompt, SamplingSpec
+
+RIGHT = 1.0
+"""A completion is right if its reward is at least this."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcomes:
+    """Judged completions of some prompts."""
+
+    correct: list[np.ndarray]
+    """bool [samples] for each prompt, over all ranks."""
+    lengths: list[np.ndarray]
+    """int64 [samples] for each prompt, completion tokens, over all ranks."""
+    groups: list[Group]
+    """This data-parallel rank's share; the texts are on model-parallel source ranks only."""
+
+
+def is_right(group: Group, reward: str) -> np.ndarray:
+    """bool [samples], which completions this reward calls right."""
+    return group.reward_parts[reward] >= RIGHT
+
+
+def measure(
+    collector: Collector,
+    prompts: Sequence[Prompt],
+    sampling: SamplingSpec,
+    seeds: Sequence[Sequence[int]],
+    reward: str,
+) -> Outcomes:
+    """Draw ``len(seeds[i])`` completions of each prompt i and judge them. Collective over all ranks of the job.
+
+    Args:
+        prompts, sampling, seeds: as ``Collector.collect`` takes them.
+        reward: name of the reward that tells right (1) from wrong.
+    """
+    groups = collector.collect(prompts, sampling, seeds)
+    mine = [
+        (is_right(group, reward), np.array([len(completion.token_ids) for completion in group.completions]))
+        for group in groups
+    ]
+    everyone = [row for part in parallel.gather_data_parallel(mine) for row in part]
+    return Outcomes([correct for correct, _ in everyone], [lengths for _, lengths in everyone], groups)

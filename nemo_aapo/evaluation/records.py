@@ -1,0 +1,131 @@
+"""The completions of an evaluation as JSONL, one line each, kept so that an interrupted evaluation can go on.
+
+<run.dir>/evaluation.json            what is measured: model, prompt, sampling, seed, reward
+<run.dir>/completions/math500.jsonl  completions with their verdicts
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_aapo.config import ConfigError
+from nemo_aapo.errors import RunError
+from nemo_aapo.files import to_json, write_atomic
+
+IDENTITY = "evaluation.json"
+FOLDER = "completions"
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One judged completion."""
+
+    problem: str
+    """``Problem.id``"""
+    sample: int
+    """Which of the problem's completions, from 0."""
+    correct: bool
+    failed: bool
+    """It could not be judged, and counts as wrong."""
+    voted: str | None
+    """The normalised answer that it votes for in maj@k."""
+    tokens: int
+    finish_reason: str
+    level: str | None
+    subject: str | None
+    gold: str
+    prompt: str
+    completion: str
+    source: str
+    """``path:row`` of the problem."""
+
+
+class RecordsError(RunError):
+    """The kept completions can't be used; the message names the file and what to do."""
+
+
+class Records:
+    """The completions of one benchmark. One process writes them."""
+
+    def __init__(self, directory: Path, benchmark: str) -> None:
+        self.path = directory / FOLDER / f"{benchmark}.jsonl"
+
+    def read(self) -> dict[tuple[str, int], Record]:
+        """By problem and sample. A last line that was cut off is left out.
+
+        Raises:
+            RecordsError: another line is damaged.
+        """
+        if not self.path.exists():
+            return {}
+        found: dict[tuple[str, int], Record] = {}
+        *lines, _ = self.path.read_text(encoding="utf-8").split("\n")  # the last is empty, or cut off before its end
+        for number, line in enumerate(lines, start=1):
+            try:
+                record = Record(**json.loads(line))
+            except (ValueError, TypeError) as error:
+                raise RecordsError(f"{self.path}:{number}: damaged ({error}). Remove the line, or the file") from None
+            found[record.problem, record.sample] = record
+        return found
+
+    def mend(self, kept: Iterable[Record]) -> None:
+        """Write the file anew with these, where an interruption left half a line."""
+        if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
+            write_atomic(self.path, "".join(to_json(asdict(record)) + "\n" for record in kept))
+
+    def append(self, records: Sequence[Record]) -> None:
+        """Add records; they are on the disk when this returns."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("".join(to_json(asdict(record)) + "\n" for record in records))
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def claim_identity(directory: Path, identity: Mapping[str, Any]) -> None:
+    """Keep what is measured in the directory, or check that the same was measured there before.
+
+    Raises:
+        ConfigError: something else is there; what differs.
+    """
+    path = directory / IDENTITY
+    now = json.loads(to_json(identity))
+    if not path.exists():
+        write_atomic(path, to_json(now) + "\n")
+        return
+    there = read_identity(directory)
+    different = [
+        f"  {key}: {to_json(there.get(key))} there, {to_json(now.get(key))} now"
+        for key in {**there, **now}
+        if there.get(key) != now.get(key)
+    ]
+    if different:
+        raise ConfigError(
+            f"run.dir={directory} holds another evaluation:\n" + "\n".join(different) + "\n"
+            f"Give this one another name (run.name=NAME), set these as they were, or remove {directory}"
+        )
+
+
+def read_identity(directory: Path) -> dict[str, Any]:
+    """What was measured there.
+
+    Raises:
+        ConfigError: no evaluation is there, or its record is damaged.
+    """
+    path = directory / IDENTITY
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{directory}: no evaluation is there (no {IDENTITY})") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: damaged ({error}). Name another run.dir, or remove {directory}") from None
+
+
+def measured_benchmarks(directory: Path) -> list[str]:
+    """Names of the benchmarks that have completions there."""
+    return sorted(path.stem for path in (directory / FOLDER).glob("*.jsonl"))

@@ -1,0 +1,123 @@
+"""A benchmark as the engine is fed it: problems, rendered prompts, how completions are drawn."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_aapo.config import EvaluationConfig
+from nemo_aapo.data import DataError
+from nemo_aapo.data.tokenizer import render_prompts, require_eos
+from nemo_aapo.evaluation.benchmarks import Problem, load_problems
+from nemo_aapo.evaluation.prompts import template_text
+from nemo_aapo.types import Prompt, SamplingSpec
+
+SHOWN_ANSWERS = 3
+"""Gold answers that can't be used, in a message."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A benchmark as the engine is fed it; the same on all ranks."""
+
+    name: str
+    problems: tuple[Problem, ...]
+    prompts: tuple[Prompt, ...]
+    """One for each problem."""
+
+
+def load_task(
+    config: EvaluationConfig,
+    name: str,
+    tokenizer: Any,
+    check_answer: Callable[[str], None],
+    say: Callable[[str], None],
+) -> Task:
+    """Read, check, render and tokenise a benchmark.
+
+    Args:
+        check_answer: raises ValueError for a gold answer that the reward can't work with.
+        say: told what a reader should know.
+
+    Raises:
+        DataError: rows, gold answers or prompts that can't be used.
+    """
+    problems, note = load_problems(name, config.sources[name], config.fields)
+    problems = problems[: config.max_problems]
+    say(f"{name}: {len(problems)} problems from {problems[0].source.rpartition(':')[0]}{note}")
+    _check_answers(config, name, problems, check_answer, say)
+    texts, ids = render_prompts(
+        tokenizer,
+        [problem.question for problem in problems],
+        system_prompt=config.system_prompt,
+        chat_template=config.chat_template,
+        prompt_template=template_text(config.prompt_template),
+    )
+    long = [p.source for p, tokens in zip(problems, ids, strict=True) if len(tokens) > config.max_prompt_tokens]
+    if long:
+        raise DataError(
+            f"{name}: {len(long)} prompt(s) have more than max_prompt_tokens={config.max_prompt_tokens} tokens, such "
+            f"as {long[0]} (the longest: {max(map(len, ids))}). Raise it: leaving them out would be another benchmark"
+        )
+    prompts = tuple(
+        Prompt(problem.id, tokens, text, problem.answer, problem.source)
+        for problem, text, tokens in zip(problems, texts, ids, strict=True)
+    )
+    return Task(name, problems, prompts)
+
+
+def _check_answers(
+    config: EvaluationConfig,
+    name: str,
+    problems: Sequence[Problem],
+    check_answer: Callable[[str], None],
+    say: Callable[[str], None],
+) -> None:
+    """Gold answers that the reward can't work with: an error, or a warning."""
+    bad: list[str] = []
+    for problem in problems:
+        try:
+            check_answer(problem.answer)
+        except ValueError as error:
+            bad.append(f"{problem.source}: the gold answer {problem.answer!r} can't be verified: {error}")
+    if not bad:
+        return
+    shown = "\n  ".join(bad[:SHOWN_ANSWERS])
+    if config.on_bad_answer == "error":
+        raise DataError(
+            f"{name}: {len(bad)} of {len(problems)} gold answers can't be used:\n  {shown}\n"
+            "Mend them, or count their problems as wrong, as other harnesses do: on_bad_answer=wrong"
+        )
+    say(f"WARNING: {name}: {len(bad)} of {len(problems)} problems count as wrong whatever is answered:\n  {shown}")
+
+
+def sampling_of(config: EvaluationConfig, base: Path, tokenizer: Any) -> SamplingSpec:
+    """How completions are drawn.
+
+    Args:
+        base: the model's Hugging Face directory.
+    """
+    sampling = config.sampling
+    return SamplingSpec(
+        temperature=sampling.temperature,
+        max_new_tokens=sampling.max_new_tokens,
+        stop_token_ids=stop_tokens(base, require_eos(tokenizer, str(base))),
+        top_p=sampling.top_p if sampling.temperature else 1.0,
+        stop_strings=sampling.stop_strings,
+    )
+
+
+def stop_tokens(base: Path, eos: int) -> tuple[int, ...]:
+    """The tokenizer's end token, and those that the model's ``generation_config.json`` names, as vLLM has it.
+
+    A chat model may end its turns with another token than its tokenizer's.
+    """
+    try:
+        named = json.loads((base / "generation_config.json").read_text(encoding="utf-8")).get("eos_token_id")
+    except (OSError, ValueError):
+        named = None
+    more = named if isinstance(named, list) else [named]
+    return tuple(dict.fromkeys([eos, *(token for token in more if isinstance(token, int))]))

@@ -1,0 +1,45 @@
+"""A completion's answer as a text that can be counted, for maj@k."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+from nemo_aapo.evaluation.benchmarks import last_boxed
+
+LONGEST = 200
+"""A longer answer is cut: it is no answer, but it may be repeated."""
+_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:/\d+)?")
+_LAST_NUMBER = re.compile(r"(?<![\w.])-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+)?")
+_FRACTION = re.compile(r"\\[dt]?frac\{(-?\d+)\}\{(\d+)\}")
+_WORDS = re.compile(r"\\(?:text|mathrm|mbox)\{([^{}]*)\}")
+_DECORATION = re.compile(r"\\left|\\right|\\[!,;: ]|\^\\circ|\^\{\\circ\}|[\s$~]|\\%")
+_MOST_DIGITS = 30
+
+
+def answer_of(text: str) -> str | None:
+    """The normalised answer of a completion: its last box, or without one its last number; None without either.
+
+    Normalised means: no white space, dollars, sizes of brackets, or units in \\text behind something else; numbers in
+    lowest terms, so that 0.50, \\frac{1}{2} and 1/2 are one answer. Other expressions are the same if they look it.
+    """
+    boxed = last_boxed(text)
+    if boxed is None:
+        numbers = _LAST_NUMBER.findall(text)
+        boxed = numbers[-1] if numbers else ""
+    fractions = _FRACTION.sub(r"\1/\2", boxed)
+    plain = _plain(_WORDS.sub("", fractions)) or _plain(_WORDS.sub(r"\1", fractions))
+    return _in_lowest_terms(plain) or None
+
+
+def _plain(text: str) -> str:
+    return _DECORATION.sub("", text).rstrip(".")[:LONGEST]
+
+
+def _in_lowest_terms(text: str) -> str:
+    if not _NUMBER.fullmatch(text) or not re.search(r"\d", text) or len(text) > _MOST_DIGITS:
+        return text
+    number, _, below = text.replace(",", "").partition("/")
+    if not re.search(r"\d", number) or (below and int(below) == 0):
+        return text
+    return str(Fraction(number) / int(below or 1))

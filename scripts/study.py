@@ -1,0 +1,63 @@
+"""Compares algorithms on the quickstart's task: ``python scripts/study.py``; goes on where it was interrupted.
+
+One process for each algorithm and seed, one after the other, same budget and same settings. It leaves the runs,
+results/study/tables.md and results/study/learning_curves.svg. Run scripts/quickstart.sh or scripts/make_base_model.py
+before; settings of conf/train_aapo.yaml given as KEY=VALUE apply to all runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from nemo_aapo.config import ConfigError
+from nemo_aapo.entry import FAILED, INTERRUPTED, REFUSED
+from nemo_aapo.errors import RunError
+from nemo_aapo.files import write_atomic
+from nemo_aapo.study import analysis, picture
+from nemo_aapo.study.runs import Study, run_all
+
+TABLES, PICTURE = "tables.md", "learning_curves.svg"
+
+
+def main() -> int:
+    default = Study(Path("results/study"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=default.directory, help="the study's directory (%(default)s)")
+    parser.add_argument(
+        "--algorithms", type=_words, default=default.algorithms, help="choices of algorithm=: aapo,gpg,grpo"
+    )
+    parser.add_argument("--seeds", type=_numbers, default=default.seeds, help="1,2,3,4,5")
+    parser.add_argument("--steps", type=int, default=default.steps, help="training steps of each run (%(default)s)")
+    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="settings of all runs")
+    words = parser.parse_intermixed_args()
+    try:
+        study = Study(words.out, words.algorithms, words.seeds, words.steps, tuple(words.settings))
+        run_all(study, lambda text: print(text, flush=True))
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return REFUSED
+    except RunError as error:
+        print(error, file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    runs = analysis.read_runs(study)
+    tables = analysis.tables(runs)
+    write_atomic(study.directory / TABLES, tables)
+    write_atomic(study.directory / PICTURE, picture.learning_curves(runs))
+    print(f"\n{tables}\n{study.directory / TABLES}\n{study.directory / PICTURE}")
+    return 0
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(word) for word in text.split(","))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
