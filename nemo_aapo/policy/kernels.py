@@ -91,7 +91,7 @@ def fused_kernels(
         _norm(te_layers, there),
         _attention(te_layers, there, environment),
         _by_field("RoPE", fields["apply_rope_fusion"] and there.rope, "TransformerEngine", "mcore's torch code", there),
-        _swiglu(fields["use_te_activation_func"] and there.transformer_engine is not None, there),
+        _swiglu(fields["bias_activation_fusion"], there),
     )
 
 
@@ -132,7 +132,7 @@ def _attention(te_layers: bool, there: Libraries, environment: Mapping[str, str]
 
 
 def _swiglu(asked: bool, there: Libraries) -> Kernel:
-    return _by_field("SwiGLU", asked, "TransformerEngine", "torch, operation by operation", there)
+    return _by_field("SwiGLU", asked, "mcore's bias_swiglu, compiled by torch", "torch, operation by operation", there)
 
 
 def _by_field(name: str, in_use: bool, fused: str, plain: str, there: Libraries) -> Kernel:

@@ -50,7 +50,7 @@ LIMITS = {  # relative loss, cosine of the gradients, mean |log-prob difference|
     "bf16": (2e-2, 0.999, 2e-2),
     "fp8_tensorwise": (1e-1, 0.97, 1e-1),
     "fp8_blockwise": (1e-1, 0.98, 1e-1),
-    "fp8_delayed": (1e-1, 0.97, 1e-1),
+    "fp8_delayed": (1e-1, 0.9, 1.2e-1),  # its first steps have hardly any past maxima to go by
 }
 
 
