@@ -82,9 +82,11 @@ class GymPrompts:
             if not self._drop_long:
                 break
             self.dropped_long += len(wanted)
+        others = f", as have {_ATTEMPTS - 1} in its place" if self._drop_long else ""
+        remedy = "" if self._drop_long else ", or set data.on_long_prompt=drop"
         raise DataError(
-            f"{self.source.path}: prompt {min(wanted)} has more than {self._limit} tokens; raise "
-            "data.max_prompt_tokens, make the task's parameters smaller, or set data.on_long_prompt=drop"
+            f"{self.source.path}: prompt {min(wanted)} has more than {self._limit} tokens{others}; raise "
+            f"data.max_prompt_tokens, or make the task's parameters smaller{remedy}"
         )
 
 
