@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv-peers, the libraries that tests compare ours with (requirements/peers.txt) and reasoning-gym
-# (requirements/reasoning_gym.txt); returns at once when it is there and current. scripts/test.sh calls it. It is a folder for PYTHONPATH, used with the Python and torch of .venv.
+# (requirements/reasoning_gym.txt); returns at once when it is there and current. scripts/test.sh calls it. It is a folder
+# for PYTHONPATH, used with the Python and torch of .venv.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -407,9 +407,7 @@ def test_a_reward_that_hangs_or_raises_is_a_failure(tiny_models, tmp_path, body,
     path = tmp_path / "mine.py"
     path.write_text(f"def mine(prompt, completion, answer, **info):\n    {body}\n")
     entry = {"name": "custom", "function": f"{path}:mine"}
-    config = make_config(
-        tiny_models["qwen2"], rewards=[entry], validation__reward="custom", reward_runner__timeout_s=1.0
-    )
+    config = make_config(tiny_models["qwen2"], rewards=[entry], validation__reward="mine", reward_runner__timeout_s=1.0)
     assert text in failure("rewards", config)
 
 

@@ -206,13 +206,13 @@ def test_the_peers_are_installed_beside_the_environment_once(checkout):
     checkout.run("environment.sh")
     status, output, calls = checkout.run("peers.sh")
     assert status == 0, output
-    (install,) = calls
-    assert "--no-deps" in install
-    assert "--target .venv-peers.new -r requirements/peers.txt" in install
+    for install, name in zip(calls, ("peers", "reasoning_gym"), strict=True):
+        assert "--no-deps" in install
+        assert f"--target .venv-peers.new -r requirements/{name}.txt" in install
     assert checkout.run("peers.sh") == (0, "", [])
     with (checkout.root / "requirements" / "peers.txt").open("a") as file:
         file.write("# changed\n")
-    assert len(checkout.run("peers.sh")[2]) == 1
+    assert len(checkout.run("peers.sh")[2]) == 2
 
 
 def test_peers_that_cannot_be_installed_are_named_and_do_not_stop_the_tests(checkout):

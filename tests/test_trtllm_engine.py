@@ -452,7 +452,9 @@ def test_an_engine_by_the_configuration(fake, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(trtllm_placement, "visible_gpu", lambda device: Gpu("node", device, f"GPU-{device}", device))
-    config = make_config("/m", rollout__engine="trtllm", rollout__trtllm__tensor_parallel_size=1)
+    config = make_config(
+        "/m", rollout__engine="trtllm", rollout__trtllm__tensor_parallel_size=1, precision__name="fp32"
+    )
     with pytest.raises(ConfigError, match="precision=bf16"):
         TrtllmEngine.from_config(config)
     config = make_config("/m", rollout__engine="trtllm", precision__name="bf16", trainer__devices=2)

@@ -52,9 +52,6 @@ class HostedEngine:
 
 def build_hosted_engine(config: Config, shape: ModelShape) -> HostedEngine:
     """A server's engine with the base model's weights; in this process alone, whatever the trainer's layout."""
-    from nemo_aapo.policy import precision
-
-    config = precision.decide(config)
     return _hosted_trtllm(config) if config.rollout.server.engine == "trtllm" else _hosted_megatron(config, shape)
 
 
@@ -80,6 +77,7 @@ def _hosted_megatron(config: Config, shape: ModelShape) -> HostedEngine:
         from nemo_aapo.policy.weights import WeightMap
         from nemo_aapo.rollout.megatron_engine import MegatronEngine
 
+    config = precision.decide(config)
     cpu.install()
     parallel.initialize(
         tensor_model_parallel_size=1,
