@@ -1,4 +1,4 @@
-"""The examples of docs/extending.md run as they stand, and README's tree is true."""
+"""The examples of docs/extending.md run as they stand; what README and docs name is there."""
 
 from __future__ import annotations
 
@@ -56,3 +56,18 @@ def test_the_readmes_tree_names_what_is_there_and_all_of_it():
         if path.startswith(("nemo_aapo/", "scripts/", "conf/", "docs/")) and Path(path).name != "__init__.py"
     }
     assert {Path(name).name for name in named} >= wanted, sorted(wanted - {Path(name).name for name in named})
+
+
+def test_each_promise_names_tests_that_are_there():
+    text = (ROOT / "docs" / "guarantees.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("|")][2:]
+    for row in rows:
+        tests = re.findall(r"`([\w/.*]+\.py)`", row.rsplit("|", 2)[1])
+        assert tests, f"no test named: {row}"
+        assert not [name for name in tests if not (ROOT / name).is_file()], row
+
+
+def test_links_between_the_pages_lead_somewhere():
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        links = re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", page.read_text())
+        assert not [link for link in links if not (page.parent / link).exists()], page.name
