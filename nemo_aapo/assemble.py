@@ -23,6 +23,7 @@ from nemo_aapo.data.prompts import PromptSet
 from nemo_aapo.data.tokenizer import load_tokenizer, require_eos, text_decoder
 from nemo_aapo.evaluation.validation import Validator
 from nemo_aapo.experiment import open_experiment
+from nemo_aapo.launch.local import world_size_of_job
 from nemo_aapo.policy import cpu, model_dir, precision
 from nemo_aapo.progress import Progress
 from nemo_aapo.reporter import RunReporter
@@ -56,7 +57,7 @@ def train(config: Config, tree: dict[str, Any] | None = None, **parts: Any) -> i
     config = precision.decide(config)
     decided = json.loads(json.dumps(dataclasses.asdict(config)))
     tree = decided if tree is None else {**tree, "precision": decided["precision"], "model": decided["model"]}
-    world_size = parallel.world_size_of_job()
+    world_size = world_size_of_job()
     if config.rollout.engine == "trtllm":
         trtllm_settings.check(config)
     _, sizes = model_dir.check_model(config, world_size)

@@ -68,11 +68,6 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
-def world_size_of_job() -> int:
-    """Ranks of this job, before any group exists."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def rank() -> int:
     """This rank within the job."""
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))

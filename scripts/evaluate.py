@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,36 +26,16 @@ completion is kept; an interrupted evaluation goes on where it was, and more sam
 def check(config: EvaluationConfig) -> None:
     """Refuse what can be refused without torch: prompt, model, layout."""
     check_template(config.prompt_template)
-    check_model(config, find_model(config), _world_size(config))
+    check_model(config, find_model(config), local.world_size_of(config))
 
 
 def evaluate(config: EvaluationConfig, tree: dict[str, Any]) -> int:
-    if starts_ranks(config):
-        return start_ranks(config)
+    if local.starts_ranks(config.trainer.devices, config.trainer.num_nodes):
+        command = [sys.executable, __file__, *sys.argv[1:]]
+        return local.run_ranks_of(config, command, Path(config.run.dir) / "logs")
     from nemo_aapo import evaluation_job  # torch and Megatron
 
     return evaluation_job.evaluate(config, tree)
-
-
-def starts_ranks(config: EvaluationConfig) -> bool:
-    """Whether this process starts the ranks instead of being one (torchrun, srun and this script set RANK)."""
-    return "RANK" not in os.environ and config.trainer.num_nodes == 1 and config.trainer.devices > 1
-
-
-def start_ranks(config: EvaluationConfig) -> int:
-    """This command once more as ``trainer.devices`` ranks; their exit code."""
-    return local.run_ranks(
-        [sys.executable, __file__, *sys.argv[1:]],
-        config.trainer.devices,
-        Path(config.run.dir) / "logs",
-        grace_s=config.trainer.distributed_timeout_s,
-        fault_timeout_s=config.trainer.fault_timeout_s,
-    )
-
-
-def _world_size(config: EvaluationConfig) -> int:
-    asked = config.trainer.num_nodes * config.trainer.devices
-    return asked if starts_ranks(config) else int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def compare(argv: list[str]) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -34,12 +33,11 @@ def main(argv: list[str]) -> int:
         if config.algorithm.reference != "cached":
             mode = config.algorithm.reference or "null"
             raise ConfigError(f"algorithm.reference={mode}: only cached reference rewards are stored (algorithm=aapo)")
-        is_rank = options.fills and not starts_ranks(config)
         asked = config.trainer.num_nodes * config.trainer.devices
-        check_model(config, int(os.environ.get("WORLD_SIZE", "1")) if is_rank else asked)
+        check_model(config, local.world_size_of(config) if options.fills else asked)
 
     def task(config: Config, tree: dict[str, Any]) -> int:
-        if options.fills and starts_ranks(config):
+        if options.fills and local.starts_ranks(config.trainer.devices, config.trainer.num_nodes):
             return start_ranks(config, argv, options.shard)
         from nemo_aapo import reference_job  # torch and Megatron
 
@@ -73,21 +71,10 @@ def read_options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return options, words
 
 
-def starts_ranks(config: Config) -> bool:
-    """Whether this process starts the ranks instead of being one (torchrun, srun and this script set RANK)."""
-    return "RANK" not in os.environ and config.trainer.num_nodes == 1 and config.trainer.devices > 1
-
-
 def start_ranks(config: Config, argv: list[str], shard: Shard | None) -> int:
     """This command once more as ``trainer.devices`` ranks; their exit code."""
     name = "reference_rewards" if shard is None else f"reference_rewards_{shard.index}"
-    return local.run_ranks(
-        [sys.executable, __file__, *argv],
-        config.trainer.devices,
-        Path(config.run.dir) / "logs" / name,
-        grace_s=config.trainer.distributed_timeout_s,
-        fault_timeout_s=config.trainer.fault_timeout_s,
-    )
+    return local.run_ranks_of(config, [sys.executable, __file__, *argv], Path(config.run.dir) / "logs" / name)
 
 
 if __name__ == "__main__":

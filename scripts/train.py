@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from nemo_aapo.config import Config, ConfigError
 from nemo_aapo.entry import config_main
+from nemo_aapo.launch.local import world_size_of_job
 from nemo_aapo.libraries import importing
 from nemo_aapo.policy.model_dir import check_model
 from nemo_aapo.rollout import trtllm_settings
@@ -19,7 +19,7 @@ def check(config: Config) -> None:
         trtllm_settings.check(config)
     if config.dry_run:
         raise ConfigError("dry_run=true has an effect with scripts/launch.py only")
-    check_model(config, int(os.environ.get("WORLD_SIZE", "1")))
+    check_model(config, world_size_of_job())
     check_run_directory(config)
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nemo_aapo.config import Config, ConfigError
+from nemo_aapo.config import Config, ConfigError, EvaluationConfig
 
 POLL_S = 0.05
 SHOWN_LINES = 20
@@ -49,10 +49,31 @@ def launch(config: Config, command: Sequence[str]) -> int:
             f"trainer.num_nodes={config.trainer.num_nodes}: cluster=local starts ranks on this machine only. "
             "Set trainer.num_nodes=1 and trainer.devices to the number of ranks"
         )
+    return run_ranks_of(config, command, Path(config.run.dir) / "logs")
+
+
+def world_size_of_job() -> int:
+    """Ranks of the job that this process is one of, before any group exists."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def starts_ranks(count: int, num_nodes: int = 1) -> bool:
+    """Whether this process starts the ranks instead of being one (torchrun, srun and this module set RANK)."""
+    return "RANK" not in os.environ and num_nodes == 1 and count > 1
+
+
+def world_size_of(config: Config | EvaluationConfig) -> int:
+    """Ranks that will do the work: those that this process starts, or those of the job that it is one of."""
+    count = config.trainer.devices
+    return count if starts_ranks(count, config.trainer.num_nodes) else world_size_of_job()
+
+
+def run_ranks_of(config: Config | EvaluationConfig, command: Sequence[str], log_dir: Path) -> int:
+    """``run_ranks`` with as many ranks, and as much patience, as ``trainer`` of the configuration says."""
     return run_ranks(
         command,
         config.trainer.devices,
-        Path(config.run.dir) / "logs",
+        log_dir,
         grace_s=config.trainer.distributed_timeout_s,  # no rank waits longer than this within a step
         fault_timeout_s=config.trainer.fault_timeout_s,
     )

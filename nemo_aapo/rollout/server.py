@@ -21,6 +21,7 @@ from typing import Any
 
 from nemo_aapo.config import Config, ConfigError, ModelShape
 from nemo_aapo.entry import config_main
+from nemo_aapo.launch.local import world_size_of_job
 from nemo_aapo.policy import model_dir
 from nemo_aapo.rollout import trtllm_settings
 from nemo_aapo.rollout.server_directory import ServerRecord, open_directory, open_token, publish, withdraw
@@ -45,7 +46,7 @@ def _check(config: Config) -> None:
     if config.rollout.server.engine == "trtllm":
         trtllm_settings.check(config)
     model_dir.read_model_dir(config.model.path)
-    if int(os.environ.get("WORLD_SIZE", "1")) != 1:
+    if world_size_of_job() != 1:
         raise ConfigError("a rollout server is one process: start each without torchrun, with its rollout.server.index")
 
 
