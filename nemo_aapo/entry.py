@@ -6,6 +6,7 @@ the script's own early check; only then is NeMo imported (on rank 0), whose ``hy
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import sys
@@ -71,11 +72,20 @@ def config_main(
             time.sleep(RANK_0_SPEAKS_S)
             return REFUSED
         return _refuse(error, rank)
-    try:
+
+    def run() -> int:
         if through_nemo and rank == 0 and command.page != FROZEN:  # in that one nothing is left to compose
             _check_same(tree, without_secrets(compose_through_nemo(command)))
         return task(config, tree)
-    except ConfigError as error:  # perhaps on this rank only
+
+    return exit_code(run, rank)  # an error is perhaps on this rank only
+
+
+def exit_code(run: Callable[[], int], rank: int = 0) -> int:
+    """What ``run`` returns; or that of the error that ended it, whose message alone is printed, on stderr."""
+    try:
+        return run()
+    except (ConfigError, argparse.ArgumentError) as error:
         return _refuse(error, rank)
     except RunError as error:
         _refuse(error, rank)

@@ -8,11 +8,10 @@ import sys
 import time
 from typing import Any
 
-from nemo_aapo.config import Config, ConfigError
+from nemo_aapo.config import Config
 from nemo_aapo.doctor import catalog, ranks, report
 from nemo_aapo.doctor.finding import Check
-from nemo_aapo.entry import FAILED, INTERRUPTED, REFUSED, config_main
-from nemo_aapo.errors import RunError
+from nemo_aapo.entry import FAILED, config_main, exit_code
 
 DESCRIPTION = f"""Look at this machine or allocation before it burns hours. Without settings: the machine. With the
 settings of a run, as train.py takes them: all that the run needs, too. Alone, or under torchrun or srun on all its
@@ -28,20 +27,16 @@ Checks: {", ".join(catalog.NAMES)}"""
 
 
 def main(argv: list[str]) -> int:
-    try:
-        os.environ.update(ranks.slurm_environment(os.environ))
-        options, words = read_options(argv)
-        checks = catalog.select(options.only, options.skip, options.quick)
-        if not words:
-            return examine(checks, None, options.json)
-    except (ConfigError, argparse.ArgumentError) as error:
-        print(error, file=sys.stderr)
-        return REFUSED
-    except RunError as error:
-        print(error, file=sys.stderr)
-        return FAILED
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    return exit_code(lambda: look(argv))
+
+
+def look(argv: list[str]) -> int:
+    """Run the checks that the words ask for; the exit code."""
+    os.environ.update(ranks.slurm_environment(os.environ))
+    options, words = read_options(argv)
+    checks = catalog.select(options.only, options.skip, options.quick)
+    if not words:
+        return examine(checks, None, options.json)
 
     def task(config: Config, tree: dict[str, Any]) -> int:
         return examine(checks, config, options.json)

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_aapo.command_line import EVALUATION
-from nemo_aapo.config import ConfigError, EvaluationConfig
-from nemo_aapo.entry import FAILED, REFUSED, config_main
-from nemo_aapo.errors import RunError
+from nemo_aapo.config import EvaluationConfig
+from nemo_aapo.entry import config_main, exit_code
 from nemo_aapo.evaluation.prompts import check_template
 from nemo_aapo.evaluation_settings import check_model, find_model
 from nemo_aapo.launch import local
@@ -51,14 +50,7 @@ def compare(argv: list[str]) -> int:
     parser.add_argument("b", type=Path, metavar="B", help="of another one; positive differences mean that B is better")
     parser.add_argument("benchmarks", nargs="*", metavar="BENCHMARK", help="all that both have, unless named")
     words = parser.parse_args(argv)
-    try:
-        lines, notes = comparison.compare(words.a, words.b, words.benchmarks or None)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return REFUSED
-    except RunError as error:
-        print(error, file=sys.stderr)
-        return FAILED
+    lines, notes = comparison.compare(words.a, words.b, words.benchmarks or None)
     print(f"A: {words.a}\nB: {words.b}\n\n{comparison.table(lines)}", end="")
     if left_out := [f"{line.benchmark} {line.left_out}" for line in lines if line.left_out]:
         print(f"\nproblems that only one of them has: {', '.join(left_out)}")
@@ -69,7 +61,7 @@ def compare(argv: list[str]) -> int:
 
 def main(argv: list[str]) -> int:
     if argv and argv[0] == "compare":
-        return compare(argv[1:])
+        return exit_code(lambda: compare(argv[1:]))
     return config_main(evaluate, description=DESCRIPTION, argv=argv, check=check, through_nemo=False, page=EVALUATION)
 
 

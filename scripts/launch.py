@@ -14,8 +14,7 @@ from typing import Any
 
 from nemo_aapo.command_line import read_command_line
 from nemo_aapo.config import Config, ConfigError, check_overrides
-from nemo_aapo.entry import FAILED, INTERRUPTED, REFUSED, compose, config_main
-from nemo_aapo.errors import RunError
+from nemo_aapo.entry import compose, config_main, exit_code
 from nemo_aapo.launch import control, local, logs, submit
 from nemo_aapo.launch.places import Places
 from nemo_aapo.launch.slurm_script import Site
@@ -81,26 +80,17 @@ def steer(action: str, words: list[str]) -> int:
     """One of the actions on a run that was submitted."""
     follow = "--follow" in words and action == "logs"
     words = [word for word in words if not (follow and word == "--follow")]
-    try:
-        places = run_directory(words)
-        if action == "logs":
-            print(show_logs(places, follow))
-        else:
-            print({"status": control.status, "cancel": control.cancel, "requeue": control.requeue}[action](places))
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return REFUSED
-    except RunError as error:
-        print(error, file=sys.stderr)
-        return FAILED
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    places = run_directory(words)
+    if action == "logs":
+        print(show_logs(places, follow))
+    else:
+        print({"status": control.status, "cancel": control.cancel, "requeue": control.requeue}[action](places))
     return 0
 
 
 def main(argv: list[str]) -> int:
     if argv and argv[0] in ("status", "logs", "cancel", "requeue"):
-        return steer(argv[0], argv[1:])
+        return exit_code(lambda: steer(argv[0], argv[1:]))
     if argv and argv[0] == "fill":
         return config_main(
             fill, description="Fill the reference store.", argv=argv[1:], check=check, through_nemo=False

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_aapo.config import Config, ConfigError
-from nemo_aapo.entry import REFUSED, config_main
+from nemo_aapo.entry import config_main, exit_code
 from nemo_aapo.launch import local
 from nemo_aapo.policy.model_dir import check_model
 from nemo_aapo.rollout.store_shards import Shard
@@ -23,11 +23,12 @@ DESCRIPTION = """Draw the reference rewards that a training run with these setti
 
 
 def main(argv: list[str]) -> int:
-    try:
-        options, words = read_options(argv)
-    except (ConfigError, argparse.ArgumentError) as error:
-        print(error, file=sys.stderr)
-        return REFUSED
+    return exit_code(lambda: run(argv))
+
+
+def run(argv: list[str]) -> int:
+    """What the options ask for; the exit code."""
+    options, words = read_options(argv)
 
     def check(config: Config) -> None:
         if config.algorithm.reference != "cached":

@@ -8,12 +8,9 @@ before; settings of conf/train_aapo.yaml given as KEY=VALUE apply to all runs.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-from nemo_aapo.config import ConfigError
-from nemo_aapo.entry import FAILED, INTERRUPTED, REFUSED
-from nemo_aapo.errors import RunError
+from nemo_aapo.entry import exit_code
 from nemo_aapo.files import write_atomic
 from nemo_aapo.study import analysis, picture
 from nemo_aapo.study.runs import Study, run_all
@@ -32,17 +29,13 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=default.steps, help="training steps of each run (%(default)s)")
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="settings of all runs")
     words = parser.parse_intermixed_args()
-    try:
-        study = Study(words.out, words.algorithms, words.seeds, words.steps, tuple(words.settings))
-        run_all(study, lambda text: print(text, flush=True))
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return REFUSED
-    except RunError as error:
-        print(error, file=sys.stderr)
-        return FAILED
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    return exit_code(lambda: compare(words))
+
+
+def compare(words: argparse.Namespace) -> int:
+    """Make the runs, then sum them up."""
+    study = Study(words.out, words.algorithms, words.seeds, words.steps, tuple(words.settings))
+    run_all(study, lambda text: print(text, flush=True))
     runs = analysis.read_runs(study)
     tables = analysis.tables(runs)
     write_atomic(study.directory / TABLES, tables)
