@@ -27,8 +27,7 @@ from nemo_aapo.launch.local import world_size_of_job
 from nemo_aapo.policy import cpu, model_dir, precision
 from nemo_aapo.progress import Progress
 from nemo_aapo.reporter import RunReporter
-from nemo_aapo.rewards import build_reward
-from nemo_aapo.rewards.base import Reward
+from nemo_aapo.rewards import reward_of
 from nemo_aapo.rewards.runner import RewardRunner
 from nemo_aapo.rollout import trtllm_settings
 from nemo_aapo.rollout.collect import Collector, RewardScorer
@@ -200,7 +199,7 @@ def build_scorer(config: Config, given: RewardScorer | None, stack: contextlib.E
         return given if parallel.is_model_parallel_source() else None
 
     def make() -> RewardRunner | None:
-        rewards = [(reward_of(entry), float(entry.get("weight", 1.0))) for entry in config.rewards]
+        rewards = [reward_of(entry) for entry in config.rewards]
         if not parallel.is_model_parallel_source():
             return None
         runner = config.reward_runner
@@ -211,18 +210,6 @@ def build_scorer(config: Config, given: RewardScorer | None, stack: contextlib.E
         return stack.enter_context(made)
 
     return parallel.agree(make)
-
-
-def reward_of(entry: dict[str, Any]) -> Reward:
-    """The reward of one entry of ``rewards`` in the configuration; ``weight`` belongs to the list, not to it.
-
-    Raises:
-        ConfigError: unknown name or parameter.
-    """
-    try:
-        return build_reward({key: value for key, value in entry.items() if key != "weight"})
-    except ValueError as error:
-        raise ConfigError(f"rewards: {error}") from error
 
 
 def read_data(

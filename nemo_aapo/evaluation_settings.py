@@ -9,7 +9,7 @@ from nemo_aapo.config import Config, ConfigError, EvaluationConfig, derive, pars
 from nemo_aapo.conversion.source import Source, find_source
 from nemo_aapo.entry import compose
 from nemo_aapo.policy import model_dir
-from nemo_aapo.rewards import build_reward
+from nemo_aapo.rewards import reward_of
 
 
 def find_model(config: EvaluationConfig) -> Source:
@@ -30,10 +30,7 @@ def reward_name(config: EvaluationConfig) -> str:
     Raises:
         ConfigError: an unknown reward or parameter.
     """
-    try:
-        return build_reward({key: value for key, value in config.rewards[0].items() if key != "weight"}).name
-    except ValueError as error:
-        raise ConfigError(f"rewards: {error}") from None
+    return reward_of(config.rewards[0])[0].name
 
 
 def engine_settings(config: EvaluationConfig, source: Source) -> Config:

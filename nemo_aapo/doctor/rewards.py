@@ -7,9 +7,9 @@ import time
 
 import numpy as np
 
-from nemo_aapo.config import Config
+from nemo_aapo.config import Config, ConfigError
 from nemo_aapo.doctor.finding import Context, Finding
-from nemo_aapo.rewards import build_reward
+from nemo_aapo.rewards import build_reward, reward_of
 from nemo_aapo.rewards.base import Reward
 from nemo_aapo.rewards.runner import RewardRunner
 from nemo_aapo.types import Completion, Prompt
@@ -32,6 +32,8 @@ def rewards(context: Context) -> Finding:
     name = "rewards"
     try:
         told, problem = score_right_and_wrong(context.config)
+    except ConfigError as error:
+        return Finding(name, "failure", str(error))
     except ValueError as error:
         return Finding(name, "failure", f"rewards, reward_runner: {error}")
     if problem:
@@ -46,14 +48,14 @@ def score_right_and_wrong(config: Config) -> tuple[str, str]:
     """Each reward's values, and what is wrong with them (empty if nothing is).
 
     Raises:
-        ValueError: an impossible reward.
+        ConfigError, ValueError: an impossible reward, or runner.
         RewardError: a worker does not start.
     """
-    judges = [build_reward({k: v for k, v in entry.items() if k != "weight"}) for entry in config.rewards]
-    weights = [float(entry.get("weight", 1.0)) for entry in config.rewards]
+    rewards = [reward_of(entry) for entry in config.rewards]
+    judges = [judge for judge, _ in rewards]
     settings = config.reward_runner
     with RewardRunner(
-        list(zip(judges, weights, strict=True)),
+        rewards,
         settings.workers,
         settings.timeout_s,
         score_on_failure=settings.score_on_failure,

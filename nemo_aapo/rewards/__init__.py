@@ -7,6 +7,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from nemo_aapo.config import ConfigError
 from nemo_aapo.rewards.base import Reward
 from nemo_aapo.rewards.choice import MultipleChoice
 from nemo_aapo.rewards.custom import Custom
@@ -45,6 +46,19 @@ def build_reward(config: Mapping[str, Any]) -> Reward:
     if missing:
         raise ValueError(f"reward {name!r} needs {', '.join(missing)}")
     return REWARDS[name](**parameters)
+
+
+def reward_of(entry: Mapping[str, Any]) -> tuple[Reward, float]:
+    """Reward and weight of one entry of ``rewards`` in a configuration.
+
+    Raises:
+        ConfigError: unknown name or parameter.
+    """
+    try:
+        reward = build_reward({key: value for key, value in entry.items() if key != "weight"})
+    except ValueError as error:
+        raise ConfigError(f"rewards: {error}") from error
+    return reward, float(entry.get("weight", 1.0))
 
 
 def reward_config(reward: Reward) -> dict[str, Any]:
