@@ -49,7 +49,7 @@ def gpu(arguments: argparse.Namespace) -> dict[str, Any]:
         raise SystemExit("benchmark.py gpu: no CUDA GPU on this machine")
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     from nemo_aapo import parallel
-    from nemo_aapo.benchmarks import gpu
+    from nemo_aapo.benchmarks import gpu, gpu_report
     from nemo_aapo.libraries import quiet
 
     quiet()
@@ -59,7 +59,7 @@ def gpu(arguments: argparse.Namespace) -> dict[str, Any]:
             found = gpu.measure(gpu.QUICK if arguments.quick else gpu.Plan(), Path(folder))
     finally:
         parallel.shutdown()
-    for part in gpu.report(found):
+    for part in gpu_report.report(found):
         print(f"\n{part}", flush=True)
     return found
 

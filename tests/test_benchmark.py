@@ -8,7 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from nemo_aapo.benchmarks.measure import Figure, Timing, in_turns, ratio, table
+from nemo_aapo.benchmarks.measure import Figure, Timing, in_turns, ratio
+from nemo_aapo.tables import plain
 
 ROOT = Path(__file__).parents[1]
 
@@ -73,5 +74,5 @@ def test_ratios_compare_turn_by_turn():
 
 
 def test_a_table_has_its_first_column_left_and_the_others_right():
-    text = table(("what", "n"), [("a", "1,000"), ("longer", "7")])
+    text = plain(("what", "n"), [("a", "1,000"), ("longer", "7")])
     assert text.splitlines() == ["what        n", "------  -----", "a       1,000", "longer      7"]

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from nemo_aapo.benchmarks.measure import Figure, in_turns, ratio, table
+from nemo_aapo import tables
+from nemo_aapo.benchmarks.measure import Figure, in_turns, ratio
 from nemo_aapo.types import Completion, SamplingSpec
 
 VOCABULARY = 1024
@@ -208,4 +209,4 @@ def report(rows: Sequence[Row]) -> str:
         )
         for row in rows
     ]
-    return table(header, lines)
+    return tables.plain(header, lines)

@@ -10,7 +10,7 @@ import gc
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from nemo_aapo.benchmarks.measure import table
+from nemo_aapo.benchmarks.gpu_models import SHAPES, VOCABULARY, policy_of, random_model
 
 PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}
 """Dense bf16 FLOP/s by NVIDIA's datasheets, of the SXM parts; MFU is measured against it."""
-SHAPES: dict[str, dict[str, int]] = {  # Qwen2.5's config.json
-    "0.5B": {"hidden": 896, "ffn": 4864, "layers": 24, "heads": 14, "groups": 2},
-    "1.5B": {"hidden": 1536, "ffn": 8960, "layers": 28, "heads": 12, "groups": 2},
-}
-VOCABULARY = 151_936
 PRECISIONS = ("bf16", "fp8_tensorwise", "fp8_blockwise")
 
 
@@ -63,15 +58,15 @@ def measure(plan: Plan, folder: Path) -> dict[str, Any]:
     for name in plan.shapes:
         path = random_model(SHAPES[name], folder / name)
         for precision in PRECISIONS:
-            with _policy(path, plan, precision) as policy:
-                found["learner"].append({"model": name, "precision": precision, **learner(policy, plan)})
-                found["parity"].append({"model": name, "precision": precision, **parity(policy, plan)})
-                print(json.dumps([found["learner"][-1], found["parity"][-1]]), flush=True)
-                if precision == "bf16":
-                    for rows in plan.decode_rows:
-                        figures = decode(policy, plan, rows, found["ceilings"]["bytes_per_s"])
-                        found["decode"].append({"model": name, "rows": rows, **figures})
-                        print(json.dumps(found["decode"][-1]), flush=True)
+            policy = policy_of(path, precision, plan.micro_batch_tokens, plan.sequence)
+            found["learner"].append({"model": name, "precision": precision, **learner(policy, plan)})
+            found["parity"].append({"model": name, "precision": precision, **parity(policy, plan)})
+            print(json.dumps([found["learner"][-1], found["parity"][-1]]), flush=True)
+            if precision == "bf16":
+                for rows in plan.decode_rows:
+                    figures = decode(policy, plan, rows, found["ceilings"]["bytes_per_s"])
+                    found["decode"].append({"model": name, "rows": rows, **figures})
+                    print(json.dumps(found["decode"][-1]), flush=True)
             del policy  # or it would live until the next one is built
             gc.collect()
             torch.cuda.empty_cache()
@@ -156,76 +151,6 @@ def _bytes(*tensors: torch.Tensor) -> int:
 
 
 # ------------------------------------------------------------------ learner
-
-
-def random_model(shape: dict[str, int], folder: Path) -> Path:
-    """A Qwen2 directory of this shape: random bf16 weights, tied embeddings; written from the GPU."""
-    from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM, Qwen2Config
-
-    config = Qwen2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=shape["hidden"],
-        intermediate_size=shape["ffn"],
-        num_hidden_layers=shape["layers"],
-        num_attention_heads=shape["heads"],
-        num_key_value_heads=shape["groups"],
-        max_position_embeddings=32_768,
-        rope_theta=1e6,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=1,
-        pad_token_id=0,
-        architectures=["Qwen2ForCausalLM"],
-        dtype="bfloat16",
-    )
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    generator = torch.Generator("cuda").manual_seed(0)
-    tensors = {}
-    for name, meta in model.named_parameters():
-        if name == "lm_head.weight":
-            continue  # tied
-        if meta.dim() == 1:
-            value = torch.full(meta.shape, 0.0 if name.endswith("bias") else 1.0, device="cuda")
-        else:
-            value = torch.randn(meta.shape, generator=generator, device="cuda") * 0.02
-        tensors[name] = value.to(torch.bfloat16).cpu()
-    folder.mkdir(parents=True)
-    config.save_pretrained(folder)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
-class _policy:
-    """A policy of a model directory, and its memory given back afterwards."""
-
-    def __init__(self, path: Path, plan: Plan, precision: str) -> None:
-        self._path, self._plan, self._precision = path, plan, precision
-
-    def __enter__(self) -> Any:
-        from nemo_aapo.entry import load_config
-        from nemo_aapo.policy.megatron import MegatronPolicy
-        from nemo_aapo.policy.model_dir import read_model_dir
-
-        plan = self._plan
-        config = load_config(
-            [
-                f"model.path={self._path}",
-                "data.train=unused",
-                "data.validation=unused",
-                "trainer.devices=1",
-                f"precision={self._precision}",
-                f"max_tokens_per_microbatch={plan.micro_batch_tokens}",
-                f"data.max_prompt_tokens={plan.sequence // 2}",
-                f"rollout.max_new_tokens={plan.sequence // 2}",
-            ]
-        )
-        self._policy = MegatronPolicy(config, read_model_dir(str(self._path)))
-        return self._policy
-
-    def __exit__(self, *_: object) -> None:
-        del self._policy
 
 
 def learner(policy: Any, plan: Plan) -> dict[str, float]:
@@ -376,65 +301,3 @@ def parity(policy: Any, plan: Plan) -> dict[str, float]:
         config.model.sequence_packing,
     )
     return learner.parity(groups)
-
-
-# ------------------------------------------------------------------ report
-
-
-def report(found: dict[str, Any]) -> Iterator[str]:
-    """Tables of what ``measure`` returned."""
-    ceiling = found["ceilings"]
-    yield (
-        f"{found['gpu']}, torch {found['torch']}: copies at {ceiling['bytes_per_s'] / 1e12:.2f} TB/s, bf16 products at "
-        f"{ceiling['flops_per_s'] / 1e12:.0f} TFLOP/s"
-    )
-    base = {row["model"]: row["seconds"] for row in found["learner"] if row["precision"] == "bf16"}
-    yield table(
-        ("learner", "precision", "tokens/s", "step", "MFU", "faster than bf16", "peak GiB"),
-        [
-            (
-                row["model"],
-                row["precision"],
-                f"{row['tokens_per_s']:,.0f}",
-                f"{row['seconds'] * 1e3:.0f} ms",
-                f"{row['mfu']:.2f}",
-                f"{base[row['model']] / row['seconds']:.2f}",
-                f"{row['peak_gib']:.1f}",
-            )
-            for row in found["learner"]
-        ],
-    )
-    yield table(
-        ("decoding", "rows", "tokens/s", "step", "floor", "share of floor"),
-        [
-            (
-                row["model"],
-                str(row["rows"]),
-                f"{row['tokens_per_s']:,.0f}",
-                f"{row['step_ms']:.2f} ms",
-                f"{row['floor_ms']:.2f} ms",
-                f"{row['share_of_floor']:.2f}",
-            )
-            for row in found["decode"]
-        ],
-    )
-    yield table(
-        ("parity", "precision", "mult_prob_error", "gen_kl"),
-        [
-            (
-                row["model"],
-                row["precision"],
-                f"{row['parity/mult_prob_error']:.4f}",
-                f"{row['parity/gen_kl']:.1e}",
-            )
-            for row in found["parity"]
-        ],
-    )
-    logprobs = found["logprobs"]
-    yield table(
-        ("log-probs", "peak", "forward and backward"),
-        [
-            (name, f"{logprobs[f'{name}_peak_bytes'] / 2**30:.2f} GiB", f"{logprobs[f'{name}_seconds'] * 1e3:.0f} ms")
-            for name in ("chunked", "plain")
-        ],
-    )

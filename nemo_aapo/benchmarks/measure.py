@@ -55,15 +55,3 @@ class Figure:
 def ratio(slow: Sequence[Timing], fast: Sequence[Timing], clock: str) -> Figure:
     """Time of one over the time of the other, turn by turn. clock: ``wall`` or ``cpu``."""
     return Figure.of([getattr(a, clock) / getattr(b, clock) for a, b in zip(slow, fast, strict=True)])
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Lines of aligned columns, the first one to the left."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = []
-    for row in [header, ["-" * width for width in widths], *rows]:
-        first, *others = (
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        lines.append("  ".join([first, *others]).rstrip())
-    return "\n".join(lines)

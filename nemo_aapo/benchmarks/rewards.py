@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from nemo_aapo.benchmarks.measure import Figure, table
+from nemo_aapo import tables
+from nemo_aapo.benchmarks.measure import Figure
 from nemo_aapo.rewards import build_reward
 from nemo_aapo.rewards.base import Reward
 from nemo_aapo.rewards.runner import RewardRunner
@@ -118,9 +119,9 @@ def report(found: list[Speed], costs: list[Cost]) -> str:
     hostile_rows = [(c.what, f"{c.seconds:.2f}", c.outcome, f"{c.other_score:g}") for c in costs]
     return (
         "Items a CPU second, median (lowest to highest)\n"
-        + table(("reward", "items/s"), rows)
+        + tables.plain(("reward", "items/s"), rows)
         + "\n\nHostile completions, reward accuracy\n"
-        + table(("completion", "seconds", "outcome", "score of the next item"), hostile_rows)
+        + tables.plain(("completion", "seconds", "outcome", "score of the next item"), hostile_rows)
     )
 
 

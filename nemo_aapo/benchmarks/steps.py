@@ -15,7 +15,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from nemo_aapo.benchmarks.measure import Figure, in_turns, ratio, table
+from nemo_aapo import tables
+from nemo_aapo.benchmarks.measure import Figure, in_turns, ratio
 from nemo_aapo.types import Completion, Prompt
 
 ALGORITHMS = {
@@ -180,4 +181,4 @@ def report(rows: Sequence[Row]) -> str:
         )
         for row in rows
     ]
-    return table(header, lines)
+    return tables.plain(header, lines)

@@ -11,7 +11,8 @@ import numpy as np
 from nemo_aapo.config import ConfigError
 from nemo_aapo.evaluation.estimators import Difference, macro_difference, paired_difference
 from nemo_aapo.evaluation.records import Records, measured_benchmarks, read_identity
-from nemo_aapo.evaluation.report import judged, markdown
+from nemo_aapo.evaluation.report import judged
+from nemo_aapo.tables import markdown
 
 SEED = 0
 """Of bootstrap and permutation: the same two evaluations give the same table."""

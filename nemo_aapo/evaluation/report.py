@@ -11,6 +11,7 @@ import numpy as np
 
 from nemo_aapo.evaluation.estimators import Estimate, average, majority, over_problems, pass_at, sampling_error
 from nemo_aapo.evaluation.records import Record
+from nemo_aapo.tables import markdown
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,16 +139,3 @@ def _line(name: str, result: Mapping[str, Any], several: bool) -> list[str]:
 def _percent(value: float, stderr: float | None) -> str:
     known = stderr is not None and math.isfinite(stderr)
     return f"{100 * value:.1f}" + (f" ± {100 * stderr:.1f}" if known else "")
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table whose source is aligned, too; the first column to the left."""
-    widths = [max(3, *(len(row[i]) for row in [header, *rows])) for i in range(len(header))]
-    ruler = ["-" * width if i == 0 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
-    lines = [
-        " | ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in [header, ruler, *rows]
-    ]
-    return "".join(f"| {line} |\n" for line in lines)

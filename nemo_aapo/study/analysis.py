@@ -10,9 +10,9 @@ from statistics import fmean
 import numpy as np
 
 from nemo_aapo.evaluation.estimators import student_t_quantile
-from nemo_aapo.evaluation.report import markdown
 from nemo_aapo.metrics import read_metrics
 from nemo_aapo.study.runs import Study
+from nemo_aapo.tables import markdown
 
 CURVE = "validation/accuracy_sampled"
 GREEDY = "validation/accuracy_greedy"
