@@ -7,10 +7,9 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-if TYPE_CHECKING:
-    from nemo_aapo.config.schema import Config, Data
+from nemo_aapo.config.schema import Config, ConfigError, Data
 
 AnswerForm = Literal["auto", "boxed"]
 """``"auto"``: the answer as it stands, or what is behind GSM8K's last ``####``. ``"boxed"``: a worked solution, whose
@@ -76,8 +75,7 @@ def sources_of(data: Data, what: Literal["train", "validation"]) -> tuple[Source
 
 
 def _source(entry: dict[str, Any], defaults: dict[str, Any], where: str) -> Source:
-    from nemo_aapo.config.parse import build
-    from nemo_aapo.config.schema import ConfigError
+    from nemo_aapo.config.parse import build  # it imports this module for its checks
 
     filled = {f.name: _default(f) for f in dataclasses.fields(Source) if f.name != "path"}
     source = build(Source, {**filled, **defaults, **entry}, where)
@@ -106,8 +104,6 @@ def check_data(config: Config) -> None:
     Raises:
         ConfigError: names the key, its value and the reason.
     """
-    from nemo_aapo.config.schema import ConfigError
-
     data = config.data
     train, validation = sources_of(data, "train"), sources_of(data, "validation")
     for name, sources in (("train", train), ("validation", validation)):

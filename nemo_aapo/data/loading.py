@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nemo_aapo.config import Config
 from nemo_aapo.config.schema import Data
@@ -14,7 +14,7 @@ from nemo_aapo.config.sources import Source, sources_of
 from nemo_aapo.data import DataError
 from nemo_aapo.data.contamination import overlap
 from nemo_aapo.data.gym import GymPrompts, PromptsWithoutEnd, take_all
-from nemo_aapo.data.prompts import PromptSet, digest_of, load_source
+from nemo_aapo.data.prompts import PromptSet, digest_of, load_prompts
 from nemo_aapo.data.rows import HELD_OUT_SPLITS, TRAIN_SPLITS
 from nemo_aapo.data.sampler import PromptSampler
 from nemo_aapo.data.tokenizer import render_prompts
@@ -106,29 +106,26 @@ def _load(
             return take_all(gym, source.size)
         finally:
             gym.close()
-    return load_source(
+    return load_prompts(
         source,
         tokenizer,
         default_splits=splits,
         max_prompt_tokens=data.max_prompt_tokens,
-        system_prompt=data.system_prompt,
-        chat_template=data.chat_template,
-        prompt_template=data.prompt_template,
         on_bad_line=data.on_bad_line,
         on_long_prompt=data.on_long_prompt,
         verify_answer=verify_answer,
+        **_rendering(data),
     )
 
 
 def _gym(source: Source, data: Data, tokenizer: PreTrainedTokenizerBase) -> GymPrompts:
-    render = functools.partial(
-        render_prompts,
-        tokenizer,
-        system_prompt=data.system_prompt,
-        chat_template=data.chat_template,
-        prompt_template=data.prompt_template,
-    )
+    render = functools.partial(render_prompts, tokenizer, **_rendering(data))
     return GymPrompts(source, render, data.max_prompt_tokens, data.on_long_prompt == "drop")
+
+
+def _rendering(data: Data) -> dict[str, Any]:
+    """How ``tokenizer.render_prompts`` puts a question."""
+    return {name: getattr(data, name) for name in ("system_prompt", "chat_template", "prompt_template")}
 
 
 def join(sources: Sequence[Source], parts: Sequence[PromptSet | None]) -> PromptSet:

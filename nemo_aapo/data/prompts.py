@@ -7,11 +7,11 @@ import logging
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from nemo_aapo.config.sources import AnswerForm, Source
+from nemo_aapo.config.sources import Source
 from nemo_aapo.data import DataError
 from nemo_aapo.data.rows import TRAIN_SPLITS, Row, gold_answer, read_rows
 from nemo_aapo.data.tokenizer import QUESTION, ChatTemplate, render_prompts
@@ -20,7 +20,7 @@ from nemo_aapo.types import Prompt
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["PromptSet", "gold_answer", "load_prompts", "load_source", "make_prompts"]
+__all__ = ["PromptSet", "gold_answer", "load_prompts", "make_prompts"]
 
 logger = logging.getLogger(__name__)
 
@@ -52,15 +52,10 @@ class PromptSet:
 
 
 def load_prompts(
-    path: str | Path,
+    source: str | Path | Source,
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_prompt_tokens: int,
-    prompt_field: str = "question",
-    answer_field: str = "answer",
-    answer_form: AnswerForm = "auto",
-    subset: str | None = None,
-    split: str | None = None,
     default_splits: Sequence[str] = TRAIN_SPLITS,
     system_prompt: str | None = None,
     chat_template: ChatTemplate = "auto",
@@ -68,18 +63,16 @@ def load_prompts(
     on_bad_line: Literal["error", "skip"] = "error",
     on_long_prompt: Literal["error", "drop"] = "error",
     verify_answer: Callable[[str], None] | None = None,
+    **fields: Any,
 ) -> PromptSet:
     """Read, check, render and tokenise the prompts of a data set.
 
     Args:
-        path: a JSONL, JSON, Parquet or Arrow file (blank lines are ignored), a data set's directory, or a name on the
-            Hugging Face hub.
+        source: a JSONL, JSON, Parquet or Arrow file (blank lines are ignored), a data set's directory, or a name on the
+            Hugging Face hub; or a ``Source``, which is no reasoning-gym task.
         tokenizer: any transformers tokenizer.
         max_prompt_tokens: the longest rendered prompt allowed, in tokens.
-        prompt_field: where the question stands, text or chat messages; dots lead inside (``rows.lookup``).
-        answer_field: where the gold answer stands: a string, a number, or one of the forms of ``rows.gold_answer``.
-        answer_form, subset, split: see ``config.sources.Source``.
-        default_splits: the splits to try where ``split`` names none.
+        default_splits: the splits to try where the source names none.
         system_prompt: put before each question; needs a place, see ``tokenizer.render_prompts``.
         chat_template: ``"auto"`` or ``"none"``.
         prompt_template: what is said around the question.
@@ -87,40 +80,15 @@ def load_prompts(
         on_long_prompt: ``"drop"`` leaves out prompts over the limit and counts them.
         verify_answer: raises ValueError for a gold answer that the reward can't work with; called once for each
             different answer.
+        fields: of the ``Source`` that a path becomes: ``prompt_field``, ``answer_field``, ``answer_form``, ``subset``,
+            ``split``.
 
     Raises:
         DataError: nothing there, or no usable prompt in it; lines that can't be used, or prompts that are too long: the
             first five, and how many there are.
     """
-    source = Source(str(path), prompt_field, answer_field, answer_form, subset, split)
-    return load_source(
-        source,
-        tokenizer,
-        default_splits=default_splits,
-        max_prompt_tokens=max_prompt_tokens,
-        system_prompt=system_prompt,
-        chat_template=chat_template,
-        prompt_template=prompt_template,
-        on_bad_line=on_bad_line,
-        on_long_prompt=on_long_prompt,
-        verify_answer=verify_answer,
-    )
-
-
-def load_source(
-    source: Source,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    default_splits: Sequence[str],
-    max_prompt_tokens: int,
-    system_prompt: str | None = None,
-    chat_template: ChatTemplate = "auto",
-    prompt_template: str = QUESTION,
-    on_bad_line: Literal["error", "skip"] = "error",
-    on_long_prompt: Literal["error", "drop"] = "error",
-    verify_answer: Callable[[str], None] | None = None,
-) -> PromptSet:
-    """The same for a ``Source`` that is no reasoning-gym task."""
+    if not isinstance(source, Source):
+        source = Source(str(source), **fields)
     path = source.path
     rows, bad = read_rows(source, default_splits, verify_answer=verify_answer)
     _report(path, bad, "line(s) can't be used", on_bad_line == "skip", "set data.on_bad_line=skip")
