@@ -18,10 +18,7 @@ def find_model(config: EvaluationConfig) -> Source:
     Raises:
         ConfigError: nothing of the kind, or a run whose base model can't be found.
     """
-    try:
-        return find_source(config.model.path, config.model.base)
-    except ConfigError as error:  # it speaks of the option of another script
-        raise ConfigError(str(error).replace("--base DIR", "model.base=DIR").replace("--base", "model.base")) from None
+    return find_source(config.model.path, config.model.base, base_option="model.base=")
 
 
 def reward_name(config: EvaluationConfig) -> str:

@@ -28,6 +28,8 @@ class Source:
     as that is known; it may have gone."""
     run: Path | None = None
     """The run's directory."""
+    base_option: str = "--base "
+    """What a user writes before a base model's path, for messages."""
 
     @property
     def base(self) -> Path:
@@ -38,11 +40,12 @@ class Source:
         """
         if self.named_base is None:
             raise ConfigError(
-                f"{self.path}: no config.yaml of a run says what its base model was; name it by --base DIR"
+                f"{self.path}: no config.yaml of a run says what its base model was; name it by {self.base_option}DIR"
             )
         if not (self.named_base / "config.json").exists():
             raise ConfigError(
-                f"{self.path}: its base model {self.named_base} is not there (no config.json); name it by --base DIR"
+                f"{self.path}: its base model {self.named_base} is not there (no config.json); "
+                f"name it by {self.base_option}DIR"
             )
         return self.named_base
 
@@ -60,12 +63,13 @@ class Source:
         return found[::-1]
 
 
-def find_source(path: Path | str, base: Path | str | None = None) -> Source:
+def find_source(path: Path | str, base: Path | str | None = None, base_option: str = "--base ") -> Source:
     """Tell what a path holds, by the names of the files there.
 
     Args:
         path: a Hugging Face directory, what ``hf-to-megatron`` wrote, a run directory, or a checkpoint in one.
         base: of a run: its base model, where it is no longer where the run's ``config.yaml`` says.
+        base_option: see ``Source``.
 
     Raises:
         ConfigError: nothing of the kind.
@@ -77,13 +81,13 @@ def find_source(path: Path | str, base: Path | str | None = None) -> Source:
         path = path.parent
     if (path / manifest.FILE_NAME).exists() or step_of(path) is not None:
         if (path / "config.json").exists():
-            return Source("megatron", path, _own_base(path, base))
+            return Source("megatron", path, _own_base(path, base, base_option))
         run = path.parent.parent if path.parent.name == "checkpoints" else None
-        return Source("checkpoint", path, _base_of_run(run, base), run)
+        return Source("checkpoint", path, _base_of_run(run, base), run, base_option)
     if (path / "config.json").exists():
-        return Source("hf", path, _own_base(path, base))
+        return Source("hf", path, _own_base(path, base, base_option))
     if (path / "config.yaml").exists() or _checkpoints(path):
-        return Source("run", path, _base_of_run(path, base), path)
+        return Source("run", path, _base_of_run(path, base), path, base_option)
     raise ConfigError(
         f"{path}: neither a Hugging Face model (config.json), nor a Megatron checkpoint (manifest.json), nor a run "
         "directory (config.yaml, checkpoints/)"
@@ -122,9 +126,10 @@ def _checkpoints(run: Path) -> list[Path]:
     return CheckpointDirectory(run / "checkpoints", keep_last=1, keep_best=None).steps()
 
 
-def _own_base(path: Path, base: Path | str | None) -> Path:
+def _own_base(path: Path, base: Path | str | None, base_option: str) -> Path:
     if base is not None:
-        raise ConfigError(f"--base has no effect: {path} brings its own configuration and tokenizer")
+        named = base_option.rstrip(" =")
+        raise ConfigError(f"{named} has no effect: {path} brings its own configuration and tokenizer")
     return path
 
 
