@@ -26,8 +26,7 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     # mcore calls what torch 2.13 has renamed; GPU stacks run a torch that has the old names only
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
-    warnings.filterwarnings("ignore", message="Please use DTensor instead", category=FutureWarning)  # torch to itself
-    # its checkpoint reader asks mcore's tensors what they are
+    # torch to itself, as its checkpoint reader asks mcore's tensors what they are
     warnings.filterwarnings("ignore", message="Please use DTensor instead", category=FutureWarning)
     for library in ("megatron", "nemo", "lightning"):
         for category in (UserWarning, FutureWarning, DeprecationWarning):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -27,6 +28,26 @@ COMPANION_FILES = (
     "LICENSE*",
 )
 """What an exported model takes over from its base model."""
+
+
+@contextlib.contextmanager
+def appearing(target: Path) -> Iterator[Path]:
+    """A new directory to write in, which takes the place of ``target`` at the end; an error leaves ``target`` alone.
+
+    One process, not collective.
+    """
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(partial, target)
+
+
+def write_texts(texts: Mapping[str, str], directory: Path) -> None:
+    """Files by name."""
+    for name, text in texts.items():
+        (directory / name).write_text(text, encoding="utf-8")
 
 
 def companions(directory: Path) -> list[Path]:

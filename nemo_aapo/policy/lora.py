@@ -102,14 +102,10 @@ def save_peft(
         base: name or path of the base model, as ``peft`` looks it up.
         more_files: text by file name.
     """
-    partial = target.with_name(target.name + ".partial")
     named = {f"base_model.model.{name}": tensor.clone() for name, tensor in tensors}  # q, k and v share one A
     if dist.get_rank() == 0:
         from safetensors.torch import save_file
 
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        save_file(named, partial / "adapter_model.safetensors", metadata={"format": "pt"})
         config = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
@@ -120,12 +116,11 @@ def save_peft(
             "bias": "none",
             "target_modules": sorted({name.split(".")[-3] for name in named}),
         }
-        (partial / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        for name, text in more_files.items():
-            (partial / name).write_text(text, encoding="utf-8")
-        for file in hf_directory.companions(Path(base)):
-            if file.name not in ("config.json", "generation_config.json"):
-                shutil.copyfile(file, partial / file.name)
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
+        texts = {"adapter_config.json": json.dumps(config, indent=2) + "\n", **more_files}
+        with hf_directory.appearing(target) as partial:
+            save_file(named, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+            hf_directory.write_texts(texts, partial)
+            for file in hf_directory.companions(Path(base)):
+                if file.name not in ("config.json", "generation_config.json"):
+                    shutil.copyfile(file, partial / file.name)
     dist.barrier()

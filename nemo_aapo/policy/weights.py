@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -90,21 +89,12 @@ class WeightMap:
             max_shard_bytes: a larger model is written in several files with an index.
             more_files: text by file name; rank 0's are written.
         """
-        target = Path(directory)
-        partial = target.with_name(target.name + ".partial")
-        first = dist.get_rank() == 0
-        if first:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        dist.barrier()
         tensors = ((name, tensor if dtype is None else tensor.to(dtype)) for name, tensor in self.export(model))
-        if first:
-            hf_directory.write_shards(tensors, partial, max_shard_bytes)
-            hf_directory.copy_companions(Path(self.path), partial, dtype)
-            for name, text in (more_files or {}).items():
-                (partial / name).write_text(text, encoding="utf-8")
-            shutil.rmtree(target, ignore_errors=True)
-            os.replace(partial, target)
+        if dist.get_rank() == 0:
+            with hf_directory.appearing(Path(directory)) as partial:
+                hf_directory.write_shards(tensors, partial, max_shard_bytes)
+                hf_directory.copy_companions(Path(self.path), partial, dtype)
+                hf_directory.write_texts(more_files or {}, partial)
         else:
             for _ in tensors:  # the other ranks' part in the collectives
                 pass
