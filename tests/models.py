@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,21 @@ def make_tiny_models(folder: Path) -> dict[str, Path]:
         save_model(config, made[name])
         save_character_tokenizer(made[name])
     return made
+
+
+def save_empty_model(directory: Path, **changes: Any) -> Path:
+    """A Qwen2 directory without tensors: enough for every check before the weights are read.
+
+    Args:
+        changes: of ``config.json``.
+    """
+    shape = {"num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 128, "vocab_size": 100}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096}
+    config = {"architectures": ["Qwen2ForCausalLM"], **shape, **heads, **changes}
+    directory.mkdir(exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    return directory
 
 
 def save_model(config: Any, directory: Path, seed: int = 0) -> None:

@@ -20,6 +20,7 @@ from nemo_aapo.command_line import read_command_line
 from nemo_aapo.config import ConfigError
 from nemo_aapo.entry import _check_same, compose, config_main
 from nemo_aapo.metrics import read_metrics
+from tests.models import save_empty_model
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "nemo", "megatron", "transformers", "lightning")
@@ -38,14 +39,7 @@ def run_script(name: str, *words: str, environment: dict[str, str] | None = None
 
 @pytest.fixture
 def model_dir(tmp_path) -> Path:
-    """A model directory without tensors: enough for every check before the weights are read."""
-    path = tmp_path / "model"
-    path.mkdir()
-    shape = {"num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 128, "vocab_size": 100}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096}
-    (path / "config.json").write_text(json.dumps({"architectures": ["Qwen2ForCausalLM"], **shape, **heads}))
-    (path / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
-    return path
+    return save_empty_model(tmp_path / "model")
 
 
 @pytest.fixture

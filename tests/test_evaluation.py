@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +12,8 @@ from nemo_aapo.command_line import EVALUATION, config_directory, read_page
 from nemo_aapo.config import ConfigError, EvaluationConfig
 from nemo_aapo.evaluation import compare, report
 from nemo_aapo.evaluation.records import Record, Records, RecordsError, claim_identity
+from tests.models import save_empty_model
+from tests.scripts import exit_code_and_heavy_imports, load_script
 from tests.test_config import schema_keys
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,22 +23,12 @@ IDENTITY = {"model": "a", "seed": 1, "sampling": {"temperature": 0.6}}
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("evaluate_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("evaluate")
 
 
 @pytest.fixture
 def model(tmp_path) -> Path:
-    """A model directory without tensors: enough for every check before the weights are read."""
-    path = tmp_path / "model"
-    path.mkdir()
-    shape = {"num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 128, "vocab_size": 100}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 40960}
-    (path / "config.json").write_text(json.dumps({"architectures": ["Qwen2ForCausalLM"], **shape, **heads}))
-    (path / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
-    return path
+    return save_empty_model(tmp_path / "model", max_position_embeddings=40960)
 
 
 def record(problem: str, sample: int, correct: bool, **more) -> Record:
@@ -100,13 +89,7 @@ def test_what_cannot_work_is_refused_in_one_message(script, model, capsys, monke
 
 
 def test_a_refusal_comes_before_torch_is_imported(model):
-    code = (
-        f"import runpy, sys; sys.argv = ['evaluate.py', 'model.path={model}', 'max_concurrent_tokens=1']\n"
-        f"try: runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
-        "except SystemExit as end: print(end.code, sorted({'torch', 'megatron', 'nemo'} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.stdout == "2 []\n", done.stderr
+    assert exit_code_and_heavy_imports("evaluate", [f"model.path={model}", "max_concurrent_tokens=1"]) == "2 []"
 
 
 def test_help_names_the_commands_and_the_settings(script, capsys):

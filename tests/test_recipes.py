@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from nemo_aapo.config import Config, derive
 from nemo_aapo.entry import load_config
 from nemo_aapo.policy.model_dir import read_model_dir
 from nemo_aapo.rewards import build_reward
+from tests.models import save_empty_model
 
 MODELS = {  # config.json: layers, hidden, feed-forward, heads, key-value groups, head size, vocabulary, positions
     "r1_distill_qwen_1_5b": ("Qwen2ForCausalLM", 28, 1536, 8960, 12, 2, 128, 151936, 131072),
@@ -36,10 +36,7 @@ def model_directory(model: str, path: Path) -> str:
     architecture, layers, hidden, feed_forward, heads, groups, head, vocabulary, positions = MODELS[model]
     sizes = {"num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": feed_forward, "head_dim": head}
     attention = {"num_attention_heads": heads, "num_key_value_heads": groups, "max_position_embeddings": positions}
-    config = {"architectures": [architecture], "vocab_size": vocabulary, **sizes, **attention}
-    (path / "config.json").write_text(json.dumps(config))
-    (path / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
-    return str(path)
+    return str(save_empty_model(path, architectures=[architecture], vocab_size=vocabulary, **sizes, **attention))
 
 
 def test_there_is_a_page_for_each_model_and_algorithm_and_no_other():

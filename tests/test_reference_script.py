@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.models import save_empty_model
+from tests.scripts import exit_code_and_heavy_imports, load_script
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "reference_rewards.py"
@@ -17,21 +16,13 @@ SCRIPT = ROOT / "scripts" / "reference_rewards.py"
 @pytest.fixture
 def words(tmp_path) -> list[str]:
     """The settings without a default, and a model directory without tensors."""
-    model = tmp_path / "model"
-    model.mkdir()
-    shape = {"num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 128, "vocab_size": 100}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096}
-    (model / "config.json").write_text(json.dumps({"architectures": ["Qwen2ForCausalLM"], **shape, **heads}))
-    (model / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    model = save_empty_model(tmp_path / "model")
     return [f"model.path={model}", "data.train=t", "data.validation=v", f"run.dir={tmp_path / 'run'}"]
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("reference_rewards_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("reference_rewards")
 
 
 @pytest.mark.parametrize(
@@ -58,13 +49,7 @@ def test_what_cannot_work_is_refused_in_one_message(script, words, capsys, optio
 
 
 def test_a_refusal_comes_before_torch_is_imported(words):
-    code = (
-        f"import runpy, sys; sys.argv = ['reference_rewards.py', *{[*words, 'algorithm=gpg']!r}]\n"
-        f"try: runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
-        "except SystemExit as end: print(end.code, sorted({'torch', 'megatron', 'nemo'} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.stdout == "2 []\n", done.stderr
+    assert exit_code_and_heavy_imports("reference_rewards", [*words, "algorithm=gpg"]) == "2 []"
 
 
 def test_help_names_the_options_and_the_settings(script, capsys):

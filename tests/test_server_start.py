@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -18,6 +17,7 @@ import yaml
 from nemo_aapo.command_line import read_command_line
 from nemo_aapo.entry import compose
 from nemo_aapo.rollout.server_directory import open_directory, open_token, read_servers
+from tests.models import save_empty_model
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND = [sys.executable, "-m", "nemo_aapo.rollout.server"]
@@ -30,13 +30,7 @@ def environment(**more: str) -> dict[str, str]:
 @pytest.fixture
 def words(tmp_path) -> list[str]:
     """With a model directory without tensors: no server gets as far as reading them here."""
-    model = tmp_path / "model"
-    model.mkdir()
-    shape = {"num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 128, "vocab_size": 100}
-    (model / "config.json").write_text(
-        json.dumps({"architectures": ["Qwen2ForCausalLM"], "num_attention_heads": 4, **shape})
-    )
-    (model / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    model = save_empty_model(tmp_path / "model")
     return [f"model.path={model}", "data.train=t", "data.validation=v", f"run.dir={tmp_path / 'run'}"]
 
 

@@ -6,7 +6,6 @@ CUDA IPC needs a GPU: ``share`` hands the tensors themselves over instead of han
 from __future__ import annotations
 
 import ast
-import importlib.util
 import itertools
 import math
 import os
@@ -31,6 +30,7 @@ from nemo_aapo.types import SamplingSpec
 from tests import fake_trtllm
 from tests.fake_trtllm import TABLE, VOCAB, table
 from tests.models import make_config
+from tests.scripts import load_script
 
 SETTINGS = TrtllmSettings(
     model_path="/model",
@@ -435,17 +435,9 @@ def test_a_machine_without_the_library_is_told_what_is_missing_and_what_to_use()
     config = make_config("/m", rollout__engine="trtllm")
     with pytest.raises(ConfigError, match=r"needs the package tensorrt_llm .* and a CUDA GPU.*rollout.engine=megatron"):
         trtllm_settings.check(config)
-    for entrance in (TrtllmEngine.from_config, train_script().check):
+    for entrance in (TrtllmEngine.from_config, load_script("train").check):
         with pytest.raises(ConfigError, match="tensorrt_llm"):
             entrance(config)
-
-
-def train_script():
-    """scripts/train.py as a module."""
-    spec = importlib.util.spec_from_file_location("train", Path(__file__).parents[1] / "scripts" / "train.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_an_engine_by_the_configuration(fake, monkeypatch):
