@@ -16,7 +16,7 @@ from typing import Any
 
 from nemo_aapo.command_line import FROZEN, TRAINING, CommandLine, Page, read_command_line, usage
 from nemo_aapo.config import Config, ConfigError, check_overrides, parse, without_secrets
-from nemo_aapo.errors import RunError
+from nemo_aapo.errors import RunError, one_line
 from nemo_aapo.libraries import import_nemo, quiet
 
 FAILED = 1
@@ -122,8 +122,8 @@ def compose(command: CommandLine) -> dict[str, Any]:
     except (HydraException, OmegaConfBaseException) as error:
         if without_effect := re.match(r"Could not override '([^']+)'", str(error)):
             raise ConfigError(_no_effect(without_effect[1])) from None
-        cause = f" ({_one_line(error.__cause__)})" if error.__cause__ else ""
-        raise ConfigError(_one_line(error) + cause) from None
+        cause = f" ({one_line(error.__cause__)})" if error.__cause__ else ""
+        raise ConfigError(one_line(error) + cause) from None
 
 
 def register_resolvers() -> None:
@@ -188,10 +188,6 @@ def _to_yaml(tree: dict[str, Any]) -> str:
     import yaml
 
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
-
-
-def _one_line(error: BaseException) -> str:
-    return "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
 
 
 def _say(text: str, rank: int) -> int:

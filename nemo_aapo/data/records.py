@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 
 from nemo_aapo.config.sources import FILE_FORMATS, Source
 from nemo_aapo.data import DataError
+from nemo_aapo.errors import first_line
 
 _BATCH_ROWS = 1024
+_OUT_OF_REACH = ("offline", "connect", "resolve", "reach", "timed out", "couldn't find")
+"""One of these is in the library's error where the hub can't be had."""
 _SAVED = ("dataset_info.json", "dataset_dict.json")
 """One of these is in a directory that ``save_to_disk`` made."""
-_OUT_OF_REACH = ("offline", "connect", "resolve", "reach", "timed out", "couldn't find", "not found")
 
 
 class Record(NamedTuple):
@@ -150,7 +152,7 @@ def _from_directory(path: Path, source: Source, default_splits: Sequence[str]) -
         try:
             loaded = datasets.load_from_disk(str(path))
         except Exception as error:  # whatever a damaged directory makes it raise
-            raise DataError(f"{path}: not a saved data set that can be loaded: {_first_line(error)}") from error
+            raise DataError(f"{path}: not a saved data set that can be loaded: {first_line(error)[:300]}") from error
         return iter(_choose_split(loaded, source, default_splits))
     return iter(_choose_split(_load_dataset(datasets, source, str(path)), source, default_splits))
 
@@ -165,16 +167,14 @@ def _load_dataset(datasets: Any, source: Source, where: str) -> Any:
     try:
         return datasets.load_dataset(where, name=source.subset)
     except Exception as error:  # of the library, its HTTP clients and file systems: no common base
-        raise DataError(f"{where}: {_hint(source, error)}: {_first_line(error)}") from error
+        raise DataError(f"{where}: {_hint(source, error)}: {first_line(error)[:300]}") from error
 
 
 def _hint(source: Source, error: Exception) -> str:
     text = f"{type(error).__name__} {error}".lower()
     if "config name" in text or "builderconfig" in text:
         return "name its subset, as in data.train=[{path: ..., subset: main}]"
-    if source.on_hub and any(
-        sign in text for sign in ("offline", "connect", "resolve", "reach", "timed out", "couldn't find")
-    ):
+    if source.on_hub and any(sign in text for sign in _OUT_OF_REACH):
         return (
             "no such file here, and as a data set of the Hugging Face hub it can't be had (is this machine offline?). "
             "Download it elsewhere and name the local copy"
@@ -205,7 +205,3 @@ def _library(name: str, what: object) -> Any:
     except ImportError as error:
         package = name.partition(".")[0]
         raise DataError(f"{what}: reading this needs the package {package}: pip install {package} ({error})") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

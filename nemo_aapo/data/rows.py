@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from nemo_aapo.config.sources import AnswerForm, Source
@@ -32,8 +32,6 @@ class Row(NamedTuple):
     """The gold answer, in the form that a verifier takes."""
     before: tuple[dict[str, str], ...] = ()
     """Chat messages before the question, each with ``role`` and ``content``."""
-    extra: dict[str, Any] = {}  # noqa: RUF012 - never changed
-    """Values of the other fields that were asked for."""
 
 
 class Rows(NamedTuple):
@@ -49,7 +47,6 @@ def read_rows(
     default_splits: Sequence[str],
     *,
     verify_answer: Callable[[str], None] | None = None,
-    extra_fields: Sequence[str] = (),
 ) -> Rows:
     """The usable rows of a source, and what is wrong with the others.
 
@@ -57,7 +54,6 @@ def read_rows(
         default_splits: ``TRAIN_SPLITS`` or ``HELD_OUT_SPLITS``.
         verify_answer: raises ValueError for a gold answer that the rewards can't work with; asked once for each
             different answer.
-        extra_fields: dotted fields to hand through in ``Row.extra``; absent ones are left out.
 
     Raises:
         DataError: the source can't be read at all.
@@ -67,7 +63,7 @@ def read_rows(
     verdicts: dict[str, str] = {}
     for record in read_records(source, default_splits):
         try:
-            row = parse_row(record, source, extra_fields)
+            row = parse_row(record, source)
         except DataError as error:
             problems[record.number] = str(error)
             continue
@@ -80,7 +76,7 @@ def read_rows(
     return Rows(rows, problems)
 
 
-def parse_row(record: Record, source: Source, extra_fields: Iterable[str] = ()) -> Row:
+def parse_row(record: Record, source: Source) -> Row:
     """Question and gold answer of one row.
 
     Raises:
@@ -93,8 +89,7 @@ def parse_row(record: Record, source: Source, extra_fields: Iterable[str] = ()) 
         raise DataError(f"not a JSON object but {shorten(value)}")
     *before, question = _messages(_find(value, source.prompt_field, "prompt"), source.prompt_field)
     answer = _text(_find(value, source.answer_field, "answer"), source.answer_field, "answer")
-    extra = {name: found for name in extra_fields if (found := lookup(value, name)) is not MISSING}
-    return Row(record.number, question["content"], gold_answer(answer, source.answer_form), tuple(before), extra)
+    return Row(record.number, question["content"], gold_answer(answer, source.answer_form), tuple(before))
 
 
 def gold_answer(answer: str, form: AnswerForm = "auto") -> str:
@@ -120,15 +115,24 @@ def _last_box(solution: str) -> str:
     boxes = list(_BOX.finditer(solution))
     if not boxes:
         raise DataError("no answer: the worked solution has no \\boxed{}")
-    depth, start = 1, boxes[-1].end()
-    for brace in _BRACE.finditer(solution, start):
+    start = boxes[-1].end()
+    end = closing_brace(solution, start)
+    if end is None:
+        raise DataError("no answer: the worked solution's last \\boxed{} has no end")
+    gold = solution[start:end].strip()
+    if not gold:
+        raise DataError("no answer: the worked solution's last \\boxed{} is empty")
+    return gold
+
+
+def closing_brace(text: str, start: int) -> int | None:
+    """Where the brace that opens before ``start`` closes; None: nowhere. An escaped brace is a character."""
+    depth = 1
+    for brace in _BRACE.finditer(text, start):
         depth += {"{": 1, "}": -1}.get(brace[0], 0)
         if depth == 0:
-            gold = solution[start : brace.start()].strip()
-            if gold:
-                return gold
-            raise DataError("no answer: the worked solution's last \\boxed{} is empty")
-    raise DataError("no answer: the worked solution's last \\boxed{} has no end")
+            return brace.start()
+    return None
 
 
 # ---------------------------------------------------------------- fields

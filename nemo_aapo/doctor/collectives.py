@@ -11,6 +11,7 @@ from typing import Any
 
 from nemo_aapo.doctor.finding import Context, Finding
 from nemo_aapo.doctor.versions import has_gpu
+from nemo_aapo.errors import first_line
 
 WAIT_S = 60.0
 """For the last rank to come, and for each collective."""
@@ -29,7 +30,7 @@ def all_reduce(context: Context, wait_s: float = WAIT_S) -> Finding:
     except RuntimeError as error:
         where = f"{os.environ['MASTER_ADDR']}:{context.port}"
         remedy = "a firewall between the machines, or rank 0 had given up: see its line"
-        return Finding(name, "failure", f"rank 0 can't be reached at {where}: {_first_line(error)}", remedy)
+        return Finding(name, "failure", f"rank 0 can't be reached at {where}: {first_line(error)}", remedy)
     if missing := _missing(store, place.world_size, wait_s):
         remedy = "see what those ranks wrote; the deadline of training is trainer.distributed_timeout_s"
         return Finding(name, "failure", f"rank {', '.join(missing)} did not come within {wait_s:g} s", remedy)
@@ -38,7 +39,7 @@ def all_reduce(context: Context, wait_s: float = WAIT_S) -> Finding:
         found = _reduce(store, context, devices, wait_s)
     except RuntimeError as error:
         remedy = "set NCCL_DEBUG=INFO (NCCL_SOCKET_IFNAME, NCCL_IB_HCA) or GLOO_SOCKET_IFNAME to the right interface"
-        return Finding(name, "failure", f"{' or '.join(devices)}: {_first_line(error)}", remedy)
+        return Finding(name, "failure", f"{' or '.join(devices)}: {first_line(error)}", remedy)
     expected = float(sum(range(1, place.world_size + 1)))
     wrong = [
         f"{backend}: sums lie in {sums}, not at {expected:g}" for backend, sums, _ in found if set(sums) != {expected}
@@ -121,7 +122,3 @@ def _timed(seconds: list[float], on_gpu: bool) -> Iterator[None]:
     yield
     wait()
     seconds.append(time.perf_counter() - start)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -21,7 +21,7 @@ from typing import IO, NoReturn
 from nemo_aapo.config import ConfigError
 from nemo_aapo.data import DataError
 from nemo_aapo.doctor.finding import Check, Context, Finding
-from nemo_aapo.errors import RunError
+from nemo_aapo.errors import RunError, one_line
 from nemo_aapo.rewards.base import describe_error
 
 LAST_WORDS = 300
@@ -63,7 +63,7 @@ def _child(check: Check, context: Context, answer: Connection, output: int) -> N
         found = check.run(context)
         answer.send([found] if isinstance(found, Finding) else list(found))
     except (ConfigError, DataError, RunError) as error:  # these say what to do
-        answer.send([Finding(check.name, "failure", one_line(str(error)))])
+        answer.send([Finding(check.name, "failure", one_line(error))])
     except BaseException as error:
         remedy = "a library or the check itself is at fault: see the place named"
         answer.send([Finding(check.name, "failure", f"broke off: {one_line(describe_error(error))}", remedy)])
@@ -108,8 +108,3 @@ def _end(pid: int) -> int | None:
             return os.waitstatus_to_exitcode(status)
         time.sleep(0.005)
     return None
-
-
-def one_line(text: str) -> str:
-    """Lines joined by semicolons."""
-    return "; ".join(line.strip() for line in text.splitlines() if line.strip())

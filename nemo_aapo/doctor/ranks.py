@@ -20,7 +20,7 @@ from nemo_aapo.config import Config
 from nemo_aapo.doctor.finding import Check, Context, Finding, Place
 from nemo_aapo.doctor.guard import run_guarded
 from nemo_aapo.doctor.report import merge
-from nemo_aapo.errors import RunError
+from nemo_aapo.errors import RunError, first_line
 from nemo_aapo.launch.local import free_port
 from nemo_aapo.launch.rank import ADDRESSES, rank_environment
 from nemo_aapo.launch.slurm_commands import node_addresses
@@ -97,7 +97,7 @@ def _lead(checks: Sequence[Check], config: Config | None, place: Place, listener
     except RuntimeError as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         remedy = "set another MASTER_PORT, or MASTER_ADDR to an address of rank 0's machine"
-        listener.tell(Finding("ranks", "failure", f"rank 0 can't listen on {where}: {_first_line(error)}", remedy))
+        listener.tell(Finding("ranks", "failure", f"rank 0 can't listen on {where}: {first_line(error)}", remedy))
         return
     others = range(1, place.world_size)
     came = _gather(store, "host", others, start_s)
@@ -147,7 +147,7 @@ def _follow(checks: Sequence[Check], config: Config | None, place: Place, start_
             store.set(f"found/{number}/{place.rank}", json.dumps([asdict(finding) for finding in found]))
         store.set(f"left/{place.rank}", "0")
     except RuntimeError as error:
-        raise RunError(f"on {place.host}: rank 0 is gone or does not answer ({_first_line(error)})") from error
+        raise RunError(f"on {place.host}: rank 0 is gone or does not answer ({first_line(error)})") from error
 
 
 def _store(place: Place, timeout_s: float) -> Any:
@@ -210,7 +210,3 @@ def _who(hosts: Mapping[int, str], lost: set[int], start_s: float) -> Finding:
 
 def _named(ranks: Iterable[int], hosts: Mapping[int, str]) -> str:
     return ", ".join(f"rank {rank} on {hosts[rank]}" for rank in sorted(ranks))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

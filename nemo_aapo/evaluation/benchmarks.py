@@ -18,7 +18,7 @@ from nemo_aapo.config.evaluation import EvaluationFields
 from nemo_aapo.config.sources import Source
 from nemo_aapo.data import DataError
 from nemo_aapo.data.records import Record, read_records
-from nemo_aapo.data.rows import HELD_OUT_SPLITS, gold_answer, shorten
+from nemo_aapo.data.rows import HELD_OUT_SPLITS, closing_brace, gold_answer, shorten
 
 Row = Mapping[str, Any]
 SHOWN_PROBLEMS = 5
@@ -234,13 +234,9 @@ def last_boxed(text: str) -> str | None:
     start = text.rfind("\\boxed{")
     if start < 0:
         return None
-    depth = 0
     begin = start + len("\\boxed{")
-    for brace in re.finditer(r"\\.|[{}]", text[begin:], re.DOTALL):  # an escaped brace is a character
-        depth += {"{": 1, "}": -1}.get(brace[0], 0)
-        if depth < 0:
-            return text[begin : begin + brace.start()].strip()
-    return None
+    end = closing_brace(text, begin)
+    return None if end is None else text[begin:end].strip()
 
 
 def _text(row: Row, *names: str) -> str:
