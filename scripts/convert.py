@@ -35,7 +35,7 @@ def hf_to_megatron(arguments: argparse.Namespace) -> int:
     path = arguments.source.absolute()
     check_layout(path, arguments)
     require_absent(arguments.out)
-    if local.starts_ranks(arguments.tp * arguments.pp):
+    if needs_ranks(arguments):
         return start_ranks(arguments)
     from nemo_aapo.conversion import convert
     from nemo_aapo.conversion.session import session
@@ -52,7 +52,7 @@ def megatron_to_hf(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"{found.path} is a Hugging Face model already")
     check_layout(found.base, arguments)
     require_absent(arguments.out)
-    if local.starts_ranks(arguments.tp * arguments.pp):
+    if needs_ranks(arguments):
         return start_ranks(arguments)
     from nemo_aapo.conversion import convert
     from nemo_aapo.conversion.session import session
@@ -87,7 +87,7 @@ def verify(arguments: argparse.Namespace) -> int:
         raise ConfigError("verify HF_DIR converts in memory; verify MEGATRON HF_DIR compares the two")
     hf = found.path if arguments.hf is None else arguments.hf.absolute()
     check_layout(found.base, arguments)
-    if local.starts_ranks(arguments.tp * arguments.pp):
+    if needs_ranks(arguments):
         return start_ranks(arguments)
     from nemo_aapo.conversion import verify as verification
     from nemo_aapo.conversion.session import session
@@ -127,6 +127,11 @@ def check_layout(base: Path, arguments: argparse.Namespace) -> None:
 def require_absent(out: Path) -> None:
     if "RANK" not in os.environ and out.exists():  # ranks look themselves, together
         raise ConfigError(f"--out {out} exists already; name another directory, or remove it")
+
+
+def needs_ranks(arguments: argparse.Namespace) -> bool:
+    """Whether this process starts the ranks of its layout."""
+    return local.starts_ranks(arguments.tp * arguments.pp)
 
 
 def start_ranks(arguments: argparse.Namespace) -> int:

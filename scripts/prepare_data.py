@@ -15,8 +15,9 @@ from pathlib import Path
 from nemo_aapo.command_line import config_directory
 from nemo_aapo.config import ConfigError
 from nemo_aapo.config.sources import Source
-from nemo_aapo.entry import FAILED, REFUSED
 from nemo_aapo.errors import RunError
+
+FAILED, REFUSED = 1, 2
 
 
 def main(argv: list[str] | None = None) -> int:
