@@ -4,28 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 import yaml
 
 from tests.distributed.checkpoint_runs import make_checkpointer, train
 from tests.distributed.test_lora import make_policy
+from tests.peers.peers import needs, run_peer
 
-ROOT = Path(__file__).resolve().parents[2]
-PEERS = ROOT / ".venv-peers"
-VERSION = re.search(r"^peft==(.+)$", (ROOT / "requirements" / "peers.txt").read_text(), re.MULTILINE)[1]
-
-pytestmark = pytest.mark.skipif(
-    not (PEERS / f"peft-{VERSION}.dist-info").is_dir(),
-    reason=f".venv-peers has no peft {VERSION}: run scripts/peers.sh, which says what is in the way",
-)
+pytestmark = needs("peft")
 
 
 def _train_and_export(model, run, tp, pp):
@@ -50,15 +38,7 @@ def test_peft_computes_with_the_exported_adapters_what_the_merged_model_computes
 
     ranks.run(_train_and_export, tiny_models["qwen3"], tmp_path, 2, 2, world=4, tp=2, pp=2)
     base, output = tiny_models["qwen3"], tmp_path / "logits.npy"
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.peers.peft_run", base, tmp_path / "adapter", output],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(PEERS), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
+    run_peer("peft_run", base, tmp_path / "adapter", output, home=tmp_path)
     ids = torch.arange(2, 22)[None]
     with torch.no_grad():
         merged, plain = (

@@ -8,10 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +19,11 @@ from omegaconf import OmegaConf
 from nemo_aapo.algorithms import Algorithm
 from nemo_aapo.config.schema import AlgorithmConfig, Clip
 from tests.models import SIZES, make_config, save_character_tokenizer, save_model
+from tests.peers.peers import needs, run_peer
 
 ROOT = Path(__file__).resolve().parents[2]
-PEERS = ROOT / ".venv-peers"
-TRL_VERSION = re.search(r"^trl==(.+)$", (ROOT / "requirements" / "peers.txt").read_text(), re.MULTILINE)[1]
 
-pytestmark = pytest.mark.skipif(
-    not (PEERS / f"trl-{TRL_VERSION}.dist-info").is_dir(),
-    reason=f".venv-peers has no trl {TRL_VERSION}: run scripts/peers.sh, which says what is in the way",
-)
+pytestmark = needs("trl")
 
 GROUPS, G, LIMIT, TEMPERATURE = 4, 4, 12, 0.7
 RELATIVE_TOLERANCE = 2e-6  # float32 are TRL's rewards and advantages, and the norms inside the model
@@ -178,16 +170,7 @@ def theirs(given) -> dict[str, np.ndarray]:
             }
         )
     )
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.peers.trl_run", inputs, outputs],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(PEERS), "HF_HUB_OFFLINE": "1", "HF_HOME": str(given.folder)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=240,
-    )
-    assert run.returncode == 0, run.stdout
+    run_peer("trl_run", inputs, outputs, home=given.folder)
     with np.load(outputs) as results:
         return dict(results)
 
