@@ -19,7 +19,7 @@ from nemo_aapo.conversion.source import Source, lora_of
 from nemo_aapo.data.tokenizer import load_tokenizer, text_decoder
 from nemo_aapo.evaluation import report
 from nemo_aapo.evaluation.benchmarks import Problem
-from nemo_aapo.evaluation.measure import is_right, measure
+from nemo_aapo.evaluation.measure import measure
 from nemo_aapo.evaluation.records import Record, Records, claim_identity
 from nemo_aapo.evaluation.tasks import Task, load_task, sampling_of
 from nemo_aapo.evaluation.votes import answer_of
@@ -183,7 +183,7 @@ def _records(group: Group, problem: Problem, samples: Sequence[int], reward: str
             completion=group.texts[i],
             source=problem.source,
         )
-        for i, right in enumerate(is_right(group, reward) if group.texts else ())
+        for i, right in enumerate(group.right(reward) if group.texts else ())
     ]
 
 

@@ -38,7 +38,7 @@ class ParityError(RunError):
 
 
 class Reporter(Protocol):
-    """Where the loop reports to. Rank 0 has ``experiment.Experiment``; the other ranks report to nobody."""
+    """Where the loop reports to: ``reporter.RunReporter``, which on ranks other than 0 says nothing."""
 
     def begin(self, step: int) -> None: ...
     def phase(self, name: str, done: int, total: int) -> None: ...

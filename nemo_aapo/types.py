@@ -71,6 +71,10 @@ class SamplingSpec:
         return self.temperature == 0.0
 
 
+RIGHT = 1.0
+"""Of a reward that tells right from wrong, the value of a right completion; ``validation.reward`` names one."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Group:
     """The G completions of one prompt, with what is known of them so far."""
@@ -90,6 +94,10 @@ class Group:
     """float64 [K], rewards of K completions of the frozen reference; None where the algorithm needs none."""
     advantages: np.ndarray | None = None
     """float64 [G], the final (augmented) advantages A*."""
+
+    def right(self, reward: str) -> np.ndarray:
+        """bool [G], which completions this reward calls right: those it gives at least ``RIGHT``."""
+        return self.reward_parts[reward] >= RIGHT
 
     def replace(self, **changes) -> Group:
         """A copy with some fields set."""

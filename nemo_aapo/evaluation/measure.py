@@ -11,9 +11,6 @@ from nemo_aapo import parallel
 from nemo_aapo.rollout.collect import Collector
 from nemo_aapo.types import Group, Prompt, SamplingSpec
 
-RIGHT = 1.0
-"""A completion is right if its reward is at least this."""
-
 
 @dataclass(frozen=True, slots=True)
 class Outcomes:
@@ -25,11 +22,6 @@ class Outcomes:
     """int64 [samples] for each prompt, completion tokens, over all ranks."""
     groups: list[Group]
     """This data-parallel rank's share; the texts are on model-parallel source ranks only."""
-
-
-def is_right(group: Group, reward: str) -> np.ndarray:
-    """bool [samples], which completions this reward calls right."""
-    return group.reward_parts[reward] >= RIGHT
 
 
 def measure(
@@ -47,7 +39,7 @@ def measure(
     """
     groups = collector.collect(prompts, sampling, seeds)
     mine = [
-        (is_right(group, reward), np.array([len(completion.token_ids) for completion in group.completions]))
+        (group.right(reward), np.array([len(completion.token_ids) for completion in group.completions]))
         for group in groups
     ]
     everyone = [row for part in parallel.gather_data_parallel(mine) for row in part]

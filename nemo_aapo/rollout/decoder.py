@@ -24,6 +24,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from nemo_aapo.policy.lora import base_layer, merged_weight
+from nemo_aapo.policy.megatron import output_weight
 from nemo_aapo.rollout.kv_cache import SlotCache
 
 
@@ -129,7 +130,7 @@ class Decoder:
         log-probs of the two by more than all else together.
         """
         normed = self._norm(hidden, self._model.decoder.final_layernorm.weight)
-        weight = self._output_weight()
+        weight = output_weight(self._model)
         if normed.is_cuda and normed.dtype != torch.float32:
             logits = torch.mm(normed, weight.t(), out_dtype=torch.float32)
         else:
@@ -140,13 +141,8 @@ class Decoder:
         """Where the weights of a whole model lie on its device: what a CUDA graph of it remembers of them."""
         model = self._model
         weights = [getattr(layer, field.name) for layer in self._layers for field in fields(layer)]
-        weights += [model.embedding.word_embeddings.weight, model.decoder.final_layernorm.weight, self._output_weight()]
+        weights += [model.embedding.word_embeddings.weight, model.decoder.final_layernorm.weight, output_weight(model)]
         return tuple(weight.data_ptr() for weight in weights if weight is not None)
-
-    def _output_weight(self) -> Tensor:
-        model = self._model
-        tied = model.share_embeddings_and_output_weights
-        return model.shared_embedding_or_output_weight() if tied else model.output_layer.weight
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         if x.is_cuda:

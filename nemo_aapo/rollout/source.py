@@ -148,7 +148,7 @@ class RolloutSource:
         if not self.sampler.observes:
             return
         name = self.config.validation.reward
-        mine = [(int((group.reward_parts[name] >= 1.0).sum()), len(group.completions)) for group in groups]
+        mine = [(int(group.right(name).sum()), len(group.completions)) for group in groups]
         counts = [count for part in parallel.gather_data_parallel(mine) for count in part]
         self.sampler.observe(step, dict(zip(self.sampler.indices(step), counts, strict=True)))
 
