@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
-HEAVY = ("torch", "megatron", "nemo")
+HEAVY = ("torch", "transformers", "megatron", "nemo")
 
 
 def load_script(name: str) -> ModuleType:
