@@ -225,13 +225,11 @@ def read_data(
         train, validation: prompts of one's own in place of those that the configuration names.
     """
 
-    def load() -> tuple[PromptSet, PromptSet] | None:
-        if parallel.rank() != 0:
-            return None
+    def load() -> tuple[PromptSet, PromptSet]:
         verify = getattr(scorer, "check_answer", None)
         return load_data(config.data, tokenizer, verify, train=train, held_out=validation)
 
-    read, held_out = parallel.broadcast_from_first_rank(parallel.agree(load))
+    read, held_out = parallel.on_first_rank(load)
     if train is None:
         read = parallel.agree(lambda: attach_endless(read, config.data, tokenizer))
     return read, held_out

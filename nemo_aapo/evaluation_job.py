@@ -86,12 +86,10 @@ def evaluate(config: EvaluationConfig, tree: dict[str, Any]) -> int:
 def _load_tasks(config: EvaluationConfig, tokenizer: Any, scorer: Any) -> list[Task]:
     """Rank 0 reads and checks all data; all ranks get the same, or the same error."""
 
-    def load() -> list[Task] | None:
-        if parallel.rank() != 0:
-            return None
+    def load() -> list[Task]:
         return [load_task(config, name, tokenizer, scorer.check_answer, _say) for name in config.benchmarks]
 
-    return parallel.broadcast_from_first_rank(parallel.agree(load))
+    return parallel.on_first_rank(load)
 
 
 def _build_engine(settings: Config, source: Source, decode: Callable[[Any], str]) -> tuple[RolloutEngine, str]:
@@ -103,9 +101,7 @@ def _build_engine(settings: Config, source: Source, decode: Callable[[Any], str]
     _say(f"loading {source.path}")
     if source.kind == "hf":
         weight_map.load(module)
-        digest = parallel.broadcast_from_first_rank(
-            model_dir.digest(str(source.base)) if parallel.rank() == 0 else None
-        )
+        digest = parallel.on_first_rank(lambda: model_dir.digest(str(source.base)))
     else:
         content = megatron_model.load_checkpoint(source, module, _say)
         sums = repr(sorted((name, record.sha256) for name, record in content.files.items()))
@@ -137,14 +133,12 @@ def _measure(
     """Draw, judge and keep what is missing of a benchmark; False if a signal ended it early. Collective."""
     records, reward = Records(Path(config.run.dir), task.name), reward_name(config)
 
-    def missing() -> list[list[int]] | None:
-        if parallel.rank() != 0:
-            return None
+    def missing() -> list[list[int]]:
         kept = records.read()
         records.mend(kept.values())
         return [[k for k in range(config.samples) if (p.id, k) not in kept] for p in task.problems]
 
-    samples = parallel.broadcast_from_first_rank(parallel.agree(missing))
+    samples = parallel.on_first_rank(missing)
     wanted = [i for i, row in enumerate(samples) if row]
     total = len(task.problems) * config.samples
     with _bar(task.name, total, total - sum(map(len, samples))) as bar:

@@ -129,6 +129,14 @@ def broadcast_from_first_rank(value: T) -> T:
     return box[0]
 
 
+def on_first_rank(action: Callable[[], T]) -> T:
+    """Rank 0 acts; all ranks get its result, or its error as ``agree`` raises it.
+
+    For checkpoints, ``agreement.on_first_rank`` makes every error a ``CheckpointError``.
+    """
+    return broadcast_from_first_rank(agree(lambda: action() if rank() == 0 else None))
+
+
 def gather_data_parallel(value: T) -> list[T]:
     """Every data-parallel rank's object, in rank order, on all of them. For small objects: numbers, not sequences."""
     group = parallel_state.get_data_parallel_group_gloo()

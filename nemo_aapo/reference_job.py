@@ -113,14 +113,14 @@ def needed_prompts(prompts: Sequence[Prompt], sampler: PromptSampler, max_steps:
 def _not_in(store: str, key: StoreKey, prompts: Sequence[Prompt], config: Config) -> list[Prompt]:
     """Those of the prompts that the store lacks, the same on all ranks."""
 
-    def missing() -> list[int] | None:
-        if parallel.rank() != 0 or not Path(store).exists():
+    def missing() -> list[int]:
+        if not Path(store).exists():
             return list(range(len(prompts)))
         with contextlib.closing(RewardStore(store, key, create=False)) as opened:
             found = opened.read([prompt.id for prompt in prompts], config.algorithm.reference_samples)
         return [i for i, p in enumerate(prompts) if len(found.get(p.id, ())) < config.algorithm.reference_samples]
 
-    return [prompts[i] for i in parallel.broadcast_from_first_rank(parallel.agree(missing))]
+    return [prompts[i] for i in parallel.on_first_rank(missing)]
 
 
 def _needed(config: Config) -> tuple[StoreKey, list[Prompt]]:

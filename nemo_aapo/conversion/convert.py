@@ -104,7 +104,7 @@ def hf_to_megatron(path: Path, target: Path, *, dtype: torch.dtype | None = None
     dtype = dtype or hf_dtype(path)
     weight_map, module = megatron_model.build(path, dtype)
     megatron_model.load_hf(weight_map, module)
-    digest = parallel.broadcast_from_first_rank(model_dir.digest(str(path)) if parallel.rank() == 0 else None)
+    digest = parallel.on_first_rank(lambda: model_dir.digest(str(path)))
     about = {"converted_from": path.name, "model_digest": digest, "dtype": hf_directory.dtype_name(dtype)}
     megatron_model.write(module, target, path, about)
 

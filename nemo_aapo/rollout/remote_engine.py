@@ -64,8 +64,7 @@ class RemoteEngine:
                 retries=remote.retries,
             )
         )
-        digest = parallel.agree(lambda: model_dir.digest(path) if parallel.rank() == 0 else None)
-        base = Weights(WeightsId(0, parallel.broadcast_from_first_rank(digest)), None)
+        base = Weights(WeightsId(0, parallel.on_first_rank(lambda: model_dir.digest(path))), None)
         return cls(fleet, WeightStore(Path(remote.directory), path), base)
 
     def generate(
