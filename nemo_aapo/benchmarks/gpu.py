@@ -22,7 +22,7 @@ from nemo_aapo.benchmarks.gpu_models import SHAPES, VOCABULARY, policy_of, rando
 
 PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}
 """Dense bf16 FLOP/s by NVIDIA's datasheets, of the SXM parts; MFU is measured against it."""
-PRECISIONS = ("bf16", "fp8_tensorwise", "fp8_blockwise")
+PRECISIONS = ("bf16", "fp8_tensorwise", "fp8_blockwise", "fp8_delayed")
 
 
 @dataclass(frozen=True, slots=True)
