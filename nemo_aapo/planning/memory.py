@@ -17,7 +17,7 @@ get_weight_workspace; on Hopper both are needed). Not measured."""
 GRADIENT_BYTES = 4
 ADAM_BYTES = 8
 MASTER_BYTES = 4
-MIN_TILE_LOGITS = 2**18  # policy/logprob.py
+MIN_TILE_LOGITS = {"local": 2**18, "transformer_engine": 2**26}  # policy/logprob.py, CPU and GPU
 TILE_ALIGNMENT = 128
 MAX_PREFILL_TOKENS = 16384  # rollout/slots.py
 TRTLLM_WORKSPACE_BYTES = 2 * 2**30
@@ -67,9 +67,10 @@ def optimizer(count: Parameters, learner: Learner, layout: Layout) -> float:
 def logprobs(inputs: Inputs, tokens: float) -> float:
     """Peak bytes of log-probs and their gradient (policy/logprob.py), beside the hidden states that go in.
 
-    The forward pass holds a tile of logits in float32, one of scratch and, under bfloat16, one for the product. The
-    backward pass holds a tile, under bfloat16 the product and the gradients of this tile and the one before, and the
-    gradients of hidden states (float32) and output layer.
+    On a GPU one tile of logits in float32 is held and, under bfloat16, the gradients of this tile and the one before,
+    or a float32 product as large as the hidden states' gradient. On a CPU the forward pass holds a tile of scratch as
+    well, and under bfloat16 both passes hold one for the product. The gradients of hidden states (float32) and output
+    layer come on top.
 
     Args:
         tokens: that are scored in one micro-batch.
@@ -77,12 +78,16 @@ def logprobs(inputs: Inputs, tokens: float) -> float:
     model, learner = inputs.model, inputs.learner
     tokens = max(1, math.ceil(tokens))
     rows, number = model.vocabulary // inputs.layout.tensor, WEIGHT_BYTES[learner.numbers]
-    columns = max(learner.logprob_chunk_tokens * rows, MIN_TILE_LOGITS) // tokens // TILE_ALIGNMENT * TILE_ALIGNMENT
-    tile = tokens * min(max(columns, TILE_ALIGNMENT), rows)
+    wanted = max(learner.logprob_chunk_tokens * rows, MIN_TILE_LOGITS[learner.kind])
+    tile = tokens * min(max(wanted // tokens // TILE_ALIGNMENT * TILE_ALIGNMENT, TILE_ALIGNMENT), rows)
     low = 0 if number == 4 else number  # in float32 the product is the tile itself
     several = tile < tokens * rows
-    gradients = tokens * model.hidden * 4 + rows * model.hidden * number
-    return max(tile * (4 + low + 4), tile * (4 + (3 if several else 2) * low) + gradients)
+    hidden = tokens * model.hidden * 4
+    gradients = hidden + rows * model.hidden * number
+    if learner.kind == "local":
+        return max(tile * (4 + low + 4), tile * (4 + (3 if several else 2) * low) + gradients)
+    one_more = max(tile * low if several else 0, hidden if low else 0)
+    return tile * (4 + low) + one_more + gradients
 
 
 def kv_bytes_per_token(inputs: Inputs, tensor: int, pipeline: int) -> float:
