@@ -57,6 +57,31 @@ def test_other_architectures_are_refused(model, change, message):
         read_model_dir(str(model))
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("qwen2", {"use_sliding_window": True}, "use_sliding_window=true gets lost"),
+        ("qwen2", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling of type yarn gets lost"),
+        ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling of type linear gets lost"),
+        ("llama", {"rope_scaling": {"rope_type": "llama3", "low_freq_factor": 2.0}}, "'low_freq_factor': 2.0"),
+        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "transformers 5 writes"),
+    ],
+)
+def test_settings_that_megatron_computes_otherwise_are_refused(tiny_models, tmp_path, name, change, message):
+    model = shutil.copytree(tiny_models[name], tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(ConfigError, match=message):
+        read_model_dir(str(model))
+
+
+@pytest.mark.parametrize("change", [{"rope_scaling": None}, {"rope_scaling": {"rope_type": "default"}}])
+def test_settings_that_change_nothing_pass(model, change):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "use_sliding_window": False, **change}))
+    assert read_model_dir(str(model)).num_layers == 4
+
+
 def test_a_config_that_is_cut_off_is_refused(model):
     (model / "config.json").write_text('{"architectures": ["Qwen2For')
     with pytest.raises(ConfigError, match=r"config\.json: not JSON"):

@@ -254,9 +254,11 @@ MEASURED_PEAK_GIB = [
     ("Qwen2.5-0.5B", "fp8_tensorwise", 32_768, 34.98),
     ("Qwen2.5-0.5B", "fp8_blockwise", 32_768, 35.14),
 ]
-"""Model, precision, tokens of a micro-batch, ``torch.cuda.max_memory_allocated`` in GiB over training steps: measured on
-an H200 with TransformerEngine 2.11 and torch 2.11 by ``nemo_aapo/benchmarks/gpu.py``: one rank, a distributed optimizer,
-packed sequences of 512 prompt and 512 completion tokens."""
+"""Model, precision, tokens of a micro-batch, ``torch.cuda.max_memory_allocated`` in GiB over training steps.
+
+Measured on an H200 with TransformerEngine 2.11 and torch 2.11 by ``nemo_aapo/benchmarks/gpu.py``: one rank, a
+distributed optimizer, packed sequences of 512 prompt and 512 completion tokens.
+"""
 
 
 @pytest.mark.parametrize(("name", "precision", "tokens", "measured"), MEASURED_PEAK_GIB)

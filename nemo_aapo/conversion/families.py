@@ -14,7 +14,7 @@ from typing import Any
 from nemo_aapo.config import ConfigError
 from nemo_aapo.config.sizes import undivided
 from nemo_aapo.policy.model_dir import ARCHITECTURES as TRAINS
-from nemo_aapo.policy.model_dir import shape_of
+from nemo_aapo.policy.model_dir import shape_of, twin_problem
 
 CONVERTS = (*TRAINS, "MistralForCausalLM", "GemmaForCausalLM")
 """Architectures that convert; those of ``TRAINS`` can be trained as well."""
@@ -26,9 +26,6 @@ REFUSED = {
     "(TERowParallelLinearLayerNorm, Gemma3TEDotProductAttention), which do not exist on a CPU",
 }
 """Architectures that were tried in vain."""
-
-LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-"""What mcore's rotary embedding takes for granted; Llama 3.1, 3.2 and 3.3 all have it."""
 
 
 def require_convertible(path: Path) -> dict[str, Any]:
@@ -48,7 +45,7 @@ def require_convertible(path: Path) -> dict[str, Any]:
     if architecture not in CONVERTS:
         reason = REFUSED.get(architecture, "it is not among those that were tested here")
         raise ConfigError(f"{path}: architecture {architecture} is not converted: {reason}. {list_of(CONVERTS)} are")
-    if problem := _rope_problem(config) or _window_problem(config, architecture):
+    if problem := twin_problem(config):
         raise ConfigError(f"{path}: {problem}")
     return config
 
@@ -65,27 +62,6 @@ def read_config_json(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: no config.json, so it is no Hugging Face model directory") from None
     except ValueError as error:
         raise ConfigError(f"{path / 'config.json'}: not JSON ({error}). Half-written?") from None
-
-
-def _rope_problem(config: dict[str, Any]) -> str | None:
-    scaling = config.get("rope_scaling")
-    if not scaling:
-        return None
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "default":
-        return None
-    if kind != "llama3" or "LlamaForCausalLM" not in config["architectures"]:
-        return f"rope_scaling of type {kind} gets lost in Megatron-Bridge 0.3.1: the converted model would differ"
-    other = {key: scaling.get(key) for key, value in LLAMA3_ROPE.items() if scaling.get(key) != value}
-    if other:
-        return f"rope_scaling has {other}, but megatron-core computes with {LLAMA3_ROPE} whatever a model says"
-    return None
-
-
-def _window_problem(config: dict[str, Any], architecture: str) -> str | None:
-    if config.get("use_sliding_window") and architecture != "MistralForCausalLM":
-        return "use_sliding_window=true gets lost in Megatron-Bridge 0.3.1: the converted model would differ"
-    return None
 
 
 def require_layout(path: Path, tensor_parallel_size: int, pipeline_parallel_size: int) -> None:

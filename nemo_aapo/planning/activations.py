@@ -4,8 +4,8 @@ Of Korthikanti et al. (arXiv 2205.05198, section 4) the method is kept: name eve
 The terms are those of today's layers: gated feed-forward, RMSNorm, grouped queries, no dropout.
 
 ``LOCAL`` is mcore's local layers on CPU, checked against measured bytes in tests/distributed/test_planning.py.
-``TRANSFORMER_ENGINE`` was read from the sources of TransformerEngine 2.11 and mcore 0.16; with it, the peak of a training
-step is within 2 % of what an H200 showed (tests/test_planning.py has the figures).
+``TRANSFORMER_ENGINE`` was read from the sources of TransformerEngine 2.11 and mcore 0.16; with it, the peak of a
+training step is within 2 % of what an H200 showed (tests/test_planning.py has the figures).
 """
 
 from __future__ import annotations

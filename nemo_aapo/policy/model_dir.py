@@ -14,6 +14,9 @@ from nemo_aapo.config import Config, ConfigError, ModelShape, Sizes, derive
 ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM")
 """What is trained; ``conversion/families.py`` has what is only converted."""
 
+LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+"""What mcore's rotary embedding takes for granted; Llama 3.1, 3.2 and 3.3 all have it."""
+
 
 def read_model_dir(path: str, architectures: Sequence[str] = ARCHITECTURES) -> ModelShape:
     """Check that the directory holds a whole model of a known architecture, and read its shape.
@@ -21,7 +24,8 @@ def read_model_dir(path: str, architectures: Sequence[str] = ARCHITECTURES) -> M
     Only headers are read: a 70B model takes milliseconds.
 
     Raises:
-        ConfigError: missing directory or file, half-written weights, unknown architecture; what to do about it.
+        ConfigError: missing directory or file, half-written weights, unknown architecture, or a setting of the model
+            that megatron-core computes otherwise; what to do about it.
     """
     directory = Path(path)
     if not directory.is_dir():
@@ -33,9 +37,46 @@ def read_model_dir(path: str, architectures: Sequence[str] = ARCHITECTURES) -> M
     architecture = architecture_of(path)
     if architecture not in architectures:
         raise ConfigError(f"model.path={path}: architecture {architecture}; supported are {', '.join(architectures)}")
+    if problem := twin_problem(config):
+        raise ConfigError(f"model.path={path}: {problem}")
     for name in weight_files(directory):
         _check_safetensors(directory / name)
     return shape_of(config)
+
+
+def twin_problem(config: dict[str, Any]) -> str | None:
+    """What of a ``config.json`` makes the Megatron model compute something else than transformers does; None: nothing.
+
+    Args:
+        config: of an architecture that the Bridge has a map for.
+    """
+    return _rope_problem(config) or _window_problem(config)
+
+
+def _rope_problem(config: dict[str, Any]) -> str | None:
+    if "rope_parameters" in config:
+        return (
+            "config.json has rope_parameters, which transformers 5 writes and 4.57, used here, ignores: put what they "
+            "say into rope_theta and rope_scaling"
+        )
+    scaling = config.get("rope_scaling")
+    if not scaling:
+        return None
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind != "llama3" or "LlamaForCausalLM" not in config["architectures"]:
+        return f"rope_scaling of type {kind} gets lost in Megatron-Bridge 0.3.1: the Megatron model would differ"
+    other = {key: scaling.get(key) for key, value in LLAMA3_ROPE.items() if scaling.get(key) != value}
+    if other:
+        return f"rope_scaling has {other}, but megatron-core computes with {LLAMA3_ROPE} whatever a model says"
+    return None
+
+
+def _window_problem(config: dict[str, Any]) -> str | None:
+    if config.get("use_sliding_window") and "MistralForCausalLM" not in config["architectures"]:
+        return "use_sliding_window=true gets lost in Megatron-Bridge 0.3.1: the Megatron model would differ"
+    return None
 
 
 def shape_of(config: dict[str, Any]) -> ModelShape:
