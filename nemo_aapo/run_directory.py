@@ -99,13 +99,15 @@ def read_record(directory: Path) -> dict[str, Any] | None:
     """What ``run.json`` says; None where there is no run yet.
 
     Raises:
-        ConfigError: the file is damaged.
+        ConfigError: the file is damaged, or can't be read.
     """
     path = directory / RECORD
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # a run.dir below a file is refused where it is to be made
         return None
+    except OSError as error:
+        raise ConfigError(f"{path}: can't be read ({error.strerror})") from None
     except ValueError as error:
         raise ConfigError(f"{path}: damaged ({error}). Name another run.dir, or remove {directory}") from None
     return record
@@ -118,9 +120,12 @@ def lock_directory(directory: Path, named: str) -> TextIO:
         named: the directory as the user wrote it.
 
     Raises:
-        ConfigError: another process uses it.
+        ConfigError: another process uses it, or nothing can be written there.
     """
-    lock = (directory / LOCK).open("a+", encoding="utf-8")
+    try:
+        lock = (directory / LOCK).open("a+", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"run.dir={named}: can't be written ({error.strerror})") from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -34,7 +34,7 @@ def hf_to_megatron(arguments: argparse.Namespace) -> int:
     """A Hugging Face directory as a Megatron checkpoint, with configuration, tokenizer and chat template beside it."""
     path = arguments.source.absolute()
     check_layout(path, arguments)
-    require_absent(arguments.out)
+    require_new(arguments.out)
     if needs_ranks(arguments):
         return start_ranks(arguments)
     from nemo_aapo.conversion import convert
@@ -51,7 +51,7 @@ def megatron_to_hf(arguments: argparse.Namespace) -> int:
     if found.kind == "hf":
         raise ConfigError(f"{found.path} is a Hugging Face model already")
     check_layout(found.base, arguments)
-    require_absent(arguments.out)
+    require_new(arguments.out)
     if needs_ranks(arguments):
         return start_ranks(arguments)
     from nemo_aapo.conversion import convert
@@ -124,9 +124,20 @@ def check_layout(base: Path, arguments: argparse.Namespace) -> None:
         )
 
 
-def require_absent(out: Path) -> None:
-    if "RANK" not in os.environ and out.exists():  # ranks look themselves, together
-        raise ConfigError(f"--out {out} exists already; name another directory, or remove it")
+def require_new(out: Path) -> None:
+    """Refuse what is there already, or can't be made. Ranks look themselves, together."""
+    if "RANK" in os.environ:
+        return
+    try:
+        if out.exists():
+            raise ConfigError(f"--out {out} exists already; name another directory, or remove it")
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out.absolute().parent):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"--out {out}: nothing can be written in {out.absolute().parent} ({error.strerror})"
+        ) from None
 
 
 def needs_ranks(arguments: argparse.Namespace) -> bool:

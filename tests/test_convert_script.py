@@ -55,12 +55,16 @@ def test_a_model_whose_twin_would_compute_something_else_is_refused(convert, cha
 def test_wrong_paths_and_layouts_are_refused_with_what_was_found_there(convert, tiny_models, tmp_path, capsys):
     model, run = str(tiny_models["qwen3"]), tmp_path / "run"
     run.mkdir()
+    file = tmp_path / "file"
+    file.touch()
     out = ["--out", str(tmp_path / "out")]
     for words, said in (
         (["megatron-to-hf", model, *out], "is a Hugging Face model already"),
         (["megatron-to-hf", str(tmp_path / "nowhere"), *out], "no such directory"),
         (["megatron-to-hf", str(run), *out], "neither a Hugging Face model"),
         (["hf-to-megatron", model, "--out", str(run)], "exists already"),
+        (["hf-to-megatron", model, "--out", str(file / "out")], "nothing can be written in"),
+        (["hf-to-megatron", model, "--out", "/proc/out"], "nothing can be written in /proc ("),
         (["hf-to-megatron", model, *out, "--tensor-model-parallel-size", "3"], "does not divide"),
         (["verify", model, model], "verify HF_DIR"),
         (["inspect", model, "--base", model], "--base has no effect"),

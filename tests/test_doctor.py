@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from nemo_aapo.config import ConfigError
+from nemo_aapo.config.schema import Lora
 from nemo_aapo.doctor import files, gpu, memory, model, rewards, sizes, slurm, versions
 from nemo_aapo.doctor.catalog import CHECKS, select
 from nemo_aapo.doctor.finding import Check, Context, Place
@@ -330,6 +331,10 @@ def test_disk_space_is_that_of_the_kept_checkpoints_and_the_export(config):
     weights = sizes.count_parameters(Path(config.model.path)) * 4
     assert files.disk(context(config)).level == "ok"
     assert files.disk_need(sizes.on_this_machine(config))[0] == 3 * 3 * weights + weights
+    adapters = Lora(rank=4, alpha=8, target_modules=("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"))
+    light = dataclasses.replace(config, model=dataclasses.replace(config.model, lora=adapters))
+    kept = weights + 3 * 13_312 * 4  # adapters of 13,312 numbers, each with two moments
+    assert files.disk_need(sizes.on_this_machine(light))[0] == 3 * kept + weights
     many = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, keep_last=10**12))
     assert files.disk(context(many)).level == "failure"
 

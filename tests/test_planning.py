@@ -182,6 +182,22 @@ def test_bytes_of_a_parameter_are_mcores():
         assert dealt.phases["train"]["optimizer"] == state * total / 4
 
 
+def test_adapters_take_the_gradients_and_the_optimizer_of_adapters():
+    """Rank 16 on all layers of Qwen2.5-7B: 40,370,176 parameters, as ``peft`` prints for the seven matrices.
+
+    ``peft`` has three A for q, k, v and two for gate and up, where Megatron has one: 28 x 16 x 3 x 3,584 fewer here.
+    """
+    lora = "model.lora={rank: 16, alpha: 32, target_modules: [linear_qkv, linear_proj, linear_fc1, linear_fc2]}"
+    plain, inputs = made_inputs("model=Qwen2.5-7B"), made_inputs("model=Qwen2.5-7B", lora)
+    adapters = 40_370_176 - 28 * 16 * 3 * 3584
+    train = memory.of_rank(inputs).phases["train"]
+    assert (train["gradients"], train["optimizer"]) == (4 * adapters, 12 * adapters)
+    assert train["weights"] == 2 * (PUBLISHED_PARAMETERS["Qwen2.5-7B"] + adapters)
+    assert memory.of_rank(inputs).host == {"reference weights": 2 * adapters}
+    ratio = compute.train_flops(inputs).layers / compute.train_flops(plain).layers
+    assert ratio == pytest.approx(2 / 3)
+
+
 @pytest.mark.parametrize(
     ("word", "phase"),
     [
@@ -356,6 +372,7 @@ def test_the_exit_code_says_whether_it_fits():
     [
         (["hardware=h100"], "which model? model=NAME, of Qwen2.5-0.5B"),
         (["model=Qwen2.5-8B"], "did you mean 'Qwen2.5-7B'?). Known are Qwen2.5-0.5B,"),
+        (["model=Qwen2.5-7B", "hardwar=h100"], "unknown setting 'hardwar' (did you mean 'hardware'?)"),
         (["model=Qwen2.5-7B", "hardware=a100"], "hardware=a100: known are h100, h200, b200"),
         (["model=Qwen2.5-7B", "model.path=/m"], "name two models"),
         (["model.path=/nowhere"], "/nowhere/config.json can't be read"),

@@ -12,6 +12,9 @@ from pathlib import Path
 from nemo_aapo.config import Config
 from nemo_aapo.doctor.finding import Context, Finding
 from nemo_aapo.doctor.sizes import bytes_per_parameter, count_parameters, on_this_machine, readable
+from nemo_aapo.planning import models
+from nemo_aapo.planning.inputs import Layout
+from nemo_aapo.planning.parameters import on_rank
 from nemo_aapo.run_directory import check_run_directory
 
 SIZE = 64 * 2**20
@@ -164,7 +167,9 @@ def disk_need(config: Config) -> tuple[int, str]:
     parameters = count_parameters(Path(config.model.path))
     size = bytes_per_parameter(config)
     checkpoints = config.checkpoint.keep_last + 1 + (config.checkpoint.keep_best is not None)
-    one = parameters * (size.weight + size.optimizer)
+    lora = config.model.lora
+    adapters = on_rank(models.read(config.model.path), Layout(), 0, lora).adapters
+    one = (parameters + adapters) * size.weight + (adapters if lora else parameters) * size.optimizer
     export = parameters * size.weight if config.export_hf_model else 0
     need = checkpoints * one + export
     return need, f"{readable(need)} ({checkpoints} checkpoints of {readable(one)}, export {readable(export)})"

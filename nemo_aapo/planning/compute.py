@@ -72,13 +72,15 @@ def train_flops(inputs: Inputs) -> Flops:
     """One optimizer step: three forward passes' worth, four with full recomputation; of log-probs always four.
 
     Log-probs recompute the logits of each tile in the backward pass (policy/logprob.py); prompts are not scored.
+    Below adapters weights have no gradients: one forward pass's worth less. Those of the adapters are not counted.
     """
     work = inputs.work
     once = forward(inputs, work.tokens, _pairs(inputs), 0)
     head = forward(inputs, 0, 0, work.completions * work.completion_tokens)
     recompute = inputs.learner.recompute
-    layers = once.layers * (4 if recompute == "full" else 3)
-    return Flops(layers, once.rest * (3 if recompute is None else 4) + 4 * head.rest)
+    frozen = int(inputs.learner.lora is not None)
+    layers = once.layers * ((4 if recompute == "full" else 3) - frozen)
+    return Flops(layers, once.rest * (3 if recompute is None else 4) + (4 - frozen) * head.rest)
 
 
 def score_flops(inputs: Inputs) -> Flops:
@@ -178,7 +180,8 @@ def train_phase(inputs: Inputs, rates: Rates) -> Phase:
     work, learner, layout = inputs.work, inputs.learner, inputs.layout
     flops = train_flops(inputs)
     parts = learner_seconds(inputs, rates, flops, 3 if learner.recompute == "full" else 2)
-    share = max(parameters.on_rank(inputs.model, layout, stage).total for stage in range(layout.pipeline))
+    stages = range(layout.pipeline)
+    share = max(parameters.on_rank(inputs.model, layout, stage, learner.lora).trained for stage in stages)
     parts["gradients and weights over DP"] = share * _data_parallel_bytes(inputs) / _data_parallel_link(inputs)
     updated = share / (layout.data if learner.distributed_optimizer else 1)
     traffic = updated * OPTIMIZER_TRAFFIC_BYTES[learner.numbers]
@@ -224,7 +227,9 @@ def reference_phase(inputs: Inputs, rollout: tuple[Phase, Phase]) -> Phase:
     if inputs.work.reference != "online":
         return Phase("reference", 0.0, 0.0, 0.0, "stored" if inputs.work.reference == "cached" else "none")
     swapped = (
-        parameters.on_rank(inputs.model, inputs.layout, 0).total * _activation_bytes(inputs) / inputs.hardware.pcie
+        parameters.on_rank(inputs.model, inputs.layout, 0, inputs.learner.lora).trained
+        * _activation_bytes(inputs)
+        / inputs.hardware.pcie
     )
     return Phase(
         "reference",

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nemo_aapo.config import Config, kind_of
+from nemo_aapo.config.schema import Lora
 from nemo_aapo.planning.hardware import Hardware
 from nemo_aapo.planning.models import PlannedModel
 
@@ -60,6 +61,8 @@ class Learner:
     overlap_param_gather: bool
     optimizer_on_host: float
     """Share of the optimizer's state in host memory."""
+    lora: Lora | None
+    """Adapters that are trained in place of the weights."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +164,7 @@ def _learner(config: Config) -> Learner:
         overlap_grad_reduce=model.optim.overlap_grad_reduce,
         overlap_param_gather=model.optim.overlap_param_gather,
         optimizer_on_host=model.optim.cpu_offload_fraction,
+        lora=model.lora,
     )
 
 

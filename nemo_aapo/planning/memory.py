@@ -52,7 +52,7 @@ def weights(count: Parameters, learner: Learner) -> float:
 
 def gradients(count: Parameters) -> float:
     """Bytes of mcore's gradient buffer, float32."""
-    return count.total * GRADIENT_BYTES
+    return count.trained * GRADIENT_BYTES
 
 
 def optimizer(count: Parameters, learner: Learner, layout: Layout) -> float:
@@ -61,7 +61,7 @@ def optimizer(count: Parameters, learner: Learner, layout: Layout) -> float:
     A distributed optimizer cuts them over the data-parallel ranks.
     """
     state = ADAM_BYTES + (0 if learner.numbers == "fp32" else MASTER_BYTES)
-    return count.total * state / (layout.data if learner.distributed_optimizer else 1)
+    return count.trained * state / (layout.data if learner.distributed_optimizer else 1)
 
 
 def logprobs(inputs: Inputs, tokens: float) -> float:
@@ -83,7 +83,7 @@ def logprobs(inputs: Inputs, tokens: float) -> float:
     low = 0 if number == 4 else number  # in float32 the product is the tile itself
     several = tile < tokens * rows
     hidden = tokens * model.hidden * 4
-    gradients = hidden + rows * model.hidden * number
+    gradients = hidden + (0 if learner.lora else rows * model.hidden * number)
     if learner.kind == "local":
         return max(tile * (4 + low + 4), tile * (4 + (3 if several else 2) * low) + gradients)
     one_more = max(tile * low if several else 0, hidden if low else 0)
@@ -131,14 +131,14 @@ def of_rank(inputs: Inputs) -> RankMemory:
 
 def _of_stage(inputs: Inputs, stage: int) -> RankMemory:
     learner, layout, engine = inputs.learner, inputs.layout, inputs.engine
-    count = parameters.on_rank(inputs.model, layout, stage)
+    count = parameters.on_rank(inputs.model, layout, stage, learner.lora)
     state = optimizer(count, learner, layout)
     resident = {
         "weights": weights(count, learner),
         "gradients": gradients(count),
         "optimizer": state * (1 - learner.optimizer_on_host),
     }
-    clone = count.total * WEIGHT_BYTES[learner.numbers]
+    clone = count.trained * WEIGHT_BYTES[learner.numbers]
     runtime = {"runtime (assumed)": RUNTIME_BYTES}
     phases = {}
     host = {"optimizer": state * learner.optimizer_on_host}
@@ -151,6 +151,9 @@ def _of_stage(inputs: Inputs, stage: int) -> RankMemory:
         if engine.offload_learner:  # gradients are dropped, weights stay (policy/offload.py)
             del rollout["gradients"]
             host["optimizer, while the engine draws"] = rollout.pop("optimizer")
+        if learner.lora and engine.kind == "megatron":
+            merged = parameters.adapted(inputs.model, layout, learner.lora)
+            rollout["adapted layers, merged"] = merged * WEIGHT_BYTES[learner.numbers]
         rollout |= _engine_memory(inputs, sum(rollout.values()))
     if inputs.work.scores_reference:
         phases["scoring"] = {**resident, **runtime, "policy, while the reference is swapped in": clone}
@@ -167,7 +170,7 @@ def _training(inputs: Inputs, count: Parameters, stage: int) -> dict[str, float]
     if stage == layout.pipeline - 1:
         found["logits chunk and its gradients"] = logprobs(inputs, batch.tokens)
     # The embedding's gradient comes when its micro-batch's activations are gone; a tied output layer's waits for it.
-    both = count.embedding * (2 if inputs.model.tied and layout.pipeline == 1 else 1)
+    both = 0 if learner.lora else count.embedding * (2 if inputs.model.tied and layout.pipeline == 1 else 1)
     at_the_end = both * WEIGHT_BYTES[learner.numbers] + kept * (flying - 1) / flying
     if at_the_end > sum(found.values()):
         found["embedding's gradient, beyond the above"] = at_the_end - sum(found.values())

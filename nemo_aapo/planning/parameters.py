@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+from nemo_aapo.config.schema import Lora
 from nemo_aapo.planning.inputs import Layout
 from nemo_aapo.planning.models import PlannedModel
 
@@ -22,10 +24,17 @@ class Parameters:
     """Norms, biases, routers."""
     output: int
     """Rows of the output layer; a tied one counts where it is a copy, on a last stage that is not the first."""
+    adapters: int = 0
+    """LoRA's A and B."""
 
     @property
     def total(self) -> int:
-        return self.embedding + self.linear + self.experts + self.small + self.output
+        return self.embedding + self.linear + self.experts + self.small + self.output + self.adapters
+
+    @property
+    def trained(self) -> int:
+        """Adapters alone, where there are some: the rest is frozen."""
+        return self.adapters or self.total
 
 
 def attention_matrices(model: PlannedModel) -> int:
@@ -38,7 +47,25 @@ def mlp_matrices(model: PlannedModel) -> int:
     return 3 * model.hidden * model.ffn
 
 
-def on_rank(model: PlannedModel, layout: Layout, stage: int) -> Parameters:
+def targets(model: PlannedModel) -> dict[str, tuple[int, int]]:
+    """What can have an adapter: name in ``model.lora.target_modules`` -> (inputs, outputs) of one layer's matrix."""
+    return {
+        "linear_qkv": (model.hidden, model.query + 2 * model.key_value),
+        "linear_proj": (model.query, model.hidden),
+        "linear_fc1": (model.hidden, 2 * model.ffn),
+        "linear_fc2": (model.ffn, model.hidden),
+    }
+
+
+def adapted(model: PlannedModel, layout: Layout, lora: Lora) -> int:
+    """Parameters of the matrices below adapters, on one rank."""
+    sizes = targets(model)
+    return (
+        model.layers * sum(math.prod(sizes[name]) for name in lora.target_modules) // layout.tensor // layout.pipeline
+    )
+
+
+def on_rank(model: PlannedModel, layout: Layout, stage: int, lora: Lora | None = None) -> Parameters:
     """Parameters of one rank of a pipeline stage.
 
     Args:
@@ -58,7 +85,14 @@ def on_rank(model: PlannedModel, layout: Layout, stage: int) -> Parameters:
         experts=layers * experts // tensor,
         small=layers * small + (model.hidden if last else 0),
         output=vocabulary if last and not (model.tied and first) else 0,
+        adapters=layers * _adapter(model, lora) // tensor if lora else 0,
     )
+
+
+def _adapter(model: PlannedModel, lora: Lora) -> int:
+    """Parameters of one layer's A [rank, inputs] and B [outputs, rank], both cut over the tensor-parallel ranks."""
+    sizes = targets(model)
+    return lora.rank * sum(sum(sizes[name]) for name in lora.target_modules)
 
 
 def whole(model: PlannedModel) -> Parameters:

@@ -34,7 +34,8 @@ def read(words: Sequence[str]) -> tuple[Config, Question]:
     """
     own, others = split(words)
     command = read_command_line(others)
-    check_overrides(command.overrides, command.groups())
+    own_groups: dict[str, list[str]] = {word: [] for word in OWN_WORDS}  # so that a mistyped one is recognised
+    check_overrides(command.overrides, {**command.groups(), **own_groups})
     tree = compose(command)
     model = _model(own, tree)
     for section, key in (("model", "path"), ("data", "train"), ("data", "validation")):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from nemo_aapo.config.schema import Lora
 from nemo_aapo.planning import activations, compute, memory, models, parameters
 from nemo_aapo.planning.inputs import Layout, Learner, inputs_of
 from tests.models import SIZES, make_config, save_character_tokenizer, save_model
@@ -17,6 +18,8 @@ MICROBATCHES = 3
 PROMPT = 4
 MODULES = ("core_attn", "mlp")
 """Of model.recompute_modules. Not layernorm: mcore empties the storage of its output, which is not counted here."""
+
+TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 
 
 class SavedBytes:
@@ -118,7 +121,13 @@ def count_flops(path: str, length: int, rows: int, changes: dict) -> float:
 
 
 def plan_a_step(
-    path: str, length: int, rows: int, layout: Layout, recompute: str | None, distributed_optimizer: bool = False
+    path: str,
+    length: int,
+    rows: int,
+    layout: Layout,
+    recompute: str | None,
+    distributed_optimizer: bool = False,
+    lora: Lora | None = None,
 ) -> list[dict[str, float]]:
     """The same as the plan has it, by pipeline stage."""
     model = models.read(path)
@@ -133,10 +142,11 @@ def plan_a_step(
         overlap_grad_reduce=False,
         overlap_param_gather=False,
         optimizer_on_host=0.0,
+        lora=lora,
     )
     found = []
     for stage in range(layout.pipeline):
-        count = parameters.on_rank(model, layout, stage)
+        count = parameters.on_rank(model, layout, stage, lora)
         flying = activations.in_flight(layout, stage, MICROBATCHES)
         batch = activations.MicroBatch(rows, length)
         found.append(
@@ -209,6 +219,27 @@ def test_a_distributed_optimizer_deals_moments_to_the_data_parallel_ranks(ranks,
     for rank in seen:  # mcore pads its buffers to multiples of 128 numbers
         assert planned["optimizer"] == pytest.approx(rank["optimizer"], rel=0.01)
         assert 0 <= rank["gradients"] - planned["gradients"] < 128 * 4
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(tensor=2, sequence_parallel=True), Layout(pipeline=2)], ids=str)
+@pytest.mark.parametrize("names", [("linear_qkv", "linear_fc2"), TARGETS], ids=["some", "all"])
+def test_below_adapters_there_are_neither_gradients_nor_moments(ranks, tiny_models, layout, names):
+    """To the byte; the activations that frozen layers need not keep are planned all the same."""
+    path, lora = str(tiny_models["qwen2_tied"]), Lora(rank=4, alpha=8, target_modules=names)
+    changes = {
+        "model__tensor_model_parallel_size": layout.tensor,
+        "model__pipeline_model_parallel_size": layout.pipeline,
+        "model__sequence_parallel": layout.sequence_parallel,
+        "model__lora": {"rank": 4, "alpha": 8, "target_modules": list(names)},
+        "trainer__devices": layout.ranks,
+    }
+    seen = ranks.run(measure_a_step, path, 40, 3, changes, world=layout.ranks, tp=layout.tensor, pp=layout.pipeline)
+    planned = plan_a_step(path, 40, 3, layout, None, lora=lora)
+    for rank, found in enumerate(seen):
+        expected = planned[rank * layout.pipeline // layout.ranks]
+        for part in ("weights", "gradients", "optimizer"):
+            assert found[part] == expected[part], (rank, part)
+        assert 0.75 * expected["activations"] < found["activations"] < 1.05 * expected["activations"]
 
 
 @pytest.fixture(scope="module")
