@@ -72,6 +72,8 @@ def config_main(
             time.sleep(RANK_0_SPEAKS_S)
             return REFUSED
         return _refuse(error, rank)
+    except KeyboardInterrupt:
+        return INTERRUPTED
 
     def run() -> int:
         if through_nemo and rank == 0 and command.page != FROZEN:  # in that one nothing is left to compose

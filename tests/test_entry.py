@@ -99,6 +99,14 @@ def test_whatever_is_wrong_with_the_words_is_one_message_and_exit_code_2(words, 
         assert (said in err and err.count("\n") == 1) if rank == "0" else err == ""
 
 
+def test_ctrl_c_while_settings_are_read_ends_it_without_a_traceback(given, monkeypatch):
+    def interrupted(command):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(entry, "compose", interrupted)
+    assert config_main(lambda config, tree: 0, description="", argv=given) == entry.INTERRUPTED
+
+
 def test_a_refusal_that_only_this_rank_finds_is_said_by_it(given, capsys, monkeypatch):
     def task(config, tree):
         raise ConfigError("no GPU here")
