@@ -367,9 +367,15 @@ def test_the_exit_code_says_whether_it_fits():
     assert run("--help").returncode == 0
 
 
+@pytest.mark.parametrize("name", ["Qwen2.5-Math-7B", "meta-llama/Llama-3.2-1B-Instruct"])
+def test_a_named_model_takes_the_place_of_a_recipes_directory(name):
+    assert made_inputs("experiment=paper_qwen2_5_math_7b", f"model={name}").model == models.find(name)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["experiment=paper_llama3_2_1b"], "without the directory: model=Llama-3.2-1B"),
         (["hardware=h100"], "which model? model=NAME, of Qwen2.5-0.5B"),
         (["model=Qwen2.5-8B"], "did you mean 'Qwen2.5-7B'?). Known are Qwen2.5-0.5B,"),
         (["model=Qwen2.5-7B", "hardwar=h100"], "unknown setting 'hardwar' (did you mean 'hardware'?)"),

@@ -105,15 +105,23 @@ def find(name: str) -> PlannedModel:
     Raises:
         ConfigError: it is not known; names those that are.
     """
-    by_lower = {known.lower(): model for known, model in KNOWN.items()}
-    wanted = name.rsplit("/", 1)[-1].lower().removesuffix("-instruct")
-    if wanted not in by_lower:
-        close = difflib.get_close_matches(wanted, by_lower, n=1)
-        hint = f" (did you mean {by_lower[close[0]].name!r}?)" if close else ""
+    if (known := known_as(name)) is None:
+        by_lower = {known.lower(): known for known in KNOWN}
+        close = difflib.get_close_matches(_plain(name), by_lower, n=1)
+        hint = f" (did you mean {by_lower[close[0]]!r}?)" if close else ""
         raise ConfigError(
             f"model={name}: not known by name{hint}. Known are {', '.join(KNOWN)}; any other by model.path=DIR"
         )
-    return by_lower[wanted]
+    return KNOWN[known]
+
+
+def known_as(name: str) -> str | None:
+    """The name in ``KNOWN`` of a hub's or a directory's; None: not known."""
+    return next((known for known in KNOWN if known.lower() == _plain(name)), None)
+
+
+def _plain(name: str) -> str:
+    return name.rstrip("/").rsplit("/", 1)[-1].lower().removesuffix("-instruct")
 
 
 def read(path: str) -> PlannedModel:

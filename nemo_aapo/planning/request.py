@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
 
 from nemo_aapo.command_line import read_command_line
 from nemo_aapo.config import Config, ConfigError, check_overrides, kind_of, parse, with_machine_defaults
@@ -37,7 +37,7 @@ def read(words: Sequence[str]) -> tuple[Config, Question]:
     own_groups: dict[str, list[str]] = {word: [] for word in OWN_WORDS}  # so that a mistyped one is recognised
     check_overrides(command.overrides, {**command.groups(), **own_groups})
     tree = compose(command)
-    model = _model(own, tree)
+    model = _model(own, tree["model"]["path"], any(word.startswith("model.path=") for word in command.overrides))
     for section, key in (("model", "path"), ("data", "train"), ("data", "validation")):
         if tree[section][key] == MISSING:
             tree[section][key] = NOT_NEEDED
@@ -63,15 +63,20 @@ def split(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     return own, [word for word, (key, equals, _) in pairs if not (equals and key in OWN_WORDS)]
 
 
-def _model(own: dict[str, str], tree: dict[str, Any]) -> PlannedModel:
-    path = tree["model"]["path"]
+def _model(own: dict[str, str], path: str, is_typed: bool) -> PlannedModel:
+    """The model named, in place of one that an experiment's page names by its path; or the one at the path."""
     if "model" in own:
-        if path != MISSING:
+        if is_typed:
             raise ConfigError(f"model={own['model']} and model.path={path} name two models: leave one out")
         return models.find(own["model"])
     if path == MISSING:
         raise ConfigError(f"which model? model=NAME, of {', '.join(models.KNOWN)}; or model.path=DIR")
-    return models.read(path)
+    try:
+        return models.read(path)
+    except ConfigError as error:
+        if (known := models.known_as(path)) is None or (Path(path) / "config.json").exists():
+            raise
+        raise ConfigError(f"{error}; without the directory: model={known}") from None
 
 
 def _length(own: dict[str, str], word: str, limit: int, key: str) -> float:
