@@ -13,7 +13,7 @@ from nemo_aapo.planning.parameters import Parameters
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp8": 2}
 FP8_COPIES_BYTES = 2
 """A layer's matrices in FP8, row- and column-wise, kept beside the bf16 ones (TransformerEngine module/base.py,
-get_weight_workspace; on Hopper both are needed). Not measured."""
+get_weight_workspace; on Hopper both are needed)."""
 GRADIENT_BYTES = 4
 ADAM_BYTES = 8
 MASTER_BYTES = 4
