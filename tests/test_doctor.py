@@ -133,7 +133,9 @@ def test_fp8_depends_on_the_weakest_gpu_and_on_cuda(config, devices, cuda, able,
     assert reason in found.text
     for name in ("fp8_tensorwise", "fp8_blockwise", "fp8_delayed"):
         chosen = dataclasses.replace(config, precision=dataclasses.replace(config.precision, name=name))
-        assert (gpu.judge_fp8(gpus, chosen).level == "ok") == (name in able), name
+        judged = gpu.judge_fp8(gpus, chosen)
+        assert (judged.level == "ok") == (name in able), name
+        assert judged.level == "ok" or (f"precision={'bf16' if devices else 'fp32'}" in judged.remedy)
 
 
 @pytest.mark.parametrize(

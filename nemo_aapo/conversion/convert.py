@@ -126,13 +126,15 @@ def stored_dtype(source: Source) -> torch.dtype:
     """The dtype of a checkpoint's model part, from its header. Collective."""
 
     def read() -> torch.dtype:
-        for path in source.candidates():
+        candidates = source.candidates()
+        for path in candidates:
             try:
                 tensors = torch_dist.weights(torch_dist.read_header(path))
             except Exception:  # gone, or damaged in whatever way: loading says which
                 continue
             return _widest({entry.properties.dtype for entry in tensors.values()})
-        raise CheckpointError(f"{source.path}: no checkpoint that can be read")
+        names = ", ".join(path.name for path in candidates)
+        raise CheckpointError(f"{source.path}: no checkpoint that can be read; damaged or half-written: {names}")
 
     return on_first_rank(read)
 

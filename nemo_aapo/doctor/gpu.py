@@ -107,7 +107,10 @@ def judge_fp8(gpus: Gpus, config: Config | None) -> Finding:
     reasons = {name: fp8_refusal(kind, gpus) for name, kind in PRECISIONS.items() if kind.fp8}
     chosen = config.precision.name if config is not None else ""
     if reason := reasons.get(chosen):
-        return Finding("fp8", "failure", f"precision={chosen}: {reason}", "use precision=bf16, or another machine")
+        instead = "bf16" if gpus.devices else "fp32"
+        return Finding(
+            "fp8", "failure", f"precision={chosen}: {reason}", f"use precision={instead}, or another machine"
+        )
     if not gpus.devices:
         return Finding("fp8", "ok", "no GPU, no FP8")
     able = ", ".join(name for name, reason in reasons.items() if not reason) or "no FP8 precision"
