@@ -208,7 +208,7 @@ def test_a_file_of_ones_own_is_read_by_its_columns(tmp_path):
         ("What is 1?", "1", "1", "numbers"),
     ]
     assert note == ""
-    with pytest.raises(DataError, match="none of answer; there is q, a, hard, topic"):
+    with pytest.raises(DataError, match=r"none of question; there is q, a, hard, topic \(set fields.question\)"):
         load_problems("mine", str(path), OWN)
     with pytest.raises(DataError, match="mapping with path, subset and split"):
         load_problems("mine", {"file": str(path)}, fields)

@@ -49,6 +49,8 @@ class Report:
     """Places of questions that are there with different answers, by normalised text; all of them are written."""
     contamination: dict[str, list[str]]
     """Held-out source -> places of rows that are among its questions."""
+    not_compared: dict[str, int]
+    """Held-out source -> rows of it that have no question or answer where they were looked for."""
 
     def text(self) -> str:
         """For people."""
@@ -62,6 +64,8 @@ class Report:
         for held_out, places in self.contamination.items():
             shown = f", such as {', '.join(places[:_EXAMPLES])}" if places else ""
             lines.append(f"  among the held-out questions of {held_out}: {len(places)}{shown}")
+            if unread := self.not_compared.get(held_out):
+                lines.append(f"    not compared, as they can't be read: {unread} of its rows")
         return "\n".join(lines) + "\n"
 
 
@@ -84,7 +88,7 @@ def prepare(
         verify_answer: raises ValueError for a gold answer that the rewards can't work with.
 
     Raises:
-        DataError: a source can't be read.
+        DataError: a source can't be read, or no row of a held-out one can be compared.
     """
     found = _items(source) if source.task else read_rows(source, TRAIN_SPLITS, verify_answer=verify_answer)
     dropped = Counter(_reason(problem) for problem in found.problems.values())
@@ -96,7 +100,7 @@ def prepare(
         kept = [i for i, length in enumerate(lengths) if length <= max_prompt_tokens]
         dropped[f"longer than {max_prompt_tokens} tokens"] = len(rows) - len(kept)
         rows, lengths = [rows[i] for i in kept], [lengths[i] for i in kept]
-    contamination, contaminated = _contamination(source, rows, held_out)
+    contamination, contaminated, not_compared = _contamination(source, rows, held_out)
     if drop_contaminated:
         dropped["among the held-out questions"] = len(contaminated)
         kept = [i for i in range(len(rows)) if i not in contaminated]
@@ -112,6 +116,7 @@ def prepare(
         length_unit="tokens" if count_tokens else "characters",
         conflicts=[[f"{source.path}:{rows[i].number}" for i in group] for group in groups],
         contamination=contamination,
+        not_compared=not_compared,
     )
     return rows, report
 
@@ -149,7 +154,7 @@ def preset_source(page: Path, what: str, changes: dict[str, Any]) -> Source:
     named = tree.get(what, {})
     first = named[0] if isinstance(named, list) else {"path": named} if isinstance(named, str) else named
     fields = {name: tree[name] for name in ("prompt_field", "answer_field", "answer_form") if name in tree}
-    if "path" in changes:  # of a copy: its file is one split of one subset
+    if changes.get("path", first.get("path")) != first.get("path"):  # of a copy: one split of one subset
         first = {name: value for name, value in first.items() if name not in ("path", "subset", "split")}
     return Source(**{**fields, **first, **changes})
 
@@ -166,16 +171,26 @@ def _items(source: Source) -> Rows:
 
 def _contamination(
     source: Source, rows: Sequence[Row], held_out: Sequence[Source]
-) -> tuple[dict[str, list[str]], set[int]]:
-    """Places by held-out source, and the indices of all of them."""
+) -> tuple[dict[str, list[str]], set[int], dict[str, int]]:
+    """Places by held-out source, the indices of all of them, and by source how many of its rows can't be read."""
     places: dict[str, list[str]] = {}
     indices: set[int] = set()
+    unread: dict[str, int] = {}
     questions = [row.question for row in rows]
     for other in held_out:
-        found = overlap(questions, [row.question for row in read_rows(other, HELD_OUT_SPLITS).rows])
+        there = read_rows(other, HELD_OUT_SPLITS)
+        if not there.rows:  # to compare with nothing would say that all is well
+            number, problem = next(iter(there.problems.items()), (0, "it is empty"))
+            raise DataError(
+                f"{other.path}:{number}: {problem}: no row of these held-out data can be compared. Prepare them first, "
+                "with their fields, and name what that wrote; or name preset:NAME, if one has them"
+            )
+        found = overlap(questions, [row.question for row in there.rows])
         places[other.path] = [f"{source.path}:{rows[i].number}" for i in found]
         indices |= set(found)
-    return places, indices
+        if there.problems:
+            unread[other.path] = len(there.problems)
+    return places, indices, unread
 
 
 def _reason(problem: str) -> str:

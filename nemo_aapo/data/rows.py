@@ -164,7 +164,7 @@ def _find(record: Any, path: str, what: str) -> Any:
     if found is MISSING:
         names = list(record) if isinstance(record, dict) else [str(i) for i in range(len(record))]
         names = [str(name)[:80] for name in names]
-        near = difflib.get_close_matches(path, names, n=1)
+        near = difflib.get_close_matches(path, names, n=1, cutoff=0.8)  # "solution" is not what "question" meant
         hint = f'did you mean "{near[0]}"?' if near else f"there is {', '.join(map(repr, names)) or 'nothing'}"
         raise DataError(f'no {what}: the key "{path}" is missing; {hint[:500]} (set data.{what}_field)')
     return found
