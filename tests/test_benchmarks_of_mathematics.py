@@ -243,6 +243,7 @@ def test_answers_that_say_the_same_have_one_vote():
     assert (
         answer_of("\\boxed{\\text{Eve}}") == answer_of("\\boxed{Eve}") == "Eve"
     )  # words are units only behind something
+    assert answer_of("\\boxed{12\\%}") == answer_of("\\boxed{12%}") == answer_of("\\boxed{\\$12}") == "12"
     assert answer_of("nothing at all") is None
     assert answer_of("\\boxed{}") is None
     assert answer_of("\\boxed{1/0}") == "1/0"

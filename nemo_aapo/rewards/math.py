@@ -23,6 +23,9 @@ from nemo_aapo.types import Completion, Prompt
 _BEFORE_BOX = 500
 _AFTER_BOX = 2000
 _UNBOXED_TAIL = 1000
+_DOLLAR = re.compile(r"(?<!\\)\$")  # around mathematics; \$5 is an amount
+# Left out of both answers, as MATH's own comparison does: 12\% is 12. math-verify takes \boxed{12\%} for a mere text.
+_PERCENT = re.compile(r"\\?%")
 _BRACES = re.compile(r"\\.|[{}]")  # an escaped brace is a character of a set, such as \{1, 2\}
 
 
@@ -48,7 +51,7 @@ class Accuracy(Reward):
     def check_answer(self, answer: str) -> None:
         """Raise ValueError unless a completion that boxes the gold answer itself would be judged right."""
         _parse_gold(answer)
-        boxed = answer if "\\boxed" in answer else f"\\boxed{{{answer.strip('$ ')}}}"
+        boxed = answer if "\\boxed" in answer else f"\\boxed{{{_DOLLAR.sub('', answer)}}}"
         if not _is_correct(answer, boxed):
             raise ValueError(f"math-verify doesn't judge {boxed!r} to be equal to it")
 
@@ -70,7 +73,8 @@ def _answer_window(text: str) -> str:
     """The part of a completion that holds its answer: up to the end of the last box, or the last characters."""
     box = text.rfind("\\boxed")
     if box >= 0:
-        return text[max(0, box - _BEFORE_BOX) : box] + _up_to_closing_brace(text[box : box + _AFTER_BOX])
+        boxed = _up_to_closing_brace(text[box : box + _AFTER_BOX])
+        return text[max(0, box - _BEFORE_BOX) : box] + _PERCENT.sub("", boxed)
     if len(text) <= _UNBOXED_TAIL:
         return text
     return text[-_UNBOXED_TAIL:].partition(" ")[2]  # from a space on, so that no number is cut in two
@@ -89,7 +93,8 @@ def _up_to_closing_brace(text: str) -> str:
 @functools.lru_cache(maxsize=4096)
 def _parse_gold(answer: str) -> list[Any]:
     """The gold answer parsed as LaTeX: bare ``(3, \\pi)`` would otherwise be taken for a text that holds a 3."""
-    parsed = _math_verify().parse(answer if "$" in answer or "\\boxed" in answer else f"${answer}$")
+    bare = _PERCENT.sub("", answer)
+    parsed = _math_verify().parse(bare if "\\boxed" in bare or _DOLLAR.search(bare) else f"${bare}$")
     if all(isinstance(p, str) for p in parsed):
         raise ValueError("math-verify can't parse it as mathematics")
     return parsed
