@@ -70,6 +70,9 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.source is None and arguments.preset is None:
         parser.error("name a source, or --preset")
+    for option, path in (("--output", arguments.output), ("--report", arguments.report)):
+        if path is not None and path.is_dir():
+            parser.error(f"{option} {path} is a directory: name a file")
     if arguments.max_prompt_tokens is not None and arguments.tokenizer is None:
         parser.error("--max-prompt-tokens needs --tokenizer")
     if arguments.drop_contaminated and not arguments.against:

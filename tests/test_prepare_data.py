@@ -82,6 +82,7 @@ def test_chat_messages_survive_and_a_gold_answer_that_no_reward_can_use_is_count
         (["a.jsonl", "-o", "x", "--preset", "nix"], 2, "there is no preset nix; there is dapo_math"),
         (["a.jsonl", "-o", "x", "--reward", "acuracy"], 2, "did you mean 'accuracy'"),
         (["-o", "x"], 2, "name a source, or --preset"),
+        (["a.jsonl", "-o", "."], 2, "--output . is a directory"),
         (["a.jsonl", "-o", "x", "--max-prompt-tokens", "9"], 2, "--max-prompt-tokens needs --tokenizer"),
         (["reasoning_gym:chain_sum", "-o", "x"], 2, "has no end: say how many items (--size)"),
         (["reasoning_gym:chain_sum", "-o", "x", "--size", "9", "--split", "test"], 2, "--split has an effect not with"),
