@@ -63,8 +63,8 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="SOURCE",
-        help="held-out data (JSONL with question and answer, "
-        "or preset:NAME); questions of it are reported; may be given again",
+        help="held-out data (any source whose rows have a question or problem, or preset:NAME); rows whose question "
+        "is among them are reported; may be given again",
     )
     checks.add_argument("--drop-contaminated", action="store_true", help="leave those out")
     arguments = parser.parse_args(argv)

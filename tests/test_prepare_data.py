@@ -99,11 +99,11 @@ def test_what_cant_work_is_one_message_and_nothing_is_written(tmp_path, words, c
 def test_held_out_rows_that_cannot_be_compared_are_never_taken_for_no_overlap(tmp_path):
     train, other = tmp_path / "train.jsonl", tmp_path / "aime.jsonl"
     train.write_text(json.dumps({"question": "What is 3+1?", "answer": "4"}) + "\n")
-    other.write_text(json.dumps({"problem": "What is 3+1?", "answer": "4"}) + "\n")
-    with pytest.raises(DataError, match=r'aime.jsonl:1: .*"question" is missing.*no row of these held-out data'):
+    other.write_text(json.dumps({"Aufgabe": "What is 3+1?", "answer": "4"}) + "\n")
+    with pytest.raises(DataError, match=r'aime.jsonl: row 1: .*"question" is missing.*no row of these held-out data'):
         prepare(Source(str(train)), held_out=[Source(str(other))])
-    with other.open("a") as file:
-        file.write(json.dumps({"question": "what is 3 + 1", "answer": "4"}) + "\n")
+    with other.open("a") as file:  # as MATH-500 and AIME have it; the answer does not matter
+        file.write(json.dumps({"problem": "what is 3 + 1"}) + "\n")
     report = prepare(Source(str(train)), held_out=[Source(str(other))])[1]
     assert report.contamination == {str(other): [f"{train}:1"]}
     assert report.not_compared == {str(other): 1}

@@ -20,11 +20,14 @@ from nemo_aapo.data import DataError
 from nemo_aapo.data.contamination import conflicts, overlap
 from nemo_aapo.data.gym import GymProcess
 from nemo_aapo.data.prompts import without_repeats
-from nemo_aapo.data.rows import HELD_OUT_SPLITS, TRAIN_SPLITS, Row, Rows, read_rows
+from nemo_aapo.data.records import Record, read_records
+from nemo_aapo.data.rows import HELD_OUT_SPLITS, TRAIN_SPLITS, Row, Rows, parse_question, read_rows
 from nemo_aapo.files import write_atomic
 
 _PERCENTILES = (50, 90, 99, 100)
 _EXAMPLES = 5
+_QUESTION_FIELDS = ("question", "problem", "Problem")
+"""Where the benchmarks of mathematics have their questions."""
 _BLOCK = 64
 """Items of reasoning-gym asked for at a time."""
 
@@ -50,7 +53,7 @@ class Report:
     contamination: dict[str, list[str]]
     """Held-out source -> places of rows that are among its questions."""
     not_compared: dict[str, int]
-    """Held-out source -> rows of it that have no question or answer where they were looked for."""
+    """Held-out source -> rows of it in which no question was found."""
 
     def text(self) -> str:
         """For people."""
@@ -178,19 +181,36 @@ def _contamination(
     unread: dict[str, int] = {}
     questions = [row.question for row in rows]
     for other in held_out:
-        there = read_rows(other, HELD_OUT_SPLITS)
-        if not there.rows:  # to compare with nothing would say that all is well
-            number, problem = next(iter(there.problems.items()), (0, "it is empty"))
+        there, problems = _held_out_questions(other)
+        if not there:  # to compare with nothing would say that all is well
             raise DataError(
-                f"{other.path}:{number}: {problem}: no row of these held-out data can be compared. Prepare them first, "
-                "with their fields, and name what that wrote; or name preset:NAME, if one has them"
+                f"{other.path}: {problems[0] if problems else 'it is empty'}: no row of these held-out data can be "
+                "compared. Prepare them first, with their fields, and name what that wrote; or name preset:NAME"
             )
-        found = overlap(questions, [row.question for row in there.rows])
+        found = overlap(questions, there)
         places[other.path] = [f"{source.path}:{rows[i].number}" for i in found]
         indices |= set(found)
-        if there.problems:
-            unread[other.path] = len(there.problems)
+        if problems:
+            unread[other.path] = len(problems)
     return places, indices, unread
+
+
+def _held_out_questions(source: Source) -> tuple[list[str], list[str]]:
+    """The questions of held-out data, and what is wrong with the rows that have none. Their answers don't matter."""
+    questions, problems = [], []
+    for record in read_records(source, HELD_OUT_SPLITS):
+        try:
+            questions.append(_question_of(record, source.prompt_field))
+        except DataError as error:
+            problems.append(f"row {record.number}: {error}")
+    return questions, problems
+
+
+def _question_of(record: Record, field: str) -> str:
+    for name in _QUESTION_FIELDS:
+        with contextlib.suppress(DataError):
+            return parse_question(record, name)[-1]["content"]
+    return parse_question(record, field)[-1]["content"]
 
 
 def _reason(problem: str) -> str:
