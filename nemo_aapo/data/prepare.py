@@ -207,7 +207,7 @@ def _held_out_questions(source: Source) -> tuple[list[str], list[str]]:
 
 
 def _question_of(record: Record, field: str) -> str:
-    for name in _QUESTION_FIELDS:
+    for name in (field, *_QUESTION_FIELDS):
         with contextlib.suppress(DataError):
             return parse_question(record, name)[-1]["content"]
     return parse_question(record, field)[-1]["content"]
