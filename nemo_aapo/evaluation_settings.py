@@ -66,7 +66,8 @@ def check_model(config: EvaluationConfig, source: Source, world_size: int) -> No
     longest = config.max_prompt_tokens + config.sampling.max_new_tokens
     if longest > shape.max_position_embeddings:
         raise ConfigError(
-            f"max_prompt_tokens + sampling.max_new_tokens = {longest} exceeds the {shape.max_position_embeddings} "
-            "positions of the model (max_position_embeddings): lower sampling.max_new_tokens"
+            f"max_prompt_tokens={config.max_prompt_tokens} + "
+            f"sampling.max_new_tokens={config.sampling.max_new_tokens} = {longest} exceeds the "
+            f"{shape.max_position_embeddings} positions of the model (max_position_embeddings): lower them"
         )
     derive(engine_settings(config, source), shape, world_size)

@@ -11,13 +11,16 @@ import contextlib
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from nemo_aapo.command_line import config_directory
 from nemo_aapo.config import ConfigError
-from nemo_aapo.config.sources import Source
+from nemo_aapo.config.sources import GYM, Source
 from nemo_aapo.errors import RunError
 
 FAILED, REFUSED = 1, 2
+_FIELDS_OF_FILES = ("prompt_field", "answer_field", "answer_form", "subset", "split")
+_SETTINGS_OF_TASKS = ("size", "seed", "parameters")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,7 +48,7 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     gym = parser.add_argument_group("reasoning_gym:TASK")
     gym.add_argument("--size", type=int, metavar="N", help="so many items")
     gym.add_argument("--seed", type=int, metavar="N", help="which items (default: 0)")
-    gym.add_argument("--parameters", type=json.loads, metavar="JSON", help='the task\'s settings: {"min_terms": 2}')
+    gym.add_argument("--parameters", type=_settings, metavar="JSON", help='the task\'s settings: {"min_terms": 2}')
     checks = parser.add_argument_group("checks")
     checks.add_argument(
         "--reward",
@@ -60,17 +63,25 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="SOURCE",
-        help="held-out data (JSONL with question and answer, "
-        "or preset:NAME); questions of it are reported; may be given again",
+        help="held-out data (any source whose rows have a question or problem, or preset:NAME); rows whose question "
+        "is among them are reported; may be given again",
     )
     checks.add_argument("--drop-contaminated", action="store_true", help="leave those out")
     arguments = parser.parse_args(argv)
     if arguments.source is None and arguments.preset is None:
         parser.error("name a source, or --preset")
+    for option, path in (("--output", arguments.output), ("--report", arguments.report)):
+        if path is not None and path.is_dir():
+            parser.error(f"{option} {path} is a directory: name a file")
     if arguments.max_prompt_tokens is not None and arguments.tokenizer is None:
         parser.error("--max-prompt-tokens needs --tokenizer")
     if arguments.drop_contaminated and not arguments.against:
         parser.error("--drop-contaminated needs --against")
+    task = (arguments.source or "").startswith(GYM)
+    for name in _FIELDS_OF_FILES if task else _SETTINGS_OF_TASKS:
+        if getattr(arguments, name) is not None:
+            what = f"not with {arguments.source}" if task else f"with {GYM}TASK only"
+            parser.error(f"--{name.replace('_', '-')} has an effect {what}")
     return arguments
 
 
@@ -100,7 +111,7 @@ def run(arguments: argparse.Namespace) -> int:
 def source_of(arguments: argparse.Namespace) -> Source:
     from nemo_aapo.data.prepare import preset_source
 
-    names = ("prompt_field", "answer_field", "answer_form", "subset", "split", "size", "seed", "parameters")
+    names = (*_FIELDS_OF_FILES, *_SETTINGS_OF_TASKS)
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     given |= {"path": arguments.source} if arguments.source else {}
     if arguments.preset is None:
@@ -115,6 +126,16 @@ def held_out_source(name: str) -> Source:
     if colon and not prefix:
         return preset_source(config_directory() / "data" / f"{preset}.yaml", "validation", {})
     return Source(name)
+
+
+def _settings(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f'{text!r} is no JSON object, such as {{"min_terms": 2}}')
+    return found
 
 
 def token_counter(tokenizer: str | None):

@@ -208,7 +208,7 @@ def test_a_file_of_ones_own_is_read_by_its_columns(tmp_path):
         ("What is 1?", "1", "1", "numbers"),
     ]
     assert note == ""
-    with pytest.raises(DataError, match="none of answer; there is q, a, hard, topic"):
+    with pytest.raises(DataError, match=r"none of question; there is q, a, hard, topic \(set fields.question\)"):
         load_problems("mine", str(path), OWN)
     with pytest.raises(DataError, match="mapping with path, subset and split"):
         load_problems("mine", {"file": str(path)}, fields)
@@ -243,6 +243,7 @@ def test_answers_that_say_the_same_have_one_vote():
     assert (
         answer_of("\\boxed{\\text{Eve}}") == answer_of("\\boxed{Eve}") == "Eve"
     )  # words are units only behind something
+    assert answer_of("\\boxed{12\\%}") == answer_of("\\boxed{12%}") == answer_of("\\boxed{\\$12}") == "12"
     assert answer_of("nothing at all") is None
     assert answer_of("\\boxed{}") is None
     assert answer_of("\\boxed{1/0}") == "1/0"

@@ -69,7 +69,7 @@ def test_the_page_has_exactly_the_settings_of_the_schema_each_with_a_comment():
         (["samples=0"], "samples=0: must be at least 1"),
         (["samples=4", "sampling.temperature=0"], "all of a problem would be the same"),
         (["sampling.top_p=0"], "must lie in (0, 1]"),
-        (["sampling.max_new_tokens=40000"], "exceeds the 40960 positions of the model"),
+        (["sampling.max_new_tokens=40000"], "max_new_tokens=40000 = 42048 exceeds the 40960 positions"),
         (["max_concurrent_tokens=100"], "can't hold one sequence"),
         (["rewards=[]"], "one that says right or wrong"),
         (["rewards=[{name: acuracy}]"], "did you mean 'accuracy'"),
@@ -118,7 +118,9 @@ def test_records_come_back_as_they_were_and_half_a_line_is_forgotten(tmp_path):
     records.append(rows)
     assert list(records.read().values()) == rows
     with records.path.open("a", encoding="utf-8") as file:
-        file.write('{"problem": "p", "sam')
+        file.write('{"problem": "p", "prompt": "é')
+    cut = records.path.read_bytes()[:-1]  # within the last character
+    records.path.write_bytes(cut)
     records.mend(records.read().values())
     records.append([record("q", 0, True)])
     assert list(records.read()) == [("p", 0), ("p", 1), ("q", 0)]
@@ -177,6 +179,10 @@ def test_a_comparison_says_what_else_differs_and_refuses_where_there_is_nothing_
     a, b = keep(tmp_path / "a", "gsm8k", rows), keep(tmp_path / "b", "amc23", rows, {**IDENTITY, "sampling": "other"})
     assert script.main(["compare", str(a), str(b)]) == 2
     assert "do not both have completions" in capsys.readouterr().err
+    for directory in (a, b):
+        Records(directory, "math500").append(rows[:0])
+    assert script.main(["compare", str(a), str(b)]) == 2
+    assert "has no whole completion yet" in capsys.readouterr().err
     for directory in (a, b):
         Records(directory, "math500").append(rows)
     assert script.main(["compare", str(a), str(b)]) == 0

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from nemo_aapo.config.sources import Source
-from nemo_aapo.data.prepare import prepare
+from nemo_aapo.data import DataError
+from nemo_aapo.data.prepare import prepare, preset_source
 from nemo_aapo.data.prompts import load_prompts
 from nemo_aapo.data.tokenizer import load_tokenizer
 from tests.models import save_character_tokenizer
@@ -81,14 +82,40 @@ def test_chat_messages_survive_and_a_gold_answer_that_no_reward_can_use_is_count
         (["a.jsonl", "-o", "x", "--preset", "nix"], 2, "there is no preset nix; there is dapo_math"),
         (["a.jsonl", "-o", "x", "--reward", "acuracy"], 2, "did you mean 'accuracy'"),
         (["-o", "x"], 2, "name a source, or --preset"),
+        (["a.jsonl", "-o", "."], 2, "--output . is a directory"),
         (["a.jsonl", "-o", "x", "--max-prompt-tokens", "9"], 2, "--max-prompt-tokens needs --tokenizer"),
         (["reasoning_gym:chain_sum", "-o", "x"], 2, "has no end: say how many items (--size)"),
+        (["reasoning_gym:chain_sum", "-o", "x", "--size", "9", "--split", "test"], 2, "--split has an effect not with"),
+        (["a.jsonl", "-o", "x", "--size", "9"], 2, "--size has an effect with reasoning_gym:TASK only"),
+        (["reasoning_gym:chain_sum", "-o", "x", "--parameters", "3"], 2, "no JSON object"),
     ],
 )
 def test_what_cant_work_is_one_message_and_nothing_is_written(tmp_path, words, code, message):
     done = script(*words)
     assert (done.returncode, message in done.stderr, "Traceback" in done.stderr) == (code, True, False), done.stderr
     assert not (ROOT / "x").exists()
+
+
+def test_held_out_rows_that_cannot_be_compared_are_never_taken_for_no_overlap(tmp_path):
+    train, other = tmp_path / "train.jsonl", tmp_path / "aime.jsonl"
+    train.write_text(json.dumps({"question": "What is 3+1?", "answer": "4"}) + "\n")
+    other.write_text(json.dumps({"Aufgabe": "What is 3+1?", "answer": "4"}) + "\n")
+    with pytest.raises(DataError, match=r'aime.jsonl: row 1: .*"question" is missing.*no row of these held-out data'):
+        prepare(Source(str(train)), held_out=[Source(str(other))])
+    with other.open("a") as file:  # as MATH-500 and AIME have it; the answer does not matter
+        file.write(json.dumps({"problem": "what is 3 + 1"}) + "\n")
+    report = prepare(Source(str(train)), held_out=[Source(str(other))])[1]
+    assert report.contamination == {str(other): [f"{train}:1"]}
+    assert report.not_compared == {str(other): 1}
+    assert "not compared, as they can't be read: 1 of its rows" in report.text()
+
+
+def test_a_preset_keeps_its_subset_for_the_published_name_and_not_for_a_copy():
+    page = ROOT / "conf" / "data" / "gsm8k.yaml"
+    named = preset_source(page, "train", {"path": "openai/gsm8k"})
+    assert (named.subset, named.split) == ("main", "train")
+    copy = preset_source(page, "train", {"path": "copy.jsonl"})
+    assert (copy.subset, copy.split, copy.answer_field) == (None, None, "answer")
 
 
 def test_rows_are_written_in_the_order_of_the_source_the_first_of_each(tmp_path):

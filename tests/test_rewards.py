@@ -43,6 +43,18 @@ def judge(name: str, gold: str, text: str, **parameters) -> float:
         ("72", "The final answer is $3$. I hope it is correct. It is \\boxed{72}.", 1),
         ("\\{1,2\\}", "\\boxed{\\{1,2\\}}, or 3", 1),
         ("1,2", "\\boxed{1} and \\boxed{2}", 1),
+        ("12%", "\\boxed{12\\%}", 1),
+        ("12", "\\boxed{12\\%}", 1),
+        ("12\\%", "\\boxed{12.0\\%}", 1),
+        ("12\\%", "\\boxed{13\\%}", 0),
+        ("\\$15,\\!625", "\\boxed{15625}", 1),
+        ("\\$5", "\\boxed{\\$6}", 0),
+        ("4.5e33", "\\boxed{4.5 \\times 10^{33}}", 1),
+        ("4.5e33", "about $4.5 \\times 10^{33}$ erg", 1),
+        ("1.6E-13", "\\boxed{1.6e-13}", 1),
+        ("3e-12", "\\boxed{3 \\times 10^{-12}}", 1),
+        ("4.5e33", "\\boxed{4.5 \\times 10^{32}}", 0),
+        ("2e-3", "\\boxed{-3 + 2e}", 1),
         ("4", "9934 " + "a " * 499, 0),
         ("72", "", 0),
         ("72", "\\boxed{", 0),
@@ -75,6 +87,7 @@ def test_a_gold_answer_that_passes_the_check_scores_when_it_is_boxed():
     rng = random.Random(0)
     numbers = [str(rng.randint(-(10**k), 10**k)) for k in range(1, 12)]
     golds = [*numbers, "\\frac{7}{3}", "2\\sqrt{3}", "50\\%", "90^\\circ", "\\text{no solution}", "[2,5)", "x^2+1", "A"]
+    golds += ["50%", "20\\%, 30\\%", "\\$18.90", "5\\$"]
     for gold in golds:
         build_reward({"name": "accuracy"}).check_answer(gold)
         assert judge("accuracy", gold, f"So it is \\boxed{{{gold}}}.") == 1, gold

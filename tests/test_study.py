@@ -84,7 +84,7 @@ def test_settings_that_cannot_work_are_refused_before_the_first_run(study, tmp_p
         with pytest.raises(ConfigError, match=said):
             run_all(wrong, print)
         assert not (tmp_path / "wrong").exists()
-    for changes in ({"seeds": (1,)}, {"seeds": (1, 1)}, {"algorithms": ("gpg", "gpg")}):
+    for changes in ({"seeds": (1,)}, {"seeds": (1, 1)}, {"algorithms": ("gpg", "gpg")}, {"steps": 0}):
         with pytest.raises(ConfigError):
             Study(tmp_path, **changes)
 

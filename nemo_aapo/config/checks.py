@@ -321,7 +321,10 @@ def _check_rewards(config: Config) -> None:
     if len(set(names)) != len(names):
         raise ConfigError(f"rewards: {names} names one reward twice")
     if config.validation.reward not in names:
-        raise ConfigError(f"validation.reward={config.validation.reward!r} is none of rewards: {names}")
+        raise ConfigError(
+            f"validation.reward={config.validation.reward!r} is none of rewards: {names}. Name one of them, or add it "
+            "with the weight 0, which only reports it"
+        )
 
 
 def _reward_name(entry: dict[str, Any]) -> str:

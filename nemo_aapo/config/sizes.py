@@ -78,8 +78,9 @@ def derive(config: Config, shape: ModelShape, world_size: int) -> Sizes:
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     if longest > shape.max_position_embeddings:
         raise ConfigError(
-            f"data.max_prompt_tokens + rollout.max_new_tokens = {longest} exceeds the "
-            f"{shape.max_position_embeddings} positions of the model (max_position_embeddings)"
+            f"data.max_prompt_tokens={config.data.max_prompt_tokens} + rollout.max_new_tokens="
+            f"{config.rollout.max_new_tokens} = {longest} exceeds the {shape.max_position_embeddings} positions of the "
+            "model (max_position_embeddings): lower them"
         )
     multiple = pad_multiple(config)
     if -(-longest // multiple) * multiple > config.max_tokens_per_microbatch:

@@ -17,6 +17,8 @@ last ``\\boxed{}`` holds the answer."""
 
 GYM = "reasoning_gym:"
 """A path that begins so names a task of reasoning-gym and no file."""
+_BLIND_TO_TASKS = ("accuracy", "integer", "exact", "multiple_choice", "cosine")
+"""Rewards that compare with a gold answer, where that of a task only says which item it is."""
 FILE_FORMATS = (".jsonl", ".json", ".parquet", ".arrow")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -122,6 +124,13 @@ def check_data(config: Config) -> None:
             )
         if any((source.path, source.seed) == (other.path, other.seed) for other in train if source.task):
             raise ConfigError(f"data.validation[{i}] holds the items of data.train: give it another seed")
+    blind = [entry["name"] for entry in config.rewards if entry.get("name") in _BLIND_TO_TASKS]
+    for source in (*train, *validation):
+        if source.task and blind:
+            raise ConfigError(
+                f"rewards: {', '.join(blind)} can't judge the answers of {source.path}, which its own verifier knows: "
+                "rewards='[{name: reasoning_gym}]' validation.reward=reasoning_gym"
+            )
     endless = [source.path for source in train if source.endless]
     if data.sampling != "uniform" and endless:
         raise ConfigError(

@@ -20,11 +20,14 @@ from nemo_aapo.data import DataError
 from nemo_aapo.data.contamination import conflicts, overlap
 from nemo_aapo.data.gym import GymProcess
 from nemo_aapo.data.prompts import without_repeats
-from nemo_aapo.data.rows import HELD_OUT_SPLITS, TRAIN_SPLITS, Row, Rows, read_rows
+from nemo_aapo.data.records import Record, read_records
+from nemo_aapo.data.rows import HELD_OUT_SPLITS, TRAIN_SPLITS, Row, Rows, parse_question, read_rows
 from nemo_aapo.files import write_atomic
 
 _PERCENTILES = (50, 90, 99, 100)
 _EXAMPLES = 5
+_QUESTION_FIELDS = ("question", "problem", "Problem")
+"""Where the benchmarks of mathematics have their questions."""
 _BLOCK = 64
 """Items of reasoning-gym asked for at a time."""
 
@@ -49,6 +52,8 @@ class Report:
     """Places of questions that are there with different answers, by normalised text; all of them are written."""
     contamination: dict[str, list[str]]
     """Held-out source -> places of rows that are among its questions."""
+    not_compared: dict[str, int]
+    """Held-out source -> rows of it in which no question was found."""
 
     def text(self) -> str:
         """For people."""
@@ -62,6 +67,8 @@ class Report:
         for held_out, places in self.contamination.items():
             shown = f", such as {', '.join(places[:_EXAMPLES])}" if places else ""
             lines.append(f"  among the held-out questions of {held_out}: {len(places)}{shown}")
+            if unread := self.not_compared.get(held_out):
+                lines.append(f"    not compared, as they can't be read: {unread} of its rows")
         return "\n".join(lines) + "\n"
 
 
@@ -84,7 +91,7 @@ def prepare(
         verify_answer: raises ValueError for a gold answer that the rewards can't work with.
 
     Raises:
-        DataError: a source can't be read.
+        DataError: a source can't be read, or no row of a held-out one can be compared.
     """
     found = _items(source) if source.task else read_rows(source, TRAIN_SPLITS, verify_answer=verify_answer)
     dropped = Counter(_reason(problem) for problem in found.problems.values())
@@ -96,7 +103,7 @@ def prepare(
         kept = [i for i, length in enumerate(lengths) if length <= max_prompt_tokens]
         dropped[f"longer than {max_prompt_tokens} tokens"] = len(rows) - len(kept)
         rows, lengths = [rows[i] for i in kept], [lengths[i] for i in kept]
-    contamination, contaminated = _contamination(source, rows, held_out)
+    contamination, contaminated, not_compared = _contamination(source, rows, held_out)
     if drop_contaminated:
         dropped["among the held-out questions"] = len(contaminated)
         kept = [i for i in range(len(rows)) if i not in contaminated]
@@ -112,6 +119,7 @@ def prepare(
         length_unit="tokens" if count_tokens else "characters",
         conflicts=[[f"{source.path}:{rows[i].number}" for i in group] for group in groups],
         contamination=contamination,
+        not_compared=not_compared,
     )
     return rows, report
 
@@ -149,7 +157,7 @@ def preset_source(page: Path, what: str, changes: dict[str, Any]) -> Source:
     named = tree.get(what, {})
     first = named[0] if isinstance(named, list) else {"path": named} if isinstance(named, str) else named
     fields = {name: tree[name] for name in ("prompt_field", "answer_field", "answer_form") if name in tree}
-    if "path" in changes:  # of a copy: its file is one split of one subset
+    if changes.get("path", first.get("path")) != first.get("path"):  # of a copy: one split of one subset
         first = {name: value for name, value in first.items() if name not in ("path", "subset", "split")}
     return Source(**{**fields, **first, **changes})
 
@@ -166,16 +174,43 @@ def _items(source: Source) -> Rows:
 
 def _contamination(
     source: Source, rows: Sequence[Row], held_out: Sequence[Source]
-) -> tuple[dict[str, list[str]], set[int]]:
-    """Places by held-out source, and the indices of all of them."""
+) -> tuple[dict[str, list[str]], set[int], dict[str, int]]:
+    """Places by held-out source, the indices of all of them, and by source how many of its rows can't be read."""
     places: dict[str, list[str]] = {}
     indices: set[int] = set()
+    unread: dict[str, int] = {}
     questions = [row.question for row in rows]
     for other in held_out:
-        found = overlap(questions, [row.question for row in read_rows(other, HELD_OUT_SPLITS).rows])
+        there, problems = _held_out_questions(other)
+        if not there:  # to compare with nothing would say that all is well
+            raise DataError(
+                f"{other.path}: {problems[0] if problems else 'it is empty'}: no row of these held-out data can be "
+                "compared. Prepare them first, with their fields, and name what that wrote; or name preset:NAME"
+            )
+        found = overlap(questions, there)
         places[other.path] = [f"{source.path}:{rows[i].number}" for i in found]
         indices |= set(found)
-    return places, indices
+        if problems:
+            unread[other.path] = len(problems)
+    return places, indices, unread
+
+
+def _held_out_questions(source: Source) -> tuple[list[str], list[str]]:
+    """The questions of held-out data, and what is wrong with the rows that have none. Their answers don't matter."""
+    questions, problems = [], []
+    for record in read_records(source, HELD_OUT_SPLITS):
+        try:
+            questions.append(_question_of(record, source.prompt_field))
+        except DataError as error:
+            problems.append(f"row {record.number}: {error}")
+    return questions, problems
+
+
+def _question_of(record: Record, field: str) -> str:
+    for name in (field, *_QUESTION_FIELDS):
+        with contextlib.suppress(DataError):
+            return parse_question(record, name)[-1]["content"]
+    return parse_question(record, field)[-1]["content"]
 
 
 def _reason(problem: str) -> str:

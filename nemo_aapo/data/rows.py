@@ -82,14 +82,24 @@ def parse_row(record: Record, source: Source) -> Row:
     Raises:
         DataError: what is wrong with it, without saying where it stands.
     """
+    *before, question = parse_question(record, source.prompt_field)
+    value = record.value
+    answer = _text(_find(value, source.answer_field, "answer"), source.answer_field, "answer")
+    return Row(record.number, question["content"], gold_answer(answer, source.answer_form), tuple(before))
+
+
+def parse_question(record: Record, field: str) -> list[dict[str, str]]:
+    """The chat messages of one row, the question last.
+
+    Raises:
+        DataError: what is wrong with it, without saying where it stands.
+    """
     if record.problem:
         raise DataError(record.problem)
     value = record.value
-    if not isinstance(value, dict) and not (isinstance(value, list) and source.prompt_field.split(".")[0].isdigit()):
+    if not isinstance(value, dict) and not (isinstance(value, list) and field.split(".")[0].isdigit()):
         raise DataError(f"not a JSON object but {shorten(value)}")
-    *before, question = _messages(_find(value, source.prompt_field, "prompt"), source.prompt_field)
-    answer = _text(_find(value, source.answer_field, "answer"), source.answer_field, "answer")
-    return Row(record.number, question["content"], gold_answer(answer, source.answer_form), tuple(before))
+    return _messages(_find(value, field, "prompt"), field)
 
 
 def gold_answer(answer: str, form: AnswerForm = "auto") -> str:
@@ -164,7 +174,7 @@ def _find(record: Any, path: str, what: str) -> Any:
     if found is MISSING:
         names = list(record) if isinstance(record, dict) else [str(i) for i in range(len(record))]
         names = [str(name)[:80] for name in names]
-        near = difflib.get_close_matches(path, names, n=1)
+        near = difflib.get_close_matches(path, names, n=1, cutoff=0.8)  # "solution" is not what "question" meant
         hint = f'did you mean "{near[0]}"?' if near else f"there is {', '.join(map(repr, names)) or 'nothing'}"
         raise DataError(f'no {what}: the key "{path}" is missing; {hint[:500]} (set data.{what}_field)')
     return found

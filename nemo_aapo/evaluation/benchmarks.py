@@ -177,8 +177,9 @@ def _gsm8k(row: Row) -> tuple[str, str, str | None, str | None]:
 
 def _own(fields: EvaluationFields) -> Callable[[Row], tuple[str, str, str | None, str | None]]:
     def parse(row: Row) -> tuple[str, str, str | None, str | None]:
-        if fields.answer not in row:
-            raise DataError(_missing(row, (fields.answer,)))
+        for setting, name in (("question", fields.question), ("answer", fields.answer)):
+            if name not in row:
+                raise DataError(f"{_missing(row, (name,))} (set fields.{setting})")
         answer = _gold(row[fields.answer])
         if not answer:
             raise DataError(f'no answer in "{fields.answer}"')

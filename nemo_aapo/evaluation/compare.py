@@ -72,7 +72,10 @@ def compare(a: Path, b: Path, benchmarks: Sequence[str] | None = None) -> tuple[
 
 
 def _benchmark(name: str, a: Path, b: Path) -> tuple[Comparison, tuple[np.ndarray, np.ndarray]]:
-    tables = [judged(Records(directory, name).read()) for directory in (a, b)]
+    kept = [Records(directory, name).read() for directory in (a, b)]
+    if not all(kept):  # interrupted in the first line
+        raise ConfigError(f"{name}: {b if kept[0] else a} has no whole completion yet; let it go on")
+    tables = [judged(records) for records in kept]
     there = [set(table.problems) for table in tables]
     common = [problem for problem in tables[0].problems if problem in there[1]]
     if not common:

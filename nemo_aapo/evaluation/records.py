@@ -64,7 +64,7 @@ class Records:
         if not self.path.exists():
             return {}
         found: dict[tuple[str, int], Record] = {}
-        *lines, _ = self.path.read_text(encoding="utf-8").split("\n")  # the last is empty, or cut off before its end
+        *lines, _ = self.path.read_bytes().split(b"\n")  # the last is empty, or cut off, perhaps within a character
         for number, line in enumerate(lines, start=1):
             try:
                 record = Record(**json.loads(line))

@@ -13,7 +13,7 @@ _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:/\d+)?")
 _LAST_NUMBER = re.compile(r"(?<![\w.])-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+)?")
 _FRACTION = re.compile(r"\\[dt]?frac\{(-?\d+)\}\{(\d+)\}")
 _WORDS = re.compile(r"\\(?:text|mathrm|mbox)\{([^{}]*)\}")
-_DECORATION = re.compile(r"\\left|\\right|\\[!,;: ]|\^\\circ|\^\{\\circ\}|[\s$~]|\\%")
+_DECORATION = re.compile(r"\\left|\\right|\\[!,;: ]|\^\\circ|\^\{\\circ\}|[\s~]|\\?[$%]")
 _MOST_DIGITS = 30
 
 

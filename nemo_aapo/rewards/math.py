@@ -23,6 +23,11 @@ from nemo_aapo.types import Completion, Prompt
 _BEFORE_BOX = 500
 _AFTER_BOX = 2000
 _UNBOXED_TAIL = 1000
+_DOLLAR = re.compile(r"(?<!\\)\$")  # around mathematics; \$5 is an amount
+# Left out of both answers, as MATH's own comparison does: 12\% is 12. math-verify takes \boxed{12\%} for a mere text.
+_PERCENT = re.compile(r"\\?%")
+# 4.5e33 and 3e-12, as Minerva's answers are written; 2e-3 may as well be 2e less 3, and stays what LaTeX makes of it.
+_SCIENTIFIC = re.compile(r"(?<![\w.\\])(\d+\.\d+[eE][-+]?\d+|\d+[eE][-+]?\d{2,})(?![\w.])")
 _BRACES = re.compile(r"\\.|[{}]")  # an escaped brace is a character of a set, such as \{1, 2\}
 
 
@@ -48,7 +53,7 @@ class Accuracy(Reward):
     def check_answer(self, answer: str) -> None:
         """Raise ValueError unless a completion that boxes the gold answer itself would be judged right."""
         _parse_gold(answer)
-        boxed = answer if "\\boxed" in answer else f"\\boxed{{{answer.strip('$ ')}}}"
+        boxed = answer if "\\boxed" in answer else f"\\boxed{{{_DOLLAR.sub('', answer)}}}"
         if not _is_correct(answer, boxed):
             raise ValueError(f"math-verify doesn't judge {boxed!r} to be equal to it")
 
@@ -70,10 +75,21 @@ def _answer_window(text: str) -> str:
     """The part of a completion that holds its answer: up to the end of the last box, or the last characters."""
     box = text.rfind("\\boxed")
     if box >= 0:
-        return text[max(0, box - _BEFORE_BOX) : box] + _up_to_closing_brace(text[box : box + _AFTER_BOX])
+        boxed = _up_to_closing_brace(text[box : box + _AFTER_BOX])
+        return text[max(0, box - _BEFORE_BOX) : box] + _as_latex(boxed)
     if len(text) <= _UNBOXED_TAIL:
         return text
     return text[-_UNBOXED_TAIL:].partition(" ")[2]  # from a space on, so that no number is cut in two
+
+
+def _as_latex(answer: str) -> str:
+    """What math-verify's LaTeX parser misreads, as it reads it."""
+    return _SCIENTIFIC.sub(_power_of_ten, _PERCENT.sub("", answer))
+
+
+def _power_of_ten(number: re.Match[str]) -> str:
+    digits, _, exponent = number[0].lower().partition("e")
+    return f"{digits} \\times 10^{{{exponent.removeprefix('+')}}}"
 
 
 def _up_to_closing_brace(text: str) -> str:
@@ -89,7 +105,8 @@ def _up_to_closing_brace(text: str) -> str:
 @functools.lru_cache(maxsize=4096)
 def _parse_gold(answer: str) -> list[Any]:
     """The gold answer parsed as LaTeX: bare ``(3, \\pi)`` would otherwise be taken for a text that holds a 3."""
-    parsed = _math_verify().parse(answer if "$" in answer or "\\boxed" in answer else f"${answer}$")
+    bare = _as_latex(answer)
+    parsed = _math_verify().parse(bare if "\\boxed" in bare or _DOLLAR.search(bare) else f"${bare}$")
     if all(isinstance(p, str) for p in parsed):
         raise ValueError("math-verify can't parse it as mathematics")
     return parsed

@@ -34,6 +34,8 @@ class Study:
     def __post_init__(self) -> None:
         if len(set(self.algorithms)) != len(self.algorithms) or len(set(self.seeds)) != len(self.seeds):
             raise ConfigError(f"algorithms {self.algorithms}, seeds {self.seeds}: each only once")
+        if self.steps < 1:
+            raise ConfigError(f"steps {self.steps}: at least one")
         if len(self.seeds) < 2:
             raise ConfigError(f"seeds {self.seeds}: an interval needs at least two")
 
