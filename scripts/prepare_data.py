@@ -16,9 +16,9 @@ from typing import Any
 from nemo_aapo.command_line import config_directory
 from nemo_aapo.config import ConfigError
 from nemo_aapo.config.sources import GYM, Source
+from nemo_aapo.entry import FAILED, INTERRUPTED, REFUSED
 from nemo_aapo.errors import RunError
 
-FAILED, REFUSED = 1, 2
 _FIELDS_OF_FILES = ("prompt_field", "answer_field", "answer_form", "subset", "split")
 _SETTINGS_OF_TASKS = ("size", "seed", "parameters")
 
@@ -30,6 +30,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ConfigError, RunError, OSError) as error:
         print(error, file=sys.stderr)
         return REFUSED
+    except KeyboardInterrupt:
+        print(f"stopped: {arguments.output} was not written", file=sys.stderr)
+        return INTERRUPTED
 
 
 def read_arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -8,6 +8,7 @@ before; settings of conf/train_aapo.yaml given as KEY=VALUE apply to all runs.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from nemo_aapo.entry import exit_code
@@ -35,7 +36,11 @@ def main() -> int:
 def compare(words: argparse.Namespace) -> int:
     """Make the runs, then sum them up."""
     study = Study(words.out, words.algorithms, words.seeds, words.steps, tuple(words.settings))
-    run_all(study, lambda text: print(text, flush=True))
+    try:
+        run_all(study, lambda text: print(text, flush=True))
+    except KeyboardInterrupt:
+        print(f"{words.out}: stopped; the same command goes on from there", file=sys.stderr)
+        raise
     runs = analysis.read_runs(study)
     tables = analysis.tables(runs)
     write_atomic(study.directory / TABLES, tables)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -116,6 +117,19 @@ def test_a_preset_keeps_its_subset_for_the_published_name_and_not_for_a_copy():
     assert (named.subset, named.split) == ("main", "train")
     copy = preset_source(page, "train", {"path": "copy.jsonl"})
     assert (copy.subset, copy.split, copy.answer_field) == (None, None, "answer")
+
+
+def test_ctrl_c_is_one_message_and_no_traceback(tmp_path, monkeypatch, capsys):
+    namespace = runpy.run_path(str(ROOT / "scripts" / "prepare_data.py"))
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nemo_aapo.data.prepare.prepare", interrupted)
+    (tmp_path / "in.jsonl").touch()
+    words = [str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl"), "--reward", "none"]
+    assert namespace["main"](words) == 130
+    assert capsys.readouterr().err == f"stopped: {tmp_path}/out.jsonl was not written\n"
 
 
 def test_rows_are_written_in_the_order_of_the_source_the_first_of_each(tmp_path):
