@@ -29,6 +29,8 @@ _NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 def check_run_directory(config: Config) -> None:
     """Refuse a run directory that holds a run with another configuration. Reads one small file, writes nothing.
 
+    A start that was refused, for its data say, leaves nothing to protect: the mended configuration may go on there.
+
     Raises:
         ConfigError: the settings that differ, and what to do.
     """
@@ -38,7 +40,7 @@ def check_run_directory(config: Config) -> None:
     record = read_record(directory)
     # what is left to the machine is not decided yet where this is asked early: either answer will do
     answers = [config, *(with_machine_defaults(config, on_gpu=on_gpu) for on_gpu in (False, True))]
-    if record is None or record["digest"] in map(digest, answers):
+    if record is None or not _has_begun(directory) or record["digest"] in map(digest, answers):
         return
     there = _flat(record["settings"])
     now, different = min((_differences(there, answer) for answer in answers), key=lambda found: len(found[1]))
@@ -83,12 +85,14 @@ def claim(config: Config, tree: dict[str, Any], world_size: int) -> tuple[TextIO
     except ConfigError:
         lock.close()
         raise
-    record = read_record(directory) or {
-        "id": uuid.uuid4().hex[:8],
-        "digest": digest(config),
-        "settings": decisive_settings(config),
-        "starts": [],
-    }
+    record = read_record(directory)
+    if record is None or record["digest"] != digest(config):  # nothing came of that one, or the check had refused
+        record = {
+            "id": uuid.uuid4().hex[:8],
+            "digest": digest(config),
+            "settings": decisive_settings(config),
+            "starts": [],
+        }
     record["starts"].append(_this_start(world_size))
     write_atomic(directory / RECORD, to_json(record) + "\n")
     write_atomic(directory / "config.yaml", yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
@@ -111,6 +115,16 @@ def read_record(directory: Path) -> dict[str, Any] | None:
     except ValueError as error:
         raise ConfigError(f"{path}: damaged ({error}). Name another run.dir, or remove {directory}") from None
     return record
+
+
+def _has_begun(directory: Path) -> bool:
+    """Whether a run has left metrics, a checkpoint or reference rewards there."""
+    metrics, checkpoints = directory / "metrics.jsonl", directory / "checkpoints"
+    return (
+        (metrics.exists() and metrics.stat().st_size > 0)
+        or (checkpoints.is_dir() and any(checkpoints.iterdir()))
+        or (directory / "reference_rewards.sqlite").exists()
+    )
 
 
 def lock_directory(directory: Path, named: str) -> TextIO:

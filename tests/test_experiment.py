@@ -192,6 +192,7 @@ def test_the_directory_says_what_ran_in_it(settings):
 def test_a_run_goes_on_with_what_the_machine_decided_at_its_first_start(settings, on_gpu):
     config, tree = settings
     claim(with_machine_defaults(config, on_gpu=on_gpu), tree, 1)[0].close()
+    (Path(config.run.dir) / "metrics.jsonl").write_text('{"step": 0}\n')
     check_run_directory(config)  # before the machine is asked
     with pytest.raises(ConfigError, match=r'precision\.name: "\w+" there, "(fp32|bf16)" now'):
         check_run_directory(changed(tree, precision={"name": "fp32" if on_gpu else "bf16"})[0])
@@ -200,6 +201,7 @@ def test_a_run_goes_on_with_what_the_machine_decided_at_its_first_start(settings
 def test_another_configuration_is_refused_with_the_keys_that_differ_and_a_remedy(settings):
     config, tree = settings
     claim(config, tree, 1)[0].close()
+    (Path(config.run.dir) / "metrics.jsonl").write_text('{"step": 0}\n')
     before = {path: path.read_bytes() for path in Path(config.run.dir).iterdir()}
     same = changed(tree, trainer={"devices": 4, "max_steps": 7}, checkpoint={"keep_last": 9})
     check_run_directory(same[0])
@@ -214,6 +216,21 @@ def test_another_configuration_is_refused_with_the_keys_that_differ_and_a_remedy
         assert "run.name=NAME" in said
     assert {path: path.read_bytes() for path in Path(config.run.dir).iterdir()} == before
     opened(settings).close()  # the refusal gave the lock back
+
+
+def test_a_start_that_nothing_came_of_does_not_keep_its_directory(settings):
+    """A run refused for its data is mended and started again under its name."""
+    config, tree = settings
+    claim(config, tree, 1)[0].close()
+    mended, mended_tree = changed(tree, data={"system_prompt": "Think."})
+    check_run_directory(mended)
+    claim(mended, mended_tree, 1)[0].close()
+    record = json.loads((Path(config.run.dir) / "run.json").read_text())
+    assert record["settings"]["data"]["system_prompt"] == "Think."
+    assert len(record["starts"]) == 1
+    (Path(config.run.dir) / "checkpoints" / "step_000001").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="another configuration"):
+        check_run_directory(config)
 
 
 def test_a_directory_that_a_live_process_uses_is_refused_and_free_once_it_is_dead(settings):

@@ -94,6 +94,7 @@ def test_a_run_with_other_settings_is_not_taken_for_one_of_the_study(study):
     directory = study.run_directory("gpg", 2)
     directory.mkdir(parents=True)
     (directory / "run.json").write_text(json.dumps(record))
+    (directory / "metrics.jsonl").write_text('{"step": 0}\n')
     with pytest.raises(ConfigError, match="holds a run with another configuration"):
         run_all(study, print)
     assert not (study.directory / "calls").exists()

@@ -19,6 +19,9 @@ from nemo_aapo.libraries import importing
 from nemo_aapo.rewards.base import Reward
 from nemo_aapo.types import Completion, Prompt
 
+RULES = 2
+"""Rises when an answer comes to be judged otherwise by what stands here: stored reference rewards know it."""
+
 # The searched part of a completion: math-verify's patterns cost time that grows faster than the text.
 _BEFORE_BOX = 500
 _AFTER_BOX = 2000
@@ -58,8 +61,10 @@ class Accuracy(Reward):
             raise ValueError(f"math-verify doesn't judge {boxed!r} to be equal to it")
 
     def depends_on(self) -> dict[str, Any]:
-        """The versions of math-verify and of its LaTeX parser."""
-        return {name: importlib.metadata.version(name) for name in ("math-verify", "latex2sympy2_extended")}
+        """Our own rules, and the versions of math-verify and of its LaTeX parser."""
+        return {"rules": RULES} | {
+            name: importlib.metadata.version(name) for name in ("math-verify", "latex2sympy2_extended")
+        }
 
     def load(self) -> None:
         """Import math-verify (and sympy) and compile its patterns."""
