@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from nemo_aapo.errors import RunError
 from nemo_aapo.files import write_atomic
+
+ROOT = Path(__file__).resolve().parents[1]
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
@@ -74,16 +78,45 @@ def rewards(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"speeds": [asdict(row) for row in speeds], "hostile": [asdict(row) for row in costs]}
 
 
+def peers(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Training steps beside TRL's, 20 minutes on two quiet cores; needs scripts/peers.sh. Writes docs/benchmarks.md."""
+    from nemo_aapo.benchmarks.peers import compare, picture, plan, report
+    from nemo_aapo.libraries import quiet
+
+    quiet()
+    folder = Path("results") / ("peers_quick" if arguments.quick else "peers")
+    before = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory(prefix="aapo_benchmark_") as place:
+        for found in compare.measure(
+            plan.QUICK if arguments.quick else plan.Plan(), Path(place), lambda text: print(text, flush=True)
+        ):
+            tables = report.tables(found, (before, os.getloadavg()[0]))
+            write_atomic(folder / "tables.md", tables)
+            write_atomic(folder / "figures.json", json.dumps(asdict(found), indent=1) + "\n")
+    drawn = picture.bars(report.ratios(found))
+    write_atomic(folder / "ratios.svg", drawn)
+    print(f"\n{tables}", flush=True)
+    if not arguments.quick:
+        page = ROOT / "docs" / "benchmarks.md"
+        write_atomic(page, report.put_between_marks(page.read_text(), tables, page))
+        write_atomic(ROOT / "docs" / "images" / "peers.svg", drawn)
+    return asdict(found)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="WHAT")
-    for run in (rollout, gpu, rewards):
+    for run in (rollout, gpu, rewards, peers):
         command = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
         command.set_defaults(run=run)
         command.add_argument("--quick", action="store_true", help="tiny sizes: shows that it works, measures nothing")
         command.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
     arguments = parser.parse_args()
-    figures = arguments.run(arguments)
+    try:
+        figures = arguments.run(arguments)
+    except RunError as error:
+        print(error, file=sys.stderr)
+        return 1
     if arguments.json:
         write_atomic(arguments.json, json.dumps(figures, indent=1) + "\n")
     return 0

@@ -97,6 +97,18 @@ def _tick(span: float) -> float:
 
 def _axes(panel: Panel, what: str) -> str:
     """Grid, numbers, and what the axes mean."""
+    parts = [grid(panel, what)]
+    for part in range(6):
+        x, y = panel.at(panel.last * part / 5, panel.low)
+        parts.append(f'<line x1="{x:.1f}" y1="{y:.1f}" x2="{x:.1f}" y2="{y + 5:.1f}" stroke="#222"/>')
+        parts.append(f'<text x="{x:.1f}" y="{y + 20:.1f}" text-anchor="middle">{panel.last * part / 5:g}</text>')
+    x, y = panel.at(panel.last / 2, panel.low)
+    parts.append(f'<text x="{x:.1f}" y="{y + 42:.1f}" text-anchor="middle">training step</text>')
+    return "\n".join(parts)
+
+
+def grid(panel: Panel, what: str) -> str:
+    """The vertical axis: lines, numbers, and what it means."""
     parts = []
     digits = max(1, -math.floor(math.log10(panel.tick)))
     for i in range(round((panel.high - panel.low) / panel.tick) + 1):
@@ -105,12 +117,6 @@ def _axes(panel: Panel, what: str) -> str:
         colour = "#888" if abs(value) < panel.tick / 2 else "#ddd"
         parts.append(f'<line x1="{x:.1f}" y1="{y:.1f}" x2="{panel.right}" y2="{y:.1f}" stroke="{colour}"/>')
         parts.append(f'<text x="{x - 8:.1f}" y="{y + 4:.1f}" text-anchor="end">{value + 0.0:.{digits}f}</text>')
-    for part in range(6):
-        x, y = panel.at(panel.last * part / 5, panel.low)
-        parts.append(f'<line x1="{x:.1f}" y1="{y:.1f}" x2="{x:.1f}" y2="{y + 5:.1f}" stroke="#222"/>')
-        parts.append(f'<text x="{x:.1f}" y="{y + 20:.1f}" text-anchor="middle">{panel.last * part / 5:g}</text>')
-    x, y = panel.at(panel.last / 2, panel.low)
-    parts.append(f'<text x="{x:.1f}" y="{y + 42:.1f}" text-anchor="middle">training step</text>')
     x, y = panel.left - 50, (TOP + HEIGHT - BOTTOM) / 2
     parts.append(f'<text x="{x}" y="{y}" text-anchor="middle" transform="rotate(-90 {x} {y})">{what}</text>')
     return "\n".join(parts)
