@@ -155,7 +155,7 @@ def _measure_memory(plan: Plan, place: Path, found: Found) -> None:
     """Two steps each at the large vocabulary: the second has the optimizer's state from the first."""
     make_checkpoint(plan.large_vocabulary, plan, "fixed", place / "model")
     for name in ("ours", "trl"):  # one at a time: they are large
-        with _contestants(plan, place, (name,)) as workers:
+        with _contestants(plan, place, (name,), record=False) as workers:
             workers[name].wait()
             workers[name].step(1)
             workers[name].step(1)
@@ -167,8 +167,12 @@ def _peaks(model: Model, lengths: Lengths, workers: dict[str, Worker]) -> list[M
 
 
 @contextlib.contextmanager
-def _contestants(plan: Plan, place: Path, names: tuple[str, ...]) -> Iterator[dict[str, Worker]]:
-    """Their processes, starting up; all are ended on the way out."""
+def _contestants(plan: Plan, place: Path, names: tuple[str, ...], record: bool = True) -> Iterator[dict[str, Worker]]:
+    """Their processes, starting up; all are ended on the way out.
+
+    Args:
+        record: have TRL write down its first step, for ``_agree``; that takes memory of its own.
+    """
     sizes = ("prompts_per_step", "group_size", "prompt_tokens", "new_tokens")
     numbers = {key: value for key, value in asdict(plan).items() if key in sizes}
     with contextlib.ExitStack() as stack:
@@ -178,7 +182,7 @@ def _contestants(plan: Plan, place: Path, names: tuple[str, ...]) -> Iterator[di
             module = "our_side" if name in OURS else "trl_side"
             spec: dict[str, Any] = {"name": name, "plan": numbers, "model": str(place / "model")}
             spec["folder"] = str(place / name)
-            spec["record"] = str(place / "recorded.json") if name == "trl" else None
+            spec["record"] = str(place / "recorded.json") if record and name == "trl" else None
             worker = Worker(name, f"nemo_aapo.benchmarks.peers.{module}", spec, place, _environment(plan, module))
             stack.callback(worker.close)
             workers[name] = worker

@@ -71,7 +71,9 @@ class Worker:
             part = os.read(self._process.stdout.fileno(), 1 << 16) if ready else b""
             if not part:
                 why = "ended" if ready else f"said nothing for {ANSWER_TIMEOUT_S:.0f} s"
-                raise RunError(f"{self.name} {why}; the end of its output:\n{self._log.read_text()[-SHOWN_CHARACTERS:]}")
+                raise RunError(
+                    f"{self.name} {why}; the end of its output:\n{self._log.read_text()[-SHOWN_CHARACTERS:]}"
+                )
             line += part
         return json.loads(line)
 

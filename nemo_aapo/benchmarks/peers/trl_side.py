@@ -96,14 +96,14 @@ def completions_of(output: dict[str, Any]) -> list[list[int]]:
 
 @torch.no_grad()
 def recorded(model: Any, output: dict[str, Any]) -> dict[str, Any]:
-    """Prompts, completions, and the log-probs that transformers has for them."""
-    ids = torch.cat([output["prompt_ids"], output["completion_ids"]], 1)
-    mask = torch.cat([output["prompt_mask"], output["completion_mask"]], 1)
-    start = output["prompt_ids"].shape[1]
-    logits = model(input_ids=ids, attention_mask=mask).logits[:, start - 1 : -1]
-    logprobs = logits.log_softmax(-1).gather(-1, ids[:, start:, None])[..., 0]
-    kept = [row[m.bool()].tolist() for row, m in zip(logprobs, output["completion_mask"], strict=True)]
-    return {"prompts": output["prompt_ids"].tolist(), "completions": completions_of(output), "logprobs": kept}
+    """Prompts, completions, and the log-probs that transformers has for them: one by one, which takes no memory."""
+    prompts = [ids[mask.bool()] for ids, mask in zip(output["prompt_ids"], output["prompt_mask"], strict=True)]
+    completions, logprobs = completions_of(output), []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        drawn = torch.tensor(completion)
+        logits = model(input_ids=torch.cat([prompt, drawn])[None]).logits[0, len(prompt) - 1 : -1]
+        logprobs.append(logits.log_softmax(-1).gather(-1, drawn[:, None])[:, 0].tolist())
+    return {"prompts": [prompt.tolist() for prompt in prompts], "completions": completions, "logprobs": logprobs}
 
 
 class OnOrder(TrainerCallback):
