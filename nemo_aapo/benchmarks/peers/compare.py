@@ -12,7 +12,7 @@ from typing import Any
 
 from nemo_aapo.benchmarks.peers.checkpoint import make_checkpoint
 from nemo_aapo.benchmarks.peers.orders import Step, Worker
-from nemo_aapo.benchmarks.peers.plan import CONTESTANTS, LABELS, OURS, Lengths, Model, Plan
+from nemo_aapo.benchmarks.peers.plan import CONTESTANTS, OURS, Lengths, Model, Plan
 from nemo_aapo.errors import RunError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -178,7 +178,6 @@ def _contestants(plan: Plan, place: Path, names: tuple[str, ...], record: bool =
     with contextlib.ExitStack() as stack:
         workers = {}
         for name in names:
-            assert name in LABELS
             module = "our_side" if name in OURS else "trl_side"
             spec: dict[str, Any] = {"name": name, "plan": numbers, "model": str(place / "model")}
             spec["folder"] = str(place / name)

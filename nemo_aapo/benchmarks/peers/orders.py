@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -79,11 +80,9 @@ class Worker:
 
     def ask(self, do: str, **order: Any) -> dict[str, Any]:
         """Give an order and wait for the answer."""
-        try:
+        with contextlib.suppress(BrokenPipeError):  # ``wait`` says how it ended
             self._process.stdin.write(json.dumps({"do": do, **order}).encode() + b"\n")
             self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # ``wait`` says how it ended
         return self.wait()
 
     def step(self, threads: int) -> Step:
@@ -92,7 +91,8 @@ class Worker:
 
     def close(self) -> None:
         """End it, by force if it does not go by itself. Idempotent."""
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
         try:
             self._process.wait(END_TIMEOUT_S)
         except subprocess.TimeoutExpired:

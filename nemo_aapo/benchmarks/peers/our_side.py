@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +122,6 @@ def main(path: str) -> None:
     orders = Orders()
     spec = json.loads(Path(path).read_text())
     plan = settings.Plan(**spec["plan"])
-
-    import time
 
     import torch
 
