@@ -118,38 +118,49 @@ def take_step(trainer: Any, reporter: LastStep, lengths: list[int], orders: Orde
     )
 
 
-def main(path: str) -> None:
-    orders = Orders()
-    spec = json.loads(Path(path).read_text())
-    plan = settings.Plan(**spec["plan"])
-
-    import torch
-
+def build(spec: dict[str, Any], reporter: LastStep, stack: contextlib.ExitStack) -> Any:
+    """The trainer of a contestant."""
     from nemo_aapo.assemble import build_trainer, initialize
     from nemo_aapo.entry import load_config
-    from nemo_aapo.libraries import quiet
     from nemo_aapo.policy import precision
     from nemo_aapo.rewards.runner import RewardRunner
 
+    words = overrides(spec["name"], settings.Plan(**spec["plan"]), Path(spec["model"]), Path(spec["folder"]))
+    config = precision.decide(load_config(words))
+    initialize(config)
+    rewards = RewardRunner([(CoinToss(), 1.0)], workers=0, timeout_s=10.0)
+    return build_trainer(config, reporter=reporter, stack=stack, rewards=rewards)
+
+
+def count_tokens(engine: Any, lengths: list[int]) -> None:
+    """From now on the engine writes down the lengths of what it draws while there are none in the list.
+
+    The policy's completions come first in a step, the reference's after them.
+    """
+    generate = engine.generate
+
+    def counted(*arguments: Any) -> list[list[Completion]]:
+        drawn = generate(*arguments)
+        if not lengths:
+            lengths.extend(len(completion.token_ids) for row in drawn for completion in row)
+        return drawn
+
+    engine.generate = counted
+
+
+def main(path: str) -> None:
+    orders = Orders()
+
+    import torch
+
+    from nemo_aapo.libraries import quiet
+
     quiet()
     torch.set_num_threads(1)
-    config = precision.decide(load_config(overrides(spec["name"], plan, Path(spec["model"]), Path(spec["folder"]))))
-    initialize(config)
-    reporter = LastStep()
+    reporter, lengths = LastStep(), []
     with contextlib.ExitStack() as stack:
-        rewards = RewardRunner([(CoinToss(), 1.0)], workers=0, timeout_s=10.0)
-        trainer = build_trainer(config, reporter=reporter, stack=stack, rewards=rewards)
-        lengths: list[int] = []
-        engine = trainer.rollouts.collector.engine
-        generate = engine.generate
-
-        def counted(*arguments: Any) -> list[list[Completion]]:
-            drawn = generate(*arguments)
-            if not lengths:  # the policy's come first, the reference's after them
-                lengths.extend(len(completion.token_ids) for row in drawn for completion in row)
-            return drawn
-
-        engine.generate = counted
+        trainer = build(json.loads(Path(path).read_text()), reporter, stack)
+        count_tokens(trainer.rollouts.collector.engine, lengths)
         began = time.process_time()
         trainer.rollouts.fill_reference(0, lambda done, total: None, lambda: False)
         orders.answer(fill_cpu=time.process_time() - began)
