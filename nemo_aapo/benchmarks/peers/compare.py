@@ -112,9 +112,6 @@ def measure(plan: Plan, folder: Path, say: Callable[[str], None]) -> Iterator[Fo
         RunError: no TRL, a contestant that failed, or sides that do not agree.
     """
     found = Found(trl_version(), plan.large_vocabulary.name)
-    say(f"memory, {plan.large_vocabulary.name}")
-    _measure_memory(plan, folder / "memory", found)
-    yield found
     for model in plan.models:
         for lengths in plan.lengths:
             place = folder / model.name / lengths
@@ -124,8 +121,11 @@ def measure(plan: Plan, folder: Path, say: Callable[[str], None]) -> Iterator[Fo
                 for threads in plan.threads:
                     say(f"{model.name}, {lengths} lengths, {threads} {'thread' if threads == 1 else 'threads'}")
                     found.cells += _in_turns(plan, model, lengths, threads, workers)
+                    yield found
                 found.memory += _peaks(model, lengths, workers)
-            yield found
+    say(f"memory, {plan.large_vocabulary.name}")
+    _measure_memory(plan, folder / "memory", found)
+    yield found
 
 
 def _in_turns(plan: Plan, model: Model, lengths: Lengths, threads: int, workers: dict[str, Worker]) -> list[Cell]:
