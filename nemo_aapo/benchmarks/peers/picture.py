@@ -52,10 +52,12 @@ def bars(ratios: Sequence[Ratio]) -> str:
 def _bar(panel: Panel, ratio: Ratio, start: float, width: float, colour: str) -> str:
     (left, top), (right, bottom) = panel.at(start, ratio.cpu), panel.at(start + 0.9 * width, 0.0)
     middle = (left + right) / 2
+    number = middle + 4  # its left edge once it is turned
     _, low = panel.at(0, ratio.low)
     _, high = panel.at(0, ratio.high)
     return (
         f'<rect x="{left:.1f}" y="{top:.1f}" width="{right - left:.1f}" height="{bottom - top:.1f}" fill="{colour}"/>'
         f'<line x1="{middle:.1f}" y1="{low:.1f}" x2="{middle:.1f}" y2="{high:.1f}" stroke="#222"/>'
-        f'<text x="{middle:.1f}" y="{high - 4:.1f}" text-anchor="middle" font-size="10">{ratio.cpu:.2f}</text>'
+        f'<text x="{number:.1f}" y="{bottom - 8:.1f}" font-size="12" '
+        f'transform="rotate(-90 {number:.1f} {bottom - 8:.1f})">{ratio.cpu:.2f}</text>'
     )
