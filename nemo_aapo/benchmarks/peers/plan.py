@@ -94,13 +94,21 @@ class Plan:
 
     @property
     def sequences(self) -> int:
-        """Of a step: one micro-batch on both sides."""
+        """Of a step."""
         return self.prompts_per_step * self.group_size
 
     @property
     def tokens(self) -> int:
         """Prompt and completion tokens of a step, at the limit."""
         return self.sequences * (self.prompt_tokens + self.new_tokens)
+
+    @property
+    def tokens_per_microbatch(self) -> int:
+        """Ours. Sequences of like lengths share a micro-batch, so that little is padding.
+
+        TRL pads all of a step's completions to the longest before it cuts them up, so it takes them in one piece.
+        """
+        return max(self.tokens // 4, self.prompt_tokens + self.new_tokens)
 
     @property
     def data_prompts(self) -> int:
