@@ -79,7 +79,7 @@ def rewards(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def peers(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Training steps beside TRL's, a quarter of an hour on quiet cores; needs scripts/peers.sh; writes docs/benchmarks.md."""
+    """Training steps beside TRL's: a quarter of an hour. Needs scripts/peers.sh, writes docs/benchmarks.md."""
     from nemo_aapo.benchmarks.peers import compare, picture, plan, report
     from nemo_aapo.libraries import quiet
 
