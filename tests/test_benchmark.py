@@ -8,7 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from nemo_aapo.benchmarks.measure import Figure, Timing, in_turns, ratio
+from nemo_aapo.benchmarks.page import write_section
 from nemo_aapo.tables import plain
 
 ROOT = Path(__file__).parents[1]
@@ -76,3 +79,13 @@ def test_ratios_compare_turn_by_turn():
 def test_a_table_has_its_first_column_left_and_the_others_right():
     text = plain(("what", "n"), [("a", "1,000"), ("longer", "7")])
     assert text.splitlines() == ["what        n", "------  -----", "a       1,000", "longer      7"]
+
+
+def test_a_section_of_a_page_is_replaced_between_its_markers_and_nothing_else(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- one -->\nold\n<!-- /one -->\nb\n<!-- two -->\n<!-- /two -->\nc\n")
+    for _ in range(2):  # writing again changes nothing
+        write_section(page, "one", "new\n")
+        assert page.read_text() == "a\n<!-- one -->\n\nnew\n\n<!-- /one -->\nb\n<!-- two -->\n<!-- /two -->\nc\n"
+    with pytest.raises(ValueError, match=r"page.md: needs the lines <!-- three --> and <!-- /three -->"):
+        write_section(page, "three", "new")
