@@ -5,14 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from nemo_aapo.entry import FAILED, REFUSED
 from nemo_aapo.files import write_atomic
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
+GUARD_FILE = Path(__file__).resolve().parents[1] / "tests" / "guard.json"
 
 
 def rollout(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -74,13 +77,48 @@ def rewards(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"speeds": [asdict(row) for row in speeds], "hostile": [asdict(row) for row in costs]}
 
 
+def guard(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Operators, allocations and collectives of a training step against tests/guard.json; 1 if they have grown."""
+    os.environ |= {"KINETO_LOG_LEVEL": "6", "TORCH_CPP_LOG_LEVEL": "ERROR"}  # the profiler's notes of each step
+    from nemo_aapo.benchmarks import guard, ranks
+    from nemo_aapo.benchmarks.workload import Workload, make_input
+
+    try:
+        before = guard.read(GUARD_FILE)
+    except guard.GuardError as error:
+        if not arguments.update:
+            print(error, file=sys.stderr)
+            raise SystemExit(REFUSED) from error
+        before = None
+    now: guard.Counts = {}
+    with tempfile.TemporaryDirectory(prefix="aapo_benchmark_") as folder:
+        make_input(Workload(), Path(folder))
+        for name, layout in guard.LAYOUTS.items():
+            print(f"counting a step of {name}", file=sys.stderr, flush=True)
+            now |= guard.figures(name, ranks.run(guard.count, folder, layout, **layout))
+    rows = guard.compare(before or now, now)
+    print(guard.report(rows))
+    if arguments.update:
+        guard.write(GUARD_FILE, now)
+        print(f"\nwrote {GUARD_FILE}: commit it with the change that explains it")
+    elif grown := [row for row in rows if row.grown]:
+        print(f"\n{guard.complaint(grown)}", file=sys.stderr)
+        raise SystemExit(FAILED)
+    return now
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="WHAT")
-    for run in (rollout, gpu, rewards):
+    for run in (rollout, gpu, rewards, guard):
         command = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
         command.set_defaults(run=run)
-        command.add_argument("--quick", action="store_true", help="tiny sizes: shows that it works, measures nothing")
+        if run is guard:
+            command.add_argument("--update", action="store_true", help="write the file anew instead of failing")
+        else:
+            command.add_argument(
+                "--quick", action="store_true", help="tiny sizes: shows that it works, measures nothing"
+            )
         command.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
     arguments = parser.parse_args()
     figures = arguments.run(arguments)
