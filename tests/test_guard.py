@@ -102,13 +102,13 @@ def test_growth_is_judged_by_what_it_costs(what, before, now, grown):
 
 def test_a_file_that_cannot_be_compared_with_is_refused_with_the_remedy(tmp_path):
     path = tmp_path / "guard.json"
-    with pytest.raises(guard.GuardError, match="FileNotFoundError.*--update"):
+    with pytest.raises(guard.GuardError, match=r"FileNotFoundError.*--update"):
         guard.read(path)
     path.write_text('{"counts": {}}')
     with pytest.raises(guard.GuardError, match="KeyError"):
         guard.read(path)
     path.write_text('{"versions": {"torch": "1.0"}, "counts": {}}')
-    with pytest.raises(guard.GuardError, match="counted with .*1.0.*here are"):
+    with pytest.raises(guard.GuardError, match=r"counted with .*1.0.*here are"):
         guard.read(path)
     guard.write(path, {"p": {"operators, calls": 3}})
     assert guard.read(path) == {"p": {"operators, calls": 3}}

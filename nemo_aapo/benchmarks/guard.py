@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from nemo_aapo.benchmarks import profile
-from nemo_aapo.benchmarks.measure import table
 from nemo_aapo.benchmarks.workload import Workload, make_trainer
 from nemo_aapo.errors import RunError
 from nemo_aapo.files import write_atomic
+from nemo_aapo.tables import plain
 
 LAYOUTS: dict[str, dict[str, int]] = {
     "1 rank": {"world": 1, "tp": 1},
@@ -45,7 +45,7 @@ Counts = dict[str, dict[str, int]]
 
 
 class GuardError(RunError):
-    """The file can't be compared with: missing, broken, or counted with other libraries."""
+    """A step does more than before; or the file can't be compared with: missing, broken, or of other libraries."""
 
 
 # ------------------------------------------------------------------ counting
@@ -167,7 +167,7 @@ def report(rows: Sequence[Row]) -> str:
         for row in rows
         if row.before or row.now
     ]
-    return table(("a training step's", "before", "now", "ratio", ""), lines)
+    return plain(("a training step's", "before", "now", "ratio", ""), lines)
 
 
 def complaint(grown: Sequence[Row]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -42,20 +43,39 @@ class Step:
 
 def profile_step(trainer: Any) -> Step:
     """Take a training step and count. Collective."""
+    with _marked(trainer):
+        events, _ = _trace(trainer)
+    return _count(events)
+
+
+def communication_share(trainer: Any) -> float:
+    """Take a training step; the share of its wall time in which a gloo operation was under way on this rank.
+
+    Collective. Waiting for a rank that comes later is part of it.
+    """
+    events, seconds = _trace(trainer)
+    spans = sorted((e["ts"], e["ts"] + e["dur"]) for e in events if e["name"].startswith("gloo:") and "dur" in e)
+    busy = end = 0.0
+    for start, stop in spans:  # microseconds; they may overlap
+        busy += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return busy / (1e6 * seconds)
+
+
+def _trace(trainer: Any) -> tuple[list[dict[str, Any]], float]:
+    """The events of a step's Chrome trace, and the step's seconds."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    with (
-        tempfile.TemporaryDirectory(prefix="aapo_trace_") as folder,
-        _marked(trainer),
-    ):
+    assert torch.get_num_threads() == 1, "other threads' work would be split by the number of cores"
+    with tempfile.TemporaryDirectory(prefix="aapo_trace_") as folder:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            began = time.perf_counter()
             trainer.train_step()
+            seconds = time.perf_counter() - began
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
-        trace = json.loads(path.read_text())
-    assert torch.get_num_threads() == 1, "other threads' work would be split by the number of cores"
-    return _count(trace["traceEvents"])
+        return json.loads(path.read_text())["traceEvents"], seconds
 
 
 # ------------------------------------------------------------------ marks

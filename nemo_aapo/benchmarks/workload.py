@@ -29,6 +29,8 @@ class Workload:
     new_tokens: int = 12
     """Of every completion: none ends early."""
     max_tokens_per_microbatch: int = 256
+    algorithm: str = "aapo"
+    """A choice of ``algorithm=``; with ``aapo``, the reference rewards of the first four steps are there."""
 
     @property
     def tokens(self) -> int:
@@ -92,7 +94,7 @@ def make_input(workload: Workload, folder: Path) -> None:
 def make_trainer(
     workload: Workload, folder: Path, stack: contextlib.ExitStack, world: int = 1, tp: int = 1, pp: int = 1
 ) -> Any:
-    """``AAPOTrainer`` on what ``make_input`` left; the reference rewards are there. Collective."""
+    """``AAPOTrainer`` on what ``make_input`` left; ready for its first step. Collective."""
     from nemo_aapo.assemble import build_trainer
     from nemo_aapo.entry import load_config
     from nemo_aapo.rewards.runner import RewardRunner
@@ -101,12 +103,13 @@ def make_trainer(
     config = load_config(
         [
             "experiment=quickstart",
+            f"algorithm={workload.algorithm}",
             f"run.dir={folder / f'run_{world}_{tp}_{pp}'}",
             f"model.path={folder / 'model'}",
             f"data.train={folder / 'train.jsonl'}",
             f"data.validation={folder / 'validation.jsonl'}",
             f"trainer.devices={world}",
-            "trainer.max_steps=4",  # so many steps' reference rewards are drawn
+            "trainer.max_steps=4",
             f"model.tensor_model_parallel_size={tp}",
             f"model.pipeline_model_parallel_size={pp}",
             f"prompts_per_step={workload.prompts_per_step}",
