@@ -112,15 +112,16 @@ def guard(arguments: argparse.Namespace) -> dict[str, Any]:
 def scaling(arguments: argparse.Namespace) -> dict[str, Any]:
     """How a step's cost grows; what layouts and a run's start cost; writes its part of docs/benchmarks.md."""
     os.environ |= PROFILER_QUIET
+    from nemo_aapo.libraries import quiet
+
+    quiet()
     import torch
 
     from nemo_aapo import parallel
     from nemo_aapo.benchmarks import scaling
     from nemo_aapo.benchmarks.page import write_section
-    from nemo_aapo.libraries import quiet
     from nemo_aapo.policy import cpu
 
-    quiet()
     torch.set_num_threads(1)
     cpu.install()
     plan = scaling.QUICK if arguments.quick else scaling.Plan()

@@ -125,8 +125,7 @@ def _marked(trainer: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        trainer.learner = learner
-        del trainer.rollouts.groups  # the method again
+        trainer.learner, trainer.rollouts.groups = learner, groups
         for hook in hooks:
             hook.remove()
 

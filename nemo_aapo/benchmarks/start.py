@@ -26,6 +26,8 @@ TARGET_S = 8.0
 """CPU seconds of one rank on a CPU."""
 SHOWN = 8
 """Packages with a line of their own."""
+DEADLINE_S = 300
+"""For each repeat."""
 ANSWER = "START "
 
 
@@ -49,7 +51,7 @@ def measure(settings: list[str], folder: Path, repeats: int) -> Start:
         folder: for a run directory of each repeat.
 
     Raises:
-        RunError: a run failed.
+        RunError: a run failed, or took too long.
     """
     found = [_run([*settings, f"run.dir={folder / str(i)}"]) for i in range(repeats)]
     found = found[1:] or found  # the first may have had to compile modules
@@ -70,7 +72,12 @@ def measure(settings: list[str], folder: Path, repeats: int) -> Start:
 def _run(settings: list[str]) -> dict[str, Any]:
     command = [sys.executable, "-W", "ignore", "-m", "nemo_aapo.benchmarks.start", *settings]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    done = subprocess.run(command, cwd=SCRIPT.parents[1], env=environment, capture_output=True, text=True, timeout=300)
+    try:
+        done = subprocess.run(
+            command, cwd=SCRIPT.parents[1], env=environment, capture_output=True, text=True, timeout=DEADLINE_S
+        )
+    except subprocess.TimeoutExpired as error:
+        raise RunError(f"{' '.join(command)}: no first step within {DEADLINE_S} s") from error
     answers = [line for line in done.stdout.splitlines() if line.startswith(ANSWER)]
     if done.returncode or not answers:
         raise RunError(f"{' '.join(command)}: exit code {done.returncode}: {done.stderr[-2000:]}")
