@@ -11,12 +11,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from nemo_aapo.entry import FAILED
 from nemo_aapo.errors import RunError
 from nemo_aapo.files import write_atomic
 
-ROOT = Path(__file__).resolve().parents[1]
-
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
+ROOT = Path(__file__).resolve().parents[1]
+GUARD_FILE, DOCS = ROOT / "tests" / "guard.json", ROOT / "docs"
+PROFILER_QUIET = {"KINETO_LOG_LEVEL": "6", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+"""Before torch is imported: no notes of when profiling begins and ends."""
 
 
 def rollout(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -80,6 +83,7 @@ def rewards(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def peers(arguments: argparse.Namespace) -> dict[str, Any]:
     """Training steps beside TRL's: a quarter of an hour. Needs scripts/peers.sh, writes docs/benchmarks.md."""
+    from nemo_aapo.benchmarks.page import write_section
     from nemo_aapo.benchmarks.peers import compare, picture, plan, report
     from nemo_aapo.libraries import quiet
 
@@ -97,26 +101,98 @@ def peers(arguments: argparse.Namespace) -> dict[str, Any]:
     write_atomic(folder / "ratios.svg", drawn)
     print(f"\n{tables}", flush=True)
     if not arguments.quick:
-        page = ROOT / "docs" / "benchmarks.md"
-        write_atomic(page, report.put_between_marks(page.read_text(), tables, page))
-        write_atomic(ROOT / "docs" / "images" / "peers.svg", drawn)
+        write_section(DOCS / "benchmarks.md", "peers", tables)
+        write_atomic(DOCS / "images" / "peers.svg", drawn)
     return asdict(found)
+
+
+def guard(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Operators, allocations and collectives of a training step against tests/guard.json; 1 if they have grown."""
+    os.environ |= PROFILER_QUIET
+    from nemo_aapo.benchmarks import guard, ranks
+    from nemo_aapo.benchmarks.workload import Workload, make_input
+
+    try:
+        before = guard.read(GUARD_FILE)
+    except guard.GuardError:
+        if not arguments.update:
+            raise
+        before = None
+    now: guard.Counts = {}
+    with tempfile.TemporaryDirectory(prefix="aapo_benchmark_") as folder:
+        make_input(Workload(), Path(folder))
+        for name, layout in guard.LAYOUTS.items():
+            print(f"counting a step of {name}", file=sys.stderr, flush=True)
+            now |= guard.figures(name, ranks.run(guard.count, folder, layout, **layout))
+    rows = guard.compare(before or now, now)
+    print(guard.report(rows))
+    if arguments.update:
+        guard.write(GUARD_FILE, now)
+        print(f"\nwrote {GUARD_FILE}: commit it with the change that explains it")
+    elif grown := [row for row in rows if row.grown]:
+        raise guard.GuardError(guard.complaint(grown))
+    return now
+
+
+def scaling(arguments: argparse.Namespace) -> dict[str, Any]:
+    """How a step's cost grows; what layouts and a run's start cost; writes its part of docs/benchmarks.md."""
+    os.environ |= PROFILER_QUIET
+    from nemo_aapo.libraries import quiet
+
+    quiet()
+    import torch
+
+    from nemo_aapo import parallel
+    from nemo_aapo.benchmarks import scaling
+    from nemo_aapo.benchmarks.page import write_section
+    from nemo_aapo.policy import cpu
+
+    torch.set_num_threads(1)
+    cpu.install()
+    plan = scaling.QUICK if arguments.quick else scaling.Plan()
+    with tempfile.TemporaryDirectory(prefix="aapo_benchmark_") as folder:
+        print("starting runs", file=sys.stderr, flush=True)
+        start = scaling.starting(plan, Path(folder) / "start")
+        print("growth of a step's cost", file=sys.stderr, flush=True)
+        parallel.initialize(tensor_model_parallel_size=1, pipeline_model_parallel_size=1, seed=0, timeout_s=600)
+        try:
+            rows = scaling.dimensions(plan, Path(folder))
+        finally:
+            parallel.shutdown()
+        print("layouts", file=sys.stderr, flush=True)
+        layouts = scaling.layouts(plan, Path(folder) / "layouts")
+    tables = scaling.report(rows, layouts, start)
+    print(f"{scaling.as_text(tables)}\n\n{scaling.load_line()}", flush=True)
+    if not arguments.quick:
+        write_section(DOCS / "benchmarks.md", "scaling", scaling.as_markdown(tables))
+        write_atomic(DOCS / "images" / "scaling.svg", scaling.picture(rows))
+    return {
+        "growth": [asdict(row) for row in rows],
+        "layouts": [asdict(row) for row in layouts],
+        "start": asdict(start),
+        "machine": scaling.load_line(),
+    }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="WHAT")
-    for run in (rollout, gpu, rewards, peers):
+    for run in (rollout, gpu, rewards, guard, scaling, peers):
         command = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
         command.set_defaults(run=run)
-        command.add_argument("--quick", action="store_true", help="tiny sizes: shows that it works, measures nothing")
+        if run is guard:
+            command.add_argument("--update", action="store_true", help="write the file anew instead of failing")
+        else:
+            command.add_argument(
+                "--quick", action="store_true", help="tiny sizes: shows that it works, measures nothing"
+            )
         command.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
     arguments = parser.parse_args()
     try:
         figures = arguments.run(arguments)
     except RunError as error:
         print(error, file=sys.stderr)
-        return 1
+        return FAILED
     if arguments.json:
         write_atomic(arguments.json, json.dumps(figures, indent=1) + "\n")
     return 0

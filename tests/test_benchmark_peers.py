@@ -95,15 +95,6 @@ def test_tables_of_what_was_measured_before_an_interruption_are_tables():
     assert "0.70 missed" in report.tables(part, (0.0, 0.0))
 
 
-def test_new_tables_take_the_place_of_the_old_and_leave_the_rest(tmp_path):
-    page = f"before\n\n{report.BEGIN}\nold\n{report.END}\nafter\n"
-    once = report.put_between_marks(page, "new\n", tmp_path)
-    assert once == f"before\n\n{report.BEGIN}\n\nnew\n\n{report.END}\nafter\n"
-    assert report.put_between_marks(once, "new\n", tmp_path) == once
-    with pytest.raises(RunError, match="put them where the tables are to stand"):
-        report.put_between_marks("no marks", "new", tmp_path)
-
-
 def test_the_picture_has_a_bar_for_each_ratio_and_a_line_for_each_target():
     ratios = report.ratios(found())
     tree = ElementTree.fromstring(picture.bars(ratios))

@@ -55,10 +55,14 @@ def learning_curves(runs: Mapping[str, Runs]) -> str:
         (f"{first} - {other}", colours[other], steps, _intervals(runs[first].sampled - runs[other].sampled))
         for other in others
     ]
-    parts = [_panel(curves, 64, 470 if others else WIDTH - 20, "accuracy on held-out prompts, sampled", upper=1.0)]
+    parts = [panel(curves, 64, 470 if others else WIDTH - 20, "accuracy on held-out prompts, sampled", upper=1.0)]
     if differences:
-        parts.append(_panel(differences, 566, WIDTH - 20, "difference, paired by seed"))
-    title = f"mean over {seeds} seeds and its 95 % interval"
+        parts.append(panel(differences, 566, WIDTH - 20, "difference, paired by seed"))
+    return svg(f"mean over {seeds} seeds and its 95 % interval", parts)
+
+
+def svg(title: str, parts: Sequence[str]) -> str:
+    """The picture's text, of its panels."""
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" style="{FONT}">\n'
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>\n'
@@ -73,20 +77,37 @@ def _intervals(values: np.ndarray) -> list[Interval]:
     return [Interval.of(column) for column in values.T]
 
 
-def _panel(lines: Sequence[Line], left: float, right: float, what: str, upper: float | None = None) -> str:
+def panel(
+    lines: Sequence[Line],
+    left: float,
+    right: float,
+    what: str,
+    upper: float | None = None,
+    over: str = "training step",
+    marks: int = 5,
+    legend: str = "bottom right",
+) -> str:
+    """Lines with their intervals between two places of the picture.
+
+    Args:
+        what, over: the axes' names.
+        upper: where the vertical axis ends; by default above the highest interval.
+        marks: parts that the horizontal axis is cut into.
+        legend: ``bottom right`` or ``top left``.
+    """
     last = lines[0][2][-1]
     low = min(i.mean - i.half for line in lines for i in line[3])
     high = upper if upper is not None else max(i.mean + i.half for line in lines for i in line[3])
     tick = _tick(high - low)
-    panel = Panel(left, right, last, math.floor(low / tick) * tick, math.ceil(high / tick) * tick, tick)
-    parts = [_axes(panel, what)]
-    parts += [_band(panel, line) for line in lines]
+    axes = Panel(left, right, last, math.floor(low / tick) * tick, math.ceil(high / tick) * tick, tick)
+    parts = [_axes(axes, what, over, marks)]
+    parts += [_band(axes, line) for line in lines]
     parts += [
-        f'<polyline points="{_points([panel.at(s, i.mean) for s, i in zip(steps, intervals, strict=True)])}" '
+        f'<polyline points="{_points([axes.at(s, i.mean) for s, i in zip(steps, intervals, strict=True)])}" '
         f'fill="none" stroke="{colour}" stroke-width="2"/>'
         for _, colour, steps, intervals in lines
     ]
-    return "\n".join([*parts, _legend(panel, lines)])
+    return "\n".join([*parts, _legend(axes, lines, legend)])
 
 
 def _tick(span: float) -> float:
@@ -95,15 +116,15 @@ def _tick(span: float) -> float:
     return next(power * factor for factor in (0.1, 0.2, 0.5, 1.0) if span / (power * factor) <= 10)
 
 
-def _axes(panel: Panel, what: str) -> str:
+def _axes(panel: Panel, what: str, over: str, marks: int) -> str:
     """Grid, numbers, and what the axes mean."""
     parts = [grid(panel, what)]
-    for part in range(6):
-        x, y = panel.at(panel.last * part / 5, panel.low)
+    for part in range(marks + 1):
+        x, y = panel.at(panel.last * part / marks, panel.low)
         parts.append(f'<line x1="{x:.1f}" y1="{y:.1f}" x2="{x:.1f}" y2="{y + 5:.1f}" stroke="#222"/>')
-        parts.append(f'<text x="{x:.1f}" y="{y + 20:.1f}" text-anchor="middle">{panel.last * part / 5:g}</text>')
+        parts.append(f'<text x="{x:.1f}" y="{y + 20:.1f}" text-anchor="middle">{panel.last * part / marks:g}</text>')
     x, y = panel.at(panel.last / 2, panel.low)
-    parts.append(f'<text x="{x:.1f}" y="{y + 42:.1f}" text-anchor="middle">training step</text>')
+    parts.append(f'<text x="{x:.1f}" y="{y + 42:.1f}" text-anchor="middle">{over}</text>')
     return "\n".join(parts)
 
 
@@ -129,10 +150,13 @@ def _band(panel: Panel, line: Line) -> str:
     return f'<polygon points="{_points([*upper, *lower[::-1]])}" fill="{colour}" fill-opacity="0.15"/>'
 
 
-def _legend(panel: Panel, lines: Sequence[Line]) -> str:
+def _legend(panel: Panel, lines: Sequence[Line], place: str) -> str:
     parts = []
     for i, (name, colour, _, _) in enumerate(lines):
-        x, y = panel.right - 130, HEIGHT - BOTTOM - 18 - 20 * (len(lines) - 1 - i)
+        if place == "top left":
+            x, y = panel.left + 24, TOP + 18 + 20 * i
+        else:
+            x, y = panel.right - 130, HEIGHT - BOTTOM - 18 - 20 * (len(lines) - 1 - i)
         parts.append(f'<line x1="{x}" y1="{y}" x2="{x + 24}" y2="{y}" stroke="{colour}" stroke-width="3"/>')
         parts.append(f'<text x="{x + 32}" y="{y + 4}">{escape(name)}</text>')
     return "\n".join(parts)

@@ -5,17 +5,14 @@ from __future__ import annotations
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 
 from nemo_aapo.benchmarks.measure import Figure
 from nemo_aapo.benchmarks.peers.compare import Cell, Found
 from nemo_aapo.benchmarks.peers.plan import COMPARISONS, LABELS, MEMORY_TARGET, Comparison
-from nemo_aapo.errors import RunError
 from nemo_aapo.evaluation.report import markdown
 
 PHASES = ("rollout", "score", "reference", "train", "refit")
-BEGIN, END = "<!-- written by scripts/benchmark.py peers -->", "<!-- end -->"
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,16 +168,3 @@ def _agreement_table(found: Found) -> str:
     ]
     header = ["model, lengths", "log-probs' mean difference", "loss, ours", "TRL's", "gradient norm, ours", "TRL's"]
     return markdown(header, rows)
-
-
-def put_between_marks(page: str, text: str, where: Path) -> str:
-    """The page with the tables in place of those that it had.
-
-    Raises:
-        RunError: the page lost its marks.
-    """
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise RunError(f"{where} has no lines {BEGIN!r} and {END!r}: put them where the tables are to stand")
-    return f"{before}{BEGIN}\n\n{text}\n{END}{after}"
