@@ -71,6 +71,7 @@ def test_nothing_heavy_is_imported_before_every_early_check_has_passed(given):
     run_dir = Path(given[3].removeprefix("run.dir="))
     run_dir.mkdir()
     (run_dir / "run.json").write_text(json.dumps({"id": "1", "digest": "?", "settings": {"seed": 1}, "starts": []}))
+    (run_dir / "metrics.jsonl").write_text('{"step": 0}\n')
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True)
     assert json.loads(done.stdout) == [2, []], done.stderr
     assert "seed: 1 there, 2 now" in done.stderr
