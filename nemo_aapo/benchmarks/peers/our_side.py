@@ -149,6 +149,7 @@ def count_tokens(engine: Any, lengths: list[int]) -> None:
 
 
 def main(path: str) -> None:
+    """One contestant: ours, step by step as the orders come in."""
     orders = Orders()
 
     import torch

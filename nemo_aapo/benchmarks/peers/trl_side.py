@@ -186,6 +186,7 @@ def build(spec: dict[str, Any], orders: Orders) -> MeasuredTrainer:
 
 
 def main(path: str) -> None:
+    """One contestant: TRL's, step by step as the orders come in."""
     orders = Orders()
     torch.set_num_threads(1)
     build(json.loads(Path(path).read_text()), orders).train()
