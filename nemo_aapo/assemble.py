@@ -178,6 +178,7 @@ def build_policy_and_learner(config: Config, shape: ModelShape, algorithm: Algor
         config.algorithm.updates_per_rollout,
         pad_multiple=pad_multiple(policy.config),
         packed=policy.config.model.sequence_packing,
+        share_prompts=policy.config.model.share_prompts,
     )
     return policy, learner
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_aapo.policy.batching import collate, pad_to, padding_fraction, plan, tokens_of
+from nemo_aapo.policy.batching import padding_fraction, plan, tokens_of
+from nemo_aapo.policy.microbatch import bundled, collate, length_of, pad_to, row_length_of
 from nemo_aapo.types import Sample
 
 
@@ -74,7 +75,7 @@ def test_positions_select_the_state_that_predicts_each_completion_token():
         Sample(np.array([5, 6, 7], np.int32), np.array([8, 9], np.int32), np.zeros(2, np.float32), 1.0),
         Sample(np.array([3], np.int32), np.array([4], np.int32), np.zeros(1, np.float32), -1.0),
     ]
-    batch = collate(samples, [0.5, 0.25], multiple=4, device=torch.device("cpu"))
+    batch = collate([(sample,) for sample in samples], [0.5, 0.25], multiple=4, device=torch.device("cpu"))
     assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 0, 0, 0], [3, 4, 0, 0, 0, 0, 0, 0]]
     states = torch.arange(8)[:, None] * 10 + torch.arange(2)  # [s, b]: ten times the position, plus the row
     assert states.flatten()[batch.positions].tolist() == [20, 30, 1]
@@ -88,7 +89,7 @@ def test_packed_sequences_stand_end_to_end_and_the_padding_is_one_of_its_own():
         Sample(np.array([5, 6, 7], np.int32), np.array([8, 9], np.int32), np.zeros(2, np.float32), 1.0),
         Sample(np.array([3], np.int32), np.array([4], np.int32), np.zeros(1, np.float32), -1.0),
     ]
-    batch = collate(samples, [0.5, 0.25], multiple=4, device=torch.device("cpu"), packed=True)
+    batch = collate([(sample,) for sample in samples], [0.5, 0.25], multiple=4, device=torch.device("cpu"), packed=True)
     assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 3, 4, 0]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 0]]
     assert batch.cu_seqlens.tolist() == [0, 5, 7, 8]
@@ -96,7 +97,7 @@ def test_packed_sequences_stand_end_to_end_and_the_padding_is_one_of_its_own():
     assert batch.longest == 5
     assert batch.positions.tolist() == [2, 3, 5]
     assert batch.targets.tolist() == [8, 9, 4]
-    whole = collate(samples, [0.5, 0.25], multiple=7, device=torch.device("cpu"), packed=True)
+    whole = collate([(sample,) for sample in samples], [0.5, 0.25], multiple=7, device=torch.device("cpu"), packed=True)
     assert whole.cu_seqlens.tolist() == [0, 5, 7]
 
 

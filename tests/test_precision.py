@@ -33,7 +33,8 @@ def test_the_machine_decides_what_is_left_to_it_and_nothing_else():
     assert (on_gpu.precision.name, on_cpu.precision.name) == ("bf16", "fp32")
     for machine, found in ((H200, on_gpu), (CPU, on_cpu)):
         gpu = machine is H200
-        assert found.model.sequence_packing is gpu
+        assert found.model.sequence_packing
+        assert found.model.share_prompts is not gpu
         assert found.model.optim.use_distributed_optimizer is gpu
         assert refusal(found, machine) is None
         assert with_machine_defaults(found, on_gpu=not gpu) == found  # decided once
@@ -45,6 +46,7 @@ def test_the_machine_decides_what_is_left_to_it_and_nothing_else():
     )
     assert asked.precision.name == "fp32"
     assert not asked.model.sequence_packing
+    assert not decided(CPU, model__sequence_packing=False).model.share_prompts
     assert not asked.model.optim.use_distributed_optimizer
 
 

@@ -204,7 +204,7 @@ def _peak() -> float:
 
 def _batch(policy: Any, plan: Plan, seed: int) -> Any:
     from nemo_aapo.config import pad_multiple
-    from nemo_aapo.policy.batching import collate
+    from nemo_aapo.policy.microbatch import collate
     from nemo_aapo.types import Sample
 
     generator, half = np.random.default_rng(seed), plan.sequence // 2
@@ -219,7 +219,7 @@ def _batch(policy: Any, plan: Plan, seed: int) -> Any:
     ]
     weight = 1.0 / (len(samples) * half * plan.micro_batches)
     return collate(
-        samples,
+        [(sample,) for sample in samples],
         [weight] * len(samples),
         multiple=pad_multiple(policy.config),
         device=torch.cuda.current_device(),

@@ -54,11 +54,14 @@ def with_machine_defaults(config: Config, *, on_gpu: bool) -> Config:
     model, optim = config.model, config.model.optim
     if optim.use_distributed_optimizer is None:
         optim = dataclasses.replace(optim, use_distributed_optimizer=on_gpu)
-    packing = on_gpu if model.sequence_packing is None else model.sequence_packing
+    sharing = model.share_prompts
+    if sharing is None:
+        sharing = not on_gpu and model.sequence_packing is not False
+    packing = on_gpu or sharing if model.sequence_packing is None else model.sequence_packing
     return dataclasses.replace(
         config,
         precision=dataclasses.replace(config.precision, name=name),
-        model=dataclasses.replace(model, sequence_packing=packing, optim=optim),
+        model=dataclasses.replace(model, sequence_packing=packing, share_prompts=sharing, optim=optim),
     )
 
 
@@ -97,6 +100,10 @@ def check_precision(config: Config) -> None:
                 "Set it to 0, or use precision=fp8_tensorwise"
             )
     recomputed = set(config.model.recompute_modules) & {"layernorm"}
+    if config.model.share_prompts and config.model.sequence_packing is False:
+        raise ConfigError(
+            "model.share_prompts=true needs sequences in one row: leave model.sequence_packing at null or set it to true"
+        )
     if kind is not None and kind.fp8_recipe == "delayed" and config.model.recompute_granularity and recomputed:
         raise ConfigError(
             "model.recompute_modules=[layernorm]: precision=fp8_delayed would record the maxima twice. Use "

@@ -79,6 +79,7 @@ class Model:
     expert_model_parallel_size: int
     sequence_parallel: bool
     sequence_packing: bool | None
+    share_prompts: bool | None
     recompute_granularity: Literal["full", "selective"] | None
     recompute_modules: tuple[Literal["core_attn", "mlp", "layernorm"], ...]
     logprob_chunk_tokens: int

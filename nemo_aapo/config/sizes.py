@@ -152,6 +152,7 @@ def decisive_settings(config: Config) -> dict[str, Any]:
         "expert_model_parallel_size",
         "sequence_parallel",
         "sequence_packing",
+        "share_prompts",
         "recompute_granularity",
         "recompute_modules",
         "logprob_chunk_tokens",

@@ -12,8 +12,9 @@ import torch
 from nemo_aapo import parallel
 from nemo_aapo.algorithms import Algorithm
 from nemo_aapo.algorithms.advantage import zero_advantage
-from nemo_aapo.policy.batching import MicroBatch, collate, padding_fraction, plan
+from nemo_aapo.policy.batching import padding_fraction, plan
 from nemo_aapo.policy.megatron import MegatronPolicy
+from nemo_aapo.policy.microbatch import Bundle, MicroBatch, bundled, collate, length_of, row_length_of
 from nemo_aapo.types import Group, Sample
 
 
@@ -29,6 +30,8 @@ class Learner:
     """What token counts are padded to (``config.pad_multiple``)."""
     packed: bool = False
     """Micro-batches are one row of sequences end to end."""
+    share_prompts: bool = False
+    """Completions of a group stand in that row behind one copy of their prompt."""
 
     def update(self, groups: Sequence[Group]) -> dict[str, float]:
         """``updates_per_rollout`` optimizer steps on the groups of all ranks.
@@ -80,44 +83,51 @@ class Learner:
         total_tokens, total_sequences, total_groups, dead_groups = (sum(column) for column in zip(*counts, strict=True))
         # A completion without a gradient still counts in the denominator: leaving it out must not change the loss.
         kept = [
-            _sample(group, i)
+            [_sample(group, i) for i in range(len(group.completions)) if len(group.completions[i].token_ids)]
             for group, is_dead in zip(groups, dead, strict=True)
             if self.algorithm.needs_reference_logprobs or not is_dead
-            for i in range(len(group.completions))
-            if len(group.completions[i].token_ids)
         ]
-        mine, padding = self._dealt(kept)
+        mine, layout_metrics = self._dealt([bundle for samples in kept for bundle in self._bundled(samples)])
         alpha = self.algorithm.alpha(total_groups, dead_groups)
         batches = []
-        for samples in mine:
-            lengths = [len(sample.completion_ids) for sample in samples]
+        for bundles in mine:
+            lengths = [len(sample.completion_ids) for bundle in bundles for sample in bundle]
             weights = alpha * self.algorithm.token_weights(
                 lengths, total_tokens=total_tokens, total_sequences=total_sequences
             )
             device = torch.cuda.current_device()
-            batches.append(collate(samples, weights, multiple=self.pad_multiple, device=device, packed=self.packed))
-        return batches, {"padding_fraction": padding, "microbatches": float(len(batches)), "alpha": alpha}
+            batches.append(collate(bundles, weights, multiple=self.pad_multiple, device=device, packed=self.packed))
+        return batches, {**layout_metrics, "microbatches": float(len(batches)), "alpha": alpha}
 
-    def _dealt(self, samples: Sequence[Sample]) -> tuple[list[list[Sample]], float]:
-        """This rank's micro-batches after sequences have moved to where the plan wants them."""
-        lengths = parallel.gather_data_parallel([sample.length for sample in samples])
+    def _bundled(self, samples: Sequence[Sample]) -> list[Bundle]:
+        """A group's samples: what may not be parted any more."""
+        if self.share_prompts:
+            return bundled(samples, self.max_tokens_per_microbatch // self.pad_multiple * self.pad_multiple)
+        return [(sample,) for sample in samples]
+
+    def _dealt(self, bundles: Sequence[Bundle]) -> tuple[list[list[Bundle]], dict[str, float]]:
+        """This rank's micro-batches after bundles have moved to where the plan wants them."""
+        sizes = parallel.gather_data_parallel([(length_of(bundle), row_length_of(bundle)) for bundle in bundles])
         rank, size = parallel.data_parallel_rank(), parallel.data_parallel_size()
-        first = sum(len(part) for part in lengths[:rank])
-        flat = [length for part in lengths for length in part]
+        first = sum(len(part) for part in sizes[:rank])
+        lengths, row_lengths = ([pair[k] for part in sizes for pair in part] for k in (0, 1))
         dealt = plan(
-            flat,
+            lengths,
             budget=self.max_tokens_per_microbatch,
             data_parallel_size=size,
             multiple=self.pad_multiple,
             packed=self.packed,
         )
-        outgoing: list[list[tuple[int, Sample]]] = [[] for _ in range(size)]
+        outgoing: list[list[tuple[int, Bundle]]] = [[] for _ in range(size)]
         for target, batches in enumerate(dealt):
             wanted = {i for batch in batches for i in batch}
-            outgoing[target] = [(first + k, s) for k, s in enumerate(samples) if first + k in wanted]
+            outgoing[target] = [(first + k, b) for k, b in enumerate(bundles) if first + k in wanted]
         by_index = dict(parallel.exchange_data_parallel(outgoing))
-        padding = padding_fraction([batch for part in dealt for batch in part], flat, self.pad_multiple, self.packed)
-        return [[by_index[i] for i in batch] for batch in dealt[rank]], padding
+        everything = [batch for part in dealt for batch in part]
+        return [[by_index[i] for i in batch] for batch in dealt[rank]], {
+            "padding_fraction": padding_fraction(everything, row_lengths, self.pad_multiple, self.packed),
+            "shared_prompt_fraction": 1.0 - sum(row_lengths) / max(sum(lengths), 1),
+        }
 
     def _scored(self, batches: list[MicroBatch]) -> list[MicroBatch]:
         """With the log-probs that the loss needs besides the present ones."""

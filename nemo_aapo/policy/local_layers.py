@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+
+from nemo_aapo.policy.packing import PackedSequences
 
 
 def local_layer_spec(config: Any) -> TransformerBlockSubmodules:
@@ -66,16 +66,27 @@ class LocalAttention(DotProductAttention):
         attention_mask: torch.Tensor | None,
         attn_mask_type: Any = None,
         attention_bias: torch.Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
+        packed_seq_params: PackedSequences | None = None,
     ) -> torch.Tensor:
         """Padded: as in mcore. Packed: query [t, heads, size], key and value [t, groups, size] -> [t, heads * size]."""
         if packed_seq_params is None:
             return super().forward(query, key, value, attention_mask, attn_mask_type, attention_bias)
-        bounds = packed_seq_params.cu_seqlens_q.tolist()
-        parts = []
-        for start, stop in itertools.pairwise(bounds):
-            q, k, v = (x[start:stop].transpose(0, 1)[None] for x in (query, key, value))  # [1, heads, length, size]
+        return self._packed(query, key, value, packed_seq_params)
+
+    def _packed(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sequences: PackedSequences
+    ) -> torch.Tensor:
+        batches, place = sequences.attention_batches
+        results = []
+        for tokens in batches:
+            q, k, v = (_rows(x.flatten(1), tokens).unflatten(-1, x.shape[1:]).transpose(1, 2) for x in (query, key, value))
             grouped = q.shape[1] != k.shape[1]
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=grouped)
-            parts.append(out[0].transpose(0, 1))
-        return torch.cat(parts).flatten(1)
+            results.append(out.transpose(1, 2).flatten(0, 1).flatten(1))  # [b * s, heads * size]
+        return _rows(torch.cat(results), place)
+
+
+def _rows(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Rows of a [n, width] table: index [...] -> [..., width]. The backward pass adds up rows, which an embedding's does
+    several times faster on a CPU than an index's."""
+    return F.embedding(index, table)

@@ -17,7 +17,6 @@ import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.models.gpt import GPTModel
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -25,9 +24,9 @@ from nemo_aapo import parallel
 from nemo_aapo.config import Config, ConfigError, ModelShape
 from nemo_aapo.errors import RunError
 from nemo_aapo.policy import precision
-from nemo_aapo.policy.batching import MicroBatch
 from nemo_aapo.policy.logprob import selected_logprobs
 from nemo_aapo.policy.lora import add_adapters
+from nemo_aapo.policy.microbatch import MicroBatch
 from nemo_aapo.policy.model_state import load_model_state, sharded_model_state
 from nemo_aapo.policy.optimizer import (
     CHECKPOINT_METADATA,
@@ -36,6 +35,7 @@ from nemo_aapo.policy.optimizer import (
     data_parallel,
     prepare_to_load,
 )
+from nemo_aapo.policy.packing import packed_sequences, rotary_positions
 from nemo_aapo.policy.weights import WeightMap
 
 TokenLoss = Callable[[torch.Tensor, torch.Tensor, MicroBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
@@ -126,8 +126,8 @@ class MegatronPolicy:
 
         def forward_step(iterator: Iterator[MicroBatch], model: torch.nn.Module):
             batch = next(iterator)
-            packing = None if batch.cu_seqlens is None else packed_seq_params(batch)
-            with hidden_states_out(self.module):
+            packing = None if batch.cu_seqlens is None else packed_sequences(batch)
+            with hidden_states_out(self.module), rotary_positions(self.module, batch):
                 hidden = model(batch.input_ids, batch.position_ids, None, packed_seq_params=packing)
 
             def on_last_stage(hidden: torch.Tensor, non_loss_data: bool = False):
@@ -290,17 +290,6 @@ def build_stage(weight_map: WeightMap, fields: Mapping[str, Any]) -> GPTModel:
         pre_process=parallel_state.is_pipeline_first_stage(), post_process=parallel_state.is_pipeline_last_stage()
     )
     return module.to(torch.cuda.current_device())
-
-
-def packed_seq_params(batch: MicroBatch) -> PackedSeqParams:
-    """What mcore's attention and rotary embedding are told of a packed micro-batch."""
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=batch.cu_seqlens,
-        cu_seqlens_kv=batch.cu_seqlens,
-        max_seqlen_q=batch.longest,
-        max_seqlen_kv=batch.longest,
-    )
 
 
 def _loss_part(loss: TokenLoss, logprobs: torch.Tensor, entropy: torch.Tensor, batch: MicroBatch):

@@ -67,6 +67,11 @@ def refusal(config: Config, machine: Machine) -> str | None:
                 "is no GPU: set them to 0 and false"
             )
         return None
+    if config.model.share_prompts:
+        return (
+            "model.share_prompts=true: attention over prompts that sequences share is not wired to TransformerEngine "
+            "yet; leave it at null"
+        )
     if not machine.transformer_engine:
         return f"precision={name} on a GPU needs TransformerEngine, which is not installed; see the Dockerfile"
     if machine.capability < kind.min_capability:

@@ -21,6 +21,12 @@ LAYOUTS = {  # TP, PP, DP, sequence parallel, micro-batch budget; packed and wit
     "1x2x2, packed, distributed optimizer, overlap": (1, 2, 2, False, 128),
     "1x1x1, full recompute": (1, 1, 1, False, 128),
     "2x1x1+sp, packed, selective recompute": (2, 1, 1, True, 128),
+    "1x1x1, packed, shared prompts": (1, 1, 1, False, 128),
+    "1x1x1, packed, shared prompts, whole groups": (1, 1, 1, False, 1024),
+    "2x2x1+sp, packed, shared prompts": (2, 2, 1, True, 64),
+    "1x2x2, packed, shared prompts, distributed optimizer": (1, 2, 2, False, 128),
+    "2x1x1+sp, packed, shared prompts, full recompute": (2, 1, 1, True, 128),
+    "1x1x1, packed, shared prompts, selective recompute": (1, 1, 1, False, 256),
 }
 
 
@@ -69,6 +75,7 @@ def learn(path, algorithm, tp, pp, sp, budget, updates=1, lr=1e-3, how=""):
         model__optim__eps=1e-3,  # with 1e-8 Adam's first update is the gradient's sign, noise included
         max_tokens_per_microbatch=budget,
         model__sequence_packing="packed" in how,
+        model__share_prompts="shared prompts" in how,
         model__recompute_granularity=next((kind for kind in ("full", "selective") if f"{kind} recompute" in how), None),
         model__recompute_modules=["core_attn", "mlp"],
         model__optim__use_distributed_optimizer="distributed optimizer" in how,
@@ -80,7 +87,13 @@ def learn(path, algorithm, tp, pp, sp, budget, updates=1, lr=1e-3, how=""):
     if config.algorithm.kl_coefficient:
         policy.keep_reference()
     learner = Learner(
-        policy, Algorithm(config.algorithm, 16), budget, updates, pad_multiple(policy.config), "packed" in how
+        policy,
+        Algorithm(config.algorithm, 16),
+        budget,
+        updates,
+        pad_multiple(policy.config),
+        packed="packed" in how,
+        share_prompts="shared prompts" in how,
     )
     groups = saved_groups()
     metrics = learner.update(groups[share(len(groups))])
@@ -119,19 +132,19 @@ def scored_among_others(path, other_seed):
     """Log-probs of one sequence in the middle of a pack, whose other sequences depend on the seed."""
     import torch
 
-    from nemo_aapo.policy.batching import collate
+    from nemo_aapo.policy.microbatch import collate
     from nemo_aapo.policy.megatron import MegatronPolicy
     from nemo_aapo.policy.model_dir import read_model_dir
     from nemo_aapo.types import Sample
 
-    policy = MegatronPolicy(make_config(path, model__sequence_packing=True), read_model_dir(str(path)))
+    policy = MegatronPolicy(make_config(path, model__sequence_packing=True, model__share_prompts=False), read_model_dir(str(path)))
 
     def sample(seed, length):
         tokens = np.random.default_rng(seed).integers(2, 160, length).astype(np.int32)
         return Sample(tokens[:5], tokens[5:], np.zeros(length - 5, np.float32), 1.0)
 
     samples = [sample(other_seed, 13), sample(1, 17), sample(other_seed + 1, 20)]
-    batch = collate(samples, [1.0] * 3, multiple=8, device=torch.device("cpu"), packed=True)
+    batch = collate([(sample,) for sample in samples], [1.0] * 3, multiple=8, device=torch.device("cpu"), packed=True)
     return policy.score([batch])[0][8 : 8 + 12]
 
 
@@ -161,7 +174,7 @@ def test_a_loss_that_is_not_finite_leaves_the_weights_alone_on_every_rank(ranks,
 def _learn_nan(path):
     import torch
 
-    from nemo_aapo.policy.batching import collate
+    from nemo_aapo.policy.microbatch import collate
     from nemo_aapo.policy.megatron import MegatronPolicy, NonFiniteError
     from nemo_aapo.policy.model_dir import read_model_dir
     from nemo_aapo.types import Sample
@@ -169,7 +182,7 @@ def _learn_nan(path):
     policy = MegatronPolicy(make_config(path, model__pipeline_model_parallel_size=2), read_model_dir(str(path)))
     before = [parameter.detach().clone() for parameter in policy.module.parameters()]
     sample = Sample(np.array([3, 4], np.int32), np.array([5], np.int32), np.zeros(1, np.float32), float("nan"))
-    batch = collate([sample], [1.0], multiple=1, device=torch.device("cpu"))
+    batch = collate([(sample,)], [1.0], multiple=1, device=torch.device("cpu"))
     try:
         policy.train_step([batch], lambda logprobs, entropy, b: ((b.advantages * logprobs).sum(), {}))
     except NonFiniteError as error:

@@ -68,7 +68,7 @@ def prepare(path: str, length: int, rows: int, changes: dict):
     import numpy as np
     import torch
 
-    from nemo_aapo.policy.batching import collate
+    from nemo_aapo.policy.microbatch import collate
     from nemo_aapo.policy.megatron import MegatronPolicy
     from nemo_aapo.policy.model_dir import read_model_dir
     from nemo_aapo.types import Sample
@@ -78,7 +78,7 @@ def prepare(path: str, length: int, rows: int, changes: dict):
     completion = np.arange(length - PROMPT) % 90 + 2
     sample = Sample(prompt, completion, np.zeros(len(completion), np.float32), advantage=1.0)
     multiple = changes.get("model__tensor_model_parallel_size", 1)
-    batch = collate([sample] * rows, [1e-3] * rows, multiple=multiple, device=torch.device("cpu"))
+    batch = collate([(sample,)] * rows, [1e-3] * rows, multiple=multiple, device=torch.device("cpu"))
 
     def loss(logprobs, entropy, batch):
         return -(batch.weights * logprobs).sum(), {}
