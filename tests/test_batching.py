@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 
 from nemo_aapo.policy.batching import padding_fraction, plan, tokens_of
 from nemo_aapo.policy.microbatch import bundled, collate, length_of, pad_to, row_length_of
+from nemo_aapo.policy.packing import SHORTEST_OF_BATCH, packed_sequences
 from nemo_aapo.types import Sample
 
 
@@ -106,3 +109,64 @@ def test_an_empty_micro_batch_has_a_row_and_no_token(packed):
     batch = collate([], [], multiple=2, device=torch.device("cpu"), packed=packed)
     assert batch.input_ids.shape == (1, 2)
     assert batch.targets.numel() == batch.weights.numel() == 0
+
+
+def random_group(generator: np.random.Generator, prompt: int, count: int) -> list[Sample]:
+    prompt_ids = generator.integers(2, 90, prompt).astype(np.int32)
+    return [
+        Sample(prompt_ids, generator.integers(2, 90, n).astype(np.int32), np.full(n, -1.0, np.float32), float(n))
+        for n in generator.integers(1, 40, count)
+    ]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_bundles_keep_every_sample_once_within_the_budget_and_as_few_as_their_order_allows(seed):
+    generator = np.random.default_rng(seed)
+    samples = random_group(generator, int(generator.integers(1, 30)), int(generator.integers(0, 20)))
+    budget = int(generator.integers(70, 400))
+    bundles = bundled(samples, budget)
+    assert sorted(map(id, (s for bundle in bundles for s in bundle))) == sorted(map(id, samples))
+    assert all(length_of(bundle) <= budget for bundle in bundles)
+    assert [len(b) for b in bundled(samples, 1)] == [1] * len(samples)  # too long, each: alone
+    for bundle, following in itertools.pairwise(bundles):
+        assert length_of(bundle) + following[0].length > budget
+    for bundle in bundles:
+        assert row_length_of(bundle) == len(bundle[0].prompt_ids) + sum(len(s.completion_ids) for s in bundle)
+    assert [s.length for bundle in bundles for s in bundle] == sorted((s.length for s in samples), reverse=True)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_attention_sees_whole_sequences_of_a_row_whose_prompts_stand_there_once(seed):
+    generator = np.random.default_rng(seed)
+    groups = [random_group(generator, int(generator.integers(1, 20)), int(generator.integers(2, 7))) for _ in range(3)]
+    bundles = [bundle for group in groups for bundle in bundled(group, 150)]
+    samples = [sample for bundle in bundles for sample in bundle]
+    multiple = int(generator.choice([1, 4, 16]))
+    batch = collate(bundles, [1.0] * len(samples), multiple=multiple, device=torch.device("cpu"), packed=True)
+    row, positions = batch.input_ids[0], batch.position_ids[0]
+    assert len(row) == pad_to(sum(map(row_length_of, bundles)), multiple)
+    bounds = batch.cu_seqlens.tolist()
+    first = 0
+    for (start, stop), sample in zip(itertools.pairwise(bounds), samples, strict=False):
+        tokens = batch.expand[start:stop]
+        whole = np.concatenate([sample.prompt_ids, sample.completion_ids]).tolist()
+        assert row[tokens].tolist() == whole
+        assert positions[tokens].tolist() == list(range(len(whole)))
+        predicting = batch.positions[first : first + len(sample.completion_ids)]
+        assert predicting.tolist() == tokens[len(sample.prompt_ids) - 1 : -1].tolist()
+        first += len(sample.completion_ids)
+    assert batch.expand[batch.contract].tolist() == list(range(len(row)))
+
+    batches, place = packed_sequences(batch).attention_batches
+    flat = torch.cat([tokens.flatten() for tokens in batches])
+    assert flat[place].tolist() == list(range(len(row)))
+    padded = sum(tokens.numel() for tokens in batches)
+    assert padded <= sum(sample.length for sample in samples) / SHORTEST_OF_BATCH + multiple
+
+
+def test_bundles_of_one_are_sequences_as_any_other():
+    samples = random_group(np.random.default_rng(0), 5, 4)
+    batch = collate([(s,) for s in samples], [1.0] * 4, multiple=1, device=torch.device("cpu"), packed=True)
+    assert batch.expand is None
+    assert batch.contract is None
+    assert batch.input_ids.shape[1] == sum(sample.length for sample in samples)

@@ -102,7 +102,7 @@ def check_precision(config: Config) -> None:
     recomputed = set(config.model.recompute_modules) & {"layernorm"}
     if config.model.share_prompts and config.model.sequence_packing is False:
         raise ConfigError(
-            "model.share_prompts=true needs sequences in one row: leave model.sequence_packing at null or set it to true"
+            "model.share_prompts=true needs sequences in one row: set model.sequence_packing=true, or leave it at null"
         )
     if kind is not None and kind.fp8_recipe == "delayed" and config.model.recompute_granularity and recomputed:
         raise ConfigError(

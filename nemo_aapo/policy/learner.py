@@ -77,17 +77,24 @@ class Learner:
         """This rank's micro-batches of the whole optimizer batch, weighted by the global denominator."""
         everything = [_sample(group, i) for group in groups for i in range(len(group.completions))]
         dead = zero_advantage(np.stack([g.advantages for g in groups])) if groups else np.zeros(0, bool)
-        counts = parallel.gather_data_parallel(
-            (sum(len(s.completion_ids) for s in everything), len(everything), len(groups), int(dead.sum()))
-        )
-        total_tokens, total_sequences, total_groups, dead_groups = (sum(column) for column in zip(*counts, strict=True))
         # A completion without a gradient still counts in the denominator: leaving it out must not change the loss.
         kept = [
             [_sample(group, i) for i in range(len(group.completions)) if len(group.completions[i].token_ids)]
             for group, is_dead in zip(groups, dead, strict=True)
             if self.algorithm.needs_reference_logprobs or not is_dead
         ]
-        mine, layout_metrics = self._dealt([bundle for samples in kept for bundle in self._bundled(samples)])
+        counts = parallel.gather_data_parallel(
+            (
+                sum(len(s.completion_ids) for s in everything),
+                len(everything),
+                len(groups),
+                int(dead.sum()),
+                sum(length_of(samples) for samples in kept),
+            )
+        )
+        total_tokens, total_sequences, total_groups, dead_groups, kept_tokens = map(sum, zip(*counts, strict=True))
+        bundles = [bundle for samples in kept for bundle in self._bundled(samples, kept_tokens)]
+        mine, layout_metrics = self._dealt(bundles)
         alpha = self.algorithm.alpha(total_groups, dead_groups)
         batches = []
         for bundles in mine:
@@ -99,11 +106,18 @@ class Learner:
             batches.append(collate(bundles, weights, multiple=self.pad_multiple, device=device, packed=self.packed))
         return batches, {**layout_metrics, "microbatches": float(len(batches)), "alpha": alpha}
 
-    def _bundled(self, samples: Sequence[Sample]) -> list[Bundle]:
-        """A group's samples: what may not be parted any more."""
-        if self.share_prompts:
-            return bundled(samples, self.max_tokens_per_microbatch // self.pad_multiple * self.pad_multiple)
-        return [(sample,) for sample in samples]
+    def _bundled(self, samples: Sequence[Sample], kept_tokens: int) -> list[Bundle]:
+        """A group's samples: what may not be parted any more.
+
+        Args:
+            kept_tokens: of the sequences of all ranks. No bundle is more than half of a rank's share of them, so that
+                a few groups can be spread evenly as well.
+        """
+        if not self.share_prompts:
+            return [(sample,) for sample in samples]
+        budget = self.max_tokens_per_microbatch // self.pad_multiple * self.pad_multiple
+        ranks = parallel.data_parallel_size()
+        return bundled(samples, budget if ranks == 1 else min(budget, kept_tokens // (2 * ranks)))
 
     def _dealt(self, bundles: Sequence[Bundle]) -> tuple[list[list[Bundle]], dict[str, float]]:
         """This rank's micro-batches after bundles have moved to where the plan wants them."""

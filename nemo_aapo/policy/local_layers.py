@@ -78,15 +78,12 @@ class LocalAttention(DotProductAttention):
     ) -> torch.Tensor:
         batches, place = sequences.attention_batches
         results = []
-        for tokens in batches:
-            q, k, v = (_rows(x.flatten(1), tokens).unflatten(-1, x.shape[1:]).transpose(1, 2) for x in (query, key, value))
+        for tokens in batches:  # [b, s]
+            q, k, v = (
+                x.index_select(0, tokens.flatten()).unflatten(0, tokens.shape).transpose(1, 2)  # [b, heads, s, size]
+                for x in (query, key, value)
+            )
             grouped = q.shape[1] != k.shape[1]
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=grouped)
             results.append(out.transpose(1, 2).flatten(0, 1).flatten(1))  # [b * s, heads * size]
-        return _rows(torch.cat(results), place)
-
-
-def _rows(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Rows of a [n, width] table: index [...] -> [..., width]. The backward pass adds up rows, which an embedding's does
-    several times faster on a CPU than an index's."""
-    return F.embedding(index, table)
+        return torch.cat(results).index_select(0, place)

@@ -70,7 +70,7 @@ def bundled(samples: Sequence[Sample], budget: int) -> list[Bundle]:
     """Cut a group into bundles of at most ``budget`` tokens, longest first, as few as that order makes.
 
     Args:
-        samples: with one prompt.
+        samples: with one prompt. One that exceeds the budget is a bundle of its own.
         budget: of whole sequences, the prompt counted with each: what attention sees stays within it.
     """
     bundles: list[list[Sample]] = []
@@ -84,8 +84,8 @@ def bundled(samples: Sequence[Sample], budget: int) -> list[Bundle]:
     return [tuple(bundle) for bundle in bundles]
 
 
-def length_of(bundle: Bundle) -> int:
-    """Tokens of its whole sequences."""
+def length_of(bundle: Sequence[Sample]) -> int:
+    """Tokens of its whole sequences, the prompt counted with each."""
     return sum(sample.length for sample in bundle)
 
 

@@ -128,29 +128,39 @@ def test_loss_and_gradient_are_those_of_one_process(ranks, tiny_models, layout):
             np.testing.assert_allclose(tensor, weights[name], atol=2e-6, err_msg=name)
 
 
-def scored_among_others(path, other_seed):
-    """Log-probs of one sequence in the middle of a pack, whose other sequences depend on the seed."""
+def scored_among_others(path, other_seed, share_prompts):
+    """Log-probs of one sequence in the middle of a row, whose other sequences depend on the seed.
+
+    With shared prompts, two of those stand behind the same prompt.
+    """
     import torch
 
-    from nemo_aapo.policy.microbatch import collate
     from nemo_aapo.policy.megatron import MegatronPolicy
+    from nemo_aapo.policy.microbatch import collate
     from nemo_aapo.policy.model_dir import read_model_dir
     from nemo_aapo.types import Sample
 
-    policy = MegatronPolicy(make_config(path, model__sequence_packing=True, model__share_prompts=False), read_model_dir(str(path)))
+    config = make_config(path, model__sequence_packing=True, model__share_prompts=share_prompts)
+    policy = MegatronPolicy(config, read_model_dir(str(path)))
 
     def sample(seed, length):
         tokens = np.random.default_rng(seed).integers(2, 160, length).astype(np.int32)
-        return Sample(tokens[:5], tokens[5:], np.zeros(length - 5, np.float32), 1.0)
+        prompt = np.arange(5, dtype=np.int32) + 2 if share_prompts else tokens[:5]
+        return Sample(prompt, tokens[5:], np.zeros(length - 5, np.float32), 1.0)
 
-    samples = [sample(other_seed, 13), sample(1, 17), sample(other_seed + 1, 20)]
-    batch = collate([(sample,) for sample in samples], [1.0] * 3, multiple=8, device=torch.device("cpu"), packed=True)
+    samples = (sample(other_seed, 13), sample(1, 17), sample(other_seed + 1, 20))
+    bundles = [samples] if share_prompts else [(sample,) for sample in samples]
+    batch = collate(bundles, [1.0] * 3, multiple=8, device=torch.device("cpu"), packed=True)
+    assert (batch.expand is not None) is share_prompts
     return policy.score([batch])[0][8 : 8 + 12]
 
 
-def test_no_attention_leaks_between_packed_sequences(ranks, tiny_models):
+@pytest.mark.parametrize("share_prompts", [False, True])
+def test_no_attention_leaks_between_packed_sequences(ranks, tiny_models, share_prompts):
     """Other neighbours change nothing of a sequence's log-probs, not even the last bit."""
-    ((first,), (second,)) = (ranks.run(scored_among_others, tiny_models["qwen3"], seed) for seed in (10, 20))
+    ((first,), (second,)) = (
+        ranks.run(scored_among_others, tiny_models["qwen3"], seed, share_prompts) for seed in (10, 20)
+    )
     assert first.tolist() == second.tolist()
     assert len(set(first.tolist())) == 12
 
@@ -174,8 +184,8 @@ def test_a_loss_that_is_not_finite_leaves_the_weights_alone_on_every_rank(ranks,
 def _learn_nan(path):
     import torch
 
-    from nemo_aapo.policy.microbatch import collate
     from nemo_aapo.policy.megatron import MegatronPolicy, NonFiniteError
+    from nemo_aapo.policy.microbatch import collate
     from nemo_aapo.policy.model_dir import read_model_dir
     from nemo_aapo.types import Sample
 

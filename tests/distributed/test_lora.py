@@ -59,7 +59,9 @@ def _rollout(policy):
     completions = [row[0] for row in rows]
     samples = [Sample(p, c.token_ids, c.logprobs, 1.0) for p, c in zip(prompts, completions, strict=True)]
     multiple = policy.config.model.tensor_model_parallel_size
-    batch = collate([(sample,) for sample in samples], [1.0] * len(samples), multiple=multiple, device=torch.device("cpu"))
+    batch = collate(
+        [(sample,) for sample in samples], [1.0] * len(samples), multiple=multiple, device=torch.device("cpu")
+    )
     [learner] = policy.score([batch])
     return np.concatenate([c.logprobs for c in completions]), learner
 

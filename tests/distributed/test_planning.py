@@ -68,8 +68,8 @@ def prepare(path: str, length: int, rows: int, changes: dict):
     import numpy as np
     import torch
 
-    from nemo_aapo.policy.microbatch import collate
     from nemo_aapo.policy.megatron import MegatronPolicy
+    from nemo_aapo.policy.microbatch import collate
     from nemo_aapo.policy.model_dir import read_model_dir
     from nemo_aapo.types import Sample
 

@@ -12,8 +12,8 @@ LAYOUTS = {"1x1": (1, 1, 1, False), "2x1": (2, 2, 1, False), "1x2": (2, 1, 2, Fa
 
 
 def _round_trip(path, tp, pp, sp):
-    from nemo_aapo.policy.microbatch import collate
     from nemo_aapo.policy.megatron import MegatronPolicy
+    from nemo_aapo.policy.microbatch import collate
     from nemo_aapo.policy.model_dir import read_model_dir
     from nemo_aapo.types import Sample
 
@@ -27,7 +27,9 @@ def _round_trip(path, tp, pp, sp):
     policy = MegatronPolicy(config, read_model_dir(str(path)))
     weights = {name: tensor.numpy().copy() for name, tensor in policy.named_weights()}
     samples = [Sample(p, c, np.zeros(len(c), np.float32), 1.0) for p, c in sequences()]
-    batch = collate([(sample,) for sample in samples], [1.0] * len(samples), multiple=2 if sp else 1, device=torch.device("cpu"))
+    batch = collate(
+        [(sample,) for sample in samples], [1.0] * len(samples), multiple=2 if sp else 1, device=torch.device("cpu")
+    )
     return weights, policy.score([batch, batch])
 
 

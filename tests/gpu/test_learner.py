@@ -90,8 +90,8 @@ def test_no_attention_leaks_between_packed_sequences(one_rank, model):
     """Other tokens in all sequences but one change nothing of that one, not even its last bit."""
     import torch
 
-    from nemo_aapo.policy.microbatch import collate
     from nemo_aapo.policy.megatron import MegatronPolicy
+    from nemo_aapo.policy.microbatch import collate
     from nemo_aapo.policy.model_dir import read_model_dir
     from nemo_aapo.types import Sample
     from tests.models import make_config
@@ -109,7 +109,9 @@ def test_no_attention_leaks_between_packed_sequences(one_rank, model):
     def score():
         others = [sample(length) for length in lengths]
         samples = [others[0], kept, *others[1:]]
-        batch = collate([(sample,) for sample in samples], [1.0] * 4, multiple=1, device=torch.device("cuda"), packed=True)
+        batch = collate(
+            [(sample,) for sample in samples], [1.0] * 4, multiple=1, device=torch.device("cuda"), packed=True
+        )
         return policy.score([batch])[0][125 : 125 + 72]
 
     first, second = score(), score()
