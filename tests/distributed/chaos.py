@@ -36,7 +36,7 @@ CLOCK = "clock"
 POINTS = {
     # name: (module, attribute, kill before or after the call, which calls count, ranks that come by, calls to choose)
     "rollout": ("nemo_aapo.rollout.megatron_engine", "_Rollout._forward", "before", "", "any", (1, 120)),
-    "backward": ("megatron.core.pipeline_parallel.schedules", "backward_step", "before", "", "any", (1, 12)),
+    "backward": ("megatron.core.pipeline_parallel.schedules", "backward_step", "before", "", "any", (1, 16)),
     "update": ("nemo_aapo.policy.megatron", "MegatronPolicy.train_step", "after", "", "any", (1, STEPS)),
     "save": ("nemo_aapo.torch_dist", "_Writer.write_data", "after", "", "any", (1, 3)),
     "before rename": ("os", "rename", "before", ".partial", "first", (1, 3)),
