@@ -56,7 +56,7 @@ def overrides(name: str, plan: settings.Plan, model: Path, folder: Path) -> list
         "data.shuffle=false",
         f"prompts_per_step={plan.prompts_per_step}",
         f"group_size={plan.group_size}",
-        f"max_tokens_per_microbatch={plan.tokens_per_microbatch}",
+        f"max_tokens_per_microbatch={plan.tokens}",  # in one piece, as TRL
         f"rollout.max_new_tokens={plan.new_tokens}",
         f"rollout.max_concurrent_tokens={plan.tokens}",
         f"model.optim.lr={settings.LEARNING_RATE}",

@@ -103,14 +103,6 @@ class Plan:
         return self.sequences * (self.prompt_tokens + self.new_tokens)
 
     @property
-    def tokens_per_microbatch(self) -> int:
-        """Ours. Sequences of like lengths share a micro-batch, so that little is padding.
-
-        TRL pads all of a step's completions to the longest before it cuts them up, so it takes them in one piece.
-        """
-        return max(self.tokens // 4, self.prompt_tokens + self.new_tokens)
-
-    @property
     def data_prompts(self) -> int:
         """Eight steps' prompts make an epoch."""
         return 8 * self.prompts_per_step
