@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 import tempfile
 from dataclasses import asdict
@@ -97,12 +98,11 @@ def peers(arguments: argparse.Namespace) -> dict[str, Any]:
             tables = report.tables(found, (before, os.getloadavg()[0]))
             write_atomic(folder / "tables.md", tables)
             write_atomic(folder / "figures.json", json.dumps(asdict(found), indent=1) + "\n")
-    drawn = picture.bars(report.ratios(found))
-    write_atomic(folder / "ratios.svg", drawn)
+    picture.draw(report.ratios(found), folder / "ratios.png")
     print(f"\n{tables}", flush=True)
     if not arguments.quick:
         write_section(DOCS / "benchmarks.md", "peers", tables)
-        write_atomic(DOCS / "images" / "peers.svg", drawn)
+        shutil.copy(folder / "ratios.png", DOCS / "images" / "peers.png")
     return asdict(found)
 
 

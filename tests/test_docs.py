@@ -48,7 +48,7 @@ def test_an_example_of_the_docs_runs_and_is_short(workplace, name):
 def test_the_readmes_tree_names_what_is_there_and_all_of_it():
     text = (ROOT / "README.md").read_text()
     tree = text.split("## The tree", 1)[1]
-    named = set(re.findall(r"^\s*([\w./-]+\.(?:py|sh|yaml|md|svg))\s", tree, re.MULTILINE))
+    named = set(re.findall(r"^\s*([\w./-]+\.(?:py|sh|yaml|md|svg|png))\s", tree, re.MULTILINE))
     there = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     wanted = {
         Path(path).name

@@ -182,18 +182,21 @@ def _contestants(plan: Plan, place: Path, names: tuple[str, ...], record: bool =
             spec: dict[str, Any] = {"name": name, "plan": numbers, "model": str(place / "model")}
             spec["folder"] = str(place / name)
             spec["record"] = str(place / "recorded.json") if record and name == "trl" else None
-            worker = Worker(name, f"nemo_aapo.benchmarks.peers.{module}", spec, place, _environment(plan, module))
+            # the most threads; each step is told how many
+            variables = environment(peers=module == "trl_side", threads=max(plan.threads))
+            worker = Worker(name, f"nemo_aapo.benchmarks.peers.{module}", spec, place, variables)
             stack.callback(worker.close)
             workers[name] = worker
         yield workers
 
 
-def _environment(plan: Plan, module: str) -> dict[str, str]:
-    path = [str(ROOT), *([str(PEERS)] if module == "trl_side" else [])]
+def environment(*, peers: bool, threads: int = 1) -> dict[str, str]:
+    """Of a process that imports this code and, if it is wanted, the peers'."""
+    path = [str(ROOT), *([str(PEERS)] if peers else [])]
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(path),
-        "OMP_NUM_THREADS": str(max(plan.threads)),  # the most; each step is told how many
+        "OMP_NUM_THREADS": str(threads),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }

@@ -1,63 +1,76 @@
-"""The ratios as an SVG picture: a group of bars for each comparison, and the targets."""
+"""The ratios as a PNG picture: a group of bars for each comparison, and the targets.
+
+matplotlib lies beside TRL, outside the product's environment, so a process of its own draws:
+``python -m nemo_aapo.benchmarks.peers.picture FILE.png``, ratios as JSON on standard input.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import subprocess
+import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-from nemo_aapo.benchmarks.peers.report import Ratio
-from nemo_aapo.study.picture import COLOURS, FONT, HEIGHT, WIDTH, Panel, grid
+from nemo_aapo.errors import RunError
 
-GAP = 0.3
-"""Between groups, of a group's width."""
+TIMEOUT_S = 120
 
 
-def bars(ratios: Sequence[Ratio]) -> str:
-    """The picture's text.
+def draw(ratios: Sequence[Any], path: Path) -> None:
+    """Write the picture.
 
     Args:
-        ratios: at least one.
+        ratios: ``report.Ratio``; at least one.
+
+    Raises:
+        RunError: it could not be drawn; says why.
     """
-    arms = list(dict.fromkeys(r.comparison for r in ratios))
-    kinds = list(dict.fromkeys((r.model, r.threads) for r in ratios))
-    high = max(1.0, *(r.high for r in ratios))
-    tick = 0.2 if high <= 2 else 0.5
-    panel = Panel(64, WIDTH - 20, len(arms), 0.0, tick * (int(high / tick) + 1), tick)
-    parts = [grid(panel, "CPU seconds of a step, ours / TRL's")]
-    width = (1 - GAP) / len(kinds)
-    for i, arm in enumerate(arms):
-        of_arm = {(r.model, r.threads): r for r in ratios if r.comparison == arm}
-        for k, kind in enumerate(kinds):
-            parts.append(_bar(panel, of_arm[kind], i + GAP / 2 + k * width, width, COLOURS[k % len(COLOURS)]))
-        if arm.target is not None:
-            (left, y), (right, _) = panel.at(i + GAP / 4, arm.target), panel.at(i + 1 - GAP / 4, arm.target)
-            line = f'x1="{left:.1f}" y1="{y:.1f}" x2="{right:.1f}" y2="{y:.1f}"'
-            parts.append(f'<line {line} stroke="#000" stroke-width="2" stroke-dasharray="5 3"/>')
-        x, y = panel.at(i + 0.5, 0.0)
-        parts.append(f'<text x="{x:.1f}" y="{y + 20:.1f}" text-anchor="middle">({arm.arm})</text>')
+    from nemo_aapo.benchmarks.peers.compare import environment
+
+    done = subprocess.run(
+        [sys.executable, "-m", "nemo_aapo.benchmarks.peers.picture", str(path)],
+        input=json.dumps([dataclasses.asdict(ratio) for ratio in ratios]),
+        env=environment(peers=True),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
+    if done.returncode:
+        raise RunError(f"benchmark.py peers: the picture {path} could not be drawn:\n{done.stderr[-2000:]}")
+
+
+def _bars(ratios: Sequence[dict[str, Any]], path: str) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    axes = figure.subplots()
+    arms = {r["comparison"]["arm"]: r["comparison"] for r in ratios}
+    kinds = list(dict.fromkeys((r["model"], r["threads"]) for r in ratios))
+    width = 0.8 / len(kinds)
     for k, (model, threads) in enumerate(kinds):
-        x = panel.left + 20 + k * (panel.right - panel.left - 20) / len(kinds)
-        name = f"{model}, {threads} thread{'' if threads == 1 else 's'}"
-        parts.append(f'<rect x="{x:.1f}" y="{HEIGHT - 24}" width="12" height="12" fill="{COLOURS[k % len(COLOURS)]}"/>')
-        parts.append(f'<text x="{x + 18:.1f}" y="{HEIGHT - 13}">{name}</text>')
-    title = "A training step beside TRL's; lines: lowest to highest turn; dashed: targets; 1: as fast as TRL"
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" style="{FONT}">\n'
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>\n'
-        f'<text x="{WIDTH / 2}" y="26" text-anchor="middle" font-size="15" font-weight="bold">{title}</text>\n'
-        + "\n".join(parts)
-        + "\n</svg>\n"
-    )
+        of_kind = {r["comparison"]["arm"]: r for r in ratios if (r["model"], r["threads"]) == (model, threads)}
+        places = [i - 0.4 + (k + 0.5) * width for i, arm in enumerate(arms) if arm in of_kind]
+        found = [of_kind[arm] for arm in arms if arm in of_kind]
+        spread = [
+            [r["cpu"] - min(r["low"], r["cpu"]) for r in found],
+            [max(r["high"], r["cpu"]) - r["cpu"] for r in found],
+        ]
+        label = f"{model}, {threads} thread{'' if threads == 1 else 's'}"
+        bars = axes.bar(places, [r["cpu"] for r in found], 0.92 * width, yerr=spread, label=label, error_kw={"lw": 0.8})
+        axes.bar_label(bars, fmt="%.2f", label_type="center", rotation=90, fontsize=8, color="white")
+    for i, comparison in enumerate(arms.values()):
+        if comparison["target"] is not None:
+            axes.hlines(comparison["target"], i - 0.45, i + 0.45, colors="black", linestyles="dashed")
+    axes.axhline(1.0, color="grey", lw=0.8)
+    axes.set_xticks(range(len(arms)), [f"({arm})" for arm in arms])
+    axes.set_ylabel("CPU seconds of a step, ours / TRL's")
+    axes.set_title("A training step beside TRL's (lines: single turns; dashed: targets; 1: as fast as TRL)")
+    axes.legend(ncols=3, fontsize=8)
+    figure.savefig(path, dpi=110)
 
 
-def _bar(panel: Panel, ratio: Ratio, start: float, width: float, colour: str) -> str:
-    (left, top), (right, bottom) = panel.at(start, ratio.cpu), panel.at(start + 0.9 * width, 0.0)
-    middle = (left + right) / 2
-    number = middle + 4  # its left edge once it is turned
-    _, low = panel.at(0, ratio.low)
-    _, high = panel.at(0, ratio.high)
-    return (
-        f'<rect x="{left:.1f}" y="{top:.1f}" width="{right - left:.1f}" height="{bottom - top:.1f}" fill="{colour}"/>'
-        f'<line x1="{middle:.1f}" y1="{low:.1f}" x2="{middle:.1f}" y2="{high:.1f}" stroke="#222"/>'
-        f'<text x="{number:.1f}" y="{bottom - 8:.1f}" font-size="12" '
-        f'transform="rotate(-90 {number:.1f} {bottom - 8:.1f})">{ratio.cpu:.2f}</text>'
-    )
+if __name__ == "__main__":
+    _bars(json.load(sys.stdin), sys.argv[1])

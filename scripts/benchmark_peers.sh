@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# From a fresh checkout to a training step beside TRL's: environment, TRL in a folder of its own, the benchmark, which
+# writes docs/benchmarks.md and results/peers.
+#
+#   bash scripts/benchmark_peers.sh [--quick] [--json FILE]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+bash scripts/environment.sh
+bash scripts/peers.sh
+exec .venv/bin/python scripts/benchmark.py peers "$@"
