@@ -11,8 +11,8 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# precision=fp8_blockwise: scales as they are, not rounded to powers of two. TransformerEngine reads it as it is imported,
-# which megatron-core does in passing, whatever of it is imported first.
+# precision=fp8_blockwise: scales as they are, not rounded to powers of two. TransformerEngine reads it as it is
+# imported, by megatron-core in passing, whatever of that comes first.
 os.environ.setdefault("NVTE_FP8_BLOCK_SCALING_FP32_SCALES", "1")
 
 _EXPORTS = {
