@@ -98,12 +98,6 @@ def check_precision(config: Config) -> None:
                 f"{key}={number}: precision=fp8_delayed keeps its maxima over all layers and can't leave some out. "
                 "Set it to 0, or use precision=fp8_tensorwise"
             )
-    recomputed = set(config.model.recompute_modules) & {"layernorm"}
-    if kind is not None and kind.fp8_recipe == "delayed" and config.model.recompute_granularity and recomputed:
-        raise ConfigError(
-            "model.recompute_modules=[layernorm]: precision=fp8_delayed would record the maxima twice. Use "
-            "recompute_modules=[core_attn], or precision=fp8_tensorwise"
-        )
 
 
 def check_widths(config: Config, widths: dict[str, int]) -> None:

@@ -118,10 +118,8 @@ def test_no_attention_leaks_between_packed_sequences(one_rank, model):
 
 SWITCHES = {
     "full recompute": {"model.recompute_granularity": "full"},
-    "selective recompute": {
-        "model.recompute_granularity": "selective",
-        "model.recompute_modules": ["mlp", "layernorm"],
-    },
+    "recompute of mlp": {"model.recompute_granularity": "selective", "model.recompute_modules": ["mlp"]},
+    "recompute of attention": {"model.recompute_granularity": "selective", "model.recompute_modules": ["core_attn"]},
     "plain optimizer": {"model.optim.use_distributed_optimizer": False},
     "overlap": {"model.optim.overlap_grad_reduce": True, "model.optim.overlap_param_gather": True},
     "optimizer on the host": {"model.optim.cpu_offload_fraction": 1.0},
