@@ -80,7 +80,7 @@ class Model:
     sequence_parallel: bool
     sequence_packing: bool | None
     recompute_granularity: Literal["full", "selective"] | None
-    recompute_modules: tuple[Literal["core_attn", "mlp", "layernorm"], ...]
+    recompute_modules: tuple[Literal["core_attn", "mlp"], ...]
     logprob_chunk_tokens: int
     lora: Lora | None
     optim: Optim
