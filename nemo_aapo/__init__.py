@@ -6,9 +6,14 @@ The names below are imported when they are first used: ``import nemo_aapo`` itse
 from __future__ import annotations
 
 import importlib
+import os
 from typing import Any
 
 __version__ = "0.1.0"
+
+# precision=fp8_blockwise: scales as they are, not rounded to powers of two. TransformerEngine reads it as it is
+# imported, by megatron-core in passing, whatever of that comes first.
+os.environ.setdefault("NVTE_FP8_BLOCK_SCALING_FP32_SCALES", "1")
 
 _EXPORTS = {
     "AAPOTrainer": "trainer",

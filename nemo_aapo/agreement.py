@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from nemo_aapo.config import ConfigError
 from nemo_aapo.manifest import CheckpointError
 
 T = TypeVar("T")
@@ -22,12 +23,12 @@ def on_first_rank(action: Callable[[], T], group: Group = None) -> T:
     """Rank 0 acts; all ranks get its result, or raise its error.
 
     Raises:
-        CheckpointError: what ``action`` raised; any other error as the cause of one.
+        CheckpointError, ConfigError: what ``action`` raised; any other error as the cause of a CheckpointError.
     """
     box = [_outcome(action) if dist.get_rank() == 0 else None]
     if dist.get_world_size() > 1:
         dist.broadcast_object_list(box, src=0, group=group)
-    if isinstance(box[0], CheckpointError):
+    if isinstance(box[0], CheckpointError | ConfigError):
         raise box[0]
     return box[0]
 
@@ -36,20 +37,22 @@ def on_all_ranks(action: Callable[[], T], group: Group = None) -> list[T]:
     """All ranks act; each gets all results in rank order, or raises the first error.
 
     Raises:
-        CheckpointError: as ``on_first_rank``; the message begins with the rank.
+        CheckpointError, ConfigError: as ``on_first_rank``; the message of the former begins with the rank.
     """
     outcomes: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(outcomes, _outcome(action), group=group)
     for rank, outcome in enumerate(outcomes):
+        if isinstance(outcome, ConfigError):
+            raise outcome
         if isinstance(outcome, CheckpointError):
             raise CheckpointError(f"rank {rank}: {outcome}") from outcome
     return outcomes
 
 
-def _outcome(action: Callable[[], T]) -> T | CheckpointError:
+def _outcome(action: Callable[[], T]) -> T | CheckpointError | ConfigError:
     try:
         return action()
-    except CheckpointError as error:
+    except (CheckpointError, ConfigError) as error:
         return error
     except Exception as error:
         failure = CheckpointError(f"{type(error).__name__}: {error}")

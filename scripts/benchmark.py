@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from nemo_aapo.config import ConfigError
 from nemo_aapo.entry import FAILED
 from nemo_aapo.errors import RunError
 from nemo_aapo.files import write_atomic
@@ -190,7 +191,7 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         figures = arguments.run(arguments)
-    except RunError as error:
+    except (ConfigError, RunError) as error:
         print(error, file=sys.stderr)
         return FAILED
     if arguments.json:

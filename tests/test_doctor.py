@@ -22,6 +22,7 @@ from nemo_aapo.policy.kernels import Libraries, fused_kernels
 from tests.models import make_config
 
 ALONE = Place(rank=0, world_size=1, local_rank=0, local_world_size=1, host="here")
+B200 = Gpu("NVIDIA B200", (10, 0), 180 * 2**30)
 H100 = Gpu("NVIDIA H100", (9, 0), 80 * 2**30)
 A100 = Gpu("NVIDIA A100", (8, 0), 80 * 2**30)
 L40 = Gpu("NVIDIA L40S", (8, 9), 48 * 2**30)
@@ -123,10 +124,11 @@ def test_more_ranks_than_gpus_are_a_failure_and_mixed_gpus_a_warning():
         ((H100,), "12.8", {"fp8_tensorwise", "fp8_delayed"}, "fp8_blockwise needs CUDA 12.9, torch is built for 12.8"),
         ((L40,), "13.0", {"fp8_tensorwise", "fp8_delayed"}, "needs compute capability 9.0, NVIDIA L40S has 8.9"),
         ((H100, A100), "13.0", set(), "needs compute capability 8.9, NVIDIA A100 has 8.0"),
+        ((H100, B200), "13.0", {"fp8_tensorwise", "fp8_delayed"}, "NVIDIA B200 has newer formats"),
         ((), None, set(), "no GPU, no FP8"),
     ],
 )
-def test_fp8_depends_on_the_weakest_gpu_and_on_cuda(config, devices, cuda, able, reason):
+def test_fp8_depends_on_the_weakest_gpu_the_newest_one_and_cuda(config, devices, cuda, able, reason):
     gpus = Gpus(devices, cuda, None)
     found = gpu.judge_fp8(gpus, None)
     assert found.level == "ok"

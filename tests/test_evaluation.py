@@ -78,6 +78,7 @@ def test_the_page_has_exactly_the_settings_of_the_schema_each_with_a_comment():
         (["model.base=elsewhere"], "model.base has no effect"),
         (["model.path=nowhere"], "nowhere"),
         (["precision.name=fp7"], "precision.name='fp7'"),
+        (["precision=fp8_tensorwise"], "known values are auto, fp32, bf16"),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_message(script, model, capsys, monkeypatch, words, said):

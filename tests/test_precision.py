@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from nemo_aapo.config import PRECISIONS, ConfigError, ModelShape, derive, pad_multiple, with_machine_defaults
-from nemo_aapo.policy.precision import Machine, refusal
+from nemo_aapo.policy.precision import Machine, decide, refusal
 from tests.models import make_config
 
 QWEN_1_5B = ModelShape("Qwen2ForCausalLM", 28, 1536, 8960, 12, 2, 128, 151_936, True, 32_768)
@@ -83,20 +83,25 @@ def test_memory_that_is_not_there_cannot_be_moved():
     assert "precision=bf16" in refusal(fp32, H200)
 
 
+def test_what_the_machine_decides_is_checked_with_the_rest(monkeypatch):
+    """The distributed optimizer that overlapping needs is a GPU's default, and not a CPU's."""
+    asked = config(model__optim__overlap_grad_reduce=True, model__optim__overlap_param_gather=True)
+    monkeypatch.setattr(Machine, "present", lambda: CPU)
+    with pytest.raises(
+        ConfigError, match=r"overlap_param_gather=True needs model\.optim\.use_distributed_optimizer=true"
+    ):
+        decide(asked)
+    monkeypatch.setattr(Machine, "present", lambda: H200)
+    assert decide(asked).model.optim.use_distributed_optimizer
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"precision__num_layers_at_start_in_bf16": 1}, "no effect with precision=auto"),
         ({"precision__name": "bf16", "precision__num_layers_at_end_in_bf16": 1}, "no effect with precision=bf16"),
         ({"precision__name": "fp8_delayed", "precision__num_layers_at_start_in_bf16": 1}, "use precision=fp8_tensorw"),
-        (
-            {
-                "precision__name": "fp8_delayed",
-                "model__recompute_granularity": "selective",
-                "model__recompute_modules": ["layernorm"],
-            },
-            "maxima twice",
-        ),
+        ({"model__recompute_modules": ["layernorm"]}, "known values are core_attn, mlp"),
         ({"precision__name": "fp9"}, "known values are auto, fp32, bf16"),
         ({"model__context_parallel_size": 2}, "not wired"),
         ({"model__expert_model_parallel_size": 2}, "no experts"),

@@ -6,6 +6,7 @@ matrix products measured in the same run.
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import statistics
@@ -18,7 +19,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from nemo_aapo.benchmarks.gpu_models import SHAPES, VOCABULARY, policy_of, random_model
+from nemo_aapo.benchmarks.gpu_models import (
+    SHAPES,
+    VOCABULARY,
+    config_of,
+    fitting,
+    random_batch,
+    random_model,
+    usable_precisions,
+)
 
 PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}
 """Dense bf16 FLOP/s by NVIDIA's datasheets, of the SXM parts; MFU is measured against it."""
@@ -33,6 +42,7 @@ class Plan:
     sequence: int = 1024
     """Tokens of a sequence, half of them prompt."""
     micro_batch_tokens: int = 32_768
+    """At most: fewer where a GPU has no room for them."""
     micro_batches: int = 4
     steps: int = 3
     decode_rows: tuple[int, ...] = (64, 256)
@@ -44,11 +54,18 @@ QUICK = Plan(shapes=("0.5B",), micro_batch_tokens=4096, steps=1, decode_rows=(16
 
 
 def measure(plan: Plan, folder: Path) -> dict[str, Any]:
-    """Everything, printed as it comes.
+    """Everything, printed as it comes. An FP8 precision that the GPU can't do is left out.
 
     Args:
         folder: for the models' files.
+
+    Raises:
+        ConfigError: it can't do bf16, or TransformerEngine is not there.
     """
+    from nemo_aapo.policy.megatron import MegatronPolicy
+    from nemo_aapo.policy.model_dir import read_model_dir
+
+    usable = usable_precisions(PRECISIONS)
     found: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
     found["ceilings"] = ceilings()
     print(json.dumps(found), flush=True)
@@ -57,10 +74,14 @@ def measure(plan: Plan, folder: Path) -> dict[str, Any]:
     found["learner"], found["decode"], found["parity"] = [], [], []
     for name in plan.shapes:
         path = random_model(SHAPES[name], folder / name)
-        for precision in PRECISIONS:
-            policy = policy_of(path, precision, plan.micro_batch_tokens, plan.sequence)
-            found["learner"].append({"model": name, "precision": precision, **learner(policy, plan)})
-            found["parity"].append({"model": name, "precision": precision, **parity(policy, plan)})
+        memory = torch.cuda.get_device_properties(0).total_memory
+        tokens = fitting(path, plan.micro_batch_tokens, plan.sequence, memory)
+        sized = dataclasses.replace(plan, micro_batch_tokens=tokens)
+        for precision in usable:
+            config = config_of(path, precision, tokens, plan.sequence)
+            policy = MegatronPolicy(config, read_model_dir(str(path)))
+            found["learner"].append({"model": name, "precision": precision, **learner(policy, sized)})
+            found["parity"].append({"model": name, "precision": precision, **parity(policy, sized)})
             print(json.dumps([found["learner"][-1], found["parity"][-1]]), flush=True)
             if precision == "bf16":
                 for rows in plan.decode_rows:
@@ -159,7 +180,8 @@ def learner(policy: Any, plan: Plan) -> dict[str, float]:
     Counted are 6 FLOPs a token and parameter (the output layer's for the trained tokens only), and causal attention:
     6 s^2 h a layer and sequence. What is computed twice (logits in the backward pass) is not counted.
     """
-    batches = [_batch(policy, plan, seed) for seed in range(plan.micro_batches)]
+    sizes = plan.micro_batch_tokens, plan.sequence, plan.micro_batches
+    batches = [random_batch(policy, *sizes, seed=seed) for seed in range(plan.micro_batches)]
     torch.cuda.reset_peak_memory_stats()
     times = []
     for step in range(plan.steps + 2):
@@ -176,6 +198,7 @@ def learner(policy: Any, plan: Plan) -> dict[str, float]:
         "seconds": seconds,
         "slowest": max(times),
         "tokens_per_s": tokens / seconds,
+        "micro_batch_tokens": plan.micro_batch_tokens,
         "flops": operations,
         "mfu": operations / seconds / _peak(),
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
@@ -200,31 +223,6 @@ def training_flops(shape: Any, batches: list[Any]) -> float:
 def _peak() -> float:
     name = torch.cuda.get_device_name()
     return next((peak for key, peak in PEAK_BF16.items() if key in name), float("nan"))
-
-
-def _batch(policy: Any, plan: Plan, seed: int) -> Any:
-    from nemo_aapo.config import pad_multiple
-    from nemo_aapo.policy.microbatch import collate
-    from nemo_aapo.types import Sample
-
-    generator, half = np.random.default_rng(seed), plan.sequence // 2
-    samples = [
-        Sample(
-            generator.integers(2, VOCABULARY, half).astype(np.int32),
-            generator.integers(2, VOCABULARY, half).astype(np.int32),
-            np.full(half, -12.0, np.float32),
-            float(generator.normal()),
-        )
-        for _ in range(plan.micro_batch_tokens // plan.sequence)
-    ]
-    weight = 1.0 / (len(samples) * half * plan.micro_batches)
-    return collate(
-        [(sample,) for sample in samples],
-        [weight] * len(samples),
-        multiple=pad_multiple(policy.config),
-        device=torch.cuda.current_device(),
-        packed=True,
-    )
 
 
 def _loss(logprobs: torch.Tensor, entropy: torch.Tensor, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -17,11 +17,12 @@ def report(found: dict[str, Any]) -> Iterator[str]:
     )
     base = {row["model"]: row["seconds"] for row in found["learner"] if row["precision"] == "bf16"}
     yield tables.plain(
-        ("learner", "precision", "tokens/s", "step", "MFU", "faster than bf16", "peak GiB"),
+        ("learner", "precision", "micro-batch", "tokens/s", "step", "MFU", "faster than bf16", "peak GiB"),
         [
             (
                 row["model"],
                 row["precision"],
+                f"{row['micro_batch_tokens']:,}",
                 f"{row['tokens_per_s']:,.0f}",
                 f"{row['seconds'] * 1e3:.0f} ms",
                 f"{row['mfu']:.2f}",

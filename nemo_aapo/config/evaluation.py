@@ -62,9 +62,9 @@ class EvaluationRunner:
 
 @dataclass(frozen=True)
 class EvaluationPrecision:
-    """Numbers and kernels: training's names."""
+    """Numbers and kernels: training's names, without FP8, which an engine does not decode in."""
 
-    name: str
+    name: Literal["auto", "fp32", "bf16"]
 
 
 @dataclass(frozen=True)

@@ -28,16 +28,18 @@ class PrecisionKind:
     """... and every rank's weight dimensions of this."""
     min_capability: tuple[int, int] = (0, 0)
     """CUDA compute capability that has such kernels."""
+    below_capability: tuple[int, int] | None = None
+    """... and from which on it has them no longer: Blackwell's block formats are others, and not wired here."""
     min_cuda: tuple[int, int] = (0, 0)
 
 
 PRECISIONS = {
     "fp32": PrecisionKind(bf16=False),
     "bf16": PrecisionKind(bf16=True, min_capability=(8, 0)),
-    "fp8_tensorwise": PrecisionKind(True, "hybrid", "tensorwise", 16, 16, (8, 9), (12, 1)),
+    "fp8_tensorwise": PrecisionKind(True, "hybrid", "tensorwise", 16, 16, (8, 9), min_cuda=(12, 1)),
     # e4m3 for gradients as well: a block's own scale makes up for the range, and has the better precision
-    "fp8_blockwise": PrecisionKind(True, "e4m3", "blockwise", 128, 128, (9, 0), (12, 9)),
-    "fp8_delayed": PrecisionKind(True, "hybrid", "delayed", 16, 16, (8, 9), (12, 1)),
+    "fp8_blockwise": PrecisionKind(True, "e4m3", "blockwise", 128, 128, (9, 0), (10, 0), (12, 9)),
+    "fp8_delayed": PrecisionKind(True, "hybrid", "delayed", 16, 16, (8, 9), min_cuda=(12, 1)),
 }
 
 
@@ -99,15 +101,9 @@ def check_precision(config: Config) -> None:
                 f"{key}={number}: precision=fp8_delayed keeps its maxima over all layers and can't leave some out. "
                 "Set it to 0, or use precision=fp8_tensorwise"
             )
-    recomputed = set(config.model.recompute_modules) & {"layernorm"}
     if config.model.share_prompts and config.model.sequence_packing is False:
         raise ConfigError(
             "model.share_prompts=true needs sequences in one row: set model.sequence_packing=true, or leave it at null"
-        )
-    if kind is not None and kind.fp8_recipe == "delayed" and config.model.recompute_granularity and recomputed:
-        raise ConfigError(
-            "model.recompute_modules=[layernorm]: precision=fp8_delayed would record the maxima twice. Use "
-            "recompute_modules=[core_attn], or precision=fp8_tensorwise"
         )
 
 

@@ -81,7 +81,7 @@ class Model:
     sequence_packing: bool | None
     share_prompts: bool | None
     recompute_granularity: Literal["full", "selective"] | None
-    recompute_modules: tuple[Literal["core_attn", "mlp", "layernorm"], ...]
+    recompute_modules: tuple[Literal["core_attn", "mlp"], ...]
     logprob_chunk_tokens: int
     lora: Lora | None
     optim: Optim

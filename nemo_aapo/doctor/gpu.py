@@ -126,6 +126,9 @@ def fp8_refusal(kind: PrecisionKind, gpus: Gpus) -> str:
     if weakest.capability < kind.min_capability:
         wanted, has = _dotted(kind.min_capability), _dotted(weakest.capability)
         return f"needs compute capability {wanted}, {weakest.name} has {has}"
+    newest = max(gpus.devices, key=lambda device: device.capability)
+    if kind.below_capability and newest.capability >= kind.below_capability:
+        return f"is for compute capability below {_dotted(kind.below_capability)}, {newest.name} has newer formats"
     if _numbers(gpus.cuda or "0") < kind.min_cuda:
         return f"needs CUDA {_dotted(kind.min_cuda)}, torch is built for {gpus.cuda}"
     return ""

@@ -43,7 +43,8 @@ def read(words: Sequence[str]) -> tuple[Config, Question]:
             tree[section][key] = NOT_NEEDED
     config = with_machine_defaults(parse(tree), on_gpu=True)
     gpu = hardware.find(own.get("hardware", DEFAULT_HARDWARE))
-    if kind_of(config).fp8_recipe == "blockwise" and gpu.capability >= (10, 0):
+    newer = kind_of(config).below_capability
+    if newer and gpu.capability >= newer:
         raise ConfigError(f"precision={config.precision.name} is for Hopper, not for {gpu.name}: use fp8_tensorwise")
     longest_prompt, longest_completion = config.data.max_prompt_tokens, config.rollout.max_new_tokens
     prompts = own.get("dataset_prompts")

@@ -59,7 +59,18 @@ def build_optimizer(config: Config, model: DistributedDataParallel) -> MegatronO
     )
     on_cpu = not torch.cuda.is_available()
     with cpu.types_as_on_gpu() if on_cpu and optim.use_distributed_optimizer else contextlib.nullcontext():
-        return get_megatron_optimizer(settings, [model])
+        optimizer = get_megatron_optimizer(settings, [model])
+    for part in parts(optimizer):
+        part.optimizer.register_load_state_dict_post_hook(_count_steps_one_by_one)
+    return optimizer
+
+
+def _count_steps_one_by_one(adam: torch.optim.Optimizer) -> None:
+    """The distributed optimizer loads one tensor as the step count of all parameters (distrib_optimizer.py:825), and
+    torch's Adam, which it has on a CPU, would count it up once for each of them."""
+    for state in adam.state.values():
+        if isinstance(state.get("step"), torch.Tensor):
+            state["step"] = state["step"].clone()
 
 
 def build_scheduler(config: Config, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:

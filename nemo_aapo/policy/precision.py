@@ -7,13 +7,13 @@ as data, and what can be refused without looking at the machine.
 from __future__ import annotations
 
 import importlib.util
-import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from nemo_aapo.config import PRECISIONS, Config, ConfigError, PrecisionKind, kind_of, with_machine_defaults
+from nemo_aapo.config.precision import check_optimizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +47,9 @@ def decide(config: Config) -> Config:
     """
     machine = Machine.present()
     config = with_machine_defaults(config, on_gpu=machine.gpu is not None)
+    check_optimizer(config.model)  # again, with the optimizer that was left to the machine
     if problem := refusal(config, machine):
         raise ConfigError(problem)
-    if kind_of(config).fp8_recipe == "blockwise":
-        # scales as they are instead of rounded to powers of two; read when TransformerEngine is imported
-        os.environ.setdefault("NVTE_FP8_BLOCK_SCALING_FP32_SCALES", "1")
     return config
 
 
@@ -84,7 +82,7 @@ def refusal(config: Config, machine: Machine) -> str | None:
             f"precision={name} needs CUDA {_dotted(kind.min_cuda)}, and torch was built for {_dotted(machine.cuda)}: "
             f"use {_best(machine)}"
         )
-    if kind.fp8_recipe == "blockwise" and machine.capability >= (10, 0):
+    if kind.below_capability and machine.capability >= kind.below_capability:
         return (
             f"precision={name} is for Hopper; TransformerEngine has other block formats on {machine.gpu}, which are "
             f"not wired here: use {_best(machine)}"

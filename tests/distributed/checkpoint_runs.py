@@ -18,7 +18,7 @@ from tests.models import make_config
 DIGEST = "0123456789abcdef"
 
 
-def make_policy(model: Path, tp: int = 1, pp: int = 1):
+def make_policy(model: Path, tp: int = 1, pp: int = 1, distributed_optimizer: bool = False):
     """The policy of every run here; its learning rate depends on how many steps went before."""
     from nemo_aapo.policy.megatron import MegatronPolicy
     from nemo_aapo.policy.model_dir import read_model_dir
@@ -28,6 +28,7 @@ def make_policy(model: Path, tp: int = 1, pp: int = 1):
         model__tensor_model_parallel_size=tp,
         model__pipeline_model_parallel_size=pp,
         model__optim__sched__warmup_steps=8,
+        model__optim__use_distributed_optimizer=distributed_optimizer,
     )
     return MegatronPolicy(config, read_model_dir(str(model)))
 
@@ -59,9 +60,9 @@ def state_of(step: int) -> dict[str, Any]:
     return {"step": step, "sampler": {"epoch": 1, "cursor": 5 * step}, "policy_version": step}
 
 
-def train_and_save(model: Path, directory: Path, tp: int, pp: int):
+def train_and_save(model: Path, directory: Path, tp: int, pp: int, distributed_optimizer: bool = False):
     """Three steps, saved after each; then the weights as they are now, and after one step more."""
-    policy = make_policy(model, tp, pp)
+    policy = make_policy(model, tp, pp, distributed_optimizer)
     checkpoints = make_checkpointer(directory)
     for step in (1, 2, 3):
         train(policy, step)

@@ -40,8 +40,8 @@ def saved(ranks, model, tmp_path_factory):
     return directory, *ranks.run(train_and_save, model, directory, 2, 2, world=4, tp=2, pp=2)[0]
 
 
-def _resume_and_train(model, directory, tp, pp):
-    policy = make_policy(model, tp, pp)
+def _resume_and_train(model, directory, tp, pp, distributed_optimizer=False):
+    policy = make_policy(model, tp, pp, distributed_optimizer)
     state = make_checkpointer(directory).resume(policy)
     resumed, version = weights(policy), policy.version
     train(policy, 4)
@@ -60,6 +60,16 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(ranks, model, saved, lay
         assert same(resumed, now)
         for name in later:
             np.testing.assert_allclose(trained[name], later[name], rtol=0, atol=0 if layout == "2x2" else 1e-6)
+
+
+def test_so_does_one_with_the_distributed_optimizer(ranks, model, tmp_path):
+    """Its moments are dealt to two ranks, and then to one, which trains on all samples."""
+    now, later = ranks.run(train_and_save, model, tmp_path / "run", 1, 1, True, world=2)[0]
+    for world, tolerance in ((2, 0), (1, 1e-6)):
+        for _, _, resumed, trained in ranks.run(_resume_and_train, model, tmp_path / "run", 1, 1, True, world=world):
+            assert same(resumed, now)
+            for name in later:
+                np.testing.assert_allclose(trained[name], later[name], rtol=0, atol=tolerance)
 
 
 def test_the_newest_are_kept_and_their_manifest_says_what_they_are(saved):

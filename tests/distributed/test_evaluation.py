@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -146,6 +147,16 @@ def test_a_checkpoint_of_training_measures_as_the_model_that_it_exports(ranks, f
         assert completions(folder / name) == completions(folder / "by_run")
     assert completions(folder / "by_run") != completions(whole)
     assert "(step 2)" in results(folder / "by_run")["model"]
+
+
+def test_a_run_without_a_checkpoint_is_a_refusal_on_all_ranks(ranks, folder):
+    training = settings(folder, folder / "young", "trainer.max_steps=1")
+    assert ranks.run(run, training, tp=None) == [0]
+    shutil.rmtree(folder / "young" / "checkpoints" / "step_000001")
+    with pytest.raises(RankError, match=f"{ConfigError.__name__}: .*none was saved yet"):
+        ranks.run(
+            evaluate, words(folder, "none", f"model.path={folder / 'young'}", "trainer.devices=2"), tp=None, world=2
+        )
 
 
 @pytest.mark.parametrize(

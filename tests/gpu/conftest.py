@@ -20,6 +20,19 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason=f"needs {' and '.join(absent)}"))
 
 
+@pytest.fixture(autouse=True)
+def machine_can(request):
+    """A precision that this GPU can't do is skipped, with the reason that a run is refused for."""
+    from nemo_aapo.policy.precision import Machine, refusal
+    from tests.models import make_config
+
+    call = getattr(request.node, "callspec", None)
+    if call and "precision" in call.params:
+        config = make_config("unused", precision__name=call.params["precision"])
+        if problem := refusal(config, Machine.present()):
+            pytest.skip(problem)
+
+
 @pytest.fixture(scope="session")
 def one_rank():
     """Megatron's groups of a single rank, on the GPU."""

@@ -86,6 +86,15 @@ def test_packed_and_padded_sequences_give_the_same(one_rank, model, precision):
     assert cosine(packed["gradient"], padded["gradient"]) > (0.999 if precision == "bf16" else 0.97)
 
 
+def test_layers_kept_in_bf16_compute_as_without_fp8(one_rank, model):
+    """All four of them: two at the start, two at the end."""
+    edges = {f"precision.num_layers_at_{end}_in_bf16": 2 for end in ("start", "end")}
+    kept = learn(model, **{"precision.name": "fp8_tensorwise", **edges})
+    plain = learn(model, **{"precision.name": "bf16"})
+    assert np.abs(kept["logprobs"] - plain["logprobs"]).mean() < 2e-2
+    assert cosine(kept["gradient"], plain["gradient"]) > 0.999
+
+
 def test_no_attention_leaks_between_packed_sequences(one_rank, model):
     """Other tokens in all sequences but one change nothing of that one, not even its last bit."""
     import torch
@@ -120,10 +129,8 @@ def test_no_attention_leaks_between_packed_sequences(one_rank, model):
 
 SWITCHES = {
     "full recompute": {"model.recompute_granularity": "full"},
-    "selective recompute": {
-        "model.recompute_granularity": "selective",
-        "model.recompute_modules": ["mlp", "layernorm"],
-    },
+    "recompute of mlp": {"model.recompute_granularity": "selective", "model.recompute_modules": ["mlp"]},
+    "recompute of attention": {"model.recompute_granularity": "selective", "model.recompute_modules": ["core_attn"]},
     "plain optimizer": {"model.optim.use_distributed_optimizer": False},
     "overlap": {"model.optim.overlap_grad_reduce": True, "model.optim.overlap_param_gather": True},
     "optimizer on the host": {"model.optim.cpu_offload_fraction": 1.0},
