@@ -60,14 +60,14 @@ class Decoder:
     """One pipeline stage of a model. Built anew for each rollout: it holds references to the weights.
 
     It holds copies, for as long as the rollout takes, of layers with a LoRA adapter, whose weights it merges, and of
-    all projections where ``copy``.
+    large weights where ``copy``.
     """
 
     def __init__(self, model: GPTModel, copy: bool = False) -> None:
         """
         Args:
             model: this rank's stage, unwrapped.
-            copy: copy the projections' weights into the order that products on a CPU are fast with (products.py).
+            copy: copy the large weights into the order that products on a CPU are fast with (products.py).
                 It takes as much memory as they do, and the time of a few decoding steps.
 
         Raises:

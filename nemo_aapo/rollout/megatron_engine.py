@@ -1,6 +1,6 @@
 """The in-process rollout engine: completions from the learner's own weights, on the learner's own ranks.
 
-There is nothing to refit and nothing to copy, on any tensor x pipeline layout, on CPU and GPU alike. Each
+There is nothing to refit, on any tensor x pipeline layout, on CPU and GPU alike. Each
 data-parallel rank generates for itself: no collective leaves the model-parallel group.
 
 The ranks of a model-parallel group keep the same books (slots.py). What they learn of a step is one small broadcast
@@ -273,10 +273,10 @@ class _Rollout:
 
 
 def _copy_pays(model: GPTModel, rows: int, new_tokens: int) -> bool:
-    """Whether a rollout of so many rows and new tokens is worth a copy of the weights (products.py).
+    """Whether a rollout of so many rows and new tokens is worth a copy of the large weights (products.py).
 
-    The copy takes as long as five decoding steps at most, and each step of at least four rows then gains a tenth to a
-    quarter. A rollout that might have been long but stops at its first tokens loses those five steps.
+    The copy takes about as long as two decoding steps of 32 rows, and each step then gains about a tenth. A rollout
+    that might have been long but stops at its first tokens loses those two steps.
     """
     weight = next(model.parameters())
     return not weight.is_cuda and weight.dtype == torch.float32 and rows >= 4 and new_tokens >= 32

@@ -1,12 +1,11 @@
-"""Products with a weight as decoding needs them on a CPU: few rows, and a weight that no cache near the core holds.
+"""Products with a weight as decoding on a CPU needs them: few rows, and weights from beyond the core's own caches.
 
-A decoding step reads every weight of the model for some tens of rows. MKL is slow at that on ``[out, in]`` as the
-learner keeps it: it reorders the weight in each product. Transposed, it needs no reordering, but its kernels then walk
-down columns whose neighbours lie kilobytes apart, which costs what it saved wherever the weight comes from beyond the
-core's own caches. ``arranged`` gives the transpose cut into panels of a few hundred columns, each in one piece: no
-reordering, and reads that are nearly sequential (docs/performance.md has the measurements).
+MKL is slow at such products with ``[out, in]`` as the learner keeps it: it reorders the weight each time. Transposed it
+needs no reordering, but then walks down columns whose neighbours lie kilobytes apart, which costs what it saved unless
+the weight is in the core's caches already. ``arranged`` cuts the transpose into panels of at most 256 columns, each in
+one piece: no reordering, and reads that are nearly sequential (docs/performance.md has the measurements).
 
-The other functions take a weight either way: ``[out, in]``, or as ``arranged`` gives it.
+``linear`` and ``add_linear_`` take a weight either way: ``[out, in]``, or ``[panels, in, width]``.
 """
 
 from __future__ import annotations
@@ -16,27 +15,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 WIDEST_PANEL = 256
-"""Columns. 128 are 10 % slower at 8 to 64 rows, and from 512 on the gain goes."""
+"""Columns. With 128 products of 8 to 64 rows take 3 to 16 % longer; from 512 on most of the gain is gone."""
 
-WHOLE_ELEMENTS = 1 << 18
-"""A weight of so many numbers (1 MiB) stays near the core while it is used, and needs no panels."""
+SMALL_WEIGHT = 1 << 17
+"""Numbers. Smaller weights (512 KiB) stay in the core's caches; with copies of them a 0.3M model was not faster."""
 
 
 @torch.no_grad()
 def arranged(weight: Tensor) -> Tensor:
-    """A copy of a weight [out, in] that products are fast with.
+    """What products are fast with: of a large weight [out, in] a copy in panels, a small one as it is.
 
     Returns:
-        Of a small one, and where only slivers would divide it, [out, in] with its columns in one piece; else panels
-        [panels, in, width], ``panels * width == out``.
+        [panels, in, width], ``panels * width == out``; or ``weight`` itself, also where only slivers would divide it.
     """
     rows, columns = weight.shape
-    widths = range(WIDEST_PANEL // 4, WIDEST_PANEL + 1, 16)
-    width = max((width for width in widths if rows % width == 0), default=rows)
-    if weight.numel() <= WHOLE_ELEMENTS or width == rows:
-        return weight.t().contiguous().t()
-    panels = weight.new_empty(rows // width, columns, width)
-    for panel, part in zip(panels, weight.split(width), strict=True):
+    widths = [width for width in range(WIDEST_PANEL // 4, WIDEST_PANEL + 1, 16) if rows % width == 0]
+    if weight.numel() < SMALL_WEIGHT or not widths:
+        return weight
+    panels = weight.new_empty(rows // widths[-1], columns, widths[-1])
+    for panel, part in zip(panels, weight.split(widths[-1]), strict=True):
         panel.copy_(part.t())  # one by one: torch transposes matrices in blocks, and stacks of them by the element
     return panels
 

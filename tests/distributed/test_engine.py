@@ -344,12 +344,13 @@ def _rollouts_around_a_change(path, tp):
 
     def watched(weight):
         copy = products.arranged(weight)
-        copies.append(weakref.ref(copy))
         shapes.append(copy.dim())
+        if copy is not weight:
+            copies.append(weakref.ref(copy))
         return copy
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(products, "WHOLE_ELEMENTS", 1 << 12)  # a tiny model's weights arranged in both ways
+        patch.setattr(products, "SMALL_WEIGHT", 1 << 12)  # of which a tiny model has large ones
         patch.setattr(products, "WIDEST_PANEL", 64)
         patch.setattr(decoder, "arranged", watched)
         pays = megatron_engine._copy_pays
@@ -369,7 +370,7 @@ def _rollouts_around_a_change(path, tp):
 @pytest.mark.parametrize("tp", [1, 2])
 def test_copies_of_weights_are_as_new_as_the_weights_and_do_not_outlive_the_rollout(ranks, tiny_models, tp):
     for results, shapes in ranks.run(_rollouts_around_a_change, tiny_models["qwen2"], tp, world=tp, tp=tp):
-        assert shapes == {2, 3}
+        assert 3 in shapes
         before, plain_before, after, plain_after = results
         assert flat(before) != flat(after)
         for ours, plain in ((before, plain_before), (after, plain_after)):
