@@ -174,7 +174,7 @@ class Decoder:
 
 
 def _rms_norm(x: Tensor, weight: Tensor, root_epsilon: Tensor) -> Tensor:
-    """``F.rms_norm`` of float32 in half of its operations. root_epsilon: of epsilon, without axes."""
+    """``F.rms_norm`` of float32 in fewer operations. root_epsilon: of epsilon, without axes."""
     root_mean = torch.linalg.vector_norm(x, dim=-1, keepdim=True).mul_(weight.numel() ** -0.5)
     return x.div(torch.hypot(root_mean, root_epsilon)).mul_(weight)
 
