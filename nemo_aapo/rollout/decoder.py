@@ -14,6 +14,7 @@ It knows one kind of layer, that of Qwen2, Qwen2.5, Qwen3 and Llama, and refuses
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -26,11 +27,15 @@ from torch import Tensor
 from nemo_aapo.policy.lora import base_layer, merged_weight
 from nemo_aapo.policy.megatron import output_weight
 from nemo_aapo.rollout.kv_cache import SlotCache
+from nemo_aapo.rollout.products import add_linear_, arranged, linear
 
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """This rank's part of one layer's weights: h hidden, f feed-forward units, s head size."""
+    """This rank's part of one layer's weights: h hidden, f feed-forward units, s head size.
+
+    The projections' are as ``products`` takes them.
+    """
 
     attention_norm: Tensor
     """[h]"""
@@ -52,26 +57,32 @@ class _Layer:
 
 
 class Decoder:
-    """One pipeline stage of a model. Built anew for each rollout: it holds references to the weights, no copy.
+    """One pipeline stage of a model. Built anew for each rollout: it holds references to the weights.
 
-    Of layers with a LoRA adapter it holds the merged weights, a copy for as long as the rollout takes.
+    It holds copies, for as long as the rollout takes, of layers with a LoRA adapter, whose weights it merges, and of
+    large weights where ``copy``.
     """
 
-    def __init__(self, model: GPTModel) -> None:
+    def __init__(self, model: GPTModel, copy: bool = False) -> None:
         """
         Args:
             model: this rank's stage, unwrapped.
+            copy: copy the large weights into the order that products on a CPU are fast with (products.py).
+                It takes as much memory as they do, and the time of a few decoding steps.
 
         Raises:
             ValueError: a kind of model that isn't known here; see ``check_supported``.
         """
         check_supported(model)
         self._model, self._config = model, model.config
-        self._layers = [_weights(layer) for layer in model.decoder.layers]
+        own = arranged if copy else lambda weight: weight
+        self._layers = [_weights(layer, own) for layer in model.decoder.layers]
+        self._output = own(output_weight(model)) if model.post_process else None
         attention = model.decoder.layers[0].self_attention
         self.key_value_heads = attention.num_query_groups_per_partition
         self.queries_per_key = attention.num_attention_heads_per_partition // self.key_value_heads
         self.head_size = attention.hidden_size_per_attention_head
+        self._root_epsilon = torch.tensor(self._config.layernorm_epsilon**0.5)
         self._tp_group = parallel_state.get_tensor_model_parallel_group()
         self._tp_size = dist.get_world_size(self._tp_group)
 
@@ -110,7 +121,7 @@ class Decoder:
             [T, h]; on the last stage [rows, h], only the tokens whose logits are wanted.
         """
         for index, layer in enumerate(self._layers):
-            mixed = F.linear(self._norm(hidden, layer.attention_norm), layer.qkv, layer.qkv_bias)
+            mixed = linear(self._norm(hidden, layer.attention_norm), layer.qkv, layer.qkv_bias)
             mixed = mixed.view(len(hidden), self.key_value_heads, -1, self.head_size)
             if layer.query_norm is not None:
                 query, key, value = mixed.split((self.queries_per_key, 1, 1), dim=2)
@@ -119,7 +130,7 @@ class Decoder:
             if index == len(self._layers) - 1 and self._model.post_process and cache.logits_at is not None:
                 hidden, context = hidden[cache.logits_at], context[cache.logits_at]  # nothing reads the others any more
             hidden = self._add(hidden, context, layer.projection)
-            units = _swiglu(F.linear(self._norm(hidden, layer.mlp_norm), layer.gate_and_up))
+            units = _swiglu(linear(self._norm(hidden, layer.mlp_norm), layer.gate_and_up))
             hidden = self._add(hidden, units, layer.down)
         return hidden
 
@@ -130,18 +141,18 @@ class Decoder:
         log-probs of the two by more than all else together.
         """
         normed = self._norm(hidden, self._model.decoder.final_layernorm.weight)
-        weight = output_weight(self._model)
+        weight = self._output
         if normed.is_cuda and normed.dtype != torch.float32:
             logits = torch.mm(normed, weight.t(), out_dtype=torch.float32)
         else:
-            logits = F.linear(normed, weight)
+            logits = linear(normed, weight)
         return logits if self._tp_size == 1 else tensor_parallel.gather_from_tensor_model_parallel_region(logits)
 
     def addresses(self) -> tuple[int, ...]:
         """Where the weights of a whole model lie on its device: what a CUDA graph of it remembers of them."""
         model = self._model
         weights = [getattr(layer, field.name) for layer in self._layers for field in fields(layer)]
-        weights += [model.embedding.word_embeddings.weight, model.decoder.final_layernorm.weight, output_weight(model)]
+        weights += [model.embedding.word_embeddings.weight, model.decoder.final_layernorm.weight, self._output]
         return tuple(weight.data_ptr() for weight in weights if weight is not None)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -149,15 +160,23 @@ class Decoder:
             from nemo_aapo.rollout import decode_triton  # triton comes with torch's CUDA builds only
 
             return decode_triton.rms_norm(x, weight, self._config.layernorm_epsilon)
+        if x.dtype == torch.float32:
+            return _rms_norm(x, weight, self._root_epsilon)
         return F.rms_norm(x, weight.shape, weight, self._config.layernorm_epsilon)
 
     def _add(self, hidden: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """``hidden + x weight^T``, in place; ``x`` and ``weight`` are cut over the tensor-parallel ranks."""
         if self._tp_size == 1:
-            return hidden.addmm_(x, weight.t())
-        part = F.linear(x, weight)
+            return add_linear_(hidden, x, weight)
+        part = linear(x, weight)
         dist.all_reduce(part, group=self._tp_group)
         return hidden.add_(part)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, root_epsilon: Tensor) -> Tensor:
+    """``F.rms_norm`` of float32 in fewer operations. root_epsilon: of epsilon, without axes."""
+    root_mean = torch.linalg.vector_norm(x, dim=-1, keepdim=True).mul_(weight.numel() ** -0.5)
+    return x.div(torch.hypot(root_mean, root_epsilon)).mul_(weight)
 
 
 def _swiglu(gate_and_up: Tensor) -> Tensor:
@@ -170,7 +189,7 @@ def _swiglu(gate_and_up: Tensor) -> Tensor:
     return F.silu(gate).mul_(up)
 
 
-def _weights(layer: torch.nn.Module) -> _Layer:
+def _weights(layer: torch.nn.Module, own: Callable[[Tensor], Tensor]) -> _Layer:
     """Weights of an mcore TransformerLayer. TransformerEngine keeps the norms' in the projections that follow them."""
     attention, mlp = layer.self_attention, layer.mlp
     qkv, fc1 = base_layer(attention.linear_qkv), base_layer(mlp.linear_fc1)
@@ -178,14 +197,14 @@ def _weights(layer: torch.nn.Module) -> _Layer:
     query_norm, key_norm = attention.q_layernorm, attention.k_layernorm
     return _Layer(
         attention_norm=qkv.layer_norm_weight if fused else layer.input_layernorm.weight,
-        qkv=merged_weight(attention.linear_qkv),
+        qkv=own(merged_weight(attention.linear_qkv)),
         qkv_bias=_present(qkv.bias),
         query_norm=getattr(query_norm, "weight", None),
         key_norm=getattr(key_norm, "weight", None),
-        projection=merged_weight(attention.linear_proj),
+        projection=own(merged_weight(attention.linear_proj)),
         mlp_norm=fc1.layer_norm_weight if fused else layer.pre_mlp_layernorm.weight,
-        gate_and_up=merged_weight(mlp.linear_fc1),
-        down=merged_weight(mlp.linear_fc2),
+        gate_and_up=own(merged_weight(mlp.linear_fc1)),
+        down=own(merged_weight(mlp.linear_fc2)),
     )
 
 

@@ -1,6 +1,6 @@
 """The in-process rollout engine: completions from the learner's own weights, on the learner's own ranks.
 
-There is nothing to refit and nothing to copy, on any tensor x pipeline layout, on CPU and GPU alike. Each
+There is nothing to refit, on any tensor x pipeline layout, on CPU and GPU alike. Each
 data-parallel rank generates for itself: no collective leaves the model-parallel group.
 
 The ranks of a model-parallel group keep the same books (slots.py). What they learn of a step is one small broadcast
@@ -143,12 +143,12 @@ class _Rollout:
         on_finish: OnFinish | None,
     ) -> None:
         self._engine, self._model, self._prompts = engine, engine.model, prompts
-        self._decoder = Decoder(engine.model)
         self._sampling, self._on_finish = sampling, on_finish
         self.completions: list[list[Completion]] = [[None] * len(row) for row in seeds]
         length = max((len(prompt) for prompt in prompts), default=0) + sampling.max_new_tokens
         rows = capacity(engine.max_concurrent_tokens, length, sequences=sum(map(len, seeds)))
         self._slots = Slots(prompts, seeds, sampling.max_new_tokens, rows)
+        self._decoder = Decoder(engine.model, copy=_copy_pays(engine.model, rows, sampling.max_new_tokens))
         self.graphs = self._reusable_graphs(rows, length)
         self._cache = self.graphs.cache if self.graphs else self._decoder.new_cache(rows, length)
         if self.graphs is None and engine.cuda_graphs and rows:
@@ -270,3 +270,13 @@ class _Rollout:
             tail_factor=max(lengths) * len(lengths) / sum(lengths) if lengths else 1.0,
             idle_fraction=self._idle / (self._steps * self._slots.rows) if lengths else 0.0,
         )
+
+
+def _copy_pays(model: GPTModel, rows: int, new_tokens: int) -> bool:
+    """Whether a rollout of so many rows and new tokens is worth a copy of the large weights (products.py).
+
+    The copy takes about as long as two decoding steps of 32 rows, and each step then gains about a tenth. A rollout
+    that might have been long but stops at its first tokens loses those two steps.
+    """
+    weight = next(model.parameters())
+    return not weight.is_cuda and weight.dtype == torch.float32 and rows >= 4 and new_tokens >= 32

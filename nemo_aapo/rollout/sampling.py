@@ -108,12 +108,17 @@ def _draw_block(
         logits = logits.masked_fill(stops & (steps < sampling.min_new_tokens)[:, None], -torch.inf)
     probs = torch.softmax(logits, -1)
     if sampling.greedy:
-        tokens = logits.argmax(-1)
+        tokens = _argmax(logits)
     else:
         racers = probs if sampling.top_p >= 1.0 else _nucleus(probs, sampling.top_p)
         noise = exponential_noise(seeds, steps, logits.shape[1])
-        tokens = torch.div(racers, noise, out=noise).argmax(-1)
+        tokens = _argmax(torch.div(racers, noise, out=noise))
     return tokens, probs.gather(-1, tokens[:, None])[:, 0].log()
+
+
+def _argmax(x: torch.Tensor) -> torch.Tensor:
+    """``x.argmax(-1)``. On a CPU numpy is ten times faster; both take the first of equals, and NaN for the largest."""
+    return x.argmax(-1) if x.is_cuda else torch.from_numpy(x.numpy().argmax(-1))
 
 
 @lru_cache(maxsize=8)

@@ -328,6 +328,58 @@ def test_norms_are_found_where_transformer_engine_keeps_them(ranks, tiny_models)
     assert found == expected
 
 
+def _rollouts_around_a_change(path, tp):
+    """Long enough for copies: before and after the weights changed in place, with and without; what copies were."""
+    import weakref
+
+    import torch
+
+    from nemo_aapo.rollout import decoder, megatron_engine, products
+
+    model, copies, shapes, results = build(path, tp), [], [], []
+    long, engine = (
+        dataclasses.replace(SPEC, max_new_tokens=40),
+        megatron_engine.MegatronEngine(model, VOCAB_SIZE, ROOMY),
+    )
+
+    def watched(weight):
+        copy = products.arranged(weight)
+        shapes.append(copy.dim())
+        if copy is not weight:
+            copies.append(weakref.ref(copy))
+        return copy
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, "SMALL_WEIGHT", 1 << 12)  # of which a tiny model has large ones
+        patch.setattr(products, "WIDEST_PANEL", 64)
+        patch.setattr(decoder, "arranged", watched)
+        pays = megatron_engine._copy_pays
+        for _ in range(2):
+            for rule in (pays, lambda *_: False):
+                patch.setattr(megatron_engine, "_copy_pays", rule)
+                made = len(copies)
+                results.append(engine.generate(prompts(), long, SEEDS))
+                assert (len(copies) > made) == (rule is pays)
+                assert not any(copy() is not None for copy in copies)
+            with torch.no_grad():
+                for weight in model.parameters():
+                    weight.mul_(1.25)
+    return results, set(shapes)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_copies_of_weights_are_as_new_as_the_weights_and_do_not_outlive_the_rollout(ranks, tiny_models, tp):
+    for results, shapes in ranks.run(_rollouts_around_a_change, tiny_models["qwen2"], tp, world=tp, tp=tp):
+        assert 3 in shapes
+        before, plain_before, after, plain_after = results
+        assert flat(before) != flat(after)
+        for ours, plain in ((before, plain_before), (after, plain_after)):
+            assert flat(ours) == flat(plain)
+            for row, expected in zip(ours, plain, strict=True):
+                for a, b in zip(row, expected, strict=True):
+                    np.testing.assert_allclose(a.logprobs, b.logprobs, atol=2e-5)
+
+
 def _versions(path):
     from nemo_aapo.rollout.megatron_engine import MegatronEngine
 
