@@ -51,6 +51,8 @@ def install() -> None:
     patch_optimizer_kernels()
     patch_distributed_optimizer()
     patch_rng_tracker()
+    patch_rotary_embedding()
+    patch_weight_gradients()
     _installed = True
 
 
@@ -199,3 +201,35 @@ def patch_rng_tracker() -> None:
     random.CudaRNGStatesTracker.fork = fork
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+
+def patch_rotary_embedding() -> None:
+    """mcore's fused rotary embedding is TransformerEngine's; the other, in torch operations, copies much.
+
+    All layouts go by this one function (rope_utils.py:100), packed sequences too.
+    """
+    from megatron.core.models.common.embeddings import rope_utils
+
+    from nemo_aapo.policy.local_kernels import rotary
+
+    original = rope_utils._apply_rotary_pos_emb_bshd
+
+    def apply(t, freqs, rotary_interleaved=False, multi_latent_attention=False, mscale=1.0):
+        if rotary_interleaved or multi_latent_attention or t.shape[-1] != freqs.shape[-1] or t.dtype != freqs.dtype:
+            return original(t, freqs, rotary_interleaved, multi_latent_attention, mscale)
+        return rotary(t, freqs, mscale)
+
+    rope_utils._apply_rotary_pos_emb_bshd = apply
+
+
+def patch_weight_gradients() -> None:
+    """mcore's linear layers add weight gradients to the buffer within the product by apex's kernel (layers.py:569).
+
+    ``precision.fuse_weight_gradients`` tells them to; here is that kernel for a CPU.
+    """
+    from megatron.core.tensor_parallel import layers
+
+    def wgrad_gemm_accum_fp32(total_input, grad_output, main_grad):
+        main_grad.addmm_(grad_output.t(), total_input)
+
+    layers.fused_weight_gradient_mlp_cuda = types.SimpleNamespace(wgrad_gemm_accum_fp32=wgrad_gemm_accum_fp32)
