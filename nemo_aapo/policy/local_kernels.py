@@ -40,7 +40,7 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, inverse = ctx.saved_tensors
         product = grad * x
         rows = product.reshape(-1, x.shape[-1])
-        grad_weight = (inverse.view(1, -1) @ rows)[0]
+        grad_weight = rows.t() @ inverse.view(-1)
         along_x = (rows @ weight).view(inverse.shape) * inverse.pow(3).div_(-x.shape[-1])
         return torch.mul(grad, weight, out=product).mul_(inverse).addcmul_(x, along_x), grad_weight, None
 
