@@ -89,8 +89,7 @@ class _Rotary(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, frequencies, scale):
-        cos, sin = frequencies.cos().mul_(scale), frequencies.sin().mul_(scale)
-        sin[..., : sin.shape[-1] // 2].neg_()
+        cos, sin = _cos_sin(frequencies, scale)
         ctx.save_for_backward(cos, sin)
         return _turned(x, cos, sin)
 
@@ -99,6 +98,16 @@ class _Rotary(torch.autograd.Function):
     def backward(ctx, grad):
         cos, sin = ctx.saved_tensors
         return _turned(grad, cos, -sin), None, None
+
+
+def _cos_sin(frequencies: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """As ``_turned`` takes them. Kept with the frequencies, which mcore hands to all layers."""
+    kept = getattr(frequencies, "_aapo_cos_sin", None)
+    if kept is None or kept[0] != scale:
+        cos, sin = frequencies.cos().mul_(scale), frequencies.sin().mul_(scale)
+        sin[..., : sin.shape[-1] // 2].neg_()
+        frequencies._aapo_cos_sin = kept = (scale, cos, sin)
+    return kept[1:]
 
 
 def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
