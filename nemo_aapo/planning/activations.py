@@ -49,7 +49,9 @@ LOCAL: tuple[Term, ...] = (
     Term("attention norm, 1/rms", {"one": 1}, _LOCAL_NORM, "fp32", "sequence", recomputed_with="layernorm"),
     Term("qkv input", {"hidden": 1}, _LOCAL_LINEAR, cut="sequence", recomputed_with="layernorm"),
     Term("qkv output", {"query": 1, "key_value": 2}, _LOCAL_ATTENTION + ". The values are a part of it: all stays"),
-    Term("query norm input", {"query": 1}, "mcore transformer/attention.py copies it; not the key's", only="copied_query"),
+    Term(
+        "query norm input", {"query": 1}, "mcore transformer/attention.py copies it; not the key's", only="copied_query"
+    ),
     Term("query and key norm, 1/rms", {"heads": 1, "groups": 1}, _LOCAL_NORM, "fp32", only="qk_norm"),
     Term("cosine and sine", {"head_size": 4}, _LOCAL_ROTARY, cut="whole", per_position=True),
     Term("query, key", {"query": 1, "key_value": 1}, _LOCAL_ATTENTION),

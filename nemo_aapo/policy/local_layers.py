@@ -90,9 +90,10 @@ class LocalAttention(DotProductAttention):
     ) -> torch.Tensor:
         """Padded: as in mcore. Packed: query [t, heads, size], key and value [t, groups, size] -> [t, heads * size]."""
         if packed_seq_params is None:
-            if attention_mask is not None or attention_bias is not None or not self.is_plainly_causal():
-                return super().forward(query, key, value, attention_mask, attn_mask_type, attention_bias)
-            return self.padded(query, key, value)
+            plain = attention_mask is None and attention_bias is None and len(query) == len(key)
+            if plain and self.is_plainly_causal():
+                return self.padded(query, key, value)
+            return super().forward(query, key, value, attention_mask, attn_mask_type, attention_bias)
         bounds = packed_seq_params.cu_seqlens_q.tolist()
         parts = []
         for start, stop in itertools.pairwise(bounds):
@@ -103,8 +104,11 @@ class LocalAttention(DotProductAttention):
         return torch.cat(parts).flatten(1)
 
     def is_plainly_causal(self) -> bool:
-        """Whether softmax(scale q k) under a causal mask is all there is: no window, no dropout, no sink, no factor
-        that mcore divides the products by and multiplies the scores with (query-key layer scaling)."""
+        """Whether softmax(scale q k) under a causal mask is all that the configuration asks for.
+
+        A window, an offset of the softmax, dropout, and a factor that goes out of the product and into the softmax
+        (``apply_query_key_layer_scaling``) are left to mcore. ``attention_softmax_in_fp32`` changes nothing in fp32.
+        """
         softmax = self.scale_mask_softmax
         return (
             self.attn_mask_type is AttnMaskType.causal
