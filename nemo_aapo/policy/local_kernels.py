@@ -46,7 +46,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def swiglu(x: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up of x = [gate, up]: [..., 2 f] -> [..., f]. A view of a part of x won't do."""
+    """silu(gate) * up of x = [gate, up]: [..., 2 f] -> [..., f]."""
     return _SwiGLU.apply(x)
 
 

@@ -18,7 +18,7 @@ from nemo_aapo.policy.local_kernels import rms_norm, swiglu
 
 
 def local_layer_spec(config: Any) -> TransformerBlockSubmodules:
-    """The decoder block for a provider's configuration; whose activation it sets to ours where that is SwiGLU."""
+    """The decoder block for a provider's configuration, in which it sets ``use_te_activation_func`` for SwiGLU."""
     layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
     layer.submodules.input_layernorm = TorchNorm
     layer.submodules.pre_mlp_layernorm = TorchNorm
