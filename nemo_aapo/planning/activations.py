@@ -26,47 +26,41 @@ class Term:
     width: dict[str, float]
     """Numbers for each token: dimension (see ``dimensions``) -> how often."""
     source: str
-    numbers: Literal["compute", "linear_input", "fp32", "mask"] = "compute"
-    """``linear_input``: as the products take them, a byte under FP8; ``mask``: a byte."""
+    numbers: Literal["compute", "linear_input", "fp32"] = "compute"
+    """``linear_input``: as the products take them, a byte under FP8."""
     cut: Literal["tensor", "sequence", "whole"] = "tensor"
     """Over the tensor-parallel ranks; over them under sequence parallelism only; never."""
     recomputed_with: Literal["core_attn", "mlp", "layernorm"] | None = None
     """Which of ``model.recompute_modules`` has it recomputed under selective recomputation."""
     per_position: bool = False
     """One row for all sequences of the micro-batch."""
-    only: Literal["qk_norm", "dense", "experts", "fp8"] | None = None
+    only: Literal["qk_norm", "copied_query", "dense", "experts", "fp8"] | None = None
+    """``copied_query``: normalised, of several groups on this rank, which makes mcore's reshape a copy."""
 
 
-_TORCH_NORM = "torch's RMSNorm on CPU saves its input, the normalised input and 1/rms"
+_LOCAL_NORM = "policy/local_kernels.py, rms_norm: the input and 1/rms"
 _LOCAL_LINEAR = "mcore tensor_parallel/layers.py, LinearWithGradAccumulationAndAsyncCommunication: the input"
-_LOCAL_ATTENTION = "mcore transformer/dot_product_attention.py: the operands of both products, keys repeated"
-_LOCAL_MLP = "mcore transformer/mlp.py, glu: silu(gate) * (up + 0)"
+_LOCAL_ROTARY = "policy/local_kernels.py, rotary: for query and key"
+_LOCAL_ATTENTION = "torch's scaled_dot_product_attention on CPU: q, k, v, out, logsumexp"
+_LOCAL_MLP = "policy/local_kernels.py, swiglu: its input"
 
 LOCAL: tuple[Term, ...] = (
-    Term("attention norm input", {"hidden": 1}, _TORCH_NORM, cut="sequence"),
-    Term("attention norm", {"hidden": 1}, _TORCH_NORM, cut="sequence", recomputed_with="layernorm"),
-    Term("attention norm, 1/rms", {"one": 1}, _TORCH_NORM, "fp32", "sequence", recomputed_with="layernorm"),
+    Term("attention norm input", {"hidden": 1}, _LOCAL_NORM, cut="sequence"),
+    Term("attention norm, 1/rms", {"one": 1}, _LOCAL_NORM, "fp32", "sequence", recomputed_with="layernorm"),
     Term("qkv input", {"hidden": 1}, _LOCAL_LINEAR, cut="sequence", recomputed_with="layernorm"),
-    Term("query and key norm", {"query": 2, "key_value": 1}, _TORCH_NORM, only="qk_norm"),
-    Term("qkv output", {"query": 1, "key_value": 2}, "the key norm's input is a part of it: all stays", only="qk_norm"),
-    Term("query and key norm, 1/rms", {"heads": 1, "groups": 1}, _TORCH_NORM, "fp32", only="qk_norm"),
-    Term("cosine and sine", {"head_size": 4}, "mcore rope_utils.py, for query and key", cut="whole", per_position=True),
-    Term("query, keys, values", {"query": 3}, _LOCAL_ATTENTION, recomputed_with="core_attn"),
-    Term("attention probabilities", {"scores": 1}, _LOCAL_ATTENTION, recomputed_with="core_attn"),
-    Term("mask", {"length": 1}, "fused_softmax.py", "mask", "whole", recomputed_with="core_attn", per_position=True),
-    Term("projection input", {"query": 1}, _LOCAL_LINEAR),
-    Term("mlp norm input", {"hidden": 1}, _TORCH_NORM, cut="sequence"),
-    Term("mlp norm", {"hidden": 1}, _TORCH_NORM, cut="sequence", recomputed_with="layernorm"),
-    Term("mlp norm, 1/rms", {"one": 1}, _TORCH_NORM, "fp32", "sequence", recomputed_with="layernorm"),
-    Term("fc1 input", {"hidden": 1}, _LOCAL_LINEAR, cut="sequence", recomputed_with="layernorm"),
+    Term("qkv output", {"query": 1, "key_value": 2}, _LOCAL_ATTENTION + ". The values are a part of it: all stays"),
     Term(
-        "fc1 output",
-        {"ffn": 2},
-        _LOCAL_MLP + ": silu saves the gate, a view of it",
-        recomputed_with="mlp",
-        only="dense",
+        "query norm input", {"query": 1}, "mcore transformer/attention.py copies it; not the key's", only="copied_query"
     ),
-    Term("silu(gate), up + 0", {"ffn": 2}, _LOCAL_MLP, recomputed_with="mlp", only="dense"),
+    Term("query and key norm, 1/rms", {"heads": 1, "groups": 1}, _LOCAL_NORM, "fp32", only="qk_norm"),
+    Term("cosine and sine", {"head_size": 4}, _LOCAL_ROTARY, cut="whole", per_position=True),
+    Term("query, key", {"query": 1, "key_value": 1}, _LOCAL_ATTENTION),
+    Term("attention output", {"query": 1}, _LOCAL_ATTENTION + "; it is the projection's input as well"),
+    Term("softmax statistics", {"heads": 1}, _LOCAL_ATTENTION, "fp32", recomputed_with="core_attn"),
+    Term("mlp norm input", {"hidden": 1}, _LOCAL_NORM, cut="sequence"),
+    Term("mlp norm, 1/rms", {"one": 1}, _LOCAL_NORM, "fp32", "sequence", recomputed_with="layernorm"),
+    Term("fc1 input", {"hidden": 1}, _LOCAL_LINEAR, cut="sequence", recomputed_with="layernorm"),
+    Term("fc1 output", {"ffn": 2}, _LOCAL_MLP, recomputed_with="mlp", only="dense"),
     Term("fc2 input", {"ffn": 1}, _LOCAL_LINEAR, recomputed_with="mlp", only="dense"),
 )
 
@@ -104,9 +98,8 @@ TRANSFORMER_ENGINE: tuple[Term, ...] = (
 
 _OF_KIND = {"local": LOCAL, "transformer_engine": TRANSFORMER_ENGINE}
 _LAYER_INPUT = (Term("layer input", {"hidden": 1}, "mcore tensor_parallel/random.py, checkpoint", cut="sequence"),)
-_CORE_INPUT = (Term("core attention's input", {"query": 1, "key_value": 2}, "the same, of query, key, value"),)
 _FINAL_NORM = {
-    "local": (Term("final norm", {"hidden": 2}, _TORCH_NORM, cut="sequence"),),
+    "local": (Term("final norm", {"hidden": 1, "one": 1}, _LOCAL_NORM, cut="sequence"),),
     "transformer_engine": (Term("final norm", {"hidden": 1}, _TE_NORM_LINEAR, cut="sequence"),),
 }
 _SCORED = (Term("hidden states that are scored", {"hidden": 1}, "policy/logprob.py", cut="whole"),)
@@ -125,7 +118,7 @@ class MicroBatch:
         return self.sequences * self.length
 
 
-def dimensions(model: PlannedModel, length: int) -> dict[str, float]:
+def dimensions(model: PlannedModel) -> dict[str, float]:
     """What widths are made of."""
     return {
         "one": 1,
@@ -136,8 +129,6 @@ def dimensions(model: PlannedModel, length: int) -> dict[str, float]:
         "groups": model.groups,
         "head_size": model.head_size,
         "ffn": model.ffn,
-        "length": length,
-        "scores": model.heads * length,
         "experts": model.experts,
         "sent_hidden": model.experts_per_token * model.hidden,
         "sent_ffn": model.experts_per_token * model.ffn,
@@ -146,10 +137,10 @@ def dimensions(model: PlannedModel, length: int) -> dict[str, float]:
 
 def stored(terms: Sequence[Term], model: PlannedModel, layout: Layout, learner: Learner, batch: MicroBatch) -> float:
     """Bytes that these terms take on one rank."""
-    sizes = dimensions(model, batch.length)
+    sizes = dimensions(model)
     total = 0.0
     for term in terms:
-        if not _applies(term, model, learner):
+        if not _applies(term, model, layout, learner):
             continue
         cut = layout.tensor if term.cut == "tensor" or (term.cut == "sequence" and layout.sequence_parallel) else 1
         rows = batch.length if term.per_position else batch.tokens
@@ -158,10 +149,11 @@ def stored(terms: Sequence[Term], model: PlannedModel, layout: Layout, learner: 
     return total
 
 
-def _applies(term: Term, model: PlannedModel, learner: Learner) -> bool:
+def _applies(term: Term, model: PlannedModel, layout: Layout, learner: Learner) -> bool:
     return {
         None: True,
         "qk_norm": model.qk_norm,
+        "copied_query": model.qk_norm and model.groups > layout.tensor,
         "dense": not model.experts,
         "experts": model.experts > 0,
         "fp8": learner.numbers == "fp8",
@@ -171,7 +163,7 @@ def _applies(term: Term, model: PlannedModel, learner: Learner) -> bool:
 def _number_bytes(term: Term, learner: Learner) -> int:
     if term.numbers == "linear_input" and learner.numbers == "fp8":
         return 1
-    return {"fp32": 4, "mask": 1}.get(term.numbers, _BYTES[learner.numbers])
+    return 4 if term.numbers == "fp32" else _BYTES[learner.numbers]
 
 
 def layer_terms(learner: Learner) -> tuple[tuple[Term, ...], list[tuple[Term, ...]]]:
@@ -182,8 +174,6 @@ def layer_terms(learner: Learner) -> tuple[tuple[Term, ...], list[tuple[Term, ..
         return _LAYER_INPUT, [inside]
     modules = learner.recompute_modules if learner.recompute == "selective" else ()
     kept = tuple(term for term in terms if term.recomputed_with not in modules)
-    if learner.kind == "local" and "core_attn" in modules:
-        kept += _CORE_INPUT
     return kept, [tuple(term for term in terms if term.recomputed_with == module) for module in modules]
 
 

@@ -51,6 +51,8 @@ def install() -> None:
     patch_optimizer_kernels()
     patch_distributed_optimizer()
     patch_rng_tracker()
+    patch_rotary_embedding()
+    patch_weight_gradients()
     _installed = True
 
 
@@ -199,3 +201,42 @@ def patch_rng_tracker() -> None:
     random.CudaRNGStatesTracker.fork = fork
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+
+def patch_rotary_embedding() -> None:
+    """mcore's fused rotary embedding is TransformerEngine's; the other, in torch operations, copies much.
+
+    All layouts go by this one function (rope_utils.py:92). The one for packed sequences (rope_utils.py:178) puts angles
+    together for it, in each layer anew, which is for nothing where each token has its own already (policy/packing.py).
+    """
+    from megatron.core.models.common.embeddings import rope_utils
+
+    from nemo_aapo.policy.local_kernels import rotary
+
+    original, original_packed = rope_utils._apply_rotary_pos_emb_bshd, rope_utils._apply_rotary_pos_emb_thd
+
+    def apply_packed(t, cu_seqlens, freqs, *arguments, **more):
+        if len(cu_seqlens) > 2 or len(freqs) != len(t):
+            return original_packed(t, cu_seqlens, freqs, *arguments, **more)
+        more.pop("cp_group", None)
+        return apply(t.unsqueeze(1), freqs, *arguments, **more).squeeze(1)
+
+    def apply(t, freqs, rotary_interleaved=False, multi_latent_attention=False, mscale=1.0):
+        if rotary_interleaved or multi_latent_attention or t.shape[-1] != freqs.shape[-1] or t.dtype != freqs.dtype:
+            return original(t, freqs, rotary_interleaved, multi_latent_attention, mscale)
+        return rotary(t, freqs, mscale)
+
+    rope_utils._apply_rotary_pos_emb_bshd, rope_utils._apply_rotary_pos_emb_thd = apply, apply_packed
+
+
+def patch_weight_gradients() -> None:
+    """mcore's linear layers add weight gradients to the buffer within the product by apex's kernel (layers.py:569).
+
+    ``precision.fuse_weight_gradients`` tells them to; here is that kernel for a CPU.
+    """
+    from megatron.core.tensor_parallel import layers
+
+    def wgrad_gemm_accum_fp32(total_input, grad_output, main_grad):
+        main_grad.addmm_(grad_output.t(), total_input)
+
+    layers.fused_weight_gradient_mlp_cuda = types.SimpleNamespace(wgrad_gemm_accum_fp32=wgrad_gemm_accum_fp32)

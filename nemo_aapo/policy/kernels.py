@@ -13,6 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+FEW_OPERATIONS = "a few torch operations"
+"""What ``policy/local_kernels.py`` is made of."""
+
 GET_TRANSFORMER_ENGINE = "install TransformerEngine >= 2.9, < 2.12 (the Dockerfile's image has it)"
 
 
@@ -90,13 +93,15 @@ def fused_kernels(
         _adam(offloaded, there),
         _norm(te_layers, there),
         _attention(te_layers, there, environment),
-        _by_field("RoPE", fields["apply_rope_fusion"] and there.rope, "TransformerEngine", "mcore's torch code", there),
+        _by_field("RoPE", fields["apply_rope_fusion"] and there.rope, "TransformerEngine", FEW_OPERATIONS, there),
         _swiglu(fields["bias_activation_fusion"], there),
     )
 
 
 def _weight_gradient(te_layers: bool, there: Libraries) -> Kernel:
-    """``precision.fuse_weight_gradients`` tells TransformerEngine's layers; mcore's own would need apex for it."""
+    """``precision.fuse_weight_gradients`` tells TransformerEngine's layers or, on a CPU, mcore's own."""
+    if not there.gpu:
+        return _no_gpu("weight gradients", "torch's products, which add them to the fp32 buffer", in_use=True)
     in_use = te_layers and there.transformer_engine is not None
     fused = "TransformerEngine's linear layers add them to the fp32 buffer within the product"
     return _by_field("weight gradients", in_use, fused, "autograd, then an addition", there)
@@ -107,17 +112,19 @@ def _adam(offloaded: float, there: Libraries) -> Kernel:
     if there.adam != "torch":
         return Kernel("Adam", True, f"FusedAdam of {there.adam}{on_host}")
     if not there.gpu:
-        return _no_gpu("Adam", "torch's AdamW")
+        return _no_gpu("Adam", "torch's fused AdamW", in_use=True)
     return Kernel("Adam", False, "torch's AdamW: neither TransformerEngine nor apex imports", GET_TRANSFORMER_ENGINE)
 
 
 def _norm(te_layers: bool, there: Libraries) -> Kernel:
     if te_layers and there.transformer_engine:
         return Kernel("RMSNorm", True, "TransformerEngine, in one with the linear layer behind it")
-    return _by_field("RMSNorm", False, "", "torch.nn.RMSNorm", there)
+    return _by_field("RMSNorm", False, "", FEW_OPERATIONS, there)
 
 
 def _attention(te_layers: bool, there: Libraries, environment: Mapping[str, str]) -> Kernel:
+    if not there.gpu:
+        return _no_gpu("attention", "torch's scaled_dot_product_attention", in_use=True)
     if not (te_layers and there.transformer_engine):
         return _by_field("attention", False, "", "mcore's softmax over whole score matrices", there)
     allowed = {
@@ -132,7 +139,7 @@ def _attention(te_layers: bool, there: Libraries, environment: Mapping[str, str]
 
 
 def _swiglu(asked: bool, there: Libraries) -> Kernel:
-    return _by_field("SwiGLU", asked, "mcore's bias_swiglu, compiled by torch", "torch, operation by operation", there)
+    return _by_field("SwiGLU", asked, "mcore's bias_swiglu, compiled by torch", FEW_OPERATIONS, there)
 
 
 def _by_field(name: str, in_use: bool, fused: str, plain: str, there: Libraries) -> Kernel:
@@ -146,8 +153,8 @@ def _by_field(name: str, in_use: bool, fused: str, plain: str, there: Libraries)
     return Kernel(name, False, f"{plain}: policy/precision.py leaves it off")
 
 
-def _no_gpu(name: str, plain: str) -> Kernel:
-    return Kernel(name, False, f"{plain}: no GPU")
+def _no_gpu(name: str, plain: str, *, in_use: bool = False) -> Kernel:
+    return Kernel(name, in_use, f"{plain}: no GPU")
 
 
 def _version(package: str) -> str | None:

@@ -90,7 +90,7 @@ class _SelectedLogprobs(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, rows, inverse_temperature, tp_group, max_logits):
         ctx.rows, ctx.inverse_temperature, ctx.max_logits = rows, inverse_temperature, max_logits
         statistics = _shard_statistics(hidden, weight[:rows], targets, inverse_temperature, max_logits)
-        if tp_group is not None:
+        if tp_group is not None and tp_group.size() > 1:
             gathered = statistics.new_empty(tp_group.size() * 4, statistics.shape[1])
             dist.all_gather(list(gathered.chunk(tp_group.size())), statistics, group=tp_group)
             statistics = _merge(gathered.unflatten(0, (-1, 4)))

@@ -62,6 +62,9 @@ def build_optimizer(config: Config, model: DistributedDataParallel) -> MegatronO
         optimizer = get_megatron_optimizer(settings, [model])
     for part in parts(optimizer):
         part.optimizer.register_load_state_dict_post_hook(_count_steps_one_by_one)
+    if on_cpu and not offloaded:
+        for group in (group for part in parts(optimizer) for group in part.optimizer.param_groups):
+            group["fused"] = True  # torch's Adam in one pass instead of eight; mcore has no setting for it
     return optimizer
 
 

@@ -129,7 +129,7 @@ def machine_fields(dtype: torch.dtype) -> dict[str, Any]:
         "bf16": dtype is torch.bfloat16,
         "fp16": False,
         "use_cpu_initialization": not fused,
-        # mcore's own layers would want apex for it; TransformerEngine's are told by fuse_weight_gradients()
+        # mcore would want apex for it; fuse_weight_gradients() tells the layers themselves
         "gradient_accumulation_fusion": False,
         # torch compiles mcore's SwiGLU. TransformerEngine's is as fast, but a module that mcore 0.16 can't save.
         "bias_activation_fusion": fused,
@@ -184,12 +184,15 @@ def transformer_engine_layer_spec(config: Any) -> Any:
 
 
 def fuse_weight_gradients(module: torch.nn.Module) -> int:
-    """Let TransformerEngine's layers add weight gradients straight to the fp32 buffer, in the product's own epilogue.
+    """Let linear layers add weight gradients straight to the fp32 buffer, in the product's own epilogue.
+
+    TransformerEngine's can; mcore's own can with ``cpu.patch_weight_gradients``.
 
     Returns:
         Number of layers that do.
     """
-    layers = [layer for layer in module.modules() if hasattr(layer, "fuse_wgrad_accumulation")]
+    flag = "fuse_wgrad_accumulation" if torch.cuda.is_available() else "gradient_accumulation_fusion"
+    layers = [layer for layer in module.modules() if hasattr(layer, flag)]
     for layer in layers:
-        layer.fuse_wgrad_accumulation = True
+        setattr(layer, flag, True)
     return len(layers)

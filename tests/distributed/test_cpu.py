@@ -105,6 +105,40 @@ def _mcore_takes_torchs_adam_and_norms():
     assert clip_grads.get_grad_norm_fp32([torch.tensor([3.0, 4.0])], grad_stats_parallel_group=None) == 5.0
 
 
+def _rotary_embedding():
+    import torch
+    from megatron.core.models.common.embeddings import rope_utils
+
+    x = torch.randn(5, 2, 3, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    angles = torch.arange(5.0)[:, None] * torch.tensor([1.0, 0.3, 0.1, 0.03])
+    frequencies = torch.cat((angles, angles), -1)[:, None, None]
+    turned = rope_utils._apply_rotary_pos_emb_bshd(x, frequencies)
+    pairs = (
+        torch.view_as_complex(torch.stack(x.chunk(2, -1), -1)) * torch.polar(torch.ones(5, 4), angles)[:, None, None]
+    )
+    torch.testing.assert_close(turned, torch.cat((pairs.real, pairs.imag), -1))
+    # a part of the head is turned, or neighbours instead of halves: by mcore's own
+    assert torch.equal(rope_utils._apply_rotary_pos_emb_bshd(x, frequencies[..., :4])[..., 4:], x[..., 4:])
+    neighbours = rope_utils._apply_rotary_pos_emb_bshd(x, frequencies, rotary_interleaved=True)
+    assert not torch.allclose(neighbours, turned)
+
+
+def _weight_gradients():
+    import torch
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
+
+    x, weight = torch.randn(4, 2, 3), torch.nn.Parameter(torch.randn(5, 3))
+    weight.main_grad, weight.grad_added_to_main_grad = torch.ones(5, 3), False
+    group = parallel_state.get_tensor_model_parallel_group()
+    linear_with_grad_accumulation_and_async_allreduce(
+        x, weight, None, gradient_accumulation_fusion=True, allreduce_dgrad=False, sequence_parallel=False,
+        tp_group=group,
+    ).sum().backward()  # fmt: skip
+    assert weight.grad_added_to_main_grad
+    torch.testing.assert_close(weight.main_grad, 1.0 + x.sum((0, 1)).expand(5, 3))
+
+
 @pytest.mark.parametrize(
     "promise",
     [
@@ -112,6 +146,8 @@ def _mcore_takes_torchs_adam_and_norms():
         _cuda_literals,
         _gradient_clipping,
         _rng_tracker,
+        _rotary_embedding,
+        _weight_gradients,
         _parameters_are_named_as_on_a_gpu_only_inside,
         _mcore_takes_torchs_adam_and_norms,
         _other_versions_are_refused,

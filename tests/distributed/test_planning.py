@@ -115,7 +115,23 @@ def count_flops(path: str, length: int, rows: int, changes: dict) -> float:
     def in_place(total, left, right, **_) -> int:  # which torch itself does not count
         return 2 * left[0] * left[1] * right[1]
 
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place}) as counter:
+    def product(query, key, **_) -> int:
+        rows, heads, length, size = query
+        return 2 * rows * heads * length * key[2] * size
+
+    def attention(query, key, *_, **__) -> int:
+        return 2 * product(query, key)
+
+    def attention_backward(grad, query, key, *_, **__) -> int:  # without the scores, which it computes again
+        return 4 * product(query, key)
+
+    aten = torch.ops.aten
+    uncounted = {
+        aten.addmm_: in_place,
+        aten._scaled_dot_product_flash_attention_for_cpu: attention,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
+    }
+    with FlopCounterMode(display=False, custom_mapping=uncounted) as counter:
         policy.train_step([batch], loss)
     return counter.get_total_flops()
 
@@ -224,7 +240,10 @@ def test_a_distributed_optimizer_deals_moments_to_the_data_parallel_ranks(ranks,
 @pytest.mark.parametrize("layout", [Layout(), Layout(tensor=2, sequence_parallel=True), Layout(pipeline=2)], ids=str)
 @pytest.mark.parametrize("names", [("linear_qkv", "linear_fc2"), TARGETS], ids=["some", "all"])
 def test_below_adapters_there_are_neither_gradients_nor_moments(ranks, tiny_models, layout, names):
-    """To the byte; the activations that frozen layers need not keep are planned all the same."""
+    """To the byte; the activations that frozen layers need not keep are planned all the same.
+
+    What the adapters keep is not: their narrow activations and, under sequence parallelism, inputs gathered anew.
+    """
     path, lora = str(tiny_models["qwen2_tied"]), Lora(rank=4, alpha=8, target_modules=names)
     changes = {
         "model__tensor_model_parallel_size": layout.tensor,
@@ -239,7 +258,7 @@ def test_below_adapters_there_are_neither_gradients_nor_moments(ranks, tiny_mode
         expected = planned[rank * layout.pipeline // layout.ranks]
         for part in ("weights", "gradients", "optimizer"):
             assert found[part] == expected[part], (rank, part)
-        assert 0.75 * expected["activations"] < found["activations"] < 1.05 * expected["activations"]
+        assert 0.75 * expected["activations"] < found["activations"] < 1.15 * expected["activations"]
 
 
 @pytest.fixture(scope="module")
@@ -281,7 +300,7 @@ def test_flops_of_a_step_are_those_that_torch_counts(ranks, wide, recompute):
     )
     inputs = inputs_of(config, question)
     planned = compute.train_flops(inputs)
-    # mcore's attention on CPU multiplies all pairs, of which causality hides half: the plan has the other half only.
+    # attention on CPU multiplies all pairs, of which causality hides half: the plan has the other half only.
     hidden_half = compute.forward(inputs, 0, rows * length**2 / 2, 0).rest * (4 if recompute else 3)
     assert planned.total + hidden_half == pytest.approx(counted, rel=1e-6)
 
