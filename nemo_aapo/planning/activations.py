@@ -30,7 +30,7 @@ class Term:
     """``linear_input``: as the products take them, a byte under FP8."""
     cut: Literal["tensor", "sequence", "whole"] = "tensor"
     """Over the tensor-parallel ranks; over them under sequence parallelism only; never."""
-    recomputed_with: Literal["core_attn", "mlp", "layernorm"] | None = None
+    recomputed_with: Literal["core_attn", "mlp"] | None = None
     """Which of ``model.recompute_modules`` has it recomputed under selective recomputation."""
     per_position: bool = False
     """One row for all sequences of the micro-batch."""
@@ -40,26 +40,25 @@ class Term:
 
 _LOCAL_NORM = "policy/local_kernels.py, rms_norm: the input and 1/rms"
 _LOCAL_LINEAR = "mcore tensor_parallel/layers.py, LinearWithGradAccumulationAndAsyncCommunication: the input"
-_LOCAL_ROTARY = "policy/local_kernels.py, rotary: for query and key"
+_LOCAL_ROTARY = "policy/local_kernels.py, rotary: with the angles, for all layers"
 _LOCAL_ATTENTION = "torch's scaled_dot_product_attention on CPU: q, k, v, out, logsumexp"
 _LOCAL_MLP = "policy/local_kernels.py, swiglu: its input"
 
 LOCAL: tuple[Term, ...] = (
     Term("attention norm input", {"hidden": 1}, _LOCAL_NORM, cut="sequence"),
-    Term("attention norm, 1/rms", {"one": 1}, _LOCAL_NORM, "fp32", "sequence", recomputed_with="layernorm"),
-    Term("qkv input", {"hidden": 1}, _LOCAL_LINEAR, cut="sequence", recomputed_with="layernorm"),
+    Term("attention norm, 1/rms", {"one": 1}, _LOCAL_NORM, "fp32", "sequence"),
+    Term("qkv input", {"hidden": 1}, _LOCAL_LINEAR, cut="sequence"),
     Term("qkv output", {"query": 1, "key_value": 2}, _LOCAL_ATTENTION + ". The values are a part of it: all stays"),
     Term(
         "query norm input", {"query": 1}, "mcore transformer/attention.py copies it; not the key's", only="copied_query"
     ),
     Term("query and key norm, 1/rms", {"heads": 1, "groups": 1}, _LOCAL_NORM, "fp32", only="qk_norm"),
-    Term("cosine and sine", {"head_size": 4}, _LOCAL_ROTARY, cut="whole", per_position=True),
     Term("query, key", {"query": 1, "key_value": 1}, _LOCAL_ATTENTION),
     Term("attention output", {"query": 1}, _LOCAL_ATTENTION + "; it is the projection's input as well"),
     Term("softmax statistics", {"heads": 1}, _LOCAL_ATTENTION, "fp32", recomputed_with="core_attn"),
     Term("mlp norm input", {"hidden": 1}, _LOCAL_NORM, cut="sequence"),
-    Term("mlp norm, 1/rms", {"one": 1}, _LOCAL_NORM, "fp32", "sequence", recomputed_with="layernorm"),
-    Term("fc1 input", {"hidden": 1}, _LOCAL_LINEAR, cut="sequence", recomputed_with="layernorm"),
+    Term("mlp norm, 1/rms", {"one": 1}, _LOCAL_NORM, "fp32", "sequence"),
+    Term("fc1 input", {"hidden": 1}, _LOCAL_LINEAR, cut="sequence"),
     Term("fc1 output", {"ffn": 2}, _LOCAL_MLP, recomputed_with="mlp", only="dense"),
     Term("fc2 input", {"ffn": 1}, _LOCAL_LINEAR, recomputed_with="mlp", only="dense"),
 )
@@ -101,6 +100,10 @@ _LAYER_INPUT = (Term("layer input", {"hidden": 1}, "mcore tensor_parallel/random
 _FINAL_NORM = {
     "local": (Term("final norm", {"hidden": 1, "one": 1}, _LOCAL_NORM, cut="sequence"),),
     "transformer_engine": (Term("final norm", {"hidden": 1}, _TE_NORM_LINEAR, cut="sequence"),),
+}
+_KEPT_ONCE = {
+    "local": (Term("cosine and sine", {"head_size": 2}, _LOCAL_ROTARY, cut="whole", per_position=True),),
+    "transformer_engine": (),
 }
 _SCORED = (Term("hidden states that are scored", {"hidden": 1}, "policy/logprob.py", cut="whole"),)
 _BYTES = {"fp32": 4, "bf16": 2, "fp8": 2}
@@ -191,7 +194,8 @@ def of_stage(
     passing = [stored(piece, model, layout, learner, batch) for piece in recomputed]
     if stage == layout.pipeline - 1:
         passing.append(stored(_FINAL_NORM[learner.kind] + _SCORED, model, layout, learner, batch))
-    return in_flight * layers * stored(kept, model, layout, learner, batch) + max(passing, default=0.0)
+    once = stored(_KEPT_ONCE[learner.kind], model, layout, learner, batch)
+    return once + in_flight * layers * stored(kept, model, layout, learner, batch) + max(passing, default=0.0)
 
 
 def in_flight(layout: Layout, stage: int, microbatches: int) -> int:

@@ -63,8 +63,11 @@ class _Saved:
         self.counter.drop(self.tensor.untyped_storage())
 
 
-def prepare(path: str, length: int, rows: int, changes: dict):
-    """A policy, a micro-batch of ``rows`` sequences of ``length`` tokens, and a loss."""
+def prepare(path: str, length: int, rows: int, changes: dict, kind: str = "padded"):
+    """A policy, a micro-batch of ``rows`` sequences of ``length`` tokens, and a loss.
+
+    kind: ``padded``, ``packed``, or ``shared``, where all have one prompt.
+    """
     import numpy as np
     import torch
 
@@ -78,7 +81,9 @@ def prepare(path: str, length: int, rows: int, changes: dict):
     completion = np.arange(length - PROMPT) % 90 + 2
     sample = Sample(prompt, completion, np.zeros(len(completion), np.float32), advantage=1.0)
     multiple = changes.get("model__tensor_model_parallel_size", 1)
-    batch = collate([(sample,)] * rows, [1e-3] * rows, multiple=multiple, device=torch.device("cpu"))
+    bundles = [(sample,) * rows] if kind == "shared" else [(sample,)] * rows
+    device = torch.device("cpu")
+    batch = collate(bundles, [1e-3] * rows, multiple=multiple, device=device, packed=kind != "padded")
 
     def loss(logprobs, entropy, batch):
         return -(batch.weights * logprobs).sum(), {}
@@ -86,11 +91,11 @@ def prepare(path: str, length: int, rows: int, changes: dict):
     return policy, batch, loss
 
 
-def measure_a_step(path: str, length: int, rows: int, changes: dict) -> dict[str, float]:
+def measure_a_step(path: str, length: int, rows: int, changes: dict, kind: str = "padded") -> dict[str, float]:
     """One optimizer step of three micro-batches; bytes on this rank."""
     import torch
 
-    policy, batch, loss = prepare(path, length, rows, changes)
+    policy, batch, loss = prepare(path, length, rows, changes, kind)
     saved = SavedBytes(policy.module)
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda kept: kept.tensor):
         policy.train_step([batch] * MICROBATCHES, loss)
@@ -224,6 +229,17 @@ def test_weights_gradients_and_moments_to_the_byte_and_activations_closely(ranks
 @pytest.mark.parametrize("recompute", ["full", *MODULES])
 def test_what_is_recomputed_is_not_kept(ranks, tiny_models, layout, recompute):
     compare(ranks, tiny_models["qwen2"], layout, recompute)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", ["packed", "shared"])
+def test_a_row_keeps_what_is_planned_within_a_fifth(ranks, tiny_models, name, kind):
+    """The plan is of padded rows: copies of whole sequences, which attention keeps of a row, are not in it; nor is it
+    that a shared prompt (a tenth of the tokens here) is kept once."""
+    path, length, rows = str(tiny_models[name]), 40, 3
+    (seen,) = ranks.run(measure_a_step, path, length, rows, {}, kind)
+    planned = plan_a_step(path, length, rows, Layout(), None)[0]["activations"]
+    assert planned == pytest.approx(seen["activations"], rel=0.2)
 
 
 def test_a_distributed_optimizer_deals_moments_to_the_data_parallel_ranks(ranks, tiny_models):
