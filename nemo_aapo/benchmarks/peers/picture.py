@@ -68,7 +68,8 @@ def _bars(ratios: Sequence[dict[str, Any]], path: str) -> None:
     axes.set_xticks(range(len(arms)), [f"({arm})" for arm in arms])
     axes.set_ylabel("CPU seconds of a step, ours / TRL's")
     axes.set_title("A training step beside TRL's (lines: single turns; dashed: targets; 1: as fast as TRL)")
-    axes.legend(ncols=3, fontsize=8)
+    axes.set_ylim(top=1.15 * max(1.0, axes.get_ylim()[1]))
+    axes.legend(ncols=len(kinds), fontsize=8, loc="upper right")
     figure.savefig(path, dpi=110)
 
 
