@@ -39,11 +39,12 @@ install() {
     say "done in $SECONDS s"
 }
 
-# --no-deps and the filter: as in scripts/environment.sh. One retry: these libraries are not worth a long wait.
+# --no-deps and the filter: as in scripts/environment.sh; the two files have some packages in common. One retry: these
+# libraries are not worth a long wait.
 pip_install() {
     local options=(--quiet --no-deps --no-compile --disable-pip-version-check --retries 1)
     timeout "$INSTALL_TIMEOUT_S" .venv/bin/python -m pip install "${options[@]}" "$@" 2>&1 |
-        { grep -v "^WARNING: Location .* is ignored" || true; } >&2
+        { grep -v -e "^WARNING: Location .* is ignored" -e "^WARNING: Target directory .* already exists" || true; } >&2
 }
 
 say() {

@@ -42,7 +42,8 @@ def draw(ratios: Sequence[Any], path: Path) -> None:
         raise RunError(f"benchmark.py peers: the picture {path} could not be drawn:\n{done.stderr[-2000:]}")
 
 
-def _bars(ratios: Sequence[dict[str, Any]], path: str) -> None:
+def bars(ratios: Sequence[dict[str, Any]]) -> Any:
+    """matplotlib's figure of ratios, each as ``dataclasses.asdict`` gives it."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 5), layout="constrained")
@@ -59,8 +60,10 @@ def _bars(ratios: Sequence[dict[str, Any]], path: str) -> None:
             [max(r["high"], r["cpu"]) - r["cpu"] for r in found],
         ]
         label = f"{model}, {threads} thread{'' if threads == 1 else 's'}"
-        bars = axes.bar(places, [r["cpu"] for r in found], 0.92 * width, yerr=spread, label=label, error_kw={"lw": 0.8})
-        axes.bar_label(bars, fmt="%.2f", label_type="center", rotation=90, fontsize=8, color="white")
+        drawn = axes.bar(
+            places, [r["cpu"] for r in found], 0.92 * width, yerr=spread, label=label, error_kw={"lw": 0.8}
+        )
+        axes.bar_label(drawn, fmt="%.2f", label_type="center", rotation=90, fontsize=8, color="white")
     for i, comparison in enumerate(arms.values()):
         if comparison["target"] is not None:
             axes.hlines(comparison["target"], i - 0.45, i + 0.45, colors="black", linestyles="dashed")
@@ -70,8 +73,8 @@ def _bars(ratios: Sequence[dict[str, Any]], path: str) -> None:
     axes.set_title("A training step beside TRL's (lines: single turns; dashed: targets; 1: as fast as TRL)")
     axes.set_ylim(top=1.15 * max(1.0, axes.get_ylim()[1]))
     axes.legend(ncols=len(kinds), fontsize=8, loc="upper right")
-    figure.savefig(path, dpi=110)
+    return figure
 
 
 if __name__ == "__main__":
-    _bars(json.load(sys.stdin), sys.argv[1])
+    bars(json.load(sys.stdin)).savefig(sys.argv[1], dpi=110)
