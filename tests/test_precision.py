@@ -83,6 +83,12 @@ def test_memory_that_is_not_there_cannot_be_moved():
     assert "precision=bf16" in refusal(fp32, H200)
 
 
+def test_prompts_are_shared_on_a_cpu_alone():
+    asked = {"model__share_prompts": True}
+    assert refusal(decided(CPU, **asked), CPU) is None
+    assert "not wired to TransformerEngine" in refusal(decided(H200, **asked), H200)
+
+
 def test_what_the_machine_decides_is_checked_with_the_rest(monkeypatch):
     """The distributed optimizer that overlapping needs is a GPU's default, and not a CPU's."""
     asked = config(model__optim__overlap_grad_reduce=True, model__optim__overlap_param_gather=True)
@@ -106,6 +112,7 @@ def test_what_the_machine_decides_is_checked_with_the_rest(monkeypatch):
         ({"model__context_parallel_size": 2}, "not wired"),
         ({"model__expert_model_parallel_size": 2}, "no experts"),
         ({"model__recompute_granularity": "selective", "model__recompute_modules": []}, "is empty"),
+        ({"model__share_prompts": True, "model__sequence_packing": False}, "sequence_packing=true"),
         ({"model__optim__cpu_offload_fraction": 1.5}, r"\[0, 1\]"),
         (
             {"model__optim__use_distributed_optimizer": False, "model__optim__cpu_offload_fraction": 0.5},
