@@ -84,7 +84,7 @@ def rewards(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def peers(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Training steps beside TRL's: a quarter of an hour. Needs scripts/peers.sh, writes docs/benchmarks.md."""
+    """Training steps beside TRL's: seven minutes. Needs scripts/peers.sh, writes docs/benchmarks.md."""
     from nemo_aapo.benchmarks.page import write_section
     from nemo_aapo.benchmarks.peers import compare, picture, plan, report
     from nemo_aapo.libraries import quiet
@@ -96,13 +96,14 @@ def peers(arguments: argparse.Namespace) -> dict[str, Any]:
         for found in compare.measure(
             plan.QUICK if arguments.quick else plan.Plan(), Path(place), lambda text: print(text, flush=True)
         ):
-            tables = report.tables(found, (before, os.getloadavg()[0]))
+            tables = report.tables(found, (before, os.getloadavg()[0]), judged=not arguments.quick)
             write_atomic(folder / "tables.md", tables)
             write_atomic(folder / "figures.json", json.dumps(asdict(found), indent=1) + "\n")
-    picture.draw(report.ratios(found), folder / "ratios.png")
     print(f"\n{tables}", flush=True)
     if not arguments.quick:
         write_section(DOCS / "benchmarks.md", "peers", tables)
+    picture.draw(report.ratios(found), folder / "ratios.png")
+    if not arguments.quick:
         shutil.copy(folder / "ratios.png", DOCS / "images" / "peers.png")
     return asdict(found)
 

@@ -93,8 +93,8 @@ class Learner:
             )
         )
         total_tokens, total_sequences, total_groups, dead_groups, kept_tokens = map(sum, zip(*counts, strict=True))
-        bundles = [bundle for samples in kept for bundle in self._bundled(samples, kept_tokens)]
-        mine, layout_metrics = self._dealt(bundles)
+        own = [bundle for samples in kept for bundle in self._bundled(samples, kept_tokens)]
+        mine, layout_metrics = self._dealt(own)
         alpha = self.algorithm.alpha(total_groups, dead_groups)
         batches = []
         for bundles in mine:

@@ -165,6 +165,27 @@ def test_no_attention_leaks_between_packed_sequences(ranks, tiny_models, share_p
     assert len(set(first.tolist())) == 12
 
 
+def tokens_of_one_group(path):
+    """Completion tokens that this of two ranks trains on, of a step with a single group."""
+    from nemo_aapo.algorithms import Algorithm
+    from nemo_aapo.policy.learner import Learner
+    from nemo_aapo.policy.megatron import MegatronPolicy
+    from nemo_aapo.policy.model_dir import read_model_dir
+    from nemo_aapo.rollout.collect import share
+
+    config = make_config(path, max_tokens_per_microbatch=1024)
+    policy = MegatronPolicy(config, read_model_dir(str(path)))
+    learner = Learner(policy, Algorithm(config.algorithm, 16), 1024, 1, packed=True, share_prompts=True)
+    batches, metrics = learner._microbatches(saved_groups(1, size=8)[share(1)])
+    assert metrics["shared_prompt_fraction"] > 0.1
+    return sum(batch.targets.numel() for batch in batches)
+
+
+def test_a_single_group_with_a_shared_prompt_is_spread_over_the_ranks(ranks, tiny_models):
+    tokens = ranks.run(tokens_of_one_group, tiny_models["qwen2"], world=2)
+    assert min(tokens) > 0.3 * sum(tokens)
+
+
 def test_several_grpo_updates_with_kl_agree_between_layouts(ranks, tiny_models):
     path = tiny_models["qwen3"]
     ((expected, weights),) = ranks.run(learn, path, GRPO, 1, 1, False, 1024, 3)

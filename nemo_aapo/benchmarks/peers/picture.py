@@ -30,8 +30,9 @@ def draw(ratios: Sequence[Any], path: Path) -> None:
     """
     from nemo_aapo.benchmarks.peers.compare import environment
 
+    partial = path.with_name(f"{path.stem}.partial{path.suffix}")
     done = subprocess.run(
-        [sys.executable, "-m", "nemo_aapo.benchmarks.peers.picture", str(path)],
+        [sys.executable, "-m", "nemo_aapo.benchmarks.peers.picture", str(partial)],
         input=json.dumps([dataclasses.asdict(ratio) for ratio in ratios]),
         env=environment(peers=True),
         capture_output=True,
@@ -40,6 +41,7 @@ def draw(ratios: Sequence[Any], path: Path) -> None:
     )
     if done.returncode:
         raise RunError(f"benchmark.py peers: the picture {path} could not be drawn:\n{done.stderr[-2000:]}")
+    partial.replace(path)
 
 
 def bars(ratios: Sequence[dict[str, Any]]) -> Any:
