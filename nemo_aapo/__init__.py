@@ -16,25 +16,25 @@ __version__ = "0.1.0"
 os.environ.setdefault("NVTE_FP8_BLOCK_SCALING_FP32_SCALES", "1")
 
 _EXPORTS = {
-    "AAPOTrainer": "trainer",
+    "AAPOTrainer": "training.trainer",
     "Algorithm": "algorithms",
-    "Checkpointer": "checkpoint",
+    "Checkpointer": "checkpoint.checkpointer",
     "Completion": "types",
     "Config": "config",
-    "ConfigError": "config",
+    "ConfigError": "errors",
     "Group": "types",
-    "MegatronEngine": "rollout.megatron_engine",
-    "MegatronPolicy": "policy.megatron",
+    "MegatronEngine": "engines.megatron.engine",
+    "MegatronPolicy": "learner.policy",
     "Prompt": "types",
     "PromptSet": "data.prompts",
-    "RewardRunner": "rewards.runner",
+    "RewardRunner": "rewards.workers.runner",
     "SamplingSpec": "types",
-    "build_trainer": "assemble",
-    "load_config": "entry",
+    "build_trainer": "training.build",
+    "load_config": "config.compose",
     "load_prompts": "data.prompts",
     "load_tokenizer": "data.tokenizer",
     "make_prompts": "data.prompts",
-    "train": "assemble",
+    "train": "training.build",
 }
 __all__ = sorted(_EXPORTS)
 

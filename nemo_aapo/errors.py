@@ -1,8 +1,81 @@
-"""Errors that end a run with a message instead of a traceback (scripts exit with 1 then), and messages of others."""
+"""The errors that end a command with a message instead of a traceback, each with its exit code; and texts of others.
+
+ConfigError    what was asked for can't work: exit code 2, found before anything was made where that is possible
+RunError       something that a person has to look at happened on the way: exit code 1
+"""
+
+from __future__ import annotations
+
+FAILED = 1
+"""Exit code of a run that ended with a ``RunError``."""
+REFUSED = 2
+"""Exit code of what can't work as it was asked for (``ConfigError``)."""
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
+
+class ConfigError(ValueError):
+    """A setting that can't work; the message names the key, the reason and the remedy."""
+
+    exit_code = REFUSED
+
+
+class DataError(ConfigError):
+    """Data or a tokenizer that can't be used; the message names the file, the line and the remedy."""
 
 
 class RunError(RuntimeError):
     """Something that a person has to look at. The message says what, where and what to do."""
+
+    exit_code = FAILED
+
+
+class LostRankError(RunError):
+    """This rank waited for another one, which is gone or did not come in time."""
+
+
+class NonFiniteError(RunError):
+    """Loss or gradient is NaN or infinite; the weights were left as they are."""
+
+
+class ParityError(RunError):
+    """Engine and learner disagree on the log-probs of the same tokens."""
+
+
+class CheckpointError(RunError):
+    """A checkpoint can't be written, read or used here; the message says which file, why, and what to do."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A part of a checkpoint is missing, truncated or altered."""
+
+
+class StoreError(RunError):
+    """The reference store can't be read or written; the message says which file, why, and what to do."""
+
+
+class RecordsError(RunError):
+    """The kept completions of an evaluation can't be used; the message names the file and what to do."""
+
+
+class RewardError(RunError):
+    """Rewards can't be computed at all: a worker doesn't start, or the pool is closed."""
+
+
+class SlurmError(RunError):
+    """A command of Slurm failed; the message is Slurm's."""
+
+
+class WeightsError(RunError):
+    """Weights that a rollout server was handed are not what the trainer wrote."""
+
+
+class WireError(ValueError):
+    """A message between trainer and rollout server is not what it should be; the text names the field."""
+
+
+class ServerError(Exception):
+    """One rollout server did not do what it was asked; another may."""
 
 
 def one_line(said: object) -> str:

@@ -12,10 +12,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from nemo_aapo.config import ConfigError
-from nemo_aapo.entry import FAILED
-from nemo_aapo.errors import RunError
-from nemo_aapo.files import write_atomic
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/ and examples/ stand beside the scripts
+
+from nemo_aapo.errors import FAILED, ConfigError, RunError
+from nemo_aapo.utils.files import write_atomic
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,10 +28,10 @@ def rollout(arguments: argparse.Namespace) -> dict[str, Any]:
     """The engine beside transformers' generate, then the cost of the algorithms' steps."""
     import torch
 
-    from nemo_aapo import parallel
-    from nemo_aapo.benchmarks import generate, steps
-    from nemo_aapo.libraries import quiet
-    from nemo_aapo.policy import cpu
+    from benchmarks import generate, steps
+    from nemo_aapo.distributed import parallel
+    from nemo_aapo.mcore.cpu import patches as cpu
+    from nemo_aapo.utils.libraries import quiet
 
     quiet()
     torch.set_num_threads(1)
@@ -57,9 +57,9 @@ def gpu(arguments: argparse.Namespace) -> dict[str, Any]:
     if not torch.cuda.is_available():
         raise SystemExit("benchmark.py gpu: no CUDA GPU on this machine")
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    from nemo_aapo import parallel
-    from nemo_aapo.benchmarks import gpu, gpu_report
-    from nemo_aapo.libraries import quiet
+    from benchmarks import gpu, gpu_report
+    from nemo_aapo.distributed import parallel
+    from nemo_aapo.utils.libraries import quiet
 
     quiet()
     parallel.initialize(tensor_model_parallel_size=1, pipeline_model_parallel_size=1, seed=0, timeout_s=600)
@@ -75,7 +75,7 @@ def gpu(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def rewards(arguments: argparse.Namespace) -> dict[str, Any]:
     """Items a second of each reward on one core, and what hostile completions cost."""
-    from nemo_aapo.benchmarks import rewards as measured
+    from benchmarks import rewards as measured
 
     plan = measured.QUICK if arguments.quick else measured.Plan()
     speeds, costs = measured.speeds(plan), measured.hostile(plan)
@@ -85,9 +85,9 @@ def rewards(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def peers(arguments: argparse.Namespace) -> dict[str, Any]:
     """Training steps beside TRL's: seven minutes. Needs scripts/peers.sh, writes docs/benchmarks.md."""
-    from nemo_aapo.benchmarks.page import write_section
-    from nemo_aapo.benchmarks.peers import compare, picture, plan, report
-    from nemo_aapo.libraries import quiet
+    from benchmarks.page import write_section
+    from benchmarks.peers import compare, picture, plan, report
+    from nemo_aapo.utils.libraries import quiet
 
     quiet()
     folder = Path("results") / ("peers_quick" if arguments.quick else "peers")
@@ -111,8 +111,8 @@ def peers(arguments: argparse.Namespace) -> dict[str, Any]:
 def guard(arguments: argparse.Namespace) -> dict[str, Any]:
     """Operators, allocations and collectives of a training step against tests/guard.json; 1 if they have grown."""
     os.environ |= PROFILER_QUIET
-    from nemo_aapo.benchmarks import guard, ranks
-    from nemo_aapo.benchmarks.workload import Workload, make_input
+    from benchmarks import guard, ranks
+    from benchmarks.workload import Workload, make_input
 
     try:
         before = guard.read(GUARD_FILE)
@@ -139,15 +139,15 @@ def guard(arguments: argparse.Namespace) -> dict[str, Any]:
 def scaling(arguments: argparse.Namespace) -> dict[str, Any]:
     """How a step's cost grows; what layouts and a run's start cost; writes its part of docs/benchmarks.md."""
     os.environ |= PROFILER_QUIET
-    from nemo_aapo.libraries import quiet
+    from nemo_aapo.utils.libraries import quiet
 
     quiet()
     import torch
 
-    from nemo_aapo import parallel
-    from nemo_aapo.benchmarks import scaling
-    from nemo_aapo.benchmarks.page import write_section
-    from nemo_aapo.policy import cpu
+    from benchmarks import scaling
+    from benchmarks.page import write_section
+    from nemo_aapo.distributed import parallel
+    from nemo_aapo.mcore.cpu import patches as cpu
 
     torch.set_num_threads(1)
     cpu.install()

@@ -17,12 +17,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from nemo_aapo.config import ConfigError
-from nemo_aapo.conversion import families, source
-from nemo_aapo.entry import FAILED, INTERRUPTED, RANK_0_SPEAKS_S, REFUSED
-from nemo_aapo.errors import RunError
+from nemo_aapo.cli.main import RANK_0_SPEAKS_S
+from nemo_aapo.conversion import source
+from nemo_aapo.errors import FAILED, INTERRUPTED, REFUSED, ConfigError, RunError
 from nemo_aapo.launch import local
-from nemo_aapo.libraries import quiet
+from nemo_aapo.models import families
+from nemo_aapo.utils.libraries import quiet
 
 DIFFERENT = 1
 """Exit code of a verification that found a difference."""
@@ -105,7 +105,7 @@ def verify(arguments: argparse.Namespace) -> int:
 
 def supported(arguments: argparse.Namespace) -> int:
     """All architectures that Megatron-Bridge knows, and what can be done with them here."""
-    from nemo_aapo.policy import bridge
+    from nemo_aapo.mcore import bridge
 
     return say(families.supported(bridge.known_architectures()))
 

@@ -8,10 +8,11 @@ import sys
 import time
 from typing import Any
 
+from nemo_aapo.cli.main import config_main, exit_code
 from nemo_aapo.config import Config
 from nemo_aapo.doctor import catalog, ranks, report
 from nemo_aapo.doctor.finding import Check
-from nemo_aapo.entry import FAILED, config_main, exit_code
+from nemo_aapo.errors import FAILED
 
 DESCRIPTION = f"""Look at this machine or allocation before it burns hours. Without settings: the machine. With the
 settings of a run, as train.py takes them: all that the run needs, too. Alone, or under torchrun or srun on all its

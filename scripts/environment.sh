@@ -96,8 +96,8 @@ pip_install() {
 # containers, every single process would: eight seconds more for each rank.
 first_import() {
     env --unset=PYTHONDONTWRITEBYTECODE .venv/bin/python -W ignore - <<'PYTHON'
-from nemo_aapo.libraries import import_nemo, quiet
-from nemo_aapo.policy.bridge import auto_bridge_class
+from nemo_aapo.utils.libraries import import_nemo, quiet
+from nemo_aapo.mcore.bridge import auto_bridge_class
 
 quiet()
 import_nemo()
@@ -105,11 +105,11 @@ auto_bridge_class("Qwen2ForCausalLM")
 import lightning.pytorch
 import math_verify
 import nemo.utils.exp_manager
-import nemo_aapo.assemble
-import nemo_aapo.policy.learner
-import nemo_aapo.rollout.megatron_engine
-import nemo_aapo.rollout.server
-import nemo_aapo.rollout.service
+import nemo_aapo.training.build
+import nemo_aapo.learner.learner
+import nemo_aapo.engines.megatron.engine
+import nemo_aapo.cli.serve
+import nemo_aapo.engines.remote.service
 import pytest
 import tensorboard.compat.proto.event_pb2
 import transformers.models.auto.modeling_auto

@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from nemo_aapo.command_line import EVALUATION
+from nemo_aapo.cli.main import config_main, exit_code
 from nemo_aapo.config import EvaluationConfig
-from nemo_aapo.entry import config_main, exit_code
+from nemo_aapo.config.command_line import EVALUATION
 from nemo_aapo.evaluation.prompts import check_template
-from nemo_aapo.evaluation_settings import check_model, find_model
+from nemo_aapo.evaluation.settings import check_model, find_model
 from nemo_aapo.launch import local
 
 DESCRIPTION = """Measure a model on benchmarks of mathematics: avg@k, pass@k, maj@k, each with its standard error over
@@ -32,7 +32,7 @@ def evaluate(config: EvaluationConfig, tree: dict[str, Any]) -> int:
     if local.starts_ranks(config.trainer.devices, config.trainer.num_nodes):
         command = [sys.executable, __file__, *sys.argv[1:]]
         return local.run_ranks_of(config, command, Path(config.run.dir) / "logs")
-    from nemo_aapo import evaluation_job  # torch and Megatron
+    from nemo_aapo.jobs import evaluate as evaluation_job  # torch and Megatron
 
     return evaluation_job.evaluate(config, tree)
 

@@ -12,14 +12,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from nemo_aapo.command_line import read_command_line
-from nemo_aapo.config import Config, ConfigError, check_overrides
-from nemo_aapo.entry import compose, config_main, exit_code
-from nemo_aapo.launch import control, local, logs, submit
-from nemo_aapo.launch.places import Places
-from nemo_aapo.launch.slurm_script import Site
-from nemo_aapo.policy.model_dir import check_model
-from nemo_aapo.run_directory import check_run_directory
+from nemo_aapo.cli.main import config_main, exit_code
+from nemo_aapo.config import Config, check_overrides
+from nemo_aapo.config.command_line import read_command_line
+from nemo_aapo.config.compose import compose
+from nemo_aapo.errors import ConfigError
+from nemo_aapo.launch import local
+from nemo_aapo.launch.slurm import control, logs, submit
+from nemo_aapo.launch.slurm.paths import Places
+from nemo_aapo.launch.slurm.script import Site
+from nemo_aapo.models.directory import check_model
+from nemo_aapo.run.directory import check_run_directory
 
 TRAIN = Path(__file__).with_name("train.py")
 SITE = Site(sys.executable, TRAIN.resolve().parents[1], Path.cwd())

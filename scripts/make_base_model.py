@@ -6,7 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from nemo_aapo.quickstart.base_model import BaseModelError, Recipe, make_base_model
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/ stands beside the scripts
+
+from examples.quickstart.base_model import BaseModelError, Recipe, make_base_model
 
 
 def main() -> int:

@@ -6,9 +6,8 @@ import json
 import sys
 import textwrap
 
-from nemo_aapo.command_line import read_command_line, usage
-from nemo_aapo.config import ConfigError
-from nemo_aapo.entry import REFUSED
+from nemo_aapo.config.command_line import read_command_line, usage
+from nemo_aapo.errors import REFUSED, ConfigError
 from nemo_aapo.planning import models, plan, report, request
 
 DOES_NOT_FIT = 1

@@ -13,11 +13,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from nemo_aapo.command_line import config_directory
-from nemo_aapo.config import ConfigError
+from nemo_aapo.config.command_line import config_directory
 from nemo_aapo.config.sources import GYM, Source
-from nemo_aapo.entry import FAILED, INTERRUPTED, REFUSED
-from nemo_aapo.errors import RunError
+from nemo_aapo.errors import FAILED, INTERRUPTED, REFUSED, ConfigError, RunError
 
 _FIELDS_OF_FILES = ("prompt_field", "answer_field", "answer_form", "subset", "split")
 _SETTINGS_OF_TASKS = ("size", "seed", "parameters")
@@ -154,7 +152,7 @@ def verifier(reward: str, source: Source, stack: contextlib.ExitStack):
     if reward == "none" or source.task:
         return None
     from nemo_aapo.rewards import build_reward
-    from nemo_aapo.rewards.runner import RewardRunner
+    from nemo_aapo.rewards.workers.runner import RewardRunner
 
     try:
         made = build_reward({"name": reward})

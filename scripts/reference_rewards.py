@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from nemo_aapo.config import Config, ConfigError
-from nemo_aapo.entry import config_main, exit_code
+from nemo_aapo.cli.main import config_main, exit_code
+from nemo_aapo.config import Config
+from nemo_aapo.errors import ConfigError
 from nemo_aapo.launch import local
-from nemo_aapo.policy.model_dir import check_model
-from nemo_aapo.rollout.store_shards import Shard
+from nemo_aapo.models.directory import check_model
+from nemo_aapo.reference_store.shards import Shard
 
 DESCRIPTION = """Draw the reference rewards that a training run with these settings needs, and store them
 (algorithm.reference_store). It goes on where it was interrupted; a run then finds all of them there.
@@ -40,7 +41,7 @@ def run(argv: list[str]) -> int:
     def task(config: Config, tree: dict[str, Any]) -> int:
         if options.fills and local.starts_ranks(config.trainer.devices, config.trainer.num_nodes):
             return start_ranks(config, argv, options.shard)
-        from nemo_aapo import reference_job  # torch and Megatron
+        from nemo_aapo.jobs import fill_reference as reference_job  # torch and Megatron
 
         if options.merge:
             return reference_job.merge(config)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the tests stand beside the scripts, in a checkout
 
-from tests.distributed.chaos import Chaos, draw
+from tests.chaos import Chaos, draw
 
 
 def main() -> int:

@@ -11,10 +11,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from nemo_aapo.entry import exit_code
-from nemo_aapo.files import write_atomic
-from nemo_aapo.study import analysis, picture
-from nemo_aapo.study.runs import Study, run_all
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/ and examples/ stand beside the scripts
+
+from examples.study import analysis, picture
+from examples.study.runs import Study, run_all
+from nemo_aapo.cli.main import exit_code
+from nemo_aapo.utils.files import write_atomic
 
 TABLES, PICTURE = "tables.md", "learning_curves.svg"
 

@@ -10,7 +10,7 @@ readonly SESSION_TIMEOUT_S=3600 # of all tests together; pyproject.toml has the 
 bash scripts/environment.sh
 bash scripts/peers.sh || echo "test.sh: going on without .venv-peers: the tests that need it are skipped" >&2
 bash scripts/nemo_run.sh || echo "test.sh: going on without .venv-nemo-run: the test that needs it is skipped" >&2
-bash tests/slurm/start_slurm.sh install || echo "test.sh: going on without Slurm: the tests that need it are skipped" >&2
+bash tests/launch/slurm/start_slurm.sh install || echo "test.sh: going on without Slurm: the tests that need it are skipped" >&2
 environment_s=$SECONDS
 export PATH="$PWD/.venv/bin:$PATH"
 export OMP_NUM_THREADS=1 # many tests start several ranks: more threads would only fight over the cores

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from nemo_aapo.config import Config, ConfigError
-from nemo_aapo.entry import config_main
+from nemo_aapo.cli.main import config_main
+from nemo_aapo.config import Config
+from nemo_aapo.engines.trtllm import settings as trtllm_settings
+from nemo_aapo.errors import ConfigError
 from nemo_aapo.launch.local import world_size_of_job
-from nemo_aapo.libraries import importing
-from nemo_aapo.policy.model_dir import check_model
-from nemo_aapo.rollout import trtllm_settings
-from nemo_aapo.run_directory import check_run_directory
+from nemo_aapo.models.directory import check_model
+from nemo_aapo.run.directory import check_run_directory
+from nemo_aapo.utils.libraries import importing
 
 
 def check(config: Config) -> None:
@@ -25,7 +26,7 @@ def check(config: Config) -> None:
 
 def train(config: Config, tree: dict[str, Any]) -> int:
     with importing():
-        from nemo_aapo import assemble  # torch and Megatron
+        from nemo_aapo.training import build as assemble  # torch and Megatron
 
     return assemble.train(config, tree)
 

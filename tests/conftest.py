@@ -20,6 +20,6 @@ def ranks():
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory) -> dict[str, Path]:
     """Random tiny Hugging Face models by name, with a character tokenizer."""
-    from tests.models import make_tiny_models
+    from tests.tiny_models import make_tiny_models
 
     return make_tiny_models(tmp_path_factory.mktemp("models"))

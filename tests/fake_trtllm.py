@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from nemo_aapo.rollout import trtllm_contract as contract
-from nemo_aapo.rollout.trtllm_contract import REQUIRED
+from nemo_aapo.engines.trtllm import contract
+from nemo_aapo.engines.trtllm.contract import REQUIRED
 
 VOCAB = 24
 TABLE = "model.table.weight"

@@ -96,13 +96,13 @@ def _serve(pipe: Any) -> None:
     import warnings
 
     warnings.simplefilter("ignore")
-    from nemo_aapo.libraries import importing
+    from nemo_aapo.utils.libraries import importing
 
     with importing():
         import torch
 
         torch.set_num_threads(1)
-        from nemo_aapo.policy import cpu
+        from nemo_aapo.mcore.cpu import patches as cpu
 
         cpu.install()
     while True:
@@ -122,7 +122,7 @@ def _call(function, args, rank, world, tp, pp, seed, store, timeout_s):
 
     import torch.distributed as dist
 
-    from nemo_aapo import parallel
+    from nemo_aapo.distributed import parallel
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     dist.init_process_group(

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from unittest import mock
 
-from nemo_aapo.rollout.server_directory import ServerRecord, read_servers
+from nemo_aapo.engines.remote.directory import ServerRecord, read_servers
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -23,7 +23,7 @@ class Servers:
         self.directory = directory
         directory.parent.mkdir(parents=True, exist_ok=True)
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["tests.distributed.warm"])
+        self._context.set_forkserver_preload(["tests.warm"])
         with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)):
             multiprocessing.forkserver.ensure_running()
         self.processes: dict[int, multiprocessing.Process] = {}
@@ -63,7 +63,7 @@ def _serve(words: Sequence[str], log: str) -> None:
     import torch
 
     torch.set_num_threads(1)
-    from nemo_aapo.rollout.server import main
+    from nemo_aapo.cli.serve import main
 
     sys.exit(main(list(words)))
 

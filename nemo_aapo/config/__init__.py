@@ -8,13 +8,12 @@ from nemo_aapo.config.cluster import without_secrets
 from nemo_aapo.config.evaluation import EvaluationConfig
 from nemo_aapo.config.parse import build, check_overrides, parse, parse_evaluation
 from nemo_aapo.config.precision import PRECISIONS, PrecisionKind, kind_of, pad_multiple, with_machine_defaults
-from nemo_aapo.config.schema import Config, ConfigError
+from nemo_aapo.config.schema import Config
 from nemo_aapo.config.sizes import ModelShape, Sizes, decisive_settings, derive, digest
 
 __all__ = [
     "PRECISIONS",
     "Config",
-    "ConfigError",
     "EvaluationConfig",
     "ModelShape",
     "PrecisionKind",

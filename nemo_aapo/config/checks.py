@@ -8,8 +8,9 @@ from typing import Any
 
 from nemo_aapo.config.cluster import check_cluster
 from nemo_aapo.config.precision import check_optimizer, check_precision
-from nemo_aapo.config.schema import Config, ConfigError
+from nemo_aapo.config.schema import Config
 from nemo_aapo.config.sources import check_data
+from nemo_aapo.errors import ConfigError
 
 
 def check_alone(config: Config) -> None:

@@ -7,8 +7,9 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from nemo_aapo.config.schema import Cluster, Config, ConfigError
+from nemo_aapo.config.schema import Cluster, Config
 from nemo_aapo.config.sources import sources_of
+from nemo_aapo.errors import ConfigError
 
 HIDDEN = "<hidden>"
 WARNED_EARLY_S = 90

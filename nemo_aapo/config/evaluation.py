@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from nemo_aapo.config.schema import ConfigError, Run
+from nemo_aapo.config.schema import Run
+from nemo_aapo.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 from nemo_aapo.config.checks import check_alone
 from nemo_aapo.config.evaluation import EvaluationConfig, check_evaluation
-from nemo_aapo.config.schema import Config, ConfigError
+from nemo_aapo.config.schema import Config
+from nemo_aapo.errors import ConfigError
 
 
 def check_overrides(overrides: list[str], groups: dict[str, list[str]], schema: type = Config) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from nemo_aapo.config.schema import Config, ConfigError, Model
+from nemo_aapo.config.schema import Config, Model
+from nemo_aapo.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)

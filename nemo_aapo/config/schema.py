@@ -9,10 +9,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 
-class ConfigError(ValueError):
-    """A setting that can't work; the message names the key, the reason and the remedy."""
-
-
 @dataclass(frozen=True)
 class Run:
     """Name and place of the run."""

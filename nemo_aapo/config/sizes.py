@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nemo_aapo.config.precision import check_widths, pad_multiple
-from nemo_aapo.config.schema import Config, ConfigError
+from nemo_aapo.config.schema import Config
+from nemo_aapo.errors import ConfigError
 
 
 @dataclass(frozen=True)

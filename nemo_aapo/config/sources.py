@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from nemo_aapo.config.schema import Config, ConfigError, Data
+from nemo_aapo.config.schema import Config, Data
+from nemo_aapo.errors import ConfigError
 
 AnswerForm = Literal["auto", "boxed"]
 """``"auto"``: the answer as it stands, or what is behind GSM8K's last ``####``. ``"boxed"``: a worked solution, whose

@@ -8,10 +8,10 @@ from typing import Any
 import yaml
 
 import nemo_aapo
-from nemo_aapo.config import ConfigError
+from nemo_aapo.checkpoint.manifest import Manifest
 from nemo_aapo.conversion.source import Source, run_settings
-from nemo_aapo.manifest import Manifest
-from nemo_aapo.metrics import read_metrics
+from nemo_aapo.errors import ConfigError
+from nemo_aapo.run.metrics_file import read_metrics
 
 PAPERS = {
     "aapo": "AAPO ([arXiv 2505.14264](https://arxiv.org/abs/2505.14264))",

@@ -13,17 +13,19 @@ from pathlib import Path
 
 import torch
 
-from nemo_aapo import parallel, torch_dist
-from nemo_aapo.agreement import on_first_rank
-from nemo_aapo.config import ConfigError
+from nemo_aapo.checkpoint import format as torch_dist
+from nemo_aapo.checkpoint.manifest import Manifest
 from nemo_aapo.config.schema import Lora
 from nemo_aapo.conversion import megatron_model
 from nemo_aapo.conversion.card import model_card
-from nemo_aapo.conversion.families import CONVERTS, require_convertible
 from nemo_aapo.conversion.source import Source, lora_of
-from nemo_aapo.manifest import CheckpointError, Manifest
-from nemo_aapo.policy import hf_directory, model_dir
-from nemo_aapo.policy.lora import save_peft
+from nemo_aapo.distributed import parallel
+from nemo_aapo.distributed.agreement import on_first_rank
+from nemo_aapo.errors import CheckpointError, ConfigError
+from nemo_aapo.mcore.lora import save_peft
+from nemo_aapo.models import directory as model_dir
+from nemo_aapo.models import writer as hf_directory
+from nemo_aapo.models.families import CONVERTS, require_convertible
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 _SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}

@@ -6,14 +6,14 @@ from collections import Counter
 from math import prod
 from pathlib import Path
 
-from nemo_aapo import manifest
-from nemo_aapo.config import ConfigError
-from nemo_aapo.conversion.families import CONVERTS, TRAINS, read_config_json
+from nemo_aapo.checkpoint import manifest
+from nemo_aapo.checkpoint.manifest import Manifest
 from nemo_aapo.conversion.source import Source, lora_of, run_settings
-from nemo_aapo.errors import RunError
-from nemo_aapo.launch.run_state import look
-from nemo_aapo.manifest import CheckpointError, Manifest
-from nemo_aapo.policy import hf_directory, model_dir
+from nemo_aapo.errors import CheckpointError, ConfigError, RunError
+from nemo_aapo.models import directory as model_dir
+from nemo_aapo.models import writer as hf_directory
+from nemo_aapo.models.families import CONVERTS, TRAINS, read_config_json
+from nemo_aapo.run.state import look
 
 
 def describe(source: Source) -> list[str]:
@@ -74,7 +74,7 @@ def _companions(path: Path) -> list[str]:
 
 
 def _checkpoint(path: Path, source: Source) -> list[str]:
-    from nemo_aapo import torch_dist
+    from nemo_aapo.checkpoint import format as torch_dist
 
     content = manifest.read(path)
     what = "Megatron model       " if source.kind == "megatron" else "Megatron checkpoint  "

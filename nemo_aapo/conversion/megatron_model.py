@@ -15,18 +15,22 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
-from nemo_aapo import checkpoint, manifest, parallel, torch_dist
-from nemo_aapo.agreement import on_all_ranks, on_first_rank
-from nemo_aapo.checkpoint_directory import remove
-from nemo_aapo.config import ConfigError
+from nemo_aapo.checkpoint import checkpointer as checkpoint
+from nemo_aapo.checkpoint import format as torch_dist
+from nemo_aapo.checkpoint import manifest
+from nemo_aapo.checkpoint.directory import remove
+from nemo_aapo.checkpoint.manifest import Manifest
 from nemo_aapo.config.schema import Lora
 from nemo_aapo.conversion.source import Source
-from nemo_aapo.manifest import CheckpointError, DamagedCheckpointError, Manifest
-from nemo_aapo.policy import hf_directory, precision
-from nemo_aapo.policy.lora import add_adapters, has_adapters
-from nemo_aapo.policy.megatron import build_stage
-from nemo_aapo.policy.model_state import load_model_state, sharded_model_state
-from nemo_aapo.policy.weights import WeightMap
+from nemo_aapo.distributed import parallel
+from nemo_aapo.distributed.agreement import on_all_ranks, on_first_rank
+from nemo_aapo.errors import CheckpointError, ConfigError, DamagedCheckpointError
+from nemo_aapo.learner.policy import build_stage
+from nemo_aapo.mcore import precision
+from nemo_aapo.mcore.lora import add_adapters, has_adapters
+from nemo_aapo.mcore.state import load_model_state, sharded_model_state
+from nemo_aapo.mcore.weights import WeightMap
+from nemo_aapo.models import writer as hf_directory
 
 LOOKS = 5
 """So often a run's newest checkpoint is looked for, where the one that was being read went away."""
@@ -75,7 +79,7 @@ def hf_tensor_dtypes(directory: Path) -> dict[str, str]:
     """Tensor name -> dtype as safetensors spells it (``BF16``), from the files' headers."""
     from safetensors import safe_open
 
-    from nemo_aapo.policy.model_dir import weight_files
+    from nemo_aapo.models.directory import weight_files
 
     found = {}
     for name in weight_files(directory):

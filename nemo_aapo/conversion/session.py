@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from nemo_aapo import parallel
-from nemo_aapo.policy import cpu
+from nemo_aapo.distributed import parallel
+from nemo_aapo.mcore.cpu import patches as cpu
 
 TIMEOUT_S = 1800.0
 """So long a rank waits for another one."""

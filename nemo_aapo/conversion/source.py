@@ -8,10 +8,11 @@ from typing import Any, Literal
 
 import yaml
 
-from nemo_aapo import manifest
-from nemo_aapo.checkpoint_directory import CheckpointDirectory, step_of
-from nemo_aapo.config import ConfigError, build
+from nemo_aapo.checkpoint import manifest
+from nemo_aapo.checkpoint.directory import CheckpointDirectory, step_of
+from nemo_aapo.config import build
 from nemo_aapo.config.schema import Lora
+from nemo_aapo.errors import ConfigError
 
 Kind = Literal["hf", "megatron", "checkpoint", "run"]
 

@@ -19,14 +19,14 @@ from megatron.core import tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from nemo_aapo import parallel
-from nemo_aapo.config import ConfigError
 from nemo_aapo.conversion import megatron_model
-from nemo_aapo.conversion.families import require_convertible
 from nemo_aapo.conversion.source import Source, lora_of
 from nemo_aapo.data.tokenizer import load_tokenizer, render_prompts
-from nemo_aapo.policy import model_dir
-from nemo_aapo.policy.megatron import hidden_states_out, output_weight
+from nemo_aapo.distributed import parallel
+from nemo_aapo.errors import ConfigError
+from nemo_aapo.learner.policy import hidden_states_out, output_weight
+from nemo_aapo.models import directory as model_dir
+from nemo_aapo.models.families import require_convertible
 
 PROMPTS = (
     "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. How many clips did "

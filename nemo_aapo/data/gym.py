@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from nemo_aapo.config.sources import Source
-from nemo_aapo.data import DataError
 from nemo_aapo.data.prompts import PromptSet, digest_of, prompt_digest
 from nemo_aapo.data.sampler import PromptLayout
+from nemo_aapo.errors import DataError
 from nemo_aapo.types import Prompt
 
 Render = Callable[[Sequence[str]], tuple[list[str], list[np.ndarray]]]

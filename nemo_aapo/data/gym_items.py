@@ -13,7 +13,7 @@ import os
 import sys
 from typing import Any
 
-from nemo_aapo.data import DataError
+from nemo_aapo.errors import DataError
 
 CHUNK = 4096
 """So many items come from one generator; some tasks make all of them at once."""

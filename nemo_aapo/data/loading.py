@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 from nemo_aapo.config import Config
 from nemo_aapo.config.schema import Data
 from nemo_aapo.config.sources import Source, sources_of
-from nemo_aapo.data import DataError
 from nemo_aapo.data.contamination import overlap
 from nemo_aapo.data.gym import GymPrompts, PromptsWithoutEnd, take_all
 from nemo_aapo.data.prompts import PromptSet, digest_of, load_prompts
 from nemo_aapo.data.rows import HELD_OUT_SPLITS, TRAIN_SPLITS
 from nemo_aapo.data.sampler import PromptSampler
 from nemo_aapo.data.tokenizer import render_prompts
+from nemo_aapo.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -16,13 +16,13 @@ import numpy as np
 import yaml
 
 from nemo_aapo.config.sources import Source
-from nemo_aapo.data import DataError
 from nemo_aapo.data.contamination import conflicts, overlap
 from nemo_aapo.data.gym import GymProcess
 from nemo_aapo.data.prompts import without_repeats
 from nemo_aapo.data.records import Record, read_records
 from nemo_aapo.data.rows import HELD_OUT_SPLITS, TRAIN_SPLITS, Row, Rows, parse_question, read_rows
-from nemo_aapo.files import write_atomic
+from nemo_aapo.errors import DataError
+from nemo_aapo.utils.files import write_atomic
 
 _PERCENTILES = (50, 90, 99, 100)
 _EXAMPLES = 5

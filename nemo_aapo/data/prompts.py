@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from nemo_aapo.config.sources import Source
-from nemo_aapo.data import DataError
 from nemo_aapo.data.rows import TRAIN_SPLITS, Row, gold_answer, read_rows
 from nemo_aapo.data.tokenizer import QUESTION, ChatTemplate, render_prompts
+from nemo_aapo.errors import DataError
 from nemo_aapo.types import Prompt
 
 if TYPE_CHECKING:

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nemo_aapo.config.sources import FILE_FORMATS, Source
-from nemo_aapo.data import DataError
-from nemo_aapo.errors import first_line
+from nemo_aapo.errors import DataError, first_line
 
 _BATCH_ROWS = 1024
 _OUT_OF_REACH = ("offline", "connect", "resolve", "reach", "timed out", "couldn't find")

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from nemo_aapo.config.sources import AnswerForm, Source
-from nemo_aapo.data import DataError
 from nemo_aapo.data.records import Record, read_records
+from nemo_aapo.errors import DataError
 
 TRAIN_SPLITS = ("train",)
 HELD_OUT_SPLITS = ("test", "validation")

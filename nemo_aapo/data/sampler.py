@@ -10,8 +10,8 @@ import bisect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nemo_aapo.data import DataError
 from nemo_aapo.data.streams import DifficultyStream, EndlessStream, PermutedStream, Sampling, Stream
+from nemo_aapo.errors import DataError
 from nemo_aapo.seeds import stream_seed
 
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from nemo_aapo.data import DataError
-from nemo_aapo.libraries import importing
+from nemo_aapo.errors import DataError
+from nemo_aapo.utils.libraries import importing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nemo_aapo.config import ConfigError
-from nemo_aapo.doctor import collectives, files, gpu, memory, model, parity, rewards, slurm, versions
+from nemo_aapo.doctor.checks import collectives, files, gpu, memory, model, parity, rewards, slurm, versions
 from nemo_aapo.doctor.finding import Check
+from nemo_aapo.errors import ConfigError
 
 CHECKS = (
     Check("versions", versions.versions, 30, on="node", quick=True),

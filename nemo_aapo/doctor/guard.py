@@ -18,10 +18,8 @@ import time
 from multiprocessing.connection import Connection
 from typing import IO, NoReturn
 
-from nemo_aapo.config import ConfigError
-from nemo_aapo.data import DataError
 from nemo_aapo.doctor.finding import Check, Context, Finding
-from nemo_aapo.errors import RunError, one_line
+from nemo_aapo.errors import ConfigError, DataError, RunError, one_line
 from nemo_aapo.rewards.base import describe_error
 
 LAST_WORDS = 300

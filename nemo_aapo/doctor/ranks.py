@@ -22,8 +22,8 @@ from nemo_aapo.doctor.guard import run_guarded
 from nemo_aapo.doctor.report import merge
 from nemo_aapo.errors import RunError, first_line
 from nemo_aapo.launch.local import free_port
-from nemo_aapo.launch.rank import ADDRESSES, rank_environment
-from nemo_aapo.launch.slurm_commands import node_addresses
+from nemo_aapo.launch.slurm.commands import node_addresses
+from nemo_aapo.launch.slurm.rank import ADDRESSES, rank_environment
 
 START_S = 180.0
 """Ranks may come so late: Python and torch from a cold network disk."""

@@ -16,9 +16,9 @@ from typing import Any
 
 from nemo_aapo.config.evaluation import EvaluationFields
 from nemo_aapo.config.sources import Source
-from nemo_aapo.data import DataError
 from nemo_aapo.data.records import Record, read_records
 from nemo_aapo.data.rows import HELD_OUT_SPLITS, closing_brace, gold_answer, shorten
+from nemo_aapo.errors import DataError
 
 Row = Mapping[str, Any]
 SHOWN_PROBLEMS = 5

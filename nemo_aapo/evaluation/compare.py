@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from nemo_aapo.config import ConfigError
+from nemo_aapo.errors import ConfigError
 from nemo_aapo.evaluation.estimators import Difference, macro_difference, paired_difference
 from nemo_aapo.evaluation.records import Records, measured_benchmarks, read_identity
 from nemo_aapo.evaluation.report import judged
-from nemo_aapo.tables import markdown
+from nemo_aapo.utils.tables import markdown
 
 SEED = 0
 """Of bootstrap and permutation: the same two evaluations give the same table."""

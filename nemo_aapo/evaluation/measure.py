@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nemo_aapo import parallel
-from nemo_aapo.rollout.collect import Collector
+from nemo_aapo.distributed import parallel
+from nemo_aapo.rollout.collector import Collector
 from nemo_aapo.types import Group, Prompt, SamplingSpec
 
 

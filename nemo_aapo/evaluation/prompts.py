@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from nemo_aapo.config import ConfigError
 from nemo_aapo.data.tokenizer import QUESTION
+from nemo_aapo.errors import ConfigError
 
 TEMPLATES = {
     # Of the paper's Qwen models: its authors' evaluate.py (github JianxXiong/AAPO), which took it over from open-r1.

@@ -13,9 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_aapo.config import ConfigError
-from nemo_aapo.errors import RunError
-from nemo_aapo.files import to_json, write_atomic
+from nemo_aapo.errors import ConfigError, RecordsError
+from nemo_aapo.utils.files import to_json, write_atomic
 
 IDENTITY = "evaluation.json"
 FOLDER = "completions"
@@ -43,10 +42,6 @@ class Record:
     completion: str
     source: str
     """``path:row`` of the problem."""
-
-
-class RecordsError(RunError):
-    """The kept completions can't be used; the message names the file and what to do."""
 
 
 class Records:

@@ -11,7 +11,7 @@ import numpy as np
 
 from nemo_aapo.evaluation.estimators import Estimate, average, majority, over_problems, pass_at, sampling_error
 from nemo_aapo.evaluation.records import Record
-from nemo_aapo.tables import markdown
+from nemo_aapo.utils.tables import markdown
 
 
 @dataclass(frozen=True, slots=True)

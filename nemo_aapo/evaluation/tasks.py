@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_aapo.config import EvaluationConfig
-from nemo_aapo.data import DataError
 from nemo_aapo.data.tokenizer import render_prompts, require_eos
+from nemo_aapo.errors import DataError
 from nemo_aapo.evaluation.benchmarks import Problem, load_problems
 from nemo_aapo.evaluation.prompts import template_text
 from nemo_aapo.types import Prompt, SamplingSpec

@@ -10,8 +10,8 @@ import numpy as np
 
 from nemo_aapo.evaluation.estimators import average
 from nemo_aapo.evaluation.measure import measure
-from nemo_aapo.experiment import rollout_rows
-from nemo_aapo.rollout.collect import Collector
+from nemo_aapo.rollout.collector import Collector
+from nemo_aapo.run.experiment import rollout_rows
 from nemo_aapo.seeds import stream_seed
 from nemo_aapo.types import Prompt, SamplingSpec
 

@@ -18,7 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nemo_aapo.config import Config, ConfigError, EvaluationConfig
+from nemo_aapo.config import Config, EvaluationConfig
+from nemo_aapo.errors import ConfigError
 
 POLL_S = 0.05
 SHOWN_LINES = 20

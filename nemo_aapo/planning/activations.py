@@ -3,9 +3,9 @@
 Of Korthikanti et al. (arXiv 2205.05198, section 4) the method is kept: name every tensor that some operation saves.
 The terms are those of today's layers: gated feed-forward, RMSNorm, grouped queries, no dropout.
 
-``LOCAL`` is mcore's local layers on CPU, checked against measured bytes in tests/distributed/test_planning.py.
+``LOCAL`` is mcore's local layers on CPU, checked against measured bytes in tests/planning/test_planned_memory.py.
 ``TRANSFORMER_ENGINE`` was read from the sources of TransformerEngine 2.11 and mcore 0.16; with it, the peak of a
-training step is within 2 % of what an H200 showed (tests/test_planning.py has the figures).
+training step is within 2 % of what an H200 showed (tests/planning/test_planning.py has the figures).
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ class Term:
     """``copied_query``: normalised, of several groups on this rank, which makes mcore's reshape a copy."""
 
 
-_LOCAL_NORM = "policy/local_kernels.py, rms_norm: the input and 1/rms"
+_LOCAL_NORM = "mcore/cpu/kernels.py, rms_norm: the input and 1/rms"
 _LOCAL_LINEAR = "mcore tensor_parallel/layers.py, LinearWithGradAccumulationAndAsyncCommunication: the input"
-_LOCAL_ROTARY = "policy/local_kernels.py, rotary: with the angles, for all layers"
+_LOCAL_ROTARY = "mcore/cpu/kernels.py, rotary: with the angles, for all layers"
 _LOCAL_ATTENTION = "torch's scaled_dot_product_attention on CPU: q, k, v, out, logsumexp"
-_LOCAL_MLP = "policy/local_kernels.py, swiglu: its input"
+_LOCAL_MLP = "mcore/cpu/kernels.py, swiglu: its input"
 
 LOCAL: tuple[Term, ...] = (
     Term("attention norm input", {"hidden": 1}, _LOCAL_NORM, cut="sequence"),
@@ -105,7 +105,7 @@ _KEPT_ONCE = {
     "local": (Term("cosine and sine", {"head_size": 2}, _LOCAL_ROTARY, cut="whole", per_position=True),),
     "transformer_engine": (),
 }
-_SCORED = (Term("hidden states that are scored", {"hidden": 1}, "policy/logprob.py", cut="whole"),)
+_SCORED = (Term("hidden states that are scored", {"hidden": 1}, "learner/logprobs.py", cut="whole"),)
 _BYTES = {"fp32": 4, "bf16": 2, "fp8": 2}
 
 

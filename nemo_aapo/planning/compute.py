@@ -71,7 +71,7 @@ def forward(inputs: Inputs, tokens: float, pairs: float, scored: float) -> Flops
 def train_flops(inputs: Inputs) -> Flops:
     """One optimizer step: three forward passes' worth, four with full recomputation; of log-probs always four.
 
-    Log-probs recompute the logits of each tile in the backward pass (policy/logprob.py); prompts are not scored.
+    Log-probs recompute the logits of each tile in the backward pass (learner/logprobs.py); prompts are not scored.
     Below adapters weights have no gradients: one forward pass's worth less. Those of the adapters are not counted.
     """
     work = inputs.work
@@ -241,7 +241,7 @@ def reference_phase(inputs: Inputs, rollout: tuple[Phase, Phase]) -> Phase:
 
 
 def refit_phase(inputs: Inputs) -> Phase:
-    """New weights for the engine: none in process; else all of them to the host and back (policy/weights.py)."""
+    """New weights for the engine: none in process; else all of them to the host and back (mcore/weights.py)."""
     engine, hardware = inputs.engine, inputs.hardware
     if engine.kind == "megatron":
         seconds, limit = 0.0, "shares the learner's weights"

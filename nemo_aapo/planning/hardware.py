@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nemo_aapo.config import ConfigError
+from nemo_aapo.errors import ConfigError
 
 RUNTIME_BYTES = 2 * 2**30
 """CUDA context, communicators, cuBLAS and cuDNN workspaces of one process: an assumption, not a measurement."""

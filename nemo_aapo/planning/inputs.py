@@ -154,7 +154,7 @@ def layout_of(config: Config) -> Layout:
 def _learner(config: Config) -> Learner:
     model, precision = config.model, kind_of(config)
     return Learner(
-        kind="transformer_engine",  # on a GPU, whatever the precision (policy/precision.py)
+        kind="transformer_engine",  # on a GPU, whatever the precision (mcore/precision.py)
         numbers="fp8" if precision.fp8 else "bf16" if precision.bf16 else "fp32",
         recompute=model.recompute_granularity,
         recompute_modules=model.recompute_modules,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from nemo_aapo.config import Config, ConfigError, derive
+from nemo_aapo.config import Config, derive
+from nemo_aapo.errors import ConfigError
 from nemo_aapo.planning import compute, memory
 from nemo_aapo.planning.inputs import Inputs, Layout, Question, inputs_of, layout_of
 

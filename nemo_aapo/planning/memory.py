@@ -17,9 +17,9 @@ get_weight_workspace; on Hopper both are needed)."""
 GRADIENT_BYTES = 4
 ADAM_BYTES = 8
 MASTER_BYTES = 4
-MIN_TILE_LOGITS = {"local": 2**18, "transformer_engine": 2**26}  # policy/logprob.py, CPU and GPU
+MIN_TILE_LOGITS = {"local": 2**18, "transformer_engine": 2**26}  # learner/logprobs.py, CPU and GPU
 TILE_ALIGNMENT = 128
-MAX_PREFILL_TOKENS = 16384  # rollout/slots.py
+MAX_PREFILL_TOKENS = 16384  # engines/megatron/scheduler.py
 TRTLLM_WORKSPACE_BYTES = 2 * 2**30
 """Activations and workspaces of a TensorRT-LLM engine: an assumption, not a measurement."""
 
@@ -65,7 +65,7 @@ def optimizer(count: Parameters, learner: Learner, layout: Layout) -> float:
 
 
 def logprobs(inputs: Inputs, tokens: float) -> float:
-    """Peak bytes of log-probs and their gradient (policy/logprob.py), beside the hidden states that go in.
+    """Peak bytes of log-probs and their gradient (learner/logprobs.py), beside the hidden states that go in.
 
     On a GPU one tile of logits in float32 is held and, under bfloat16, the gradients of this tile and the one before,
     or a float32 product as large as the hidden states' gradient. On a CPU the forward pass holds a tile of scratch as
@@ -107,7 +107,10 @@ def rows_at_a_time(inputs: Inputs) -> int:
     work, engine = inputs.work, inputs.engine
     given = math.ceil(work.completions / engine.engines)
     if engine.kind == "megatron":
-        return max(1, min(given, engine.max_concurrent_tokens // work.max_sequence_tokens))  # rollout/slots.py
+        # as engines/megatron/scheduler.py admits them
+        return max(
+            1, min(given, engine.max_concurrent_tokens // work.max_sequence_tokens)
+        )  # engines/megatron/scheduler.py
     held = work.prompt_tokens + work.completion_tokens / 2  # paged: a sequence takes what it has, on average half
     return max(1, min(given, int(engine.max_concurrent_tokens / held)))
 
@@ -148,7 +151,7 @@ def _of_stage(inputs: Inputs, stage: int) -> RankMemory:
         phases["rollout"] = rollout = {**resident, **runtime}
         if inputs.work.draws_from_reference:
             rollout["policy, while the reference is swapped in"] = clone
-        if engine.offload_learner:  # gradients are dropped, weights stay (policy/offload.py)
+        if engine.offload_learner:  # gradients are dropped, weights stay (mcore/offload.py)
             del rollout["gradients"]
             host["optimizer, while the engine draws"] = rollout.pop("optimizer")
         if learner.lora and engine.kind == "megatron":

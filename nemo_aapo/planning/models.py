@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_aapo.config import ConfigError, ModelShape
+from nemo_aapo.config import ModelShape
+from nemo_aapo.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from nemo_aapo.command_line import read_command_line
-from nemo_aapo.config import Config, ConfigError, check_overrides, kind_of, parse, with_machine_defaults
-from nemo_aapo.entry import compose
+from nemo_aapo.config import Config, check_overrides, kind_of, parse, with_machine_defaults
+from nemo_aapo.config.command_line import read_command_line
+from nemo_aapo.config.compose import compose
+from nemo_aapo.errors import ConfigError
 from nemo_aapo.planning import hardware, models
 from nemo_aapo.planning.inputs import Question
 from nemo_aapo.planning.models import PlannedModel

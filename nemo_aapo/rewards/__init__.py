@@ -1,4 +1,4 @@
-"""Rewards by name. ``RewardRunner`` (``nemo_aapo.rewards.runner``) runs them."""
+"""Rewards by name. ``RewardRunner`` (``nemo_aapo.rewards.workers.runner``) runs them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from nemo_aapo.config import ConfigError
+from nemo_aapo.errors import ConfigError
 from nemo_aapo.rewards.base import Reward
 from nemo_aapo.rewards.choice import MultipleChoice
 from nemo_aapo.rewards.custom import Custom

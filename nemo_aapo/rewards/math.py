@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
-from nemo_aapo.libraries import importing
 from nemo_aapo.rewards.base import Reward
 from nemo_aapo.types import Completion, Prompt
+from nemo_aapo.utils.libraries import importing
 
 RULES = 2
 """Rises when an answer comes to be judged otherwise by what stands here: stored reference rewards know it."""

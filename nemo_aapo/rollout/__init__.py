@@ -1,0 +1,1 @@
+"""From prompts to scored groups: what is generated, in which order, beside which reference rewards."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from nemo_aapo.manifest import DamagedCheckpointError
+from nemo_aapo.errors import DamagedCheckpointError
 from nemo_aapo.types import Completion, Group, Prompt
 
 FILE_NAME = "rollouts.npz"

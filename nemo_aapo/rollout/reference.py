@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from nemo_aapo import parallel
+from nemo_aapo.distributed import parallel
 from nemo_aapo.errors import RunError
-from nemo_aapo.rollout.collect import Collector
-from nemo_aapo.rollout.reward_store import RewardStore
-from nemo_aapo.rollout.store_key import StoreKey
+from nemo_aapo.reference_store.key import StoreKey
+from nemo_aapo.reference_store.store import RewardStore
+from nemo_aapo.rollout.collector import Collector
 from nemo_aapo.seeds import stream_seed
 from nemo_aapo.types import Prompt, SamplingSpec
 

@@ -23,8 +23,8 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def machine_can(request):
     """A precision that this GPU can't do is skipped, with the reason that a run is refused for."""
-    from nemo_aapo.policy.precision import Machine, refusal
-    from tests.models import make_config
+    from nemo_aapo.mcore.precision import Machine, refusal
+    from tests.tiny_models import make_config
 
     call = getattr(request.node, "callspec", None)
     if call and "precision" in call.params:
@@ -36,7 +36,7 @@ def machine_can(request):
 @pytest.fixture(scope="session")
 def one_rank():
     """Megatron's groups of a single rank, on the GPU."""
-    from nemo_aapo import parallel
+    from nemo_aapo.distributed import parallel
 
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     parallel.initialize(tensor_model_parallel_size=1, pipeline_model_parallel_size=1, seed=1, timeout_s=120)

@@ -35,7 +35,7 @@ def make_model(folder: Path) -> Path:
     import torch
     from transformers import AutoModelForCausalLM, Qwen2Config
 
-    from tests.models import save_character_tokenizer
+    from tests.tiny_models import save_character_tokenizer
 
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(Qwen2Config(**SIZES)).float()
@@ -80,10 +80,10 @@ def learn(path: Path | str, updates: int = 1, groups=None, policy=None, **settin
     """Loss and gradient norm of each update, the first gradient by parameter, log-probs before, weights after all."""
     from nemo_aapo.algorithms import Algorithm
     from nemo_aapo.config import pad_multiple
-    from nemo_aapo.policy.learner import Learner
-    from nemo_aapo.policy.megatron import MegatronPolicy
-    from nemo_aapo.policy.model_dir import read_model_dir
-    from tests.models import make_config
+    from nemo_aapo.learner.learner import Learner
+    from nemo_aapo.learner.policy import MegatronPolicy
+    from nemo_aapo.models.directory import read_model_dir
+    from tests.tiny_models import make_config
 
     changes = {
         "data.max_prompt_tokens": 64,
@@ -144,8 +144,8 @@ def plain_names(gradient: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def main() -> None:
-    from nemo_aapo import parallel
-    from nemo_aapo.policy import cpu
+    from nemo_aapo.distributed import parallel
+    from nemo_aapo.mcore.cpu import patches as cpu
 
     path, out, settings = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
     cpu.install()

@@ -1,6 +1,6 @@
 """The GPU's way through engine and log-probs as a whole: graphs, kernels, float32 products of 16-bit inputs.
 
-The kernels one by one: tests/test_triton.py.
+The kernels one by one: tests/engines/megatron/test_triton.py.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_aapo.policy import logprob
+from nemo_aapo.learner import logprobs as logprob
 from nemo_aapo.types import Completion
-from tests import test_logprob
-from tests.distributed import test_engine as engines
+from tests.engines.megatron import test_engine as engines
+from tests.learner import test_logprobs as test_logprob
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +32,7 @@ def common(row: Completion, other: Completion) -> int:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_graphs_give_the_completions_of_single_kernels(one_rank, tiny_models, name, dtype):
     """In bfloat16 the number of rows changes the rounding of products, now and then a token, but no log-prob much."""
-    from nemo_aapo.rollout.megatron_engine import MegatronEngine
+    from nemo_aapo.engines.megatron.engine import MegatronEngine
 
     model = engines.build(tiny_models[name]).to("cuda", dtype)
     engine = MegatronEngine(model, engines.VOCAB_SIZE, engines.TIGHT)

@@ -99,11 +99,11 @@ def test_no_attention_leaks_between_packed_sequences(one_rank, model):
     """Other tokens in all sequences but one change nothing of that one, not even its last bit."""
     import torch
 
-    from nemo_aapo.policy.megatron import MegatronPolicy
-    from nemo_aapo.policy.microbatch import collate
-    from nemo_aapo.policy.model_dir import read_model_dir
+    from nemo_aapo.learner.microbatch import collate
+    from nemo_aapo.learner.policy import MegatronPolicy
+    from nemo_aapo.models.directory import read_model_dir
     from nemo_aapo.types import Sample
-    from tests.models import make_config
+    from tests.tiny_models import make_config
 
     config = make_config(model, precision__name="bf16")
     policy = MegatronPolicy(config, read_model_dir(str(model)))
@@ -155,10 +155,10 @@ def test_switches_of_memory_and_overlap_do_not_change_the_result(one_rank, model
 def test_the_learner_makes_room_for_an_engine_and_goes_on_to_the_same_bits(one_rank, model):
     import torch
 
-    from nemo_aapo.policy.megatron import MegatronPolicy
-    from nemo_aapo.policy.model_dir import read_model_dir
-    from nemo_aapo.policy.offload import LearnerOffload
-    from tests.models import make_config
+    from nemo_aapo.learner.policy import MegatronPolicy
+    from nemo_aapo.mcore.offload import LearnerOffload
+    from nemo_aapo.models.directory import read_model_dir
+    from tests.tiny_models import make_config
 
     def two_updates(offloading):
         config = make_config(model, precision__name="bf16", max_tokens_per_microbatch=1024)
@@ -186,12 +186,12 @@ def test_the_learner_makes_room_for_an_engine_and_goes_on_to_the_same_bits(one_r
 def test_engine_and_learner_agree_within_the_parity_gates_limits(one_rank, model, precision):
     from nemo_aapo.algorithms import Algorithm
     from nemo_aapo.config import pad_multiple
-    from nemo_aapo.policy.learner import Learner
-    from nemo_aapo.policy.megatron import MegatronPolicy
-    from nemo_aapo.policy.model_dir import read_model_dir
-    from nemo_aapo.rollout.megatron_engine import MegatronEngine
+    from nemo_aapo.engines.megatron.engine import MegatronEngine
+    from nemo_aapo.learner.learner import Learner
+    from nemo_aapo.learner.policy import MegatronPolicy
+    from nemo_aapo.models.directory import read_model_dir
     from nemo_aapo.types import SamplingSpec
-    from tests.models import make_config
+    from tests.tiny_models import make_config
 
     config = make_config(model, precision__name=precision, max_tokens_per_microbatch=2048)
     policy = MegatronPolicy(config, read_model_dir(str(model)))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.training_runs import make_input, metrics, settings
+from tests.training_runs import make_input, metrics, settings
 
 ROOT = Path(__file__).parents[2]
 

@@ -10,8 +10,8 @@ import sys
 import pytest
 from PIL import Image
 
-from nemo_aapo.benchmarks.peers import compare
-from nemo_aapo.benchmarks.peers.plan import COMPARISONS, CONTESTANTS, QUICK
+from benchmarks.peers import compare
+from benchmarks.peers.plan import COMPARISONS, CONTESTANTS, QUICK
 from nemo_aapo.errors import RunError
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed.test_conversion import convert_there_and_back
+from tests.conversion.test_conversion import convert_there_and_back
 from tests.peers.peers import needs, run_peer
 
 CHOICES = ("1", "2", "3")

@@ -9,17 +9,17 @@ import numpy as np
 import torch
 import yaml
 
-from tests.distributed.checkpoint_runs import make_checkpointer, train
-from tests.distributed.test_lora import make_policy
+from tests.checkpoint_runs import make_checkpointer, train
+from tests.mcore.test_lora import make_policy
 from tests.peers.peers import needs, run_peer
 
 pytestmark = needs("peft")
 
 
 def _train_and_export(model, run, tp, pp):
-    from nemo_aapo import parallel
     from nemo_aapo.conversion.convert import checkpoint_to_hf
     from nemo_aapo.conversion.source import find_source
+    from nemo_aapo.distributed import parallel
 
     policy = make_policy(model, tp, pp)
     for step in (1, 2):

@@ -18,8 +18,8 @@ from omegaconf import OmegaConf
 
 from nemo_aapo.algorithms import Algorithm
 from nemo_aapo.config.schema import AlgorithmConfig, Clip
-from tests.models import SIZES, make_config, save_character_tokenizer, save_model
 from tests.peers.peers import needs, run_peer
+from tests.tiny_models import SIZES, make_config, save_character_tokenizer, save_model
 
 ROOT = Path(__file__).resolve().parents[2]
 

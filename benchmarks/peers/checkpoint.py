@@ -1,0 +1,96 @@
+"""Random checkpoints, a tokenizer and prompts for both sides.
+
+In plain samples of a random model the end of sequence hardly ever comes up, or comes up as often as chance has it. Here
+it has the probability that is asked for, at every position: one component of the hidden state is kept constant (the
+embedding sets it, no layer writes to it), and only the end of sequence's logit looks at it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.peers.plan import Lengths, Model, Plan
+from nemo_aapo.utils.files import write_atomic
+
+EOS, PAD, FIRST_WORD = 1, 0, 2
+CONSTANT = 0
+"""The component of the hidden state that says nothing but 1."""
+NEVER = -50.0
+"""A bias that no sample survives."""
+
+
+def make_checkpoint(model: Model, plan: Plan, lengths: Lengths, directory: Path) -> Path:
+    """A Hugging Face directory, with ``prompts.jsonl`` beside its files."""
+    import torch
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    torch.manual_seed(0)
+    made = AutoModelForCausalLM.from_config(
+        Qwen2Config(
+            vocab_size=model.vocabulary,
+            hidden_size=model.hidden_size,
+            intermediate_size=model.intermediate_size,
+            num_hidden_layers=model.layers,
+            num_attention_heads=8,
+            num_key_value_heads=2,
+            max_position_embeddings=1024,
+            tie_word_embeddings=False,
+            bos_token_id=None,
+            eos_token_id=EOS,
+            pad_token_id=PAD,
+        )
+    ).float()
+    bias_end_of_sequence(made, 1 / _mean_length(plan) if lengths == "variable" else None)
+    made.save_pretrained(directory)
+    _tokenizer(model.vocabulary).save_pretrained(directory)
+    generator = np.random.default_rng(0)
+    prompts = generator.integers(FIRST_WORD, model.vocabulary, (plan.data_prompts, plan.prompt_tokens))
+    rows = [{"question": " ".join(f"w{i}" for i in row), "answer": "0"} for row in prompts.tolist()]
+    write_atomic(directory / "prompts.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    return directory
+
+
+def _mean_length(plan: Plan) -> float:
+    """Of completions without a limit: cut at the limit, the longest is about four times the mean."""
+    return plan.new_tokens / 4
+
+
+def bias_end_of_sequence(model: Any, probability: float | None) -> None:
+    """Give the end of sequence this probability at every position; None: it is never drawn.
+
+    Args:
+        model: a Qwen2 of transformers with an output layer of its own; changed in place.
+    """
+    import torch
+
+    with torch.no_grad():
+        spread = model.model.embed_tokens.weight.std().item()
+        model.model.embed_tokens.weight[:, CONSTANT] = 2 * spread * model.config.hidden_size**0.5
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight[CONSTANT] = 0
+            layer.mlp.down_proj.weight[CONSTANT] = 0
+        head = model.lm_head.weight
+        head[:, CONSTANT] = 0
+        head[EOS] = 0
+        ids = torch.randint(FIRST_WORD, model.config.vocab_size, (8, 32), generator=torch.Generator().manual_seed(0))
+        hidden = model.model(ids).last_hidden_state
+        others = model.lm_head(hidden)
+        others[..., EOS] = -torch.inf
+        others = others.logsumexp(-1).mean().item()
+        bias = NEVER if probability is None else others + float(np.log(probability / (1 - probability)))
+        head[EOS, CONSTANT] = bias / hidden[..., CONSTANT].mean()
+
+
+def _tokenizer(vocabulary: int) -> Any:
+    """One word for each token id, so that nothing that is drawn lies outside."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<pad>": PAD, "<eos>": EOS, **{f"w{i}": i for i in range(FIRST_WORD, vocabulary)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")

@@ -1,0 +1,179 @@
+"""One of our contestants: ``python -m benchmarks.peers.our_side SPEC.json``, orders on standard input."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.peers import plan as settings
+from benchmarks.peers.orders import Orders, peak_bytes
+from nemo_aapo.types import Completion, Group, Prompt
+
+
+class CoinToss:
+    """``plan.reward`` as a reward of ours."""
+
+    kind = name = "coin_toss"
+    in_process = True
+
+    def __call__(self, prompt: Prompt, text: str, completion: Completion) -> float:
+        return settings.reward(completion.token_ids)
+
+    def check_answer(self, answer: str) -> None:
+        """Any."""
+
+    def load(self) -> None:
+        """Nothing to load."""
+
+
+class LastStep:
+    """The trainer's reporter: keeps the metrics of the last step."""
+
+    metrics: dict[str, float]
+
+    def log_step(self, step: int, metrics: dict[str, float]) -> None:
+        self.metrics = metrics
+
+    def note(self, text: str) -> None: ...
+
+
+def overrides(name: str, plan: settings.Plan, model: Path, folder: Path) -> list[str]:
+    """A contestant's settings."""
+    return [
+        *settings.OURS[name],
+        f"run.dir={folder}",
+        f"model.path={model}",
+        f"data.train={model / 'prompts.jsonl'}",
+        f"data.validation={model / 'prompts.jsonl'}",
+        f"data.max_prompt_tokens={plan.prompt_tokens}",
+        "data.shuffle=false",
+        f"prompts_per_step={plan.prompts_per_step}",
+        f"group_size={plan.group_size}",
+        f"max_tokens_per_microbatch={plan.tokens}",  # in one piece, as TRL
+        f"rollout.max_new_tokens={plan.new_tokens}",
+        f"rollout.max_concurrent_tokens={plan.tokens}",
+        f"model.optim.lr={settings.LEARNING_RATE}",
+        f"model.optim.clip_grad={settings.MAX_GRADIENT_NORM}",
+        f"trainer.max_steps={settings.STEPS_AT_MOST}",
+        "trainer.devices=1",
+    ]
+
+
+def agree(trainer: Any, recorded: dict[str, Any]) -> dict[str, float]:
+    """Train once on completions that TRL drew and trained on: its log-probs, loss and gradient norm beside ours."""
+    prompts = {tuple(prompt.token_ids.tolist()): prompt for prompt in trainer.rollouts.data}
+    size = trainer.config.group_size
+    groups = []
+    for first in range(0, len(recorded["completions"]), size):
+        rows = range(first, first + size)
+        drawn = [
+            Completion(
+                np.array(recorded["completions"][i], np.int32),
+                np.array(recorded["logprobs"][i], np.float32),
+                "length",
+                trainer.policy.version,
+            )
+            for i in rows
+        ]
+        rewards = np.array([settings.reward(completion.token_ids) for completion in drawn])
+        groups.append(
+            Group(
+                prompt=prompts[tuple(recorded["prompts"][first])],
+                completions=tuple(drawn),
+                texts=("",) * size,
+                rewards=rewards,
+                reward_parts={"coin_toss": rewards},
+                failed=np.zeros(size, bool),
+                advantages=trainer.algorithm.advantages(rewards[None])[0],
+            )
+        )
+    # exp of the mean absolute difference of the log-probs
+    logprobs = math.log(trainer.learner.parity(groups)["parity/mult_prob_error"])
+    metrics = trainer.learner.update(groups)
+    return {
+        "logprobs": logprobs,
+        "loss": metrics["loss"],
+        "trl_loss": recorded["loss"],
+        "gradient_norm": metrics["grad_norm"],
+        "trl_gradient_norm": recorded["gradient_norm"],
+    }
+
+
+def take_step(trainer: Any, reporter: LastStep, lengths: list[int], orders: Orders) -> None:
+    """One training step, and what it cost."""
+    lengths.clear()
+    trainer.train_step()
+    metrics = reporter.metrics
+    seconds = {key.removeprefix("time/"): value for key, value in metrics.items() if key.startswith("time/")}
+    phases = {key: seconds[key] for key in ("rollout", "reference", "train", "refit")}
+    orders.answer_step(
+        lengths=lengths, loss=metrics["loss"], phases={**phases, "score": seconds["step"] - sum(phases.values())}
+    )
+
+
+def build(spec: dict[str, Any], reporter: LastStep, stack: contextlib.ExitStack) -> Any:
+    """The trainer of a contestant."""
+    from nemo_aapo.config.compose import load_config
+    from nemo_aapo.mcore import precision
+    from nemo_aapo.rewards.workers.runner import RewardRunner
+    from nemo_aapo.training.build import build_trainer, initialize
+
+    words = overrides(spec["name"], settings.Plan(**spec["plan"]), Path(spec["model"]), Path(spec["folder"]))
+    config = precision.decide(load_config(words))
+    initialize(config)
+    rewards = RewardRunner([(CoinToss(), 1.0)], workers=0, timeout_s=10.0)
+    return build_trainer(config, reporter=reporter, stack=stack, rewards=rewards)
+
+
+def count_tokens(engine: Any, lengths: list[int]) -> None:
+    """From now on the engine writes down the lengths of what it draws while there are none in the list.
+
+    The policy's completions come first in a step, the reference's after them.
+    """
+    generate = engine.generate
+
+    def counted(*arguments: Any) -> list[list[Completion]]:
+        drawn = generate(*arguments)
+        if not lengths:
+            lengths.extend(len(completion.token_ids) for row in drawn for completion in row)
+        return drawn
+
+    engine.generate = counted
+
+
+def main(path: str) -> None:
+    """One contestant: ours, step by step as the orders come in."""
+    orders = Orders()
+
+    import torch
+
+    from nemo_aapo.utils.libraries import quiet
+
+    quiet()
+    torch.set_num_threads(1)
+    reporter, lengths = LastStep(), []
+    with contextlib.ExitStack() as stack:
+        trainer = build(json.loads(Path(path).read_text()), reporter, stack)
+        count_tokens(trainer.rollouts.collector.engine, lengths)
+        began = time.process_time()
+        trainer.rollouts.fill_reference(0, lambda done, total: None, lambda: False)
+        orders.answer(fill_cpu=time.process_time() - began)
+        while (order := orders.next()) is not None:
+            torch.set_num_threads(order.get("threads", 1))
+            if order["do"] == "step":
+                take_step(trainer, reporter, lengths, orders)
+            elif order["do"] == "agree":
+                orders.answer(**agree(trainer, json.loads(Path(order["file"]).read_text())))
+            else:
+                orders.answer(peak_bytes=peak_bytes())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

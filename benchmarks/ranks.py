@@ -1,0 +1,55 @@
+"""Ranks of a layout on this machine, each a process of its own that lives for one function."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+TIMEOUT_S = 120.0
+"""So long a rank waits for another one."""
+
+
+def run(function: Callable[..., Any], *arguments: Any, world: int = 1, tp: int = 1, pp: int = 1) -> list[Any]:
+    """Results of a module's function by rank, called in Megatron's groups over gloo.
+
+    Raises:
+        Whatever the first rank raised that failed; the others end at their deadline.
+    """
+    context = multiprocessing.get_context("spawn")
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ProcessPoolExecutor(world, mp_context=context, max_tasks_per_child=1) as pool,
+    ):
+        store = str(Path(folder) / "store")
+        calls = [pool.submit(_rank, function, arguments, rank, world, tp, pp, store) for rank in range(world)]
+        return [call.result() for call in calls]
+
+
+def _rank(function: Callable[..., Any], arguments: Any, rank: int, world: int, tp: int, pp: int, store: str) -> Any:
+    import datetime
+
+    from nemo_aapo.utils.libraries import importing, quiet
+
+    quiet()
+    with importing():
+        import torch
+        import torch.distributed as dist
+
+        from nemo_aapo.distributed import parallel
+        from nemo_aapo.mcore.cpu import patches as cpu
+
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    torch.set_num_threads(1)
+    cpu.install()
+    timeout = datetime.timedelta(seconds=TIMEOUT_S)
+    dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timeout)
+    try:
+        parallel.initialize(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, seed=0, timeout_s=TIMEOUT_S)
+        return function(*arguments)
+    finally:
+        parallel.shutdown()

@@ -1,0 +1,127 @@
+"""A trainer whose steps do the same work on every machine: random weights, fixed lengths, a signal in every group.
+
+The sampled tokens may differ between machines; how many there are, and how many are trained on, may not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_aapo.types import Completion, Prompt
+
+PROMPTS = 128
+"""Lines of either file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Sizes of the model and of a step."""
+
+    hidden_size: int = 64
+    layers: int = 4
+    vocabulary: int = 160
+    prompts_per_step: int = 8
+    group_size: int = 4
+    new_tokens: int = 12
+    """Of every completion: none ends early."""
+    max_tokens_per_microbatch: int = 256
+    algorithm: str = "aapo"
+    """A choice of ``algorithm=``; with ``aapo``, the reference rewards of the first four steps are there."""
+
+    @property
+    def tokens(self) -> int:
+        """Completion tokens of a step, over all ranks."""
+        return self.prompts_per_step * self.group_size * self.new_tokens
+
+
+@dataclass(frozen=True)
+class MeanToken:
+    """The mean token id: nearly never the same twice in a group."""
+
+    kind = name = "mean_token"
+    in_process = True
+
+    def __call__(self, prompt: Prompt, text: str, completion: Completion) -> float:
+        return float(completion.token_ids.mean())
+
+    def check_answer(self, answer: str) -> None:
+        """Any."""
+
+    def load(self) -> None:
+        """Nothing to load."""
+
+
+class Silent:
+    """The trainer's reporter."""
+
+    def log_step(self, step: int, metrics: dict[str, float]) -> None: ...
+    def note(self, text: str) -> None: ...
+
+
+def make_input(workload: Workload, folder: Path) -> None:
+    """The model's directory and the data, under ``folder``."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    from examples.quickstart import arithmetic
+
+    torch.manual_seed(0)
+    tokenizer = arithmetic.make_tokenizer()
+    config = Qwen2Config(
+        vocab_size=workload.vocabulary,
+        hidden_size=workload.hidden_size,
+        intermediate_size=3 * workload.hidden_size,
+        num_hidden_layers=workload.layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    Qwen2ForCausalLM(config).float().save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    sums = arithmetic.split_sums(0)
+    arithmetic.write_prompts(folder / "train.jsonl", sums.training[:PROMPTS])
+    arithmetic.write_prompts(folder / "validation.jsonl", sums.validation[:PROMPTS])
+
+
+def make_trainer(
+    workload: Workload, folder: Path, stack: contextlib.ExitStack, world: int = 1, tp: int = 1, pp: int = 1
+) -> Any:
+    """``AAPOTrainer`` on what ``make_input`` left; ready for its first step. Collective."""
+    from nemo_aapo.config.compose import load_config
+    from nemo_aapo.rewards.workers.runner import RewardRunner
+    from nemo_aapo.training.build import build_trainer
+
+    rows = workload.prompts_per_step * workload.group_size
+    config = load_config(
+        [
+            "experiment=quickstart",
+            f"algorithm={workload.algorithm}",
+            f"run.dir={folder / f'run_{world}_{tp}_{pp}'}",
+            f"model.path={folder / 'model'}",
+            f"data.train={folder / 'train.jsonl'}",
+            f"data.validation={folder / 'validation.jsonl'}",
+            f"trainer.devices={world}",
+            "trainer.max_steps=4",
+            f"model.tensor_model_parallel_size={tp}",
+            f"model.pipeline_model_parallel_size={pp}",
+            f"prompts_per_step={workload.prompts_per_step}",
+            f"group_size={workload.group_size}",
+            f"max_tokens_per_microbatch={workload.max_tokens_per_microbatch}",
+            f"rollout.max_new_tokens={workload.new_tokens}",
+            f"rollout.max_concurrent_tokens={rows * (16 + workload.new_tokens)}",
+            "model.optim.lr=1e-9",
+        ]
+    )
+    rewards = RewardRunner([(MeanToken(), 1.0)], workers=0, timeout_s=10.0)
+    trainer = build_trainer(config, reporter=Silent(), stack=stack, rewards=rewards)
+    trainer.rollouts.sampling = dataclasses.replace(trainer.rollouts.sampling, stop_token_ids=())
+    trainer.rollouts.fill_reference(0, lambda done, total: None, lambda: False)
+    return trainer

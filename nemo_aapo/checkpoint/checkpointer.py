@@ -1,0 +1,280 @@
+"""Checkpoints that are whole or not there: save, resume on any layout, verify, fall back.
+
+    <run.dir>/checkpoints/step_000050/           complete: it got this name after everything was on the disk
+        __0_0.distcp ...  .metadata  common.pt  metadata.json     mcore's torch_dist files (see torch_dist.py)
+        manifest.json                                             trainer state, checksums (see manifest.py)
+    <run.dir>/checkpoints/.step_000050.partial/  a save that was interrupted; removed at the next start or save
+    <run.dir>/checkpoints/step_000050.damaged/   what ``latest_good`` went back from; never removed, for people to judge
+
+When to save is the trainer's business. In the background, ``save`` returns as soon as there is a copy of the state in
+the host's memory; a thread writes it while training goes on. Its collectives run in a process group of their own.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import os
+import platform
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import megatron.core
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+import nemo_aapo
+from nemo_aapo.checkpoint import format as torch_dist
+from nemo_aapo.checkpoint import manifest
+from nemo_aapo.checkpoint.directory import CheckpointDirectory, remove, step_of
+from nemo_aapo.checkpoint.manifest import Manifest
+from nemo_aapo.distributed import parallel
+from nemo_aapo.distributed.agreement import Group, on_all_ranks, on_first_rank
+from nemo_aapo.errors import CheckpointError, DamagedCheckpointError
+from nemo_aapo.utils.background import Background
+
+ResumeMode = Literal["auto", "latest_good"]
+
+
+class Checkpointable(Protocol):
+    """What is needed of the policy; ``MegatronPolicy`` has it."""
+
+    def sharded_state_dict(self, is_loading: bool = False) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Checkpointer:
+    """Saves to and resumes from one directory. Methods are collective unless they say otherwise.
+
+    Every error is raised on all ranks alike, so that none waits for another; the process group's deadline guards the
+    rest.
+    """
+
+    def __init__(
+        self,
+        directory: Path | str,
+        config_digest: str,
+        keep_last: int,
+        keep_best: str | None = None,
+        *,
+        background: bool = False,
+        timeout_s: float = 1800.0,
+    ) -> None:
+        """Touches no file.
+
+        Args:
+            directory: holds the checkpoints; made at the first save. All ranks see the same one.
+            config_digest: of this run (``config.digest``); checkpoints of another are refused.
+            keep_last: how many checkpoints stay, at least one.
+            keep_best: the checkpoint with the highest value of this stays too: a key of ``trainer_state["metrics"]``.
+            background: write while training goes on; costs a copy of this rank's share of the state.
+            timeout_s: how long a rank waits in the background for another one.
+        """
+        if keep_last < 1:
+            raise ValueError(f"keep_last={keep_last}: at least one checkpoint has to stay")
+        self.directory = CheckpointDirectory(directory, keep_last, keep_best)
+        self.config_digest = config_digest
+        self.seconds = 0.0
+        """What the last finished save took, from its beginning to its name."""
+        self.resumed_from: Path | None = None
+        """The checkpoint that ``resume`` loaded."""
+        self._background = Background() if background else None
+        self._timeout = datetime.timedelta(seconds=timeout_s)
+        self._group: Group = None
+
+    # ------------------------------------------------------------------ saving
+
+    def save(
+        self,
+        step: int,
+        policy: Checkpointable,
+        trainer_state: dict[str, Any],
+        extra_files: Mapping[str, bytes] | None = None,
+    ) -> Path:
+        """Write the checkpoint of a step, then remove those older than the newest ``keep_last``.
+
+        In the background this returns before it is written: ``wait`` raises what went wrong.
+
+        Args:
+            step: training steps done, at least 1: before that the optimizer has no state to save.
+            trainer_state: what JSON can hold unchanged; rank 0's is kept.
+            extra_files: content by file name, checked like all other parts at loading; rank 0's are kept.
+
+        Returns:
+            The directory that the checkpoint has, or will have.
+
+        Raises:
+            CheckpointError: on all ranks, for a failure on any (a full disk); earlier checkpoints are as they were.
+        """
+        if step < 1:
+            raise ValueError(f"step {step}: nothing to save before the first optimizer step")
+        self.wait()
+        start = time.monotonic()
+        background = self._background is not None
+        if background and self._group is None and dist.get_world_size() > 1:
+            self._group = dist.new_group(backend="gloo", timeout=self._timeout)
+        replicas = parallel_state.get_data_parallel_group_gloo()
+        content = torch_dist.snapshot(policy.sharded_state_dict(), replicas, copied=background)
+        job = functools.partial(self._write, step, content, trainer_state, dict(extra_files or {}), start)
+        if background:
+            self._background.start(job)
+        else:
+            job()
+        return self.directory.of(step)
+
+    def failed(self) -> bool:
+        """True once a save in the background has failed here; then all ranks ``wait`` for the error. Not collective."""
+        return self._background is not None and self._background.failed()
+
+    def wait(self) -> None:
+        """Return when no save is under way.
+
+        Raises:
+            CheckpointError: as ``save``, of the one that was under way.
+        """
+        if self._background is not None:
+            self._background.wait()
+
+    def close(self) -> None:
+        """Leave no save half done where there is an error already."""
+        if self._background is not None:
+            self._background.close()
+
+    def _write(
+        self,
+        step: int,
+        content: torch_dist.Snapshot,
+        trainer_state: dict[str, Any],
+        extra: dict[str, bytes],
+        start: float,
+    ) -> None:
+        """All that comes after the snapshot; on the main thread or on another one."""
+        directory, group = self.directory, self._group
+        partial = directory.partial(step)
+        try:
+            on_first_rank(lambda: directory.begin(step, extra), group)
+            torch_dist.write(content, partial, group)
+            sealed = on_all_ranks(lambda: seal_own_files(partial), group)
+            files = {name: record for part in sealed for name, record in part.items()}
+            whole = Manifest(step, self.config_digest, trainer_state, layout(), versions(), files)
+            on_first_rank(lambda: directory.commit(whole), group)
+        except CheckpointError as error:
+            if parallel.rank() == 0:
+                remove(partial)
+            raise CheckpointError(
+                f"the checkpoint of step {step} was not saved in {directory.path} ({directory.free_space()}); "
+                f"earlier ones are as they were: {error}"
+            ) from error
+        self.seconds = time.monotonic() - start
+        on_first_rank(lambda: directory.prune(step), group)
+
+    # ------------------------------------------------------------------ loading
+
+    def latest(self) -> Path | None:
+        """The newest checkpoint, unverified; None without any. Not collective."""
+        steps = self.directory.steps()
+        return steps[-1] if steps else None
+
+    def load(self, path: Path | str, policy: Checkpointable) -> dict[str, Any]:
+        """Verify a checkpoint, and load it into the policy under the present layout.
+
+        Returns:
+            The trainer state, equal to what was saved.
+
+        Raises:
+            DamagedCheckpointError: a file is missing, truncated or altered; the policy is untouched.
+            CheckpointError: it belongs to another configuration, or holds a pickle that may run code.
+        """
+        path = Path(path)
+        content = self._verify(path)
+        header = on_first_rank(lambda: torch_dist.read_header(path))
+        policy.load_state_dict(torch_dist.read(policy.sharded_state_dict(is_loading=True), path, header))
+        return content.trainer_state
+
+    def resume(self, policy: Checkpointable, mode: ResumeMode = "auto") -> dict[str, Any] | None:
+        """Load the newest checkpoint.
+
+        Args:
+            mode: what to do if it is damaged. ``auto``: stop. ``latest_good``: go back to the newest that is whole;
+                the damaged ones are renamed to ``step_N.damaged``, or they would be in the way.
+
+        Returns:
+            The trainer state; None if the directory holds no checkpoint, so that a run may start afresh.
+
+        Raises:
+            CheckpointError: on all ranks. With anything there that looks like a checkpoint, None is never returned.
+        """
+        damaged: dict[Path, str] = {}
+        for path in reversed(on_first_rank(self.directory.at_start)):
+            try:
+                state = self.load(path, policy)
+            except DamagedCheckpointError as error:
+                if mode == "auto":
+                    raise DamagedCheckpointError(
+                        f"can't resume from {path}: {error}. checkpoint.resume=latest_good goes back to the newest "
+                        "checkpoint that is whole"
+                    ) from error
+                damaged[path] = str(error)
+                continue
+            on_first_rank(functools.partial(self.directory.loaded, path, damaged))
+            self.resumed_from = path
+            return state
+        if damaged:
+            reasons = "; ".join(damaged.values())
+            raise CheckpointError(f"no checkpoint in {self.directory.path} is whole: {reasons}")
+        return None
+
+    def _verify(self, path: Path) -> Manifest:
+        """Check whose the checkpoint is and then every file; the ranks share the reading."""
+        content = on_first_rank(lambda: manifest.read(path))
+        if content.config_digest != self.config_digest:
+            raise CheckpointError(
+                f"{path} belongs to another configuration: its digest is {content.config_digest}, this run's "
+                f"{self.config_digest}. Resume with the settings it was saved under, or use another run.dir"
+            )
+        if step_of(path) not in (None, content.step):
+            raise DamagedCheckpointError(f"{path} was renamed: its manifest says step {content.step}")
+        check_files(path, content)
+        return content
+
+
+def check_files(path: Path, content: Manifest) -> None:
+    """Compare every file of a checkpoint with its manifest; the ranks share the reading. Collective.
+
+    Raises:
+        DamagedCheckpointError: on all ranks: which files are missing, truncated or altered.
+    """
+    own = manifest.share(content.files, parallel.rank(), dist.get_world_size())
+    checked = on_all_ranks(lambda: [manifest.problem(path, name, content.files[name]) for name in own])
+    problems = [problem for part in checked for problem in part if problem]
+    if problems:
+        raise DamagedCheckpointError("; ".join(problems))
+
+
+def seal_own_files(directory: Path) -> dict[str, manifest.FileRecord]:
+    """Bring the files to the disk that this rank wrote, and record them."""
+    own = manifest.share(os.listdir(directory), parallel.rank(), dist.get_world_size())
+    return {name: manifest.seal(directory / name) for name in own}
+
+
+def layout() -> dict[str, int]:
+    """Ranks and parallel sizes, for a manifest."""
+    return {
+        "world_size": dist.get_world_size(),
+        "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
+        "data_parallel_size": parallel.data_parallel_size(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that write a checkpoint, for a manifest."""
+    return {
+        "nemo_aapo": nemo_aapo.__version__,
+        "megatron_core": megatron.core.__version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+    }

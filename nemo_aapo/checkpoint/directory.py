@@ -1,0 +1,144 @@
+"""The directory of a run's checkpoints, as plain files: what is there, what is in the way, what may go.
+
+One rank works here; nothing is collective, and there is no torch. The names are explained in checkpoint.py.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from nemo_aapo.checkpoint import manifest
+from nemo_aapo.checkpoint.manifest import Manifest
+from nemo_aapo.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointDirectory:
+    """Checkpoints by step, from a partial one to its name, its rest and its end."""
+
+    def __init__(self, path: Path | str, keep_last: int, keep_best: str | None) -> None:
+        """Touches no file. Args: as ``Checkpointer`` takes them."""
+        self.path = Path(path)
+        self.keep_last, self.keep_best = keep_last, keep_best
+
+    def of(self, step: int) -> Path:
+        """Where the checkpoint of a step is, or will be."""
+        return self.path / f"step_{step:06d}"
+
+    def partial(self, step: int) -> Path:
+        """Where it is written."""
+        return self.path / f".{self.of(step).name}.partial"
+
+    def steps(self) -> list[Path]:
+        """Checkpoints by step, oldest first."""
+        return sorted((path for path in self.path.glob("step_*") if step_of(path) is not None), key=step_of)
+
+    # ------------------------------------------------------------------ saving
+
+    def begin(self, step: int, extra_files: Mapping[str, bytes]) -> None:
+        """Make the partial directory, with these files in it.
+
+        Raises:
+            CheckpointError: the step has a checkpoint already.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._remove_leftovers()
+        if self.of(step).exists():
+            raise CheckpointError(f"{self.of(step)} exists already, and is not overwritten")
+        self.partial(step).mkdir()
+        for name, content in extra_files.items():
+            (self.partial(step) / name).write_bytes(content)
+
+    def commit(self, content: Manifest) -> None:
+        """Write the manifest, and give the partial directory its name once all of it is on the disk."""
+        partial = self.partial(content.step)
+        manifest.write(content, partial)
+        manifest.sync_directory(partial)
+        os.rename(partial, self.of(content.step))
+        manifest.sync_directory(self.path)
+
+    def prune(self, step: int) -> None:
+        """Remove what is older than this step and not among the newest ``keep_last``, this one included."""
+        steps = self.steps()
+        older = [path for path in steps if step_of(path) < step]
+        best = self._best(steps)
+        for path in older[: max(0, len(older) - self.keep_last + 1)]:
+            if path != best:
+                remove(path)
+
+    def _best(self, paths: list[Path]) -> Path | None:
+        """The checkpoint with the highest value of ``keep_best``, the newest of equals; None where none has one."""
+        if self.keep_best is None:
+            return None
+        values = [(manifest.read(path).trainer_state.get("metrics", {}).get(self.keep_best), path) for path in paths]
+        known = [(value, step_of(path), path) for value, path in values if value is not None]
+        return max(known)[2] if known else None
+
+    def _remove_leftovers(self) -> None:
+        for path in self.path.glob(".step_*"):
+            if path.suffix in (".partial", ".removing"):
+                logger.warning("removing what an interrupted run left: %s", path)
+                remove(path)
+
+    def free_space(self) -> str:
+        """For people."""
+        try:
+            return f"{shutil.disk_usage(self.path).free / 2**20:,.0f} MiB free"
+        except OSError as error:
+            return f"free space unknown: {error}"
+
+    # ------------------------------------------------------------------ loading
+
+    def at_start(self) -> list[Path]:
+        """Checkpoints by step, after a look whether the directory can be written.
+
+        Raises:
+            CheckpointError: there is something that looks like a checkpoint, but none to resume from.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=self.path):  # that nothing can be saved shows now, not hours later
+            self._remove_leftovers()
+        steps = self.steps()
+        strange = [path.name for path in self.path.glob("step_*")]
+        if strange and not steps:
+            raise CheckpointError(
+                f"{self.path} holds {', '.join(sorted(strange))} but no step_NNNNNN to resume from: "
+                "move them away to start afresh"
+            )
+        return steps
+
+    def loaded(self, path: Path, damaged: Mapping[Path, str]) -> None:
+        """A checkpoint was loaded: put damaged newer ones out of the way, and remove older ones.
+
+        A kill may have come between a save and the removal of older ones.
+        """
+        for newer, reason in damaged.items():
+            aside = newer.with_name(f"{newer.name}.damaged")
+            remove(aside)
+            os.rename(newer, aside)
+            logger.warning("went back to %s, since %s; what there is of %s is now %s", path, reason, newer, aside)
+        self.prune(step_of(path))
+
+
+def step_of(path: Path) -> int | None:
+    """The step that a checkpoint's name says; None for another name."""
+    match = re.fullmatch(r"step_(\d{6,})", path.name)
+    return int(match.group(1)) if match else None
+
+
+def remove(path: Path) -> None:
+    """Remove a directory. That it can't be is no reason to end a run: it is tried again at the next save."""
+    doomed = path if path.name.startswith(".") else path.with_name(f".{path.name}.removing")
+    try:
+        if path.exists():
+            os.rename(path, doomed)  # half removed, it must not look like a checkpoint
+            shutil.rmtree(doomed)
+    except OSError as error:
+        logger.warning("can't remove %s: %s", path, error)

@@ -1,0 +1,174 @@
+"""A rollout server: one engine behind HTTP.
+
+    python -m nemo_aapo.cli.serve KEY=VALUE ...        the same words as scripts/train.py
+
+It announces itself in ``rollout.server.directory`` and ends on SIGTERM or SIGINT, or with the process that started it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+import signal
+import socket
+import sys
+import uuid
+from collections.abc import Iterator, Set
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from nemo_aapo.cli.main import config_main
+from nemo_aapo.config import Config, ModelShape
+from nemo_aapo.engines.remote.directory import ServerRecord, open_directory, open_token, publish, withdraw
+from nemo_aapo.engines.trtllm import settings as trtllm_settings
+from nemo_aapo.errors import ConfigError
+from nemo_aapo.launch.local import world_size_of_job
+from nemo_aapo.models import directory as model_dir
+
+STOP_S = 10.0
+"""After a signal the running batch is broken off at its next finished completion, or left alone after this."""
+PARENT_POLL_S = 1.0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Serve until told to stop; 0, or 1 or 2 with a message as scripts/train.py."""
+    return config_main(
+        functools.partial(serve, parent=os.getppid()),
+        description="Hosts a rollout engine behind HTTP.",
+        argv=argv,
+        check=_check,
+        through_nemo=False,
+    )
+
+
+def _check(config: Config) -> None:
+    if config.rollout.server.engine == "trtllm":
+        trtllm_settings.check(config)
+    model_dir.read_model_dir(config.model.path)
+    if world_size_of_job() != 1:
+        raise ConfigError("a rollout server is one process: start each without torchrun, with its rollout.server.index")
+
+
+def serve(config: Config, tree: dict[str, Any], parent: int) -> int:
+    """Listen, load, answer, stop. Blocks.
+
+    Args:
+        parent: id of the process that started this one.
+
+    Raises:
+        ConfigError: the port is in use, the directory or token is open to others, the model can't be loaded.
+    """
+    settings = config.rollout.server
+    directory = open_directory(settings.directory)
+    token = open_token(directory)
+    with _listening(settings.host, settings.port) as listener:
+        return asyncio.run(_serve(config, directory, token, listener, parent))
+
+
+@contextmanager
+def _listening(host: str, port: int) -> Iterator[socket.socket]:
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.create_server(address[:2], family=family)
+    except OSError as error:
+        raise ConfigError(f"rollout.server.host={host}, rollout.server.port={port}: {error.strerror}") from None
+    with listener:
+        yield listener
+
+
+async def _serve(config: Config, directory: Path, token: str, listener: socket.socket, parent: int) -> int:
+    from aiohttp import web
+
+    from nemo_aapo.engines.remote.service import Service
+    from nemo_aapo.engines.remote.wire import Limits
+
+    stop = _stop_request(parent)
+    shape = model_dir.read_model_dir(config.model.path)
+    worker = _worker(config, shape, directory)
+    limits = Limits(shape.vocab_size, config.rollout.max_concurrent_tokens)
+    service = Service(worker, token, limits, config.rollout.server.max_request_bytes)
+    # A client that goes away ends its handler, and with it the work that was done for it.
+    runner = web.AppRunner(service.app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
+    await runner.setup()
+    await web.SockSite(runner, listener).start()
+    index, address = config.rollout.server.index, _address(listener, config.rollout.server.host)
+    record = ServerRecord(index, address, os.getpid(), uuid.uuid4().hex)
+    publish(directory, record)
+    _say(index, f"listens on {address}")
+    try:
+        built = asyncio.wrap_future(worker.built)
+        await asyncio.wait({built, stop}, return_when=asyncio.FIRST_COMPLETED)
+        if built.done():
+            built.result()
+            _say(index, f"serves {worker.weights}")
+        _say(index, f"stopping: {await stop}")
+    finally:
+        withdraw(directory, record)
+        ended = await asyncio.to_thread(worker.stop, STOP_S if worker.built.done() else 0.0)
+        await runner.cleanup()
+    if not ended:  # its thread is deep in a forward pass or in an import: nothing of it is worth waiting for
+        sys.stderr.flush()
+        os._exit(0)
+    return 0
+
+
+def _worker(config: Config, shape: ModelShape, directory: Path) -> Any:
+    from nemo_aapo.engines.remote.wire import Weights, WeightsId  # with numpy, which refusals do without
+    from nemo_aapo.engines.remote.worker import EngineWorker
+
+    @functools.cache
+    def base() -> WeightsId:
+        return WeightsId(0, model_dir.digest(config.model.path))
+
+    def build() -> Any:
+        from nemo_aapo.engines.build import build_hosted_engine
+
+        return build_hosted_engine(config, shape)
+
+    def locate(weights: Weights, tensors: Set[str]) -> Path:
+        from nemo_aapo.engines.remote.weight_store import verified
+        from nemo_aapo.errors import WeightsError
+
+        if weights.manifest is not None:
+            return verified(directory, weights, tensors)
+        if weights.id != base():
+            raise WeightsError(f"the base model of this server, {config.model.path}, is another one than the trainer's")
+        return Path(config.model.path)
+
+    return EngineWorker(build, base, locate)
+
+
+def _stop_request(parent: int) -> asyncio.Future[str]:
+    """Becomes what asked for the end: a signal, or that the process that started this one is gone."""
+    loop = asyncio.get_running_loop()
+    stop: asyncio.Future[str] = loop.create_future()
+
+    def ask(reason: str) -> None:
+        if not stop.done():
+            stop.set_result(reason)
+
+    def watch_parent() -> None:
+        if os.getppid() != parent:
+            ask("the process that started it is gone")
+        loop.call_later(PARENT_POLL_S, watch_parent)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ask, signal.Signals(number).name)
+    watch_parent()
+    return stop
+
+
+def _address(listener: socket.socket, host: str) -> str:
+    port = listener.getsockname()[1]
+    reachable = socket.getfqdn() if host in ("", "0.0.0.0", "::") else host
+    return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
+
+
+def _say(index: int, text: str) -> None:
+    print(f"rollout server {index}: {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

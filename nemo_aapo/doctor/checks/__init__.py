@@ -1,0 +1,1 @@
+"""The single checks of the doctor, each of one subject."""

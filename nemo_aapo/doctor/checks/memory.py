@@ -1,0 +1,91 @@
+"""Free memory against what the chosen configuration needs at least."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from nemo_aapo.config import Config
+from nemo_aapo.doctor.checks.sizes import on_this_machine, readable
+from nemo_aapo.doctor.checks.versions import has_gpu
+from nemo_aapo.doctor.finding import Context, Finding
+from nemo_aapo.planning import hardware, models
+from nemo_aapo.planning.inputs import Question, inputs_of
+from nemo_aapo.planning.memory import RankMemory, of_rank
+
+CGROUPS = (
+    ("memory.max", "memory.current"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+)
+"""Limit and usage below /sys/fs/cgroup, version 2 and version 1."""
+DEVICE_PARTS = ("weights", "gradients", "optimizer")
+REMEDY = "raise the tensor- or pipeline-parallel size, or use machines with more memory"
+
+
+def memory(context: Context) -> list[Finding]:
+    """The host's memory for all ranks of this machine, and a GPU's for one."""
+    config, ranks, on_gpu = on_this_machine(context.config), ranks_here(context), has_gpu()
+    host = free_host_memory()
+    free = _free_gpu_memory(context.place.local_rank) if on_gpu else host
+    planned = plan(config, free)
+    training = planned.phases["train"]
+    learner = sum(training[part] for part in DEVICE_PARTS)
+    copies = sum(planned.host.values())
+    if config.checkpoint.async_save:
+        copies += training["weights"] + training["optimizer"]
+    parts = [*(() if on_gpu else DEVICE_PARTS), "copies for reference and checkpoint"]
+    need = ranks * (copies if on_gpu else learner + copies)
+    found = [judge("host_memory", need, host, f"{', '.join(parts)}; ranks here: {ranks}")]
+    if on_gpu:
+        found.append(judge("gpu_memory", learner, free, ", ".join(DEVICE_PARTS), planned.peak))
+    return found
+
+
+def plan(config: Config, free: int) -> RankMemory:
+    """What ``scripts/plan.py`` reckons for the fullest rank.
+
+    Args:
+        config: its precision is decided.
+        free: bytes where the model computes.
+    """
+    lengths = float(config.data.max_prompt_tokens), float(config.rollout.max_new_tokens)
+    gpu = replace(hardware.find("h100"), memory_bytes=free)  # of a GPU's other figures only times depend
+    question = Question(models.read(config.model.path), gpu, *lengths, dataset_prompts=None)
+    return of_rank(inputs_of(config, question))
+
+
+def ranks_here(context: Context) -> int:
+    """Of this machine: those that were started, else those that the configuration will have started."""
+    place = context.place
+    return place.local_world_size if place.world_size > 1 else context.config.trainer.devices
+
+
+def _free_gpu_memory(number: int) -> int:
+    import torch
+
+    return torch.cuda.mem_get_info(number)[0]
+
+
+def judge(name: str, need: float, free: int, what: str, peak: float | None = None) -> Finding:
+    """Args: need: bytes, a lower bound. peak: what is reckoned with activations and caches; None: not known."""
+    text = f"{readable(free)} free, at least {readable(need)} needed ({what})"
+    if peak is not None:
+        text += f", {readable(peak)} reckoned with activations and caches (scripts/plan.py)"
+    if need > free:
+        return Finding(name, "failure", text, REMEDY)
+    if (peak or need / 0.8) > free:
+        return Finding(name, "warning", f"{text}: it may run out of memory", REMEDY)
+    return Finding(name, "ok", text)
+
+
+def free_host_memory(root: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes, of the machine or of the container or job that this process is in."""
+    import psutil
+
+    free = [psutil.virtual_memory().available]
+    for limit, usage in CGROUPS:
+        try:
+            free.append(int((root / limit).read_text()) - int((root / usage).read_text()))
+        except (OSError, ValueError):  # not this version, or "max"
+            continue
+    return min(free)

@@ -1,0 +1,40 @@
+"""The model directory, its layout over the ranks, and its tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nemo_aapo.config import derive
+from nemo_aapo.data.tokenizer import load_tokenizer, render_prompts, require_eos
+from nemo_aapo.doctor.checks.sizes import count_parameters
+from nemo_aapo.doctor.finding import Context, Finding
+from nemo_aapo.models.directory import read_model_dir
+
+
+def model(context: Context) -> Finding:
+    """Every file is there and whole, and the layout divides the model."""
+    config, place = context.config, context.place
+    shape = read_model_dir(config.model.path)
+    asked = config.trainer.num_nodes * config.trainer.devices
+    derive(config, shape, place.world_size if place.world_size > 1 else asked)
+    count = count_parameters(Path(config.model.path))
+    tp, pp = config.model.tensor_model_parallel_size, config.model.pipeline_model_parallel_size
+    text = f"{shape.architecture}, {shape.num_layers} layers, {count:,} parameters; all files whole"
+    return Finding("model", "ok", f"{text}; tensor {tp} x pipeline {pp} on {asked} ranks divides it")
+
+
+def tokenizer(context: Context) -> Finding:
+    """It loads, ends sequences, renders a prompt, and knows no token that the model has no row for."""
+    config = context.config
+    loaded = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
+    eos = require_eos(loaded, config.model.path)
+    vocabulary = read_model_dir(config.model.path).vocab_size
+    if len(loaded) > vocabulary:
+        remedy = "take the tokenizer that came with these weights"
+        text = f"has {len(loaded)} tokens, the model's vocabulary {vocabulary}"
+        return Finding("tokenizer", "failure", text, remedy)
+    data = config.data
+    render_prompts(loaded, ["What is 2 + 2?"], system_prompt=data.system_prompt, chat_template=data.chat_template)
+    templated = data.chat_template == "auto" and bool(loaded.chat_template)
+    text = f"{len(loaded)} tokens in a vocabulary of {vocabulary}, ends with {loaded.convert_ids_to_tokens(eos)}"
+    return Finding("tokenizer", "ok", f"{text}, {'with its' if templated else 'no'} chat template")

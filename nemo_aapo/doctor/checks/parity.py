@@ -1,0 +1,114 @@
+"""The parity gate before anything is trained: engine and learner on the real model, a few prompts, the real layout."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from nemo_aapo.config import Config
+from nemo_aapo.doctor.finding import Context, Finding
+
+PROMPTS = 8
+COMPLETIONS = 4
+"""Of each prompt."""
+NEW_TOKENS = 32
+"""Of each completion, at most."""
+
+
+def parity(context: Context) -> Finding:
+    """Collective. Log-probs of the same tokens by engine and learner, against the configuration's limits."""
+    config, place = context.config, context.place
+    asked = config.trainer.num_nodes * config.trainer.devices
+    if config.rollout.engine == "remote":
+        return Finding("parity", "skipped", "rollout.engine=remote: needs the servers; the run's own gate will compare")
+    if asked != place.world_size:
+        how = f"start it as the run's {asked} ranks: torchrun or srun"
+        return Finding("parity", "skipped", f"{place.world_size} rank here, the configuration has {asked}; {how}")
+    if "RANK" in os.environ:  # the ranks meet at a place of this check's own
+        os.environ["MASTER_PORT"] = str(context.port)
+        os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
+    figures = measure(config)
+    return judge(config, figures)
+
+
+def judge(config: Config, figures: dict[str, float]) -> Finding:
+    """Args: figures: as ``measure`` returns them."""
+    from nemo_aapo.training.trainer import disagreement
+
+    if complaint := disagreement(config.rollout, figures):
+        return Finding("parity", "failure", complaint)
+    error, kl = figures["parity/mult_prob_error"], figures["parity/gen_kl"]
+    return Finding(
+        "parity",
+        "ok",
+        f"engine and learner agree on {figures['tokens']:.0f} tokens of {figures['prompts']:.0f} prompts: "
+        f"mult_prob_error {error:.6f} (limit {config.rollout.max_parity_error:g}), "
+        f"gen_kl {kl:.1e} (limit {config.rollout.max_gen_kl:g})",
+    )
+
+
+def measure(config: Config, engine: Callable[[Any], Any] | None = None) -> dict[str, float]:
+    """Collective: builds policy, learner and engine as training does, and draws.
+
+    Args:
+        engine: makes an engine of a policy; by default the one that ``rollout.engine`` names.
+
+    Returns:
+        ``parity/mult_prob_error``, ``parity/gen_kl``, and how many ``tokens`` and ``prompts`` they are of.
+    """
+    from nemo_aapo.algorithms import Algorithm
+    from nemo_aapo.data.tokenizer import load_tokenizer, require_eos, text_decoder
+    from nemo_aapo.distributed import parallel
+    from nemo_aapo.engines.build import build_engine
+    from nemo_aapo.engines.trtllm import settings as trtllm_settings
+    from nemo_aapo.mcore import precision
+    from nemo_aapo.mcore.offload import LearnerOffload
+    from nemo_aapo.models import directory as model_dir
+    from nemo_aapo.rollout.collector import share
+    from nemo_aapo.seeds import stream_seed
+    from nemo_aapo.training import build as assemble
+
+    config = precision.decide(config)
+    if config.rollout.engine == "trtllm":
+        trtllm_settings.check(config)
+    assemble.initialize(config)
+    with contextlib.ExitStack() as stack:
+        stack.callback(parallel.shutdown)
+        shape = model_dir.read_model_dir(config.model.path)
+        tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
+        train, held_out = assemble.read_data(config, tokenizer, None)
+        data = train.prompts if len(train.prompts) else held_out.prompts  # a source without end has none yet
+        prompts = [data[i % len(data)] for i in range(max(PROMPTS, parallel.data_parallel_size()))]
+        algorithm = Algorithm(config.algorithm, config.rollout.max_new_tokens)
+        policy, learner = assemble.build_policy_and_learner(config, shape, algorithm)
+        made = engine(policy) if engine else build_engine(config, policy, shape, text_decoder(tokenizer))
+        stack.callback(made.close)
+        sampling = assemble.sampling_of(config, require_eos(tokenizer, config.model.path))
+        sampling = dataclasses.replace(sampling, max_new_tokens=min(NEW_TOKENS, sampling.max_new_tokens))
+        mine = share(len(prompts))
+        numbers = range(len(prompts))[mine]
+        seeds = [[stream_seed(config.seed, "doctor", i, j) for j in range(COMPLETIONS)] for i in numbers]
+        room = contextlib.nullcontext()
+        if config.rollout.offload_learner:
+            room = LearnerOffload(policy.model, policy.optimizer, print)()
+        with room:
+            made.wake()
+            drawn = made.generate([prompt.token_ids for prompt in prompts[mine]], sampling, seeds)
+            made.sleep()
+        groups = [_group(prompt, completions) for prompt, completions in zip(prompts[mine], drawn, strict=True)]
+        tokens = sum(parallel.gather_data_parallel(sum(len(c.token_ids) for row in drawn for c in row)))
+        figures = learner.parity(groups)
+        parallel.barrier()  # no rank leaves before the others are done with it
+        return {**figures, "tokens": float(tokens), "prompts": float(len(prompts))}
+
+
+def _group(prompt: Any, completions: list[Any]) -> Any:
+    from nemo_aapo.types import Group
+
+    nothing = np.zeros(len(completions))
+    return Group(prompt, tuple(completions), (), nothing, {}, nothing.astype(bool))

@@ -1,0 +1,51 @@
+"""How large a model and its checkpoints are, from the headers of its files: no weight is read."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from nemo_aapo.config import Config, kind_of, with_machine_defaults
+from nemo_aapo.doctor.checks.versions import has_gpu
+from nemo_aapo.models.directory import weight_files
+
+
+@dataclass(frozen=True, slots=True)
+class Bytes:
+    """Of one parameter."""
+
+    weight: int
+    optimizer: int
+    """Adam's two moments in float32, and a float32 copy of a weight that is not."""
+
+
+def bytes_per_parameter(config: Config) -> Bytes:
+    """Args: config: its precision is decided. FP8 keeps its weights in bf16."""
+    return Bytes(2, 12) if kind_of(config).bf16 else Bytes(4, 8)
+
+
+def on_this_machine(config: Config) -> Config:
+    """With what it leaves to the machine (``precision=auto``, nulls) decided."""
+    return with_machine_defaults(config, on_gpu=has_gpu())
+
+
+def tensor_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of all tensors of a model directory."""
+    from safetensors import safe_open
+
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in weight_files(directory):
+        with safe_open(directory / name, framework="numpy") as file:
+            shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (no mapping)
+    return shapes
+
+
+def count_parameters(directory: Path) -> int:
+    """Of the whole model."""
+    return sum(math.prod(shape) for shape in tensor_shapes(directory).values())
+
+
+def readable(size: float) -> str:
+    """Bytes in GiB, or in MiB where it is less."""
+    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"

@@ -1,0 +1,1 @@
+"""Rollout engines: the protocol that all of them keep, and engines by name."""

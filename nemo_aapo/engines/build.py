@@ -1,0 +1,103 @@
+"""Engines by their names in the configuration: the trainer's (``rollout.engine``) and a server's own."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nemo_aapo.config import Config, ModelShape
+from nemo_aapo.engines.base import RolloutEngine
+from nemo_aapo.utils.libraries import importing
+
+
+def build_engine(config: Config, policy: Any, shape: ModelShape, decode: Callable[[np.ndarray], str]) -> RolloutEngine:
+    """The trainer's engine. Collective.
+
+    Args:
+        policy: the ``MegatronPolicy`` that is trained.
+        shape: the model's.
+        decode: token ids -> text, for stop strings.
+    """
+    if config.rollout.engine == "remote":
+        from nemo_aapo.engines.remote.engine import RemoteEngine
+
+        return RemoteEngine.from_config(config)
+    if config.rollout.engine == "trtllm":
+        from nemo_aapo.engines.trtllm.engine import TrtllmEngine
+
+        return TrtllmEngine.from_config(config, colocated=True, policy_version=policy.version)
+    from nemo_aapo.engines.megatron.engine import MegatronEngine
+
+    budget = config.rollout.max_concurrent_tokens
+    return MegatronEngine(policy.module, shape.vocab_size, budget, policy.version, decode)
+
+
+@dataclass(frozen=True)
+class HostedEngine:
+    """An engine with weights of its own, which come from directories."""
+
+    engine: RolloutEngine
+    load: Callable[[Path, int], None]
+    """``load(directory, version)``: take over the weights of a Hugging Face directory, bucket by bucket."""
+    tensors: frozenset[str]
+    """Names of all tensors that such a directory must have."""
+    can_break_off: bool
+    """``generate`` may be left by an exception of ``on_finish``, and the engine goes on."""
+
+
+def build_hosted_engine(config: Config, shape: ModelShape) -> HostedEngine:
+    """A server's engine with the base model's weights; in this process alone, whatever the trainer's layout."""
+    return _hosted_trtllm(config) if config.rollout.server.engine == "trtllm" else _hosted_megatron(config, shape)
+
+
+def _hosted_trtllm(config: Config) -> HostedEngine:
+    from nemo_aapo.engines.remote.weight_store import read_tensors
+    from nemo_aapo.engines.trtllm.engine import TrtllmEngine
+
+    engine = TrtllmEngine.from_config(config)
+
+    def load(directory: Path, version: int) -> None:
+        engine.update_weights(read_tensors(directory), version)
+
+    tensors = frozenset(name for name, _ in read_tensors(Path(config.model.path)))
+    return HostedEngine(engine, load, tensors, can_break_off=False)
+
+
+def _hosted_megatron(config: Config, shape: ModelShape) -> HostedEngine:
+    with importing():
+        from nemo_aapo.data.tokenizer import load_tokenizer, text_decoder
+        from nemo_aapo.distributed import parallel
+        from nemo_aapo.engines.megatron.engine import MegatronEngine
+        from nemo_aapo.learner.policy import build_module
+        from nemo_aapo.mcore import precision
+        from nemo_aapo.mcore.cpu import patches as cpu
+        from nemo_aapo.mcore.weights import WeightMap
+
+    config = precision.decide(config)
+    cpu.install()
+    parallel.initialize(
+        tensor_model_parallel_size=1,
+        pipeline_model_parallel_size=1,
+        seed=config.seed,
+        timeout_s=config.trainer.distributed_timeout_s,
+    )
+    layout = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "sequence_parallel": False}
+    model = dataclasses.replace(config.model, recompute_granularity=None, **layout)
+    config = dataclasses.replace(config, model=model)
+    weight_map = WeightMap(config.model.path, precision.dtype(config))
+    module = build_module(config, shape, weight_map)
+    decode = text_decoder(load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code))
+    engine = MegatronEngine(module, shape.vocab_size, config.rollout.max_concurrent_tokens, decode=decode)
+
+    def load(directory: Path, version: int) -> None:
+        weight_map.load(module, directory)
+        engine.update_weights((), version)
+
+    load(Path(config.model.path), 0)
+    tensors = frozenset(name for name, _ in weight_map.export(module))
+    return HostedEngine(engine, load, tensors, can_break_off=True)

@@ -1,0 +1,1 @@
+"""The in-process engine: batched decoding with the learner's own weights."""

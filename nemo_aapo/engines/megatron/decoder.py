@@ -1,0 +1,252 @@
+"""A forward pass of an mcore GPTModel's weights as rollouts need it: no gradients, no modules, a packed batch.
+
+mcore's own forward pass is made for training: it wraps each projection and each residual into an autograd function,
+switches random states, adds biases and offsets that are zero. On a large batch that is lost in the noise; a decoding
+step of 64 tokens of a small model spends more than half of its time there. And it would have to be called in
+evaluation mode with sequence parallelism off, on a model that the learner trains. ``Decoder`` reads the weights, where
+the learner keeps them, and leaves everything else alone.
+
+Where the learner's products are in FP8, rollouts are in bf16 all the same: FP8 kernels want row counts that a decoding
+step doesn't have. The parity gate says what that costs.
+
+It knows one kind of layer, that of Qwen2, Qwen2.5, Qwen3 and Llama, and refuses others by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+from nemo_aapo.engines.megatron.kv_cache import SlotCache
+from nemo_aapo.engines.megatron.matmul import add_linear_, arranged, linear
+from nemo_aapo.learner.policy import output_weight
+from nemo_aapo.mcore.lora import base_layer, merged_weight
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """This rank's part of one layer's weights: h hidden, f feed-forward units, s head size.
+
+    The projections' are as ``products`` takes them.
+    """
+
+    attention_norm: Tensor
+    """[h]"""
+    qkv: Tensor
+    """[key-value heads * (queries per key + 2) * s, h]: group by group its queries, its key, its value"""
+    qkv_bias: Tensor | None
+    query_norm: Tensor | None
+    """[s]"""
+    key_norm: Tensor | None
+    """[s]"""
+    projection: Tensor
+    """[h, heads * s]"""
+    mlp_norm: Tensor
+    """[h]"""
+    gate_and_up: Tensor
+    """[2 f, h]"""
+    down: Tensor
+    """[h, f]"""
+
+
+class Decoder:
+    """One pipeline stage of a model. Built anew for each rollout: it holds references to the weights.
+
+    It holds copies, for as long as the rollout takes, of layers with a LoRA adapter, whose weights it merges, and of
+    large weights where ``copy``.
+    """
+
+    def __init__(self, model: GPTModel, copy: bool = False) -> None:
+        """
+        Args:
+            model: this rank's stage, unwrapped.
+            copy: copy the large weights into the order that products on a CPU are fast with (products.py).
+                It takes as much memory as they do, and the time of a few decoding steps.
+
+        Raises:
+            ValueError: a kind of model that isn't known here; see ``check_supported``.
+        """
+        check_supported(model)
+        self._model, self._config = model, model.config
+        own = arranged if copy else lambda weight: weight
+        self._layers = [_weights(layer, own) for layer in model.decoder.layers]
+        self._output = own(output_weight(model)) if model.post_process else None
+        attention = model.decoder.layers[0].self_attention
+        self.key_value_heads = attention.num_query_groups_per_partition
+        self.queries_per_key = attention.num_attention_heads_per_partition // self.key_value_heads
+        self.head_size = attention.hidden_size_per_attention_head
+        self._root_epsilon = torch.tensor(self._config.layernorm_epsilon**0.5)
+        self._tp_group = parallel_state.get_tensor_model_parallel_group()
+        self._tp_size = dist.get_world_size(self._tp_group)
+
+    def new_cache(self, rows: int, length: int) -> SlotCache:
+        """An empty cache for this stage. rows: sequences at a time. length: tokens that one of them may have."""
+        return SlotCache(
+            layers=len(self._layers),
+            rows=rows,
+            length=length,
+            heads=self.key_value_heads,
+            queries_per_key=self.queries_per_key,
+            angles=self._model.rotary_pos_emb(length)[:, 0, 0],
+            scale=self._config.softmax_scale or self.head_size**-0.5,
+            dtype=self._layers[0].qkv.dtype,
+        )
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Token ids int64 [T] -> hidden states [T, h]; first stage only."""
+        embedding = self._model.embedding.word_embeddings
+        if self._tp_size == 1:
+            return F.embedding(tokens, embedding.weight)
+        local = tokens - embedding.vocab_start_index
+        elsewhere = (local < 0) | (local >= len(embedding.weight))
+        hidden = F.embedding(local.masked_fill(elsewhere, 0), embedding.weight).masked_fill_(elsewhere[:, None], 0.0)
+        dist.all_reduce(hidden, group=self._tp_group)
+        return hidden
+
+    def layers(self, hidden: Tensor, cache: SlotCache) -> Tensor:
+        """This stage's layers.
+
+        Args:
+            hidden: [T, h], overwritten.
+            cache: laid out for these tokens by ``SlotCache.begin``.
+
+        Returns:
+            [T, h]; on the last stage [rows, h], only the tokens whose logits are wanted.
+        """
+        for index, layer in enumerate(self._layers):
+            mixed = linear(self._norm(hidden, layer.attention_norm), layer.qkv, layer.qkv_bias)
+            mixed = mixed.view(len(hidden), self.key_value_heads, -1, self.head_size)
+            if layer.query_norm is not None:
+                query, key, value = mixed.split((self.queries_per_key, 1, 1), dim=2)
+                mixed = torch.cat((self._norm(query, layer.query_norm), self._norm(key, layer.key_norm), value), dim=2)
+            context = cache.attend(index, mixed)
+            if index == len(self._layers) - 1 and self._model.post_process and cache.logits_at is not None:
+                hidden, context = hidden[cache.logits_at], context[cache.logits_at]  # nothing reads the others any more
+            hidden = self._add(hidden, context, layer.projection)
+            units = _swiglu(linear(self._norm(hidden, layer.mlp_norm), layer.gate_and_up))
+            hidden = self._add(hidden, units, layer.down)
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states [rows, h] -> logits [rows, padded vocabulary]; last stage only.
+
+        On a GPU they are float32, as the learner's are (learner/logprobs.py): rounded to bfloat16, they would part the
+        log-probs of the two by more than all else together.
+        """
+        normed = self._norm(hidden, self._model.decoder.final_layernorm.weight)
+        weight = self._output
+        if normed.is_cuda and normed.dtype != torch.float32:
+            logits = torch.mm(normed, weight.t(), out_dtype=torch.float32)
+        else:
+            logits = linear(normed, weight)
+        return logits if self._tp_size == 1 else tensor_parallel.gather_from_tensor_model_parallel_region(logits)
+
+    def addresses(self) -> tuple[int, ...]:
+        """Where the weights of a whole model lie on its device: what a CUDA graph of it remembers of them."""
+        model = self._model
+        weights = [getattr(layer, field.name) for layer in self._layers for field in fields(layer)]
+        weights += [model.embedding.word_embeddings.weight, model.decoder.final_layernorm.weight, self._output]
+        return tuple(weight.data_ptr() for weight in weights if weight is not None)
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        if x.is_cuda:
+            from nemo_aapo.engines.megatron import decode_triton  # triton comes with torch's CUDA builds only
+
+            return decode_triton.rms_norm(x, weight, self._config.layernorm_epsilon)
+        if x.dtype == torch.float32:
+            return _rms_norm(x, weight, self._root_epsilon)
+        return F.rms_norm(x, weight.shape, weight, self._config.layernorm_epsilon)
+
+    def _add(self, hidden: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """``hidden + x weight^T``, in place; ``x`` and ``weight`` are cut over the tensor-parallel ranks."""
+        if self._tp_size == 1:
+            return add_linear_(hidden, x, weight)
+        part = linear(x, weight)
+        dist.all_reduce(part, group=self._tp_group)
+        return hidden.add_(part)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, root_epsilon: Tensor) -> Tensor:
+    """``F.rms_norm`` of float32 in fewer operations. root_epsilon: of epsilon, without axes."""
+    root_mean = torch.linalg.vector_norm(x, dim=-1, keepdim=True).mul_(weight.numel() ** -0.5)
+    return x.div(torch.hypot(root_mean, root_epsilon)).mul_(weight)
+
+
+def _swiglu(gate_and_up: Tensor) -> Tensor:
+    """[T, 2 f] -> silu(gate) * up [T, f]."""
+    if gate_and_up.is_cuda:
+        from nemo_aapo.engines.megatron import decode_triton  # triton comes with torch's CUDA builds only
+
+        return decode_triton.swiglu(gate_and_up)
+    gate, up = gate_and_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
+def _weights(layer: torch.nn.Module, own: Callable[[Tensor], Tensor]) -> _Layer:
+    """Weights of an mcore TransformerLayer. TransformerEngine keeps the norms' in the projections that follow them."""
+    attention, mlp = layer.self_attention, layer.mlp
+    qkv, fc1 = base_layer(attention.linear_qkv), base_layer(mlp.linear_fc1)
+    fused = hasattr(qkv, "layer_norm_weight")
+    query_norm, key_norm = attention.q_layernorm, attention.k_layernorm
+    return _Layer(
+        attention_norm=qkv.layer_norm_weight if fused else layer.input_layernorm.weight,
+        qkv=own(merged_weight(attention.linear_qkv)),
+        qkv_bias=_present(qkv.bias),
+        query_norm=getattr(query_norm, "weight", None),
+        key_norm=getattr(key_norm, "weight", None),
+        projection=own(merged_weight(attention.linear_proj)),
+        mlp_norm=fc1.layer_norm_weight if fused else layer.pre_mlp_layernorm.weight,
+        gate_and_up=own(merged_weight(mlp.linear_fc1)),
+        down=own(merged_weight(mlp.linear_fc2)),
+    )
+
+
+def _present(bias: Tensor | None) -> Tensor | None:
+    """TransformerEngine's layers without a bias have an empty one."""
+    return bias if bias is not None and bias.numel() else None
+
+
+def check_supported(model: GPTModel) -> None:
+    """Refuse models that do something else than ``Decoder`` does.
+
+    Raises:
+        ValueError: which setting, and what it is.
+    """
+    config = model.config
+    found = {
+        "position_embedding_type": (model.position_embedding_type, "rope"),
+        "rotary_percent": (model.rotary_percent, 1.0),
+        "rotary_interleaved": (config.rotary_interleaved, False),
+        "multi_latent_attention": (config.multi_latent_attention, False),
+        "window_size": (config.window_size, None),
+        "softmax_type": (config.softmax_type, "vanilla"),
+        "no_rope_freq": (config.no_rope_freq, None),
+        "attention_output_gate": (config.attention_output_gate, False),
+        "apply_query_key_layer_scaling": (config.apply_query_key_layer_scaling, False),
+        "normalization": (config.normalization, "RMSNorm"),
+        "layernorm_zero_centered_gamma": (config.layernorm_zero_centered_gamma, False),
+        "add_bias_linear": (config.add_bias_linear, False),
+        "gated_linear_unit": (config.gated_linear_unit, True),
+        "activation_func": (config.activation_func, F.silu),
+        "activation_func_clamp_value": (config.activation_func_clamp_value, None),
+        "glu_linear_offset": (config.glu_linear_offset, 0.0),
+        "num_moe_experts": (config.num_moe_experts, None),
+        "fp32_residual_connection": (config.fp32_residual_connection, False),
+        "mtp_num_layers": (config.mtp_num_layers or None, None),
+        "context_parallel_size": (config.context_parallel_size, 1),
+        "virtual_pipeline_model_parallel_size": (config.virtual_pipeline_model_parallel_size, None),
+        "num_query_groups % tensor_model_parallel_size": (
+            config.num_query_groups % config.tensor_model_parallel_size,
+            0,
+        ),
+    }
+    wrong = [f"{name}={value!r} (only {wanted!r})" for name, (value, wanted) in found.items() if value != wanted]
+    if wrong:
+        raise ValueError(f"the Megatron rollout engine can't decode a model with {', '.join(wrong)}")

@@ -1,0 +1,188 @@
+"""A KV cache with independent rows, and the attention that reads it.
+
+mcore 0.16 offers two inference contexts. The static one keeps one offset for the whole batch, rotates all cached keys
+anew in each step, and hides padding by a mask that TransformerEngine's attention ignores when it decodes. The dynamic
+one is for CUDA and flash-attn only. In ``SlotCache`` rows are independent, each sequence has positions 0, 1, 2, ... of
+its own, and keys are stored rotated.
+
+One forward pass takes a packed batch of T tokens: first one token for each decoding row, then whole prompts, one after
+the other. Everything but the attention treats them alike; it alone pads the prompts to a common width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class SlotCache:
+    """Keys and values of this rank's layers, and the layout of the forward pass that is under way."""
+
+    def __init__(
+        self,
+        *,
+        layers: int,
+        rows: int,
+        length: int,
+        heads: int,
+        queries_per_key: int,
+        angles: Tensor,
+        scale: float,
+        dtype: torch.dtype,
+    ) -> None:
+        """
+        Args:
+            layers: of this stage.
+            rows: sequences at a time. length: tokens that one of them may have.
+            heads: key-value heads of this rank, each with ``queries_per_key`` query heads.
+            angles: rotary angles float32 [length, head size]; the cache lives on their device.
+            scale: of the scores, before the softmax.
+            dtype: of keys and values.
+        """
+        size = angles.shape[-1]
+        # A token's keys and values lie side by side, so that one copy writes them. Zeros, as a masked NaN is a NaN.
+        self.kv = torch.zeros(layers, rows, length, heads, 2, size, dtype=dtype, device=angles.device)
+        self.logits_at: Tensor | None = None
+        """int64 [rows], which of the T tokens each live row's logits come from; None: token i is row i's."""
+        self._queries, self._scale = queries_per_key, scale
+        # [length, 1, queries per key + 2, head size]: queries and key turn, the value stays as it is
+        self._cos = torch.ones(length, 1, queries_per_key + 2, size, device=angles.device)
+        self._sin = torch.zeros_like(self._cos)
+        self._cos[:, :, :-1] = angles.cos()[:, None, None]
+        self._sin[:, :, :-1] = angles.sin()[:, None, None]
+        self._sin[..., : size // 2].neg_()
+        self._kept: Tensor | None = None
+
+    def begin(
+        self, tokens: np.ndarray, lengths: np.ndarray, prompts: Sequence[np.ndarray], shares: Sequence[int]
+    ) -> Tensor:
+        """Lay out one forward pass.
+
+        Args:
+            tokens: int64 [D], what the decoding rows 0 .. D-1 feed.
+            lengths: int64 [D], how many tokens they have in the cache.
+            prompts: token ids of the N prompts to prefill.
+            shares: [N], how many of the rows from D on each prompt fills.
+
+        Returns:
+            int64 [T] token ids. T = D + the prompts' lengths.
+        """
+        device = self.kv.device
+        decoding = self._decoding = len(lengths)
+        self._prompts = len(prompts)
+        if decoding:
+            self._lay_out_decoding(lengths)
+        positions = lengths
+        self.logits_at = None
+        if prompts:
+            self._lay_out_prefill([len(prompt) for prompt in prompts], shares)
+            tokens = np.concatenate([tokens, *prompts])
+            positions = np.concatenate([lengths, *(np.arange(len(prompt)) for prompt in prompts)])
+        positions = torch.from_numpy(positions).to(device)
+        self._cos_now, self._sin_now = self._cos[positions], self._sin[positions]
+        return torch.from_numpy(tokens).to(device)
+
+    def _lay_out_decoding(self, lengths: np.ndarray) -> None:
+        """Where the decoding rows write, how far they read, and a mask if they don't all read equally far."""
+        row_length = self.kv.shape[2]
+        self._write_at = torch.from_numpy(np.arange(len(lengths)) * row_length + lengths).to(self.kv.device)
+        self._extent = int(lengths.max()) + 1
+        self._mask = None
+        if lengths.min() + 1 < self._extent:
+            beyond = np.arange(self._extent) > lengths[:, None]
+            mask = torch.from_numpy(np.where(beyond, np.float32(-np.inf), np.float32(0)))
+            self._mask = mask[:, None, None].to(self.kv)
+
+    def _lay_out_prefill(self, lengths: Sequence[int], shares: Sequence[int]) -> None:
+        """Where the prompts stand in the packed batch, and how they stand side by side in the attention."""
+        device, width, lengths = self.kv.device, max(lengths), np.array(lengths)
+        starts = np.cumsum(lengths) - lengths
+        at = np.concatenate([np.arange(self._decoding), self._decoding + np.repeat(starts + lengths - 1, shares)])
+        self.logits_at = torch.from_numpy(at).to(device)
+        self._prompt_of_row = torch.from_numpy(np.repeat(np.arange(len(lengths)), shares)).to(device)
+        # [N, width]: which packed token; a prompt's last one stands in for its padding
+        columns = np.minimum(np.arange(width), lengths[:, None] - 1)
+        self._padded = torch.from_numpy(starts[:, None] + columns).to(device)
+        self._real = torch.from_numpy(np.flatnonzero(np.arange(width) < lengths[:, None])).to(device)
+
+    def attend(self, layer: int, mixed: Tensor) -> Tensor:
+        """Rotate, store keys and values, and attend to what each sequence has.
+
+        Args:
+            layer: index on this rank.
+            mixed: [T, heads, queries per key + 2, head size], of each key-value head its queries, its key, its value.
+
+        Returns:
+            [T, heads * queries per key * head size]
+        """
+        mixed, cut, parts = self._rotate(mixed), self._decoding, []
+        if cut:
+            parts.append(self._decode(layer, mixed[:cut]))
+        if self._prompts:
+            parts.append(self._prefill(layer, mixed[cut:]))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def attend_rows(self, layer: int, mixed: Tensor, lengths: Tensor) -> Tensor:
+        """``attend`` on a GPU for one token of each of the first rows, without ``begin``.
+
+        Args:
+            layer: index on this rank.
+            mixed: [R, heads, queries per key + 2, head size], as in ``attend``, contiguous.
+            lengths: int64 [R], how many tokens the rows have in the cache.
+
+        Returns:
+            [R, heads * queries per key * head size]
+        """
+        from nemo_aapo.engines.megatron import decode_triton  # triton comes with torch's CUDA builds only
+
+        cache = self.kv[layer]
+        queries = decode_triton.rotate_and_store(mixed, lengths, self._cos[:, 0, 0], self._sin[:, 0, 0], cache)
+        return decode_triton.attend(queries, cache, lengths, self._scale)
+
+    def _rotate(self, mixed: Tensor) -> Tensor:
+        """Rotary embedding as in mcore's rope_utils, not interleaved, in float32.
+
+        All heads go in one piece, with cosines that were looked up once for all layers.
+        """
+        x = mixed.float()
+        return (x * self._cos_now).addcmul_(x.roll(x.shape[-1] // 2, dims=-1), self._sin_now).to(mixed.dtype)
+
+    def _decode(self, layer: int, mixed: Tensor) -> Tensor:
+        """One token a row, against everything before it."""
+        cache = self.kv[layer]
+        cache.flatten(0, 1).index_copy_(0, self._write_at, mixed[:, :, self._queries :])
+        keys, values = cache[: self._decoding, : self._extent].transpose(1, 2).unbind(3)
+        # heads that share a key stand in for the query's length
+        out = F.scaled_dot_product_attention(
+            mixed[:, :, : self._queries], keys, values, attn_mask=self._mask, scale=self._scale
+        )
+        return out.flatten(1)
+
+    def _prefill(self, layer: int, mixed: Tensor) -> Tensor:
+        """Whole prompts, padded at the end: causality alone hides the padding."""
+        mixed = mixed[self._padded]  # [N, width, heads, queries per key + 2, head size]
+        rows = slice(self._decoding, self._decoding + len(self._prompt_of_row))
+        new = mixed[:, :, :, self._queries :]
+        self.kv[layer, rows, : new.shape[1]] = new[self._prompt_of_row]
+        query = mixed[:, :, :, : self._queries].flatten(2, 3).transpose(1, 2)
+        key, value = new.transpose(1, 2).unbind(3)
+        grouped = self._queries > 1
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=self._scale, enable_gqa=grouped)
+        return out.transpose(1, 2).flatten(0, 1)[self._real].flatten(1)
+
+    def move(self, source: np.ndarray, target: np.ndarray, length: int) -> None:
+        """Copy the first ``length`` tokens of the source rows to the target rows."""
+        source, target = torch.from_numpy(source), torch.from_numpy(target)
+        self.kv[:, target, :length] = self.kv[:, source, :length]
+
+    def keep(self, row: int, length: int) -> None:
+        """Put a prompt's keys and values aside for those of its completions that have no row yet."""
+        self._kept = self.kv[:, row, :length].clone()
+
+    def restore(self, start: int, stop: int) -> None:
+        """Fill rows with the prompt that was put aside."""
+        self.kv[:, start:stop, : self._kept.shape[1]] = self._kept[:, None]

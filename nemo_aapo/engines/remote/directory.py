@@ -1,0 +1,117 @@
+"""Where trainer and rollout servers find each other: a directory that only this user can read.
+
+    token             the bearer token; whoever comes first makes it
+    server_3.json     where server 3 listens, while it does
+    weights/          what the servers load (weight_store.py)
+
+No torch: the launcher may import it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import stat
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from nemo_aapo.errors import ConfigError
+from nemo_aapo.utils.files import to_json, write_atomic
+
+TOKEN = "token"
+
+
+@dataclass(frozen=True)
+class ServerRecord:
+    """One server as it announces itself."""
+
+    index: int
+    address: str
+    """``http://host:port``"""
+    pid: int
+    instance: str
+    """New at each start: a restarted server is another one."""
+
+
+def open_directory(path: str | Path) -> Path:
+    """Make the directory (0700) if it is not there.
+
+    Raises:
+        ConfigError: others than this user may read or write it, or it can't be made.
+    """
+    directory = Path(path)
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{directory}: can't be made ({error.strerror})") from None
+    _check_private(directory)
+    return directory
+
+
+def open_token(directory: Path) -> str:
+    """The token, made now if it is not there yet; all who come at once get the same one.
+
+    Raises:
+        ConfigError: the file is readable by others, or empty.
+    """
+    path = directory / TOKEN
+    if not path.exists():
+        mine = directory / f".{TOKEN}.{secrets.token_hex(8)}"
+        write_atomic(mine, secrets.token_urlsafe(32) + "\n", mode=0o600)
+        try:
+            os.link(mine, path)  # the first one's stays
+        except FileExistsError:
+            pass
+        finally:
+            mine.unlink()
+    _check_private(path)
+    token = path.read_text(encoding="ascii", errors="replace").strip()
+    if not re.fullmatch(r"[\w.~+/=-]{16,}", token, re.ASCII):
+        raise ConfigError(f"{path}: not a token (at least 16 letters, digits, - or _). Remove it: a new one is made")
+    return token
+
+
+def publish(directory: Path, record: ServerRecord) -> None:
+    """Announce a server that listens."""
+    write_atomic(_path(directory, record.index), to_json(asdict(record)) + "\n", mode=0o600)
+
+
+def withdraw(directory: Path, record: ServerRecord) -> None:
+    """Take the announcement back, unless a server that was started later has replaced it."""
+    if any(other == record for other in read_servers(directory)):
+        _path(directory, record.index).unlink(missing_ok=True)
+
+
+def read_servers(directory: Path) -> list[ServerRecord]:
+    """All servers that have announced themselves, by index; some may be gone without a word.
+
+    Raises:
+        ConfigError: a file is not what a server writes.
+    """
+    records = []
+    for path in directory.glob("server_*.json"):
+        try:
+            record = ServerRecord(**json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:  # withdrawn since the listing
+            continue
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{path}: not written by a rollout server ({error}). Remove it") from None
+        if not re.fullmatch(r"http://[^/?#@]+:\d+", str(record.address)):
+            raise ConfigError(f"{path}: address {record.address!r} is not of the form http://host:port. Remove it")
+        records.append(record)
+    return sorted(records, key=lambda record: record.index)
+
+
+def _path(directory: Path, index: int) -> Path:
+    return directory / f"server_{index}.json"
+
+
+def _check_private(path: Path) -> None:
+    status = path.stat()
+    if status.st_uid != os.geteuid():
+        raise ConfigError(f"{path}: belongs to another user; name another rollout.server.directory")
+    if loose := stat.S_IMODE(status.st_mode) & 0o077:
+        raise ConfigError(f"{path}: open to others (mode bits {loose:03o}). Who has the token can use the servers: "
+                          f"chmod go= {path}")  # fmt: skip

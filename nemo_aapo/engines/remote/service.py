@@ -1,0 +1,176 @@
+"""The HTTP side of a rollout server: who may ask, what a question must look like, and how answers stream out.
+
+    GET  /v1/health           the process is up (asks for no token)
+    GET  /v1/ready            which weights it serves, or 503
+    GET  /v1/metrics          Prometheus text
+    POST /v1/generate         one line of JSON for each completion as it ends, then {"done": how many}
+    POST /v1/update_weights   check and load other weights; answers when they are served
+
+Errors are {"error": message, "reason": word} with 400 (what was asked), 401 (token), 408, 409 (other weights), 413
+(too large), 422 (damaged weights), 500 (the engine), 503 (not now). What the engine's traceback says stays in the
+server's log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from aiohttp import web
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+
+from nemo_aapo.engines.remote import wire
+from nemo_aapo.engines.remote.worker import EngineWorker, Failure, Job
+from nemo_aapo.errors import WeightsError, WireError
+
+BODY_S = 60.0
+"""A request must have arrived within this."""
+_STATUS = {"other_weights": 409, "not_finite": 500, "engine": 500, "stopping": 503}
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Service:
+    """The handlers, around an ``EngineWorker``."""
+
+    def __init__(self, worker: EngineWorker, token: str, limits: wire.Limits, max_request_bytes: int) -> None:
+        self.worker, self.limits = worker, limits
+        self._authorization = f"Bearer {token}".encode()
+        self._metrics = _Metrics(worker)
+        self.app = web.Application(client_max_size=max_request_bytes, middlewares=[self._guard])
+        self.app.router.add_get(f"{wire.API}/health", self._health)
+        self.app.router.add_get(f"{wire.API}/ready", self._ready)
+        self.app.router.add_get(f"{wire.API}/metrics", self._show_metrics)
+        self.app.router.add_post(f"{wire.API}/generate", self._generate)
+        self.app.router.add_post(f"{wire.API}/update_weights", self._update_weights)
+
+    # ------------------------------------------------------------------ around every request
+
+    @web.middleware
+    async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Token first, then the handler; whatever goes wrong becomes one JSON message."""
+        try:
+            if handler != self._health and not self._is_authorized(request):
+                response = _error(401, "token", "a valid bearer token is needed: Authorization: Bearer TOKEN")
+            else:
+                response = await handler(request)
+        except web.HTTPRequestEntityTooLarge as error:
+            limit = request.client_max_size
+            response = _error(413, "too_large", f"{error.text}; rollout.server.max_request_bytes is {limit}")
+        except web.HTTPException as error:
+            response = _error(error.status, "http", error.reason)
+        except WireError as error:
+            response = _error(400, "request", str(error))
+        resource = request.match_info.route.resource  # and not the path, of which anybody can make up a million
+        self._metrics.requests.labels(resource.canonical if resource else "unknown", response.status).inc()
+        return response
+
+    def _is_authorized(self, request: web.Request) -> bool:
+        given = request.headers.get("Authorization", "").encode(errors="replace")
+        return hmac.compare_digest(given, self._authorization)  # in a time that says nothing of where they differ
+
+    async def _body(self, request: web.Request) -> Any:
+        if (request.content_length or 0) > request.client_max_size:  # before the first byte of it is read
+            raise web.HTTPRequestEntityTooLarge(request.client_max_size, request.content_length)
+        try:
+            return wire.loads(await asyncio.wait_for(request.read(), BODY_S))
+        except asyncio.TimeoutError:
+            raise web.HTTPRequestTimeout from None
+
+    # ------------------------------------------------------------------ handlers
+
+    async def _health(self, request: web.Request) -> web.Response:
+        return web.json_response({"status": "up"})
+
+    async def _ready(self, request: web.Request) -> web.Response:
+        weights = self.worker.weights
+        if not self.worker.built.done():
+            return _error(503, "starting", "the model is being loaded")
+        if weights is None:
+            return _error(503, "no_weights", "no whole weights are loaded: a refit is going on, or failed half-way")
+        return web.Response(body=wire.encode_weights_id(weights), content_type="application/json")
+
+    async def _show_metrics(self, request: web.Request) -> web.Response:
+        text = generate_latest(self._metrics.registry)
+        return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+
+    async def _update_weights(self, request: web.Request) -> web.Response:
+        weights = wire.decode_weights(await self._body(request))
+        try:
+            await asyncio.shield(asyncio.wrap_future(self.worker.load(weights)))
+        except WeightsError as error:
+            return _error(422, "weights", str(error))
+        except WireError:
+            raise
+        except Exception as error:  # the worker has logged it
+            return _error(500, "engine", f"{weights.id} could not be loaded: {type(error).__name__}: {error}")
+        self._metrics.refits.inc()
+        return web.Response(body=wire.encode_weights_id(weights.id), content_type="application/json")
+
+    async def _generate(self, request: web.Request) -> web.StreamResponse:
+        asked = wire.decode_request(await self._body(request), self.limits)
+        if self.worker.weights is None:
+            return _error(503, "no_weights", "no whole weights are loaded")
+        if self.worker.weights != asked.weights:
+            return _error(409, "other_weights", f"asked for {asked.weights}, this server has {self.worker.weights}")
+        answers: asyncio.Queue = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        job = Job(asked, lambda answer: loop.call_soon_threadsafe(answers.put_nowait, answer))
+        self.worker.generate(job)
+        try:
+            answer = await answers.get()
+            if isinstance(answer, Failure):  # before the first completion: the status can still say so
+                return _error(_STATUS[answer.reason], answer.reason, answer.message)
+            return await self._stream(request, answer, answers)
+        finally:
+            job.cancelled = True  # the client may have gone away in the middle
+
+    async def _stream(self, request: web.Request, answer: Any, answers: asyncio.Queue) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
+        await response.prepare(request)
+        count = 0
+        while isinstance(answer, tuple):
+            i, j, completion = answer
+            await response.write(wire.encode_completion(i, j, completion))
+            self._metrics.finished(completion)
+            count += 1
+            answer = await answers.get()
+        end = {"done": count} if answer is None else {"error": answer.message, "reason": answer.reason}
+        await response.write(wire.dumps(end))
+        return response
+
+
+class _Metrics:
+    """What Prometheus is told."""
+
+    def __init__(self, worker: EngineWorker) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "rollout_requests", "Requests by path and status", ["path", "status"], registry=self.registry
+        )
+        self.completions = Counter(
+            "rollout_completions", "Completions sent by finish reason", ["finish_reason"], registry=self.registry
+        )
+        self.tokens = Counter("rollout_tokens", "Tokens of the completions sent", registry=self.registry)
+        self.refits = Counter("rollout_refits", "Refits that ended well", registry=self.registry)
+        for name, text, value in (
+            ("rollout_outstanding_completions", "Asked for and not drawn yet", lambda: worker.outstanding),
+            ("rollout_generate_seconds", "Time spent generating", lambda: worker.busy_seconds),
+            ("rollout_ready", "1 while whole weights are loaded", lambda: float(worker.weights is not None)),
+            (
+                "rollout_policy_version",
+                "Version of the weights, NaN while none are whole",
+                lambda: worker.weights.policy_version if worker.weights else float("nan"),
+            ),
+        ):
+            Gauge(name, text, registry=self.registry).set_function(value)
+
+    def finished(self, completion: Any) -> None:
+        self.completions.labels(completion.finish_reason).inc()
+        self.tokens.inc(len(completion.token_ids))
+
+
+def _error(status: int, reason: str, message: str) -> web.Response:
+    return web.json_response({"error": message, "reason": reason}, status=status)

@@ -1,0 +1,185 @@
+"""Refit through a directory that trainer and servers share: whole versions of the weights, or none.
+
+    weights/v5-1a2b3c4d/
+      bucket_00000.safetensors ...      a bounded number of bytes each
+      model.safetensors.index.json      which tensor is in which bucket
+      config.json                       the base model's: the whole is a Hugging Face directory
+      manifest.json                     size and SHA-256 of each of these
+
+A version is written beside its place and renamed when it is on the disk. Its id holds the digest of its manifest, so
+that what a server has checked is what the trainer wrote.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Set
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+
+from nemo_aapo.engines.remote.wire import Weights, WeightsId
+from nemo_aapo.errors import RunError, WeightsError, WireError
+from nemo_aapo.models import directory as model_dir
+from nemo_aapo.utils.files import to_json
+
+FOLDER = "weights"
+MANIFEST = "manifest.json"
+INDEX = "model.safetensors.index.json"
+BUCKET_BYTES = 512 * 2**20
+"""What trainer and server hold in memory at a time, or the largest tensor if that is larger."""
+
+
+class WeightStore:
+    """The trainer's side: writes versions and removes them."""
+
+    def __init__(self, directory: Path, model_path: str, bucket_bytes: int = BUCKET_BYTES) -> None:
+        """Args: directory: the servers' directory. model_path: the base model's, for its ``config.json``."""
+        self.root = directory / FOLDER
+        self.config = Path(model_path) / "config.json"
+        self.bucket_bytes = bucket_bytes
+
+    def write(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> Weights:
+        """Write one version; it is there whole or not at all.
+
+        ``named_tensors`` is read to its end whatever happens: other ranks take part in making it.
+
+        Raises:
+            RunError: the disk is full, or another error of the file system. Older versions are as they were.
+        """
+        tensors, partial = iter(named_tensors), self.root / f"v{version}.partial"
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(mode=0o700, parents=True)
+            manifest = self._write_files(tensors, partial, version)
+            digest = hashlib.sha256(manifest).hexdigest()
+            _write(partial / MANIFEST, manifest)
+            _sync(partial)
+            name = f"v{version}-{digest[:8]}"
+            shutil.rmtree(self.root / name, ignore_errors=True)  # left by an earlier start of the run
+            os.replace(partial, self.root / name)
+            _sync(self.root)
+        except OSError as error:
+            deque(tensors, maxlen=0)
+            shutil.rmtree(partial, ignore_errors=True)
+            raise RunError(
+                f"{partial}: policy version {version} can't be written for the rollout servers ({error}). "
+                f"{_free(self.root)}. Older versions are as they were; rollout.remote.directory names the place"
+            ) from error
+        return Weights(WeightsId(version, digest), f"{FOLDER}/{name}/{MANIFEST}")
+
+    def _write_files(self, tensors: Iterator[tuple[str, torch.Tensor]], folder: Path, version: int) -> bytes:
+        """All but the manifest, which is returned."""
+        files: dict[str, dict[str, Any]] = {}
+        place: dict[str, str] = {}
+        for number, bucket in enumerate(buckets(tensors, self.bucket_bytes)):
+            name = f"bucket_{number:05d}.safetensors"
+            files[name] = _write(folder / name, safetensors.torch.save(bucket))
+            place.update(dict.fromkeys(bucket, name))
+        index = {"metadata": {}, "weight_map": place}
+        files[INDEX] = _write(folder / INDEX, to_json(index).encode())
+        files["config.json"] = _write(folder / "config.json", self.config.read_bytes())
+        return to_json({"policy_version": version, "files": files}).encode()
+
+    def prune(self, keep: Collection[Weights]) -> None:
+        """Remove all versions but these, those of earlier starts of the run included."""
+        kept = {Path(weights.manifest).parent.name for weights in keep if weights.manifest is not None}
+        for folder in self.root.glob("v*"):
+            if folder.name not in kept:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def buckets(named_tensors: Iterator[tuple[str, torch.Tensor]], bucket_bytes: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Tensors in their order, as many at a time as fit into ``bucket_bytes``, and always one; copies on the CPU."""
+    bucket: dict[str, torch.Tensor] = {}
+    size = 0
+    for name, tensor in named_tensors:
+        if bucket and size + tensor.nbytes > bucket_bytes:
+            yield bucket
+            bucket, size = {}, 0
+        bucket[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        size += tensor.nbytes
+    if bucket:
+        yield bucket
+
+
+def verified(directory: Path, weights: Weights, tensors: Set[str]) -> Path:
+    """The server's side: the folder of a version, each byte of which is as the trainer wrote it.
+
+    Args:
+        directory: the servers' directory.
+        weights: ``manifest`` is not None.
+        tensors: names that must be among them. (Megatron-Bridge leaves a weight as it was where the file has none.)
+
+    Raises:
+        WireError: a path that leads out of the directory.
+        WeightsError: a file or tensor is missing, a file was cut off or changed; the message names it.
+    """
+    if not re.fullmatch(rf"{FOLDER}/v-?\d+-[0-9a-f]{{8}}/{re.escape(MANIFEST)}", weights.manifest):
+        raise WireError(f"manifest={weights.manifest[:200]!r}: {FOLDER}/vVERSION-DIGEST/{MANIFEST} is needed")
+    manifest = (directory / weights.manifest).resolve()
+    if not manifest.is_relative_to(directory.resolve()):
+        raise WireError(f"manifest={weights.manifest!r}: leads out of the servers' directory")
+    try:
+        content = manifest.read_bytes()
+        if hashlib.sha256(content).hexdigest() != weights.id.digest:
+            raise WeightsError(f"{manifest}: is not the manifest that was announced. Half written?")
+        listed = json.loads(content)
+        if listed["policy_version"] != weights.id.policy_version:
+            raise WeightsError(f"{manifest}: is of policy version {listed['policy_version']}")
+        for name, entry in listed["files"].items():
+            _verify(manifest.parent / name, entry)
+    except OSError as error:
+        raise WeightsError(f"{error.filename}: {error.strerror}") from None
+    index = json.loads((manifest.parent / INDEX).read_bytes())
+    if missing := sorted(tensors - index["weight_map"].keys()):
+        raise WeightsError(f"{manifest.parent}: {len(missing)} tensors of the model are missing, {missing[0]} first")
+    return manifest.parent
+
+
+def read_tensors(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of a Hugging Face directory, one in memory at a time."""
+    for file in model_dir.weight_files(directory):
+        with safetensors.safe_open(directory / file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118, not a mapping
+                yield name, tensors.get_tensor(name)
+
+
+def _verify(path: Path, entry: dict[str, Any]) -> None:
+    if (size := path.stat().st_size) != entry["bytes"]:
+        raise WeightsError(f"{path}: has {size} bytes where the manifest says {entry['bytes']}. Half written?")
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+            raise WeightsError(f"{path}: its SHA-256 is not the manifest's: the file was changed or damaged")
+
+
+def _write(path: Path, content: bytes) -> dict[str, Any]:
+    """Write a file to the disk itself; its entry in the manifest."""
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _free(folder: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(folder).free >> 20} MiB free there"
+    except OSError:
+        return "the directory can't be read"

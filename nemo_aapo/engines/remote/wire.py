@@ -1,0 +1,256 @@
+"""What trainer and rollout servers say to each other, as JSON, and the checks of what came in.
+
+Both sides use this page and no other. Numbers survive the way exactly: a float32 is written as the decimal of the
+float64 that equals it, which reads back to the same bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from nemo_aapo.config import build
+from nemo_aapo.errors import ConfigError, WireError
+from nemo_aapo.types import Completion, SamplingSpec
+
+API = "/v1"
+"""Prefix of all addresses: a client of another version gets 404 instead of a misunderstanding."""
+MAX_SEED = 2**63
+
+
+@dataclass(frozen=True)
+class WeightsId:
+    """Which weights: two runs may have the same version of different ones."""
+
+    policy_version: int
+    digest: str
+    """Of the manifest, which holds the digest of each file; of the base model (``model_dir.digest``)."""
+
+    def __str__(self) -> str:
+        return f"policy version {self.policy_version} ({self.digest[:8]})"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights and where they lie."""
+
+    id: WeightsId
+    manifest: str | None
+    """Path relative to the directory that trainer and servers share; None: the base model, ``model.path``."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one sequence may be, by the model and the server's memory."""
+
+    vocab_size: int
+    max_sequence_tokens: int
+    """Prompt and completion together."""
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """Prompts to complete; ``seeds[i]`` holds one seed per completion of prompt i."""
+
+    weights: WeightsId
+    sampling: SamplingSpec
+    prompts: Sequence[np.ndarray]
+    """int32 [P_i] each."""
+    seeds: Sequence[Sequence[int]]
+
+    @property
+    def sequences(self) -> int:
+        """Completions asked for."""
+        return sum(map(len, self.seeds))
+
+
+@dataclass(frozen=True)
+class _Head:
+    """The small fields of a ``GenerateRequest``."""
+
+    policy_version: int
+    digest: str
+    sampling: SamplingSpec
+
+
+@dataclass(frozen=True)
+class _Update:
+    policy_version: int
+    digest: str
+    manifest: str | None
+
+
+# ---------------------------------------------------------------- JSON
+
+
+def loads(text: bytes | str) -> Any:
+    """JSON as the standard has it: no NaN, no infinity.
+
+    Raises:
+        WireError: anything else.
+    """
+    try:
+        return json.loads(text, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise WireError(f"not JSON: {error}") from None
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def dumps(message: dict[str, Any]) -> bytes:
+    """One line of strict JSON, newline included."""
+    return json.dumps(message, allow_nan=False, separators=(",", ":")).encode() + b"\n"
+
+
+# ---------------------------------------------------------------- generate
+
+
+def encode_request(request: GenerateRequest) -> bytes:
+    """The body of ``generate``. The sampling spec goes field by field, whatever fields it has."""
+    return dumps(
+        {
+            **dataclasses.asdict(request.weights),
+            "sampling": dataclasses.asdict(request.sampling),
+            "prompts": [prompt.tolist() for prompt in request.prompts],
+            "seeds": [list(row) for row in request.seeds],
+        }
+    )
+
+
+def decode_request(body: Any, limits: Limits) -> GenerateRequest:
+    """Check a body of ``generate`` to the last number: one bad request must not spoil the batch that it joins.
+
+    Raises:
+        WireError: names the field that is missing, unknown, or of a wrong type or size.
+    """
+    fields = dict(_mapping(body))
+    prompts = _rows(fields.pop("prompts", None), "prompts", limits.vocab_size, "a token id of the vocabulary")
+    seeds = _rows(fields.pop("seeds", None), "seeds", MAX_SEED, "an integer from 0 to 2**63 - 1")
+    head = _typed(_Head, fields)
+    if len(seeds) != len(prompts):
+        raise WireError(f"seeds: {len(seeds)} rows for {len(prompts)} prompts")
+    _check_sampling(head.sampling, limits)
+    room = limits.max_sequence_tokens - head.sampling.max_new_tokens
+    for i, prompt in enumerate(prompts):
+        if not 1 <= len(prompt) <= room:
+            raise WireError(
+                f"prompts[{i}]: {len(prompt)} tokens; with sampling.max_new_tokens={head.sampling.max_new_tokens} this "
+                f"server takes 1 to {room} (its rollout.max_concurrent_tokens is {limits.max_sequence_tokens})"
+            )
+    return GenerateRequest(
+        WeightsId(head.policy_version, head.digest),
+        head.sampling,
+        [np.array(prompt, dtype=np.int32) for prompt in prompts],
+        seeds,
+    )
+
+
+def _check_sampling(sampling: SamplingSpec, limits: Limits) -> None:
+    if sampling.temperature < 0:
+        raise WireError(f"sampling.temperature={sampling.temperature}: must be 0 (greedy) or above")
+    if not 0 < sampling.top_p <= 1:
+        raise WireError(f"sampling.top_p={sampling.top_p}: must lie in (0, 1]")
+    if not 0 <= sampling.min_new_tokens <= sampling.max_new_tokens or sampling.max_new_tokens < 1:
+        raise WireError(
+            f"sampling.min_new_tokens={sampling.min_new_tokens}, sampling.max_new_tokens={sampling.max_new_tokens}: "
+            "0 <= min <= max with max >= 1 is needed"
+        )
+    if "" in sampling.stop_strings:
+        raise WireError("sampling.stop_strings: an empty string would end every completion at once")
+    for token in sampling.stop_token_ids:
+        if not 0 <= token < limits.vocab_size:
+            raise WireError(f"sampling.stop_token_ids: {token} lies outside the vocabulary of {limits.vocab_size}")
+
+
+def _rows(value: Any, field: str, bound: int, wanted: str) -> list[list[int]]:
+    """A list of lists of integers in [0, bound). Not through ``build``: there may be millions of them."""
+    if not isinstance(value, list):
+        raise WireError(f"{field}: a list of lists of integers is needed")
+    for i, row in enumerate(value):
+        if not isinstance(row, list):
+            raise WireError(f"{field}[{i}]: a list of integers is needed")
+        for k, number in enumerate(row):
+            if type(number) is not int or not 0 <= number < bound:
+                raise WireError(f"{field}[{i}][{k}]={str(number)[:40]}: {wanted} is needed")
+    return value
+
+
+# ---------------------------------------------------------------- completions
+
+
+def encode_completion(i: int, j: int, completion: Completion) -> bytes:
+    """One line of the answer to ``generate``: completion j of prompt i."""
+    fields = {field.name: getattr(completion, field.name) for field in dataclasses.fields(completion)}
+    plain = {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in fields.items()}
+    return dumps({"i": i, "j": j, **plain})
+
+
+def decode_completion(message: Any) -> tuple[int, int, Completion]:
+    """The reverse of ``encode_completion``.
+
+    Raises:
+        WireError: a field is missing, unknown or of a wrong type.
+    """
+    fields = dict(_mapping(message))
+    try:
+        i, j = int(fields.pop("i")), int(fields.pop("j"))
+        fields["token_ids"] = np.array(fields["token_ids"], dtype=np.int32)
+        fields["logprobs"] = np.array(fields["logprobs"], dtype=np.float32)
+        completion = Completion(**fields)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise WireError(f"not a completion ({type(error).__name__}: {error})") from None
+    if completion.token_ids.ndim != 1 or completion.token_ids.shape != completion.logprobs.shape:
+        raise WireError(f"completion {i}, {j}: {completion.token_ids.shape} ids, {completion.logprobs.shape} logprobs")
+    return i, j, completion
+
+
+# ---------------------------------------------------------------- weights
+
+
+def encode_weights(weights: Weights) -> bytes:
+    """The body of ``update_weights``."""
+    return dumps({**dataclasses.asdict(weights.id), "manifest": weights.manifest})
+
+
+def decode_weights(body: Any) -> Weights:
+    """The reverse of ``encode_weights``.
+
+    Raises:
+        WireError: as ``decode_request``.
+    """
+    update = _typed(_Update, _mapping(body))
+    return Weights(WeightsId(update.policy_version, update.digest), update.manifest)
+
+
+def encode_weights_id(weights: WeightsId) -> bytes:
+    """What ``ready`` and ``update_weights`` answer with."""
+    return dumps(dataclasses.asdict(weights))
+
+
+def decode_weights_id(body: Any) -> WeightsId:
+    """The reverse of ``encode_weights_id``.
+
+    Raises:
+        WireError: as ``decode_request``.
+    """
+    return _typed(WeightsId, _mapping(body))
+
+
+def _mapping(body: Any) -> dict[str, Any]:
+    if not isinstance(body, dict):
+        raise WireError(f"a JSON object is needed, not {type(body).__name__}")
+    return body
+
+
+def _typed(cls: type, fields: dict[str, Any]) -> Any:
+    try:
+        return build(cls, fields)
+    except ConfigError as error:
+        raise WireError(str(error)) from None

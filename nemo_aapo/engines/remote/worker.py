@@ -1,0 +1,225 @@
+"""The one thread of a rollout server that touches the engine: generation and refit, one after the other.
+
+Requests that wait, and ask the same of the same weights, run as one batch. A refit waits for the batch before it and
+holds up what comes after it, so that no completion is ever drawn from mixed weights.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Set
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from nemo_aapo.engines.build import HostedEngine
+from nemo_aapo.engines.remote.wire import GenerateRequest, Weights, WeightsId
+from nemo_aapo.types import Completion
+
+MERGE_S = 0.02
+"""A batch waits so long for requests that were sent together with the one that starts it."""
+
+Reason = Literal["other_weights", "not_finite", "engine", "stopping"]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a request is not answered, or not to its end."""
+
+    reason: Reason
+    message: str
+
+
+@dataclass(eq=False)
+class Job:
+    """A request to generate, and where its answers go."""
+
+    request: GenerateRequest
+    emit: Callable[[tuple[int, int, Completion] | Failure | None], None]
+    """Called from the worker's thread with each completion (i, j, completion), then with None or a failure."""
+    cancelled: bool = False
+    """Set by the one who asked, once nobody waits for the answer."""
+
+
+@dataclass(eq=False)
+class _Load:
+    weights: Weights
+    done: Future[None] = field(default_factory=Future)
+
+
+class _Aborted(Exception):
+    """Nobody waits for the running batch any more."""
+
+
+class EngineWorker:
+    """Runs a ``HostedEngine`` in a thread of its own. All methods may be called from any thread."""
+
+    def __init__(
+        self,
+        build: Callable[[], HostedEngine],
+        base: Callable[[], WeightsId],
+        locate: Callable[[Weights, Set[str]], Path],
+    ) -> None:
+        """
+        Args:
+            build: makes the engine with the base model's weights, in the worker's thread.
+            base: their name.
+            locate: checks the files of some weights, to the last byte, for the tensors of these names, and says which
+                folder they are in.
+        """
+        self.weights: WeightsId | None = None
+        """What the engine serves; None while it has none that are whole."""
+        self.outstanding = 0
+        """Completions asked for and not drawn yet."""
+        self.busy_seconds = 0.0
+        """Spent in ``generate`` so far."""
+        self.built: Future[None] = Future()
+        """Done once there is an engine; holds the error if there can't be one."""
+        self._build, self._base, self._locate = build, base, locate
+        self._queue: deque[Job | _Load] = deque()
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def generate(self, job: Job) -> None:
+        """Queue a request; its answers come through ``job.emit``."""
+        self._put(job)
+
+    def load(self, weights: Weights) -> Future[None]:
+        """Queue a refit; nothing is loaded before all files were found to be whole."""
+        load = _Load(weights)
+        self._put(load)
+        return load.done
+
+    def stop(self, wait_s: float) -> bool:
+        """Drop what waits, break off what runs at its next finished completion; True if the thread has ended."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        self._thread.join(wait_s)
+        return not self._thread.is_alive()
+
+    def _put(self, item: Job | _Load) -> None:
+        with self._changed:
+            if self._stopping:
+                _drop(item)
+                return
+            if isinstance(item, Job):
+                self.outstanding += item.request.sequences
+            self._queue.append(item)
+            self._changed.notify_all()
+
+    def _count(self, sequences: int) -> None:
+        with self._changed:
+            self.outstanding += sequences
+
+    # ------------------------------------------------------------------ the thread
+
+    def _run(self) -> None:
+        try:
+            self._hosted = self._build()
+            self.weights = self._base()
+            self.built.set_result(None)
+        except BaseException as error:  # for the main thread, which waits for it
+            self.built.set_exception(error)
+            return
+        while (batch := self._next()) is not None:
+            if isinstance(batch, _Load):
+                self._load(batch)
+            else:
+                self._generate(batch)
+        for item in self._queue:
+            _drop(item)
+        self._hosted.engine.close()
+
+    def _next(self) -> list[Job] | _Load | None:
+        """What to do next: a refit, a batch of alike requests, or None: stop."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._queue or self._stopping)
+            if not self._stopping and isinstance(self._queue[0], Job):
+                self._changed.wait_for(lambda: self._stopping, MERGE_S)
+            if self._stopping:
+                return None
+            first = self._queue.popleft()
+            if isinstance(first, _Load):
+                return first
+            batch = [first]
+            while self._queue and isinstance(self._queue[0], Job) and _alike(self._queue[0], first):
+                batch.append(self._queue.popleft())
+            return batch
+
+    def _load(self, load: _Load) -> None:
+        if load.weights.id == self.weights:
+            load.done.set_result(None)
+            return
+        try:
+            folder = self._locate(load.weights, self._hosted.tensors)
+        except Exception as error:  # nothing was touched: what was served goes on being served
+            load.done.set_exception(error)
+            return
+        self.weights = None
+        try:
+            self._hosted.load(folder, load.weights.id.policy_version)
+        except Exception as error:  # half loaded: not ready until a whole version is
+            traceback.print_exc()
+            load.done.set_exception(error)
+            return
+        self.weights = load.weights.id
+        load.done.set_result(None)
+
+    def _generate(self, jobs: list[Job]) -> None:
+        prompts, seeds, owners = [], [], []
+        for job in jobs:
+            for i, (prompt, row) in enumerate(zip(job.request.prompts, job.request.seeds, strict=True)):
+                prompts.append(prompt)
+                seeds.append(row)
+                owners.append((job, i))
+        left = sum(job.request.sequences for job in jobs)
+
+        def on_finish(number: int, j: int, completion: Completion) -> None:
+            nonlocal left
+            left -= 1
+            self._count(-1)
+            job, i = owners[number]
+            if not job.cancelled:
+                job.emit((i, j, completion))
+            if self._stopping or (self._hosted.can_break_off and all(job.cancelled for job in jobs)):
+                raise _Aborted
+
+        began, end = time.perf_counter(), None
+        try:
+            if self.weights != jobs[0].request.weights:
+                end = Failure("other_weights", f"this server has {self.weights or 'no whole weights'} now")
+            elif not all(job.cancelled for job in jobs):
+                engine = self._hosted.engine
+                engine.wake()
+                engine.generate(prompts, jobs[0].request.sampling, seeds, on_finish)
+                engine.sleep()
+        except _Aborted:
+            end = _STOPPING
+        except FloatingPointError as error:
+            end = Failure("not_finite", str(error))
+        except Exception as error:  # the client learns of it and asks elsewhere; the rest is for this server's log
+            traceback.print_exc(file=sys.stderr)
+            end = Failure("engine", f"the engine failed: {type(error).__name__}: {error}")
+        self._count(-left)
+        self.busy_seconds += time.perf_counter() - began
+        for job in jobs:
+            job.emit(end)
+
+
+_STOPPING = Failure("stopping", "the server is stopping")
+
+
+def _drop(item: Job | _Load) -> None:
+    item.emit(_STOPPING) if isinstance(item, Job) else item.done.cancel()
+
+
+def _alike(job: Job, other: Job) -> bool:
+    return (job.request.weights, job.request.sampling) == (other.request.weights, other.request.sampling)

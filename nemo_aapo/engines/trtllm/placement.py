@@ -1,0 +1,156 @@
+"""Where an engine of TensorRT-LLM runs: its GPUs, the ranks that share them, the environment of its processes.
+
+A colocated engine takes the GPUs of one model-parallel group of the learner (its tensor x pipeline ranks, all on one
+node). The group's source rank owns it; the others take part in refits with their GPU's share and receive the
+completions. In a rollout server one process has the engine, and all its GPUs, for itself.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from nemo_aapo.engines.trtllm.contract import ENVIRONMENT
+from nemo_aapo.errors import RunError
+
+T = TypeVar("T")
+
+FOREIGN_PREFIXES = ("SLURM_", "PMI", "OMPI", "TORCHELASTIC_", "TRTLLM_RAY_")  # PMI is PMIX too
+FOREIGN_NAMES = (
+    "RANK",
+    "LOCAL_RANK",
+    "GROUP_RANK",
+    "ROLE_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_WORLD_SIZE",
+    "ROLE_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
+"""Of the learner's job: what Slurm, MPI and torchrun tell its ranks."""
+
+
+class Ranks(Protocol):
+    """The ranks that have one engine in common; all methods are collective over them."""
+
+    owner: bool
+    """True on the one rank that talks to the engine."""
+
+    def share(self, value: T) -> T:
+        """The owner's object, on all ranks."""
+        ...
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's object, in rank order, on the owner, which waits for all; an empty list elsewhere."""
+        ...
+
+
+class Alone:
+    """One process that has the engine for itself."""
+
+    owner = True
+
+    def share(self, value: T) -> T:
+        return value
+
+    def gather(self, value: T) -> list[T]:
+        return [value]
+
+
+class ModelParallelRanks:
+    """The ranks of this model-parallel group of the learner."""
+
+    def __init__(self) -> None:
+        from nemo_aapo.distributed import parallel  # Megatron: the engine's own processes do without
+
+        self._parallel = parallel
+        self.owner = parallel.is_model_parallel_source()
+
+    def share(self, value: T) -> T:
+        return self._parallel.broadcast_in_model_parallel(value)
+
+    def gather(self, value: T) -> list[T]:
+        return self._parallel.gather_in_model_parallel(value)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU, as two processes can agree on it."""
+
+    host: str
+    number: int
+    """On the node, as ``CUDA_VISIBLE_DEVICES`` counts."""
+    uuid: str
+    """``GPU-…``, as TensorRT-LLM names it in a refit."""
+    device: int
+    """In the process that reports it."""
+
+
+def visible_gpu(device: int) -> Gpu:
+    """The GPU that this process knows as ``cuda:<device>``.
+
+    Raises:
+        RunError: ``CUDA_VISIBLE_DEVICES`` doesn't count.
+    """
+    import torch
+
+    number, visible = device, os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible:
+        entry = visible.split(",")[device].strip()
+        if not entry.isdigit():
+            raise RunError(f"CUDA_VISIBLE_DEVICES={visible}: TensorRT-LLM's Ray workers need numbers, not UUIDs")
+        number = int(entry)
+    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    return Gpu(socket.gethostname(), number, uuid, device)
+
+
+def check_gpus(gpus: Sequence[Gpu], tensor_parallel_size: int) -> None:
+    """Refuse a set of GPUs that one engine can't run on.
+
+    Raises:
+        RunError: too many or too few, on several nodes, or one counted twice.
+    """
+    hosts = sorted({gpu.host for gpu in gpus})
+    numbers = [gpu.number for gpu in gpus]
+    if len(hosts) > 1:
+        raise RunError(
+            f"a model-parallel group spans the nodes {', '.join(hosts)}, but a TensorRT-LLM engine in the learner's "
+            "GPUs needs them on one: lower the model's parallel sizes, or use rollout servers"
+        )
+    if len(set(numbers)) != len(numbers) or len({gpu.uuid for gpu in gpus}) != len(gpus):
+        raise RunError(
+            f"the ranks of a model-parallel group name their GPUs {numbers}: each rank must see all GPUs of its node "
+            "under one numbering (start tasks without binding GPUs to them)"
+        )
+    if len(gpus) != tensor_parallel_size:
+        raise RunError(f"an engine with tensor_parallel_size={tensor_parallel_size} was given {len(gpus)} GPUs")
+
+
+@contextmanager
+def engine_environment(gpus: Sequence[Gpu]) -> Iterator[None]:
+    """Inside, ``os.environ`` is what the engine's processes must inherit; afterwards it is the learner's again.
+
+    The variables of the contract stay: the library reads them for as long as it lives.
+
+    Trap: Ray's workers, and MPI if the library starts it, take Slurm's, PMI's, PMIx's and Open MPI's variables for
+    their own job. torchrun's would give all workers one rank.
+    """
+    # No MPI; a Ray cluster of the engine's own, which knows its GPUs only, so that engines on one node don't meet;
+    # and no parallel loading, which is made for whole checkpoints, while a refit loads parts (trap).
+    os.environ.update(ENVIRONMENT)
+    before = {name: value for name, value in os.environ.items() if name.startswith(FOREIGN_PREFIXES)}
+    before |= {name: os.environ[name] for name in FOREIGN_NAMES if name in os.environ}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    for name in before:
+        del os.environ[name]
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(str(gpu.number) for gpu in gpus)
+    try:
+        yield
+    finally:
+        del os.environ["CUDA_VISIBLE_DEVICES"]
+        os.environ.update(before if visible is None else {**before, "CUDA_VISIBLE_DEVICES": visible})

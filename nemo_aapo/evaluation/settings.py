@@ -1,0 +1,74 @@
+"""An evaluation's configuration against the model and the ranks, and as training's parts take it. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from nemo_aapo.config import Config, EvaluationConfig, derive, parse
+from nemo_aapo.config.command_line import read_command_line
+from nemo_aapo.config.compose import compose
+from nemo_aapo.conversion.source import Source, find_source
+from nemo_aapo.errors import ConfigError
+from nemo_aapo.models import directory as model_dir
+from nemo_aapo.rewards import reward_of
+
+
+def find_model(config: EvaluationConfig) -> Source:
+    """What ``model.path`` names: a Hugging Face directory, a run or a checkpoint. Looks at names of files only.
+
+    Raises:
+        ConfigError: nothing of the kind, or a run whose base model can't be found.
+    """
+    return find_source(config.model.path, config.model.base, base_option="model.base=")
+
+
+def reward_name(config: EvaluationConfig) -> str:
+    """What the reward's values are called; a custom one has its function's name.
+
+    Raises:
+        ConfigError: an unknown reward or parameter.
+    """
+    return reward_of(config.rewards[0])[0].name
+
+
+def engine_settings(config: EvaluationConfig, source: Source) -> Config:
+    """Training's configuration for the parts that evaluation shares with it: ranks, layout, precision, rewards, engine.
+
+    Raises:
+        ConfigError: as training's.
+    """
+    tree = compose(read_command_line(["algorithm=gpg"]))
+    longest = config.max_prompt_tokens + config.sampling.max_new_tokens
+    tree["seed"] = config.seed
+    tree["precision"]["name"] = config.precision.name
+    tree["trainer"].update(asdict(config.trainer))
+    layout = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "trust_remote_code")
+    tree["model"].update(path=str(source.base), **{key: getattr(config.model, key) for key in layout})
+    tree["data"].update(train="none", validation="none", max_prompt_tokens=config.max_prompt_tokens)
+    tree["rollout"].update(
+        max_new_tokens=config.sampling.max_new_tokens, max_concurrent_tokens=config.max_concurrent_tokens
+    )
+    tree["max_tokens_per_microbatch"] = longest
+    tree["prompts_per_step"] = config.trainer.num_nodes * config.trainer.devices  # whatever the data-parallel size
+    tree["rewards"] = list(config.rewards)
+    tree["validation"]["reward"] = reward_name(config)
+    tree["reward_runner"].update(asdict(config.reward_runner), score_on_failure=0.0)
+    return parse(tree)
+
+
+def check_model(config: EvaluationConfig, source: Source, world_size: int) -> None:
+    """The model against the configuration and the number of ranks. Reads small files; no torch.
+
+    Raises:
+        ConfigError: a model that is not whole or not supported, a layout that does not divide, more tokens than it has
+            positions.
+    """
+    shape = model_dir.read_model_dir(str(source.base))
+    longest = config.max_prompt_tokens + config.sampling.max_new_tokens
+    if longest > shape.max_position_embeddings:
+        raise ConfigError(
+            f"max_prompt_tokens={config.max_prompt_tokens} + "
+            f"sampling.max_new_tokens={config.sampling.max_new_tokens} = {longest} exceeds the "
+            f"{shape.max_position_embeddings} positions of the model (max_position_embeddings): lower them"
+        )
+    derive(engine_settings(config, source), shape, world_size)

@@ -1,0 +1,1 @@
+"""The work that a command starts: training, evaluating, filling the reference store."""

@@ -1,0 +1,197 @@
+"""Filling the store of reference rewards without training: all at once, or in shards that are merged afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from nemo_aapo.config import Config
+from nemo_aapo.data.loading import build_sampler
+from nemo_aapo.data.sampler import PromptSampler
+from nemo_aapo.data.tokenizer import load_tokenizer, require_eos
+from nemo_aapo.distributed import parallel
+from nemo_aapo.mcore import precision
+from nemo_aapo.reference_store.key import StoreKey
+from nemo_aapo.reference_store.shards import Shard, merge_shards, shard_files
+from nemo_aapo.reference_store.store import RewardStore
+from nemo_aapo.run.stop import StopSignal
+from nemo_aapo.training import build as assemble
+from nemo_aapo.training.build_reference import reference_key
+from nemo_aapo.types import Prompt
+
+INCOMPLETE = 1
+"""Exit code where rewards are missing."""
+LINE_EVERY_S = 30.0
+"""Without a terminal, the progress bar is a line at most this often."""
+
+
+def fill(config: Config, shard: Shard | None = None) -> int:
+    """Draw and store the reference rewards of all prompts that a run of this configuration takes. Collective.
+
+    It goes on where an earlier call was interrupted.
+
+    Args:
+        shard: fill only this part, into a file of its own; what the store itself has already is left out.
+
+    Returns:
+        0: done, or ended by a signal after the batch at hand.
+    """
+    store = config.algorithm.reference_store
+    own = str(shard.path(store)) if shard else store
+    filled = dataclasses.replace(config, algorithm=dataclasses.replace(config.algorithm, reference_store=own))
+    config, filled = precision.decide(config), precision.decide(filled)
+    assemble.initialize(config)
+    speaks = parallel.rank() == 0
+    try:
+        with (
+            StopSignal(speak=speaks, ending="storing this batch, then stopping") as stop,
+            contextlib.ExitStack() as stack,
+            parallel.lost_ranks_reported(lambda: "the filling of the reference store"),
+            _Screen(speaks) as screen,
+        ):
+            trainer = assemble.build_trainer(filled, reporter=screen, stack=stack, new_store_key=True)
+            reference = trainer.rollouts.reference
+            prompts = needed_prompts(trainer.rollouts.data, trainer.rollouts.sampler, config.trainer.max_steps)
+            if shard:
+                prompts = _not_in(store, reference.key, shard.share(prompts), config)
+            complete = reference.prepare(
+                prompts, trainer.rollouts.reference_served, screen.progress, lambda: stop.requested
+            )
+            what = f"{len(prompts)} prompts x {config.algorithm.reference_samples} reference rewards"
+            screen.note(f"{own}: {what}" if complete else f"{own}: stopped; the same command goes on from there")
+        return 0
+    finally:
+        parallel.shutdown()
+
+
+def merge(config: Config) -> int:
+    """Join the shards' files into the store, and say what is missing. One process; needs no accelerator.
+
+    Returns:
+        0 if the store has all that a run of this configuration needs, else 1.
+    """
+    key, prompts = _needed(config)
+    store = config.algorithm.reference_store
+    for file, count in merge_shards(store, key).items():
+        print(f"{file}: {count} prompts")
+    return _report(config, key, prompts)
+
+
+def status(config: Config) -> int:
+    """Say how much of what a run needs is stored. One process; changes nothing.
+
+    Returns:
+        0 if all of it, else 1.
+    """
+    key, prompts = _needed(config)
+    for file in shard_files(config.algorithm.reference_store):
+        with contextlib.closing(RewardStore(file, key, create=False)) as shard:
+            print(f"{file}: {_count(shard, prompts, config)} prompts, for --merge")
+    return _report(config, key, prompts)
+
+
+def needed_prompts(prompts: Sequence[Prompt], sampler: PromptSampler, max_steps: int) -> list[Prompt]:
+    """The prompts that steps 0 to ``max_steps`` take, in the order in which they need them.
+
+    Where accuracy decides what they take, all that they may take.
+    """
+    wanted: dict[int, None] = {}
+    for step in range(max_steps):
+        if not sampler.knows(step):
+            wanted.update(dict.fromkeys(range(len(prompts))))
+        if len(wanted) == sampler.num_prompts:
+            break
+        wanted.update(dict.fromkeys(sampler.indices(step)))
+    return [prompts[i] for i in wanted]
+
+
+def _not_in(store: str, key: StoreKey, prompts: Sequence[Prompt], config: Config) -> list[Prompt]:
+    """Those of the prompts that the store lacks, the same on all ranks."""
+
+    def missing() -> list[int]:
+        if not Path(store).exists():
+            return list(range(len(prompts)))
+        with contextlib.closing(RewardStore(store, key, create=False)) as opened:
+            found = opened.read([prompt.id for prompt in prompts], config.algorithm.reference_samples)
+        return [i for i, p in enumerate(prompts) if len(found.get(p.id, ())) < config.algorithm.reference_samples]
+
+    return [prompts[i] for i in parallel.on_first_rank(missing)]
+
+
+def _needed(config: Config) -> tuple[StoreKey, list[Prompt]]:
+    """The key and the prompts of a run of this configuration, found by one process whatever the run's layout."""
+    one = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, tensor_model_parallel_size=1, pipeline_model_parallel_size=1),
+    )
+    assemble.initialize(one)
+    try:
+        with contextlib.ExitStack() as stack:
+            tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
+            scorer = assemble.build_scorer(config, None, stack)
+            data, _ = assemble.read_data(config, tokenizer, scorer)
+            eos = require_eos(tokenizer, config.model.path)
+            sampling = assemble.sampling_of(config, eos)
+            key = reference_key(config, sampling, scorer)
+        return key, needed_prompts(data.prompts, build_sampler(config, data), config.trainer.max_steps)
+    finally:
+        parallel.shutdown()
+
+
+def _report(config: Config, key: StoreKey, prompts: Sequence[Prompt]) -> int:
+    """Print how much of what is needed the store has; 0 if all."""
+    path, samples = config.algorithm.reference_store, config.algorithm.reference_samples
+    count = 0
+    if Path(path).exists():
+        with contextlib.closing(RewardStore(path, key, create=False)) as store:
+            count = _count(store, prompts, config)
+            for parts in store.other_keys():
+                print(f"{path}: holds rewards for other settings: {'; '.join(key.differences(parts))}")
+    print(f"{path}: {count} of {len(prompts)} prompts have their {samples} reference rewards (key {key.digest})")
+    if count < len(prompts):
+        print(f"missing: {len(prompts) - count} prompts; fill again with the same settings, which draws only those")
+    return 0 if count == len(prompts) else INCOMPLETE
+
+
+def _count(store: RewardStore, prompts: Sequence[Prompt], config: Config) -> int:
+    found = store.read([prompt.id for prompt in prompts], config.algorithm.reference_samples)
+    return sum(len(rewards) == config.algorithm.reference_samples for rewards in found.values())
+
+
+class _Screen:
+    """A progress bar and lines around it; on ranks other than 0 nothing."""
+
+    def __init__(self, enabled: bool) -> None:
+        self._enabled = enabled
+        self._bar: Any = None
+
+    def __enter__(self) -> _Screen:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def note(self, text: str) -> None:
+        """One line."""
+        if self._enabled:
+            tqdm.write(text, file=sys.stdout)
+
+    def progress(self, done: int, total: int) -> None:
+        """So many prompts of all that are missing."""
+        if not self._enabled:
+            return
+        if self._bar is None:
+            often = 0.1 if sys.stdout.isatty() else LINE_EVERY_S
+            self._bar = tqdm(
+                total=total, desc="reference rewards", unit="prompt", file=sys.stdout, mininterval=often, smoothing=0.1
+            )
+        self._bar.update(done - self._bar.n)
+        if done == total:
+            self._bar.close()

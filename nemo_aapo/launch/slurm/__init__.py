@@ -1,0 +1,1 @@
+"""Slurm: the job script, its attempts, and the commands that steer a submitted run."""

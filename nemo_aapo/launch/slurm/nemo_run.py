@@ -1,0 +1,109 @@
+"""Submits the frozen configuration through nemo-run's ``SlurmExecutor`` instead of a script of our own.
+
+The ranks start as they do under our script, but nemo-run's script stands around them: it dies of the warning before a
+time limit and requeues after failures only. So the trainer itself stops in time (``checkpoint.max_time_s``), the job
+ends well, and the run goes on in the next job of a chain (``cluster.chain``). No history, no ``requeue``.
+"""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from nemo_aapo.config import Config
+from nemo_aapo.config.cluster import time_in_seconds
+from nemo_aapo.errors import ConfigError
+from nemo_aapo.launch.slurm.script import Role, Site, job_name, places_of, rank_words, training_roles
+
+_ADDRESSES = (
+    "import os; from nemo_aapo.launch.slurm.commands import node_addresses; "
+    "print(','.join(node_addresses(os.environ, None)))"
+)
+
+
+def with_time_limit(config: Config, tree: dict[str, Any]) -> dict[str, Any]:
+    """The tree to freeze: the trainer stops ``cluster.signal_s`` before the job's time limit."""
+    limit = float(time_in_seconds(config.cluster.time) - config.cluster.signal_s)
+    given = config.checkpoint.max_time_s
+    return {**tree, "checkpoint": {**tree["checkpoint"], "max_time_s": limit if given is None else min(given, limit)}}
+
+
+def home(config: Config, site: Site) -> Path:
+    """Where nemo-run keeps what it made of the run.
+
+    Raises:
+        ConfigError: nemo-run 0.11.1 replaces every ``/nemo_run`` in its script by a directory of its own, in paths too.
+    """
+    found = places_of(config, site).folder / "nemo-run"
+    for path in (found, site.checkout, site.directory):
+        if "/nemo_run" in str(path):
+            raise ConfigError(f"{path}: nemo-run can't have /nemo_run in a path; use another run.dir or directory")
+    return found
+
+
+def submit(config: Config, site: Site) -> str:
+    """Submit one job; its id.
+
+    Raises:
+        ConfigError: nemo-run is not installed, or does not import; Slurm refuses the job.
+    """
+    try:
+        import nemo_run
+        from nemo_run.config import set_nemorun_home
+    except ImportError as error:
+        raise ConfigError(
+            f"cluster.launcher=nemo_run: nemo-run can't be imported ({error}). scripts/nemo_run.sh makes an "
+            "environment that it works in; or leave it to cluster.launcher=sbatch"
+        ) from None
+    (role,) = training_roles(config, site)
+    set_nemorun_home(str(home(config, site)))
+    script = nemo_run.Script(inline=shlex.join(["exec", *rank_words(config, site, role)]))
+    executor = _executor(nemo_run, config, site, role)
+    with nemo_run.Experiment(job_name(config, "train", 1)) as experiment:
+        experiment.add(script, executor=executor, name="train")
+        try:
+            experiment.run(detach=True)
+        except Exception as error:
+            if (result := getattr(error, "result", None)) is None:
+                raise
+            raise ConfigError(result.stderr.strip()) from None  # sbatch failed: its words are in a result of `invoke`
+        handle = experiment.jobs[0].handle  # scheduler://session/JOB/role/0
+    return handle.partition("://")[2].split("/")[1]
+
+
+def _executor(nemo_run: Any, config: Config, site: Site, role: Role) -> Any:
+    from nemo_run.core.execution.slurm import SlurmJobDetails
+
+    cluster, places = config.cluster, places_of(config, site)
+    logs = str(places.logs).replace("%", "%%")
+    srun = [f"--chdir={site.directory}", "--open-mode=append", f"--output={logs}/rank_%t.log"]
+    dependency = {"dependency": cluster.dependency} if cluster.dependency else {}
+    environment = shlex.quote(str(places.environment))
+    setup = [
+        f"export PYTHONPATH={shlex.quote(str(site.checkout))}${{PYTHONPATH:+:$PYTHONPATH}}",
+        *cluster.setup,
+        f"set +vx; source {environment}; set -vx",  # nemo-run's script shows every line that it executes
+        f"export NEMO_AAPO_TRAIN_ADDRESSES=$({shlex.join([site.python, '-c', _ADDRESSES])})",
+        "export MASTER_PORT=$((15000 + SLURM_JOB_ID % 15000))",
+    ]
+    return nemo_run.SlurmExecutor(
+        account=cluster.account,
+        partition=cluster.partition,
+        qos=cluster.qos,
+        time=cluster.time,
+        nodes=role.nodes,
+        ntasks_per_node=role.per_node,
+        gpus_per_node=role.gpus_per_node or None,
+        cpus_per_task=cluster.cpus_per_task,
+        exclusive=cluster.exclusive or None,
+        container_image=cluster.container.image,
+        container_mounts=[*cluster.container.mounts, f"{places.run_dir}:{places.run_dir}"],
+        additional_parameters={**dependency, **{k.replace("-", "_"): v for k, v in cluster.sbatch_args.items()}},
+        srun_args=[*srun, *cluster.srun_args],
+        setup_lines="\n".join(setup),
+        job_details=SlurmJobDetails(job_name=job_name(config, "train", 1), folder=str(places.folder)),
+        packager=nemo_run.Packager(),
+        tunnel=nemo_run.LocalTunnel(job_dir=str(home(config, site) / "experiments")),
+        poll_estimated_start_time=False,
+    )

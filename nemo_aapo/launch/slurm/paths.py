@@ -1,0 +1,92 @@
+"""Where a launched run keeps what the launcher, the job and its ranks tell each other.
+
+    <run.dir>/slurm/          0700
+        frozen.yaml           the resolved configuration of the last submission, without secrets
+        job.sbatch            the script as it was submitted; `sbatch` takes it again
+        env.sh                0600: cluster.env, for the script to read
+        jobs.json             what was submitted
+        history.json          every attempt of the jobs, and why it ended
+    <run.dir>/servers/        0700: addresses of rollout servers and their token
+    <run.dir>/logs/           rank_N.log, server_N.log, slurm_JOB.log
+
+All of it is written by the run's owner; the ranks only read.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_aapo.config.command_line import FROZEN
+from nemo_aapo.utils.files import to_json, write_atomic
+
+
+@dataclass(frozen=True)
+class Places:
+    """The paths in one run directory."""
+
+    run_dir: Path
+    """Absolute."""
+
+    @property
+    def folder(self) -> Path:
+        """What belongs to the launcher."""
+        return self.run_dir / "slurm"
+
+    @property
+    def script(self) -> Path:
+        return self.folder / "job.sbatch"
+
+    @property
+    def frozen(self) -> Path:
+        return self.folder / f"{FROZEN}.yaml"
+
+    @property
+    def environment(self) -> Path:
+        return self.folder / "env.sh"
+
+    @property
+    def jobs(self) -> Path:
+        return self.folder / "jobs.json"
+
+    @property
+    def history(self) -> Path:
+        return self.folder / "history.json"
+
+    @property
+    def logs(self) -> Path:
+        return self.run_dir / "logs"
+
+    @property
+    def servers(self) -> Path:
+        return self.run_dir / "servers"
+
+    def make(self) -> None:
+        """The directories, with the rights that they need."""
+        self.logs.mkdir(parents=True, exist_ok=True)
+        for folder in (self.folder, self.servers):
+            folder.mkdir(exist_ok=True)
+            folder.chmod(0o700)
+
+    def make_token(self) -> None:
+        """The servers' bearer token, unless there is one: jobs that already run use it."""
+        token = self.servers / "token"
+        if not token.exists():
+            write_atomic(token, secrets.token_urlsafe(32), mode=0o600)
+
+
+def read_jobs(places: Places) -> list[dict[str, Any]]:
+    """What was submitted for the run, oldest first: ``{"id": "41", "what": "train" | "fill" | "merge"}``."""
+    try:
+        return json.loads(places.jobs.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return []
+
+
+def add_jobs(places: Places, jobs: Sequence[dict[str, Any]]) -> None:
+    """Remember submitted jobs."""
+    write_atomic(places.jobs, to_json([*read_jobs(places), *jobs]) + "\n")

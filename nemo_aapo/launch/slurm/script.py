@@ -1,0 +1,216 @@
+"""The batch script of a run, as text: a pure function of the configuration and of where things are.
+
+The script says what runs and with which flags; what happens when something ends is decided in ``supervisor``, which
+the script becomes (``exec``), so that Slurm's signals to the batch shell reach it directly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from nemo_aapo.config import Config
+from nemo_aapo.launch.slurm.paths import FROZEN, Places
+
+SEPARATOR = "::"
+"""Begins the command of a role on the supervisor's command line."""
+REFERENCE_SCRIPT = "reference_rewards.py"
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where the launcher was called."""
+
+    python: str
+    """Its interpreter; the supervisor runs under it, on the first node of the job."""
+    checkout: Path
+    """The directory that holds ``nemo_aapo/`` and ``scripts/``."""
+    directory: Path
+    """The working directory, which relative paths of the configuration refer to."""
+
+
+@dataclass(frozen=True)
+class Role:
+    """Processes that do the same: ``train`` or ``servers``."""
+
+    name: str
+    nodes: int
+    per_node: int
+    gpus_per_node: int
+    words: tuple[str, ...]
+    """What Python is called with."""
+    log: str
+    """Name of the log, with Slurm's placeholders."""
+
+
+def render_training(config: Config, site: Site) -> str:
+    """The script that trains, with rollout servers beside the trainer if the configuration asks for them."""
+    roles = training_roles(config, site)
+    cluster = config.cluster
+    blocks = [_flags(config, site, role, job_name(config, role.name, len(roles))) for role in roles]
+    blocks[0] |= {"signal": f"B:USR1@{cluster.signal_s}"}
+    for block in blocks:
+        block |= {"dependency": cluster.dependency}
+    mode = ["job", f"--max-requeues={cluster.max_requeues}"]
+    return _script(config, site, blocks, supervisor_words(config, site, roles, mode))
+
+
+def render_fill(config: Config, site: Site) -> str:
+    """The script of the array that fills the reference store, each task a share of the prompts."""
+    words = (*_script_words(config, site, REFERENCE_SCRIPT), "--shard", "{task}", "--shards", "{tasks}")
+    role = replace(_trainer_role(config, (*words, *frozen_page(config, site))), log="fill_%a_rank_%t")
+    block = _flags(config, site, role, job_name(config, "fill", 1))
+    block |= {"array": f"0-{config.cluster.fill_jobs - 1}", "output": _log(config, site, "fill_%A_%a")}
+    return _script(config, site, [block], supervisor_words(config, site, [role], ["task"]))
+
+
+def render_merge(config: Config, site: Site, after: str) -> str:
+    """The script of the job that joins what the array ``after`` has drawn."""
+    words = (*_script_words(config, site, REFERENCE_SCRIPT), "--merge", *frozen_page(config, site))
+    role = Role("train", 1, 1, 0, words, "merge")
+    block = _flags(config, site, role, job_name(config, "merge", 1))
+    # without the second flag the job would wait for ever once a task of the array has failed
+    block |= {"dependency": f"afterok:{after}", "kill-on-invalid-dep": "yes"}
+    return _script(config, site, [block], supervisor_words(config, site, [role], ["task"]))
+
+
+def training_roles(config: Config, site: Site) -> list[Role]:
+    """The trainer first: its first node runs the script."""
+    page = frozen_page(config, site)
+    roles = [_trainer_role(config, (*_script_words(config, site, "train.py"), *page))]
+    servers = config.cluster.servers
+    if servers.nodes:
+        own = ("rollout.server.index={rank}", "rollout.server.host={address}")
+        words = ("-m", "nemo_aapo.cli.serve", *page, *own)
+        roles.append(Role("servers", servers.nodes, servers.per_node, servers.gpus_per_node, words, "server_%t"))
+    return roles
+
+
+def supervisor_words(config: Config, site: Site, roles: Sequence[Role], mode: Sequence[str]) -> list[str]:
+    """The call of the supervisor, with the ``srun`` of every role."""
+    words = [site.python, "-u", "-m", "nemo_aapo.launch.slurm.supervisor", *mode]
+    words += [f"--fault-timeout={config.trainer.fault_timeout_s:g}", str(places_of(config, site).run_dir)]
+    for number, role in enumerate(roles):
+        group = [f"--het-group={number}"] if len(roles) > 1 else []
+        words += [SEPARATOR, role.name, "srun", *group, *_srun_flags(config, site, role), "--"]
+        words += rank_words(config, site, role)
+    return words
+
+
+def rank_words(config: Config, site: Site, role: Role) -> list[str]:
+    """What ``srun`` starts on every node."""
+    python = config.cluster.python or ("python" if config.cluster.container.image else site.python)
+    return [python, "-m", "nemo_aapo.launch.slurm.rank", role.name, *role.words]
+
+
+def places_of(config: Config, site: Site) -> Places:
+    """The run directory's files; ``run.dir`` is taken from the site's working directory."""
+    return Places(site.directory / config.run.dir)
+
+
+def frozen_page(config: Config, site: Site) -> tuple[str, ...]:
+    """The words that make a script read the frozen configuration."""
+    return ("--config-path", str(places_of(config, site).folder), "--config-name", FROZEN)
+
+
+def _trainer_role(config: Config, words: tuple[str, ...]) -> Role:
+    return Role(
+        "train", config.trainer.num_nodes, config.trainer.devices, config.cluster.gpus_per_node, words, "rank_%t"
+    )
+
+
+def _script_words(config: Config, site: Site, name: str) -> tuple[str, ...]:
+    """A script of the checkout: the launcher's, or in a container the one in its working directory."""
+    return (f"scripts/{name}" if config.cluster.container.image else str(site.checkout / "scripts" / name),)
+
+
+def job_name(config: Config, role: str, roles: int) -> str:
+    """Unique per run, as ``singleton`` goes by it; and per role, or the roles of one job would wait for each other."""
+    run_dir = str(Path(config.run.dir).absolute())
+    name = f"{re.sub(r'[^A-Za-z0-9._-]+', '_', config.run.name)}-{hashlib.sha256(run_dir.encode()).hexdigest()[:8]}"
+    return name if roles == 1 and role == "train" else f"{name}-{role}"
+
+
+def _log(config: Config, site: Site, name: str) -> str:
+    """A path as Slurm takes it, where ``%`` begins a placeholder."""
+    return str(places_of(config, site).logs).replace("%", "%%") + f"/{name}.log"
+
+
+def _flags(config: Config, site: Site, role: Role, job_name: str) -> dict[str, Any]:
+    """sbatch's flags for one role; True: a flag without a value, None or False: left out."""
+    cluster = config.cluster
+    return {
+        "job-name": job_name,
+        "account": cluster.account,
+        "partition": cluster.partition,
+        "qos": cluster.qos,
+        "time": cluster.time,
+        "nodes": role.nodes,
+        "ntasks-per-node": role.per_node,
+        "gpus-per-node": role.gpus_per_node or None,
+        "cpus-per-task": cluster.cpus_per_task,
+        "exclusive": cluster.exclusive,
+        "requeue": True,
+        "open-mode": "append",
+        "output": _log(config, site, "slurm_%j"),
+        "chdir": site.directory,
+        **cluster.sbatch_args,
+    }
+
+
+def _srun_flags(config: Config, site: Site, role: Role) -> list[str]:
+    cluster, container = config.cluster, config.cluster.container
+    flags = [f"--nodes={role.nodes}", f"--ntasks-per-node={role.per_node}", "--kill-on-bad-exit=1"]
+    if cluster.cpus_per_task is not None:  # since Slurm 22.05 srun does not take it from sbatch
+        flags.append(f"--cpus-per-task={cluster.cpus_per_task}")
+    flags += ["--open-mode=append", f"--output={_log(config, site, role.log)}"]
+    if container.image is not None:
+        run_dir = places_of(config, site).run_dir
+        mounts = ",".join([*container.mounts, f"{run_dir}:{run_dir}"])
+        flags += [f"--container-image={container.image}", f"--container-mounts={mounts}", "--no-container-mount-home"]
+        flags += [f"--container-workdir={container.workdir}"] if container.workdir else []
+    return [*flags, *cluster.srun_args]
+
+
+def _script(config: Config, site: Site, blocks: Sequence[Mapping[str, Any]], command: Sequence[str]) -> str:
+    lines = ["#!/bin/bash"]
+    for number, block in enumerate(blocks):
+        lines += ["#SBATCH hetjob"] if number else []
+        lines += [_directive(flag, value) for flag, value in block.items() if value is not None and value is not False]
+    lines += [
+        "",
+        "set -euo pipefail",
+        "trap '' USR1  # a warning of the time limit must not end what has no handler yet",
+        f"export PYTHONPATH={shlex.quote(str(site.checkout))}${{PYTHONPATH:+:$PYTHONPATH}}",
+        *config.cluster.setup,
+    ]
+    if config.cluster.env:
+        lines += ["# shellcheck source=/dev/null", f"source {shlex.quote(str(places_of(config, site).environment))}"]
+    return "\n".join([*lines, "", _wrapped(["exec", *command])]) + "\n"
+
+
+def _directive(flag: str, value: object) -> str:
+    return f"#SBATCH --{flag}" if value is True else f"#SBATCH --{flag}={shlex.quote(str(value))}"
+
+
+def _wrapped(words: Sequence[str]) -> str:
+    """A long command over several lines, broken before each role and before what ``srun`` starts."""
+    lines, line = [], ""
+    for word in words:
+        if word == SEPARATOR:
+            lines, line = [*lines, line], f"    {SEPARATOR}"
+        elif word == "--":
+            lines, line = [*lines, f"{line} --"], "       "
+        else:
+            line += f" {shlex.quote(word)}" if line else word
+    return " \\\n".join([*lines, line])
+
+
+def environment_file(variables: Mapping[str, Any]) -> str:
+    """``cluster.env`` as lines of bash."""
+    return "".join(f"export {name}={shlex.quote(str(value))}\n" for name, value in variables.items())

@@ -1,0 +1,145 @@
+"""Freezes the configuration, writes the script, hands it to Slurm."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from typing import Any
+
+import yaml
+
+from nemo_aapo.config import Config
+from nemo_aapo.errors import ConfigError, SlurmError
+from nemo_aapo.launch.slurm import nemo_run
+from nemo_aapo.launch.slurm.attempts import read_history, write_history
+from nemo_aapo.launch.slurm.commands import job_states, slurm
+from nemo_aapo.launch.slurm.paths import Places, add_jobs, read_jobs
+from nemo_aapo.launch.slurm.script import (
+    Site,
+    environment_file,
+    places_of,
+    render_fill,
+    render_merge,
+    render_training,
+    supervisor_words,
+    training_roles,
+)
+from nemo_aapo.utils.files import write_atomic
+
+
+def submit_training(config: Config, tree: dict[str, Any], site: Site) -> int:
+    """Submit the run ``cluster.chain`` times, or only print the script (``dry_run``).
+
+    Args:
+        tree: the resolved configuration without secrets, as ``config_main`` hands it over.
+
+    Raises:
+        ConfigError: Slurm refuses the job, in Slurm's words; or jobs of the run wait with another configuration.
+    """
+    script = render_training(config, site)
+    if config.dry_run:
+        print(script, end="")
+        return 0
+    through_nemo_run = config.cluster.launcher == "nemo_run"
+    places = prepare(config, nemo_run.with_time_limit(config, tree) if through_nemo_run else tree, site)
+    write_atomic(places.script, script)
+    ids = []
+    for _ in range(config.cluster.chain):
+        ids.append(nemo_run.submit(config, site) if through_nemo_run else sbatch(places.script))
+        add_jobs(places, [{"id": ids[-1], "what": "train"}])
+    write_history(places.history, read_history(places.history).submitted_again())
+    print(f"submitted {', '.join(ids)}: {places.script}")
+    print(f"how it fares: python scripts/launch.py status run.dir={config.run.dir}")
+    return 0
+
+
+def submit_fill(config: Config, tree: dict[str, Any], site: Site) -> int:
+    """Submit the array that fills the reference store, and the job that joins its parts when all is there.
+
+    Raises:
+        ConfigError: as ``submit_training``; or the algorithm stores no reference rewards.
+    """
+    if config.algorithm.reference != "cached":
+        raise ConfigError(f"algorithm.reference={config.algorithm.reference}: only cached reference rewards are stored")
+    if config.dry_run:
+        print(render_fill(config, site), end="")
+        print(render_merge(config, site, after="ARRAY"), end="")
+        return 0
+    places = prepare(config, tree, site)
+    ids = {}
+    write_atomic(places.folder / "fill.sbatch", render_fill(config, site))
+    ids["fill"] = sbatch(places.folder / "fill.sbatch")
+    write_atomic(places.folder / "merge.sbatch", render_merge(config, site, after=ids["fill"]))
+    ids["merge"] = sbatch(places.folder / "merge.sbatch")
+    add_jobs(places, [{"id": job, "what": what} for what, job in ids.items()])
+    print(f"submitted {ids['fill']} (array of {config.cluster.fill_jobs}), then {ids['merge']}, which joins its parts")
+    print(f"train after it: cluster.dependency=afterok:{ids['merge']}")
+    return 0
+
+
+def run_interactively(config: Config, tree: dict[str, Any], site: Site) -> int:
+    """Start the roles on the nodes of the allocation that this process is in. Does not return.
+
+    Raises:
+        ConfigError: there is none, or it is too small.
+    """
+    roles = training_roles(config, site)
+    words = supervisor_words(config, site, roles, ["interactive"])
+    if config.dry_run:
+        print(shlex.join(words))
+        return 0
+    if "SLURM_JOB_ID" not in os.environ:
+        raise ConfigError("cluster.kind=interactive: this is no allocation. First: salloc --nodes=N, or cluster=slurm")
+    nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
+    if len(roles) == 1 and config.trainer.num_nodes > nodes:
+        raise ConfigError(f"trainer.num_nodes={config.trainer.num_nodes}: the allocation has {nodes}")
+    prepare(config, tree, site)
+    environment = {**os.environ, **{name: str(value) for name, value in config.cluster.env.items()}}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(site.checkout), os.environ.get("PYTHONPATH")]))
+    os.execve(words[0], words, environment)
+
+
+def prepare(config: Config, tree: dict[str, Any], site: Site) -> Places:
+    """Write what the job reads: the frozen configuration, the variables, the servers' token.
+
+    Raises:
+        ConfigError: jobs of this run still go by another configuration.
+    """
+    places = places_of(config, site)
+    frozen = yaml.safe_dump({**tree, "dry_run": False}, sort_keys=False, allow_unicode=True)
+    if places.frozen.exists() and places.frozen.read_text(encoding="utf-8") != frozen:
+        active = [state.id for state in job_states([job["id"] for job in read_jobs(places)]) if not state.is_over]
+        if active:
+            raise ConfigError(
+                f"run.dir={config.run.dir}: job {', '.join(active)} of this run waits or runs with other settings, and "
+                "would go on with these: scripts/launch.py cancel first, or give this run another name (run.name=NAME)"
+            )
+    try:
+        places.make()
+    except OSError as error:
+        raise ConfigError(f"run.dir={config.run.dir}: can't be made ({error.strerror})") from None
+    if config.cluster.servers.nodes:
+        places.make_token()
+    write_atomic(places.frozen, frozen)
+    write_atomic(places.environment, environment_file(config.cluster.env), mode=0o600)
+    return places
+
+
+def sbatch(script: Any) -> str:
+    """Submit; the job's id.
+
+    Raises:
+        ConfigError: Slurm's own words, and what the partitions have, as these often leave open what is wrong.
+    """
+    try:
+        return slurm("sbatch", "--parsable", str(script)).split(";")[0].strip()
+    except SlurmError as error:
+        raise ConfigError(f"{error}{_partitions()}\nThe script is {script}") from None
+
+
+def _partitions() -> str:
+    try:
+        lines = slurm("sinfo", "--noheader", "--format=%P: %D nodes, %c cores, %m MiB, %G, time limit %l").splitlines()
+    except SlurmError:
+        return ""
+    return "\nPartitions here:\n" + "\n".join(f"  {line}" for line in lines)

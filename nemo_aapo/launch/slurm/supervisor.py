@@ -1,0 +1,279 @@
+"""What a job's script becomes: starts the roles, hears Slurm's signals, and decides what follows their end.
+
+    supervisor job|interactive|task --fault-timeout S [--max-requeues N] RUN_DIR :: train srun ... [:: servers ...]
+
+job: a batch job that trains; interactive: the same in an allocation, without history and requeue, and its ranks' logs
+are shown; task: anything else, which leaves the run's state alone.
+
+USR1 (time limit, preemption, ``scancel --batch --signal=USR1``): a stop file in the run directory makes the trainer
+finish its step, save and end with 0; then the job is requeued. A file rather than a signal: ranks that are still
+importing would not survive one. TERM (``scancel``): the same, but the job never comes back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+
+from nemo_aapo.errors import FAILED, INTERRUPTED, REFUSED, RunError, SlurmError
+from nemo_aapo.launch.slurm.attempts import Attempt, End, decide, read_history, summary, write_history
+from nemo_aapo.launch.slurm.commands import node_addresses, parse_scontrol, slurm
+from nemo_aapo.launch.slurm.logs import Tail
+from nemo_aapo.launch.slurm.paths import Places
+from nemo_aapo.launch.slurm.rank import ADDRESSES
+from nemo_aapo.launch.slurm.roles import Ended, Roles, Signals
+from nemo_aapo.launch.slurm.script import SEPARATOR
+from nemo_aapo.run.state import look
+from nemo_aapo.run.stop import STOP_FILE
+from nemo_aapo.utils.files import LOCK
+
+LOCK_WAIT_S = 120.0
+"""Ranks of an attempt whose node was lost may live on for a while, and hold the run directory."""
+SEEN_WAIT_S = 15
+"""A shared file system may take so long to show a new file on all nodes."""
+REQUEUE_WAIT_S = 120.0
+"""Slurm ends the script of a job that it requeues within this."""
+CANCELLED, LOST = "cancelled", "requeued by Slurm"
+"""What TERM can stand for."""
+
+
+class Supervisor:
+    """One start of a job."""
+
+    def __init__(self, places: Places, commands: Mapping[str, Sequence[str]], *, fault_timeout_s: float) -> None:
+        """Args: commands: role -> ``srun`` and all its words, the trainer first."""
+        self.places, self.commands, self.fault_timeout_s = places, commands, fault_timeout_s
+        self.job, self.restart = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        self.asked: str | None = None
+        """What asked the trainer to stop: USR1, INT, or what TERM stood for."""
+        self.signals = Signals()
+
+    def run_training(self, *, follow: bool = False) -> Ended:
+        """Start trainer and servers and see them off.
+
+        Args:
+            follow: show what they write.
+
+        Raises:
+            RunError: a node does not see the run directory, or another process still uses it.
+        """
+        (self.places.run_dir / STOP_FILE).unlink(missing_ok=True)
+        for address in self.places.servers.glob("server_*.json"):  # of servers that are gone
+            address.unlink()
+        self._see_run_directory_everywhere()
+        wait_for_lock(self.places.run_dir / LOCK, LOCK_WAIT_S)
+        tail = Tail(self.places.logs, from_end=True) if follow else None
+
+        def each() -> None:
+            self._hear()
+            for line in tail.lines() if tail else ():
+                print(line, flush=True)
+
+        try:
+            ended = self.run(each)
+            each()  # a signal that came at the very end still decides whether the job comes back
+        finally:
+            (self.places.run_dir / STOP_FILE).unlink(missing_ok=True)
+        return ended
+
+    def run(self, each: Callable[[], None]) -> Ended:
+        """Start all roles and see them off; ``each`` is called several times a second."""
+        roles = Roles(self.commands, self._environment(), self.places.logs, fault_timeout_s=self.fault_timeout_s)
+        return roles.wait(each)
+
+    def attempt(self, max_requeues: int) -> int:
+        """Run as a batch job: keep the history, sum up, requeue. Returns the exit code unless it is requeued."""
+        history = read_history(self.places.history)
+        state = look(self.places.run_dir)
+        if state.finished:
+            say("the run is finished: nothing to do")
+            return 0
+        if history.stopped:
+            say(f"nothing is started: {history.stopped}")
+            return FAILED
+        attempt = Attempt(self.job, self.restart, time.time(), state.checkpoint)
+        history = history.begin(attempt)
+        write_history(self.places.history, history)
+        say(f"attempt {self.restart} of job {self.job} begins after step {state.checkpoint}")
+        try:
+            ended = self.run_training()
+            end, why = self._judge(ended)
+            if end in ("failed", "lost"):
+                say(ended.last_words)
+        except RunError as error:
+            end, why = "refused", str(error)
+        attempt = self._close(attempt, end, why)
+        history = history.end(attempt)
+        decision = decide(history.attempts[history.counts_from :], max_requeues)
+        if end in ("failed", "refused", "saved", "lost") and not decision.requeue:
+            history = replace(history, stopped=decision.why)
+        write_history(self.places.history, history)
+        say(summary(attempt))
+        say(decision.why)
+        if decision.requeue and end != "lost":  # then Slurm does it
+            requeue(self.job)
+        return {"finished": 0, "cancelled": 0, "refused": REFUSED}.get(end, FAILED)
+
+    def _close(self, attempt: Attempt, end: End, why: str) -> Attempt:
+        state = look(self.places.run_dir)
+        return replace(
+            attempt,
+            end=end,
+            why=why,
+            ended=time.time(),
+            checkpoint_after=state.checkpoint,
+            step=state.step,
+            tokens=state.tokens_after(attempt.checkpoint_before),
+        )
+
+    def _judge(self, ended: Ended) -> tuple[End, str]:
+        """How the trainer's end is to be understood."""
+        if look(self.places.run_dir).finished:
+            return "finished", "the run is complete"
+        if self.asked == CANCELLED:
+            return "cancelled", "SIGTERM from Slurm (scancel, or the time limit before the trainer could save)"
+        if self.asked == LOST or "ode failure" in ended.last_words:  # srun's words for a node that Slurm gave up
+            return "lost", ended.fault or "Slurm ended the job and requeued it: a lost node, or no time to save"
+        if ended.lost_server:
+            return "failed", ended.lost_server
+        if ended.code == 0:
+            return "saved", f"{self.asked or 'the trainer was asked to stop, or checkpoint.max_time_s was reached'}"
+        if ended.code == REFUSED:
+            return "refused", f"the trainer refused its configuration; see {self.places.logs / 'rank_0.log'}"
+        return "failed", ended.fault or f"exit code {ended.code}"
+
+    def _hear(self) -> None:
+        """Act on signals that came."""
+        while self.signals.received:
+            number = self.signals.received.pop(0)
+            reason = self._why_term() if number == signal.SIGTERM else signal.Signals(number).name
+            if number == signal.SIGINT and self.asked is not None:
+                raise KeyboardInterrupt  # a second Ctrl-C does not wait for the end of the step
+            if self.asked is None or reason in (CANCELLED, LOST):
+                self.asked = reason
+                say(f"{reason}: asking the trainer to finish its step, save and end")
+        if self.asked is not None:  # again and again: a trainer that is just starting removes an old stop file
+            (self.places.run_dir / STOP_FILE).touch()
+
+    def _why_term(self) -> str:
+        """TERM comes with ``scancel`` and at the time limit, but also when Slurm takes a job back: a node was lost, or
+        the time that preemption leaves is over."""
+        try:
+            fields = parse_scontrol(slurm("scontrol", "show", "job", "-o", self.job))
+        except SlurmError:
+            return CANCELLED
+        return LOST if int(fields.get("Restarts", "0")) > self.restart else CANCELLED  # its state is the same in both
+
+    def _environment(self) -> dict[str, str]:
+        """Of ``srun``, which hands it on: where the nodes of each role are reached."""
+        environment = {**os.environ, "MASTER_PORT": str(15000 + (int(self.job) * 7 + self.restart) % 15000)}
+        for group, role in enumerate(self.commands):
+            addresses = node_addresses(os.environ, group if len(self.commands) > 1 else None)
+            environment[ADDRESSES.format(role=role.upper())] = ",".join(addresses)
+        return environment
+
+    def _see_run_directory_everywhere(self) -> None:
+        """A run directory on a local disk looks well until the other nodes begin to write."""
+        mark = self.places.folder / f"seen_by_{self.job}"
+        mark.touch()
+        look_for = f'for _ in {{1..{SEEN_WAIT_S}}}; do [[ -e $1 ]] && exit; sleep 1; done; echo "$SLURMD_NODENAME"'
+        try:
+            blind = []
+            for group in range(len(self.commands)):
+                flags = [f"--het-group={group}"] if len(self.commands) > 1 else []
+                flags += ["--ntasks-per-node=1", "--chdir=/", "--input=none"]
+                flags += [word for word in list(self.commands.values())[group] if word.startswith("--nodes=")]
+                blind += slurm("srun", *flags, "bash", "-c", look_for, "bash", str(mark)).split()
+        finally:
+            mark.unlink(missing_ok=True)
+        if blind:
+            raise RunError(
+                f"run.dir={self.places.run_dir}: {', '.join(sorted(blind))} can't see it. Put it on a file system that "
+                "all nodes share (run.dir=DIR)"
+            )
+
+
+def wait_for_lock(path: Path, seconds: float) -> None:
+    """Until no other process holds the run directory.
+
+    Raises:
+        RunError: still held after so many seconds.
+    """
+    if not path.exists():
+        return
+    deadline = time.monotonic() + seconds
+    with path.open("r+") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise RunError(f"{path.parent} is still in use by {file.read().strip()}") from None
+                time.sleep(0.5)
+            except OSError:  # some cluster file systems are mounted without locks
+                return
+
+
+def requeue(job: str) -> None:
+    """Put this very job back into the queue. Slurm ends this script, so this returns only if that failed.
+
+    Raises:
+        SlurmError: Slurm refuses, as where requeuing is switched off.
+    """
+    for number in Signals.HANDLED:
+        signal.signal(number, signal.SIG_IGN)
+    slurm("scontrol", "requeue", job)
+    time.sleep(REQUEUE_WAIT_S)
+
+
+def split_roles(words: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """Options, and role -> command, of ``OPTIONS :: ROLE COMMAND ... :: ROLE COMMAND ...``."""
+    parts: list[list[str]] = [[]]
+    for word in words:
+        if word == SEPARATOR:
+            parts.append([])
+        else:
+            parts[-1].append(word)
+    return parts[0], {role: command for role, *command in parts[1:]}
+
+
+def main(argv: Sequence[str]) -> int:
+    """The exit code of the job."""
+    options, commands = split_roles(argv)
+    parser = argparse.ArgumentParser(prog="supervisor")
+    parser.add_argument("mode", choices=["job", "interactive", "task"])
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--max-requeues", type=int, default=0)
+    parser.add_argument("--fault-timeout", type=float, required=True)
+    given = parser.parse_args(options)
+    supervisor = Supervisor(Places(given.run_dir), commands, fault_timeout_s=given.fault_timeout)
+    try:
+        if given.mode == "job":
+            return supervisor.attempt(given.max_requeues)
+        ended = supervisor.run_training(follow=True) if given.mode == "interactive" else supervisor.run(lambda: None)
+    except RunError as error:
+        say(str(error))
+        return FAILED
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    if ended.code:
+        say("\n".join(filter(None, [ended.lost_server, ended.last_words])))
+    return ended.code
+
+
+def say(text: str) -> None:
+    """Into the job's log."""
+    print(f"[{datetime.now().isoformat(timespec='seconds')}] {text}", flush=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

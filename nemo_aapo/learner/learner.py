@@ -1,0 +1,206 @@
+"""One rollout batch -> optimizer steps: drop what carries no gradient, deal micro-batches, score, update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from nemo_aapo.algorithms import Algorithm
+from nemo_aapo.algorithms.advantage import zero_advantage
+from nemo_aapo.distributed import parallel
+from nemo_aapo.learner.batch_plan import padding_fraction, plan
+from nemo_aapo.learner.microbatch import Bundle, bundled, collate, length_of, row_length_of
+from nemo_aapo.learner.policy import MegatronPolicy
+from nemo_aapo.mcore.micro_batch import MicroBatch
+from nemo_aapo.types import Group, Sample
+
+
+@dataclass(frozen=True, slots=True)
+class Learner:
+    """Trains a policy on scored groups by an algorithm; collective over all ranks."""
+
+    policy: MegatronPolicy
+    algorithm: Algorithm
+    max_tokens_per_microbatch: int
+    updates_per_rollout: int
+    pad_multiple: int = 1
+    """What token counts are padded to (``config.pad_multiple``)."""
+    packed: bool = False
+    """Micro-batches are one row of sequences end to end."""
+    share_prompts: bool = False
+    """Completions of a group stand in that row behind one copy of their prompt."""
+
+    def update(self, groups: Sequence[Group]) -> dict[str, float]:
+        """``updates_per_rollout`` optimizer steps on the groups of all ranks.
+
+        Args:
+            groups: this data-parallel rank's, with advantages.
+
+        Returns:
+            Metrics, the same on all ranks. Those of the first optimizer step where there are several, except
+            ``loss``, ``grad_norm`` and ``lr``, which are the last one's.
+        """
+        batches, shape_metrics = self._microbatches(groups)
+        batches = self._scored(batches)
+        metrics: dict[str, float] = {}
+        for _ in range(self.updates_per_rollout):
+            step = _means(self.policy.train_step(batches, self._loss))
+            metrics = {**step, **metrics, **{key: step[key] for key in ("loss", "grad_norm", "lr")}}
+        self.policy.finish_updates()
+        return {**metrics, **shape_metrics}
+
+    def parity(self, groups: Sequence[Group]) -> dict[str, float]:
+        """The engine's log-probs against the learner's on the same tokens, without training: the parity gate.
+
+        Returns:
+            ``parity/mult_prob_error`` and ``parity/gen_kl`` over all ranks.
+        """
+        everything = [group.replace(advantages=np.ones(len(group.completions))) for group in groups]
+        batches, _ = self._microbatches(everything)
+        pairs = zip(self.policy.score(batches), batches, strict=True)
+        differences = [scored - batch.rollout_logprobs.cpu().numpy() for scored, batch in pairs]
+        difference = np.concatenate([d.astype(np.float64) for d in differences])
+        sums = {
+            "tokens": float(len(difference)),
+            "parity/abs_logprob_difference": float(np.abs(difference).sum()),
+            "parity/kl": float((np.expm1(difference) - difference).sum()),
+        }
+        total = [sum(part[key] for part in parallel.gather_data_parallel(sums)) for key in sums]
+        return _parity(dict(zip(sums, total, strict=True)))
+
+    # ------------------------------------------------------------------ parts
+
+    def _microbatches(self, groups: Sequence[Group]) -> tuple[list[MicroBatch], dict[str, float]]:
+        """This rank's micro-batches of the whole optimizer batch, weighted by the global denominator."""
+        everything = [_sample(group, i) for group in groups for i in range(len(group.completions))]
+        dead = zero_advantage(np.stack([g.advantages for g in groups])) if groups else np.zeros(0, bool)
+        # A completion without a gradient still counts in the denominator: leaving it out must not change the loss.
+        kept = [
+            [_sample(group, i) for i in range(len(group.completions)) if len(group.completions[i].token_ids)]
+            for group, is_dead in zip(groups, dead, strict=True)
+            if self.algorithm.needs_reference_logprobs or not is_dead
+        ]
+        counts = parallel.gather_data_parallel(
+            (
+                sum(len(s.completion_ids) for s in everything),
+                len(everything),
+                len(groups),
+                int(dead.sum()),
+                sum(length_of(samples) for samples in kept),
+            )
+        )
+        total_tokens, total_sequences, total_groups, dead_groups, kept_tokens = map(sum, zip(*counts, strict=True))
+        own = [bundle for samples in kept for bundle in self._bundled(samples, kept_tokens)]
+        mine, layout_metrics = self._dealt(own)
+        alpha = self.algorithm.alpha(total_groups, dead_groups)
+        batches = []
+        for bundles in mine:
+            lengths = [len(sample.completion_ids) for bundle in bundles for sample in bundle]
+            weights = alpha * self.algorithm.token_weights(
+                lengths, total_tokens=total_tokens, total_sequences=total_sequences
+            )
+            device = torch.cuda.current_device()
+            batches.append(collate(bundles, weights, multiple=self.pad_multiple, device=device, packed=self.packed))
+        return batches, {**layout_metrics, "microbatches": float(len(batches)), "alpha": alpha}
+
+    def _bundled(self, samples: Sequence[Sample], kept_tokens: int) -> list[Bundle]:
+        """A group's samples: what may not be parted any more.
+
+        Args:
+            kept_tokens: of the sequences of all ranks. No bundle is more than half of a rank's share of them, so that
+                a few groups can be spread evenly as well.
+        """
+        if not self.share_prompts:
+            return [(sample,) for sample in samples]
+        budget = self.max_tokens_per_microbatch // self.pad_multiple * self.pad_multiple
+        ranks = parallel.data_parallel_size()
+        return bundled(samples, budget if ranks == 1 else min(budget, kept_tokens // (2 * ranks)))
+
+    def _dealt(self, bundles: Sequence[Bundle]) -> tuple[list[list[Bundle]], dict[str, float]]:
+        """This rank's micro-batches after bundles have moved to where the plan wants them."""
+        sizes = parallel.gather_data_parallel([(length_of(bundle), row_length_of(bundle)) for bundle in bundles])
+        rank, size = parallel.data_parallel_rank(), parallel.data_parallel_size()
+        first = sum(len(part) for part in sizes[:rank])
+        lengths, row_lengths = ([pair[k] for part in sizes for pair in part] for k in (0, 1))
+        dealt = plan(
+            lengths,
+            budget=self.max_tokens_per_microbatch,
+            data_parallel_size=size,
+            multiple=self.pad_multiple,
+            packed=self.packed,
+        )
+        outgoing: list[list[tuple[int, Bundle]]] = [[] for _ in range(size)]
+        for target, batches in enumerate(dealt):
+            wanted = {i for batch in batches for i in batch}
+            outgoing[target] = [(first + k, b) for k, b in enumerate(bundles) if first + k in wanted]
+        by_index = dict(parallel.exchange_data_parallel(outgoing))
+        everything = [batch for part in dealt for batch in part]
+        return [[by_index[i] for i in batch] for batch in dealt[rank]], {
+            "padding_fraction": padding_fraction(everything, row_lengths, self.pad_multiple, self.packed),
+            "shared_prompt_fraction": 1.0 - sum(row_lengths) / max(sum(lengths), 1),
+        }
+
+    def _scored(self, batches: list[MicroBatch]) -> list[MicroBatch]:
+        """With the log-probs that the loss needs besides the present ones."""
+        if self.updates_per_rollout > 1 and self.algorithm.config.loss == "ratio_clip":
+            scored = self.policy.score(batches)
+            batches = [b.replace(old_logprobs=_like(s, b)) for b, s in zip(batches, scored, strict=True)]
+        if self.algorithm.needs_reference_logprobs:
+            with self.policy.reference_weights():
+                scored = self.policy.score(batches)
+            batches = [b.replace(reference_logprobs=_like(s, b)) for b, s in zip(batches, scored, strict=True)]
+        return batches
+
+    def _loss(
+        self, logprobs: torch.Tensor, entropy: torch.Tensor, batch: MicroBatch
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        value, sums = self.algorithm.token_loss(
+            logprobs,
+            batch.advantages,
+            batch.weights,
+            rollout_logprobs=batch.rollout_logprobs,
+            old_logprobs=batch.old_logprobs,
+            reference_logprobs=batch.reference_logprobs,
+        )
+        return value, {**sums, "entropy": entropy.sum()}
+
+
+def _sample(group: Group, i: int) -> Sample:
+    completion = group.completions[i]
+    return Sample(
+        prompt_ids=group.prompt.token_ids,
+        completion_ids=completion.token_ids,
+        rollout_logprobs=completion.logprobs,
+        advantage=float(group.advantages[i]),
+    )
+
+
+def _like(scored: np.ndarray, batch: MicroBatch) -> torch.Tensor:
+    return torch.from_numpy(scored).to(batch.rollout_logprobs)
+
+
+def _means(sums: dict[str, float]) -> dict[str, float]:
+    """The loss function's sums as metrics: means per token, minima as they are."""
+    as_they_are = ("loss", "grad_norm", "lr")
+    tokens = sums["tokens"] or math.nan  # a batch without any signal has no tokens to average over
+    metrics = {key: sums[key] for key in as_they_are}
+    metrics |= {
+        key: value / tokens
+        for key, value in sums.items()
+        if key not in (*as_they_are, "tokens") and not key.startswith(("min/", "parity/"))
+    }
+    metrics |= {key.removeprefix("min/"): value for key, value in sums.items() if key.startswith("min/")}
+    return {**metrics, **_parity(sums)}
+
+
+def _parity(sums: dict[str, float]) -> dict[str, float]:
+    """``parity/mult_prob_error``: exp of the mean absolute difference; ``parity/gen_kl``: KL(engine, learner), k3."""
+    tokens = sums["tokens"] or math.nan
+    return {
+        "parity/mult_prob_error": math.exp(min(sums["parity/abs_logprob_difference"] / tokens, 50.0)),
+        "parity/gen_kl": sums["parity/kl"] / tokens,
+    }

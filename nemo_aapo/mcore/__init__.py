@@ -1,0 +1,1 @@
+"""The only importer of megatron-core and Megatron-Bridge: model, optimizer, precision, weight map."""

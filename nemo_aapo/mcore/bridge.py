@@ -1,0 +1,157 @@
+"""Megatron-Bridge, imported in the parts that are used: the conversion, and the bridge of one architecture.
+
+``import megatron.bridge`` imports every model family that it knows, which takes a rank a second, and packages that
+exist on GPUs only. Here the ``__init__`` of the packages on the way is put off until someone asks for what it defines.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.metadata
+import importlib.util
+import re
+import sys
+import types
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from nemo_aapo.mcore.import_stubs import standing_in
+from nemo_aapo.utils.libraries import import_megatron_core, importing
+
+SUPPORTED = "0.3"
+"""The release line whose layout of packages is known here; of any other, all is imported."""
+
+OPTIONAL_DEPENDENCIES = ("transformer_engine", "triton", "mamba_ssm", "causal_conv1d", "mlflow", "timm", "modelopt")
+"""Packages that Megatron-Bridge imports at module level for models and features that we don't use."""
+
+CORE_FIRST = (
+    "megatron.core.models.gpt.gpt_layer_specs",
+    "megatron.core.models.gpt.experimental_attention_variant_module_specs",
+    "megatron.core.optimizer",
+    "megatron.core.distributed",
+    "megatron.core.models.vision.clip_vit_model",
+    "megatron.core.models.T5.t5_model",
+    "megatron.core.models.multimodal.llava_model",
+    "megatron.core.post_training.modelopt.gpt.model_specs",
+)
+"""mcore modules that decide at import time whether TransformerEngine is there: they must see the truth."""
+
+MODELS = "megatron.bridge.models"
+
+
+def auto_bridge_class(architecture: str) -> Any:
+    """``megatron.bridge.AutoBridge``, able to convert models of an architecture such as ``Qwen2ForCausalLM``."""
+    import_megatron_core()
+    module = bridge_module(architecture)
+    later = ["megatron.bridge", MODELS, module.rpartition(".")[0]] if module else []
+    with importing():
+        for name in CORE_FIRST:
+            importlib.import_module(name)
+    with importing(), _optional_dependencies(), _put_off(later):
+        auto_bridge = importlib.import_module(f"{MODELS}.conversion.auto_bridge").AutoBridge
+        importlib.import_module(module or MODELS)
+    _scatter_contiguous()
+    return auto_bridge
+
+
+def lora_class() -> Any:
+    """``megatron.bridge.peft.lora.LoRA``, and the truth about TransformerEngine.
+
+    Without it mcore has mocks in place of its classes, which the Bridge takes for real ones and fails on.
+    """
+    import_megatron_core()
+    with importing(), _optional_dependencies():
+        lora = importlib.import_module("megatron.bridge.peft.lora")
+        utils = importlib.import_module("megatron.bridge.peft.utils")
+    if importlib.util.find_spec("transformer_engine") is None:
+        utils.HAVE_TE = False
+    return lora.LoRA
+
+
+def known_architectures() -> list[str]:
+    """All that the installed Megatron-Bridge registers a map for, whether it works here or not; nothing is imported."""
+    (folder,) = importlib.util.find_spec("megatron.bridge").submodule_search_locations
+    source = r"MegatronModelBridge\.register_bridge\(\s*source=[\"']?(\w+)"
+    texts = [path.read_text(encoding="utf-8") for path in (Path(folder) / "models").glob("*/*_bridge.py")]
+    return sorted({name for text in texts for name in re.findall(source, text, re.MULTILINE)})
+
+
+def bridge_module(architecture: str) -> str | None:
+    """The module that registers the architecture's bridge; None: it is not found by its text, so import all."""
+    if not importlib.metadata.version("megatron-bridge").startswith(SUPPORTED + "."):
+        return None
+    (folder,) = importlib.util.find_spec("megatron.bridge").submodule_search_locations
+    source = rf"^@MegatronModelBridge\.register_bridge\(\s*source=[\"']?{re.escape(architecture)}\b"
+    for path in sorted((Path(folder) / "models").glob("*/*_bridge.py")):
+        if re.search(source, path.read_text(encoding="utf-8"), re.MULTILINE):
+            return f"{MODELS}.{path.parent.name}.{path.stem}"
+    return None
+
+
+def _optional_dependencies() -> contextlib.AbstractContextManager[None]:
+    return standing_in(name for name in OPTIONAL_DEPENDENCIES if importlib.util.find_spec(name) is None)
+
+
+@contextlib.contextmanager
+def _put_off(packages: Iterable[str]) -> Iterator[None]:
+    """Inside, these packages are imported without running their ``__init__``: first use of a name runs it."""
+    finder = _PutOffFinder(set(packages))
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+
+
+class _PutOffFinder(importlib.abc.MetaPathFinder):
+    def __init__(self, packages: set[str]) -> None:
+        self.packages = packages
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname not in self.packages:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is not None:
+            spec.loader = _PutOffLoader(spec.loader)
+        return spec
+
+
+class _PutOffLoader(importlib.abc.Loader):
+    """Another loader's work, done when the module is asked for a name that it does not have yet (PEP 562)."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    def create_module(self, spec):
+        return None
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        def run_and_get(name: str) -> Any:
+            if name.startswith("__") and name not in ("__all__", "__version__"):  # what Python and others probe for
+                raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
+            if module.__dict__.pop("__getattr__", None) is not None:
+                with _optional_dependencies():
+                    self.loader.exec_module(module)
+            return getattr(module, name)
+
+        module.__getattr__ = run_and_get
+
+
+def _scatter_contiguous() -> None:
+    """gloo's scatter misreads non-contiguous tensors without an error: every row-parallel weight would arrive wrong."""
+    from megatron.bridge.models.conversion.param_mapping import MegatronParamMapping
+
+    scatter = MegatronParamMapping.scatter_to_tp_ranks
+    if getattr(scatter, "contiguous", False):
+        return
+
+    def scatter_to_tp_ranks(self, splits, *args, **kwargs):
+        splits = [split.contiguous() for split in splits] if splits else splits
+        return scatter(self, splits, *args, **kwargs)
+
+    scatter_to_tp_ranks.contiguous = True
+    MegatronParamMapping.scatter_to_tp_ranks = scatter_to_tp_ranks

@@ -1,0 +1,1 @@
+"""A Hugging Face model directory as files: checked, read, and written."""

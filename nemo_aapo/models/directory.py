@@ -1,0 +1,175 @@
+"""A Hugging Face model directory, checked before anything expensive is done with it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nemo_aapo.config import Config, ModelShape, Sizes, derive
+from nemo_aapo.errors import ConfigError
+
+ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM")
+"""What is trained; ``models/families.py`` has what is only converted."""
+
+LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+"""What mcore's rotary embedding takes for granted; Llama 3.1, 3.2 and 3.3 all have it."""
+
+
+def read_model_dir(path: str, architectures: Sequence[str] = ARCHITECTURES) -> ModelShape:
+    """Check that the directory holds a whole model of a known architecture, and read its shape.
+
+    Only headers are read: a 70B model takes milliseconds.
+
+    Raises:
+        ConfigError: missing directory or file, half-written weights, unknown architecture, or a setting of the model
+            that megatron-core computes otherwise; what to do about it.
+    """
+    directory = Path(path)
+    if not directory.is_dir():
+        raise ConfigError(
+            f"model.path={path}: no such directory. It must be a local Hugging Face model directory "
+            "(config.json, *.safetensors, tokenizer files); `huggingface-cli download NAME --local-dir DIR` makes one"
+        )
+    config = _read_json(directory / "config.json", "is this a Hugging Face model directory?")
+    architecture = architecture_of(path)
+    if architecture not in architectures:
+        raise ConfigError(f"model.path={path}: architecture {architecture}; supported are {', '.join(architectures)}")
+    if problem := twin_problem(config):
+        raise ConfigError(f"model.path={path}: {problem}")
+    for name in weight_files(directory):
+        _check_safetensors(directory / name)
+    return shape_of(config)
+
+
+def twin_problem(config: dict[str, Any]) -> str | None:
+    """What of a ``config.json`` makes the Megatron model compute something else than transformers does; None: nothing.
+
+    Args:
+        config: of an architecture that the Bridge has a map for.
+    """
+    return _rope_problem(config) or _window_problem(config)
+
+
+def _rope_problem(config: dict[str, Any]) -> str | None:
+    if "rope_parameters" in config:
+        return (
+            "config.json has rope_parameters, which transformers 5 writes and 4.57, used here, ignores: put what they "
+            "say into rope_theta and rope_scaling"
+        )
+    scaling = config.get("rope_scaling")
+    if not scaling:
+        return None
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind != "llama3" or "LlamaForCausalLM" not in config["architectures"]:
+        return f"rope_scaling of type {kind} gets lost in Megatron-Bridge 0.3.1: the Megatron model would differ"
+    other = {key: scaling.get(key) for key, value in LLAMA3_ROPE.items() if scaling.get(key) != value}
+    if other:
+        return f"rope_scaling has {other}, but megatron-core computes with {LLAMA3_ROPE} whatever a model says"
+    return None
+
+
+def _window_problem(config: dict[str, Any]) -> str | None:
+    if config.get("use_sliding_window") and "MistralForCausalLM" not in config["architectures"]:
+        return "use_sliding_window=true gets lost in Megatron-Bridge 0.3.1: the Megatron model would differ"
+    return None
+
+
+def shape_of(config: dict[str, Any]) -> ModelShape:
+    """The shape that a ``config.json`` says."""
+    heads = config["num_attention_heads"]
+    return ModelShape(
+        architecture=config["architectures"][0],
+        num_layers=config["num_hidden_layers"],
+        hidden_size=config["hidden_size"],
+        ffn_hidden_size=config["intermediate_size"],
+        num_attention_heads=heads,
+        num_query_groups=config.get("num_key_value_heads") or heads,
+        head_size=config.get("head_dim") or config["hidden_size"] // heads,
+        vocab_size=config["vocab_size"],
+        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+        max_position_embeddings=config.get("max_position_embeddings", 2**31),
+    )
+
+
+def architecture_of(path: str) -> str:
+    """The first of the architectures that ``config.json`` names.
+
+    Raises:
+        ConfigError: no such file, or not JSON.
+    """
+    config = _read_json(Path(path) / "config.json", "is this a Hugging Face model directory?")
+    return (config.get("architectures") or ["none named"])[0]
+
+
+def check_model(config: Config, world_size: int) -> tuple[ModelShape, Sizes]:
+    """The model directory against the configuration and the number of ranks; milliseconds, no torch.
+
+    Raises:
+        ConfigError: as ``read_model_dir`` and ``config.derive``.
+    """
+    shape = read_model_dir(config.model.path)
+    return shape, derive(config, shape, world_size)
+
+
+def weight_files(directory: Path) -> list[str]:
+    """Names of the safetensors files that make up the model.
+
+    Raises:
+        ConfigError: none there, or a file that the index names is missing.
+    """
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(_read_json(index, "the index of the weights").get("weight_map", {}).values()))
+        missing = [name for name in names if not (directory / name).exists()]
+        if missing or not names:
+            raise ConfigError(
+                f"{index}: names files that are not there: {', '.join(missing) or 'none at all'}. Half downloaded?"
+            )
+        return names
+    if (directory / "model.safetensors").exists():
+        return ["model.safetensors"]
+    raise ConfigError(
+        f"model.path={directory}: no model.safetensors and no index of several. Pickled weights (*.bin) are not read: "
+        "convert them with transformers' save_pretrained(safe_serialization=True)"
+    )
+
+
+def digest(path: str) -> str:
+    """Digest of the model's weights and configuration: 16 hex digits; what reference rewards are stored under."""
+    directory, total = Path(path), hashlib.sha256()
+    for name in ["config.json", *weight_files(directory)]:
+        with (directory / name).open("rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()[:16]
+
+
+def _read_json(path: Path, hint: str) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: missing ({hint})") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not JSON ({error}). Half-written?") from None
+
+
+def _check_safetensors(path: Path) -> None:
+    """Compare the file's size with what its header promises."""
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            (header_size,) = struct.unpack("<Q", file.read(8))
+            if header_size > size:
+                raise ValueError("header cut off")
+            header = json.loads(file.read(header_size))
+            tensors = [entry for name, entry in header.items() if name != "__metadata__"]
+            promised = 8 + header_size + max((entry["data_offsets"][1] for entry in tensors), default=0)
+    except (struct.error, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path}: not a whole safetensors file ({error}). Half-written?") from None
+    if size != promised:
+        raise ConfigError(f"{path}: has {size} bytes where its header promises {promised}. Half-written?")

@@ -1,0 +1,103 @@
+"""Which model families train, which only convert, and which are refused, with the reason. No torch.
+
+Megatron-Bridge names more architectures than these (``python scripts/convert.py supported`` prints its list). Here are
+those that the tests convert both ways and compare with transformers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nemo_aapo.config.sizes import undivided
+from nemo_aapo.errors import ConfigError
+from nemo_aapo.models.directory import ARCHITECTURES as TRAINS
+from nemo_aapo.models.directory import shape_of, twin_problem
+
+CONVERTS = (*TRAINS, "MistralForCausalLM", "GemmaForCausalLM")
+"""Architectures that convert; those of ``TRAINS`` can be trained as well."""
+
+REFUSED = {
+    "Gemma2ForCausalLM": "Megatron-Bridge 0.3.1 builds its layers of TransformerEngine classes only "
+    "(TERowParallelLinearLayerNorm), which do not exist on a CPU",
+    "Gemma3ForCausalLM": "Megatron-Bridge 0.3.1 builds its layers of TransformerEngine classes only "
+    "(TERowParallelLinearLayerNorm, Gemma3TEDotProductAttention), which do not exist on a CPU",
+}
+"""Architectures that were tried in vain."""
+
+
+def require_convertible(path: Path) -> dict[str, Any]:
+    """Refuse a model whose Megatron twin would not compute what transformers computes.
+
+    Args:
+        path: a directory with the model's ``config.json``.
+
+    Returns:
+        The content of ``config.json``.
+
+    Raises:
+        ConfigError: an architecture or a setting of it that is not supported, and why.
+    """
+    config = read_config_json(path)
+    architecture = (config.get("architectures") or ["none named"])[0]
+    if architecture not in CONVERTS:
+        reason = REFUSED.get(architecture, "it is not among those that were tested here")
+        raise ConfigError(f"{path}: architecture {architecture} is not converted: {reason}. {list_of(CONVERTS)} are")
+    if problem := twin_problem(config):
+        raise ConfigError(f"{path}: {problem}")
+    return config
+
+
+def read_config_json(path: Path) -> dict[str, Any]:
+    """A model directory's ``config.json``.
+
+    Raises:
+        ConfigError: missing or damaged.
+    """
+    try:
+        return json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no config.json, so it is no Hugging Face model directory") from None
+    except ValueError as error:
+        raise ConfigError(f"{path / 'config.json'}: not JSON ({error}). Half-written?") from None
+
+
+def require_layout(path: Path, tensor_parallel_size: int, pipeline_parallel_size: int) -> None:
+    """Refuse a model that is not converted, or can't be cut so.
+
+    Raises:
+        ConfigError: as ``require_convertible``; or what does not divide.
+    """
+    shape = shape_of(require_convertible(path))
+    problem = undivided(shape, tensor_parallel_size, pipeline_parallel_size)
+    if problem is None and shape.vocab_size % tensor_parallel_size:
+        problem = f"tensor_model_parallel_size={tensor_parallel_size} does not divide its {shape.vocab_size} token ids"
+    if problem:
+        raise ConfigError(f"{path}: {problem}")
+
+
+def list_of(architectures: Sequence[str]) -> str:
+    """For people."""
+    return ", ".join(architectures[:-1]) + " and " + architectures[-1]
+
+
+def supported(known_to_bridge: Sequence[str]) -> str:
+    """A table of all architectures that the Bridge knows.
+
+    Args:
+        known_to_bridge: ``policy.bridge.known_architectures()``.
+    """
+    lines = []
+    for name in sorted({*known_to_bridge, *CONVERTS}):
+        if name in TRAINS:
+            status = "trains and converts"
+        elif name in CONVERTS:
+            status = "converts"
+        elif name in REFUSED:
+            status = f"refused: {REFUSED[name]}"
+        else:
+            status = "known to Megatron-Bridge, not tested here, refused"
+        lines.append(f"{name:36} {status}")
+    return "\n".join(lines)

@@ -1,0 +1,201 @@
+"""Scores completions, in worker processes that are killed when an item takes too long.
+
+A verifier that meets ``9^{9^{9^9}}``, or a user's own function, may run for ever, eat all memory or crash, and no
+signal or thread stops it for sure. A process can be killed.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_aapo.rewards import reward_config
+from nemo_aapo.rewards.base import Reward, describe_error, score_parts
+from nemo_aapo.rewards.definition import reward_definition
+from nemo_aapo.rewards.workers.channel import encode_item
+from nemo_aapo.rewards.workers.pool import START_TIMEOUT_S, Failure, Reply, WorkerPool
+from nemo_aapo.types import Completion, Prompt
+
+logger = logging.getLogger(__name__)
+
+_LOGGED_FAILURES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class RewardResult:
+    """What the rewards say of one completion."""
+
+    score: float
+    """The weighted sum; ``score_on_failure`` if the item failed."""
+    parts: dict[str, float]
+    """Each reward's unweighted value by name; ``score_on_failure`` for all of them if the item failed."""
+    failure: Failure | None = None
+    """``"timeout"``: over the time limit. ``"error"``: a reward raised, crashed, ran out of memory, was not finite."""
+    detail: str = ""
+    """Why it failed, in one line."""
+
+
+@dataclass(slots=True)
+class RewardStats:
+    """Counts of collected completions since the runner was made."""
+
+    scored: int = 0
+    """All of them, failed ones included."""
+    timeouts: int = 0
+    errors: int = 0
+
+
+class RewardRunner:
+    """Scores completions by weighted rewards: ``submit`` while generation goes on, ``collect`` when it is done.
+
+    Results depend on the items alone, not on which worker is done first. Belongs to one thread. Use it as a context
+    manager, or ``close`` it.
+    """
+
+    def __init__(
+        self,
+        rewards: Sequence[tuple[Reward, float]],
+        workers: int,
+        timeout_s: float,
+        score_on_failure: float = 0.0,
+        memory_gib: float = 4.0,
+    ) -> None:
+        """Start the workers and wait until all are ready.
+
+        Args:
+            rewards: (reward, weight); a weight of 0 only reports the reward.
+            workers: worker processes. 0 scores in this process, which only rewards that always end may
+                (``Reward.in_process``).
+            timeout_s: seconds of wall clock for one completion, all its rewards together.
+            score_on_failure: the score of a completion that can't be scored.
+            memory_gib: address space of one worker, GiB; beyond it an item fails with MemoryError.
+
+        Raises:
+            ValueError: impossible arguments.
+            RewardError: a worker can't load its rewards.
+        """
+        self._rewards = [reward for reward, _ in rewards]
+        self._weights = [float(weight) for _, weight in rewards]
+        _check_arguments(self._rewards, self._weights, workers, score_on_failure)
+        if not (timeout_s > 0 and memory_gib > 0):
+            raise ValueError(f"timeout_s ({timeout_s}) and memory_gib ({memory_gib}) must be above 0")
+        self._workers = workers
+        self._timeout_s = timeout_s
+        self._score_on_failure = float(score_on_failure)
+        self._pending: dict[Hashable, Future[Reply]] = {}
+        self.stats = RewardStats()
+        self.pool: WorkerPool | None = None
+        """The worker processes; None if there are none."""
+        if workers:
+            configs = [reward_config(reward) for reward in self._rewards]
+            self.pool = WorkerPool({"rewards": configs, "memory_gib": memory_gib}, workers, timeout_s)
+
+    def submit(self, index: Hashable, prompt: Prompt, text: str, completion: Completion) -> None:
+        """Hand over one completion, whose result is collected under ``index``.
+
+        Raises:
+            ValueError: a completion of that index is not collected yet.
+            RewardError: the runner is closed.
+        """
+        if index in self._pending:
+            raise ValueError(f"completion {index} is submitted already")
+        if self.pool is not None:
+            self._pending[index] = self.pool.request(encode_item(prompt, text, completion))
+            return
+        try:
+            reply = Reply(score_parts(self._rewards, prompt, text, completion))
+        except Exception as error:  # whatever a reward raises, its item fails and not the run
+            reply = Reply([], "error", describe_error(error))
+        self._pending[index] = Future()
+        self._pending[index].set_result(reply)
+
+    def collect(self, timeout_s: float | None = None) -> dict[Hashable, RewardResult]:
+        """The results of all completions submitted since the last call, in the order of submission.
+
+        Args:
+            timeout_s: seconds to wait; by default what it takes if every item's worker has to be killed and replaced.
+
+        Raises:
+            TimeoutError: some are not scored by then.
+            RewardError: a killed worker could not be replaced.
+        """
+        pending, self._pending = self._pending, {}
+        if timeout_s is None:
+            timeout_s = math.ceil(len(pending) / max(self._workers, 1)) * (self._timeout_s + START_TIMEOUT_S)
+        _, late = wait(pending.values(), timeout_s)
+        if late:
+            raise TimeoutError(f"{len(late)} of {len(pending)} completions were not scored within {timeout_s:g} s")
+        results = {index: self._result(future.result()) for index, future in pending.items()}
+        self._count(results)
+        return results
+
+    def definition(self) -> list[dict[str, Any]]:
+        """All that scores depend on besides the completion: each reward with its weight, and the score of failures."""
+        weighted = zip(self._rewards, self._weights, strict=True)
+        rewards = [{**reward_definition(reward), "weight": weight} for reward, weight in weighted]
+        return [*rewards, {"score_on_failure": self._score_on_failure}]
+
+    def check_answer(self, answer: str) -> None:
+        """Raise ValueError if a reward can't work with this gold answer, or needs more than the limit to find out."""
+        if self.pool is None:
+            for reward in self._rewards:
+                reward.check_answer(answer)
+            return
+        reply = self.pool.request({"check_answer": answer}).result(self._timeout_s + START_TIMEOUT_S)
+        if reply.failure is not None:
+            raise ValueError(reply.detail)
+
+    def close(self) -> None:
+        """Kill the workers. Completions that were not collected are lost."""
+        if self.pool is not None:
+            self.pool.close()
+
+    def __enter__(self) -> RewardRunner:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _result(self, reply: Reply) -> RewardResult:
+        names = [reward.name for reward in self._rewards]
+        if reply.failure is None:
+            score = sum(weight * part for weight, part in zip(self._weights, reply.parts, strict=True))
+            parts = dict(zip(names, reply.parts, strict=True))
+            if math.isfinite(score):  # as it is if all parts are, but for an overflow
+                return RewardResult(score, parts)
+            reply = Reply([], "error", f"not finite: {parts}")
+        lost = self._score_on_failure
+        return RewardResult(lost, dict.fromkeys(names, lost), reply.failure, reply.detail)
+
+    def _count(self, results: Mapping[Hashable, RewardResult]) -> None:
+        failed = {index: result for index, result in results.items() if result.failure}
+        timeouts = sum(result.failure == "timeout" for result in failed.values())
+        self.stats.scored += len(results)
+        self.stats.timeouts += timeouts
+        self.stats.errors += len(failed) - timeouts
+        for index, result in list(failed.items())[:_LOGGED_FAILURES]:
+            logger.warning("completion %s got score %g: %s: %s", index, result.score, result.failure, result.detail)
+        if len(failed) > _LOGGED_FAILURES:
+            logger.warning("%d of %d completions could not be scored", len(failed), len(results))
+
+
+def _check_arguments(rewards: Sequence[Reward], weights: Sequence[float], workers: int, score: float) -> None:
+    names = [reward.name for reward in rewards]
+    if not names:
+        raise ValueError("at least one reward is needed")
+    if len(set(names)) < len(names):
+        raise ValueError(f"each reward needs a name of its own, got {names}")
+    if not all(math.isfinite(number) for number in [*weights, score]):
+        raise ValueError(f"weights ({weights}) and score_on_failure ({score}) must be finite")
+    if workers < 0:
+        raise ValueError(f"workers must be at least 0, not {workers}")
+    unsafe = [reward.name for reward in rewards if not reward.in_process]
+    if workers == 0 and unsafe:
+        raise ValueError(
+            f"workers is 0, but {', '.join(unsafe)} may never end and must run in a process that can be killed; "
+            "set workers to 1 or more"
+        )

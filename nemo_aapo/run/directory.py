@@ -1,0 +1,188 @@
+"""The run directory: whose it is, which configuration it belongs to, and that one process at a time writes it."""
+
+from __future__ import annotations
+
+import datetime
+import errno
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import uuid
+from pathlib import Path
+from typing import Any, TextIO
+
+import yaml
+
+from nemo_aapo.config import Config, decisive_settings, digest, with_machine_defaults
+from nemo_aapo.errors import ConfigError
+from nemo_aapo.utils.files import LOCK, to_json, write_atomic
+
+RECORD = "run.json"
+"""What the directory belongs to: digest and settings of the configuration, and every start with its versions."""
+VERSIONS_OF = ("torch", "megatron-core", "megatron-bridge", "transformers", "nemo-toolkit", "math-verify")
+SHOWN_DIFFERENCES = 12
+_NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+def check_run_directory(config: Config) -> None:
+    """Refuse a run directory that holds a run with another configuration. Reads one small file, writes nothing.
+
+    A start that was refused, for its data say, leaves nothing to protect: the mended configuration may go on there.
+
+    Raises:
+        ConfigError: the settings that differ, and what to do.
+    """
+    directory = Path(config.run.dir)
+    if directory.exists() and not directory.is_dir():
+        raise ConfigError(f"run.dir={config.run.dir}: is a file; name a directory")
+    record = read_record(directory)
+    # what is left to the machine is not decided yet where this is asked early: either answer will do
+    answers = [config, *(with_machine_defaults(config, on_gpu=on_gpu) for on_gpu in (False, True))]
+    if record is None or not _has_begun(directory) or record["digest"] in map(digest, answers):
+        return
+    there = _flat(record["settings"])
+    now, different = min((_differences(there, answer) for answer in answers), key=lambda found: len(found[1]))
+    shown = [f"  {key}: {_show(there, key)} there, {_show(now, key)} now" for key in different[:SHOWN_DIFFERENCES]]
+    if len(different) > SHOWN_DIFFERENCES:
+        shown.append(f"  and {len(different) - SHOWN_DIFFERENCES} more")
+    raise ConfigError(
+        f"run.dir={config.run.dir} holds a run with another configuration:\n" + "\n".join(shown) + "\n"
+        f"Give this run another name (run.name=NAME or run.dir=DIR), set these as they were, or remove {config.run.dir}"
+    )
+
+
+def _differences(there: dict[str, Any], config: Config) -> tuple[dict[str, Any], list[str]]:
+    """The configuration's settings by dotted key, and the keys whose values differ: changed ones before new ones."""
+    now = _flat(json.loads(to_json(decisive_settings(config))))
+    different = [key for key in {*there, *now} if (key in there, there.get(key)) != (key in now, now.get(key))]
+    return now, sorted(different, key=lambda key: (key not in there or key not in now, key))
+
+
+def claim(config: Config, tree: dict[str, Any], world_size: int) -> tuple[TextIO, str]:
+    """Make the run directory this process's own: lock it, check it, write ``run.json`` and ``config.yaml``.
+
+    Args:
+        tree: the resolved configuration as a plain tree, written for people.
+        world_size: ranks of this start, for the record.
+
+    Returns:
+        The open lock file, which holds the directory until it is closed; and the run's id, 8 hex digits that stay
+        the same over resumes.
+
+    Raises:
+        ConfigError: another process uses the directory, or it holds a run with another configuration.
+    """
+    directory = Path(config.run.dir)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"run.dir={config.run.dir}: can't be made ({error.strerror})") from None
+    lock = lock_directory(directory, config.run.dir)
+    try:
+        check_run_directory(config)
+    except ConfigError:
+        lock.close()
+        raise
+    record = read_record(directory)
+    if record is None or record["digest"] != digest(config):  # nothing came of that one, or the check had refused
+        record = {
+            "id": uuid.uuid4().hex[:8],
+            "digest": digest(config),
+            "settings": decisive_settings(config),
+            "starts": [],
+        }
+    record["starts"].append(_this_start(world_size))
+    write_atomic(directory / RECORD, to_json(record) + "\n")
+    write_atomic(directory / "config.yaml", yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
+    return lock, record["id"]
+
+
+def read_record(directory: Path) -> dict[str, Any] | None:
+    """What ``run.json`` says; None where there is no run yet.
+
+    Raises:
+        ConfigError: the file is damaged, or can't be read.
+    """
+    path = directory / RECORD
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):  # a run.dir below a file is refused where it is to be made
+        return None
+    except OSError as error:
+        raise ConfigError(f"{path}: can't be read ({error.strerror})") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: damaged ({error}). Name another run.dir, or remove {directory}") from None
+    return record
+
+
+def _has_begun(directory: Path) -> bool:
+    """Whether a run has left metrics, a checkpoint or reference rewards there."""
+    metrics, checkpoints = directory / "metrics.jsonl", directory / "checkpoints"
+    return (
+        (metrics.exists() and metrics.stat().st_size > 0)
+        or (checkpoints.is_dir() and any(checkpoints.iterdir()))
+        or (directory / "reference_rewards.sqlite").exists()
+    )
+
+
+def lock_directory(directory: Path, named: str) -> TextIO:
+    """Keep other processes from writing there until the returned file is closed.
+
+    Args:
+        named: the directory as the user wrote it.
+
+    Raises:
+        ConfigError: another process uses it, or nothing can be written there.
+    """
+    try:
+        lock = (directory / LOCK).open("a+", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"run.dir={named}: can't be written ({error.strerror})") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        holder = lock.read().strip() or "another process"
+        lock.close()
+        raise ConfigError(
+            f"run.dir={named}: in use by {holder}. Stop that run, or give this one another name (run.name=NAME)"
+        ) from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS_HERE:  # some cluster file systems are mounted without locks
+            raise
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    lock.flush()
+    os.register_at_fork(after_in_child=lock.close)  # a worker that outlives the run must not keep the directory
+    return lock
+
+
+def _this_start(world_size: int) -> dict[str, Any]:
+    return {
+        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "host": socket.gethostname(),
+        "world_size": world_size,
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in VERSIONS_OF}},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value; lists are values."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value})
+    return found
+
+
+def _show(settings: dict[str, Any], key: str) -> str:
+    return to_json(settings[key]) if key in settings else "not set"

@@ -1,0 +1,209 @@
+"""What a run leaves for people and tools: configuration, metrics, samples of rollouts, loggers, the final marker.
+
+    <run_dir>/  config.yaml  run.json  metrics.jsonl  rollouts/  tensorboard/  logs/  finished
+
+Only rank 0 holds an ``Experiment``; the others hold a ``SilentExperiment``, so that the trainer's loop is the same on
+all ranks. NeMo's ``exp_manager`` makes the loggers (TensorBoard, Weights & Biases) and its own log files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nemo_aapo.config import Config
+from nemo_aapo.run.directory import claim
+from nemo_aapo.run.metrics_file import MetricsFile
+from nemo_aapo.run.stop import STOP_FILE
+from nemo_aapo.types import Group
+from nemo_aapo.utils.files import FINISHED, to_json, write_atomic
+from nemo_aapo.utils.libraries import import_nemo, importing
+
+
+def open_experiment(
+    config: Config, tree: dict[str, Any], *, rank: int, world_size: int
+) -> Experiment | SilentExperiment:
+    """The record of this run, on rank 0; on other ranks one that takes every call and writes nothing.
+
+    Args:
+        tree: the resolved configuration as a plain tree, as ``config_main`` hands it over.
+
+    Raises:
+        ConfigError: the run directory is in use, or holds a run with another configuration.
+    """
+    return Experiment(config, tree, world_size) if rank == 0 else SilentExperiment()
+
+
+class Experiment:
+    """Writes the run directory. Call ``resume_at`` once before the first line is logged."""
+
+    def __init__(self, config: Config, tree: dict[str, Any], world_size: int) -> None:
+        self.directory = Path(config.run.dir)
+        self._lock, run_id = claim(config, tree, world_size)
+        (self.directory / STOP_FILE).unlink(missing_ok=True)  # it asked an earlier part of the run to stop
+        self._metrics = MetricsFile(self.directory / "metrics.jsonl")
+        self._loggers = nemo_loggers(config, run_id)
+        for logger in self._loggers:
+            logger.log_hyperparams(tree)
+        self._last_step: int | None = None
+
+    def __enter__(self) -> Experiment:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self.close("success" if kind is None else "failed")
+
+    def resume_at(self, step: int) -> None:
+        """Take the record back to the state after ``step`` optimizer steps; -1: nothing was done, it begins empty.
+
+        Lines and rollout files of later steps come from a part of the run that ended after its last checkpoint; they
+        are removed. Lines of ``step`` itself stay, so write a checkpoint after the lines of its step.
+        """
+        self._metrics.truncate_after(step)
+        for path in (self.directory / "rollouts").glob("step_*.jsonl"):
+            if int(path.stem.removeprefix("step_")) > step:
+                path.unlink()
+        (self.directory / FINISHED).unlink(missing_ok=True)
+        for logger in self._loggers:
+            _forget_after(logger, step)
+        self._last_step = step
+
+    def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One training step, to ``metrics.jsonl`` and all loggers.
+
+        Raises:
+            RuntimeError: ``resume_at`` was not called, or the step is not later than the last one.
+        """
+        if self._last_step is None or step <= self._last_step:
+            raise RuntimeError(f"step {step} can't be logged after step {self._last_step}")
+        self._last_step = step
+        self._log(step, metrics)
+
+    def log_validation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One validation of the weights after ``step`` optimizer steps."""
+        if self._last_step is None:
+            raise RuntimeError("resume_at() comes before the first line")
+        self._log(step, metrics)
+
+    def save_rollouts(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """``rollouts/NAME.jsonl``: one JSON object a completion, as ``rollout_rows`` makes them."""
+        path = self.directory / "rollouts" / f"{name}.jsonl"
+        write_atomic(path, "".join(to_json(row) + "\n" for row in rows))
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """The run is complete: close the loggers, then write the ``finished`` marker, the last file of a run."""
+        self._close_loggers("success")
+        write_atomic(self.directory / FINISHED, to_json(summary) + "\n")
+        self._lock.close()
+
+    def close(self, status: str = "success") -> None:
+        """Flush everything and give the run directory back. Does nothing after ``finish``."""
+        if not self._lock.closed:
+            self._close_loggers(status)
+            self._lock.close()
+
+    def _close_loggers(self, status: str) -> None:
+        self._metrics.close()
+        for logger in self._loggers:
+            logger.finalize(status)
+
+    def _log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._metrics.append(step, metrics)
+        for logger in self._loggers:
+            logger.log_metrics({key: float(value) for key, value in metrics.items()}, step=step)
+
+
+class SilentExperiment:
+    """What ranks other than 0 hold: the methods of ``Experiment``, without effect."""
+
+    def __enter__(self) -> SilentExperiment:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None: ...
+
+    def resume_at(self, step: int) -> None: ...
+
+    def log_step(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def log_validation(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def save_rollouts(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None: ...
+
+    def finish(self, summary: Mapping[str, Any]) -> None: ...
+
+    def close(self, status: str = "success") -> None: ...
+
+
+def rollout_rows(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """Each completion of some groups, for people; none where the texts are not on this rank."""
+    return [
+        {
+            "prompt": group.prompt.text,
+            "completion": text,
+            "reward": group.rewards[i],
+            "reward_parts": {name: values[i] for name, values in group.reward_parts.items()},
+            "advantage": None if group.advantages is None else group.advantages[i],
+            "answer": group.prompt.answer,
+            "finish_reason": group.completions[i].finish_reason,
+            "tokens": len(group.completions[i].token_ids),
+            "source": group.prompt.source,
+        }
+        for group in groups
+        for i, text in enumerate(group.texts)
+    ]
+
+
+def nemo_loggers(config: Config, run_id: str) -> list[Any]:
+    """The loggers that NeMo's ``exp_manager`` makes: lightning ``Logger`` objects.
+
+    ``exp_manager`` wants a lightning Trainer, which trains nothing here, and a directory of its own, as it moves
+    every file that it finds there into ``run_0/`` when a run is resumed: it gets ``logs/nemo/`` and is told where
+    TensorBoard's files go.
+    """
+    settings = config.exp_manager
+    if not (settings.create_tensorboard_logger or settings.create_wandb_logger):
+        return []  # and NeMo need not be imported
+    import_nemo()
+    with importing():
+        import lightning.pytorch
+        from lightning.pytorch.plugins.environments import LightningEnvironment
+        from nemo.utils.exp_manager import exp_manager
+
+    trainer = lightning.pytorch.Trainer(
+        devices=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        plugins=[LightningEnvironment()],  # or it takes torchrun's or Slurm's ranks for its own
+    )
+    base = Path(settings.explicit_log_dir).absolute()
+    exp_manager(
+        trainer,
+        {
+            "explicit_log_dir": str(base / "logs" / "nemo"),
+            "create_tensorboard_logger": settings.create_tensorboard_logger,
+            "summary_writer_kwargs": {"sub_dir": str(base / "tensorboard"), "default_hp_metric": False},
+            "create_wandb_logger": settings.create_wandb_logger,
+            "wandb_logger_kwargs": {
+                "save_dir": str(base),
+                "id": run_id,  # a resumed run goes on in the same place
+                "resume": "allow",
+                **settings.wandb_logger_kwargs,
+            },
+            "create_checkpoint_callback": False,
+            "resume_if_exists": False,
+            "log_step_timing": False,
+        },
+    )
+    return list(trainer.loggers)
+
+
+def _forget_after(logger: Any, step: int) -> None:
+    """Tell TensorBoard to leave out what an interrupted part wrote after its last checkpoint."""
+    from lightning.pytorch.loggers import TensorBoardLogger
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+    if isinstance(logger, TensorBoardLogger):
+        restart = Event(step=step + 1, session_log=SessionLog(status=SessionLog.START))
+        logger.experiment.file_writer.add_event(restart, step + 1)

@@ -1,0 +1,60 @@
+"""``metrics.jsonl``: one JSON object a training step and one a validation, without gap or repeat over resumes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nemo_aapo.utils.files import to_json, write_atomic
+
+
+class MetricsFile:
+    """An append-only file of records, each with its ``step``. One process writes it; anyone may read along."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a", encoding="utf-8")
+
+    def append(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Add one line, which readers see at once. Numbers that are not finite are written as null."""
+        self._file.write(to_json({"step": step, **metrics}) + "\n")
+        self._file.flush()
+
+    def truncate_after(self, step: int) -> None:
+        """Keep the lines with ``step`` at most this; those of an interrupted part after its last checkpoint go.
+
+        A last line that was cut off in the middle goes as well.
+
+        Raises:
+            ValueError: a line before the last is not JSON or has no step.
+        """
+        kept = [line for line, record in _read(self.path) if record["step"] <= step]
+        self._file.close()
+        write_atomic(self.path, "".join(line + "\n" for line in kept))
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def close(self) -> None:
+        """Nothing can be appended afterwards."""
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All whole records of a metrics file, oldest first; null stands for a number that was not finite."""
+    return [record for _, record in _read(path)]
+
+
+def _read(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """(line, record) of each whole line."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    lines.pop()  # empty, or what a crash cut off before its newline
+    found = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            found.append((line, {**record, "step": int(record["step"])}))
+        except (ValueError, TypeError, KeyError):
+            raise ValueError(f"{path}:{number}: not a record of metrics: {line[:80]!r}. Repair or remove it") from None
+    return found

@@ -1,0 +1,76 @@
+"""Where the loop reports to: the run directory, the screen, and the stop signal, behind one small interface."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nemo_aapo.run.experiment import Experiment, SilentExperiment
+from nemo_aapo.run.progress import Progress
+from nemo_aapo.run.stop import StopSignal
+
+
+class RunReporter:
+    """What ``trainer.Reporter`` asks for. On ranks other than 0 experiment and progress are the silent ones."""
+
+    def __init__(
+        self,
+        experiment: Experiment | SilentExperiment,
+        progress: Progress,
+        stop: StopSignal,
+        *,
+        console_samples: int,
+    ) -> None:
+        """Args: console_samples: completions shown on the screen at each validation."""
+        self.experiment, self.progress, self.stop = experiment, progress, stop
+        self.console_samples = console_samples
+        self._phase: str | None = None
+
+    def begin(self, step: int) -> None:
+        """The run starts (-1) or goes on from a checkpoint of ``step``."""
+        self.experiment.resume_at(step)
+        if step >= 0:
+            self.note(f"going on from the checkpoint of step {step}")
+
+    def phase(self, name: str, done: int, total: int) -> None:
+        """Work that is not a step: ``done`` of ``total``."""
+        if self._phase != name:
+            self._phase, self._done = name, 0
+            self.progress.phase(name, total)
+        if done > self._done:
+            self.progress.advance(done - self._done)
+            self._done = done
+
+    def note(self, text: str) -> None:
+        """One line that stays on the screen."""
+        self.progress.note(text)
+
+    def log_step(self, step: int, metrics: dict[str, float]) -> None:
+        """Metrics of a training step, to files and screen."""
+        self._phase = None
+        self.experiment.log_step(step, metrics)
+        self.progress.step(step, metrics)
+
+    def log_validation(self, step: int, metrics: dict[str, float], samples: list[dict[str, Any]]) -> None:
+        """Metrics and completions of a validation; a few of the sampled ones are shown."""
+        self._phase = None
+        self.experiment.log_validation(step, metrics)
+        self.experiment.save_rollouts(f"step_{step:06d}", samples)
+        self.progress.validation(step, metrics)
+        for sample in samples[:: max(1, len(samples) // max(1, self.console_samples))][: self.console_samples]:
+            self.note(
+                f"  {_one_line(sample['prompt'])!r} -> {_one_line(sample['completion'])!r}  "
+                f"reward {sample['reward']:g} (answer {sample['answer']})"
+            )
+
+    def save_rollouts(self, name: str, samples: list[dict[str, Any]]) -> None:
+        """``rollouts/NAME.jsonl``."""
+        self.experiment.save_rollouts(name, samples)
+
+    def stop_requested(self) -> bool:
+        """True once a signal or the stop file asked for an end."""
+        return self.stop.requested
+
+
+def _one_line(text: str, limit: int = 100) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= limit else flat[: limit - 3] + "..."

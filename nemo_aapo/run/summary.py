@@ -1,0 +1,48 @@
+"""The table at the end of a run, read back from what the run left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import fmean
+
+from nemo_aapo.config import Config
+from nemo_aapo.run.metrics_file import read_metrics
+
+PHASES = ("rollout", "reward", "reference", "train", "refit")
+
+
+def summary_table(config: Config) -> str:
+    """Accuracy of base and trained model, steps, speed, time per phase, and where everything is."""
+    directory = Path(config.run.dir)
+    records = read_metrics(directory / "metrics.jsonl")
+    steps = [record for record in records if "loss" in record]
+    validations = [record for record in records if "validation/accuracy_greedy" in record]
+    lines = ["", f"{'':24}{'base model':>18}{'trained':>18}"]
+    if len(validations) > 1:
+        base, trained = validations[0], validations[-1]
+        key = "validation/accuracy_greedy"
+        lines.append(f"{'accuracy, greedy':24}{base[key]:>18.3f}{trained[key]:>18.3f}")
+        if "validation/accuracy_sampled" in base:
+            lines.append(f"{'accuracy, sampled':24}{_with_error(base):>18}{_with_error(trained):>18}")
+    if steps:
+        tokens = sum(record["tokens_per_second"] * record["time/step"] for record in steps)
+        seconds = sum(record["time/step"] for record in steps)
+        phases = "  ".join(
+            f"{name} {fmean(record[f'time/{name}'] for record in steps):.2f}"
+            for name in PHASES
+            if any(record.get(f"time/{name}") for record in steps)
+        )
+        lines += [
+            f"{'steps':24}{steps[-1]['step']:>18}",
+            f"{'completion tokens/s':24}{tokens / seconds:>18,.0f}",
+            f"{'seconds a step':24}{seconds / len(steps):>18.2f}   {phases}",
+        ]
+    lines += ["", f"run directory     {directory}", f"metrics           {directory / 'metrics.jsonl'}"]
+    if (directory / "hf_model").is_dir():
+        lines.append(f"trained model     {directory / 'hf_model'}   (Hugging Face format)")
+    return "\n".join(lines)
+
+
+def _with_error(record: dict) -> str:
+    error = record["validation/accuracy_sampled_stderr"]
+    return f"{record['validation/accuracy_sampled']:.3f}" + (f" ± {error:.3f}" if error is not None else "")

@@ -1,0 +1,1 @@
+"""The loop, and what puts its parts together."""

@@ -1,0 +1,87 @@
+"""The reference rewards by the configuration: their key, their store, and what draws them. ``assemble`` uses it."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+from nemo_aapo.config import Config
+from nemo_aapo.distributed import parallel
+from nemo_aapo.models import directory as model_dir
+from nemo_aapo.reference_store.key import StoreKey, store_key
+from nemo_aapo.reference_store.store import RewardStore, other_rewards
+from nemo_aapo.rollout.collector import Collector, RewardScorer
+from nemo_aapo.rollout.reference import FILL_BATCH, ReferenceRewards
+from nemo_aapo.seeds import stream_seed
+from nemo_aapo.types import SamplingSpec
+
+
+def reference_key(config: Config, sampling: SamplingSpec, scorer: RewardScorer | None) -> StoreKey:
+    """What the run's reference rewards belong to. Reads all weights of the model, for their digest.
+
+    Args:
+        scorer: on rank 0; without a ``definition`` of its own the entries of the configuration stand for it.
+
+    Raises:
+        ConfigError: a part of it can't be found.
+    """
+    definition = scorer.definition() if hasattr(scorer, "definition") else list(config.rewards)
+    return store_key(model_dir.digest(config.model.path), sampling, definition, config.seed)
+
+
+def open_reference_store(
+    config: Config,
+    sampling: SamplingSpec,
+    scorer: RewardScorer | None,
+    reporter: Any,
+    stack: contextlib.ExitStack,
+    new_key: bool,
+) -> tuple[StoreKey | None, RewardStore | None]:
+    """The key of the reference rewards, on all ranks, and the store that cached ones are kept in, on rank 0.
+
+    Args:
+        new_key: take a named store even if it holds nothing but other runs' rewards.
+
+    Raises:
+        ConfigError, StoreError: on all ranks; see ``reward_store``.
+    """
+    algorithm = config.algorithm
+
+    def open_store() -> tuple[StoreKey | None, RewardStore | None]:
+        if algorithm.reference is None or parallel.rank() != 0:
+            return None, None
+        key = reference_key(config, sampling, scorer)
+        if algorithm.reference == "online":
+            return key, None
+        store = stack.enter_context(contextlib.closing(RewardStore(algorithm.reference_store, key)))
+        own = new_key or Path(algorithm.reference_store).absolute().is_relative_to(Path(config.run.dir).absolute())
+        if note := other_rewards(store, own=own):
+            reporter.note(note)
+        return key, store
+
+    key, store = parallel.agree(open_store)
+    return parallel.broadcast_from_first_rank(key), store
+
+
+def build_reference(
+    config: Config,
+    collector: Collector,
+    sampling: SamplingSpec,
+    key: StoreKey | None,
+    store: RewardStore | None,
+) -> ReferenceRewards | None:
+    """Where reference rewards come from; None for an algorithm without a margin."""
+    if key is None:
+        return None
+    return ReferenceRewards(
+        collector=collector,
+        sampling=sampling,
+        samples=config.algorithm.reference_samples,
+        seed=config.seed,
+        key=key,
+        store=store,
+        online=config.algorithm.reference == "online",
+        fill_batch=max(FILL_BATCH, config.prompts_per_step),
+        first_batch=stream_seed(config.run.dir),
+    )

@@ -1,0 +1,1 @@
+"""Whole files, tables, background work, and quiet imports."""

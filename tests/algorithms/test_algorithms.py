@@ -1,0 +1,279 @@
+"""AAPO, GPG and GRPO against the papers' equations (tests/equations.py), and the properties that follow from them."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from nemo_aapo.algorithms import Algorithm, advantage, loss
+from nemo_aapo.config.schema import AlgorithmConfig, Clip, Margin
+from tests.equations import GROUPS, LIMIT, Batch, G, K, advantages_by_equation, loss_by_equation, make_batch
+from tests.tiny_models import make_config
+
+
+def preset(name: str) -> AlgorithmConfig:
+    """The algorithm as ``conf/algorithm/`` ships it."""
+    page = Path(__file__).parents[2] / "conf" / "algorithm" / f"{name}.yaml"
+    return make_config("no_model", algorithm=OmegaConf.to_container(OmegaConf.load(page))).algorithm
+
+
+AAPO, PAPER, GPG = preset("aapo"), preset("aapo_paper"), preset("gpg")
+GRPO = dataclasses.replace(preset("grpo"), clip=Clip(low=0.2, high=0.3))  # two bounds that can't be mixed up
+
+
+def capped(config: AlgorithmConfig) -> AlgorithmConfig:
+    return dataclasses.replace(config, importance_weight_cap=1.1)
+
+
+def run(algorithm: Algorithm, batch: Batch, rows: np.ndarray | None = None, logits: torch.Tensor | None = None):
+    """The loss of some rows of the batch, fed the way a learner does it: weights from the rows' own lengths and the
+    whole batch's totals. Padding holds NaN wherever a loss function could trip over it."""
+    rows = np.arange(GROUPS * G) if rows is None else rows
+    logits = batch.logits if logits is None else logits
+    advantages = algorithm.advantages(batch.rewards, batch.reference_rewards)
+    alpha = algorithm.alpha(GROUPS, int(advantage.zero_advantage(advantages).sum()))
+    weights = algorithm.token_weights(
+        batch.lengths[rows], total_tokens=int(batch.lengths.sum()), total_sequences=GROUPS * G
+    )
+    index = torch.as_tensor(rows)
+    valid = torch.arange(LIMIT) < torch.as_tensor(batch.lengths[rows])[:, None]
+    logprobs = logits[index].log_softmax(-1).gather(-1, batch.targets[index][..., None])[..., 0]
+    others = {
+        "advantages": torch.as_tensor(advantages.reshape(-1, 1)).expand(-1, LIMIT),
+        "rollout_logprobs": batch.rollout,
+        "old_logprobs": batch.old,
+        "reference_logprobs": batch.reference,
+    }
+    others = {name: values[index].masked_fill(~valid, torch.nan) for name, values in others.items()}
+    return algorithm.token_loss(logprobs, weights=torch.as_tensor(alpha * weights)[:, None] * valid, **others)
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence", "fixed_length"])
+@pytest.mark.parametrize(
+    "config",
+    [AAPO, PAPER, capped(AAPO), GPG, GRPO, capped(GRPO), dataclasses.replace(AAPO, scale_rewards=False)],
+    ids=["aapo", "aapo_paper", "aapo_capped", "gpg", "grpo", "grpo_capped", "aapo_unscaled"],
+)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_advantages_loss_gradient_and_metrics_equal_the_papers_equations(config, aggregation, seed):
+    config = dataclasses.replace(config, loss_aggregation=aggregation)
+    algorithm = Algorithm(config, max_new_tokens=LIMIT)
+    sampled = config.margin is not None and config.margin.estimator == "sampled"
+    batch = make_batch(seed, references=G if sampled else K)
+    expected = advantages_by_equation(config, batch.rewards, batch.reference_rewards)
+    np.testing.assert_allclose(
+        algorithm.advantages(batch.rewards, batch.reference_rewards), expected, rtol=1e-12, atol=1e-15
+    )
+    dead = sum(all(a == 0.0 for a in row) for row in expected)
+    assert dead >= 1  # or the rescaling would not be exercised
+    alpha = GROUPS / (GROUPS - dead) if config.rescale_dead_groups else 1.0
+    value, grads, metrics = loss_by_equation(config, batch, expected, alpha)
+
+    logits = batch.logits.clone().requires_grad_()
+    ours, sums = run(algorithm, batch, logits=logits)
+    ours.backward()
+    assert float(ours) == pytest.approx(value, rel=1e-11, abs=1e-14)
+    np.testing.assert_allclose(logits.grad.numpy(), grads, rtol=1e-10, atol=1e-15)
+    for name, number in sums.items():
+        assert float(number) == pytest.approx(metrics[name], rel=1e-10, abs=1e-12), name
+        assert not number.requires_grad
+
+
+@pytest.mark.parametrize("reward", [0.0, 1.0, 0.1, 1 / 3, -0.7, 1e8 + 0.1])
+@pytest.mark.parametrize("size", [1, 3, 6, 7])
+@pytest.mark.parametrize("scale_rewards", [True, False])
+@pytest.mark.filterwarnings("error")  # no 0 / 0 on the way either
+def test_equal_rewards_give_exactly_zero_whatever_a_float_mean_says(reward, size, scale_rewards):
+    rewards = np.full((2, size), reward)
+    assert (advantage.group_advantage(rewards, scale_rewards) == 0.0).all()
+    assert advantage.zero_std(rewards).all()
+    rewards[1, 0] += 0.5
+    assert advantage.zero_std(rewards).tolist() == [True, size == 1]
+
+
+def test_one_completion_a_group_learns_from_the_margin_alone():
+    algorithm = Algorithm(AAPO, max_new_tokens=LIMIT)
+    result = algorithm.advantages(np.array([[1.0], [0.0]]), np.array([[0.0, 1.0], [1.0, 1.0]]))
+    np.testing.assert_allclose(result, [[0.14], [-0.2]])
+
+
+def test_expected_margin_is_the_mean_of_the_sampled_one_and_varies_less():
+    rng = np.random.default_rng(0)
+    rewards = np.array([[1.0, 0.0, 1.0, 0.3]])
+    draws = 20_000
+    stored = rng.choice([0.0, 0.2, 1.0], (draws, 8))  # a fresh reference sample for each draw
+    repeated = np.repeat(rewards, draws, axis=0)
+    expected = advantage.margin(repeated, stored, -0.2, 0.28, "expected")
+    pairs = advantage.draw_pairs(range(draws), 4, 8)
+    sampled = advantage.margin(repeated, stored, -0.2, 0.28, "sampled", pairs)
+    standard_error = sampled.std(axis=0) / math.sqrt(draws)
+    assert (abs(expected.mean(axis=0) - sampled.mean(axis=0)) < 4 * standard_error).all()
+    assert (expected.var(axis=0) < 0.2 * sampled.var(axis=0)).all()  # 1 / K = 0.125
+
+
+def test_pairs_do_not_repeat_and_depend_on_their_own_seed_alone():
+    pairs = advantage.draw_pairs([3, 1, 4], 5, 9)
+    assert all(len(set(row)) == 5 and set(row) <= set(range(9)) for row in pairs.tolist())
+    assert (advantage.draw_pairs([4], 5, 9)[0] == pairs[2]).all()
+    counts = np.bincount(advantage.draw_pairs(range(4000), 2, 5)[:, 0], minlength=5)
+    assert abs(counts - 800).max() < 4 * math.sqrt(800)
+    rewards, stored = np.zeros((3, 5)), np.random.default_rng(0).choice([0.0, 1.0], (3, 9))
+    ours = Algorithm(PAPER, LIMIT).advantages(rewards, stored, pair_seeds=[3, 1, 4])
+    assert ours.tolist() == [[-0.2 * stored[i, k] for k in row] for i, row in enumerate(pairs)]
+
+
+def test_aapo_without_margin_scaling_and_alpha_is_gpg_bit_for_bit():
+    no_margin = dataclasses.replace(AAPO, scale_rewards=False, margin=Margin(low=0.0, high=0.0, estimator="expected"))
+    gpg = dataclasses.replace(GPG, rescale_dead_groups=False)
+    batch = make_batch(3)
+    results = []
+    for config in (no_margin, gpg):
+        logits = batch.logits.clone().requires_grad_()
+        value, _ = run(Algorithm(config, LIMIT), batch, logits=logits)
+        value.backward()
+        results.append((value.item(), logits.grad))
+    assert results[0][0] == results[1][0] != 0.0
+    assert torch.equal(results[0][1], results[1][1])
+
+
+def test_weights_that_are_zero_at_accuracy_90_against_50_percent():
+    """All outcomes of G = 6 completions against 6 reference completions, with their probabilities; then by lot."""
+    outcomes = np.array(list(itertools.product([0.0, 1.0], repeat=6)))
+    policy = 0.9 ** outcomes.sum(1) * 0.1 ** (6 - outcomes.sum(1))
+    rewards, references = np.repeat(outcomes, 64, axis=0), np.tile(outcomes, (64, 1))
+    probability = np.repeat(policy, 64) / 64
+    aapo, gpg = (Algorithm(config, LIMIT).advantages(rewards, references) for config in (PAPER, GPG))
+    zero = [float(probability @ (weights == 0.0).mean(axis=1)) for weights in (gpg, aapo)]
+    assert zero[0] == pytest.approx(0.9**6 + 0.1**6) == pytest.approx(0.53, abs=0.005)
+    assert zero[1] == pytest.approx((0.9**6 + 0.1**6) * 0.5) == pytest.approx(0.27, abs=0.005)
+    # a whole group is dead only where each reference completion did the same
+    assert probability @ advantage.zero_advantage(aapo) == pytest.approx((0.9**6 + 0.1**6) * 0.5**6)
+
+    rng = np.random.default_rng(0)
+    drawn, drawn_references = (rng.random((20_000, 6)) < p for p in (0.9, 0.5))
+    aapo, gpg = (Algorithm(config, LIMIT).advantages(drawn, drawn_references) for config in (PAPER, GPG))
+    assert (gpg == 0.0).mean() == pytest.approx(zero[0], abs=0.015)
+    assert (aapo == 0.0).mean() == pytest.approx(zero[1], abs=0.015)
+
+
+@pytest.mark.parametrize("config", [AAPO, capped(GRPO)], ids=["aapo", "grpo"])
+@pytest.mark.parametrize("aggregation", ["token", "sequence", "fixed_length"])
+def test_any_split_into_microbatches_leaves_loss_gradient_and_metrics_unchanged(config, aggregation):
+    algorithm = Algorithm(dataclasses.replace(config, loss_aggregation=aggregation), max_new_tokens=LIMIT)
+    batch = make_batch(4)
+    rng = np.random.default_rng(5)
+
+    def accumulate(parts):
+        logits, total, merged = batch.logits.clone().requires_grad_(), 0.0, {}
+        for rows in parts:
+            value, sums = run(algorithm, batch, rows, logits)
+            value.backward()
+            total += value.item()
+            for name, number in sums.items():
+                known = merged.get(name, number)
+                merged[name] = (
+                    number
+                    if name not in merged
+                    else (torch.minimum(known, number) if name.startswith("min/") else known + number)
+                )
+        return total, logits.grad, merged
+
+    whole = accumulate([np.arange(GROUPS * G)])
+    for parts in (1, 2, 5, 11, GROUPS * G):
+        cuts = np.sort(rng.integers(0, GROUPS * G + 1, parts - 1))  # some parts are empty
+        total, grad, sums = accumulate(np.split(rng.permutation(GROUPS * G), cuts))
+        assert total == pytest.approx(whole[0], rel=1e-12, abs=1e-15)
+        torch.testing.assert_close(grad, whole[1], rtol=1e-12, atol=1e-16)
+        assert {k: float(v) for k, v in sums.items()} == pytest.approx({k: float(v) for k, v in whole[2].items()})
+
+
+def test_completions_without_advantage_can_be_left_out():
+    algorithm = Algorithm(GPG, max_new_tokens=LIMIT)
+    batch = make_batch(6)
+    live = (algorithm.advantages(batch.rewards).reshape(-1) != 0.0).nonzero()[0]
+    assert 0 < len(live) < GROUPS * G
+    assert run(algorithm, batch, live)[0] == pytest.approx(run(algorithm, batch)[0].item(), rel=1e-12)
+
+
+def test_alpha_turns_the_mean_over_groups_into_the_mean_over_live_groups():
+    rewards = np.array([[1.0, 1.0], [0.0, 1.0], [0.0, 0.0], [1.0, 0.0]])
+    algorithm = Algorithm(GPG, max_new_tokens=LIMIT)
+    advantages = algorithm.advantages(rewards)
+    alpha = algorithm.alpha(4, int(advantage.zero_advantage(advantages).sum()))
+    assert alpha * abs(advantages).mean() == abs(advantages[[1, 3]]).mean()
+    assert advantage.gpg_alpha(4, 4) == 1.0  # nothing to scale, and nothing to divide by
+    assert Algorithm(AAPO, LIMIT).alpha(4, 2) == 1.0
+    with pytest.raises(ValueError, match="5 dead groups of 4"):
+        advantage.gpg_alpha(4, 5)
+
+
+@pytest.mark.parametrize("config", [capped(AAPO), capped(GRPO)], ids=["aapo", "grpo"])
+def test_log_ratios_beyond_float32_give_no_nan(config):
+    algorithm = Algorithm(config, max_new_tokens=LIMIT)
+    logprobs = torch.tensor([-200.0, -0.1, -200.0, -0.1], requires_grad=True)
+    value, sums = algorithm.token_loss(
+        logprobs,
+        torch.tensor([1.0, 1.0, -1.0, -1.0]),
+        torch.ones(4),
+        rollout_logprobs=torch.tensor([-0.1, -200.0, -0.1, -200.0]),
+        old_logprobs=torch.tensor([-0.1, -200.0, -0.1, -200.0]),
+        reference_logprobs=torch.tensor([-0.1, -200.0, -0.1, -200.0]),
+    )
+    value.backward()
+    assert value.isfinite()
+    assert logprobs.grad.isfinite().all()
+    assert all(number.isfinite() for number in sums.values())
+
+
+@pytest.mark.parametrize("config", [AAPO, GRPO], ids=["aapo", "grpo"])
+def test_an_all_padding_or_empty_microbatch_adds_nothing(config):
+    for shape in ((0,), (2, 3)):
+        nan = torch.full(shape, torch.nan)
+        logprobs = nan.clone().requires_grad_()
+        value, sums = Algorithm(config, LIMIT).token_loss(
+            logprobs, nan, torch.zeros(shape), rollout_logprobs=nan, old_logprobs=nan, reference_logprobs=nan
+        )
+        value.backward()
+        assert value.item() == 0.0
+        assert (logprobs.grad == 0.0).all()
+        assert sums.pop("min/negative_advantage_logprob") == math.inf
+        assert all(number == 0 for number in sums.values())
+
+
+def test_first_update_has_ratio_one_and_the_gradient_of_the_policy():
+    logprobs = torch.tensor([-0.5, -3.0], requires_grad=True)
+    config = dataclasses.replace(GRPO, kl_coefficient=0.0)
+    value, sums = Algorithm(config, LIMIT).token_loss(
+        logprobs, torch.tensor([2.0, -1.0]), torch.tensor([0.5, 0.5]), rollout_logprobs=logprobs.detach()
+    )
+    value.backward()
+    assert logprobs.grad.tolist() == [-1.0, 0.5]
+    assert sums["ratio/mean"] == sums["tokens"] == 2
+
+
+def test_mistakes_are_named():
+    good = np.zeros((2, 4))
+    aapo, paper = (Algorithm(config, LIMIT) for config in (AAPO, PAPER))
+    bad = good.copy()
+    bad[1, 2] = np.nan
+    with pytest.raises(ValueError, match=r"rewards\[1, 2\] is nan"):
+        aapo.advantages(bad, good)
+    with pytest.raises(ValueError, match="needs the prompts' reference rewards"):
+        aapo.advantages(good)
+    with pytest.raises(ValueError, match="2 groups of rewards, but 3"):
+        aapo.advantages(good, np.zeros((3, 4)))
+    with pytest.raises(ValueError, match="needs pair_seeds"):
+        paper.advantages(good, np.zeros((2, 6)))
+    with pytest.raises(ValueError, match="at least one each"):
+        paper.advantages(good, np.zeros((2, 3)), pair_seeds=[0, 1])
+    with pytest.raises(ValueError, match="the totals must count all ranks"):
+        loss.token_weights([3, 4], "token", total_tokens=6, total_sequences=2, fixed_length=LIMIT)
+    with pytest.raises(ValueError, match="needs the reference's log-probs"):
+        Algorithm(GRPO, LIMIT).token_loss(*torch.ones(3, 2), rollout_logprobs=torch.zeros(2))

@@ -1,0 +1,240 @@
+"""From the command line to the run: cheap refusals first, one configuration on all ranks, NeMo's loggers in place."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import yaml
+
+from nemo_aapo.cli import main as entry
+from nemo_aapo.cli.main import config_main
+from nemo_aapo.config.command_line import read_command_line
+from nemo_aapo.config.compose import check_same, compose
+from nemo_aapo.errors import ConfigError
+from nemo_aapo.run.metrics_file import read_metrics
+from tests.tiny_models import save_empty_model
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAVY = ("torch", "nemo", "megatron", "transformers", "lightning")
+
+
+def run_script(name: str, *words: str, environment: dict[str, str] | None = None, timeout: float = 60):
+    """A script as a person starts it, from a directory that is not the repository."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / name), *words],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+@pytest.fixture
+def model_dir(tmp_path) -> Path:
+    return save_empty_model(tmp_path / "model")
+
+
+@pytest.fixture
+def given(model_dir, tmp_path) -> list[str]:
+    """The settings without a default."""
+    return [f"model.path={model_dir}", "data.train=t", "data.validation=v", f"run.dir={tmp_path / 'run'}"]
+
+
+@pytest.mark.parametrize("script", ["train.py", "launch.py"])
+def test_a_mistyped_key_is_refused_in_one_line_within_a_second(script):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = run_script(script, "traner.devices=4")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 2
+    assert done.stderr == "unknown setting 'traner.devices' (did you mean 'trainer.devices'?)\n"
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0  # a busy machine aside
+
+
+def test_nothing_heavy_is_imported_before_every_early_check_has_passed(given):
+    """As far as a run directory that holds another run, the last of them."""
+    code = f"""
+        import json, runpy, sys
+        sys.argv = ["launch.py", *{given!r}, "seed=2", "trainer.devices=2"]
+        try:
+            runpy.run_path({str(ROOT / "scripts" / "launch.py")!r}, run_name="__main__")
+        except SystemExit as end:
+            print(json.dumps([end.code, [name for name in {HEAVY!r} if name in sys.modules]]))
+    """
+    run_dir = Path(given[3].removeprefix("run.dir="))
+    run_dir.mkdir()
+    (run_dir / "run.json").write_text(json.dumps({"id": "1", "digest": "?", "settings": {"seed": 1}, "starts": []}))
+    (run_dir / "metrics.jsonl").write_text('{"step": 0}\n')
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True)
+    assert json.loads(done.stdout) == [2, []], done.stderr
+    assert "seed: 1 there, 2 now" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--trainer.devices=2"], "without dashes"),
+        (["--config-name", "nope"], "nope.yaml"),
+        (["seed=[1"], "no viable alternative"),
+        (["prompts_per_step=${nope}"], "Interpolation key 'nope' not found"),
+        (["model.optim.lr.x=3"], "model.optim.lr.x"),
+        (["rollout.top_k=5"], "Keep top_p=1"),
+    ],
+)
+def test_whatever_is_wrong_with_the_words_is_one_message_and_exit_code_2(words, said, given, capsys, monkeypatch):
+    def never(config, tree):
+        raise AssertionError("the task must not start")
+
+    monkeypatch.setattr(entry, "RANK_0_SPEAKS_S", 0.0)
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert config_main(never, description="", argv=[*given, *words]) == 2
+        err = capsys.readouterr().err
+        assert (said in err and err.count("\n") == 1) if rank == "0" else err == ""
+
+
+def test_ctrl_c_while_settings_are_read_ends_it_without_a_traceback(given, monkeypatch):
+    def interrupted(command):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(entry, "compose", interrupted)
+    assert config_main(lambda config, tree: 0, description="", argv=given) == entry.INTERRUPTED
+
+
+def test_a_refusal_that_only_this_rank_finds_is_said_by_it(given, capsys, monkeypatch):
+    def task(config, tree):
+        raise ConfigError("no GPU here")
+
+    monkeypatch.setenv("RANK", "3")
+    assert config_main(task, description="", argv=given) == 2
+    assert capsys.readouterr().err == "rank 3: no GPU here\n"
+
+
+def test_help_shows_the_main_settings_with_the_pages_own_comments_and_where_the_page_is(capsys):
+    assert config_main(lambda config, tree: 1, description="Does it.", argv=["--help"]) == 0
+    said = capsys.readouterr().out
+    assert "Does it." in said
+    assert str(ROOT / "conf" / "train_aapo.yaml") in said
+    assert "algorithm=aapo|aapo_paper|gpg|grpo" in said
+    line = next(line for line in said.splitlines() if line.startswith("  group_size=8 "))
+    assert line.endswith("G: completions of each prompt")
+
+
+def test_cfg_job_prints_the_composed_page(given, capsys):
+    assert config_main(lambda config, tree: 1, description="", argv=[*given, "seed=5", "--cfg", "job"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["seed"] == 5
+
+
+def test_another_page_from_the_working_directory(tmp_path, monkeypatch, given):
+    (tmp_path / "pages").mkdir()
+    tree = compose(read_command_line([*given, "seed=77"]))
+    (tmp_path / "pages" / "mine.yaml").write_text(yaml.safe_dump(tree))
+    monkeypatch.chdir(tmp_path)
+    command = read_command_line(["--config-path", "pages", "--config-name", "mine", "group_size=4"])
+    assert compose(command) == {**tree, "group_size": 4}
+
+
+def test_an_installed_package_brings_its_pages_along(tmp_path):
+    """setup.py puts conf/ inside the package, where a checkout has it beside."""
+    no_caches = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "nemo_aapo", tmp_path / "nemo_aapo", ignore=no_caches)
+    show = [
+        sys.executable,
+        "-c",
+        "from nemo_aapo.config.command_line import config_directory; print(config_directory())",
+    ]
+    done = subprocess.run(show, cwd=tmp_path, capture_output=True, text=True)
+    assert "name its folder by --config-path DIR" in done.stderr
+    shutil.copytree(ROOT / "conf", tmp_path / "nemo_aapo" / "conf")
+    done = subprocess.run(show, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.strip() == str(tmp_path / "nemo_aapo" / "conf"), done.stderr
+
+
+def test_what_changes_each_time_it_is_composed_is_refused_before_ranks_disagree():
+    with pytest.raises(ConfigError, match="seed is not the same each time"):
+        check_same({"seed": 1, "a": {}}, {"seed": 2, "a": {}})
+    check_same({"seed": 1, "a": {}}, {"seed": 1, "a": {}})
+
+
+STUB = """
+import json, os, sys, types
+
+def train(config, tree):
+    from nemo_aapo.config import parse
+    from nemo_aapo.run.experiment import open_experiment
+
+    assert parse(tree) == config
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    print(json.dumps({"nemo": "nemo" in sys.modules, "cwd": os.listdir("."), "tree": tree}))
+    for start, end in ((0, 6), (3, 5)):  # the second part resumes from a checkpoint of step 3
+        with open_experiment(config, tree, rank=rank, world_size=world_size) as run:
+            run.resume_at(start or -1)
+            for step in range(start + 1, end + 1):
+                run.log_step(step, {"loss": float(step + 10 * start)})
+            run.finish({"steps": end}) if start else None
+    return 0
+
+stub = types.ModuleType("nemo_aapo.training.build")
+stub.train = train
+sys.modules["nemo_aapo.training.build"] = stub
+"""
+
+
+@pytest.mark.timeout(280)
+def test_a_launched_run_has_one_configuration_on_all_ranks_and_leaves_what_it_should(given, tmp_path):
+    """The one test that imports NeMo, on rank 0: launch.py, train.py, hydra_runner, exp_manager, its loggers."""
+    (tmp_path / "inject").mkdir()
+    (tmp_path / "inject" / "sitecustomize.py").write_text(STUB)
+    (tmp_path / "cwd").mkdir()
+    words = ["trainer.devices=2", "algorithm=gpg", "max_tokens_per_microbatch=${multiply:4,2048}", "seed=7"]
+    wandb = importlib.util.find_spec("wandb") is not None  # an extra, which .venv does without
+    words.append(f"exp_manager.create_wandb_logger={str(wandb).lower()}")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "launch.py"), *given, *words],
+        env={
+            **os.environ,
+            "PYTHONPATH": f"{tmp_path / 'inject'}:{ROOT}",
+            "WANDB_MODE": "offline",
+            "WANDB_SILENT": "true",
+        },
+        cwd=tmp_path / "cwd",
+        capture_output=True,
+        text=True,
+        timeout=270,
+    )
+    assert done.returncode == 0, done.stderr
+    run_dir = tmp_path / "run"
+    said = [json.loads(line) for line in (done.stdout, (run_dir / "logs" / "rank_1.log").read_text().splitlines()[-1])]
+    assert [rank["nemo"] for rank in said] == [True, False]  # so rank 0 composed by hydra_runner, rank 1 without
+    assert said[0]["tree"] == said[1]["tree"] == yaml.safe_load((run_dir / "config.yaml").read_text())
+    assert said[0]["tree"]["max_tokens_per_microbatch"] == 8192
+    assert said[0]["cwd"] == []  # Hydra made no folder
+    assert list((tmp_path / "cwd").iterdir()) == []
+    assert all(line.startswith("wandb:") for line in done.stderr.splitlines()), done.stderr
+
+    loss = {1: 1.0, 2: 2.0, 3: 3.0, 4: 34.0, 5: 35.0}
+    assert read_metrics(run_dir / "metrics.jsonl") == [{"step": step, "loss": value} for step, value in loss.items()]
+    assert tensorboard_scalars(run_dir / "tensorboard", "loss") == loss
+    assert json.loads((run_dir / "finished").read_text()) == {"steps": 5}
+    known = {"config.yaml", "run.json", "metrics.jsonl", "tensorboard", "logs", "finished", ".lock"}
+    assert {path.name for path in run_dir.iterdir()} == known | ({"wandb"} if wandb else set())
+    assert (run_dir / "logs" / "nemo" / "cmd-args.log").exists()
+    run_id = json.loads((run_dir / "run.json").read_text())["id"]  # which a resumed run gives to W&B again
+    assert [path.name[-8:] for path in (run_dir / "wandb").glob("offline-run-*")] == ([run_id] if wandb else [])
+
+
+def tensorboard_scalars(directory: Path, tag: str) -> dict[int, float]:
+    """As TensorBoard shows them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(directory))
+    events.Reload()
+    return {event.step: event.value for event in events.Scalars(tag)}

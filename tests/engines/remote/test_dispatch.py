@@ -1,0 +1,290 @@
+"""Whatever servers do to the answers, each completion arrives exactly once, or an error says which server did what.
+
+Real HTTP against scripted servers: their completions are a function of prompt and seed, their misdeeds of a script.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+from aiohttp import web
+
+from nemo_aapo.engines.remote import dispatch, wire
+from nemo_aapo.engines.remote.directory import ServerRecord, open_directory, open_token, publish
+from nemo_aapo.engines.remote.dispatch import Call, Fleet, Work, spread
+from nemo_aapo.errors import RunError
+from nemo_aapo.types import Completion, SamplingSpec
+
+WEIGHTS = wire.Weights(wire.WeightsId(5, "5" * 64), "weights/v5-55555555/manifest.json")
+SPEC = SamplingSpec(temperature=1.0, max_new_tokens=8, stop_token_ids=(1,))
+LIMITS = wire.Limits(1000, 100)
+TIMEOUT_S = 0.3
+
+
+def draw(prompt: np.ndarray, seed: int, version: int = 5) -> Completion:
+    tokens = np.random.default_rng([seed, *prompt]).integers(0, 1000, 1 + seed % 7).astype(np.int32)
+    return Completion(tokens, (-tokens / 7).astype(np.float32), "length", version)
+
+
+class ScriptedServer:
+    """Serves well, but for what its script says of a ``generate`` request. Starts with the base model's weights."""
+
+    def __init__(self, index: int, token: str, script: Callable[[], str] = lambda: "well") -> None:
+        self.script, self.token, self.asked = script, token, []
+        self.weights, self.refits = wire.WeightsId(0, "0" * 64), []
+        self.record: ServerRecord | None = None
+        self._index, self._loop, self._ready = index, asyncio.new_event_loop(), threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        assert self._ready.wait(10)
+
+    def _run(self) -> None:
+        async def start() -> None:
+            app = web.Application(client_max_size=2**30)
+            app.router.add_get("/v1/ready", self._ready_)
+            app.router.add_post("/v1/update_weights", self._update)
+            app.router.add_post("/v1/generate", self._generate)
+            self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
+            await self._runner.setup()
+            await web.TCPSite(self._runner, "127.0.0.1", 0).start()
+            port = self._runner.addresses[0][1]
+            self.record = ServerRecord(self._index, f"http://127.0.0.1:{port}", 1, f"{self._index}-{port}")
+            self._ready.set()
+
+        self._loop.run_until_complete(start())
+        self._loop.run_forever()
+        self._loop.run_until_complete(self._runner.cleanup())
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(10)
+
+    async def _ready_(self, request: web.Request) -> web.Response:
+        assert request.headers["Authorization"] == f"Bearer {self.token}"
+        return web.Response(body=wire.encode_weights_id(self.weights))
+
+    async def _update(self, request: web.Request) -> web.Response:
+        weights = wire.decode_weights(wire.loads(await request.read()))
+        self.refits.append(weights)
+        self.weights = weights.id
+        return web.Response(body=wire.encode_weights_id(self.weights))
+
+    async def _generate(self, request: web.Request) -> web.StreamResponse:
+        asked = wire.decode_request(wire.loads(await request.read()), LIMITS)
+        self.asked.append(asked)
+        misdeed, _, at = self.script().partition(" ")
+        if misdeed == "refuse":
+            return web.json_response({"error": "out of memory", "reason": "engine"}, status=500)
+        if misdeed == "not_finite":
+            return web.json_response({"error": "log-probs are not finite", "reason": "not_finite"}, status=500)
+        if misdeed == "html":
+            return web.Response(text="<html>", status=502)
+        response = web.StreamResponse()
+        await response.prepare(request)
+        lines = [
+            wire.encode_completion(i, j, draw(prompt, seed, 4 if misdeed == "stale" else 5))
+            for i, (prompt, row) in enumerate(zip(asked.prompts, asked.seeds, strict=True))
+            for j, seed in enumerate(row)
+        ]
+        random.Random(len(lines)).shuffle(lines)  # as they end, not as they were asked for
+        at = int(at or 0) % (len(lines) + 1)
+        for line in lines[:at]:
+            await response.write(line)
+        if misdeed == "hang":
+            await asyncio.sleep(60)
+        if misdeed == "drop":
+            request.transport.abort()
+            return response
+        extra = {
+            "garbage": b"{not json\n",
+            "twice": lines[at - 1],
+            "unasked": lines[0].replace(b'"i":0', b'"i":99').replace(b'"j":0', b'"j":99').replace(b'"j":1', b'"j":98'),
+            "fail": wire.dumps({"error": "the engine failed", "reason": "engine"}),
+        }
+        if misdeed in extra:
+            await response.write(extra[misdeed])
+        for line in lines[at:] if misdeed != "short" else []:
+            await response.write(line)
+        await response.write(wire.dumps({"done": len(lines)}))
+        return response
+
+
+MISDEEDS = ("refuse", "html", "stale", "hang", "drop", "garbage", "twice", "unasked", "fail", "short")
+
+
+@pytest.fixture
+def start(tmp_path) -> Iterator[Callable[..., list[ScriptedServer]]]:
+    """``start(script, script, ...)``: servers by their scripts, announced in ``tmp_path / "servers"``."""
+    directory, started = open_directory(tmp_path / "servers"), []
+
+    def start(*scripts: Callable[[], str]) -> list[ScriptedServer]:
+        for script in scripts:
+            started.append(ScriptedServer(len(started), open_token(directory), script))
+            publish(directory, started[-1].record)
+        return started
+
+    yield start
+    for server in started:
+        server.close()
+
+
+@pytest.fixture
+def fleet(tmp_path) -> Callable[..., Fleet]:
+    def make(servers: int = 1, **changes) -> Fleet:
+        settings = {"wait_s": 2.0, "timeout_s": TIMEOUT_S, "retries": 3, "say": lambda text: None, **changes}
+        return Fleet(tmp_path / "servers", servers=servers, **settings)
+
+    return make
+
+
+def make_call(sizes: list[int]) -> tuple[Call, list[tuple], list[tuple]]:
+    """A call for groups of these sizes; what is told as it goes on; what should be."""
+    rng = np.random.default_rng(sum(sizes))
+    prompts = [rng.integers(0, 1000, 1 + i % 5).astype(np.int32) for i in range(len(sizes))]
+    seeds = [[1000 * i + j for j in range(size)] for i, size in enumerate(sizes)]
+    told: list[tuple] = []
+    call = Call(WEIGHTS, prompts, SPEC, seeds, lambda i, j, c: told.append((i, j, c.token_ids.tobytes())))
+    wanted = [
+        (i, j, draw(prompts[i], seed).token_ids.tobytes()) for i, row in enumerate(seeds) for j, seed in enumerate(row)
+    ]
+    return call, told, wanted
+
+
+def always(misdeed: str) -> Callable[[], str]:
+    return lambda: misdeed
+
+
+@pytest.mark.parametrize("misdeed", MISDEEDS)
+def test_a_server_that_misbehaves_costs_no_completion_and_doubles_none(start, fleet, misdeed):
+    said = []
+    bad, good = start(always(f"{misdeed} 3"), always("well"))
+    call, told, wanted = make_call([4] * 6)
+    fleet(2, say=said.append).generate(call)
+    assert sorted(told) == sorted(wanted)
+    assert bad.asked
+    assert len(good.asked) == 2  # its own share, and what the other left over
+    assert len(said) == 1
+    assert "rollout server 0" in said[0]
+    fresh = {seed for asked in good.asked for row in asked.seeds for seed in row}
+    kept = 0 if misdeed in ("refuse", "html", "stale") else 3
+    assert len(fresh) == 24 - kept  # what had come before the failure counts
+
+
+def test_any_sequence_of_misdeeds_of_two_of_three_servers_is_survived(start, fleet):
+    rng = random.Random(1)
+    quick = [misdeed for misdeed in MISDEEDS if misdeed != "hang"]
+
+    def script() -> str:
+        return f"{rng.choice([*quick, 'well'])} {rng.randrange(30)}"
+
+    start(script, always("well"), script)
+    for round_ in range(25):
+        call, told, wanted = make_call([rng.randrange(5) for _ in range(rng.randrange(12))])
+        fleet(3).generate(call)
+        assert sorted(told) == sorted(wanted), round_
+
+
+def test_a_prompt_that_fails_everywhere_ends_with_each_servers_reason(start, fleet):
+    start(always("refuse"), always("fail"))
+    call, told, _ = make_call([2])
+    with pytest.raises(RunError, match=r"prompt 0 .*2 times \(rollout.remote.retries=1\)") as error:
+        fleet(2, retries=1).generate(call)
+    for index, reason in ((0, "HTTP 500: out of memory"), (1, "the engine failed")):
+        assert f"server {index} (http://127.0.0.1:" in str(error.value)
+        assert reason in str(error.value)
+    assert told == []
+
+
+def test_no_server_left_is_an_error_in_time_that_names_each(start, fleet):
+    servers = start(always("well"), always("well"))
+    ready = fleet(2, wait_s=0.5)
+    ready.prepare(WEIGHTS)
+    for server in servers:
+        server.close()
+    began = time.monotonic()
+    with pytest.raises(RunError, match=r"0 rollout servers are usable, one is needed") as error:
+        ready.generate(make_call([2, 2])[0])
+    assert time.monotonic() - began < 3
+    assert str(error.value).count("can't be reached") == 2
+    assert all(f"server {i} (" in str(error.value) for i in (0, 1))
+
+
+def test_servers_that_never_come_are_missed_by_number(start, fleet, tmp_path):
+    with pytest.raises(RunError, match=r"none has announced itself in .*servers"):
+        fleet(1, wait_s=0.3).prepare(WEIGHTS)
+    start(always("well"))
+    with pytest.raises(RunError, match=r"1 rollout servers are usable, rollout.remote.servers=2 are needed:\n.*ready"):
+        fleet(2, wait_s=0.3).prepare(WEIGHTS)
+
+
+def test_weights_that_are_not_finite_are_the_policys_fault_and_tried_nowhere_else(start, fleet):
+    _, other = start(always("not_finite"), always("well"))
+    with pytest.raises(FloatingPointError, match="not finite"):
+        fleet(2).generate(make_call([1])[0])
+    assert not other.asked
+
+
+def test_a_server_that_was_restarted_loads_the_weights_before_it_is_used(start, fleet):
+    (first,) = start(always("well"))
+    same = fleet()
+    same.prepare(WEIGHTS)
+    assert first.refits == [WEIGHTS]
+    first.close()
+    _, second = start(always("well"))
+    call, told, wanted = make_call([3, 3])
+    same.generate(call)
+    assert sorted(told) == sorted(wanted)
+    assert second.refits == [WEIGHTS]
+    same.generate(make_call([1])[0])
+    assert second.refits == [WEIGHTS]  # once
+
+
+def test_work_goes_where_the_least_is_to_be_drawn_the_longest_expected_first_and_a_group_stays_whole(start, fleet):
+    rng = random.Random(0)
+    for _ in range(200):
+        works = [Work(i, [0], rng.randrange(1, 100)) for i in range(rng.randrange(20))]
+        works[3:4] = [Work(3, [0, 1], 40)] if len(works) > 3 else []
+        busy = [rng.randrange(200) for _ in range(rng.randrange(1, 5))]
+        shares = spread(works, busy)
+        assert sorted(w.prompt for share in shares for w in share) == [w.prompt for w in works]
+        loads = list(busy)
+        for work in sorted(works, key=lambda work: work.prompt if len(work.left) == 1 else -1):
+            (taker,) = [k for k, share in enumerate(shares) if work in share]
+            assert loads[taker] == min(loads)
+            loads[taker] += work.tokens
+        for share in shares:
+            assert [w.prompt for w in share] == sorted(w.prompt for w in share)
+    servers = start(always("well"), always("well"))
+    call, _, _ = make_call([8, 1, 1, 1, 1])
+    fleet(2).generate(call)
+    asked = [sorted(len(row) for request in server.asked for row in request.seeds) for server in servers]
+    assert sorted(asked) == [[1, 1, 1, 1], [8]]
+
+
+def test_large_shares_go_in_several_requests(start, fleet, monkeypatch):
+    monkeypatch.setattr(dispatch, "REQUEST_TOKENS", 6)
+    (server,) = start(always("well"))
+    call, told, wanted = make_call([2] * 12)
+    fleet().generate(call)
+    assert sorted(told) == sorted(wanted)
+    sizes = [sum(map(len, request.prompts)) for request in server.asked]
+    assert len(sizes) > 5
+    assert max(sizes) <= 6
+
+
+def test_an_error_of_the_callback_is_the_callers_own(start, fleet):
+    (server,) = start(always("well"))
+
+    def fail(i, j, completion):
+        raise TimeoutError("a reward's")
+
+    call = make_call([2, 2])[0]
+    with pytest.raises(TimeoutError, match="a reward's"):
+        fleet().generate(Call(call.weights, call.prompts, call.sampling, call.seeds, fail))
+    assert len(server.asked) == 1

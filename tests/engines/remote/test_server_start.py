@@ -1,0 +1,102 @@
+"""``python -m nemo_aapo.cli.serve``: what it is refused for, how it announces itself, and that it ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from nemo_aapo.config.command_line import read_command_line
+from nemo_aapo.config.compose import compose
+from nemo_aapo.engines.remote.directory import open_directory, open_token, read_servers
+from tests.tiny_models import save_empty_model
+
+ROOT = Path(__file__).resolve().parents[3]
+COMMAND = [sys.executable, "-m", "nemo_aapo.cli.serve"]
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
+
+
+@pytest.fixture
+def words(tmp_path) -> list[str]:
+    """With a model directory without tensors: no server gets as far as reading them here."""
+    model = save_empty_model(tmp_path / "model")
+    return [f"model.path={model}", "data.train=t", "data.validation=v", f"run.dir={tmp_path / 'run'}"]
+
+
+@pytest.fixture
+def taken_port() -> Iterator[int]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield listener.getsockname()[1]
+
+
+def refused(words: list[str], **more: str) -> str:
+    """What a server says that doesn't start."""
+    done = subprocess.run(
+        [*COMMAND, *words], cwd=ROOT, env=environment(**more), capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert done.stdout == ""
+    return done.stderr
+
+
+def test_a_server_that_can_t_start_says_why_in_one_line(words, taken_port, tmp_path):
+    assert "no such directory" in refused([*words, "model.path=/none"])
+    assert "did you mean 'rollout.server.index'" in refused([*words, "rollout.server.indx=1"])
+    assert f"rollout.server.port={taken_port}: Address already in use" in refused(
+        [*words, f"rollout.server.port={taken_port}"]
+    )
+    assert "one process" in refused(words, WORLD_SIZE="2", RANK="0")
+    open_token(open_directory(tmp_path / "run" / "servers"))
+    (tmp_path / "run" / "servers" / "token").chmod(0o644)
+    assert "token: open to others" in refused(words)
+    assert read_servers(tmp_path / "run" / "servers") == []
+
+
+@pytest.mark.parametrize("end", ["SIGTERM", "SIGINT", "parent"])
+def test_it_starts_from_a_frozen_page_and_ends_with_a_signal_or_with_its_parent(words, tmp_path, end):
+    """While its model is still being loaded, which is when launchers lose patience."""
+    page = tmp_path / "run" / "frozen.yaml"
+    page.parent.mkdir()
+    page.write_text(yaml.safe_dump(compose(read_command_line(words))))
+    frozen = ["--config-path", str(page.parent), "--config-name", "frozen", "rollout.server.index=3"]
+    parent = subprocess.Popen(
+        [sys.executable, "-c", "import subprocess, sys; sys.exit(subprocess.call(sys.argv[1:]))", *COMMAND, *frozen],
+        cwd=ROOT,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    directory = page.parent / "servers"
+    try:
+        deadline = time.monotonic() + 60
+        while not read_servers(directory):
+            assert time.monotonic() < deadline
+            assert parent.poll() is None
+            time.sleep(0.05)
+        (server,) = read_servers(directory)
+        assert (server.index, server.address.rpartition(":")[0]) == (3, "http://127.0.0.1")
+        if end == "parent":
+            parent.kill()
+        else:
+            os.kill(server.pid, getattr(signal, end))
+        said = parent.communicate(timeout=60)[1]  # until the server has closed its end as well
+        assert parent.returncode == (-signal.SIGKILL if end == "parent" else 0)
+        assert f"stopping: {'the process that started it is gone' if end == 'parent' else end}" in said
+        assert "Traceback" not in said
+        assert read_servers(directory) == []
+    finally:
+        if parent.poll() is None:
+            os.killpg(parent.pid, signal.SIGKILL)

@@ -1,0 +1,506 @@
+"""The TensorRT-LLM engine against a strict stand-in for the library (fake_trtllm.py): nothing here ran on the real one.
+
+CUDA IPC needs a GPU: ``share`` hands the tensors themselves over instead of handles.
+"""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import math
+import os
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from nemo_aapo.config import digest
+from nemo_aapo.engines.base import RolloutEngine
+from nemo_aapo.engines.trtllm import contract
+from nemo_aapo.engines.trtllm import engine as trtllm_engine
+from nemo_aapo.engines.trtllm import placement as trtllm_placement
+from nemo_aapo.engines.trtllm import refit as trtllm_refit
+from nemo_aapo.engines.trtllm import settings as trtllm_settings
+from nemo_aapo.engines.trtllm.engine import TrtllmEngine
+from nemo_aapo.engines.trtllm.placement import Gpu
+from nemo_aapo.engines.trtllm.settings import TrtllmSettings
+from nemo_aapo.errors import ConfigError, RunError
+from nemo_aapo.seeds import stream_seed
+from nemo_aapo.types import SamplingSpec
+from tests import fake_trtllm
+from tests.fake_trtllm import TABLE, VOCAB, table
+from tests.scripts import load_script
+from tests.tiny_models import make_config
+
+SETTINGS = TrtllmSettings(
+    model_path="/model",
+    dtype="bfloat16",
+    tensor_parallel_size=1,
+    max_prompt_tokens=2000,
+    max_new_tokens=40,
+    max_concurrent_tokens=4096,
+    kv_cache_fraction=0.4,
+    refit_bucket_bytes=1 << 20,
+    timeout_s=20.0,
+)
+STOP = 3
+SAMPLING = SamplingSpec(1.0, max_new_tokens=40, stop_token_ids=(STOP,))
+PROMPTS = [np.array(ids, dtype=np.int32) for ids in ([5, 6], [7], list(range(9, 20)))]
+SEEDS = [[stream_seed(i, j) for j in range(4)] for i in range(len(PROMPTS))]
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """The stand-in is ``tensorrt_llm``, for this test."""
+    monkeypatch.setattr(trtllm_refit, "share", share_on_cpu)
+    return fake_trtllm.install(monkeypatch)
+
+
+def share_on_cpu(bucket, device):
+    """The tensors' numbers in place of CUDA IPC handles."""
+    return [(name, (torch.from_numpy, (tensor.numpy(),))) for name, tensor in bucket], bucket
+
+
+def start(colocated=True, **settings) -> TrtllmEngine:
+    return TrtllmEngine(
+        TrtllmSettings(**{**vars(SETTINGS), **settings}),
+        trtllm_placement.Alone(),
+        [Gpu("node", 5, "GPU-0", 0)],
+        colocated=colocated,
+    )
+
+
+@pytest.fixture
+def engine(fake):
+    engine = start()
+    yield engine
+    engine.close()
+
+
+def tokens(completions):
+    return [[completion.token_ids.tolist() for completion in row] for row in completions]
+
+
+# ---------------------------------------------------------------- generation
+
+
+def test_completions_come_in_order_with_the_log_probs_of_the_drawn_tokens(engine):
+    seen = []
+    assert isinstance(engine, RolloutEngine)
+    engine.wake()
+    out = engine.generate(PROMPTS, SAMPLING, SEEDS, lambda i, j, completion: seen.append((i, j, completion)))
+    assert [len(row) for row in out] == [len(row) for row in SEEDS]
+    assert sorted((i, j) for i, j, _ in seen) == [(i, j) for i in range(3) for j in range(4)]
+    assert all(out[i][j] is completion for i, j, completion in seen)
+    raw = torch.log_softmax(table().double(), -1).numpy()
+    reasons = set()
+    for prompt, row in zip(PROMPTS, out, strict=True):
+        for completion in row:
+            drawn = completion.token_ids
+            before = np.concatenate([prompt[-1:], drawn[:-1]])
+            np.testing.assert_allclose(completion.logprobs, raw[before, drawn], rtol=1e-6)
+            assert (completion.finish_reason == "stop") == (drawn[-1] == STOP)
+            assert STOP not in drawn[:-1]
+            assert completion.policy_version == 0
+            reasons.add(completion.finish_reason)
+    assert reasons == {"stop", "length"}
+    assert engine.stats.tokens == sum(len(c.token_ids) for row in out for c in row)
+    assert engine.stats.tail_factor >= 1
+    assert math.isnan(engine.stats.idle_fraction)
+
+
+def test_a_completion_depends_on_its_seed_and_not_on_the_batch_or_the_engine(fake, engine):
+    engine.wake()
+    whole = tokens(engine.generate(PROMPTS, SAMPLING, SEEDS))
+    other = start(colocated=False)
+    alone = tokens(other.generate(PROMPTS[1:2], SAMPLING, [SEEDS[1][2:3]]))
+    assert alone == [[whole[1][2]]]
+    other.close()
+    assert len({tuple(row) for group in whole for row in group}) == 12
+
+
+def test_freshly_started_engines_draw_differently_where_the_trainer_gives_them_the_same_prompt(fake):
+    drawn = []
+    for group in range(2):
+        engine = start(colocated=False)
+        seeds = [[stream_seed(1234, "rollout", 0, group, j) for j in range(4)]]  # as trainer._rollout names them
+        drawn.append(tokens(engine.generate(PROMPTS[:1], SAMPLING, seeds))[0])
+        engine.close()
+    assert not {tuple(row) for row in drawn[0]} & {tuple(row) for row in drawn[1]}
+
+
+def test_a_sampler_that_ignores_seeds_is_refused_at_the_start(fake):
+    fake.ignore_seeds = True
+    with pytest.raises(RunError, match="ignores the seeds"):
+        start()
+    assert fake.engines[0].closed
+
+
+def test_a_library_that_can_not_be_imported_is_an_error_with_a_message(fake, monkeypatch):
+    monkeypatch.setitem(sys.modules, contract.SAMPLING_PARAMS.module, None)
+    with pytest.raises(RunError, match=r"can't be imported.*trtllm_check"):
+        start()
+
+
+def test_a_stop_token_at_the_length_limit_counts_as_a_stop(engine):
+    engine.wake()
+    drawn = engine.generate(PROMPTS[:1], SAMPLING, SEEDS[:1])[0]
+    stopped = next(completion for completion in drawn if completion.finish_reason == "stop")
+    j = next(j for j, completion in enumerate(drawn) if completion is stopped)
+    limit = SamplingSpec(1.0, max_new_tokens=len(stopped.token_ids), stop_token_ids=(STOP,))
+    [[again]] = engine.generate(PROMPTS[:1], limit, [SEEDS[0][j : j + 1]])
+    assert again.token_ids.tolist() == stopped.token_ids.tolist()
+    assert again.finish_reason == "stop"
+
+
+def test_greedy_and_tempered_validation(engine):
+    engine.wake()
+    [[greedy]] = engine.generate(PROMPTS[:1], SamplingSpec(0.0, 10, ()), [[1]])
+    last, expected = int(PROMPTS[0][-1]), []
+    for _ in range(10):
+        last = int(table()[last].argmax())
+        expected.append(last)
+    assert greedy.token_ids.tolist() == expected
+    assert np.isfinite(greedy.logprobs).all()
+    [[tempered]] = engine.generate(PROMPTS[:1], SamplingSpec(0.6, 10, (), top_p=0.95), [[1]])
+    assert np.isnan(tempered.logprobs).all()  # raw ones would pass for those of the draw
+
+
+@pytest.mark.parametrize(
+    ("prompts", "sampling", "seeds", "message"),
+    [
+        ([np.array([], dtype=np.int32)], SAMPLING, [[1]], "no tokens"),
+        (PROMPTS, SAMPLING, [[1]], "seeds for 1"),
+        (PROMPTS[:1], SamplingSpec(1.0, 40, (STOP,), min_new_tokens=2), [[1]], "min_new_tokens"),
+        ([np.ones(2001, dtype=np.int32)], SAMPLING, [[1]], "prompts of 2000"),
+        (PROMPTS[:1], SamplingSpec(1.0, 41, (STOP,)), [[1]], "completions of 40"),
+    ],
+)
+def test_what_it_cannot_do_is_refused_before_anything_is_asked(engine, fake, prompts, sampling, seeds, message):
+    engine.wake()
+    asked = fake.requests
+    with pytest.raises(ValueError, match=message):
+        engine.generate(prompts, sampling, seeds)
+    assert fake.requests == asked
+    engine.generate(PROMPTS[:1], SAMPLING, [[1]])  # and it goes on
+
+
+# ---------------------------------------------------------------- sleep, wake, refit
+
+
+def test_a_step_calls_the_library_in_the_order_that_it_needs_and_the_new_weights_are_served(engine, fake):
+    del fake.seen[:]
+    new = table(seed=1)
+    for version in (1, 2):
+        engine.wake()
+        before = tokens(engine.generate(PROMPTS, SAMPLING, SEEDS))
+        engine.sleep()
+        engine.update_weights([(TABLE, new)], version)
+        engine.wake()
+        after = engine.generate(PROMPTS, SAMPLING, SEEDS)
+        assert (tokens(after) != before) == (version == 1)
+        assert {completion.policy_version for row in after for completion in row} == {version}
+        engine.sleep()
+    weights, cache = list(contract.WEIGHT_TAGS), [contract.KV_CACHE_TAG]
+    asleep = [("forget_prefixes", ()), ("sleep", ([*weights, *cache],))]
+    awake = [("wakeup", (weights,)), ("wakeup", (cache,))]
+    calls = [
+        (method, arguments if method != "update_weights" else arguments[0] is None) for method, arguments in fake.seen
+    ]
+    refit = [awake[0], ("update_weights", False), ("update_weights", True), awake[1]]
+    assert calls == 2 * [*awake, *asleep, *refit, *asleep]
+
+
+def test_sleep_and_wake_may_be_called_again_and_a_wake_without_a_refit_serves_the_old_weights(engine):
+    drawn = []
+    for _ in range(2):
+        engine.wake()
+        engine.wake()
+        drawn.append(tokens(engine.generate(PROMPTS, SAMPLING, SEEDS)))
+        engine.sleep()
+        engine.sleep()
+    assert drawn[0] == drawn[1]
+
+
+def test_an_engine_with_gpus_of_its_own_never_sleeps_and_is_refitted_in_place(fake):
+    engine = start(colocated=False)
+    before = tokens(engine.generate(PROMPTS, SAMPLING, SEEDS))
+    engine.sleep()
+    engine.update_weights([(TABLE, table(seed=1))], 7)
+    engine.wake()
+    after = engine.generate(PROMPTS, SAMPLING, SEEDS)
+    assert tokens(after) != before
+    assert after[0][0].policy_version == 7
+    assert not {"sleep", "wakeup"} & {method for method, _ in fake.seen}
+    engine.close()
+
+
+def test_generating_asleep_is_refused(engine):
+    with pytest.raises(RuntimeError, match="wake"):
+        engine.generate(PROMPTS, SAMPLING, SEEDS)
+
+
+WRONG_ORDERS = {
+    "the KV cache comes last": lambda client: client.resume([contract.KV_CACHE_TAG]),
+    "the weights are released": lambda client: client.update_weights(None),
+    "finalize without": lambda client: (client.resume(contract.WEIGHT_TAGS), client.update_weights(None)),
+    "memory is released": lambda client: list(client.complete([(0, [1], {"end_id": -1})])),
+    "before finalize": lambda client: (
+        client.resume(contract.WEIGHT_TAGS),
+        client.update_weights(payload()),
+        client.resume([contract.KV_CACHE_TAG]),
+    ),
+    "keys and values are gone": lambda client: (
+        client.resume(contract.WEIGHT_TAGS),
+        client.resume([contract.KV_CACHE_TAG]),
+        list(client.complete([(0, [1], {"end_id": -1})])),
+        client.release([contract.KV_CACHE_TAG]),
+        client.resume([contract.KV_CACHE_TAG]),
+        list(client.complete([(0, [1], {"end_id": -1})])),
+    ),
+    "of what is released": lambda client: client.release([contract.KV_CACHE_TAG]),
+    "unknown arguments": lambda client: list(client.complete([(0, [1], {"best_of": 2})])),
+}
+
+
+def payload():
+    return trtllm_refit.payloads([(TABLE, table())], [Gpu("node", 0, "GPU-0", 0)])[0]
+
+
+@pytest.mark.parametrize("message", WRONG_ORDERS)
+def test_the_stand_in_notices_a_wrong_order(engine, message):
+    with pytest.raises(RunError, match=message):
+        WRONG_ORDERS[message](engine._client)
+
+
+def test_a_refit_waits_for_no_request_and_is_refused_while_some_are_under_way(engine, fake):
+    engine.wake()
+    problems = []
+
+    def refit_meanwhile(i, j, completion):
+        if not problems:
+            with pytest.raises(RuntimeError, match="another call") as caught:
+                engine.update_weights([(TABLE, table(1))], 1)
+            problems.append(caught)
+
+    engine.generate(PROMPTS, SAMPLING, SEEDS, refit_meanwhile)
+    assert len(problems) == 1
+    assert not any(method == "update_weights" for method, _ in fake.seen)
+
+
+def test_buckets_hold_every_tensor_once_in_order_and_no_more_bytes_than_they_may():
+    generator = np.random.default_rng(0)
+    for _ in range(50):
+        named = [(f"w{i}", torch.zeros(int(n))) for i, n in enumerate(generator.integers(1, 60, size=20))]
+        limit = int(generator.integers(4, 400))
+        made = list(trtllm_refit.buckets(iter(named), limit))
+        assert [name for bucket in made for name, _ in bucket] == [name for name, _ in named]
+        for bucket in made:
+            assert sum(tensor.nbytes for _, tensor in bucket) <= limit or len(bucket) == 1
+        for first, second in itertools.pairwise(made):  # none was closed early
+            assert sum(tensor.nbytes for _, tensor in [*first, second[0]]) > limit
+    assert list(trtllm_refit.buckets([], 10)) == []
+
+
+def test_a_refit_comes_in_buckets_and_never_holds_two_at_a_time(fake, monkeypatch):
+    engine = start(refit_bucket_bytes=VOCAB * VOCAB * 4)
+    produced = []
+
+    def export():
+        for name in ("a", TABLE, "b"):
+            produced.append(name)
+            assert len(fake.bucket_bytes) >= len(produced) - 2  # one being filled, the one before handed over
+            yield name, table(1)
+
+    engine.update_weights(export(), 1)
+    assert fake.bucket_bytes == 3 * [VOCAB * VOCAB * 4]
+    engine.close()
+
+
+# ---------------------------------------------------------------- what surrounds it
+
+
+def test_the_engines_processes_see_nothing_of_slurm_mpi_and_torchrun_and_the_learner_keeps_all(fake, monkeypatch):
+    job = {
+        "SLURM_PROCID": "3",
+        "PMI_RANK": "3",
+        "PMIX_RANK": "3",
+        "OMPI_COMM_WORLD_RANK": "3",
+        "MASTER_PORT": "1",
+        "RANK": "3",
+        "TORCHELASTIC_RUN_ID": "x",
+        "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5",
+    }
+    for name, value in job.items():
+        monkeypatch.setenv(name, value)
+    for name in contract.ENVIRONMENT:
+        monkeypatch.setenv(name, "unset")
+    engine = start()
+    [seen] = fake.environments
+    assert not [name for name in seen if name.startswith(("SLURM", "PMI", "OMPI", "TORCHELASTIC"))]
+    assert not {"MASTER_PORT", "RANK"} & seen.keys()
+    assert seen["CUDA_VISIBLE_DEVICES"] == "5"
+    assert seen.items() >= contract.ENVIRONMENT.items()
+    assert os.environ.items() >= job.items()
+    assert os.environ.items() >= contract.ENVIRONMENT.items()  # the library goes on reading them
+    engine.close()
+
+
+def test_the_engine_is_made_for_prompts_longer_than_the_librarys_default(fake):
+    engine = start(max_prompt_tokens=9000)
+    arguments = fake.engines[0].args
+    assert (arguments.max_input_len, arguments.max_seq_len, arguments.max_num_tokens) == (9000, 9040, 9000)
+    assert vars(arguments.kv_cache_config)["max_tokens"] == SETTINGS.max_concurrent_tokens
+    engine.close()
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ({"finish_reason": "timeout"}, "finish_reason='timeout'"),
+        ({"finish_reason": "cancelled"}, "finish_reason='cancelled'"),
+        ({"finish_reason": "not_finished"}, "finish_reason='not_finished'"),
+        ({"cut_at": 2}, "cut a completion at 2 of 40"),
+        ({"drop_stop_token": True}, "last token is none of"),
+        ({"drop_logprobs": True}, "log-probs for 0 of"),
+        ({"fail_request": 10}, "generate_async: RuntimeError: CUDA error"),
+        ({"hang": True}, "no completion within 1 s"),
+    ],
+)
+def test_a_completion_that_is_none_ends_the_engine_with_a_message(fake, fault, message):
+    engine = start(timeout_s=1.0)
+    engine.wake()
+    vars(fake).update(fault)
+    with pytest.raises(RunError, match=message):
+        engine.generate(PROMPTS, SAMPLING, SEEDS)
+    for call in (
+        lambda: engine.generate(PROMPTS, SAMPLING, SEEDS),
+        lambda: engine.update_weights([], 1),
+        engine.sleep,
+    ):
+        with pytest.raises(RunError, match=rf"can't go on.*{message}"):
+            call()
+    engine.close()
+    engine.close()
+    assert fake.engines[0].closed
+    assert not [thread for thread in threading.enumerate() if thread.name == "trtllm"]
+
+
+def test_a_reward_that_raises_is_not_hidden_and_an_export_that_breaks_off_leaves_no_mixed_weights_in_use(fake):
+    engine = start(colocated=False)
+
+    def reward(i, j, completion):
+        raise ZeroDivisionError("reward")
+
+    with pytest.raises(ZeroDivisionError, match="reward"):
+        engine.generate(PROMPTS, SAMPLING, SEEDS, reward)
+    engine.close()
+
+    def export():
+        yield TABLE, table(1)
+        raise OSError("lost")
+
+    engine = start(colocated=False, refit_bucket_bytes=1)
+    with pytest.raises(OSError, match="lost"):
+        engine.update_weights(export(), 1)
+    with pytest.raises(RunError, match="weights are mixed"):
+        engine.generate(PROMPTS, SAMPLING, SEEDS)
+    engine.close()
+
+
+def test_gpus_that_one_engine_can_not_run_on_are_refused():
+    def gpu(host, number):
+        return Gpu(host, number, f"GPU-{host}{number}", 0)
+
+    trtllm_placement.check_gpus([gpu("a", 0), gpu("a", 1)], 2)
+    for gpus, message in (
+        ([gpu("a", 0), gpu("b", 1)], "spans the nodes a, b"),
+        ([gpu("a", 0), gpu("a", 0)], "under one numbering"),
+        ([gpu("a", 0)], "tensor_parallel_size=2 was given 1"),
+    ):
+        with pytest.raises(RunError, match=message):
+            trtllm_placement.check_gpus(gpus, 2)
+
+
+def test_weights_that_lie_on_other_gpus_than_the_workers_are_refused(fake):
+    fake.device_ids = ["GPU-7"]
+    with pytest.raises(RunError, match=r"workers run on the GPUs \['GPU-7'\].*\['GPU-0'\]"):
+        start()
+
+
+# ---------------------------------------------------------------- configuration
+
+
+def test_a_machine_without_the_library_is_told_what_is_missing_and_what_to_use():
+    config = make_config("/m", rollout__engine="trtllm")
+    with pytest.raises(ConfigError, match=r"needs the package tensorrt_llm .* and a CUDA GPU.*rollout.engine=megatron"):
+        trtllm_settings.check(config)
+    for entrance in (TrtllmEngine.from_config, load_script("train").check):
+        with pytest.raises(ConfigError, match="tensorrt_llm"):
+            entrance(config)
+
+
+def test_an_engine_by_the_configuration(fake, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(trtllm_placement, "visible_gpu", lambda device: Gpu("node", device, f"GPU-{device}", device))
+    config = make_config(
+        "/m", rollout__engine="trtllm", rollout__trtllm__tensor_parallel_size=1, precision__name="fp32"
+    )
+    with pytest.raises(ConfigError, match="precision=bf16"):
+        TrtllmEngine.from_config(config)
+    config = make_config("/m", rollout__engine="trtllm", precision__name="bf16", trainer__devices=2)
+    engine = TrtllmEngine.from_config(config)
+    assert fake.engines[0].args.dtype == "bfloat16"
+    assert not fake.engines[0].args.enable_sleep
+    assert len(engine.generate(PROMPTS[:1], SamplingSpec(1.0, 16, (STOP,)), [[1, 2]])[0]) == 2
+    engine.close()
+    wide = make_config(
+        "/m",
+        rollout__engine="trtllm",
+        precision__name="bf16",
+        trainer__devices=4,
+        model__tensor_model_parallel_size=4,
+    )
+    with pytest.raises(ConfigError, match="sees 2 GPUs"):
+        TrtllmEngine.from_config(wide)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rollout__temperature": 0.7}, "before temperature"),
+        ({"rollout__trtllm__kv_cache_fraction": 1.0}, "kv_cache_fraction"),
+        ({"rollout__trtllm__tensor_parallel_size": 2}, "tensor 1 x pipeline 1"),
+        ({"rollout__trtllm__refit_bucket_bytes": 0}, "refit_bucket_bytes"),
+        ({"model__pipeline_model_parallel_size": 2, "trainer__num_nodes": 2}, "several nodes"),
+        ({"model__tensor_model_parallel_size": 4, "trainer__devices": 2}, "several nodes"),
+    ],
+)
+def test_settings_that_can_not_work_with_it_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        make_config("/m", rollout__engine="trtllm", **settings)
+
+
+def test_how_the_engine_is_cut_up_does_not_decide_a_result():
+    plain = make_config("/m")
+    assert digest(make_config("/m", rollout__trtllm__refit_bucket_bytes=5)) == digest(plain)
+
+
+def test_the_library_is_imported_in_one_module_and_only_by_the_contracts_names():
+    root = Path(trtllm_engine.__file__).parents[2]
+    found = {
+        (path.name, node.module, alias.name)
+        for path in root.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+        if (getattr(node, "module", None) or alias.name).partition(".")[0] == "tensorrt_llm"
+    }
+    known = {(cls.module, cls.name) for cls in contract.CLASSES}
+    known.add(tuple(contract.WORKER_EXTENSION.module.rsplit(".", 1)))
+    assert {file for file, _, _ in found} == {"trtllm_engine.py"}
+    assert {(module, name) for _, module, name in found} <= known

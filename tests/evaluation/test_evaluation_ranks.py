@@ -1,0 +1,187 @@
+"""Whole evaluations on worker ranks: layouts, interruption, more samples, checkpoints of training, refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from nemo_aapo.errors import ConfigError
+from tests.pool import RankError
+from tests.training_runs import make_input, run, settings
+
+PROBLEMS = 7
+
+
+def even(prompt, completion, answer, **info):
+    """A reward that a random model earns now and then."""
+    return float(info["num_tokens"] % 2 == 0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random two-layer model, and a file of problems with levels."""
+    folder = make_input(tmp_path_factory.mktemp("evaluation"))
+    rows = [{"question": f"{n}+1=", "answer": str(n + 1), "level": n % 2} for n in range(10, 10 + PROBLEMS)]
+    (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def words(folder: Path, name: str, *more: str) -> list[str]:
+    return [
+        f"run.dir={folder / name}",
+        f"model.path={folder / 'model'}",
+        "benchmarks=[problems]",
+        f"+sources.problems={folder / 'problems.jsonl'}",
+        "fields.level=level",
+        "prompt_template=question",
+        "max_prompt_tokens=16",
+        "samples=3",
+        "sampling.temperature=1.0",
+        "sampling.max_new_tokens=8",
+        "max_concurrent_tokens=512",
+        "problems_per_batch=2",
+        "rewards=[{name: custom, function: 'tests.evaluation.test_evaluation_ranks:even'}]",
+        "trainer.devices=1",
+        "trainer.distributed_timeout_s=60",
+        *more,
+    ]
+
+
+def evaluate(overrides: list[str], stop_after: int | None = None) -> int:
+    """One rank of a whole evaluation; as if a scheduler ended it after so many batches."""
+    from nemo_aapo.config.command_line import EVALUATION, read_command_line
+    from nemo_aapo.config.compose import compose
+    from nemo_aapo.jobs import evaluate as evaluation_job
+
+    tree = compose(read_command_line(overrides, EVALUATION))
+    batches, measure = [], evaluation_job.measure
+
+    def counted(*arguments):
+        batches.append(1)
+        if len(batches) == stop_after:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return measure(*arguments)
+
+    evaluation_job.measure = counted
+    try:
+        return evaluation_job.evaluate(EVALUATION.parse(tree), tree)
+    finally:
+        evaluation_job.measure = measure
+
+
+def results(directory: Path) -> dict:
+    return json.loads((directory / "results.json").read_text())
+
+
+def completions(directory: Path) -> list[str]:
+    """Lines in an order of their own: batches are cut differently by interruption."""
+    return sorted((directory / "completions" / "problems.jsonl").read_text().splitlines())
+
+
+@pytest.fixture(scope="module")
+def whole(ranks, folder) -> Path:
+    """An evaluation without interruption, on one rank."""
+    assert ranks.run(evaluate, words(folder, "whole"), tp=None) == [0]
+    return folder / "whole"
+
+
+def test_an_evaluation_leaves_completions_figures_and_tables(whole):
+    figures = results(whole)["benchmarks"]["problems"]
+    rows = [json.loads(line) for line in completions(whole)]
+    assert len(rows) == 3 * PROBLEMS
+    assert {(row["sample"], row["level"]) for row in rows} == {(k, level) for k in range(3) for level in "01"}
+    assert all(row["correct"] == (row["tokens"] % 2 == 0) for row in rows)
+    assert (figures["problems"], figures["samples"]) == (PROBLEMS, 3)
+    assert figures["avg@3"]["value"] == pytest.approx(sum(row["correct"] for row in rows) / len(rows))
+    assert 0 < figures["avg@3"]["value"] < 1
+    assert figures["avg@3"]["value"] <= figures["pass@2"]["value"] <= figures["pass@3"]["value"]
+    assert [figures["by_level"][level]["problems"] for level in "01"] == [4, 3]
+    table = (whole / "tables.md").read_text()
+    assert "| problems " in table
+    assert "maj@k" in table
+    assert (whole / "finished").exists()
+
+
+@pytest.mark.parametrize(("world", "tp", "pp"), [(2, 1, 1), (4, 2, 2)])
+def test_every_layout_draws_the_same_completions(ranks, folder, whole, world, tp, pp):
+    name = f"layout{tp}{pp}"
+    layout = [f"model.tensor_model_parallel_size={tp}", f"model.pipeline_model_parallel_size={pp}"]
+    done = ranks.run(evaluate, words(folder, name, f"trainer.devices={world}", *layout), tp=None, world=world)
+    assert done == [0] * world
+    assert completions(folder / name) == completions(whole)
+    assert results(folder / name) == results(whole)
+
+
+def test_interrupted_it_goes_on_to_the_same_result(ranks, folder, whole):
+    directory = folder / "interrupted"
+    assert ranks.run(evaluate, words(folder, "interrupted"), 2, tp=None) == [0]
+    assert len(completions(directory)) == 2 * 2 * 3  # the batch at hand was kept
+    assert not (directory / "finished").exists()
+    file = directory / "completions" / "problems.jsonl"
+    file.write_bytes(file.read_bytes()[:-20])  # a crash in the middle of a line
+    assert ranks.run(evaluate, words(folder, "interrupted", "problems_per_batch=3"), tp=None) == [0]
+    assert completions(directory) == completions(whole)
+    assert results(directory) == results(whole)
+
+
+def test_more_samples_are_added_to_those_that_are_there(ranks, folder, whole):
+    assert ranks.run(evaluate, words(folder, "grown", "samples=1"), tp=None) == [0]
+    assert "avg@1" in results(folder / "grown")["benchmarks"]["problems"]
+    assert ranks.run(evaluate, words(folder, "grown"), tp=None) == [0]
+    assert completions(folder / "grown") == completions(whole)
+    assert results(folder / "grown") == results(whole)
+    assert ranks.run(evaluate, words(folder, "grown", "samples=1"), tp=None) == [0]  # and fewer can be asked for again
+    assert results(folder / "grown")["benchmarks"]["problems"]["samples"] == 1
+
+
+def test_a_checkpoint_of_training_measures_as_the_model_that_it_exports(ranks, folder, whole):
+    training = settings(folder, folder / "run", "trainer.max_steps=2", world=2, tp=2)
+    assert ranks.run(run, training, tp=None, world=2) == [0, 0]
+    for name, model in (("by_run", "run"), ("by_step", "run/checkpoints/step_000002"), ("by_export", "run/hf_model")):
+        assert ranks.run(evaluate, words(folder, name, f"model.path={folder / model}"), tp=None) == [0]
+        assert completions(folder / name) == completions(folder / "by_run")
+    assert completions(folder / "by_run") != completions(whole)
+    assert "(step 2)" in results(folder / "by_run")["model"]
+
+
+def test_a_run_without_a_checkpoint_is_a_refusal_on_all_ranks(ranks, folder):
+    training = settings(folder, folder / "young", "trainer.max_steps=1")
+    assert ranks.run(run, training, tp=None) == [0]
+    shutil.rmtree(folder / "young" / "checkpoints" / "step_000001")
+    with pytest.raises(RankError, match=f"{ConfigError.__name__}: .*none was saved yet"):
+        ranks.run(
+            evaluate, words(folder, "none", f"model.path={folder / 'young'}", "trainer.devices=2"), tp=None, world=2
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["seed=5"], "seed: 1234 there, 5 now"),
+        (["sampling.top_p=0.5"], "holds another evaluation"),
+        (["rewards=[{name: integer}]"], '"name": "integer"} now'),
+    ],
+)
+def test_another_evaluation_is_not_mixed_with_what_is_there(ranks, folder, whole, changes, said):
+    before = completions(whole)
+    with pytest.raises(RankError, match=ConfigError.__name__) as refusal:
+        ranks.run(evaluate, words(folder, "whole", *changes), tp=None)
+    assert said in str(refusal.value)
+    assert completions(whole) == before
+
+
+def test_gold_answers_that_no_reward_takes_are_an_error_or_are_counted_as_wrong(ranks, folder):
+    odd = folder / "odd.jsonl"
+    odd.write_text('{"question": "1+1=", "answer": "2"}\n{"question": "why?", "answer": "because"}\n')
+    more = [f"+sources.odd={odd}", "benchmarks=[odd]", "fields.level=null", "rewards=[{name: integer}]"]
+    with pytest.raises(RankError, match="1 of 2 gold answers can't be used") as refusal:
+        ranks.run(evaluate, words(folder, "odd", *more), tp=None)
+    assert "on_bad_answer=wrong" in str(refusal.value)
+    assert ranks.run(evaluate, words(folder, "odd", *more, "on_bad_answer=wrong"), tp=None) == [0]
+    figures = results(folder / "odd")["benchmarks"]["odd"]
+    assert (figures["problems"], figures["avg@3"]["value"]) == (2, 0.0)

@@ -1,0 +1,166 @@
+"""The batch scripts: as they were read and approved (slurm/scripts/), clean, and quoted right whatever the names.
+
+After a change that is meant: ``WRITE_SCRIPTS=1 pytest tests/launch/test_script.py``, then read the difference.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nemo_aapo.config import Config, parse, without_secrets
+from nemo_aapo.config.command_line import read_command_line
+from nemo_aapo.config.compose import compose
+from nemo_aapo.errors import ConfigError
+from nemo_aapo.launch.slurm.paths import Places
+from nemo_aapo.launch.slurm.script import (
+    Site,
+    environment_file,
+    render_fill,
+    render_merge,
+    render_training,
+    supervisor_words,
+    training_roles,
+)
+from nemo_aapo.launch.slurm.supervisor import split_roles
+
+APPROVED = Path(__file__).parent / "slurm" / "scripts"
+SITE = Site("/venv/bin/python", Path("/checkout"), Path("/work"))
+CLUSTER = ("cluster=slurm", "cluster.account=lab", "cluster.partition=gpu", "trainer.num_nodes=2", "trainer.devices=8")
+CONTAINER = (
+    "cluster.container.image=/images/nemo_aapo.sqsh",
+    "cluster.container.mounts=[/models:/models:ro]",
+    "cluster.container.workdir=/opt/nemo_aapo",
+)
+NO_NAMES = ("cluster.account=null", "cluster.partition=null")
+SCRIPTS = {
+    "single": (),
+    "het": ("cluster.servers.nodes=2", "cluster.servers.gpus_per_node=4"),
+    "container": (*CONTAINER, "cluster.cpus_per_task=12", 'cluster.srun_args=["--cpu-bind=none"]'),
+    "chain": ("cluster.chain=3", '+cluster.sbatch_args={mail-type: END, constraint: "h100|h200"}', "cluster.qos=long"),
+    "setup": ("cluster.setup=[module load cuda]", "+cluster.env.WANDB_API_KEY=secret", "cluster.exclusive=true"),
+    "fill": ("cluster.fill_jobs=16",),
+    "merge": (),
+}
+
+
+def config_of(*words: str) -> Config:
+    given = ("run.name=math7b", "run.dir=/runs/math7b", "model.path=/models/m", "data.train=/t", "data.validation=/v")
+    return parse(compose(read_command_line([*given, *CLUSTER, *words])))
+
+
+def script_of(name: str) -> str:
+    config = config_of(*SCRIPTS[name])
+    if name == "fill":
+        return render_fill(config, SITE)
+    return render_merge(config, SITE, after="41") if name == "merge" else render_training(config, SITE)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_script_is_the_approved_one_and_shellcheck_finds_nothing(name):
+    path, script = APPROVED / f"{name}.sbatch", script_of(name)
+    if os.environ.get("WRITE_SCRIPTS"):
+        path.write_text(script)
+    assert script == path.read_text()
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed (apt-get install shellcheck); the script is the approved one")
+    found = subprocess.run(["shellcheck", "-"], input=script, capture_output=True, text=True, timeout=30)
+    assert found.returncode == 0, found.stdout
+
+
+def test_shell_scripts_of_the_slurm_tests_are_clean_too():
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed (apt-get install shellcheck)")
+    found = subprocess.run(
+        ["shellcheck", APPROVED.parent / "start_slurm.sh"], capture_output=True, text=True, timeout=60
+    )
+    assert found.returncode == 0, found.stdout
+
+
+@pytest.mark.parametrize("name", ["a b", "it's", 'say "hi"', "$(touch pwned)", "back\\slash", "100%", "ünï;&|*"])
+def test_bash_hands_on_every_word_as_it_is_whatever_the_names(name, tmp_path):
+    recorder = tmp_path / name
+    recorder.write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\n")
+    recorder.chmod(0o755)
+    site = Site(str(recorder), Path("/check out"), tmp_path)
+    tree = compose(read_command_line(["model.path=/m", "data.train=/t", "data.validation=/v", *CLUSTER]))
+    tree["run"] |= {"name": name, "dir": f"runs/{name}"}
+    tree["cluster"] |= {"env": {"TOKEN": f"{name}\n2"}, "servers": {"nodes": 1, "per_node": 1, "gpus_per_node": 0}}
+    config = parse(tree)
+    places = Places(tmp_path / "runs" / name)
+    places.make()
+    places.environment.write_text(environment_file(config.cluster.env))
+    script = render_training(config, site)
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=30, cwd=tmp_path)
+    words = supervisor_words(config, site, training_roles(config, site), ["job", "--max-requeues=20"])
+    assert json.loads(done.stdout) == words[1:]
+    options, commands = split_roles(json.loads(done.stdout))
+    assert options[-1] == str(places.run_dir)
+    assert list(commands) == ["train", "servers"]
+    shown = subprocess.run(
+        ["bash", "-c", f"source {places.environment.name}; printf %s \"$TOKEN\""],
+        cwd=places.folder, capture_output=True, text=True, timeout=10,
+    )  # fmt: skip
+    assert shown.stdout == f"{name}\n2"
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_jobs_of_different_runs_never_share_a_name_and_roles_of_one_job_neither():
+    def names(*words):
+        lines = render_training(config_of(*words), SITE).splitlines()
+        return [line.partition("--job-name=")[2] for line in lines if "--job-name" in line]
+
+    assert names() == names("trainer.max_steps=7")
+    assert names() != names("run.dir=/runs/other")
+    assert len(set(names("cluster.servers.nodes=1"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "reason"),
+    [
+        (["cluster.time=14400"], "cluster.time=14400", "in quotes"),
+        (['cluster.time="30:00"'], "cluster.time=30:00", "HH:MM:SS"),
+        (["cluster.signal_s=14311"], "cluster.signal_s=14311", "before the job is up"),
+        (['run.name="a\nb"'], "run.name", "line breaks"),
+        (["cluster.container.workdir=/w"], "cluster.container", "without cluster.container.image"),
+        ([*CONTAINER, "run.dir=results/x"], "run.dir=results/x", "absolute"),
+        (["+cluster.sbatch_args.nodes=3"], "cluster.sbatch_args.nodes", "trainer.num_nodes"),
+        (["+cluster.sbatch_args.MEM=0"], "cluster.sbatch_args", "without dashes"),
+        (["+cluster.env.a-b=0"], "cluster.env", "no name of a variable"),
+        (["cluster.env={A: 1}"], "cluster.env", "+cluster.env.NAME=VALUE"),
+        (["cluster=local"], "cluster.account", "no effect on this machine"),
+        (["cluster=local", *NO_NAMES, "+cluster.env.A=1"], "cluster.env", "no effect on this machine"),
+        (["cluster=interactive"], "cluster.account", "no effect in an allocation"),
+        (["cluster=interactive", *NO_NAMES, "cluster.servers.nodes=1"], "cluster.servers.nodes", "no effect in an"),
+        (["cluster.launcher=nemo_run", "cluster.servers.nodes=1"], "cluster.launcher=nemo_run", "without servers"),
+    ],
+)
+def test_what_slurm_would_misread_is_refused_with_key_and_reason(words, key, reason):
+    with pytest.raises(ConfigError) as refusal:
+        config_of(*words)
+    assert key in str(refusal.value)
+    assert reason in str(refusal.value)
+
+
+def test_a_bare_time_in_a_file_is_refused(tmp_path):
+    """YAML 1.1 has numbers to the base of 60: this is where they come from."""
+    shutil.copytree(Path(__file__).parents[2] / "conf", tmp_path / "conf")
+    (tmp_path / "conf" / "cluster" / "mine.yaml").write_text("kind: slurm\ntime: 4:00:00\n")
+    words = ["--config-path", str(tmp_path / "conf"), "cluster=mine", "model.path=/m", "data.train=/t"]
+    with pytest.raises(ConfigError, match=r"cluster\.time=14400: write HH:MM:SS"):
+        parse(compose(read_command_line([*words, "data.validation=/v"])))
+
+
+def test_secrets_are_in_no_script_and_in_no_tree_that_is_written():
+    words = ("+cluster.env.WANDB_API_KEY=s3cret",)
+    tree = compose(read_command_line(["model.path=/m", "data.train=/t", "data.validation=/v", *CLUSTER, *words]))
+    assert "s3cret" in str(tree)
+    assert "s3cret" not in str(without_secrets(tree))
+    assert without_secrets(tree)["cluster"]["env"] == {"WANDB_API_KEY": "<hidden>"}
+    assert "s3cret" not in render_training(parse(tree), SITE)

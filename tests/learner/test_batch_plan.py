@@ -1,0 +1,172 @@
+"""Micro-batches: every sequence once, within the budget, evenly over the ranks, whatever the lengths."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from nemo_aapo.learner.batch_plan import padding_fraction, plan, tokens_of
+from nemo_aapo.learner.microbatch import bundled, collate, length_of, pad_to, row_length_of
+from nemo_aapo.mcore.packing import SHORTEST_OF_BATCH, packed_sequences
+from nemo_aapo.types import Sample
+
+
+def reasoning_lengths(count: int, seed: int = 0) -> list[int]:
+    """Log-normal with max/mean between 4 and 5, like reasoning traces."""
+    drawn = np.random.default_rng(seed).lognormal(mean=5.0, sigma=0.55, size=count)
+    return np.clip(drawn, 8, 2048).astype(int).tolist()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("seed", range(40))
+def test_every_sequence_is_dealt_once_within_the_budget_and_evenly(seed, packed):
+    generator = np.random.default_rng(seed)
+    lengths = generator.integers(1, 200, generator.integers(0, 60)).tolist()
+    ranks, multiple = int(generator.integers(1, 5)), int(generator.choice([1, 2, 8]))
+    budget = int(generator.integers(208, 1000))
+    dealt = plan(lengths, budget=budget, data_parallel_size=ranks, multiple=multiple, packed=packed)
+    assert sorted(i for rank in dealt for batch in rank for i in batch) == list(range(len(lengths)))
+    assert len({len(rank) for rank in dealt}) == 1
+    assert dealt[0]
+    for batch in (batch for rank in dealt for batch in rank if batch):
+        padded = len(batch) * pad_to(max(lengths[i] for i in batch), multiple)
+        packs = pad_to(sum(lengths[i] for i in batch), multiple)
+        assert tokens_of([lengths[i] for i in batch], multiple, packed) == (packs if packed else padded) <= budget
+
+
+def test_sorting_removes_most_padding_of_reasoning_like_lengths():
+    lengths = reasoning_lengths(512)
+    budget = 8192
+    dealt = plan(lengths, budget=budget, data_parallel_size=4)
+    sorted_padding = padding_fraction([batch for rank in dealt for batch in rank], lengths)
+    in_order = [list(range(start, min(start + 8, 512))) for start in range(0, 512, 8)]
+    assert padding_fraction(in_order, lengths) > 0.4
+    assert sorted_padding < 0.12
+
+
+def test_packing_leaves_hardly_any_padding_and_needs_fewer_micro_batches():
+    lengths, multiple = reasoning_lengths(512), 128
+    padded, packed = (
+        plan(lengths, budget=8192, data_parallel_size=4, multiple=multiple, packed=p) for p in (False, True)
+    )
+    fraction = padding_fraction([batch for rank in packed for batch in rank], lengths, multiple, packed=True)
+    assert fraction < 0.01
+    assert len(packed[0]) < len(padded[0])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_rank_has_much_more_to_do_than_the_average(seed):
+    lengths = reasoning_lengths(512, seed)
+    dealt = plan(lengths, budget=4096, data_parallel_size=4)
+    longest = [[(len(batch), max(lengths[i] for i in batch)) for batch in rank] for rank in dealt]
+    tokens = [sum(rows * length for rows, length in rank) for rank in longest]
+    squares = [sum(rows * length**2 for rows, length in rank) for rank in longest]
+    assert max(tokens) < 1.1 * np.mean(tokens)
+    assert max(squares) < 1.2 * np.mean(squares)
+
+
+def test_a_sequence_over_the_budget_is_refused_with_both_numbers():
+    with pytest.raises(ValueError, match=r"65 tokens exceeds max_tokens_per_microbatch=64"):
+        plan([3, 65], budget=64, data_parallel_size=1)
+
+
+def test_positions_select_the_state_that_predicts_each_completion_token():
+    samples = [
+        Sample(np.array([5, 6, 7], np.int32), np.array([8, 9], np.int32), np.zeros(2, np.float32), 1.0),
+        Sample(np.array([3], np.int32), np.array([4], np.int32), np.zeros(1, np.float32), -1.0),
+    ]
+    batch = collate([(sample,) for sample in samples], [0.5, 0.25], multiple=4, device=torch.device("cpu"))
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 0, 0, 0], [3, 4, 0, 0, 0, 0, 0, 0]]
+    states = torch.arange(8)[:, None] * 10 + torch.arange(2)  # [s, b]: ten times the position, plus the row
+    assert states.flatten()[batch.positions].tolist() == [20, 30, 1]
+    assert batch.targets.tolist() == [8, 9, 4]
+    assert batch.advantages.tolist() == [1.0, 1.0, -1.0]
+    assert batch.weights.tolist() == [0.5, 0.5, 0.25]
+
+
+def test_packed_sequences_stand_end_to_end_and_the_padding_is_one_of_its_own():
+    samples = [
+        Sample(np.array([5, 6, 7], np.int32), np.array([8, 9], np.int32), np.zeros(2, np.float32), 1.0),
+        Sample(np.array([3], np.int32), np.array([4], np.int32), np.zeros(1, np.float32), -1.0),
+    ]
+    batch = collate([(sample,) for sample in samples], [0.5, 0.25], multiple=4, device=torch.device("cpu"), packed=True)
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 3, 4, 0]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 0]]
+    assert batch.cu_seqlens.tolist() == [0, 5, 7, 8]
+    assert batch.cu_seqlens.dtype == torch.int32
+    assert batch.longest == 5
+    assert batch.positions.tolist() == [2, 3, 5]
+    assert batch.targets.tolist() == [8, 9, 4]
+    whole = collate([(sample,) for sample in samples], [0.5, 0.25], multiple=7, device=torch.device("cpu"), packed=True)
+    assert whole.cu_seqlens.tolist() == [0, 5, 7]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_empty_micro_batch_has_a_row_and_no_token(packed):
+    batch = collate([], [], multiple=2, device=torch.device("cpu"), packed=packed)
+    assert batch.input_ids.shape == (1, 2)
+    assert batch.targets.numel() == batch.weights.numel() == 0
+
+
+def random_group(generator: np.random.Generator, prompt: int, count: int) -> list[Sample]:
+    prompt_ids = generator.integers(2, 90, prompt).astype(np.int32)
+    return [
+        Sample(prompt_ids, generator.integers(2, 90, n).astype(np.int32), np.full(n, -1.0, np.float32), float(n))
+        for n in generator.integers(1, 40, count)
+    ]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_bundles_keep_every_sample_once_within_the_budget_and_as_few_as_their_order_allows(seed):
+    generator = np.random.default_rng(seed)
+    samples = random_group(generator, int(generator.integers(1, 30)), int(generator.integers(0, 20)))
+    budget = int(generator.integers(70, 400))
+    bundles = bundled(samples, budget)
+    assert sorted(map(id, (s for bundle in bundles for s in bundle))) == sorted(map(id, samples))
+    assert all(length_of(bundle) <= budget for bundle in bundles)
+    assert [len(b) for b in bundled(samples, 1)] == [1] * len(samples)  # too long, each: alone
+    for bundle, following in itertools.pairwise(bundles):
+        assert length_of(bundle) + following[0].length > budget
+    for bundle in bundles:
+        assert row_length_of(bundle) == len(bundle[0].prompt_ids) + sum(len(s.completion_ids) for s in bundle)
+    assert [s.length for bundle in bundles for s in bundle] == sorted((s.length for s in samples), reverse=True)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_attention_sees_whole_sequences_of_a_row_whose_prompts_stand_there_once(seed):
+    generator = np.random.default_rng(seed)
+    groups = [random_group(generator, int(generator.integers(1, 20)), int(generator.integers(2, 7))) for _ in range(3)]
+    bundles = [bundle for group in groups for bundle in bundled(group, 150)]
+    samples = [sample for bundle in bundles for sample in bundle]
+    multiple = int(generator.choice([1, 4, 16]))
+    batch = collate(bundles, [1.0] * len(samples), multiple=multiple, device=torch.device("cpu"), packed=True)
+    row, positions = batch.input_ids[0], batch.position_ids[0]
+    assert len(row) == pad_to(sum(map(row_length_of, bundles)), multiple)
+    bounds = batch.cu_seqlens.tolist()
+    first = 0
+    for (start, stop), sample in zip(itertools.pairwise(bounds), samples, strict=False):
+        tokens = batch.expand[start:stop]
+        whole = np.concatenate([sample.prompt_ids, sample.completion_ids]).tolist()
+        assert row[tokens].tolist() == whole
+        assert positions[tokens].tolist() == list(range(len(whole)))
+        predicting = batch.positions[first : first + len(sample.completion_ids)]
+        assert predicting.tolist() == tokens[len(sample.prompt_ids) - 1 : -1].tolist()
+        first += len(sample.completion_ids)
+    assert batch.expand[batch.contract].tolist() == list(range(len(row)))
+
+    batches, place = packed_sequences(batch).attention_batches
+    flat = torch.cat([tokens.flatten() for tokens in batches])
+    assert flat[place].tolist() == list(range(len(row)))
+    padded = sum(tokens.numel() for tokens in batches)
+    assert padded <= sum(sample.length for sample in samples) / SHORTEST_OF_BATCH + multiple
+
+
+def test_bundles_of_one_are_sequences_as_any_other():
+    samples = random_group(np.random.default_rng(0), 5, 4)
+    batch = collate([(s,) for s in samples], [1.0] * 4, multiple=1, device=torch.device("cpu"), packed=True)
+    assert batch.expand is None
+    assert batch.contract is None
+    assert batch.input_ids.shape[1] == sum(sample.length for sample in samples)

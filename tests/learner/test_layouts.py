@@ -1,0 +1,224 @@
+"""One saved batch of rollouts gives the same loss and gradient however model and batch are cut up."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.tiny_models import make_config
+
+LAYOUTS = {  # TP, PP, DP, sequence parallel, micro-batch budget; packed and with the distributed optimizer where named
+    "2x1x1": (2, 1, 1, False, 128),
+    "1x2x1": (1, 2, 1, False, 128),
+    "2x2x1": (2, 2, 1, False, 128),
+    "1x1x2": (1, 1, 2, False, 128),
+    "2x1x2+sp": (2, 1, 2, True, 128),
+    "1x1x1, small micro-batches": (1, 1, 1, False, 48),
+    "1x1x1, packed": (1, 1, 1, False, 128),
+    "2x2x1+sp, packed": (2, 2, 1, True, 64),
+    "1x1x2, packed, distributed optimizer": (1, 1, 2, False, 128),
+    "2x1x2+sp, distributed optimizer": (2, 1, 2, True, 128),
+    "1x2x2, packed, distributed optimizer, overlap": (1, 2, 2, False, 128),
+    "1x1x1, full recompute": (1, 1, 1, False, 128),
+    "2x1x1+sp, packed, selective recompute": (2, 1, 1, True, 128),
+    "1x1x1, packed, shared prompts": (1, 1, 1, False, 128),
+    "1x1x1, packed, shared prompts, whole groups": (1, 1, 1, False, 1024),
+    "2x2x1+sp, packed, shared prompts": (2, 2, 1, True, 64),
+    "1x2x2, packed, shared prompts, distributed optimizer": (1, 2, 2, False, 128),
+    "2x1x1+sp, packed, shared prompts, full recompute": (2, 1, 1, True, 128),
+    "1x1x1, packed, shared prompts, selective recompute": (1, 1, 1, False, 256),
+}
+
+
+def saved_groups(count: int = 6, size: int = 4, seed: int = 3):
+    """Scored groups as a rollout would leave them: mixed lengths, a dead group, a one-token completion."""
+    from nemo_aapo.types import Completion, Group, Prompt
+
+    generator = np.random.default_rng(seed)
+    groups = []
+    for i in range(count):
+        prompt = generator.integers(2, 160, generator.integers(1, 20)).astype(np.int32)
+        completions = []
+        for j in range(size):
+            tokens = generator.integers(2, 160, 1 if (i, j) == (1, 0) else generator.integers(2, 16)).astype(np.int32)
+            completions.append(Completion(tokens, np.full(len(tokens), -2.0, np.float32), "stop", 0))
+        advantages = np.zeros(size) if i == 2 else generator.normal(size=size)
+        groups.append(
+            Group(
+                prompt=Prompt(str(i), prompt, "", "", ""),
+                completions=tuple(completions),
+                texts=(),
+                rewards=np.zeros(size),
+                reward_parts={},
+                failed=np.zeros(size, bool),
+                advantages=advantages,
+            )
+        )
+    return groups
+
+
+def learn(path, algorithm, tp, pp, sp, budget, updates=1, lr=1e-3, how=""):
+    """Loss, gradient norm and the weights after the update, on this rank."""
+    from nemo_aapo.algorithms import Algorithm
+    from nemo_aapo.config import pad_multiple
+    from nemo_aapo.learner.learner import Learner
+    from nemo_aapo.learner.policy import MegatronPolicy
+    from nemo_aapo.models.directory import read_model_dir
+    from nemo_aapo.rollout.collector import share
+
+    config = make_config(
+        path,
+        model__tensor_model_parallel_size=tp,
+        model__pipeline_model_parallel_size=pp,
+        model__sequence_parallel=sp,
+        model__optim__lr=lr,
+        model__optim__eps=1e-3,  # with 1e-8 Adam's first update is the gradient's sign, noise included
+        max_tokens_per_microbatch=budget,
+        model__sequence_packing="packed" in how,
+        model__share_prompts="shared prompts" in how,
+        model__recompute_granularity=next((kind for kind in ("full", "selective") if f"{kind} recompute" in how), None),
+        model__recompute_modules=["core_attn", "mlp"],
+        model__optim__use_distributed_optimizer="distributed optimizer" in how,
+        model__optim__overlap_grad_reduce="overlap" in how,
+        model__optim__overlap_param_gather="overlap" in how,
+        **algorithm,
+    )
+    policy = MegatronPolicy(config, read_model_dir(str(path)))
+    if config.algorithm.kl_coefficient:
+        policy.keep_reference()
+    learner = Learner(
+        policy,
+        Algorithm(config.algorithm, 16),
+        budget,
+        updates,
+        pad_multiple(policy.config),
+        packed="packed" in how,
+        share_prompts="shared prompts" in how,
+    )
+    groups = saved_groups()
+    metrics = learner.update(groups[share(len(groups))])
+    return metrics, {name: tensor.numpy().copy() for name, tensor in policy.named_weights()}
+
+
+GRPO = {
+    "algorithm__name": "grpo",
+    "algorithm__reference": None,
+    "algorithm__reference_samples": None,
+    "algorithm__reference_store": None,
+    "algorithm__margin": None,
+    "algorithm__loss": "ratio_clip",
+    "algorithm__clip": {"low": 0.2, "high": 0.2},
+    "algorithm__kl_coefficient": 0.04,
+    "algorithm__loss_aggregation": "sequence",
+}
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_loss_and_gradient_are_those_of_one_process(ranks, tiny_models, layout):
+    tp, pp, dp, sp, budget = LAYOUTS[layout]
+    path = tiny_models["qwen2_tied"]
+    (expected, weights), *_ = ranks.run(learn, path, {}, 1, 1, False, 1024)
+    for metrics, updated in ranks.run(
+        learn, path, {}, tp, pp, sp, budget, 1, 1e-3, layout, world=tp * pp * dp, tp=tp, pp=pp
+    ):
+        assert metrics["loss"] == pytest.approx(expected["loss"], rel=1e-6, abs=1e-7)
+        assert metrics["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
+        assert metrics["entropy"] == pytest.approx(expected["entropy"], rel=1e-5)
+        for name, tensor in updated.items():
+            np.testing.assert_allclose(tensor, weights[name], atol=2e-6, err_msg=name)
+
+
+def scored_among_others(path, other_seed, share_prompts):
+    """Log-probs of one sequence in the middle of a row, whose other sequences depend on the seed.
+
+    With shared prompts, two of those stand behind the same prompt.
+    """
+    import torch
+
+    from nemo_aapo.learner.microbatch import collate
+    from nemo_aapo.learner.policy import MegatronPolicy
+    from nemo_aapo.models.directory import read_model_dir
+    from nemo_aapo.types import Sample
+
+    config = make_config(path, model__sequence_packing=True, model__share_prompts=share_prompts)
+    policy = MegatronPolicy(config, read_model_dir(str(path)))
+
+    def sample(seed, length):
+        tokens = np.random.default_rng(seed).integers(2, 160, length).astype(np.int32)
+        prompt = np.arange(5, dtype=np.int32) + 2 if share_prompts else tokens[:5]
+        return Sample(prompt, tokens[5:], np.zeros(length - 5, np.float32), 1.0)
+
+    samples = (sample(other_seed, 13), sample(1, 17), sample(other_seed + 1, 20))
+    bundles = [samples] if share_prompts else [(sample,) for sample in samples]
+    batch = collate(bundles, [1.0] * 3, multiple=8, device=torch.device("cpu"), packed=True)
+    assert (batch.expand is not None) is share_prompts
+    return policy.score([batch])[0][8 : 8 + 12]
+
+
+@pytest.mark.parametrize("share_prompts", [False, True])
+def test_no_attention_leaks_between_packed_sequences(ranks, tiny_models, share_prompts):
+    """Other neighbours change nothing of a sequence's log-probs, not even the last bit."""
+    ((first,), (second,)) = (
+        ranks.run(scored_among_others, tiny_models["qwen3"], seed, share_prompts) for seed in (10, 20)
+    )
+    assert first.tolist() == second.tolist()
+    assert len(set(first.tolist())) == 12
+
+
+def tokens_of_one_group(path):
+    """Completion tokens that this of two ranks trains on, of a step with a single group."""
+    from nemo_aapo.algorithms import Algorithm
+    from nemo_aapo.learner.learner import Learner
+    from nemo_aapo.learner.policy import MegatronPolicy
+    from nemo_aapo.models.directory import read_model_dir
+    from nemo_aapo.rollout.collector import share
+
+    config = make_config(path, max_tokens_per_microbatch=1024)
+    policy = MegatronPolicy(config, read_model_dir(str(path)))
+    learner = Learner(policy, Algorithm(config.algorithm, 16), 1024, 1, packed=True, share_prompts=True)
+    batches, metrics = learner._microbatches(saved_groups(1, size=8)[share(1)])
+    assert metrics["shared_prompt_fraction"] > 0.1
+    return sum(batch.targets.numel() for batch in batches)
+
+
+def test_a_single_group_with_a_shared_prompt_is_spread_over_the_ranks(ranks, tiny_models):
+    tokens = ranks.run(tokens_of_one_group, tiny_models["qwen2"], world=2)
+    assert min(tokens) > 0.3 * sum(tokens)
+
+
+def test_several_grpo_updates_with_kl_agree_between_layouts(ranks, tiny_models):
+    path = tiny_models["qwen3"]
+    ((expected, weights),) = ranks.run(learn, path, GRPO, 1, 1, False, 1024, 3)
+    assert expected["kl"] == 0.0  # the first update starts at the reference
+    assert expected["ratio/mean"] == pytest.approx(1.0, abs=1e-6)
+    for metrics, updated in ranks.run(learn, path, GRPO, 2, 2, False, 128, 3, world=4, tp=2, pp=2):
+        assert metrics["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+        for name, tensor in updated.items():
+            np.testing.assert_allclose(tensor, weights[name], atol=1e-5, err_msg=name)
+
+
+def test_a_loss_that_is_not_finite_leaves_the_weights_alone_on_every_rank(ranks, tiny_models):
+    for message in ranks.run(_learn_nan, tiny_models["qwen2"], world=2, pp=2):
+        assert "loss nan" in message
+
+
+def _learn_nan(path):
+    import torch
+
+    from nemo_aapo.errors import NonFiniteError
+    from nemo_aapo.learner.microbatch import collate
+    from nemo_aapo.learner.policy import MegatronPolicy
+    from nemo_aapo.models.directory import read_model_dir
+    from nemo_aapo.types import Sample
+
+    policy = MegatronPolicy(make_config(path, model__pipeline_model_parallel_size=2), read_model_dir(str(path)))
+    before = [parameter.detach().clone() for parameter in policy.module.parameters()]
+    sample = Sample(np.array([3, 4], np.int32), np.array([5], np.int32), np.zeros(1, np.float32), float("nan"))
+    batch = collate([(sample,)], [1.0], multiple=1, device=torch.device("cpu"))
+    try:
+        policy.train_step([batch], lambda logprobs, entropy, b: ((b.advantages * logprobs).sum(), {}))
+    except NonFiniteError as error:
+        assert all(torch.equal(a, b) for a, b in zip(before, policy.module.parameters(), strict=True))
+        assert policy.version == 0
+        return str(error)
+    return "no error"

@@ -1,0 +1,65 @@
+"""The weight map: bytes survive the round trip, and the learner computes what transformers computes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tests.tiny_models import make_config
+
+LAYOUTS = {"1x1": (1, 1, 1, False), "2x1": (2, 2, 1, False), "1x2": (2, 1, 2, False), "2x2+sp": (4, 2, 2, True)}
+
+
+def _round_trip(path, tp, pp, sp):
+    from nemo_aapo.learner.microbatch import collate
+    from nemo_aapo.learner.policy import MegatronPolicy
+    from nemo_aapo.models.directory import read_model_dir
+    from nemo_aapo.types import Sample
+
+    config = make_config(
+        path,
+        model__tensor_model_parallel_size=tp,
+        model__pipeline_model_parallel_size=pp,
+        model__sequence_parallel=sp,
+        rollout__temperature=0.7,
+    )
+    policy = MegatronPolicy(config, read_model_dir(str(path)))
+    weights = {name: tensor.numpy().copy() for name, tensor in policy.named_weights()}
+    samples = [Sample(p, c, np.zeros(len(c), np.float32), 1.0) for p, c in sequences()]
+    batch = collate(
+        [(sample,) for sample in samples], [1.0] * len(samples), multiple=2 if sp else 1, device=torch.device("cpu")
+    )
+    return weights, policy.score([batch, batch])
+
+
+def sequences():
+    generator = np.random.default_rng(0)
+    return [
+        (generator.integers(2, 160, p).astype(np.int32), generator.integers(2, 160, t).astype(np.int32))
+        for p, t in ((5, 7), (1, 12), (9, 1), (3, 3))
+    ]
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen2_tied", "qwen3", "llama"])
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_weights_survive_the_round_trip_and_logprobs_equal_those_of_transformers(ranks, tiny_models, name, layout):
+    from transformers import AutoModelForCausalLM
+
+    world, tp, pp, sp = LAYOUTS[layout]
+    results = ranks.run(_round_trip, tiny_models[name], tp, pp, sp, world=world, tp=tp, pp=pp)
+    reference = AutoModelForCausalLM.from_pretrained(tiny_models[name]).eval()
+    expected = []
+    with torch.no_grad():
+        for prompt, completion in sequences():
+            ids = torch.from_numpy(np.concatenate([prompt, completion])).long()[None]
+            logprobs = torch.log_softmax(reference(ids).logits[0] / 0.7, dim=-1)
+            expected.append(logprobs[len(prompt) - 1 : -1].gather(1, ids[0, len(prompt) :, None])[:, 0].numpy())
+    state = reference.state_dict()
+    if reference.config.tie_word_embeddings:
+        state.pop("lm_head.weight")
+    for weights, scored in results:
+        assert sorted(weights) == sorted(state)
+        assert all(np.array_equal(weights[key], state[key].numpy()) for key in state)
+        for logprobs in scored:
+            np.testing.assert_allclose(logprobs, np.concatenate(expected), atol=1e-5)

@@ -1,0 +1,82 @@
+"""Imports point down the layers of the house, and what a login node runs imports nothing heavy before it must."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.scripts import SCRIPTS, exit_code_and_heavy_imports
+
+PACKAGE = SCRIPTS.parent / "nemo_aapo"
+LAYERS = (
+    {"errors", "types", "seeds"},
+    {"utils"},
+    {"config"},
+    {"reference_store"},
+    {"run"},
+    {"distributed"},
+    {"algorithms", "models", "data"},
+    {"rewards"},
+    {"launch"},
+    {"planning"},
+    {"checkpoint"},
+    {"mcore"},
+    {"learner"},
+    {"engines"},
+    {"rollout"},
+    {"conversion"},
+    {"evaluation"},
+    {"training"},
+    {"jobs"},
+    {"cli"},
+    {"doctor"},
+)
+"""From the ground up. Parts of one layer do not know each other."""
+HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
+MOST_FILES = 12
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and first part below the package of everything that a module imports of it, inside functions too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "nemo_aapo":
+            yield from ((node.lineno, alias.name) for alias in node.names if alias.name in HEIGHT)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("nemo_aapo."):
+            yield node.lineno, node.module.split(".")[1]
+        elif isinstance(node, ast.Import):
+            yield from ((node.lineno, a.name.split(".")[1]) for a in node.names if a.name.startswith("nemo_aapo."))
+
+
+def parts() -> set[str]:
+    return {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+
+
+def test_every_part_of_the_package_has_its_layer():
+    assert parts() - {"__init__"} == set(HEIGHT)
+
+
+def test_no_module_imports_what_stands_above_or_beside_its_layer():
+    upward = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if part == "__init__":
+            continue
+        for line, name in imports(path):
+            if name != part and HEIGHT[name] >= HEIGHT[part]:
+                upward.append(f"{path.relative_to(PACKAGE)}:{line} imports {name}")
+    assert not upward
+
+
+def test_no_folder_holds_more_than_a_dozen_files():
+    folders = {path.parent for path in PACKAGE.rglob("*.py")}
+    counts = {folder.relative_to(PACKAGE): len(list(folder.glob("*.py"))) for folder in folders}
+    assert not {str(folder): count for folder, count in counts.items() if count > MOST_FILES}
+
+
+@pytest.mark.parametrize("script", sorted(path.stem for path in SCRIPTS.glob("*.py") if path.stem != "stress"))
+def test_help_imports_nothing_heavy(script):
+    said = exit_code_and_heavy_imports(script, ["--help"])
+    assert said.splitlines()[-1] == "0 []", said

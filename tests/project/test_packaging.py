@@ -1,0 +1,203 @@
+"""The requirement files agree with each other, with setup.py, with the code, and with what is installed."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import setuptools
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+import nemo_aapo
+
+ROOT = Path(__file__).resolve().parents[2]
+
+NEVER_IMPORTED = {
+    "lightning": {"pytorch-lightning"},
+    "nemo-toolkit": {"cuda-bindings", "numexpr", "ruamel-yaml", "scikit-learn", "text-unidecode"},
+    "megatron-bridge": {
+        "accelerate",
+        "causal-conv1d",
+        "flash-linear-attention",
+        "mamba-ssm",
+        "mlflow",
+        "nvidia-resiliency-ext",
+        "open-clip-torch",
+        "qwen-vl-utils",
+        "six",
+        "timm",
+        "transformer-engine",
+        "wandb",
+    },
+}
+"""Distribution -> declared dependencies that the environment leaves out."""
+
+
+def read_pins(name: str) -> dict[str, Version]:
+    """Canonical package name -> version of a requirement file; every line must be an exact pin, named once."""
+    pins: dict[str, Version] = {}
+    for line in (ROOT / "requirements" / name).read_text().splitlines():
+        line = line.partition("#")[0].strip()
+        if line:
+            match = re.fullmatch(r"([A-Za-z0-9._-]+)==([^*\s]+)", line)
+            assert match, f"{name}: {line!r} is not an exact pin"
+            package = canonicalize_name(match[1])
+            assert package not in pins, f"{name}: {package} is there twice"
+            pins[package] = Version(match[2])
+    return pins
+
+
+def declared_by(package: str) -> list[Requirement]:
+    """The dependencies that an installed package declares for this machine, extras left out."""
+    requirements = [Requirement(text) for text in importlib.metadata.requires(package) or []]
+    return [r for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
+
+
+@pytest.fixture(scope="module")
+def pins() -> dict[str, Version]:
+    return {**read_pins("cpu.txt"), **read_pins("bridge.txt")}
+
+
+def test_installed_versions_are_the_pinned_ones(pins):
+    installed = {name: Version(importlib.metadata.version(name)).public for name in pins}
+    assert installed == {name: version.public for name, version in pins.items()}
+
+
+def test_the_pins_are_whole_and_agree_with_what_each_package_declares(pins):
+    """--no-deps asks nothing of pip's resolver, so this is where conflicts and gaps show."""
+    for package in pins:
+        declared = declared_by(package)
+        missing = {canonicalize_name(r.name) for r in declared} - set(pins)
+        assert missing == NEVER_IMPORTED.get(package, set()), package
+        for requirement in declared:
+            version = pins.get(canonicalize_name(requirement.name))
+            assert version is None or requirement.specifier.contains(version, prereleases=True), (package, requirement)
+
+
+def test_no_pin_is_left_over(pins):
+    listed = (ROOT / "requirements" / "cpu.txt").read_text().split("# Needed by the above\n")[1].splitlines()
+    indirect = {canonicalize_name(line.partition("==")[0]) for line in listed}
+    assert indirect <= {canonicalize_name(r.name) for package in pins for r in declared_by(package)}
+
+
+def test_the_peers_bring_nothing_that_the_environment_has(pins):
+    """A second torch or transformers on the PYTHONPATH would be compared in place of ours."""
+    for name in ("peers.txt", "reasoning_gym.txt"):
+        assert not read_pins(name).keys() & pins.keys(), name
+
+
+def setup_py() -> setuptools.Distribution:
+    """What setup.py declares."""
+    from distutils.core import run_setup  # setuptools brings it; the standard library has it no longer
+
+    return run_setup(str(ROOT / "setup.py"), stop_after="init")
+
+
+def declared_in_setup_py() -> list[Requirement]:
+    extras = [text for texts in setup_py().extras_require.values() for text in texts]
+    return [Requirement(text) for text in [*setup_py().install_requires, *extras]]
+
+
+def test_setup_py_accepts_the_pins_of_both_environments(pins):
+    assert setup_py().get_version() == nemo_aapo.__version__
+    gpu = read_pins("gpu.txt")
+    for requirement in declared_in_setup_py():
+        name = canonicalize_name(requirement.name)
+        for version in (pins.get(name), gpu.get(name)):
+            assert version is None or requirement.specifier.contains(version), requirement
+    assert {canonicalize_name(Requirement(text).name) for text in setup_py().install_requires} <= set(pins)
+
+
+def test_every_library_that_the_code_imports_is_declared():
+    declared = {canonicalize_name(r.name) for r in declared_in_setup_py()} | {"tensorrt-llm"}  # of the base image
+    distributions = importlib.metadata.packages_distributions()
+    peers = ROOT / "nemo_aapo" / "benchmarks" / "peers"  # runs with requirements/peers.txt on its path
+    own = {"nemo_aapo", "tests", *(path.stem for path in (ROOT / "scripts").glob("*.py"))}
+    for path in [*(ROOT / "nemo_aapo").rglob("*.py"), *(ROOT / "scripts").glob("*.py")]:
+        for module in imported_modules(path) - own - sys.stdlib_module_names:
+            names = {canonicalize_name(name) for name in distributions.get(module, [module])}
+            if path.is_relative_to(peers) and names & read_pins("peers.txt").keys():
+                continue
+            assert names & declared, f"{path.relative_to(ROOT)} imports {module}: declare one of {names} in setup.py"
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Top-level names of all absolute imports in a file, those inside functions included."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add(node.module)
+    return {name.partition(".")[0] for name in names}
+
+
+def test_the_gpu_pins_differ_only_in_transformers_and_leave_the_images_torch_alone(pins):
+    gpu = read_pins("gpu.txt")
+    assert not gpu.keys() & {"torch", "transformer-engine", "tensorrt-llm", "numpy", "protobuf"}
+    assert {name for name in gpu if gpu[name] != pins[name]} == {"transformers"}
+
+
+IMAGE = {  # TensorRT-LLM 1.2.1's own requirements, where they name a version, and the Python of its image
+    "torch": "2.9.1",
+    "numpy": "1.26.4",
+    "triton": "3.5.0",
+    "datasets": "3.1.0",
+    "setuptools": "79.0.1",
+    "onnx": "1.19.1",
+    "transformer-engine": "2.9.0",
+}
+IMAGE_HAS = """absl-py accelerate aiohttp annotated-types certifi charset-normalizer click einops filelock fsspec grpcio
+    huggingface-hub idna iniconfig jinja2 markdown markdown-it-py markupsafe mpmath multidict networkx packaging pandas
+    peft pillow pluggy prometheus-client propcache protobuf psutil pyarrow pydantic pydantic-core pygments
+    python-dateutil pyyaml regex requests rich safetensors sentencepiece six sympy tokenizers tqdm typing-extensions
+    typing-inspection tzdata urllib3 werkzeug xxhash yarl""".split()  # noqa: SIM905
+"""What it brings in versions of its own; what is in neither list has to be in gpu.txt."""
+FOR_PYTHON_312 = {"python_version": "3.12", "python_full_version": "3.12.3", "extra": ""}
+
+
+def test_the_gpu_pins_resolve_against_each_other_and_the_image(pins):
+    """By what the installed packages declare: the versions are the same but for transformers, which the image pins."""
+    gpu = read_pins("gpu.txt")
+    versions = {**{name: Version(text) for name, text in IMAGE.items()}, **gpu}
+    for package in gpu:
+        for text in importlib.metadata.requires(package) or []:
+            requirement = Requirement(text)
+            name = canonicalize_name(requirement.name)
+            if requirement.marker is not None and not requirement.marker.evaluate(FOR_PYTHON_312):
+                continue
+            if name in NEVER_IMPORTED.get(package, set()):
+                continue
+            assert name in versions or name in IMAGE_HAS, f"{package} needs {name}"
+            if name in versions:
+                assert requirement.specifier.contains(versions[name], prereleases=True), (package, requirement)
+
+
+def test_the_dockerfile_is_built_on_the_matching_image_without_root_or_missing_files():
+    text = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
+    steps = [line.split(maxsplit=1) for line in text.splitlines() if re.match(r"[A-Z]+ ", line)]
+    assert steps[0] == ["FROM", "nvcr.io/nvidia/tensorrt-llm/release:1.2.1"]
+    for words in (arguments.split() for step, arguments in steps if step == "COPY"):
+        assert all((ROOT / source).exists() for source in words[:-1])
+    for command in (arguments for step, arguments in steps if step == "RUN" and "pip install" in arguments):
+        assert all("--no-deps" in part for part in command.split("pip install")[1:]), command
+    transformer_engine = SpecifierSet(re.search(r"SpecifierSet\('(.+?)'", text)[1])
+    assert transformer_engine in [r.specifier for r in declared_in_setup_py() if r.name == "transformer-engine"]
+    assert re.search(r"^ARG TRANSFORMER_ENGINE=(.+)$", text, re.MULTILINE)[1] in transformer_engine
+    names = [step for step, _ in steps]
+    users = [arguments for step, arguments in steps if step == "USER"]
+    assert len(users) == 1
+    assert users[0] not in ("root", "0")
+    assert "RUN" not in names[names.index("USER") :]
+    assert names.count("ENTRYPOINT") == 1
+    (health,) = [arguments for step, arguments in steps if step == "HEALTHCHECK"]
+    assert "scripts/doctor.py" in health
+    assert "--quick" in health
+    assert {".git", ".venv", "results"} <= set((ROOT / ".dockerignore").read_text().split())

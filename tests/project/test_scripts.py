@@ -1,0 +1,230 @@
+"""The shell scripts make the environment once, repair it, and start what the user asked for.
+
+They run on a copy of the checkout, with a Python that only writes down what it is asked to do.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("script", [*sorted(p.name for p in (ROOT / "scripts").glob("*.sh")), "../.ci/run"])
+def test_shell_scripts_parse_and_stop_at_the_first_error(script):
+    path = ROOT / "scripts" / script
+    subprocess.run(["bash", "-n", path], check=True, timeout=10)
+    assert "\nset -euo pipefail\n" in path.read_text()
+
+
+FAKE_PYTHON = """#!/usr/bin/env bash
+call=$(printf ' %q' "$@")
+echo "${PYTHONDONTWRITEBYTECODE:+without bytecode: }${call:1}" >>"$CALLS"
+[[ -n ${REFUSE:-} && "$*" == *$REFUSE* ]] && exit 1
+[[ "$1 $2" == "-m venv" ]] && mkdir -p "$3/bin" && cp "$0" "$3/bin/python"
+[[ -n ${SLOW:-} && "$*" == *$SLOW* ]] && sleep "$SECONDS_SLOW"
+exit 0
+"""
+
+
+class Checkout:
+    """A copy of scripts and requirements, whose ``python`` records its arguments."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root / "checkout"
+        self.bin = root / "bin"
+        self.calls_file = root / "calls"
+        self.bin.mkdir()
+        for name in ("python3.11", "python3", "python"):
+            (self.bin / name).write_text(FAKE_PYTHON)
+            (self.bin / name).chmod(0o755)
+        for name in ("scripts", "requirements"):
+            shutil.copytree(ROOT / name, self.root / name)
+
+    def start(self, script: str, *arguments: str, **environment: str) -> subprocess.Popen:
+        path = f"{self.bin}{os.pathsep}{os.environ['PATH']}"
+        return subprocess.Popen(
+            ["bash", self.root / "scripts" / script, *arguments],
+            cwd=self.bin,
+            env={"PATH": path, "CALLS": str(self.calls_file), **environment},
+            start_new_session=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def run(self, script: str, *arguments: str, **environment: str) -> tuple[int, str, list[str]]:
+        """Exit status, output, and the calls of Python that this run made."""
+        before = len(self.calls())
+        process = self.start(script, *arguments, **environment)
+        output = process.communicate(timeout=20)[0]
+        return process.returncode, output, self.calls()[before:]
+
+    def calls(self) -> list[str]:
+        return self.calls_file.read_text().splitlines() if self.calls_file.exists() else []
+
+    def wait_for(self, call: str) -> None:
+        deadline = time.monotonic() + 10
+        while not any(call in line for line in self.calls()):
+            assert time.monotonic() < deadline, f"no call {call!r} within 10 s: {self.calls()}"
+            time.sleep(0.02)
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Checkout:
+    return Checkout(tmp_path)
+
+
+def made(calls: list[str]) -> bool:
+    return "-m venv .venv" in calls
+
+
+def test_the_environment_is_made_once_and_a_second_run_does_nothing(checkout):
+    status, output, calls = checkout.run("environment.sh")
+    assert status == 0, output
+    assert made(calls)
+    installs = [call for call in calls if " install " in call]
+    assert "torch==" in installs[0]
+    assert all("--no-deps" in call for call in installs)
+    assert checkout.run("environment.sh") == (0, "", [])
+
+
+def test_what_a_run_imports_is_compiled_once_even_where_python_is_told_to_keep_no_bytecode(checkout):
+    calls = checkout.run("environment.sh", PYTHONDONTWRITEBYTECODE="1")[2]
+    assert [call for call in calls if not call.startswith("without bytecode: ")] == ["-W ignore -"]
+
+
+def test_an_environment_whose_making_was_killed_is_made_anew(checkout):
+    process = checkout.start("environment.sh", SLOW="-r requirements/cpu.txt", SECONDS_SLOW="60")
+    checkout.wait_for("-r requirements/cpu.txt")
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate(timeout=10)
+    left_over = checkout.root / ".venv" / "left_over"
+    left_over.touch()
+    status, output, calls = checkout.run("environment.sh")
+    assert (status, made(calls), left_over.exists()) == (0, True, False), output
+    assert checkout.run("environment.sh") == (0, "", [])
+
+
+def test_a_failing_step_fails_the_script_and_is_not_taken_for_done(checkout):
+    assert checkout.run("environment.sh", REFUSE="--editable")[0] != 0
+    assert made(checkout.run("environment.sh")[2])
+
+
+@pytest.mark.parametrize("name", ["requirements/cpu.txt", "requirements/bridge.txt", "scripts/environment.sh"])
+def test_a_changed_requirement_makes_the_environment_anew(checkout, name):
+    checkout.run("environment.sh")
+    with (checkout.root / name).open("a") as file:
+        file.write("# changed\n")
+    assert made(checkout.run("environment.sh")[2])
+
+
+def test_a_moved_checkout_makes_the_environment_anew(checkout):
+    checkout.run("environment.sh")
+    checkout.root = checkout.root.rename(checkout.root.with_name("elsewhere"))
+    assert made(checkout.run("environment.sh")[2])
+
+
+def test_two_runs_at_once_make_one_environment(checkout):
+    slow = {"SLOW": "-m venv", "SECONDS_SLOW": "0.5"}
+    runs = [checkout.start("environment.sh", **slow) for _ in range(2)]
+    outputs = [run.communicate(timeout=20)[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], outputs
+    assert checkout.calls().count("-m venv .venv") == 1
+
+
+def test_a_virtual_environment_of_the_users_own_is_left_alone(checkout):
+    (checkout.root / ".venv").mkdir()
+    (checkout.root / ".venv" / "precious").touch()
+    status, output, calls = checkout.run("environment.sh")
+    assert status != 0
+    assert "did not make" in output
+    assert calls == []
+    assert (checkout.root / ".venv" / "precious").exists()
+
+
+@pytest.mark.parametrize(
+    ("refuse", "hint"), [("version_info", "needs Python 3.11"), ("ensurepip", "apt-get install python3.11-venv")]
+)
+def test_a_missing_python_or_venv_module_is_named_with_the_way_to_get_it(checkout, refuse, hint):
+    status, output, calls = checkout.run("environment.sh", REFUSE=refuse)
+    assert status != 0
+    assert hint in output
+    assert not made(calls)
+
+
+def test_torch_is_never_taken_as_a_cuda_build(checkout):
+    without_index = "--disable-pip-version-check torch=="
+    calls = checkout.run("environment.sh", REFUSE=without_index)[2]
+    torch = [call for call in calls if "torch==" in call]
+    assert len(torch) == 2  # pip's own configuration has none; then PyTorch's index
+    assert "whl/cpu" in torch[1]
+    assert all(call.endswith("+cpu") for call in torch)
+
+
+def test_the_index_of_torch_can_be_chosen(checkout):
+    calls = checkout.run("environment.sh", NEMO_AAPO_TORCH_INDEX="https://mirror.example/simple")[2]
+    (torch,) = [call for call in calls if "torch==" in call]
+    assert "--index-url https://mirror.example/simple" in torch
+    assert "+cpu" not in torch
+
+
+def test_quickstart_makes_the_base_model_and_trains_with_the_users_settings(checkout):
+    calls = checkout.run("quickstart.sh", "trainer.max_steps=3", "run.name=a b")[2]
+    assert calls[-2:] == [
+        "scripts/make_base_model.py --out results/quickstart_base",
+        r"scripts/train.py experiment=quickstart trainer.max_steps=3 run.name=a\ b",
+    ]
+    assert checkout.run("quickstart.sh", REFUSE="train.py")[0] != 0
+
+
+@pytest.mark.parametrize(
+    ("finished", "arguments", "moved"),
+    [(True, [], True), (False, [], False), (True, ["run.dir=elsewhere"], False), (True, ["--help"], False)],
+)
+def test_quickstart_moves_only_its_own_finished_run_aside(checkout, finished, arguments, moved):
+    run = checkout.root / "results" / "quickstart"
+    run.mkdir(parents=True)
+    (run / "metrics.jsonl").touch()
+    if finished:
+        (run / "finished").touch()
+    status, output, _ = checkout.run("quickstart.sh", *arguments)
+    assert status == 0, output
+    assert (run.with_name("quickstart.previous") / "metrics.jsonl").exists() == moved
+    assert (run / "metrics.jsonl").exists() != moved
+    assert ("quickstart.previous" in output) == moved
+
+
+def test_the_peers_are_installed_beside_the_environment_once(checkout):
+    checkout.run("environment.sh")
+    status, output, calls = checkout.run("peers.sh")
+    assert status == 0, output
+    for install, name in zip(calls, ("peers", "reasoning_gym"), strict=True):
+        assert "--no-deps" in install
+        assert f"--target .venv-peers.new -r requirements/{name}.txt" in install
+    assert checkout.run("peers.sh") == (0, "", [])
+    with (checkout.root / "requirements" / "peers.txt").open("a") as file:
+        file.write("# changed\n")
+    assert len(checkout.run("peers.sh")[2]) == 2
+
+
+def test_peers_that_cannot_be_installed_are_named_and_do_not_stop_the_tests(checkout):
+    checkout.run("environment.sh")
+    for name in ("ruff", "python"):  # what test.sh runs after them
+        path = checkout.root / ".venv" / "bin" / name
+        path.write_text(FAKE_PYTHON)
+        path.chmod(0o755)
+    status, output, calls = checkout.run("test.sh", REFUSE="requirements/peers.txt")
+    assert status == 0, output
+    assert "pip could not install requirements/peers.txt" in output
+    assert "going on without .venv-peers" in output
+    assert "-m pytest" in calls[-1]
+    assert not (checkout.root / ".venv-peers").exists()
+    assert checkout.run("peers.sh", REFUSE="requirements/peers.txt")[0] != 0

@@ -1,0 +1,88 @@
+"""The collector lets the longest expected prompts enter first, and what comes out is the same in the same order."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from nemo_aapo.engines.base import RolloutStats
+from nemo_aapo.rollout.collector import engine_metrics
+from nemo_aapo.types import Prompt
+from tests.engines.megatron.test_engine import SEEDS, SPEC, TIGHT, VOCAB_SIZE, build, prompts
+
+
+class Scores:
+    """The sum of the tokens; remembers which prompt each item was handed in with."""
+
+    def __init__(self) -> None:
+        self.items: dict = {}
+
+    def submit(self, index, prompt, text, completion):
+        assert text == str(completion.token_ids.tolist())
+        self.items[index] = prompt.id, float(completion.token_ids.sum())
+
+    def collect(self):
+        items, self.items = self.items, {}
+        return {
+            index: SimpleNamespace(score=score, parts={"sum": score}, failure=None)
+            for index, (_, score) in items.items()
+        }
+
+
+def _collect_twice(path):
+    """With nothing known, then with lengths that turn the order around. Groups as plain data, and the orders."""
+    from nemo_aapo.engines.megatron.engine import MegatronEngine
+    from nemo_aapo.rollout.collector import Collector
+
+    engine, entered = MegatronEngine(build(path), VOCAB_SIZE, TIGHT), []
+    generate = engine.generate
+
+    def record(ids, *arguments):
+        entered.append([len(prompt) for prompt in ids])
+        return generate(ids, *arguments)
+
+    engine.generate = record
+    questions = [Prompt(str(i), ids, "", "", "") for i, ids in enumerate(prompts())]
+    collector = Collector(engine, Scores(), lambda ids: str(ids.tolist()))
+    results = []
+    for expected in ([], [(question.id, 10.0 - len(question.token_ids)) for question in questions]):
+        collector.lengths.load({})
+        collector.lengths.learn(expected)
+        groups = collector.collect(questions, SPEC, SEEDS, remember_lengths=not expected)
+        results.append(
+            [
+                (g.prompt.id, [c.token_ids.tolist() for c in g.completions], list(g.texts), g.rewards.tolist())
+                for g in groups
+            ]
+        )
+        if not expected:
+            learned = collector.lengths.state()
+    return results, entered, learned, collector.lengths.state(), collector.metrics
+
+
+def test_the_order_of_entering_changes_no_token_and_no_place(ranks, tiny_models):
+    answers = ranks.run(_collect_twice, tiny_models["qwen2"], world=2)  # two data-parallel ranks
+    everything: dict[str, float] = {}
+    for (first, second), (by_prompt, by_memory), learned, untouched, metrics in answers:
+        assert first == second
+        assert by_prompt == sorted(by_prompt, reverse=True)
+        assert by_memory == sorted(by_prompt)
+        lengths = {
+            name: float(np.mean([len(ids) for ids in completions])) for name, completions, *_ in first if completions
+        }
+        everything |= lengths
+        assert untouched == {str(i): 10.0 - len(ids) for i, ids in enumerate(prompts())}
+        assert (learned, metrics) == (answers[0][2], answers[0][4])  # all ranks know the same
+    assert [name for (first, _), *_ in answers for name, *_ in first] == [str(i) for i in range(6)]
+    assert answers[0][2] == everything  # the prompt without completions isn't in it
+
+
+def test_engine_metrics_count_all_ranks():
+    stats = [RolloutStats(30, 2.0, 10, 1.5, 0.2), RolloutStats(10, 1.0, 30, 1.0, 0.6)]
+    assert engine_metrics(stats) == {
+        "rollout/idle_fraction": pytest.approx(0.5),
+        "rollout/tokens_per_second": pytest.approx(20.0),
+    }
+    assert np.isnan(engine_metrics([RolloutStats(30, 2.0, 0, 1.5, float("nan"))])["rollout/idle_fraction"])

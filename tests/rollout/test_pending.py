@@ -1,0 +1,62 @@
+"""Rollouts in a checkpoint come back equal to the bit, whatever they hold."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from nemo_aapo.errors import DamagedCheckpointError
+from nemo_aapo.rollout.pending import pack, unpack
+from nemo_aapo.types import Completion, Group, Prompt
+
+TEXTS = ("", "plain", "two\nlines", "\u221e\U0001f600", "\x00", "\ud800 alone")
+
+
+def random_groups(rng):
+    groups = []
+    for i in range(rng.integers(1, 5)):
+        size = int(rng.integers(1, 5))
+        completions = tuple(
+            Completion(
+                rng.integers(0, 150_000, length).astype(np.int32),
+                (-10 * rng.random(length)).astype(np.float32),
+                "stop" if rng.random() < 0.5 else "length",
+                int(rng.integers(0, 100)),
+            )
+            for length in rng.integers(0, 9, size)
+        )
+        prompt = Prompt(f"{rng.integers(1 << 60):016x}", np.arange(i + 1, dtype=np.int32), "question", "42", "file:1")
+        parts = {name: rng.normal(size=size) for name in ("accuracy", "my reward \u00e9")}
+        parts["accuracy"][0] = np.nan
+        texts = tuple(str(text) for text in rng.choice(TEXTS, size))
+        groups.append(Group(prompt, completions, texts, rng.normal(size=size), parts, rng.random(size) < 0.5))
+    return groups
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_rollouts_come_back_equal_to_the_bit(seed):
+    groups = random_groups(np.random.default_rng(seed))
+    for group, again in zip(groups, unpack(pack(groups), [group.prompt for group in groups]), strict=True):
+        assert again.prompt is group.prompt
+        assert again.texts == group.texts
+        for name in ("rewards", "failed"):
+            assert same(getattr(again, name), getattr(group, name))
+        assert list(again.reward_parts) == list(group.reward_parts)
+        assert all(same(again.reward_parts[name], group.reward_parts[name]) for name in group.reward_parts)
+        for one, other in zip(again.completions, group.completions, strict=True):
+            assert same(one.token_ids, other.token_ids)
+            assert same(one.logprobs, other.logprobs)
+            assert (one.finish_reason, one.policy_version) == (other.finish_reason, other.policy_version)
+
+
+def test_rollouts_of_other_prompts_are_refused():
+    groups = random_groups(np.random.default_rng(0))
+    others = [dataclasses.replace(group.prompt, id="other") for group in groups]
+    with pytest.raises(DamagedCheckpointError, match="other prompts"):
+        unpack(pack(groups), others)
+
+
+def same(one, other):
+    return one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()

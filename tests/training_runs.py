@@ -1,0 +1,91 @@
+"""What whole runs in the tests share: a tiny model with its data, settings, a reward, and what a run leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+from tests.tiny_models import SIZES, save_character_tokenizer, save_model
+
+TIMES = ("time/", "tokens_per_second", "rollout/idle_fraction", "rollout/tokens_per_second")
+
+
+class Parity:
+    """Half a point for an even sum of token ids, half for one that is divisible by three: a random model has both."""
+
+    kind = name = "parity"
+    in_process = True
+
+    def __init__(self, signal_at: int | None = None) -> None:
+        self.calls, self.signal_at = 0, signal_at
+
+    def __call__(self, prompt, text, completion):
+        self.calls += 1
+        if self.calls == self.signal_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        total = int(completion.token_ids.sum())
+        return 0.5 * (total % 2 == 0) + 0.5 * (total % 3 == 0)
+
+    def check_answer(self, answer): ...
+
+    def load(self): ...
+
+
+def run(overrides, signal_at=None, own_reward=True):
+    """One rank of a whole run."""
+    from nemo_aapo import RewardRunner, load_config, train
+
+    parts = {"rewards": RewardRunner([(Parity(signal_at), 1.0)], workers=0, timeout_s=10.0)} if own_reward else {}
+    return train(load_config(overrides), **parts)
+
+
+def make_input(folder: Path) -> Path:
+    """A random two-layer model and ten prompts, so that an epoch ends in the middle of the third step."""
+    from transformers import Qwen2Config
+
+    save_model(Qwen2Config(**{**SIZES, "num_hidden_layers": 2, "tie_word_embeddings": True}), folder / "model")
+    save_character_tokenizer(folder / "model")
+    for name, first, count in (("train", 10, 10), ("validation", 60, 6)):
+        rows = [{"question": f"{n}+{n + 1}=", "answer": str(2 * n + 1)} for n in range(first, first + count)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def settings(folder, run_dir, *more, tp=1, pp=1, world=1):
+    return [
+        f"model.path={folder}/model",
+        f"data.train={folder}/train.jsonl",
+        f"data.validation={folder}/validation.jsonl",
+        f"run.dir={run_dir}",
+        f"trainer.devices={world}",
+        f"model.tensor_model_parallel_size={tp}",
+        f"model.pipeline_model_parallel_size={pp}",
+        "trainer.max_steps=6",
+        "trainer.val_check_interval=2",
+        "trainer.distributed_timeout_s=60",
+        "checkpoint.save_interval=2",
+        "prompts_per_step=4",
+        "group_size=4",
+        "max_tokens_per_microbatch=96",
+        "rollout.max_new_tokens=8",
+        "rollout.max_concurrent_tokens=512",
+        "data.max_prompt_tokens=16",
+        "model.optim.lr=1e-3",
+        "model.optim.eps=1e-4",
+        "rewards=[{name: parity, weight: 1.0}]",
+        "validation.reward=parity",
+        "validation.samples=2",
+        "exp_manager.create_tensorboard_logger=false",
+        *more,
+    ]
+
+
+def metrics(run_dir, timeless=True):
+    lines = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not (timeless and k.startswith(TIMES))} for line in lines]
+
+
+def exported(run_dir):
+    return (Path(run_dir) / "hf_model" / "model.safetensors").read_bytes()
