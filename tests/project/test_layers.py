@@ -22,6 +22,7 @@ LAYERS = (
     {"rewards"},
     {"launch"},
     {"planning"},
+    {"prepare"},
     {"checkpoint"},
     {"mcore"},
     {"learner"},
