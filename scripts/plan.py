@@ -1,47 +1,6 @@
 """Plans a run, without a GPU: ``python scripts/plan.py model=NAME hardware=h100 KEY=VALUE ...``; see ``--help``."""
 
-from __future__ import annotations
-
-import json
-import sys
-import textwrap
-
-from nemo_aapo.config.command_line import read_command_line, usage
-from nemo_aapo.errors import REFUSED, ConfigError
-from nemo_aapo.planning import models, plan, report, request
-
-DOES_NOT_FIT = 1
-DESCRIPTION = "\n".join(
-    (
-        "What a run with these settings would take: memory of each rank by part, a lower bound on a step's time by",
-        "phase, which layouts fit, what stored reference rewards save. Data and weights need not be there.",
-        "Exit code 0: it fits, 1: it does not, 2: it can't be.",
-        "",
-        *(f"  {word + '=':<26}{meaning}" for word, meaning in request.OWN_WORDS.items()),
-        f"  {'--json':<26}all figures as JSON, unrounded: bytes, seconds, FLOPs",
-        "",
-        *textwrap.wrap(f"Models: {', '.join(models.KNOWN)}", 110),
-    )
-)
-
-
-def main(argv: list[str]) -> int:
-    as_json = "--json" in argv
-    words = [word for word in argv if word != "--json"]
-    try:
-        command = read_command_line(request.split(words)[1])
-        if command.show == "config":
-            raise ConfigError("--cfg shows what a run would be given: python scripts/train.py --cfg job KEY=VALUE ...")
-        if command.show == "help":
-            print(usage(DESCRIPTION, command), end="")
-            return 0
-        made = plan.make(*request.read(words))
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return REFUSED
-    print(json.dumps(report.tree(made), indent=1) if as_json else report.text(made), end="\n" if as_json else "")
-    return 0 if made.memory.fits else DOES_NOT_FIT
-
+from nemo_aapo.cli.plan import main
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    raise SystemExit(main())

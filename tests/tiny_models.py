@@ -53,6 +53,19 @@ def save_empty_model(directory: Path, **changes: Any) -> Path:
     return directory
 
 
+def save_empty_input(folder: Path) -> list[str]:
+    """The settings without a default, for a model without tensors and data of one question: nothing is left to refuse.
+
+    Their order: ``model.path``, ``data.train``, ``data.validation``, ``run.dir``.
+    """
+    model = save_empty_model(folder / "model")
+    (model / "tokenizer_config.json").write_text("{}")  # by its name a tokenizer, which is not loaded
+    for name in ("train", "validation"):
+        (folder / f"{name}.jsonl").write_text(json.dumps({"question": f"{name}?", "answer": "1"}) + "\n")
+    data = [f"data.{name}={folder}/{name}.jsonl" for name in ("train", "validation")]
+    return [f"model.path={model}", *data, f"run.dir={folder / 'run'}"]
+
+
 def save_model(config: Any, directory: Path, seed: int = 0) -> None:
     """A random model of this configuration; biases and norms too, so that none can be lost unnoticed."""
     import torch

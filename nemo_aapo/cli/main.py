@@ -1,8 +1,4 @@
-"""From the command line to a checked configuration: how every script that takes settings begins.
-
-Refusals come cheapest first: mistyped keys before Hydra is imported, then Hydra's composition, then the schema, then
-the script's own early check; only then is NeMo imported (on rank 0), whose ``hydra_runner`` composes once more.
-"""
+"""What all commands that take settings have in common: ``--help``, ``--cfg job``, refusals, exit codes."""
 
 from __future__ import annotations
 
@@ -10,82 +6,80 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
-from nemo_aapo.config import check_overrides, without_secrets
-from nemo_aapo.config.command_line import FROZEN, TRAINING, Page, read_command_line, usage
-from nemo_aapo.config.compose import check_same, compose, compose_through_nemo
-from nemo_aapo.errors import FAILED, INTERRUPTED, REFUSED, ConfigError, RunError
+from nemo_aapo.config import without_secrets
+from nemo_aapo.config.command_line import TRAINING, CommandLine, Page, read_command_line, usage
+from nemo_aapo.config.compose import compose
+from nemo_aapo.errors import INTERRUPTED, REFUSED, ConfigError, RunError
 from nemo_aapo.utils.libraries import quiet
 
+J = TypeVar("J")
 RANK_0_SPEAKS_S = 3.0
 """Other ranks give rank 0 so long to say why, as torchrun ends all ranks as soon as it sees one end."""
 
 
-def config_main(
-    task: Callable[[Any, dict[str, Any]], int],
+def run_command(
+    prepare: Callable[[CommandLine], J],
+    task: Callable[[J], int],
     *,
     description: str,
-    argv: list[str] | None = None,
-    check: Callable[[Any], object] | None = None,
-    through_nemo: bool = True,
+    words: Sequence[str],
     page: Page = TRAINING,
 ) -> int:
-    """Run a task with the configuration that the command line asks for.
+    """Prepare what the words ask for, then do it.
 
     Args:
-        task: called with the typed configuration and the resolved plain tree; returns the exit code.
-        description: what the script does, for ``--help``.
-        argv: the words after the script's name; None: those of this process.
-        check: further refusals, on every rank, before anything slow is imported.
-        through_nemo: compose by NeMo's ``hydra_runner`` on rank 0, as NeMo's scripts do. Launchers do without, and so
-            do the ranks of a job, whose page the launcher has frozen.
-        page: what kind of settings the words are; decides what the task and the check are called with.
+        prepare: makes the job, or refuses it, the same on every rank; imports nothing slow and writes nothing.
+        task: does the job; returns the exit code.
+        description: what the command does, for ``--help``.
+        words: what was typed after the command's name.
+        page: what kind of settings the words are.
 
     Returns:
-        The task's exit code, or 2 where the configuration is refused: one message on stderr, no traceback.
+        The task's exit code, or 2 where the job is refused: one message on stderr, no traceback.
     """
     rank = int(os.environ.get("RANK", "0"))
     quiet()
     try:
-        command = read_command_line(sys.argv[1:] if argv is None else argv, page)
+        command = read_command_line(list(words), page)
         if command.show == "help":
             return _say(usage(description, command), rank)
-        check_overrides(command.overrides, command.groups(), page.schema)
-        tree = compose(command)
         if command.show == "config":
-            return _say(_to_yaml(without_secrets(tree)), rank)
-        config, tree = page.parse(tree), without_secrets(tree)  # the tree is what is logged and written
-        if check is not None:
-            check(config)
-    except ConfigError as error:  # every rank finds the same: one says it
-        if rank > 0:
-            time.sleep(RANK_0_SPEAKS_S)
-            return REFUSED
-        return _refuse(error, rank)
+            return _say(_to_yaml(without_secrets(compose(command))), rank)
+        job = prepare(command)
+    except ConfigError as error:
+        return said_alike(error, rank)
     except KeyboardInterrupt:
         return INTERRUPTED
+    return exit_code(lambda: task(job), rank)  # an error is perhaps on this rank only
 
-    def run() -> int:
-        if through_nemo and rank == 0 and command.page != FROZEN:  # in that one nothing is left to compose
-            check_same(tree, without_secrets(compose_through_nemo(command)))
-        return task(config, tree)
 
-    return exit_code(run, rank)  # an error is perhaps on this rank only
+def said_alike(error: ConfigError | RunError, rank: int) -> int:
+    """The exit code of an error that every rank finds: rank 0 says it, the others give it the time to."""
+    if rank == 0:
+        print(error, file=sys.stderr, flush=True)
+    else:
+        time.sleep(RANK_0_SPEAKS_S)
+    return error.exit_code
 
 
 def exit_code(run: Callable[[], int], rank: int = 0) -> int:
     """What ``run`` returns; or that of the error that ended it, whose message alone is printed, on stderr."""
     try:
         return run()
-    except (ConfigError, argparse.ArgumentError) as error:
-        return _refuse(error, rank)
-    except RunError as error:
-        _refuse(error, rank)
-        return FAILED
+    except (ConfigError, RunError, argparse.ArgumentError) as error:
+        who = f"rank {rank}: " if rank else ""
+        print(f"{who}{error}", file=sys.stderr, flush=True)
+        return REFUSED if isinstance(error, argparse.ArgumentError) else error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+def command_of_ranks(command: str, words: Sequence[str]) -> list[str]:
+    """What a rank of a command is started with, wherever the package is installed."""
+    return [sys.executable, "-m", "nemo_aapo.cli", command, *words]
 
 
 def _to_yaml(tree: dict[str, Any]) -> str:
@@ -98,9 +92,3 @@ def _say(text: str, rank: int) -> int:
     if rank == 0:
         print(text, end="")
     return 0
-
-
-def _refuse(error: Exception, rank: int) -> int:
-    who = f"rank {rank}: " if rank else ""
-    print(f"{who}{error}", file=sys.stderr, flush=True)
-    return REFUSED

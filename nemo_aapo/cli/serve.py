@@ -1,6 +1,4 @@
-"""A rollout server: one engine behind HTTP.
-
-    python -m nemo_aapo.cli.serve KEY=VALUE ...        the same words as scripts/train.py
+"""A rollout server: one engine behind HTTP. ``python scripts/serve.py KEY=VALUE ...`` takes what ``train.py`` does.
 
 It announces itself in ``rollout.server.directory`` and ends on SIGTERM or SIGINT, or with the process that started it.
 """
@@ -14,44 +12,38 @@ import signal
 import socket
 import sys
 import uuid
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from nemo_aapo.cli.main import config_main
-from nemo_aapo.config import Config, ModelShape
+from nemo_aapo.cli.main import run_command
 from nemo_aapo.engines.remote.directory import ServerRecord, open_directory, open_token, publish, withdraw
-from nemo_aapo.engines.trtllm import settings as trtllm_settings
 from nemo_aapo.errors import ConfigError
-from nemo_aapo.launch.local import world_size_of_job
 from nemo_aapo.models import directory as model_dir
+from nemo_aapo.prepare.server import ServerJob, prepare_server
+
+if TYPE_CHECKING:
+    from nemo_aapo.engines.build import HostedEngine
+    from nemo_aapo.engines.remote.wire import Weights, WeightsId
+    from nemo_aapo.engines.remote.worker import EngineWorker
 
 STOP_S = 10.0
 """After a signal the running batch is broken off at its next finished completion, or left alone after this."""
 PARENT_POLL_S = 1.0
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(words: Sequence[str] | None = None) -> int:
     """Serve until told to stop; 0, or 1 or 2 with a message as scripts/train.py."""
-    return config_main(
+    return run_command(
+        prepare_server,
         functools.partial(serve, parent=os.getppid()),
-        description="Hosts a rollout engine behind HTTP.",
-        argv=argv,
-        check=_check,
-        through_nemo=False,
+        description="Host a rollout engine behind HTTP, for a trainer with rollout.engine=remote.",
+        words=sys.argv[1:] if words is None else words,
     )
 
 
-def _check(config: Config) -> None:
-    if config.rollout.server.engine == "trtllm":
-        trtllm_settings.check(config)
-    model_dir.read_model_dir(config.model.path)
-    if world_size_of_job() != 1:
-        raise ConfigError("a rollout server is one process: start each without torchrun, with its rollout.server.index")
-
-
-def serve(config: Config, tree: dict[str, Any], parent: int) -> int:
+def serve(job: ServerJob, parent: int) -> int:
     """Listen, load, answer, stop. Blocks.
 
     Args:
@@ -60,11 +52,11 @@ def serve(config: Config, tree: dict[str, Any], parent: int) -> int:
     Raises:
         ConfigError: the port is in use, the directory or token is open to others, the model can't be loaded.
     """
-    settings = config.rollout.server
+    settings = job.config.rollout.server
     directory = open_directory(settings.directory)
     token = open_token(directory)
     with _listening(settings.host, settings.port) as listener:
-        return asyncio.run(_serve(config, directory, token, listener, parent))
+        return asyncio.run(_serve(job, directory, token, listener, parent))
 
 
 @contextmanager
@@ -78,16 +70,15 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
         yield listener
 
 
-async def _serve(config: Config, directory: Path, token: str, listener: socket.socket, parent: int) -> int:
+async def _serve(job: ServerJob, directory: Path, token: str, listener: socket.socket, parent: int) -> int:
     from aiohttp import web
 
     from nemo_aapo.engines.remote.service import Service
     from nemo_aapo.engines.remote.wire import Limits
 
-    stop = _stop_request(parent)
-    shape = model_dir.read_model_dir(config.model.path)
-    worker = _worker(config, shape, directory)
-    limits = Limits(shape.vocab_size, config.rollout.max_concurrent_tokens)
+    stop, config = _stop_request(parent), job.config
+    worker = _worker(job, directory)
+    limits = Limits(job.shape.vocab_size, config.rollout.max_concurrent_tokens)
     service = Service(worker, token, limits, config.rollout.server.max_request_bytes)
     # A client that goes away ends its handler, and with it the work that was done for it.
     runner = web.AppRunner(service.app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
@@ -114,18 +105,20 @@ async def _serve(config: Config, directory: Path, token: str, listener: socket.s
     return 0
 
 
-def _worker(config: Config, shape: ModelShape, directory: Path) -> Any:
-    from nemo_aapo.engines.remote.wire import Weights, WeightsId  # with numpy, which refusals do without
+def _worker(job: ServerJob, directory: Path) -> EngineWorker:
+    from nemo_aapo.engines.remote.wire import WeightsId  # with numpy, which refusals do without
     from nemo_aapo.engines.remote.worker import EngineWorker
+
+    path = job.config.model.path
 
     @functools.cache
     def base() -> WeightsId:
-        return WeightsId(0, model_dir.digest(config.model.path))
+        return WeightsId(0, model_dir.digest(path))
 
-    def build() -> Any:
+    def build() -> HostedEngine:
         from nemo_aapo.engines.build import build_hosted_engine
 
-        return build_hosted_engine(config, shape)
+        return build_hosted_engine(job.config, job.shape)
 
     def locate(weights: Weights, tensors: Set[str]) -> Path:
         from nemo_aapo.engines.remote.weight_store import verified
@@ -134,8 +127,8 @@ def _worker(config: Config, shape: ModelShape, directory: Path) -> Any:
         if weights.manifest is not None:
             return verified(directory, weights, tensors)
         if weights.id != base():
-            raise WeightsError(f"the base model of this server, {config.model.path}, is another one than the trainer's")
-        return Path(config.model.path)
+            raise WeightsError(f"the base model of this server, {path}, is another one than the trainer's")
+        return Path(path)
 
     return EngineWorker(build, base, locate)
 
@@ -168,7 +161,3 @@ def _address(listener: socket.socket, host: str) -> str:
 
 def _say(index: int, text: str) -> None:
     print(f"rollout server {index}: {text}", file=sys.stderr, flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

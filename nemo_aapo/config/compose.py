@@ -1,19 +1,19 @@
-"""Words of a command -> the composed tree of settings, by Hydra."""
+"""Words of a command -> the composed tree of settings, by Hydra, and from there to the typed configuration."""
 
 from __future__ import annotations
 
 import re
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nemo_aapo.config import Config, check_overrides, parse
 from nemo_aapo.config.command_line import CommandLine, read_command_line
 from nemo_aapo.errors import ConfigError, one_line
-from nemo_aapo.utils.libraries import import_nemo
 
 OPEN_MAPPINGS = ("cluster.env", "cluster.sbatch_args", "sources")
 """Settings that take names of the user's own."""
+_CHANGING = re.compile(r"\$\{\s*now\s*:")
+"""The one resolver of Hydra whose value differs each time, and so between the ranks of a job."""
 
 
 def load_config(overrides: Sequence[str]) -> Config:
@@ -22,17 +22,16 @@ def load_config(overrides: Sequence[str]) -> Config:
     Raises:
         ConfigError: what the command line would be refused for.
     """
-    command = read_command_line(list(overrides))
-    check_overrides(command.overrides, command.groups())
-    return parse(compose(command))
+    return parse(compose(read_command_line(list(overrides))))
 
 
 def compose(command: CommandLine) -> dict[str, Any]:
-    """The resolved tree, composed by Hydra without NeMo: a third of a second instead of several.
+    """The resolved tree, composed by Hydra in a third of a second.
 
     Raises:
-        ConfigError: what Hydra or OmegaConf refuse.
+        ConfigError: a mistyped key or choice, what Hydra or OmegaConf refuse, a value that each rank would see another.
     """
+    check_overrides(command.overrides, command.groups(), command.kind.schema)
     import hydra
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
@@ -40,7 +39,7 @@ def compose(command: CommandLine) -> dict[str, Any]:
     register_resolvers()
     try:
         with hydra.initialize_config_dir(str(command.directory), version_base=None):
-            return _resolve(hydra.compose(command.page, overrides=command.overrides))
+            return resolved(hydra.compose(command.page, overrides=command.overrides))
     except (HydraException, OmegaConfBaseException) as error:
         if without_effect := re.match(r"Could not override '([^']+)'", str(error)):
             raise ConfigError(_no_effect(without_effect[1])) from None
@@ -48,12 +47,44 @@ def compose(command: CommandLine) -> dict[str, Any]:
         raise ConfigError(one_line(error) + cause) from None
 
 
+def resolved(tree: Any) -> dict[str, Any]:
+    """A composed tree as plain values.
+
+    Args:
+        tree: of OmegaConf, as Hydra or NeMo's ``hydra_runner`` hands it over; or plain already.
+
+    Raises:
+        ConfigError: a value that changes each time it is composed.
+    """
+    from omegaconf import OmegaConf
+
+    if not OmegaConf.is_config(tree):
+        return tree
+    _refuse_changing(OmegaConf.to_container(tree, resolve=False))
+    return OmegaConf.to_container(tree, resolve=True)
+
+
 def register_resolvers() -> None:
-    """NeMo's own resolvers, so that a page means the same on ranks that don't import NeMo."""
+    """NeMo's own resolvers, so that a page means the same without NeMo."""
     from omegaconf import OmegaConf
 
     OmegaConf.register_new_resolver("multiply", lambda x, y: x * y, replace=True)
     OmegaConf.register_new_resolver("sum", lambda x, y: x + y, replace=True)
+
+
+def _refuse_changing(value: Any, path: str = "") -> None:
+    items: Any = ()
+    if isinstance(value, Mapping):
+        items = value.items()
+    elif isinstance(value, list):
+        items = enumerate(value)
+    elif isinstance(value, str) and _CHANGING.search(value):
+        raise ConfigError(
+            f"{path}={value}: ${{now:}} is another value each time it is composed, and ranks would disagree. Write "
+            "the value itself"
+        )
+    for key, inner in items:
+        _refuse_changing(inner, f"{path}.{key}" if path else str(key))
 
 
 def _no_effect(key: str) -> str:
@@ -69,38 +100,3 @@ def _no_effect(key: str) -> str:
         f"{key} has no effect here: a chosen file (algorithm=, experiment=) sets {key.rsplit('.', 1)[0]} to null. "
         f"Leave it out, or choose another; --cfg job shows what is composed"
     )
-
-
-def compose_through_nemo(command: CommandLine) -> dict[str, Any]:
-    """The same tree, composed by NeMo's ``hydra_runner``, which reads ``sys.argv``. Imports NeMo."""
-    import_nemo()
-    from nemo.core.config import hydra_runner
-
-    found: list[dict[str, Any]] = []
-
-    def keep(tree: Any) -> None:
-        found.append(_resolve(tree))
-
-    quiet_logging = "hydra.job_logging.root.level=WARNING"  # hydra_runner has all information printed on stdout
-    words, sys.argv = sys.argv, [sys.argv[0], *command.overrides, quiet_logging]
-    try:
-        hydra_runner(config_path=str(command.directory), config_name=command.page)(keep)()
-    finally:
-        sys.argv = words
-    return found[0]
-
-
-def check_same(tree: dict[str, Any], through_nemo: dict[str, Any]) -> None:
-    """Rank 0 and the others must run the same configuration."""
-    for key in sorted({*tree, *through_nemo}):
-        if tree.get(key) != through_nemo.get(key):
-            raise ConfigError(
-                f"{key} is not the same each time it is composed: {tree.get(key)!r}, then {through_nemo.get(key)!r}. "
-                "Ranks would disagree: leave out resolvers whose value changes, such as ${now:}"
-            )
-
-
-def _resolve(tree: Any) -> dict[str, Any]:
-    from omegaconf import OmegaConf
-
-    return OmegaConf.to_container(tree, resolve=True)

@@ -45,18 +45,43 @@ def read_records(source: Source, default_splits: Sequence[str]) -> Iterator[Reco
             library missing. Raised before the first row, or where a file is broken.
     """
     path = Path(source.path).expanduser()
+    check_source(source)
     if source.on_hub:
         return _rows(_from_hub(source, default_splits))
-    if not path.exists():
-        raise DataError(_missing(path))
     if path.is_dir():
         return _rows(_from_directory(path, source, default_splits))
-    _refuse_choice(source)
     if path.suffix == ".parquet":
         return _rows(_from_parquet(path, source))
     if path.suffix == ".arrow":
         return _rows(_from_arrow(path))
     return _from_text(path)
+
+
+def check_source(source: Source) -> None:
+    """Refuse what the name of a source that is no reasoning-gym task tells, without reading it.
+
+    Raises:
+        DataError: nothing there, a directory without a data set, a choice of what one file does not have.
+    """
+    path = Path(source.path).expanduser()
+    if source.on_hub:
+        return
+    if not path.exists():
+        raise DataError(_missing(path))
+    if path.is_dir():
+        _refuse_other_directory(path)
+    else:
+        _refuse_choice(source)
+
+
+def _refuse_other_directory(path: Path) -> None:
+    files = itertools.chain(path.iterdir(), path.glob("*/*"))
+    if not _is_saved(path) and not any(entry.suffix in FILE_FORMATS for entry in files):
+        raise DataError(f"{path}: this is a directory without a data set; name a file, such as a JSONL file, in it")
+
+
+def _is_saved(path: Path) -> bool:
+    return any((path / name).exists() for name in _SAVED)
 
 
 def _missing(path: Path) -> str:
@@ -139,13 +164,8 @@ def _from_arrow(path: Path) -> Iterator[Any]:
 
 def _from_directory(path: Path, source: Source, default_splits: Sequence[str]) -> Iterator[Any]:
     """A data set that was saved to disk, or a copy of one from the hub."""
-    inside = {entry.name for entry in path.iterdir()}
-    saved = bool(inside & set(_SAVED))
-    files = itertools.chain(path.iterdir(), path.glob("*/*"))
-    if not saved and not any(entry.suffix in FILE_FORMATS for entry in files):
-        raise DataError(f"{path}: this is a directory without a data set; name a file, such as a JSONL file, in it")
     datasets = _library("datasets", path)
-    if saved:
+    if _is_saved(path):
         if source.subset is not None:
             raise DataError(f"{path}: a saved data set has no subsets; subset={source.subset} has no effect")
         try:

@@ -39,7 +39,7 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
     """
     directory = Path(path).expanduser()
     if directory.exists() or path.startswith(("/", ".", "~")) or path.count("/") > 1:
-        _require_tokenizer_files(directory)
+        require_tokenizer_files(directory)
         path = str(directory)
     with importing():
         from transformers import AutoTokenizer
@@ -51,7 +51,8 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
         raise DataError(f"{path}: transformers can't load a tokenizer from here: {error}{hint}") from error
 
 
-def _require_tokenizer_files(directory: Path) -> None:
+def require_tokenizer_files(directory: Path) -> None:
+    """Raise DataError unless the directory is there and holds a tokenizer, by the names of its files."""
     if not directory.exists():
         raise DataError(f"{directory}: no such tokenizer directory; give a directory, or a hub name such as org/model")
     if not directory.is_dir():
@@ -114,7 +115,7 @@ def render_prompts(
     if chat_template not in get_args(ChatTemplate):
         raise DataError(f"chat_template must be one of {', '.join(get_args(ChatTemplate))}, not {chat_template!r}")
     templated = chat_template == "auto" and bool(tokenizer.chat_template)
-    _check_system_prompt(system_prompt, prompt_template, templated)
+    check_system_prompt(system_prompt, prompt_template, templated)
     before = before or [()] * len(questions)
     if not templated and any(before):
         raise DataError(
@@ -128,7 +129,15 @@ def render_prompts(
     return texts, [np.asarray(ids, dtype=np.int32) for ids in encoded["input_ids"]]
 
 
-def _check_system_prompt(system_prompt: str | None, prompt_template: str, templated: bool) -> None:
+def check_system_prompt(system_prompt: str | None, prompt_template: str, templated: bool) -> None:
+    """Refuse a system prompt without a place, and a place without one.
+
+    Args:
+        templated: a chat template renders the prompts.
+
+    Raises:
+        DataError: what to leave out, or where to put it.
+    """
     place = SYSTEM in prompt_template
     if templated and place:
         raise DataError(

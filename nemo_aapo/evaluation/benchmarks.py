@@ -69,7 +69,7 @@ def load_problems(name: str, entry: Any, fields: EvaluationFields) -> tuple[tupl
         DataError: nothing there, or rows that can't be used.
     """
     known = BENCHMARKS.get(name)
-    source = _source(name, entry, known)
+    source = source_of(name, entry)
     splits = (known.split,) if known else ()
     problems, repeats = read_problems(read_records(source, (*splits, *HELD_OUT_SPLITS)), source.path, known or fields)
     notes = [f"{repeats} repeated ones left out"] if repeats else []
@@ -78,7 +78,9 @@ def load_problems(name: str, entry: Any, fields: EvaluationFields) -> tuple[tupl
     return problems, f" ({'; '.join(notes)})" if notes else ""
 
 
-def _source(name: str, entry: Any, known: Benchmark | None) -> Source:
+def source_of(name: str, entry: Any) -> Source:
+    """Where the rows of a benchmark are; arguments and errors as ``load_problems`` has them."""
+    known = BENCHMARKS.get(name)
     given = entry if isinstance(entry, dict) else {"path": entry}
     unknown = set(given) - {"path", "subset", "split"}
     if unknown or not isinstance(given.get("path"), str):

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_aapo.config import Config, EvaluationConfig
-from nemo_aapo.errors import ConfigError
 
 POLL_S = 0.05
 SHOWN_LINES = 20
@@ -41,15 +40,7 @@ def launch(config: Config, command: Sequence[str]) -> int:
 
     Returns:
         0, or the exit code of the first rank that failed (128 + the signal's number where a signal ended it).
-
-    Raises:
-        ConfigError: more than one node is asked for.
     """
-    if config.trainer.num_nodes != 1:
-        raise ConfigError(
-            f"trainer.num_nodes={config.trainer.num_nodes}: cluster=local starts ranks on this machine only. "
-            "Set trainer.num_nodes=1 and trainer.devices to the number of ranks"
-        )
     return run_ranks_of(config, command, Path(config.run.dir) / "logs")
 
 

@@ -6,108 +6,24 @@ as data, and what can be refused without looking at the machine.
 
 from __future__ import annotations
 
-import importlib.util
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from nemo_aapo.config import PRECISIONS, Config, PrecisionKind, kind_of, with_machine_defaults
-from nemo_aapo.config.precision import check_optimizer
-from nemo_aapo.errors import ConfigError
+from nemo_aapo.config import Config, PrecisionKind, kind_of
+from nemo_aapo.launch import world
+from nemo_aapo.launch.world import Machine, refusal
 
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """What a precision depends on."""
-
-    gpu: str | None
-    """Name of the GPU; None: there is none."""
-    capability: tuple[int, int] = (0, 0)
-    """CUDA compute capability."""
-    cuda: tuple[int, int] = (0, 0)
-    """Version of CUDA that torch was built for."""
-    transformer_engine: bool = False
-    """Whether the package is there."""
-
-    @classmethod
-    def present(cls) -> Machine:
-        """This one; its first GPU stands for all."""
-        found = importlib.util.find_spec("transformer_engine") is not None
-        if not torch.cuda.is_available():
-            return cls(None, transformer_engine=found)
-        major, minor = (torch.version.cuda or "0.0").split(".")[:2]
-        return cls(torch.cuda.get_device_name(), torch.cuda.get_device_capability(), (int(major), int(minor)), found)
+__all__ = ["Machine", "refusal"]
 
 
 def decide(config: Config) -> Config:
-    """The configuration with what it leaves to the machine decided (``precision=auto``, nulls).
+    """The configuration as ``prepare`` decides it for this machine, for callers that were not given a ``Job``.
 
     Raises:
         ConfigError: this machine can't do what is asked for; says why, and what it can do.
     """
-    machine = Machine.present()
-    config = with_machine_defaults(config, on_gpu=machine.gpu is not None)
-    check_optimizer(config.model)  # again, with the optimizer that was left to the machine
-    if problem := refusal(config, machine):
-        raise ConfigError(problem)
-    return config
-
-
-def refusal(config: Config, machine: Machine) -> str | None:
-    """Why a machine can't run a configuration whose precision is decided; None if it can."""
-    name, kind = config.precision.name, kind_of(config)
-    if machine.gpu is None:
-        if kind.bf16:
-            return f"precision={name} needs a GPU with TransformerEngine; on CPU use precision=fp32"
-        if config.model.optim.cpu_offload_fraction or config.rollout.offload_learner:
-            return (
-                "model.optim.cpu_offload_fraction and rollout.offload_learner move what lies in GPU memory, and there "
-                "is no GPU: set them to 0 and false"
-            )
-        return None
-    if config.model.share_prompts:
-        return (
-            "model.share_prompts=true: attention over prompts that sequences share is not wired to TransformerEngine "
-            "yet; leave it at null"
-        )
-    if not machine.transformer_engine:
-        return f"precision={name} on a GPU needs TransformerEngine, which is not installed; see the Dockerfile"
-    if machine.capability < kind.min_capability:
-        return (
-            f"precision={name} needs a GPU of compute capability {_dotted(kind.min_capability)}, and {machine.gpu} has "
-            f"{_dotted(machine.capability)}: use {_best(machine)}"
-        )
-    if machine.cuda < kind.min_cuda:
-        return (
-            f"precision={name} needs CUDA {_dotted(kind.min_cuda)}, and torch was built for {_dotted(machine.cuda)}: "
-            f"use {_best(machine)}"
-        )
-    if kind.below_capability and machine.capability >= kind.below_capability:
-        return (
-            f"precision={name} is for Hopper; TransformerEngine has other block formats on {machine.gpu}, which are "
-            f"not wired here: use {_best(machine)}"
-        )
-    if config.rollout.offload_learner and not kind.bf16:
-        return (
-            f"rollout.offload_learner=true with precision={name}: fp32 weights are their own optimizer copy and can't "
-            "leave the GPU while an engine draws from them. Use precision=bf16"
-        )
-    return None
-
-
-def _best(machine: Machine) -> str:
-    """What to use instead."""
-    usable = [
-        name
-        for name in ("fp8_tensorwise", "bf16", "fp32")
-        if machine.capability >= PRECISIONS[name].min_capability and machine.cuda >= PRECISIONS[name].min_cuda
-    ]
-    return " or ".join(f"precision={name}" for name in usable)
-
-
-def _dotted(version: tuple[int, int]) -> str:
-    return f"{version[0]}.{version[1]}"
+    return world.decide(config, Machine.present())
 
 
 def dtype(config: Config) -> torch.dtype:

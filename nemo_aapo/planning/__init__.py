@@ -2,5 +2,5 @@
 
 Pure arithmetic on a configuration, a model's shape and a GPU's datasheet; nothing here imports torch.
 
-request -> inputs -> memory (parameters, activations), compute -> layouts -> report
+inputs -> memory (parameters, activations), compute -> layouts -> report
 """

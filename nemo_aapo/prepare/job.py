@@ -4,21 +4,37 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_aapo.config import Config, ModelShape, Sizes
+from nemo_aapo.config import Config, ModelShape, Sizes, parse, without_secrets
+from nemo_aapo.config.command_line import TRAINING, CommandLine, Page, read_command_line
+from nemo_aapo.config.compose import compose, resolved
+from nemo_aapo.engines.trtllm import settings as trtllm_settings
+from nemo_aapo.errors import ConfigError
+from nemo_aapo.launch.world import Machine, World, decide, of_rank
 from nemo_aapo.models.directory import check_model
+from nemo_aapo.prepare.files import check_data, check_tokenizer
+from nemo_aapo.prepare.packages import check_packages, packages_of
 from nemo_aapo.rewards import reward_of
 from nemo_aapo.rewards.base import Reward
+from nemo_aapo.run.directory import check_run_directory
+
+Words = Sequence[str] | CommandLine
+"""``KEY=VALUE`` words as they were typed, or already split from a command's options."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A training run, or the part of one that fills the reference store, serves rollouts or looks at a machine."""
+    """A training run, or the part of one that fills the reference store.
+
+    Example: ``prepare(["model.path=m", "data.train=t.jsonl", "data.validation=v.jsonl"])`` on a machine without a GPU
+    has ``config.precision.name == "fp32"`` and ``sizes.data_parallel_size == 1``.
+    """
 
     config: Config
+    """No ``auto``, and no null that is left to the machine, unless the ``machine`` is not known."""
     tree: Mapping[str, Any]
     """The configuration as a plain tree without secrets: what ``config.yaml`` of the run directory shows."""
     shape: ModelShape
@@ -26,24 +42,115 @@ class Job:
     sizes: Sizes
     """Data-parallel size, sequences a step and the like, with the arithmetic that led to them."""
     rewards: tuple[tuple[Reward, float], ...]
-    """What judges a completion, each with its weight."""
+    """What judges a completion, each with its weight; empty where the caller brings a scorer of their own."""
+    machine: Machine | None
+    """Where the ranks run. None: a launcher does not know; each rank prepares the same tree again, and decides."""
 
 
-def resolve(config: Config, world_size: int, tree: Mapping[str, Any] | None = None) -> Job:
-    """The job of a configuration.
+def prepare(words: Words, world: Callable[[Config], World] = of_rank) -> Job:
+    """The training run that words ask for, with every refusal that words and files allow.
+
+    Args:
+        world: the ranks that will run it, by the configuration (``launch.world``).
+
+    Raises:
+        ConfigError, DataError: what can't work, with the reason and the remedy. Nothing was written.
+    """
+    job = _job(*settings_of(words), world)
+    check_run_directory(job.config)
+    return job
+
+
+def prepare_fill(words: Words, world: Callable[[Config], World]) -> Job:
+    """The same for the filling of a run's reference store, whose run directory may hold anything.
+
+    Raises:
+        ConfigError, DataError: as ``prepare``; or the algorithm stores no reference rewards.
+    """
+    config, tree = settings_of(words)
+    if config.algorithm.reference != "cached":
+        mode = config.algorithm.reference or "null"
+        raise ConfigError(f"algorithm.reference={mode}: only cached reference rewards are stored (algorithm=aapo)")
+    return _job(config, tree, world)
+
+
+def prepare_tree(tree: Any, world: Callable[[Config], World] = of_rank) -> Job:
+    """As ``prepare``, from a tree that was composed elsewhere, by NeMo's ``hydra_runner`` for example.
+
+    Args:
+        tree: an OmegaConf tree or a plain mapping, whole as ``conf/train_aapo.yaml``.
+    """
+    plain = resolved(tree)
+    job = _job(parse(plain), without_secrets(plain), world)
+    check_run_directory(job.config)
+    return job
+
+
+def settings_of(words: Words) -> tuple[Config, dict[str, Any]]:
+    """What words alone tell: the typed configuration, and its tree without secrets.
+
+    Raises:
+        ConfigError: a mistyped key or value, settings that can't go together, an unknown reward or parameter of one.
+    """
+    tree = compose(command_line(words))
+    config = parse(tree)
+    rewards_of(config)
+    return config, without_secrets(tree)
+
+
+def command_line(words: Words, page: Page = TRAINING) -> CommandLine:
+    """The words split, unless a command has done so."""
+    return words if isinstance(words, CommandLine) else read_command_line(list(words), page)
+
+
+def rewards_of(config: Config) -> tuple[tuple[Reward, float], ...]:
+    """The rewards with their weights.
+
+    Raises:
+        ConfigError: an unknown name or parameter, the nearest named.
+    """
+    return tuple(reward_of(entry) for entry in config.rewards)
+
+
+def resolve(config: Config, world_size: int, tree: Mapping[str, Any] | None = None, given: Collection[str] = ()) -> Job:
+    """The job of a configuration of one's own, for ranks on this machine.
 
     Args:
         world_size: ranks that run it.
         tree: the configuration as it was composed; None: made from ``config``.
+        given: parts that the caller brings, by their names in ``nemo_aapo.train``: ``rewards``, ``data``,
+            ``validation_data``. What the configuration says of these is not looked at.
 
     Raises:
-        ConfigError: what can't work, with the reason and the remedy.
+        ConfigError, DataError: what can't work, with the reason and the remedy.
     """
-    shape, sizes = check_model(config, world_size)
-    return Job(
-        config=config,
-        tree=json.loads(json.dumps(dataclasses.asdict(config))) if tree is None else tree,
-        shape=shape,
-        sizes=sizes,
-        rewards=tuple(reward_of(entry) for entry in config.rewards),
-    )
+    world = World(world_size, Machine.present())
+    return _job(config, without_secrets(_plain(config)) if tree is None else tree, lambda config: world, given)
+
+
+def _job(
+    config: Config, tree: Mapping[str, Any], world_of: Callable[[Config], World], given: Collection[str] = ()
+) -> Job:
+    world = world_of(config)
+    rewards = () if "rewards" in given else rewards_of(config)
+    if world.machine is not None:
+        if config.rollout.engine == "trtllm":
+            trtllm_settings.check(config)
+        config = decide(config, world.machine)
+    shape, sizes = check_model(config, world.size)
+    check_tokenizer(config.model.path, config.data)
+    check_data(config.data, given)
+    if world.machine is not None:
+        check_packages(packages_of(config, given))
+    return Job(config, _with_decisions(tree, config), shape, sizes, rewards, world.machine)
+
+
+def _with_decisions(tree: Mapping[str, Any], config: Config) -> dict[str, Any]:
+    """The tree with what was left to the machine, which concerns two of its sections."""
+    decided = _plain(config)
+    return {**tree, "precision": decided["precision"], "model": decided["model"]}
+
+
+def _plain(config: Config) -> dict[str, Any]:
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return plain

@@ -16,12 +16,13 @@ import pytest
 import yaml
 
 from nemo_aapo.cli import main as entry
-from nemo_aapo.cli.main import config_main
+from nemo_aapo.cli.main import run_command
 from nemo_aapo.config.command_line import read_command_line
-from nemo_aapo.config.compose import check_same, compose
+from nemo_aapo.config.compose import compose
 from nemo_aapo.errors import ConfigError
+from nemo_aapo.prepare import settings_of
 from nemo_aapo.run.metrics_file import read_metrics
-from tests.tiny_models import save_empty_model
+from tests.tiny_models import save_empty_input
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "nemo", "megatron", "transformers", "lightning")
@@ -39,14 +40,14 @@ def run_script(name: str, *words: str, environment: dict[str, str] | None = None
 
 
 @pytest.fixture
-def model_dir(tmp_path) -> Path:
-    return save_empty_model(tmp_path / "model")
-
-
-@pytest.fixture
-def given(model_dir, tmp_path) -> list[str]:
+def given(tmp_path) -> list[str]:
     """The settings without a default."""
-    return [f"model.path={model_dir}", "data.train=t", "data.validation=v", f"run.dir={tmp_path / 'run'}"]
+    return save_empty_input(tmp_path)
+
+
+def run(words: list[str], task=lambda job: 1, description: str = "") -> int:
+    """A command that needs no more than what the words say by themselves."""
+    return run_command(settings_of, task, description=description, words=words)
 
 
 @pytest.mark.parametrize("script", ["train.py", "launch.py"])
@@ -90,13 +91,13 @@ def test_nothing_heavy_is_imported_before_every_early_check_has_passed(given):
     ],
 )
 def test_whatever_is_wrong_with_the_words_is_one_message_and_exit_code_2(words, said, given, capsys, monkeypatch):
-    def never(config, tree):
+    def never(job):
         raise AssertionError("the task must not start")
 
     monkeypatch.setattr(entry, "RANK_0_SPEAKS_S", 0.0)
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
-        assert config_main(never, description="", argv=[*given, *words]) == 2
+        assert run([*given, *words], never) == 2
         err = capsys.readouterr().err
         assert (said in err and err.count("\n") == 1) if rank == "0" else err == ""
 
@@ -105,21 +106,20 @@ def test_ctrl_c_while_settings_are_read_ends_it_without_a_traceback(given, monke
     def interrupted(command):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(entry, "compose", interrupted)
-    assert config_main(lambda config, tree: 0, description="", argv=given) == entry.INTERRUPTED
+    assert run_command(interrupted, lambda job: 0, description="", words=given) == entry.INTERRUPTED
 
 
 def test_a_refusal_that_only_this_rank_finds_is_said_by_it(given, capsys, monkeypatch):
-    def task(config, tree):
+    def task(job):
         raise ConfigError("no GPU here")
 
     monkeypatch.setenv("RANK", "3")
-    assert config_main(task, description="", argv=given) == 2
+    assert run(given, task) == 2
     assert capsys.readouterr().err == "rank 3: no GPU here\n"
 
 
 def test_help_shows_the_main_settings_with_the_pages_own_comments_and_where_the_page_is(capsys):
-    assert config_main(lambda config, tree: 1, description="Does it.", argv=["--help"]) == 0
+    assert run(["--help"], description="Does it.") == 0
     said = capsys.readouterr().out
     assert "Does it." in said
     assert str(ROOT / "conf" / "train_aapo.yaml") in said
@@ -129,7 +129,7 @@ def test_help_shows_the_main_settings_with_the_pages_own_comments_and_where_the_
 
 
 def test_cfg_job_prints_the_composed_page(given, capsys):
-    assert config_main(lambda config, tree: 1, description="", argv=[*given, "seed=5", "--cfg", "job"]) == 0
+    assert run([*given, "seed=5", "--cfg", "job"]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["seed"] == 5
 
 
@@ -158,10 +158,13 @@ def test_an_installed_package_brings_its_pages_along(tmp_path):
     assert done.stdout.strip() == str(tmp_path / "nemo_aapo" / "conf"), done.stderr
 
 
-def test_what_changes_each_time_it_is_composed_is_refused_before_ranks_disagree():
-    with pytest.raises(ConfigError, match="seed is not the same each time"):
-        check_same({"seed": 1, "a": {}}, {"seed": 2, "a": {}})
-    check_same({"seed": 1, "a": {}}, {"seed": 1, "a": {}})
+def test_what_changes_each_time_it_is_composed_is_refused_before_ranks_disagree(given, tmp_path):
+    with pytest.raises(ConfigError, match=r"run\.name=run_\$\{now:.*ranks would disagree"):
+        compose(read_command_line([*given, "run.name=run_${now:%H-%M-%S}"]))
+    tree = compose(read_command_line(given))
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({**tree, "rewards": [{"name": "${now:%H}"}]}))
+    with pytest.raises(ConfigError, match=r"rewards\.0\.name="):
+        compose(read_command_line(["--config-path", str(tmp_path), "--config-name", "mine"]))
 
 
 STUB = """
@@ -190,7 +193,7 @@ sys.modules["nemo_aapo.training.build"] = stub
 
 @pytest.mark.timeout(280)
 def test_a_launched_run_has_one_configuration_on_all_ranks_and_leaves_what_it_should(given, tmp_path):
-    """The one test that imports NeMo, on rank 0: launch.py, train.py, hydra_runner, exp_manager, its loggers."""
+    """NeMo is imported for its loggers, on rank 0, and for nothing else: launch.py, train.py, exp_manager."""
     (tmp_path / "inject").mkdir()
     (tmp_path / "inject" / "sitecustomize.py").write_text(STUB)
     (tmp_path / "cwd").mkdir()
@@ -213,7 +216,7 @@ def test_a_launched_run_has_one_configuration_on_all_ranks_and_leaves_what_it_sh
     assert done.returncode == 0, done.stderr
     run_dir = tmp_path / "run"
     said = [json.loads(line) for line in (done.stdout, (run_dir / "logs" / "rank_1.log").read_text().splitlines()[-1])]
-    assert [rank["nemo"] for rank in said] == [True, False]  # so rank 0 composed by hydra_runner, rank 1 without
+    assert [rank["nemo"] for rank in said] == [False, False]  # when training begins
     assert said[0]["tree"] == said[1]["tree"] == yaml.safe_load((run_dir / "config.yaml").read_text())
     assert said[0]["tree"]["max_tokens_per_microbatch"] == 8192
     assert said[0]["cwd"] == []  # Hydra made no folder

@@ -8,7 +8,7 @@ import pytest
 
 from nemo_aapo.config import PRECISIONS, ModelShape, derive, pad_multiple, with_machine_defaults
 from nemo_aapo.errors import ConfigError
-from nemo_aapo.mcore.precision import Machine, decide, refusal
+from nemo_aapo.launch.world import Machine, decide, refusal
 from tests.tiny_models import make_config
 
 QWEN_1_5B = ModelShape("Qwen2ForCausalLM", 28, 1536, 8960, 12, 2, 128, 151_936, True, 32_768)
@@ -90,16 +90,14 @@ def test_prompts_are_shared_on_a_cpu_alone():
     assert "not wired to TransformerEngine" in refusal(decided(H200, **asked), H200)
 
 
-def test_what_the_machine_decides_is_checked_with_the_rest(monkeypatch):
+def test_what_the_machine_decides_is_checked_with_the_rest():
     """The distributed optimizer that overlapping needs is a GPU's default, and not a CPU's."""
     asked = config(model__optim__overlap_grad_reduce=True, model__optim__overlap_param_gather=True)
-    monkeypatch.setattr(Machine, "present", lambda: CPU)
     with pytest.raises(
         ConfigError, match=r"overlap_param_gather=True needs model\.optim\.use_distributed_optimizer=true"
     ):
-        decide(asked)
-    monkeypatch.setattr(Machine, "present", lambda: H200)
-    assert decide(asked).model.optim.use_distributed_optimizer
+        decide(asked, CPU)
+    assert decide(asked, H200).model.optim.use_distributed_optimizer
 
 
 @pytest.mark.parametrize(

@@ -297,14 +297,14 @@ def test_other_shapes(ranks, wide, length, rows, recompute):
 
 @pytest.mark.parametrize("recompute", [None, "full"])
 def test_flops_of_a_step_are_those_that_torch_counts(ranks, wide, recompute):
-    from nemo_aapo.planning import request
+    from nemo_aapo.prepare.plan import prepare_plan
 
     length, rows = 40, 3
     changes = {"model__recompute_granularity": recompute, "data__max_prompt_tokens": length}
     counted = ranks.run(count_flops, str(wide), length, rows, {**changes, "max_tokens_per_microbatch": length * rows})[
         0
     ]
-    config, question = request.read(
+    config, question = prepare_plan(
         [
             f"model.path={wide}",
             f"model.recompute_granularity={recompute or 'null'}",

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from nemo_aapo.errors import ConfigError
-from nemo_aapo.planning import compute, hardware, layouts, memory, models, parameters, plan, report, request
+from nemo_aapo.planning import compute, hardware, layouts, memory, models, parameters, plan, report
 from nemo_aapo.planning.inputs import Inputs, Layout, inputs_of
+from nemo_aapo.prepare.plan import prepare_plan
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -37,7 +38,7 @@ PUBLISHED_PARAMETERS = {
 
 
 def made_inputs(*words: str) -> Inputs:
-    return inputs_of(*request.read(words))
+    return inputs_of(*prepare_plan(words))
 
 
 @pytest.mark.parametrize("name", models.KNOWN)
@@ -308,7 +309,7 @@ def test_tiles_of_log_probs_are_planned_as_large_as_they_are():
 @pytest.mark.parametrize("gpu", hardware.KNOWN)
 @pytest.mark.parametrize("name", models.KNOWN)
 def test_every_known_model_is_planned_on_every_known_gpu(name, gpu):
-    made = plan.make(*request.read([f"model={name}", f"hardware={gpu}", "trainer.devices=8"]))
+    made = plan.make(*prepare_plan([f"model={name}", f"hardware={gpu}", "trainer.devices=8"]))
     capacity = hardware.KNOWN[gpu].memory_bytes
     possible = [verdict for verdict in made.layouts if verdict.refused is None]
     assert all(verdict.fits == (verdict.bytes <= capacity) for verdict in possible)
@@ -321,7 +322,7 @@ def test_every_known_model_is_planned_on_every_known_gpu(name, gpu):
 
 
 def test_layouts_that_do_not_divide_are_refused_with_the_configurations_reason():
-    config, question = request.read(
+    config, question = prepare_plan(
         ["model=Qwen2.5-7B", "trainer.devices=8"]
     )  # 28 heads, 4 key-value groups, 28 layers
     reasons = {(v.layout.tensor, v.layout.pipeline): v.refused for v in layouts.judge_all(config, question)}
@@ -331,13 +332,13 @@ def test_layouts_that_do_not_divide_are_refused_with_the_configurations_reason()
 
 
 def test_a_large_model_needs_many_gpus_and_a_small_one_fits_on_one():
-    small = plan.make(*request.read(["model=Qwen2.5-0.5B"]))
+    small = plan.make(*prepare_plan(["model=Qwen2.5-0.5B"]))
     assert small.memory.fits
-    large = plan.make(*request.read(["model=Qwen2.5-72B", "trainer.devices=8", "model.recompute_granularity=full"]))
+    large = plan.make(*prepare_plan(["model=Qwen2.5-72B", "trainer.devices=8", "model.recompute_granularity=full"]))
     assert not any(verdict.fits for verdict in large.layouts)
     assert large.smallest.layout.ranks * 80e9 > 16 * PUBLISHED_PARAMETERS["Qwen2.5-72B"]
-    fewer = layouts.with_gpus(request.read(["model=Qwen2.5-72B"])[0], large.smallest.layout.ranks // 2)
-    question = request.read(["model=Qwen2.5-72B"])[1]
+    fewer = layouts.with_gpus(prepare_plan(["model=Qwen2.5-72B"])[0], large.smallest.layout.ranks // 2)
+    question = prepare_plan(["model=Qwen2.5-72B"])[1]
     recomputing = dataclasses.replace(fewer, model=dataclasses.replace(fewer.model, recompute_granularity="full"))
     assert not any(verdict.fits for verdict in layouts.judge_all(recomputing, question))
 
@@ -357,7 +358,7 @@ def test_the_command_needs_no_torch_and_little_time():
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["hardware"]["name"] == "NVIDIA B200 SXM"
     assert after.ru_utime - before.ru_utime < 2.0
-    code = "import sys, nemo_aapo.planning.report, nemo_aapo.planning.request; sys.exit('torch' in sys.modules)"
+    code = "import sys, nemo_aapo.planning.report, nemo_aapo.prepare.plan; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60, cwd=ROOT).returncode == 0
 
 
@@ -395,7 +396,7 @@ def test_a_named_model_takes_the_place_of_a_recipes_directory(name):
 )
 def test_what_cannot_be_planned_is_refused_by_name(words, message):
     with pytest.raises(ConfigError) as refused:
-        plan.make(*request.read(words))
+        plan.make(*prepare_plan(words))
     assert message in str(refused.value)
 
 

@@ -22,7 +22,6 @@ LAYERS = (
     {"rewards"},
     {"launch"},
     {"planning"},
-    {"prepare"},
     {"checkpoint"},
     {"mcore"},
     {"learner"},
@@ -30,10 +29,11 @@ LAYERS = (
     {"rollout"},
     {"conversion"},
     {"evaluation"},
+    {"prepare"},
     {"training"},
     {"jobs"},
-    {"cli"},
     {"doctor"},
+    {"cli"},
 )
 """From the ground up. Parts of one layer do not know each other."""
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}

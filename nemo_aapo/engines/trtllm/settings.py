@@ -10,6 +10,7 @@ from typing import Any
 from nemo_aapo.config import Config
 from nemo_aapo.engines.trtllm.contract import LLM_ARGS, VERSION
 from nemo_aapo.errors import ConfigError
+from nemo_aapo.launch.world import Machine
 
 
 def check(config: Config) -> None:
@@ -33,9 +34,7 @@ def check(config: Config) -> None:
 
 
 def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
+    return Machine.present().gpu is not None
 
 
 @dataclass(frozen=True)

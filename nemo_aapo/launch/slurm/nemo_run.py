@@ -7,6 +7,7 @@ ends well, and the run goes on in the next job of a chain (``cluster.chain``). N
 
 from __future__ import annotations
 
+import importlib.util
 import shlex
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from typing import Any
 from nemo_aapo.config import Config
 from nemo_aapo.config.cluster import time_in_seconds
 from nemo_aapo.errors import ConfigError
-from nemo_aapo.launch.slurm.script import Role, Site, job_name, places_of, rank_words, training_roles
+from nemo_aapo.launch.slurm.script import Role, Site, job_name, places_of, python_path, rank_words, training_roles
 
+_REMEDY = "scripts/nemo_run.sh makes an environment that it works in; or leave it to cluster.launcher=sbatch"
 _ADDRESSES = (
     "import os; from nemo_aapo.launch.slurm.commands import node_addresses; "
     "print(','.join(node_addresses(os.environ, None)))"
@@ -36,10 +38,16 @@ def home(config: Config, site: Site) -> Path:
         ConfigError: nemo-run 0.11.1 replaces every ``/nemo_run`` in its script by a directory of its own, in paths too.
     """
     found = places_of(config, site).folder / "nemo-run"
-    for path in (found, site.checkout, site.directory):
+    for path in (found, site.checkout or found, site.directory):
         if "/nemo_run" in str(path):
             raise ConfigError(f"{path}: nemo-run can't have /nemo_run in a path; use another run.dir or directory")
     return found
+
+
+def require() -> None:
+    """Raise ConfigError where nemo-run is not installed."""
+    if importlib.util.find_spec("nemo_run") is None:
+        raise ConfigError(f"cluster.launcher=nemo_run: nemo-run can't be imported (not installed). {_REMEDY}")
 
 
 def submit(config: Config, site: Site) -> str:
@@ -52,10 +60,7 @@ def submit(config: Config, site: Site) -> str:
         import nemo_run
         from nemo_run.config import set_nemorun_home
     except ImportError as error:
-        raise ConfigError(
-            f"cluster.launcher=nemo_run: nemo-run can't be imported ({error}). scripts/nemo_run.sh makes an "
-            "environment that it works in; or leave it to cluster.launcher=sbatch"
-        ) from None
+        raise ConfigError(f"cluster.launcher=nemo_run: nemo-run can't be imported ({error}). {_REMEDY}") from None
     (role,) = training_roles(config, site)
     set_nemorun_home(str(home(config, site)))
     script = nemo_run.Script(inline=shlex.join(["exec", *rank_words(config, site, role)]))
@@ -81,7 +86,7 @@ def _executor(nemo_run: Any, config: Config, site: Site, role: Role) -> Any:
     dependency = {"dependency": cluster.dependency} if cluster.dependency else {}
     environment = shlex.quote(str(places.environment))
     setup = [
-        f"export PYTHONPATH={shlex.quote(str(site.checkout))}${{PYTHONPATH:+:$PYTHONPATH}}",
+        *python_path(site),
         *cluster.setup,
         f"set +vx; source {environment}; set -vx",  # nemo-run's script shows every line that it executes
         f"export NEMO_AAPO_TRAIN_ADDRESSES=$({shlex.join([site.python, '-c', _ADDRESSES])})",

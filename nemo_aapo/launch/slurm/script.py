@@ -9,17 +9,20 @@ from __future__ import annotations
 import hashlib
 import re
 import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from nemo_aapo.config import Config
+from nemo_aapo.config.command_line import config_directory
 from nemo_aapo.launch.slurm.paths import FROZEN, Places
 
 SEPARATOR = "::"
 """Begins the command of a role on the supervisor's command line."""
-REFERENCE_SCRIPT = "reference_rewards.py"
+COMMANDS = ("-m", "nemo_aapo.cli")
+"""What Python is called with; the name of a command comes next."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +31,17 @@ class Site:
 
     python: str
     """Its interpreter; the supervisor runs under it, on the first node of the job."""
-    checkout: Path
-    """The directory that holds ``nemo_aapo/`` and ``scripts/``."""
+    checkout: Path | None
+    """The directory that holds ``nemo_aapo/`` and ``conf/``; None: the package is installed, and Python finds it."""
     directory: Path
     """The working directory, which relative paths of the configuration refer to."""
+
+    @classmethod
+    def here(cls) -> Site:
+        """This process's."""
+        package = Path(__file__).resolve().parents[2]
+        installed = config_directory().is_relative_to(package)
+        return cls(sys.executable, None if installed else package.parent, Path.cwd())
 
 
 @dataclass(frozen=True)
@@ -62,7 +72,7 @@ def render_training(config: Config, site: Site) -> str:
 
 def render_fill(config: Config, site: Site) -> str:
     """The script of the array that fills the reference store, each task a share of the prompts."""
-    words = (*_script_words(config, site, REFERENCE_SCRIPT), "--shard", "{task}", "--shards", "{tasks}")
+    words = (*COMMANDS, "fill", "--shard", "{task}", "--shards", "{tasks}")
     role = replace(_trainer_role(config, (*words, *frozen_page(config, site))), log="fill_%a_rank_%t")
     block = _flags(config, site, role, job_name(config, "fill", 1))
     block |= {"array": f"0-{config.cluster.fill_jobs - 1}", "output": _log(config, site, "fill_%A_%a")}
@@ -71,7 +81,7 @@ def render_fill(config: Config, site: Site) -> str:
 
 def render_merge(config: Config, site: Site, after: str) -> str:
     """The script of the job that joins what the array ``after`` has drawn."""
-    words = (*_script_words(config, site, REFERENCE_SCRIPT), "--merge", *frozen_page(config, site))
+    words = (*COMMANDS, "fill", "--merge", *frozen_page(config, site))
     role = Role("train", 1, 1, 0, words, "merge")
     block = _flags(config, site, role, job_name(config, "merge", 1))
     # without the second flag the job would wait for ever once a task of the array has failed
@@ -82,11 +92,11 @@ def render_merge(config: Config, site: Site, after: str) -> str:
 def training_roles(config: Config, site: Site) -> list[Role]:
     """The trainer first: its first node runs the script."""
     page = frozen_page(config, site)
-    roles = [_trainer_role(config, (*_script_words(config, site, "train.py"), *page))]
+    roles = [_trainer_role(config, (*COMMANDS, "train", *page))]
     servers = config.cluster.servers
     if servers.nodes:
         own = ("rollout.server.index={rank}", "rollout.server.host={address}")
-        words = ("-m", "nemo_aapo.cli.serve", *page, *own)
+        words = (*COMMANDS, "serve", *page, *own)
         roles.append(Role("servers", servers.nodes, servers.per_node, servers.gpus_per_node, words, "server_%t"))
     return roles
 
@@ -122,11 +132,6 @@ def _trainer_role(config: Config, words: tuple[str, ...]) -> Role:
     return Role(
         "train", config.trainer.num_nodes, config.trainer.devices, config.cluster.gpus_per_node, words, "rank_%t"
     )
-
-
-def _script_words(config: Config, site: Site, name: str) -> tuple[str, ...]:
-    """A script of the checkout: the launcher's, or in a container the one in its working directory."""
-    return (f"scripts/{name}" if config.cluster.container.image else str(site.checkout / "scripts" / name),)
 
 
 def job_name(config: Config, role: str, roles: int) -> str:
@@ -186,12 +191,19 @@ def _script(config: Config, site: Site, blocks: Sequence[Mapping[str, Any]], com
         "",
         "set -euo pipefail",
         "trap '' USR1  # a warning of the time limit must not end what has no handler yet",
-        f"export PYTHONPATH={shlex.quote(str(site.checkout))}${{PYTHONPATH:+:$PYTHONPATH}}",
+        *python_path(site),
         *config.cluster.setup,
     ]
     if config.cluster.env:
         lines += ["# shellcheck source=/dev/null", f"source {shlex.quote(str(places_of(config, site).environment))}"]
     return "\n".join([*lines, "", _wrapped(["exec", *command])]) + "\n"
+
+
+def python_path(site: Site) -> list[str]:
+    """The line of bash by which every Python of the job finds the checkout's package."""
+    if site.checkout is None:
+        return []
+    return [f"export PYTHONPATH={shlex.quote(str(site.checkout))}${{PYTHONPATH:+:$PYTHONPATH}}"]
 
 
 def _directive(flag: str, value: object) -> str:

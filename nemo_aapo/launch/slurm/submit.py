@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 from typing import Any
 
 import yaml
@@ -27,6 +28,29 @@ from nemo_aapo.launch.slurm.script import (
 from nemo_aapo.utils.files import write_atomic
 
 
+def check_here(config: Config) -> None:
+    """Refuse, before anything is written, a submission that can't be made from this machine.
+
+    Raises:
+        ConfigError: no Slurm, no nemo-run, no allocation or one that is too small.
+    """
+    cluster = config.cluster
+    if config.dry_run or cluster.kind == "local":
+        return
+    if cluster.kind == "interactive":
+        if "SLURM_JOB_ID" not in os.environ:
+            raise ConfigError(
+                "cluster.kind=interactive: this is no allocation. First: salloc --nodes=N, or cluster=slurm"
+            )
+        nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
+        if not cluster.servers.nodes and config.trainer.num_nodes > nodes:
+            raise ConfigError(f"trainer.num_nodes={config.trainer.num_nodes}: the allocation has {nodes}")
+    elif cluster.launcher == "nemo_run":
+        nemo_run.require()
+    elif shutil.which("sbatch") is None:
+        raise ConfigError("cluster.kind=slurm: there is no `sbatch` here. Submit from a login node of the cluster")
+
+
 def submit_training(config: Config, tree: dict[str, Any], site: Site) -> int:
     """Submit the run ``cluster.chain`` times, or only print the script (``dry_run``).
 
@@ -41,7 +65,7 @@ def submit_training(config: Config, tree: dict[str, Any], site: Site) -> int:
         print(script, end="")
         return 0
     through_nemo_run = config.cluster.launcher == "nemo_run"
-    places = prepare(config, nemo_run.with_time_limit(config, tree) if through_nemo_run else tree, site)
+    places = freeze(config, nemo_run.with_time_limit(config, tree) if through_nemo_run else tree, site)
     write_atomic(places.script, script)
     ids = []
     for _ in range(config.cluster.chain):
@@ -57,15 +81,13 @@ def submit_fill(config: Config, tree: dict[str, Any], site: Site) -> int:
     """Submit the array that fills the reference store, and the job that joins its parts when all is there.
 
     Raises:
-        ConfigError: as ``submit_training``; or the algorithm stores no reference rewards.
+        ConfigError: as ``submit_training``.
     """
-    if config.algorithm.reference != "cached":
-        raise ConfigError(f"algorithm.reference={config.algorithm.reference}: only cached reference rewards are stored")
     if config.dry_run:
         print(render_fill(config, site), end="")
         print(render_merge(config, site, after="ARRAY"), end="")
         return 0
-    places = prepare(config, tree, site)
+    places = freeze(config, tree, site)
     ids = {}
     write_atomic(places.folder / "fill.sbatch", render_fill(config, site))
     ids["fill"] = sbatch(places.folder / "fill.sbatch")
@@ -78,28 +100,20 @@ def submit_fill(config: Config, tree: dict[str, Any], site: Site) -> int:
 
 
 def run_interactively(config: Config, tree: dict[str, Any], site: Site) -> int:
-    """Start the roles on the nodes of the allocation that this process is in. Does not return.
-
-    Raises:
-        ConfigError: there is none, or it is too small.
-    """
+    """Start the roles on the nodes of the allocation that this process is in. Does not return."""
     roles = training_roles(config, site)
     words = supervisor_words(config, site, roles, ["interactive"])
     if config.dry_run:
         print(shlex.join(words))
         return 0
-    if "SLURM_JOB_ID" not in os.environ:
-        raise ConfigError("cluster.kind=interactive: this is no allocation. First: salloc --nodes=N, or cluster=slurm")
-    nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
-    if len(roles) == 1 and config.trainer.num_nodes > nodes:
-        raise ConfigError(f"trainer.num_nodes={config.trainer.num_nodes}: the allocation has {nodes}")
-    prepare(config, tree, site)
+    freeze(config, tree, site)
     environment = {**os.environ, **{name: str(value) for name, value in config.cluster.env.items()}}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(site.checkout), os.environ.get("PYTHONPATH")]))
+    if site.checkout is not None:
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(site.checkout), os.environ.get("PYTHONPATH")]))
     os.execve(words[0], words, environment)
 
 
-def prepare(config: Config, tree: dict[str, Any], site: Site) -> Places:
+def freeze(config: Config, tree: dict[str, Any], site: Site) -> Places:
     """Write what the job reads: the frozen configuration, the variables, the servers' token.
 
     Raises:

@@ -1,4 +1,4 @@
-"""``python -m nemo_aapo.cli.serve``: what it is refused for, how it announces itself, and that it ends."""
+"""``scripts/serve.py``: what it is refused for, how it announces itself, and that it ends."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from nemo_aapo.engines.remote.directory import open_directory, open_token, read_
 from tests.tiny_models import save_empty_model
 
 ROOT = Path(__file__).resolve().parents[3]
-COMMAND = [sys.executable, "-m", "nemo_aapo.cli.serve"]
+COMMAND = [sys.executable, str(ROOT / "scripts" / "serve.py")]
 
 
 def environment(**more: str) -> dict[str, str]:

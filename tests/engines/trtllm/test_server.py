@@ -22,6 +22,7 @@ from nemo_aapo.engines.remote.weight_store import WeightStore
 from nemo_aapo.engines.remote.worker import EngineWorker
 from nemo_aapo.engines.trtllm import placement as trtllm_placement
 from nemo_aapo.engines.trtllm import refit as trtllm_refit
+from nemo_aapo.engines.trtllm import settings as trtllm_settings
 from nemo_aapo.engines.trtllm.placement import Gpu
 from nemo_aapo.types import SamplingSpec
 from tests import fake_trtllm
@@ -36,7 +37,7 @@ SAMPLING = SamplingSpec(1.0, 16, (STOP,))
 def config(monkeypatch, tmp_path):
     fake_trtllm.install(monkeypatch)
     monkeypatch.setattr(trtllm_refit, "share", share_on_cpu)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(trtllm_settings, "_has_gpu", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(trtllm_placement, "visible_gpu", lambda device: Gpu("node", device, f"GPU-{device}", device))
     (tmp_path / "model").mkdir()

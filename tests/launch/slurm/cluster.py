@@ -144,7 +144,7 @@ class Run:
                 command = (process / "cmdline").read_text().split("\0")
             except (OSError, UnicodeDecodeError):
                 continue
-            if f"SLURM_JOB_ID={job}" in variables and str(ROOT / "scripts" / "train.py") in command[:3]:
+            if f"SLURM_JOB_ID={job}" in variables and command[1:4] == ["-m", "nemo_aapo.cli", "train"]:
                 rank = next(v.partition("=")[2] for v in variables if v.startswith("RANK="))
                 found[int(rank)] = int(process.name)
         return found

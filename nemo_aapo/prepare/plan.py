@@ -1,4 +1,4 @@
-"""What is asked on the command line: a configuration, which need not be complete, and a few words of the plan's own."""
+"""What a plan is asked: a configuration, which need not be complete, and a few words of the plan's own. No torch."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from nemo_aapo.errors import ConfigError
 from nemo_aapo.planning import hardware, models
 from nemo_aapo.planning.inputs import Question
 from nemo_aapo.planning.models import PlannedModel
+from nemo_aapo.prepare.job import rewards_of
 
 OWN_WORDS = {
     "model": "a model known by name; or model.path=DIR, of which only config.json is read",
@@ -26,8 +27,8 @@ NOT_NEEDED = "(not needed for a plan)"
 MISSING = "???"
 
 
-def read(words: Sequence[str]) -> tuple[Config, Question]:
-    """The configuration and the question of ``KEY=VALUE`` words.
+def prepare_plan(words: Sequence[str]) -> tuple[Config, Question]:
+    """The configuration and the question of ``KEY=VALUE`` words, for ``planning.plan.make``.
 
     Raises:
         ConfigError: what a run would be refused for (but for missing files and names), an unknown model or GPU, a
@@ -43,6 +44,7 @@ def read(words: Sequence[str]) -> tuple[Config, Question]:
         if tree[section][key] == MISSING:
             tree[section][key] = NOT_NEEDED
     config = with_machine_defaults(parse(tree), on_gpu=True)
+    rewards_of(config)
     gpu = hardware.find(own.get("hardware", DEFAULT_HARDWARE))
     newer = kind_of(config).below_capability
     if newer and gpu.capability >= newer:

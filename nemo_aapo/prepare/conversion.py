@@ -1,0 +1,101 @@
+"""What a conversion is to do: its two sides and the layout to work in, checked by names of files only. No torch."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from nemo_aapo.conversion.source import Source, find_source
+from nemo_aapo.errors import ConfigError
+from nemo_aapo.models import families
+from nemo_aapo.prepare.packages import MEGATRON, check_packages
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The ranks to work in."""
+
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+
+    @property
+    def ranks(self) -> int:
+        """All of them."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+
+@dataclass(frozen=True)
+class ConversionJob:
+    """A model, and what it is compared with or becomes."""
+
+    source: Source
+    layout: Layout
+    out: Path | None = None
+    """Absolute; a new directory. None: nothing is written."""
+    hf: Path | None = None
+    """Absolute; the Hugging Face side of a comparison."""
+
+
+def prepare_hf_to_megatron(path: Path, out: Path, layout: Layout) -> ConversionJob:
+    """A Hugging Face directory that becomes a Megatron checkpoint.
+
+    Raises:
+        ConfigError: a model that is not converted, a layout that does not divide it, an output that can't be made.
+    """
+    _require_layout(path.absolute(), layout)
+    return ConversionJob(Source("hf", path.absolute(), path.absolute()), layout, _require_new(out))
+
+
+def prepare_megatron_to_hf(path: Path, base: Path | None, out: Path, layout: Layout) -> ConversionJob:
+    """A Megatron checkpoint, or the newest of a run, that becomes a Hugging Face directory.
+
+    Raises:
+        ConfigError: as ``prepare_hf_to_megatron``; or it is a Hugging Face model already.
+    """
+    found = find_source(path, base)
+    if found.kind == "hf":
+        raise ConfigError(f"{found.path} is a Hugging Face model already")
+    _require_layout(found.base, layout)
+    return ConversionJob(found, layout, _require_new(out))
+
+
+def prepare_verification(path: Path, base: Path | None, hf: Path | None, layout: Layout) -> ConversionJob:
+    """A Megatron checkpoint beside a Hugging Face directory, or this alone, which is converted in memory.
+
+    Raises:
+        ConfigError: as ``prepare_hf_to_megatron``; or not one side of each kind.
+    """
+    found = find_source(path, base)
+    if (found.kind == "hf") != (hf is None):
+        raise ConfigError("verify HF_DIR converts in memory; verify MEGATRON HF_DIR compares the two")
+    _require_layout(found.base, layout)
+    return ConversionJob(found, layout, hf=found.path if hf is None else hf.absolute())
+
+
+def _require_layout(base: Path, layout: Layout) -> None:
+    tp, pp = layout.tensor_parallel_size, layout.pipeline_parallel_size
+    families.require_layout(base, tp, pp)
+    if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) != layout.ranks:
+        raise ConfigError(
+            f"{os.environ['WORLD_SIZE']} ranks were started, but tensor {tp} x pipeline {pp} = {layout.ranks}: leave "
+            "torchrun away, or start as many"
+        )
+    check_packages(MEGATRON)
+
+
+def _require_new(out: Path) -> Path:
+    """Refuse what is there already, or can't be made. Ranks that a launcher started look themselves, together."""
+    if "RANK" in os.environ:
+        return out.absolute()
+    above = out.absolute().parent
+    try:
+        if out.exists():
+            raise ConfigError(f"--out {out} exists already; name another directory, or remove it")
+        above = next(parent for parent in out.absolute().parents if parent.exists())
+        with tempfile.TemporaryFile(dir=above):
+            pass
+    except OSError as error:
+        raise ConfigError(f"--out {out}: nothing can be written in {above} ({error.strerror})") from None
+    return out.absolute()

@@ -1,0 +1,82 @@
+"""What an evaluation is to measure, wholly resolved. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_aapo.config import Config, EvaluationConfig, ModelShape, without_secrets
+from nemo_aapo.config.command_line import EVALUATION
+from nemo_aapo.config.compose import compose
+from nemo_aapo.conversion.source import Source
+from nemo_aapo.data.records import check_source
+from nemo_aapo.data.tokenizer import check_system_prompt, require_tokenizer_files
+from nemo_aapo.errors import DataError
+from nemo_aapo.evaluation.benchmarks import source_of
+from nemo_aapo.evaluation.prompts import check_template, template_text
+from nemo_aapo.evaluation.settings import check_model, engine_settings, find_model
+from nemo_aapo.launch.world import Machine, decide, of_starter
+from nemo_aapo.models.directory import read_model_dir
+from nemo_aapo.prepare.files import has_chat_template
+from nemo_aapo.prepare.job import Words, command_line
+from nemo_aapo.prepare.packages import MEGATRON, check_packages, rewards_need, source_needs
+from nemo_aapo.rewards import reward_of
+from nemo_aapo.rewards.base import Reward
+
+
+@dataclass(frozen=True)
+class EvaluationJob:
+    """A model, benchmarks, and how completions are drawn and judged."""
+
+    config: EvaluationConfig
+    tree: Mapping[str, Any]
+    """The configuration as a plain tree: what ``config.yaml`` of the evaluation's directory shows."""
+    source: Source
+    """Where the weights come from."""
+    settings: Config
+    """The parts that evaluation shares with training (ranks, layout, precision, rewards, engine), decided."""
+    shape: ModelShape
+    """Of the model."""
+    reward: Reward
+    """What tells right from wrong."""
+
+
+def prepare_evaluation(words: Words) -> EvaluationJob:
+    """The evaluation that words ask for, with every refusal that words and files allow.
+
+    Raises:
+        ConfigError, DataError: what can't work, with the reason and the remedy. Nothing was written.
+    """
+    tree = compose(command_line(words, EVALUATION))
+    return resolve_evaluation(EVALUATION.parse(tree), without_secrets(tree))
+
+
+def resolve_evaluation(config: EvaluationConfig, tree: Mapping[str, Any]) -> EvaluationJob:
+    """The same of a configuration that was composed elsewhere; ``tree`` shows it."""
+    check_template(config.prompt_template)
+    reward, _ = reward_of(config.rewards[0])
+    world = of_starter(config)
+    source = find_model(config)
+    check_model(config, source, world.size)
+    _check_prompts(config, source)
+    _check_benchmarks(config)
+    settings = decide(engine_settings(config, source), world.machine or Machine.present())
+    check_packages([*MEGATRON, *rewards_need(config.rewards)])
+    return EvaluationJob(config, tree, source, settings, read_model_dir(str(source.base)), reward)
+
+
+def _check_prompts(config: EvaluationConfig, source: Source) -> None:
+    require_tokenizer_files(source.base)
+    templated = config.chat_template == "auto" and has_chat_template(source.base)
+    check_system_prompt(config.system_prompt, template_text(config.prompt_template), templated)
+
+
+def _check_benchmarks(config: EvaluationConfig) -> None:
+    for name in config.benchmarks:
+        source = source_of(name, config.sources[name])
+        try:
+            check_source(source)
+        except DataError as error:
+            raise DataError(f"sources.{name}: {error}") from None
+        check_packages(source_needs(source))

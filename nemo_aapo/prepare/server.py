@@ -1,0 +1,51 @@
+"""What a rollout server is to host: a slice of the training run that it serves. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nemo_aapo.config import Config, ModelShape, parse, with_machine_defaults
+from nemo_aapo.config.compose import compose
+from nemo_aapo.engines.trtllm import settings as trtllm_settings
+from nemo_aapo.errors import ConfigError
+from nemo_aapo.launch.world import World, decide, of_rank
+from nemo_aapo.models.directory import read_model_dir
+from nemo_aapo.prepare.job import Words, command_line
+from nemo_aapo.prepare.packages import MEGATRON, SERVERS, check_packages
+
+
+@dataclass(frozen=True)
+class ServerJob:
+    """One engine behind HTTP, whatever the layout of the trainer."""
+
+    config: Config
+    """The trainer's, with what it leaves to the machine decided for this one."""
+    shape: ModelShape
+    """Of the model at ``config.model.path``."""
+
+
+def prepare_server(words: Words) -> ServerJob:
+    """The server that words ask for: those of the training run, with ``rollout.server`` of its own.
+
+    Raises:
+        ConfigError: what can't work, with the reason and the remedy. Nothing was written.
+    """
+    config = parse(compose(command_line(words)))  # rewards are the trainer's: it may bring a scorer of its own
+    world = of_rank(config)
+    if world.size != 1:
+        raise ConfigError("a rollout server is one process: start each without torchrun, with its rollout.server.index")
+    hosts_trtllm = config.rollout.server.engine == "trtllm"
+    if hosts_trtllm:
+        trtllm_settings.check(config)
+    config = _decided(config, world, hosts_trtllm)
+    shape = read_model_dir(config.model.path)
+    check_packages([SERVERS] if hosts_trtllm else [SERVERS, *MEGATRON])
+    return ServerJob(config, shape)
+
+
+def _decided(config: Config, world: World, hosts_trtllm: bool) -> Config:
+    machine = world.machine
+    assert machine is not None, "a server is on this machine"
+    if hosts_trtllm:  # needs nothing of what Megatron would
+        return with_machine_defaults(config, on_gpu=machine.gpu is not None)
+    return decide(config, machine)
