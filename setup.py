@@ -22,6 +22,16 @@ def readme() -> str:
     return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
+CONF = {
+    ".".join(["nemo_aapo", *folder.relative_to(ROOT).parts]): str(folder.relative_to(ROOT))
+    for folder in (ROOT / "conf", *sorted(path for path in (ROOT / "conf").rglob("*") if path.is_dir()))
+}
+"""Package -> folder of pages. An editable install finds them where they are, beside the package."""
+NEMO = ["nemo-toolkit[core]>=2.7.3,<2.8", "lightning>=2.4,<2.5", "tensorboard"]
+SERVERS = ["aiohttp>=3.10,<4", "prometheus_client>=0.20"]
+DATA = ["datasets>=4.4,<6", "pyarrow>=21"]
+MATH = ["math-verify[antlr4_9_3]>=0.9,<0.10"]
+
 setup(
     name="nemo_aapo",
     version=version(),
@@ -31,7 +41,11 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10,<3.13",
-    packages=find_packages(include=["nemo_aapo", "nemo_aapo.*"]),  # scripts/ and conf/ are used from the checkout
+    # The pages of conf/ go into the wheel as nemo_aapo/conf; scripts/ are entries to nemo_aapo.cli and stay behind.
+    packages=[*find_packages(include=["nemo_aapo", "nemo_aapo.*"]), *CONF],
+    package_dir=CONF,
+    package_data={"nemo_aapo": ["py.typed"], **{package: ["*.yaml"] for package in CONF}},
+    entry_points={"console_scripts": ["nemo-aapo = nemo_aapo.cli.__main__:main"]},
     install_requires=[
         "torch>=2.6",
         "megatron-core>=0.16.1,<0.17",  # mcore/cpu/patches.py replaces parts of it and checks the version
@@ -48,23 +62,23 @@ setup(
         "tqdm",
     ],
     extras_require={
-        # The entry points (hydra_runner, exp_manager) and their loggers
-        "nemo": ["nemo-toolkit[core]>=2.7.3,<2.8", "lightning>=2.4,<2.5", "tensorboard"],
-        # Rollout servers, and the trainer's side of them
-        "servers": ["aiohttp>=3.10,<4", "prometheus_client>=0.20"],
-        # Parquet, Arrow and Hugging Face data sets; JSONL needs neither
-        "data": ["datasets>=4.4,<6", "pyarrow>=21"],
-        "reasoning_gym": ["reasoning-gym==0.1.25", "six", "matplotlib"],  # what it imports without declaring it
-        "math": ["math-verify[antlr4_9_3]>=0.9,<0.10"],
+        # All that training imports but Megatron-Bridge: what it declares can't be had without CUDA's toolchain, and an
+        # extra can't say --no-deps. docs/guide/install.md has the two commands.
+        "cpu": [*NEMO, *SERVERS, *DATA, *MATH, "einops"],
         "gpu": [
+            *NEMO,
+            *SERVERS,
+            *DATA,
+            *MATH,
             "megatron-bridge>=0.3.1,<0.4",
             "transformer-engine[pytorch]>=2.9,<2.12",
             "torch>=2.8",  # float32 products of bfloat16 inputs: torch.mm(..., out_dtype=...)
             "triton>=3.4",  # comes with torch's CUDA builds
         ],
+        "reasoning_gym": ["reasoning-gym==0.1.25", "six", "matplotlib"],  # what it imports without declaring it
         "wandb": ["wandb>=0.25"],
         "nemo_run": ["nemo-run==0.11.1", "leptonai==0.26.6"],  # with a later leptonai nemo-run does not import
-        "dev": ["pytest", "pytest-timeout", "ruff"],
+        "dev": ["mypy", "pytest", "pytest-timeout", "ruff", "types-PyYAML"],
     },
     classifiers=[
         "Development Status :: 3 - Alpha",

@@ -46,7 +46,7 @@ def hf_to_megatron(arguments: argparse.Namespace) -> int:
     from nemo_aapo.conversion import convert
 
     with session(job):
-        convert.hf_to_megatron(job.source.path, job.out, dtype=convert.DTYPES.get(arguments.dtype))
+        convert.hf_to_megatron(job.source.path, job.target, dtype=convert.DTYPES.get(arguments.dtype))
     return say(f"{arguments.out}: Megatron checkpoint of {job.source.path}")
 
 
@@ -60,7 +60,7 @@ def megatron_to_hf(arguments: argparse.Namespace) -> int:
     with session(job):
         content = convert.checkpoint_to_hf(
             job.source,
-            job.out,
+            job.target,
             dtype=convert.DTYPES.get(arguments.dtype),
             max_shard_bytes=arguments.max_shard_size,
             adapter=arguments.adapter,
@@ -87,11 +87,11 @@ def verify(arguments: argparse.Namespace) -> int:
         return start_ranks(job, arguments)
     from nemo_aapo.conversion import verify as verification
 
-    questions = verification.PROMPTS
+    questions = list(verification.PROMPTS)
     if arguments.prompts is not None:
         questions = verification.read_questions(arguments.prompts, arguments.prompt_field, arguments.max_prompts)
     with session(job):
-        verdict = verification.verify(job.source, job.hf, questions)
+        verdict = verification.verify(job.source, job.target, questions)
     if verdict is None:
         return 0
     say("\n".join(verification.report(verdict, arguments.tolerance)))

@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nemo_aapo.cli.main import run_command
 from nemo_aapo.engines.remote.directory import ServerRecord, open_directory, open_token, publish, withdraw
@@ -90,7 +90,8 @@ async def _serve(job: ServerJob, directory: Path, token: str, listener: socket.s
     _say(index, f"listens on {address}")
     try:
         built = asyncio.wrap_future(worker.built)
-        await asyncio.wait({built, stop}, return_when=asyncio.FIRST_COMPLETED)
+        either: set[asyncio.Future[Any]] = {built, stop}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if built.done():
             built.result()
             _say(index, f"serves {worker.weights}")

@@ -61,7 +61,8 @@ def resolved(tree: Any) -> dict[str, Any]:
     if not OmegaConf.is_config(tree):
         return tree
     _refuse_changing(OmegaConf.to_container(tree, resolve=False))
-    return OmegaConf.to_container(tree, resolve=True)
+    plain: Any = OmegaConf.to_container(tree, resolve=True)
+    return dict(plain)
 
 
 def register_resolvers() -> None:

@@ -32,10 +32,8 @@ class ConversionJob:
 
     source: Source
     layout: Layout
-    out: Path | None = None
-    """Absolute; a new directory. None: nothing is written."""
-    hf: Path | None = None
-    """Absolute; the Hugging Face side of a comparison."""
+    target: Path
+    """Absolute; the new directory that is written, or the Hugging Face side of a comparison."""
 
 
 def prepare_hf_to_megatron(path: Path, out: Path, layout: Layout) -> ConversionJob:
@@ -71,7 +69,7 @@ def prepare_verification(path: Path, base: Path | None, hf: Path | None, layout:
     if (found.kind == "hf") != (hf is None):
         raise ConfigError("verify HF_DIR converts in memory; verify MEGATRON HF_DIR compares the two")
     _require_layout(found.base, layout)
-    return ConversionJob(found, layout, hf=found.path if hf is None else hf.absolute())
+    return ConversionJob(found, layout, found.path if hf is None else hf.absolute())
 
 
 def _require_layout(base: Path, layout: Layout) -> None:

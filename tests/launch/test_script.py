@@ -5,6 +5,7 @@ After a change that is meant: ``WRITE_SCRIPTS=1 pytest tests/launch/test_script.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -72,6 +73,14 @@ def test_the_script_is_the_approved_one_and_shellcheck_finds_nothing(name):
         pytest.skip("shellcheck is not installed (apt-get install shellcheck); the script is the approved one")
     found = subprocess.run(["shellcheck", "-"], input=script, capture_output=True, text=True, timeout=30)
     assert found.returncode == 0, found.stdout
+
+
+def test_the_script_of_an_installed_package_names_no_checkout():
+    installed = dataclasses.replace(SITE, checkout=None)
+    script = render_training(config_of(), installed)
+    assert "PYTHONPATH" not in script
+    assert "/checkout" not in script
+    assert Site.here().checkout == Path(__file__).resolve().parents[2]
 
 
 def test_shell_scripts_of_the_slurm_tests_are_clean_too():

@@ -22,8 +22,12 @@ QUEUED = (
     "SIGNALING",
     "STAGE_OUT",
     "RESIZING",
+    "REQUEUED",
+    "REQUEUE_HOLD",
+    "REQUEUE_FED",
+    "SPECIAL_EXIT",
+    "RESV_DEL_HOLD",
 )
-QUEUED += ("REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD")
 """States of a job that runs, or may yet run."""
 
 

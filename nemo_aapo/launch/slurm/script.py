@@ -212,7 +212,8 @@ def _directive(flag: str, value: object) -> str:
 
 def _wrapped(words: Sequence[str]) -> str:
     """A long command over several lines, broken before each role and before what ``srun`` starts."""
-    lines, line = [], ""
+    lines: list[str] = []
+    line = ""
     for word in words:
         if word == SEPARATOR:
             lines, line = [*lines, line], f"    {SEPARATOR}"

@@ -1,0 +1,244 @@
+"""Whatever words and files tell is refused by every command before torch is imported, and leaves nothing on disk."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from nemo_aapo.launch.world import Machine
+from tests.tiny_models import save_empty_input
+
+HEAVY = ("torch", "transformers", "megatron", "nemo", "lightning")
+SLURM = ("cluster=slurm", "dry_run=true")
+H200 = Machine("NVIDIA H200", (9, 0), (13, 0), transformer_engine=True)
+
+
+@dataclass(frozen=True)
+class Given:
+    """What is on disk: a whole model, data, and a few broken things beside them."""
+
+    folder: Path
+    words: list[str]
+
+    def fill_in(self, word: str) -> str:
+        return word.replace("FOLDER", str(self.folder))
+
+
+class Blocker:
+    """Finds no heavy package, and remembers who asked for one to be imported."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        if name.partition(".")[0] in HEAVY:
+            self.asked.append(name)
+            raise ImportError(f"{name} was imported before everything was checked")
+
+
+@pytest.fixture
+def given(tmp_path, monkeypatch) -> Iterator[Given]:
+    for name in ("RANK", "WORLD_SIZE", "SLURM_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    folder = tmp_path / "given"
+    folder.mkdir()
+    words = save_empty_input(folder)
+    (folder / "no_data").mkdir()
+    (folder / "truncated").mkdir()
+    (folder / "truncated" / "config.json").write_text('{"architectures"')
+    (folder / "a_file").touch()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    yield Given(folder, words)
+    assert not list(elsewhere.iterdir())
+
+
+@pytest.fixture
+def blocker(monkeypatch) -> Blocker:
+    """No heavy package is there, nor was: what other tests of this process have imported is put away meanwhile."""
+    for name in list(sys.modules):
+        if name.partition(".")[0] in HEAVY:
+            monkeypatch.delitem(sys.modules, name)
+    blocker = Blocker()
+    monkeypatch.setattr(sys, "meta_path", [blocker, *sys.meta_path])
+    return blocker
+
+
+def command(name: str) -> Callable[[list[str]], int]:
+    main: Callable[[list[str]], int] = importlib.import_module(f"nemo_aapo.cli.{name}").main
+    return main
+
+
+TRAINING = [
+    (["seed=x"], "seed='x'"),
+    (["traner.max_steps=1"], "did you mean 'trainer.max_steps'"),
+    (["algorithm=appo"], "there is no such choice"),
+    (["prompts_per_step=0"], "must be at least 1"),
+    (["run.name=x_${now:%S}"], "ranks would disagree"),
+    (["rewards=[{name: acuracy}]", "validation.reward=acuracy"], "did you mean 'accuracy'"),
+    (["rewards=[{name: cosine, max_token: 9}]", "validation.reward=cosine"], "did you mean 'max_tokens'"),
+    (["rewards=[{name: cosine, max_tokens: 0}]", "validation.reward=cosine"], "max_tokens"),
+    (["rewards=[{name: custom, function: 'gone.py:f'}]", "validation.reward=f"], "there is no file gone.py"),
+    (["rewards=[{name: http, url: 'ftp://x'}]", "validation.reward=http"], "must be http://"),
+    (["validation.reward=format"], "is none of rewards"),
+    (["rollout.top_p=0.9"], "Keep top_p=1"),
+    (["algorithm.margin=null"], "go together"),
+    (["cluster.account=lab", "cluster=local"], "no effect on this machine"),
+]
+"""What the words tell by themselves; of a plan and of a doctor, too."""
+FILES = [
+    (["model.path=FOLDER/gone"], "no such directory"),
+    (["model.path=FOLDER/truncated"], "not JSON"),
+    (["model.path=FOLDER/no_data"], "config.json: missing"),
+    (["model.tensor_model_parallel_size=3"], "does not divide"),
+    (["data.max_prompt_tokens=4000", "max_tokens_per_microbatch=9000"], "exceeds the 4096 positions"),
+    (["data.train=FOLDER/trian.jsonl"], "data.train: FOLDER/trian.jsonl: no such file; did you mean"),
+    (["data.validation=FOLDER/no_data"], "data.validation: FOLDER/no_data: this is a directory without a data set"),
+    (["data.train=[{path: FOLDER/train.jsonl, split: test}]"], "this is one file, split=test has no effect"),
+    (["data.system_prompt=Think."], "which has no place for it"),
+    (["data.prompt_template='{system_prompt} {question}'"], "but system_prompt is not set"),
+    (["run.dir=FOLDER/a_file"], "is a file; name a directory"),
+]
+"""What files tell, of training and launching."""
+CPU = [
+    (["precision=bf16"], "needs a GPU"),
+    (["rollout.offload_learner=true"], "there is no GPU"),
+    (["rollout.engine=trtllm"], "tensorrt_llm"),
+    (["trainer.devices=2"], "but 1 were started"),
+    (["dry_run=true"], "scripts/launch.py only"),
+]
+LAUNCH = [
+    (["trainer.num_nodes=2"], "this machine only"),
+    (["cluster=slurm"], "no `sbatch` here"),
+    (["cluster=interactive"], "this is no allocation"),
+    ([*SLURM, "cluster.time=14400"], "in quotes"),
+]
+FILL = [
+    (["algorithm=gpg"], "only cached reference rewards are stored"),
+    (["--shard", "1"], "go together"),
+    (["model.path=FOLDER/gone"], "no such directory"),
+    (["data.train=FOLDER/gone.jsonl"], "data.train: "),
+    (["precision=bf16"], "needs a GPU"),
+]
+SERVE = [
+    (["rollout.server.prot=1"], "did you mean 'rollout.server.port'"),
+    (["model.path=FOLDER/gone"], "no such directory"),
+    (["precision=bf16"], "needs a GPU"),
+    (["rollout.engine=remote", "rollout.server.engine=trtllm"], "tensorrt_llm"),
+]
+EVALUATE = [
+    (["samples=0"], "must be at least 1"),
+    (["rewards=[{name: acuracy}]"], "did you mean 'accuracy'"),
+    (["rewards=[{name: exact, weigth: 1}]"], "has no parameter 'weigth'"),
+    (["prompt_template=openrs"], "known are open_rs"),
+    (["model.path=FOLDER/gone"], "no such directory"),
+    (["+sources.mine=FOLDER/gone.jsonl", "benchmarks=[mine]"], "sources.mine: "),
+    (["system_prompt=Think."], "which has no place for it"),
+    (["precision=bf16"], "needs a GPU"),
+]
+CONVERT = [
+    (["hf-to-megatron", "FOLDER/model", "--out", "FOLDER/no_data"], "exists already"),
+    (["hf-to-megatron", "FOLDER/model", "--out", "FOLDER/out", "--tensor-model-parallel-size", "3"], "does not divide"),
+    (["megatron-to-hf", "FOLDER/model", "--out", "FOLDER/out"], "is a Hugging Face model already"),
+    (["verify", "FOLDER/gone"], "no such directory"),
+    (["inspect", "FOLDER/no_data"], "neither a Hugging Face model"),
+]
+CASES = [
+    *(("train", [], *case) for case in [*TRAINING, *FILES, *CPU]),
+    *(("launch", SLURM, *case) for case in [*TRAINING[:-1], *FILES]),
+    *(("launch", [], *case) for case in LAUNCH),
+    *(("doctor", [], *case) for case in TRAINING),
+    *(("plan", ["model=Qwen2.5-7B"], *case) for case in TRAINING),
+    *(("fill", [], *case) for case in [*TRAINING, *FILL]),
+    *(("serve", [], *case) for case in SERVE),
+]
+
+
+@pytest.mark.parametrize(("name", "more", "words", "said"), CASES, ids=lambda value: str(value)[:60])
+def test_settings_that_cannot_work_are_refused_before_torch_is_imported(
+    given, blocker, capsys, monkeypatch, name, more, words, said
+):
+    monkeypatch.setenv("PATH", "/nowhere")
+    typed = [word for word in given.words if name != "plan" or not word.startswith("model.path")]
+    before = sorted(given.folder.rglob("*"))
+    assert command(name)([*typed, *more, *map(given.fill_in, words)]) == 2
+    assert_refused(given, blocker, capsys.readouterr(), said, before)
+
+
+@pytest.mark.parametrize(("words", "said"), EVALUATE)
+def test_an_evaluation_that_cannot_work_is_refused_before_torch_is_imported(given, blocker, capsys, words, said):
+    small = ["max_prompt_tokens=16", "sampling.max_new_tokens=16", f"run.dir={given.folder}/run"]
+    data = [f"+sources.own={given.folder}/train.jsonl", "benchmarks=[own]"]
+    before = sorted(given.folder.rglob("*"))
+    assert command("evaluate")([given.words[0], *small, *data, *map(given.fill_in, words)]) == 2
+    assert_refused(given, blocker, capsys.readouterr(), said, before)
+
+
+@pytest.mark.parametrize(("words", "said"), CONVERT)
+def test_a_conversion_that_cannot_work_is_refused_before_torch_is_imported(given, blocker, capsys, words, said):
+    before = sorted(given.folder.rglob("*"))
+    assert command("convert")([given.fill_in(word) for word in words]) == 2
+    assert_refused(given, blocker, capsys.readouterr(), said, before)
+
+
+def assert_refused(given: Given, blocker: Blocker, told, said: str, before: list[Path]) -> None:
+    assert given.fill_in(said) in told.err
+    assert told.err.count("\n") == 1, told.err
+    assert told.out == ""
+    assert not blocker.asked
+    assert sorted(given.folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["model.share_prompts=true"], "not wired to TransformerEngine"),
+        (["precision=fp8_blockwise"], "multiples of 128"),
+        (["precision=fp32", "rollout.offload_learner=true"], "precision=bf16"),
+    ],
+)
+def test_what_a_gpu_cannot_do_is_refused_before_torch_is_imported(given, blocker, capsys, monkeypatch, words, said):
+    monkeypatch.setattr(Machine, "present", lambda: H200)
+    assert command("train")([*given.words, *words]) == 2
+    assert said in capsys.readouterr().err
+    assert not blocker.asked
+
+
+def test_a_package_that_was_left_out_is_named_with_the_way_to_get_it(given, blocker, capsys, monkeypatch):
+    from nemo_aapo.prepare import packages
+
+    for missing, said in (("megatron.bridge", "--no-deps megatron-bridge"), ("math_verify", "nemo_aapo[cpu]")):
+        monkeypatch.setattr(packages, "is_installed", lambda package, missing=missing: package.module != missing)
+        assert command("train")(given.words) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_what_can_work_is_prepared_in_well_under_a_second(given, blocker):
+    from nemo_aapo.prepare import prepare
+
+    prepare(given.words)  # Hydra is imported
+    start = time.process_time()
+    job = prepare(given.words)
+    assert time.process_time() - start < 0.5
+    assert not blocker.asked
+    assert job.config.precision.name == job.tree["precision"]["name"] == "fp32"
+    assert job.config.model.share_prompts is True
+    assert job.sizes.world_size == 1
+    assert [(reward.name, weight) for reward, weight in job.rewards] == [("accuracy", 1.0)]
+
+
+def test_a_launcher_leaves_to_the_ranks_what_only_their_machine_knows(given):
+    from nemo_aapo.launch.world import of_launcher
+    from nemo_aapo.prepare import prepare, prepare_tree
+
+    job = prepare([*given.words, "cluster=slurm", "trainer.num_nodes=2"], of_launcher)
+    assert (job.machine, job.config.precision.name, job.sizes.world_size) == (None, "auto", 2)
+    one = {**job.tree, "trainer": {**job.tree["trainer"], "num_nodes": 1}}
+    assert prepare_tree(one).config.precision.name == "fp32"
