@@ -64,7 +64,7 @@ setup(
     extras_require={
         # All that training imports but Megatron-Bridge: what it declares can't be had without CUDA's toolchain, and an
         # extra can't say --no-deps. docs/guide/install.md has the two commands.
-        "cpu": [*NEMO, *SERVERS, *DATA, *MATH, "einops"],
+        "cpu": [*NEMO, *SERVERS, *DATA, *MATH, "einops", "rich"],  # the last two are imported by the bridge
         "gpu": [
             *NEMO,
             *SERVERS,

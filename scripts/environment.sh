@@ -109,6 +109,7 @@ import nemo_aapo.training.build
 import nemo_aapo.learner.learner
 import nemo_aapo.engines.megatron.engine
 import nemo_aapo.cli.serve
+import nemo_aapo.cli.train
 import nemo_aapo.engines.remote.service
 import pytest
 import tensorboard.compat.proto.event_pb2

@@ -118,14 +118,41 @@ def test_setup_py_accepts_the_pins_of_both_environments(pins):
 def test_every_library_that_the_code_imports_is_declared():
     declared = {canonicalize_name(r.name) for r in declared_in_setup_py()} | {"tensorrt-llm"}  # of the base image
     distributions = importlib.metadata.packages_distributions()
-    peers = ROOT / "nemo_aapo" / "benchmarks" / "peers"  # runs with requirements/peers.txt on its path
-    own = {"nemo_aapo", "tests", *(path.stem for path in (ROOT / "scripts").glob("*.py"))}
-    for path in [*(ROOT / "nemo_aapo").rglob("*.py"), *(ROOT / "scripts").glob("*.py")]:
+    peers = ROOT / "benchmarks" / "peers"  # runs with requirements/peers.txt on its path
+    folders = ("nemo_aapo", "scripts", "benchmarks", "examples")
+    own = {*folders, "tests"}
+    for path in [path for folder in folders for path in (ROOT / folder).rglob("*.py")]:
         for module in imported_modules(path) - own - sys.stdlib_module_names:
             names = {canonicalize_name(name) for name in distributions.get(module, [module])}
             if path.is_relative_to(peers) and names & read_pins("peers.txt").keys():
                 continue
             assert names & declared, f"{path.relative_to(ROOT)} imports {module}: declare one of {names} in setup.py"
+
+
+def test_the_extra_for_a_cpu_brings_all_that_was_seen_training_but_the_bridge(pins):
+    """What the bridge imports has to come by other ways, as it is installed without its dependencies."""
+    found: set[tuple[str, frozenset[str]]] = set()
+    for text in [*setup_py().install_requires, *setup_py().extras_require["cpu"]]:
+        add_needed(Requirement(text), found)
+    tools = {"ruff", "mypy", "pytest", "pytest-timeout", "setuptools", "types-pyyaml"}
+    for tool in tools - {"setuptools"}:
+        add_needed(Requirement(tool), found)
+    assert set(pins) - {name for name, _ in found} == {"megatron-bridge"}
+
+
+def add_needed(requirement: Requirement, found: set[tuple[str, frozenset[str]]]) -> None:
+    """The package and all that it needs, as far as installed packages tell."""
+    name, extras = canonicalize_name(requirement.name), frozenset(requirement.extras)
+    if (name, extras) in found:
+        return
+    found.add((name, extras))
+    try:
+        needed = [Requirement(text) for text in importlib.metadata.requires(name) or []]
+    except importlib.metadata.PackageNotFoundError:  # which a pip would install, and nothing of ours imports
+        return
+    for below in needed:
+        if below.marker is None or any(below.marker.evaluate({"extra": extra}) for extra in ("", *extras)):
+            add_needed(below, found)
 
 
 def imported_modules(path: Path) -> set[str]:
