@@ -12,6 +12,7 @@ from nemo_aapo.config import Config
 from nemo_aapo.errors import ConfigError
 from nemo_aapo.launch import local
 from nemo_aapo.models.directory import check_model
+from nemo_aapo.prepare.job import resolve
 from nemo_aapo.reference_store.shards import Shard
 
 DESCRIPTION = """Draw the reference rewards that a training run with these settings needs, and store them
@@ -43,11 +44,13 @@ def run(argv: list[str]) -> int:
             return start_ranks(config, argv, options.shard)
         from nemo_aapo.jobs import fill_reference as reference_job  # torch and Megatron
 
+        asked = config.trainer.num_nodes * config.trainer.devices
+        job = resolve(config, local.world_size_of(config) if options.fills else asked, tree)
         if options.merge:
-            return reference_job.merge(config)
+            return reference_job.merge(job)
         if options.status:
-            return reference_job.status(config)
-        return reference_job.fill(config, options.shard)
+            return reference_job.status(job)
+        return reference_job.fill(job, options.shard)
 
     return config_main(task, description=DESCRIPTION, argv=words, check=check, through_nemo=False)
 

@@ -10,6 +10,7 @@ from nemo_aapo.engines.trtllm import settings as trtllm_settings
 from nemo_aapo.errors import ConfigError
 from nemo_aapo.launch.local import world_size_of_job
 from nemo_aapo.models.directory import check_model
+from nemo_aapo.prepare.job import resolve
 from nemo_aapo.run.directory import check_run_directory
 from nemo_aapo.utils.libraries import importing
 
@@ -26,9 +27,9 @@ def check(config: Config) -> None:
 
 def train(config: Config, tree: dict[str, Any]) -> int:
     with importing():
-        from nemo_aapo.training import build as assemble  # torch and Megatron
+        from nemo_aapo.jobs import train as training_job  # torch and Megatron
 
-    return assemble.train(config, tree)
+    return training_job.train(resolve(config, world_size_of_job(), tree))
 
 
 if __name__ == "__main__":

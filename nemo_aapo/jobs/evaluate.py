@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
+import numpy as np
 import yaml
 from tqdm import tqdm
 
@@ -27,13 +29,17 @@ from nemo_aapo.evaluation.tasks import Task, load_task, sampling_of
 from nemo_aapo.evaluation.votes import answer_of
 from nemo_aapo.mcore import precision
 from nemo_aapo.models import directory as model_dir
-from nemo_aapo.rollout.collector import Collector
+from nemo_aapo.rewards import reward_of
+from nemo_aapo.rollout.collector import ChecksAnswers, Collector, RewardScorer
 from nemo_aapo.run.directory import lock_directory
 from nemo_aapo.run.stop import StopSignal
 from nemo_aapo.seeds import stream_seed
-from nemo_aapo.training import build as assemble
+from nemo_aapo.training.build import build_scorer, initialize
 from nemo_aapo.types import Group, SamplingSpec
 from nemo_aapo.utils.files import FINISHED, to_json, write_atomic
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 RESULTS, TABLES = "results.json", "tables.md"
 LINE_EVERY_S = 30.0
@@ -55,7 +61,7 @@ def evaluate(config: EvaluationConfig, tree: dict[str, Any]) -> int:
     source = find_model(config)
     settings = precision.decide(engine_settings(config, source))
     directory = Path(config.run.dir)
-    assemble.initialize(settings)
+    initialize(settings)
     first = parallel.rank() == 0
     try:
         with (
@@ -64,13 +70,14 @@ def evaluate(config: EvaluationConfig, tree: dict[str, Any]) -> int:
             parallel.lost_ranks_reported(lambda: "the evaluation"),
         ):
             parallel.agree(lambda: stack.enter_context(_claimed(directory)) if first else None)
-            scorer = assemble.build_scorer(settings, None, stack)
+            scorer = build_scorer([reward_of(entry) for entry in settings.rewards], settings.reward_runner, stack)
             tokenizer = load_tokenizer(str(source.base), trust_remote_code=config.model.trust_remote_code)
             tasks = _load_tasks(config, tokenizer, scorer)
-            engine, weights = _build_engine(settings, source, text_decoder(tokenizer))
+            decode = text_decoder(tokenizer)
+            engine, weights = _build_engine(settings, source, decode)
             identity = _identity(config, settings, weights)
             parallel.agree(lambda: _begin(directory, tree, identity) if first else None)
-            collector = Collector(engine, scorer, engine.decode)
+            collector = Collector(engine, scorer, decode)
             sampling = sampling_of(config, source.base, tokenizer)
             for task in tasks:
                 if not _measure(config, task, collector, sampling, stop):
@@ -85,16 +92,19 @@ def evaluate(config: EvaluationConfig, tree: dict[str, Any]) -> int:
 # ---------------------------------------------------------------- loading
 
 
-def _load_tasks(config: EvaluationConfig, tokenizer: Any, scorer: Any) -> list[Task]:
+def _load_tasks(
+    config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase, scorer: RewardScorer | None
+) -> list[Task]:
     """Rank 0 reads and checks all data; all ranks get the same, or the same error."""
 
     def load() -> list[Task]:
+        assert isinstance(scorer, ChecksAnswers), "rank 0 has a RewardRunner"
         return [load_task(config, name, tokenizer, scorer.check_answer, _say) for name in config.benchmarks]
 
     return parallel.on_first_rank(load)
 
 
-def _build_engine(settings: Config, source: Source, decode: Callable[[Any], str]) -> tuple[RolloutEngine, str]:
+def _build_engine(settings: Config, source: Source, decode: Callable[[np.ndarray], str]) -> tuple[RolloutEngine, str]:
     """The engine with the weights that are measured, and what tells these from others. Collective."""
     from nemo_aapo.conversion import megatron_model
     from nemo_aapo.engines.megatron.engine import MegatronEngine
@@ -156,9 +166,14 @@ def _measure(
             problems = {task.problems[i].id: (task.problems[i], samples[i]) for i in batch}
             mine = [row for group in groups for row in _records(group, *problems[group.prompt.id], reward)]
             everyone = [row for part in parallel.gather_data_parallel(mine) for row in part]
-            parallel.agree(lambda rows=everyone: records.append(rows) if parallel.rank() == 0 else None)
+            parallel.agree(functools.partial(_keep, records, everyone))
             bar.update(len(everyone))
     return True
+
+
+def _keep(records: Records, rows: Sequence[Record]) -> None:
+    if parallel.rank() == 0:
+        records.append(rows)
 
 
 def _records(group: Group, problem: Problem, samples: Sequence[int], reward: str) -> list[Record]:

@@ -48,9 +48,9 @@ class Learner:
         batches = self._scored(batches)
         metrics: dict[str, float] = {}
         for _ in range(self.updates_per_rollout):
-            step = _means(self.policy.train_step(batches, self._loss))
+            step = _means(self.policy.optimization.train_step(batches, self._loss))
             metrics = {**step, **metrics, **{key: step[key] for key in ("loss", "grad_norm", "lr")}}
-        self.policy.finish_updates()
+        self.policy.optimization.finish_updates()
         return {**metrics, **shape_metrics}
 
     def parity(self, groups: Sequence[Group]) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,12 +29,14 @@ class Job:
     """What judges a completion, each with its weight."""
 
 
-def resolve(config: Config, world_size: int, tree: Mapping[str, Any] | None = None) -> Job:
+def resolve(config: Config, world_size: int, tree: Mapping[str, Any] | None = None, given: Collection[str] = ()) -> Job:
     """The job of a configuration.
 
     Args:
         world_size: ranks that run it.
         tree: the configuration as it was composed; None: made from ``config``.
+        given: parts that the caller brings, by their names in ``nemo_aapo.train``, such as ``rewards``. What the
+            configuration says of these is not looked at.
 
     Raises:
         ConfigError: what can't work, with the reason and the remedy.
@@ -45,5 +47,5 @@ def resolve(config: Config, world_size: int, tree: Mapping[str, Any] | None = No
         tree=json.loads(json.dumps(dataclasses.asdict(config))) if tree is None else tree,
         shape=shape,
         sizes=sizes,
-        rewards=tuple(reward_of(entry) for entry in config.rewards),
+        rewards=() if "rewards" in given else tuple(map(reward_of, config.rewards)),
     )

@@ -26,9 +26,8 @@ from nemo_aapo.types import Prompt, SamplingSpec
 FILL_BATCH = 64
 """Prompts between two commits while the store is filled, at least: what an interruption can lose."""
 
-
-Served = Callable[[], AbstractContextManager[None]]
-"""A context in which the collector's engine draws from the reference (``RolloutSource.reference_served``)."""
+ReferenceServed = Callable[[], AbstractContextManager[None]]
+"""Gives a context in which the collector's engine serves the reference (``RolloutPipeline.reference_served``)."""
 
 
 class ReferenceRewards:
@@ -69,7 +68,7 @@ class ReferenceRewards:
     def prepare(
         self,
         prompts: Sequence[Prompt],
-        served: Served,
+        served: ReferenceServed,
         report: Callable[[int, int], None] = lambda done, total: None,
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> bool:
@@ -93,10 +92,9 @@ class ReferenceRewards:
         batches = [missing[i : i + self.fill_batch] for i in range(0, len(missing), self.fill_batch)]
         if not batches:
             return True
-        turn = self.first_batch % len(batches)
-        done = 0
+        first, done = self.first_batch % len(batches), 0
         with served():
-            for batch in batches[turn:] + batches[:turn]:
+            for batch in batches[first:] + batches[:first]:
                 report(done, len(missing))
                 if done and parallel.any_rank(stop_requested())[0]:
                     return False
@@ -105,7 +103,7 @@ class ReferenceRewards:
         report(done, len(missing))
         return True
 
-    def rewards(self, prompts: Sequence[Prompt], step: int, served: Served) -> dict[str, np.ndarray]:
+    def rewards(self, prompts: Sequence[Prompt], step: int, served: ReferenceServed) -> dict[str, np.ndarray]:
         """float64 [K] by prompt id, the same on all ranks."""
         if self.online:
             seeds = [[stream_seed(self.seed, "online", step, p.id, k) for k in range(self.samples)] for p in prompts]
@@ -140,7 +138,8 @@ class ReferenceRewards:
         ids = [prompt.id for prompt in prompts]
         if not ids:
             return {}
-        read = parallel.agree(lambda: self.store.read(ids, self.samples) if self.store is not None else None)
+        store = self.store
+        read = parallel.agree(lambda: {} if store is None else store.read(ids, self.samples))
         found = parallel.broadcast_from_first_rank(read)
         self._known.update({prompt: rewards for prompt, rewards in found.items() if len(rewards) == self.samples})
         return found
@@ -158,11 +157,12 @@ class ReferenceRewards:
         ]
         drawn = self._draw(wanted, seeds)
         whole = {p.id: np.concatenate([have, drawn[p.id]]) for p, have in zip(wanted, stored, strict=True)}
-        kept = parallel.agree(lambda: self.store.write(whole) if self.store is not None else None)
+        store = self.store
+        kept = parallel.agree(lambda: {} if store is None else store.write(whole))
         self._known.update(parallel.broadcast_from_first_rank(kept))
 
     def _draw(self, prompts: Sequence[Prompt], seeds: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
-        # Not remembered: how many are drawn here depends on what the store held, and a run must not depend on that.
-        groups = self.collector.collect(prompts, self.sampling, seeds, remember_lengths=False)
+        # Lengths are not observed: how many are drawn here depends on what the store held, and a run must not.
+        groups = self.collector.collect(prompts, self.sampling, seeds, observe_lengths=False)
         mine = [(group.prompt.id, group.rewards) for group in groups]
         return dict(item for part in parallel.gather_data_parallel(mine) for item in part)
