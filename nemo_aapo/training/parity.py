@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 
 from nemo_aapo.config.schema import Rollout
 from nemo_aapo.distributed import parallel
 from nemo_aapo.errors import ParityError
+from nemo_aapo.training.parts import Learner
 from nemo_aapo.types import Group
-
-
-class ParityMeasure(Protocol):
-    """What the gate needs of the learner."""
-
-    def parity(self, groups: Sequence[Group]) -> dict[str, float]: ...
 
 
 class ParityGate:
     """Compares engine and learner before the first update of a process, and judges each step's figures after it."""
 
-    def __init__(self, limits: Rollout, learner: ParityMeasure) -> None:
+    def __init__(self, limits: Rollout, learner: Learner) -> None:
         """Args: limits: ``max_parity_error``, ``max_gen_kl`` and what to do beyond them, ``on_parity_error``."""
         self.limits, self.learner = limits, learner
         self._passed = False

@@ -11,48 +11,23 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Iterator
 
 import numpy as np
 
 from nemo_aapo.algorithms import Algorithm
-from nemo_aapo.checkpoint.checkpointer import Checkpointable, ResumeMode
 from nemo_aapo.checkpoint.schedule import SaveSchedule
 from nemo_aapo.config import Config
 from nemo_aapo.distributed import parallel
 from nemo_aapo.errors import NonFiniteError
-from nemo_aapo.evaluation.validation import Validator
-from nemo_aapo.learner.learner import Learner
-from nemo_aapo.learner.policy import MegatronPolicy
 from nemo_aapo.rollout.collector import own_shard
-from nemo_aapo.rollout.pipeline import RolloutPipeline
 from nemo_aapo.run.experiment import rollout_rows
 from nemo_aapo.run.reporter import Reporter
 from nemo_aapo.run.step_metrics import group_numbers, step_metrics
 from nemo_aapo.seeds import stream_seed
 from nemo_aapo.training.parity import ParityGate
+from nemo_aapo.training.parts import Checkpoints, Learner, Policy, Rollouts, Validator
 from nemo_aapo.types import Group
-
-
-class Checkpoints(Protocol):
-    """What the loop needs of ``checkpoint.checkpointer.Checkpointer``."""
-
-    seconds: float
-    resumed_from: Path | None
-
-    def resume(self, policy: Checkpointable, mode: ResumeMode) -> dict[str, Any] | None: ...
-    def save(
-        self,
-        step: int,
-        policy: Checkpointable,
-        trainer_state: dict[str, Any],
-        extra_files: Mapping[str, bytes] | None = None,
-    ) -> object: ...
-    def failed(self) -> bool: ...
-    def wait(self) -> None: ...
-    def close(self) -> None: ...
 
 
 class AAPOTrainer:
@@ -65,8 +40,8 @@ class AAPOTrainer:
         self,
         *,
         config: Config,
-        policy: MegatronPolicy,
-        rollouts: RolloutPipeline,
+        policy: Policy,
+        rollouts: Rollouts,
         algorithm: Algorithm,
         learner: Learner,
         validator: Validator,
