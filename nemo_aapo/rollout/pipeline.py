@@ -86,13 +86,12 @@ class RolloutPipeline:
             RuntimeError: the engine does not serve the policy: ``refit`` comes first.
         """
         self.seconds = dict.fromkeys(("rollout", "reward", "reference", "refit"), 0.0)
-        groups = self.settle()
+        prompts, groups = self.prompts(step), self.settle()
         if groups is None:
             self._require_refitted()
-            groups = self._collected(lambda: self.collector.collect(*self._request(step)))
+            groups = self._collected(lambda: self.collector.collect(prompts, self.sampling, self._seeds(step, prompts)))
         self._ahead = None
         self.sampler.step = step + 1
-        prompts = self.prompts(step)
         self._observe(step, groups)  # before the next step's prompts are asked for
         with self._timed("reference"):
             rewards = self.reference.rewards(prompts, step, self.reference_served) if self.reference else {}
@@ -102,7 +101,8 @@ class RolloutPipeline:
         """Have a step's completions generated in the background, by the policy that the engine serves now."""
         if step < self.config.trainer.max_steps:
             self._require_refitted()
-            self._ahead = self.collector.begin(*self._request(step))
+            prompts = self.prompts(step)
+            self._ahead = self.collector.begin(prompts, self.sampling, self._seeds(step, prompts))
 
     def settle(self) -> list[Group] | None:
         """Wait for what is under way, so that the engine is free; the next step's groups, if they are drawn ahead."""
@@ -113,10 +113,11 @@ class RolloutPipeline:
 
     def refit(self) -> None:
         """Bring the engine to the policy's weights, where it has others; nothing may be under way."""
-        if self._served != self.policy.version:
+        version = self.policy.version
+        if self._served != version:
             with self._timed("refit"):
-                self.collector.engine.update_weights(self.policy.named_weights(), self.policy.version)
-            self._served = self.policy.version
+                self.collector.engine.update_weights(self.policy.named_weights(), version)
+            self._served = version
 
     # ------------------------------------------------------------------ the reference
 
@@ -212,14 +213,12 @@ class RolloutPipeline:
         counts = [count for part in parallel.gather_data_parallel(mine) for count in part]
         self.sampler.observe(step, dict(zip(self.sampler.indices(step), counts, strict=True)))
 
-    def _request(self, step: int) -> tuple[list[Prompt], SamplingSpec, list[list[int]]]:
-        """What the collector is asked for: a step's prompts, and the random stream of each completion."""
-        prompts = self.prompts(step)
-        seeds = [
+    def _seeds(self, step: int, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """The random stream of each completion."""
+        return [
             [stream_seed(self.config.seed, "rollout", step, i, j) for j in range(self.config.group_size)]
             for i in range(len(prompts))
         ]
-        return prompts, self.sampling, seeds
 
     def _collected(self, collect: Callable[[], list[Group]]) -> list[Group]:
         groups = collect()

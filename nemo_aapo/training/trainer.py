@@ -99,9 +99,10 @@ class AAPOTrainer:
         if self.rollouts.runs_ahead:
             self._refit()
             self._generate_ahead()
-        self._check_parity(groups)
+        version = self.policy.version
+        self._check_parity(groups, version)
         groups = self._with_advantages(groups)
-        version, began = self.policy.version, time.perf_counter()
+        began = time.perf_counter()
         metrics = self._update(groups)
         train_s = time.perf_counter() - began
         if not self.rollouts.runs_ahead:
@@ -123,9 +124,9 @@ class AAPOTrainer:
         with self._phase(f"step {self.step + 2}, rollout"):
             self.rollouts.begin(self.step + 1)
 
-    def _check_parity(self, groups: list[Group]) -> None:
+    def _check_parity(self, groups: list[Group], version: int) -> None:
         with self._phase(f"step {self.step + 1}, parity"):
-            self.parity.check(groups, self.policy.version)
+            self.parity.check(groups, version)
 
     def _with_advantages(self, groups: list[Group]) -> list[Group]:
         first = own_shard(self.config.prompts_per_step).start
