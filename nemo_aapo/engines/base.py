@@ -20,7 +20,7 @@ class RolloutStats:
     """What one ``generate`` call did for this model-parallel group."""
 
     tokens: int
-    """Tokens drawn."""
+    """Completion tokens."""
     seconds: float
     """Wall-clock time."""
     steps: int
@@ -61,7 +61,7 @@ class RolloutEngine(Protocol):
             prompts: int32 [P_i] token ids, P_i >= 1. Where not all sequences run at once, they enter in this order.
             sampling: temperature, lengths, stop tokens and stop strings.
             seeds: ``seeds[i][j]`` names the random stream of completion j of prompt i (0 <= seed < 2**63);
-                ``len(seeds[i])`` completions are drawn. The tokens of a completion depend on its prompt, its seed,
+                ``len(seeds[i])`` completions are generated. The tokens of a completion depend on its prompt, its seed,
                 the weights and the sampling spec, never on what else is in the batch.
             on_finish: told of each completion as it ends, on every rank, in the same order on every rank.
 

@@ -24,7 +24,7 @@ def build_engine(
     """The trainer's engine. Collective.
 
     Args:
-        policy: whose completions it draws.
+        policy: whose completions it generates.
         shape: the model's.
         decode: token ids -> text, for stop strings.
     """

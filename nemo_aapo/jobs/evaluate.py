@@ -1,4 +1,4 @@
-"""A whole evaluation: load, draw and judge batch by batch, keep every completion, sum up. Collective over all ranks."""
+"""A whole evaluation: load, generate and judge batch by batch, keep every completion, sum up. Collective."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def _identity(config: EvaluationConfig, settings: Config, weights: str) -> dict[
 def _measure(
     config: EvaluationConfig, task: Task, collector: Collector, sampling: SamplingSpec, stop: StopSignal
 ) -> bool:
-    """Draw, judge and keep what is missing of a benchmark; False if a signal ended it early. Collective."""
+    """Generate, judge and keep what is missing of a benchmark; False if a signal ended it early. Collective."""
     records, reward = Records(Path(config.run.dir), task.name), reward_name(config)
 
     def missing() -> list[list[int]]:

@@ -40,7 +40,7 @@ LINE_EVERY_S = 30.0
 
 
 def fill(job: Job, shard: Shard | None = None) -> int:
-    """Draw and store the reference rewards of all prompts that a run of this job takes. Collective.
+    """Sample and store the reference rewards of all prompts that a run of this job takes. Collective.
 
     It goes on where an earlier call was interrupted.
 

@@ -61,7 +61,7 @@ class MegatronPolicy:
             RuntimeError: ``prepare_training`` was not called.
         """
         if self._optimization is None:
-            raise RuntimeError("this policy only draws and scores: prepare_training() was not called")
+            raise RuntimeError("this policy only generates and scores: prepare_training() was not called")
         return self._optimization
 
     @property

@@ -110,7 +110,7 @@ class Collector:
 
         Args:
             prompts: the same on all ranks.
-            sampling: how to draw.
+            sampling: temperature, lengths, stop tokens and stop strings.
             seeds: ``seeds[i][j]`` of completion j of prompt i, as ``RolloutEngine.generate`` takes them.
             observe_lengths: let the completions' lengths decide the order of later calls.
         """

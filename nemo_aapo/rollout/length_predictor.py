@@ -1,7 +1,8 @@
 """Longest expected first: the order in which prompts enter an engine that can't take all at once.
 
 A long completion that enters last runs alone at the end, with the other rows empty. How long the completions of a
-prompt will be is known roughly from those it had before. The order decides what runs beside what, never what is drawn.
+prompt will be is known roughly from those it had before. The order decides what runs beside what, never which tokens
+come out.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class LengthPredictor:
             self._means.popitem(last=False)
 
     def state_dict(self) -> dict[str, float]:
-        """The means, by prompt id. Without them a resumed run would draw the same tokens in other batches, and the
+        """The means, by prompt id. Without them a resumed run would generate the same tokens in other batches, and the
         last bits of the engine's log-probs depend on the batch."""
         return dict(self._means)
 

@@ -64,7 +64,7 @@ class RolloutPipeline:
         self.seconds: dict[str, float] = {}
         """Since the last ``generate`` began, on this rank: rollout, reward, reference, refit."""
         self.metrics: dict[str, float] = {}
-        """The engine's, over all ranks, when it drew the last groups; NaN where a checkpoint held them."""
+        """The engine's, over all ranks, when it generated the last groups; NaN where a checkpoint held them."""
         self._served: int = policy.version  # of the weights that the engine has
         self._ahead: InFlightRollout | list[Group] | None = None  # the next step's: under way, or in hand
 
@@ -105,7 +105,7 @@ class RolloutPipeline:
             self._ahead = self.collector.begin(prompts, self.sampling, self._seeds(step, prompts))
 
     def settle(self) -> list[Group] | None:
-        """Wait for what is under way, so that the engine is free; the next step's groups, if they are drawn ahead."""
+        """Wait for what is under way, so that the engine is free; the next step's groups, where it runs ahead."""
         if isinstance(self._ahead, InFlightRollout):
             rollout = self._ahead
             self._ahead = self._collected(lambda: self.collector.finish(rollout))
@@ -122,7 +122,7 @@ class RolloutPipeline:
     # ------------------------------------------------------------------ the reference
 
     def fill_reference(self, step: int, report: Callable[[int, int], None], stop_requested: Callable[[], bool]) -> bool:
-        """Have a step's stored reference rewards at hand; if they are not, draw those of the steps ahead with them.
+        """Have a step's stored reference rewards at hand; if they are not, sample those of the steps ahead with them.
 
         The engine serves the policy again afterwards.
 
@@ -143,10 +143,10 @@ class RolloutPipeline:
 
     @contextmanager
     def reference_served(self) -> Iterator[None]:
-        """Inside, the engine draws from the reference; afterwards the policy has its weights back, bit for bit.
+        """Inside, the engine serves the reference; afterwards the policy has its weights back, bit for bit.
 
         Nothing is moved where the engine serves the reference already: before the first update, or in a copy of its own
-        that had none since. Else the engine has to be refitted before it draws for the policy again.
+        that had none since. Else the engine has to be refitted before it generates for the policy again.
         """
         engine = self.collector.engine
         if self.policy.version == 0 or (self._served == 0 and not engine.shares_weights):

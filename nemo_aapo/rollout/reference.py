@@ -1,10 +1,10 @@
-"""Rewards of the frozen reference model: drawn once and stored (``cached``), or afresh every step (``online``).
+"""Rewards of the frozen reference model: sampled once and stored (``cached``), or afresh every step (``online``).
 
-The reference never changes, so the rewards of its completions of a prompt are a fixed distribution. Drawing them again
-every step doubles the cost of rollouts; K of them per prompt, stored, cost nothing from then on.
+The reference never changes, so the rewards of its completions of a prompt are a fixed distribution. Sampling them
+again every step doubles the cost of rollouts; K of them per prompt, stored, cost nothing from then on.
 
 Sample k of a prompt has a random stream of its own, named by seed, prompt and k: its reward is the same whenever, in
-whatever order and on whatever layout it is drawn.
+whatever order and on whatever layout it is sampled.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ class ReferenceRewards:
         first_batch: int = 0,
     ) -> None:
         """Args:
-        sampling: the policy's own spec: rewards drawn otherwise can't be compared.
+        sampling: the policy's own spec: rewards of completions sampled otherwise can't be compared.
         samples: K.
         key: of the rewards, on all ranks.
         store: on rank 0 in cached mode, else None.
-        online: draw afresh every step instead of storing.
+        online: sample afresh every step instead of storing.
         fill_batch: prompts between two commits while the store is filled.
         first_batch: which batch to begin with (modulo their number). Runs that fill one store at the same time begin
             at different places, and each skips what the others have stored.
@@ -72,16 +72,16 @@ class ReferenceRewards:
         report: Callable[[int, int], None] = lambda done, total: None,
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> bool:
-        """Cached mode: have the rewards of these prompts at hand, drawing and storing what the store lacks.
+        """Cached mode: have the rewards of these prompts at hand, sampling and storing what the store lacks.
 
         Args:
-            served: entered while something is drawn.
-            report: told (prompts done, prompts to draw) as filling goes on.
+            served: entered while something is generated.
+            report: told (prompts done, prompts that were missing) as filling goes on.
             stop_requested: asked on every rank between batches; True on one of them ends the filling. One batch is
-                drawn in any case, so that even a run that is always stopped soon gets on.
+                filled in any case, so that even a run that is always stopped soon gets on.
 
         Returns:
-            False if a stop ended it early. What was drawn is stored.
+            False if a stop ended it early. What was sampled is stored.
 
         Raises:
             StoreError: on all ranks.
@@ -108,7 +108,7 @@ class ReferenceRewards:
         if self.online:
             seeds = [[stream_seed(self.seed, "online", step, p.id, k) for k in range(self.samples)] for p in prompts]
             with served():
-                return self._draw(prompts, seeds)
+                return self._sample(prompts, seeds)
         self.prepare(prompts, served)
         return {prompt.id: self._known[prompt.id] for prompt in prompts}
 
@@ -131,7 +131,7 @@ class ReferenceRewards:
                 "its checkpoint; here: now). Restore what has changed, or start a new run (run.name=NAME)"
             )
 
-    # ------------------------------------------------------------------ drawing
+    # ------------------------------------------------------------------ sampling
 
     def _look_up(self, prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
         """What the store has of these prompts, [0..K] by id; prompts with all K are known from then on."""
@@ -145,7 +145,7 @@ class ReferenceRewards:
         return found
 
     def _fill(self, batch: Sequence[Prompt]) -> None:
-        """Draw what is missing of a batch, and store it."""
+        """Sample what is missing of a batch, and store it."""
         found = self._look_up(batch)  # once more: another run may have stored some meanwhile
         wanted = [prompt for prompt in batch if prompt.id not in self._known]
         if not wanted:
@@ -155,14 +155,14 @@ class ReferenceRewards:
             [stream_seed(self.seed, "reference", prompt.id, k) for k in range(len(have), self.samples)]
             for prompt, have in zip(wanted, stored, strict=True)
         ]
-        drawn = self._draw(wanted, seeds)
-        whole = {p.id: np.concatenate([have, drawn[p.id]]) for p, have in zip(wanted, stored, strict=True)}
+        sampled = self._sample(wanted, seeds)
+        whole = {p.id: np.concatenate([have, sampled[p.id]]) for p, have in zip(wanted, stored, strict=True)}
         store = self.store
         kept = parallel.agree(lambda: {} if store is None else store.write(whole))
         self._known.update(parallel.broadcast_from_first_rank(kept))
 
-    def _draw(self, prompts: Sequence[Prompt], seeds: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
-        # Lengths are not observed: how many are drawn here depends on what the store held, and a run must not.
+    def _sample(self, prompts: Sequence[Prompt], seeds: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
+        # Lengths are not observed: how many there are depends on what the store held, and a run must not.
         groups = self.collector.collect(prompts, self.sampling, seeds, observe_lengths=False)
         mine = [(group.prompt.id, group.rewards) for group in groups]
         return dict(item for part in parallel.gather_data_parallel(mine) for item in part)

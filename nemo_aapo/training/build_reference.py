@@ -1,4 +1,4 @@
-"""The reference rewards of a configuration: their key, their store, and what draws them."""
+"""The reference rewards of a configuration: their key, their store, and what samples them."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def open_reference_store(
         if algorithm.reference is None or parallel.rank() != 0:
             return None, None
         key, path = reference_key(config, sampling, scorer), algorithm.reference_store
-        if path is None:  # drawn afresh every step
+        if path is None:  # sampled afresh every step
             return key, None
         store = stack.enter_context(contextlib.closing(RewardStore(path, key)))
         own = new_key or Path(path).absolute().is_relative_to(Path(config.run.dir).absolute())

@@ -78,7 +78,7 @@ class AAPOTrainer:
                 self._validate()
             saved, stopping = self.step, False
             while self.step < self.config.trainer.max_steps and not stopping:
-                if not self._fill_reference():  # a stop signal came while they were drawn
+                if not self._fill_reference():  # a stop signal came meanwhile
                     break
                 self.train_step()
                 if self._due(self.config.trainer.val_check_interval):
@@ -190,7 +190,7 @@ class AAPOTrainer:
         return state is not None
 
     def _fill_reference(self) -> bool:
-        """Have the next step's reference rewards at hand; False if a stop signal came while they were drawn."""
+        """Have the next step's reference rewards at hand; False if a stop signal came meanwhile."""
         with self._phase(f"the reference rewards of step {self.step + 1}"):
             return self.rollouts.fill_reference(
                 self.step,
@@ -232,7 +232,7 @@ class AAPOTrainer:
             state = {
                 "step": self.step,
                 "policy_version": self.policy.version,
-                "seed": self.config.seed,  # it names every random stream; the loop draws from no global generator
+                "seed": self.config.seed,  # it names every random stream; the loop uses no global generator
                 **self.rollouts.state_dict(),
                 "metrics": {k: v for k, v in self._latest.items() if math.isfinite(v) and not k.startswith("time/")},
             }

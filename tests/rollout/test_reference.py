@@ -170,7 +170,7 @@ def prepare_beside_another(trainer):
 
     reference, last = trainer.rollouts.reference, list(trainer.rollouts.data[8:])
     reference.fill_batch, reference.first_batch = 4, 0
-    theirs = reference._draw(last, reference_seeds(reference, last))
+    theirs = reference._sample(last, reference_seeds(reference, last))
     drawn = counted(trainer)
 
     def report(done, total):
@@ -242,7 +242,7 @@ def online(trainer):
     states.append(fingerprint(trainer))
     rollouts.refit()  # as before the next step
     seeds = [[stream_seed(trainer.config.seed, "online", 7, p.id, k) for k in range(4)] for p in prompts]
-    policy = rollouts.reference._draw(prompts, seeds)
+    policy = rollouts.reference._sample(prompts, seeds)
     return *(by_question(rewards, trainer) for rewards in (before, after, policy)), states, served
 
 

@@ -53,7 +53,7 @@ def judge(config: Config, figures: dict[str, float]) -> Finding:
 
 
 def measure(config: Config, engine: Callable[[Any], Any] | None = None) -> dict[str, float]:
-    """Collective: builds policy, learner and engine as training does, and draws.
+    """Collective: builds policy, learner and engine as training does, but no optimizer, and generates.
 
     Args:
         engine: makes an engine of a policy; by default the one that ``rollout.engine`` names.
