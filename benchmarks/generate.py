@@ -73,6 +73,7 @@ def compare(plan: Plan, folder: Path) -> list[Row]:
 
     from nemo_aapo.engines.megatron.engine import MegatronEngine
     from nemo_aapo.learner.policy import MegatronPolicy
+    from nemo_aapo.mcore.precision import decide
     from nemo_aapo.models.directory import read_model_dir
 
     logging.set_verbosity_error()  # it says for each model that it isn't cut over ranks
@@ -80,7 +81,7 @@ def compare(plan: Plan, folder: Path) -> list[Row]:
     for hidden_size in plan.hidden_sizes:
         path = _random_model(plan, hidden_size, folder / f"d{hidden_size}")
         transformers_model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-        policy = MegatronPolicy(_config(path), read_model_dir(str(path)))
+        policy = MegatronPolicy(decide(_config(path)), read_model_dir(str(path)))
         budget = plan.rows * (plan.prompt_tokens + plan.new_tokens)
         engine = MegatronEngine(policy.module, VOCABULARY, budget)
         for shared in (True, False):

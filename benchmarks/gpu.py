@@ -55,6 +55,7 @@ def measure(plan: Plan, folder: Path) -> dict[str, Any]:
         ConfigError: it can't do bf16, or TransformerEngine is not there.
     """
     from nemo_aapo.learner.policy import MegatronPolicy
+    from nemo_aapo.mcore.precision import decide
     from nemo_aapo.models.directory import read_model_dir
 
     usable = usable_precisions(PRECISIONS)
@@ -71,7 +72,8 @@ def measure(plan: Plan, folder: Path) -> dict[str, Any]:
         sized = dataclasses.replace(plan, micro_batch_tokens=tokens)
         for precision in usable:
             config = config_of(path, precision, tokens, plan.sequence)
-            policy = MegatronPolicy(config, read_model_dir(str(path)))
+            policy = MegatronPolicy(decide(config), read_model_dir(str(path)))
+            policy.prepare_training()
             found["learner"].append({"model": name, "precision": precision, **learner(policy, sized)})
             found["parity"].append({"model": name, "precision": precision, **parity(policy, sized)})
             print(json.dumps([found["learner"][-1], found["parity"][-1]]), flush=True)
@@ -179,7 +181,7 @@ def learner(policy: Any, plan: Plan) -> dict[str, float]:
     for step in range(plan.steps + 2):
         torch.cuda.synchronize()
         start = time.perf_counter()
-        policy.train_step(batches, _loss)
+        policy.optimization.train_step(batches, _loss)
         torch.cuda.synchronize()
         if step >= 2:
             times.append(time.perf_counter() - start)
@@ -194,7 +196,7 @@ def learner(policy: Any, plan: Plan) -> dict[str, float]:
         "flops": operations,
         "mfu": operations / seconds / _peak(),
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
-        "fused_weight_gradients": policy.fused_weight_gradients,
+        "fused_weight_gradients": policy.optimization.fused_weight_gradients,
     }
 
 

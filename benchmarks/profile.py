@@ -104,11 +104,11 @@ def _marked(trainer: Any) -> Iterator[None]:
     """Inside, rollouts, updates and the learner's layers appear in a trace by their names."""
     from megatron.core.transformer import TransformerLayer
 
-    learner, groups = trainer.learner, trainer.rollouts.groups
+    learner, generate = trainer.learner, trainer.rollouts.generate
 
-    def marked_groups(step: int) -> Any:
+    def marked_generate(step: int) -> Any:
         with _mark("rollout"):
-            return groups(step)
+            return generate(step)
 
     open_marks: list[Any] = []
 
@@ -119,13 +119,13 @@ def _marked(trainer: Any) -> Iterator[None]:
     def leave(*_: Any) -> None:
         open_marks.pop().__exit__(None, None, None)
 
-    trainer.learner, trainer.rollouts.groups = _Learner(learner), marked_groups
+    trainer.learner, trainer.rollouts.generate = _Learner(learner), marked_generate
     layers = [module for module in trainer.policy.module.modules() if isinstance(module, TransformerLayer)]
     hooks = [hook for m in layers for hook in (m.register_forward_pre_hook(enter), m.register_forward_hook(leave))]
     try:
         yield
     finally:
-        trainer.learner, trainer.rollouts.groups = learner, groups
+        trainer.learner, trainer.rollouts.generate = learner, generate
         for hook in hooks:
             hook.remove()
 

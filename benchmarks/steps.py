@@ -132,8 +132,9 @@ def _compare(plan: Plan, folder: Path, new_tokens: int) -> list[Row]:
 
 def _trainer(plan: Plan, folder: Path, algorithm: str, new_tokens: int, stack: contextlib.ExitStack) -> Any:
     from nemo_aapo.config.compose import load_config
+    from nemo_aapo.prepare.job import resolve
     from nemo_aapo.rewards.workers.runner import RewardRunner
-    from nemo_aapo.training.build import build_trainer
+    from nemo_aapo.training.build import build_training
 
     config = load_config(
         [
@@ -151,7 +152,8 @@ def _trainer(plan: Plan, folder: Path, algorithm: str, new_tokens: int, stack: c
         ]
     )
     rewards = RewardRunner([(CoinToss(), 1.0)], workers=0, timeout_s=10.0)
-    trainer = build_trainer(config, reporter=_Silent(), stack=stack, rewards=rewards)
+    job = resolve(config, 1, given=("rewards",))
+    trainer = build_training(job, reporter=_Silent(), stack=stack, rewards=rewards)
     trainer.rollouts.fill_reference(0, lambda done, total: None, lambda: False)
     return trainer
 

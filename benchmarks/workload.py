@@ -96,8 +96,9 @@ def make_trainer(
 ) -> Any:
     """``AAPOTrainer`` on what ``make_input`` left; ready for its first step. Collective."""
     from nemo_aapo.config.compose import load_config
+    from nemo_aapo.prepare.job import resolve
     from nemo_aapo.rewards.workers.runner import RewardRunner
-    from nemo_aapo.training.build import build_trainer
+    from nemo_aapo.training.build import build_training
 
     rows = workload.prompts_per_step * workload.group_size
     config = load_config(
@@ -121,7 +122,8 @@ def make_trainer(
         ]
     )
     rewards = RewardRunner([(MeanToken(), 1.0)], workers=0, timeout_s=10.0)
-    trainer = build_trainer(config, reporter=Silent(), stack=stack, rewards=rewards)
+    job = resolve(config, world, given=("rewards",))
+    trainer = build_training(job, reporter=Silent(), stack=stack, rewards=rewards)
     trainer.rollouts.sampling = dataclasses.replace(trainer.rollouts.sampling, stop_token_ids=())
     trainer.rollouts.fill_reference(0, lambda done, total: None, lambda: False)
     return trainer

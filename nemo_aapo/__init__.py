@@ -29,12 +29,12 @@ _EXPORTS = {
     "PromptSet": "data.prompts",
     "RewardRunner": "rewards.workers.runner",
     "SamplingSpec": "types",
-    "build_trainer": "training.build",
+    "build_training": "training.build",
     "load_config": "config.compose",
     "load_prompts": "data.prompts",
     "load_tokenizer": "data.tokenizer",
     "make_prompts": "data.prompts",
-    "train": "training.build",
+    "train": "jobs.train",
 }
 __all__ = sorted(_EXPORTS)
 

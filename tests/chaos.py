@@ -1,7 +1,7 @@
 """Training runs whose ranks are killed, and that have to end as if nothing had happened.
 
 Ranks are forked from one warm server process (``multiprocessing``'s forkserver), as imports cost more than a whole
-tiny run. They call ``assemble.train`` as ``scripts/train.py`` does. What kills them is put around functions of the
+tiny run. They call ``nemo_aapo.train`` as ``scripts/train.py`` does. What kills them is put around functions of the
 product from outside; the product knows nothing of it. SIGKILL leaves no process a chance to tidy up.
 """
 
@@ -37,7 +37,7 @@ POINTS = {
     # name: (module, attribute, kill before or after the call, which calls count, ranks that come by, calls to choose)
     "rollout": ("nemo_aapo.engines.megatron.engine", "_Rollout._forward", "before", "", "any", (1, 120)),
     "backward": ("megatron.core.pipeline_parallel.schedules", "backward_step", "before", "", "any", (1, 16)),
-    "update": ("nemo_aapo.learner.policy", "MegatronPolicy.train_step", "after", "", "any", (1, STEPS)),
+    "update": ("nemo_aapo.learner.optimization", "Optimization.train_step", "after", "", "any", (1, STEPS)),
     "save": ("nemo_aapo.checkpoint.format", "_Writer.write_data", "after", "", "any", (1, 3)),
     "before rename": ("os", "rename", "before", ".partial", "first", (1, 3)),
     "after rename": ("os", "rename", "after", ".partial", "first", (1, 3)),

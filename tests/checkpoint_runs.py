@@ -20,8 +20,7 @@ DIGEST = "0123456789abcdef"
 
 def make_policy(model: Path, tp: int = 1, pp: int = 1, distributed_optimizer: bool = False):
     """The policy of every run here; its learning rate depends on how many steps went before."""
-    from nemo_aapo.learner.policy import MegatronPolicy
-    from nemo_aapo.models.directory import read_model_dir
+    from tests.policies import make_policy
 
     config = make_config(
         model,
@@ -30,7 +29,7 @@ def make_policy(model: Path, tp: int = 1, pp: int = 1, distributed_optimizer: bo
         model__optim__sched__warmup_steps=8,
         model__optim__use_distributed_optimizer=distributed_optimizer,
     )
-    return MegatronPolicy(config, read_model_dir(str(model)))
+    return make_policy(config)
 
 
 def make_checkpointer(directory: Path, keep_last: int = 2, digest: str = DIGEST, background: bool = False):
@@ -52,7 +51,9 @@ def train(policy: Any, step: int) -> None:
         samples.append(Sample(prompt, completion, np.zeros(8, np.float32), advantage))
     own = samples[parallel.data_parallel_rank() :: parallel.data_parallel_size()]
     batch = collate([(sample,) for sample in own], [1 / 32] * len(own), multiple=1, device=torch.device("cpu"))
-    policy.train_step([batch], lambda logprobs, entropy, b: (-(b.weights * b.advantages * logprobs).sum(), {}))
+    policy.optimization.train_step(
+        [batch], lambda logprobs, entropy, b: (-(b.weights * b.advantages * logprobs).sum(), {})
+    )
 
 
 def state_of(step: int) -> dict[str, Any]:

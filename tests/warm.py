@@ -15,7 +15,7 @@ torch.set_num_threads(1)
 cpu.install()
 bridge.auto_bridge_class("Qwen2ForCausalLM")
 for name in (
-    "nemo_aapo.training.build",
+    "nemo_aapo.jobs.train",
     "nemo_aapo.learner.learner",
     "nemo_aapo.learner.policy",
     "nemo_aapo.engines.megatron.engine",

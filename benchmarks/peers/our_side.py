@@ -121,15 +121,15 @@ def take_step(trainer: Any, reporter: LastStep, lengths: list[int], orders: Orde
 def build(spec: dict[str, Any], reporter: LastStep, stack: contextlib.ExitStack) -> Any:
     """The trainer of a contestant."""
     from nemo_aapo.config.compose import load_config
-    from nemo_aapo.mcore import precision
+    from nemo_aapo.prepare.job import resolve
     from nemo_aapo.rewards.workers.runner import RewardRunner
-    from nemo_aapo.training.build import build_trainer, initialize
+    from nemo_aapo.training.build import build_training, initialize
 
     words = overrides(spec["name"], settings.Plan(**spec["plan"]), Path(spec["model"]), Path(spec["folder"]))
-    config = precision.decide(load_config(words))
-    initialize(config)
+    job = resolve(load_config(words), 1, given=("rewards",))
+    initialize(job.config)
     rewards = RewardRunner([(CoinToss(), 1.0)], workers=0, timeout_s=10.0)
-    return build_trainer(config, reporter=reporter, stack=stack, rewards=rewards)
+    return build_training(job, reporter=reporter, stack=stack, rewards=rewards)
 
 
 def count_tokens(engine: Any, lengths: list[int]) -> None:

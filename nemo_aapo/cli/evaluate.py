@@ -37,7 +37,7 @@ def evaluate(job: EvaluationJob, words: Sequence[str]) -> int:
         return local.run_ranks_of(job.config, command_of_ranks("evaluate", words), Path(job.config.run.dir) / "logs")
     from nemo_aapo.jobs import evaluate as evaluation_job  # torch and Megatron
 
-    return evaluation_job.evaluate(job.config, dict(job.tree))
+    return evaluation_job.evaluate(job)
 
 
 def compare(words: Sequence[str]) -> int:

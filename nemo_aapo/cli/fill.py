@@ -67,10 +67,10 @@ def fill(job: Job, options: Options, words: Sequence[str]) -> int:
     from nemo_aapo.jobs import fill_reference  # torch and Megatron
 
     if options.merge:
-        return fill_reference.merge(job.config)
+        return fill_reference.merge(job)
     if options.status:
-        return fill_reference.status(job.config)
-    return fill_reference.fill(job.config, options.shard)
+        return fill_reference.status(job)
+    return fill_reference.fill(job, options.shard)
 
 
 def read_options(words: Sequence[str]) -> tuple[Options, list[str]]:

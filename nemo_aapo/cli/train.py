@@ -20,6 +20,6 @@ def main(words: Sequence[str] | None = None) -> int:
 def train(job: Job) -> int:
     """The whole run, on this rank."""
     with importing():
-        from nemo_aapo.training import build  # torch and Megatron
+        from nemo_aapo.jobs import train as training  # torch and Megatron
 
-    return build.train(job.config, dict(job.tree))
+    return training.train(job)

@@ -25,9 +25,9 @@ from nemo_aapo.conversion.source import Source
 from nemo_aapo.distributed import parallel
 from nemo_aapo.distributed.agreement import on_all_ranks, on_first_rank
 from nemo_aapo.errors import CheckpointError, ConfigError, DamagedCheckpointError
-from nemo_aapo.learner.policy import build_stage
 from nemo_aapo.mcore import precision
 from nemo_aapo.mcore.lora import add_adapters, has_adapters
+from nemo_aapo.mcore.model import build_stage
 from nemo_aapo.mcore.state import load_model_state, sharded_model_state
 from nemo_aapo.mcore.weights import WeightMap
 from nemo_aapo.models import writer as hf_directory

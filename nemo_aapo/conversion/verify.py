@@ -24,7 +24,7 @@ from nemo_aapo.conversion.source import Source, lora_of
 from nemo_aapo.data.tokenizer import load_tokenizer, render_prompts
 from nemo_aapo.distributed import parallel
 from nemo_aapo.errors import ConfigError
-from nemo_aapo.learner.policy import hidden_states_out, output_weight
+from nemo_aapo.mcore.model import hidden_states_out, output_weight
 from nemo_aapo.models import directory as model_dir
 from nemo_aapo.models.families import require_convertible
 

@@ -1,4 +1,4 @@
-"""The protocol of rollout engines. The trainer knows an engine by this page and by nothing else."""
+"""The protocol of rollout engines. Whoever generates completions knows an engine by this page and by nothing else."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class RolloutStats:
     """What one ``generate`` call did for this model-parallel group."""
 
     tokens: int
-    """Tokens drawn."""
+    """Completion tokens."""
     seconds: float
     """Wall-clock time."""
     steps: int
@@ -32,7 +32,7 @@ class RolloutStats:
 
 
 class PendingCompletions(Protocol):
-    """Completions that are being drawn."""
+    """Completions that are being generated."""
 
     def result(self) -> list[list[Completion]]:
         """Wait for them; what ``generate`` would have returned. Collective over the model-parallel group."""
@@ -41,12 +41,12 @@ class PendingCompletions(Protocol):
 
 @runtime_checkable
 class RolloutEngine(Protocol):
-    """Draws completions. All ranks of one model-parallel group call it alike and receive the same."""
+    """Generates completions. All ranks of one model-parallel group call it alike and receive the same."""
 
     shares_weights: bool
     """True: it serves the learner's own weights. False: it has a copy, which ``update_weights`` replaces."""
     stats: RolloutStats | None
-    """Of the last ``generate`` call; None before the first."""
+    """The last ``generate`` call's figures; None before the first."""
 
     def generate(
         self,
@@ -61,7 +61,7 @@ class RolloutEngine(Protocol):
             prompts: int32 [P_i] token ids, P_i >= 1. Where not all sequences run at once, they enter in this order.
             sampling: temperature, lengths, stop tokens and stop strings.
             seeds: ``seeds[i][j]`` names the random stream of completion j of prompt i (0 <= seed < 2**63);
-                ``len(seeds[i])`` completions are drawn. The tokens of a completion depend on its prompt, its seed,
+                ``len(seeds[i])`` completions are generated. The tokens of a completion depend on its prompt, its seed,
                 the weights and the sampling spec, never on what else is in the batch.
             on_finish: told of each completion as it ends, on every rank, in the same order on every rank.
 
@@ -92,7 +92,7 @@ class RolloutEngine(Protocol):
 
 @runtime_checkable
 class BackgroundEngine(RolloutEngine, Protocol):
-    """An engine that draws elsewhere while this process does something else."""
+    """An engine that generates elsewhere while this process does something else: for ``rollout.async_depth=1``."""
 
     def start(
         self,

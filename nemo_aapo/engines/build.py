@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,12 +14,17 @@ from nemo_aapo.config import Config, ModelShape
 from nemo_aapo.engines.base import RolloutEngine
 from nemo_aapo.utils.libraries import importing
 
+if TYPE_CHECKING:  # servers with another engine do without Megatron
+    from nemo_aapo.learner.policy import MegatronPolicy
 
-def build_engine(config: Config, policy: Any, shape: ModelShape, decode: Callable[[np.ndarray], str]) -> RolloutEngine:
+
+def build_engine(
+    config: Config, policy: MegatronPolicy, shape: ModelShape, decode: Callable[[np.ndarray], str]
+) -> RolloutEngine:
     """The trainer's engine. Collective.
 
     Args:
-        policy: the ``MegatronPolicy`` that is trained.
+        policy: whose completions it generates.
         shape: the model's.
         decode: token ids -> text, for stop strings.
     """
@@ -73,12 +78,11 @@ def _hosted_megatron(config: Config, shape: ModelShape) -> HostedEngine:
         from nemo_aapo.data.tokenizer import load_tokenizer, text_decoder
         from nemo_aapo.distributed import parallel
         from nemo_aapo.engines.megatron.engine import MegatronEngine
-        from nemo_aapo.learner.policy import build_module
         from nemo_aapo.mcore import precision
         from nemo_aapo.mcore.cpu import patches as cpu
+        from nemo_aapo.mcore.model import build_module
         from nemo_aapo.mcore.weights import WeightMap
 
-    config = precision.decide(config)
     cpu.install()
     parallel.initialize(
         tensor_model_parallel_size=1,
@@ -86,11 +90,16 @@ def _hosted_megatron(config: Config, shape: ModelShape) -> HostedEngine:
         seed=config.seed,
         timeout_s=config.trainer.distributed_timeout_s,
     )
-    layout = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "sequence_parallel": False}
-    model = dataclasses.replace(config.model, recompute_granularity=None, **layout)
+    model = dataclasses.replace(
+        config.model,
+        tensor_model_parallel_size=1,
+        pipeline_model_parallel_size=1,
+        sequence_parallel=False,
+        recompute_granularity=None,
+    )
     config = dataclasses.replace(config, model=model)
     weight_map = WeightMap(config.model.path, precision.dtype(config))
-    module = build_module(config, shape, weight_map)
+    module = build_module(config, weight_map)
     decode = text_decoder(load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code))
     engine = MegatronEngine(module, shape.vocab_size, config.rollout.max_concurrent_tokens, decode=decode)
 

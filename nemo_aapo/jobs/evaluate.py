@@ -1,20 +1,22 @@
-"""A whole evaluation: load, draw and judge batch by batch, keep every completion, sum up. Collective over all ranks."""
+"""A whole evaluation: load, generate and judge batch by batch, keep every completion, sum up. Collective."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
+import numpy as np
 import yaml
 from tqdm import tqdm
 
 from nemo_aapo.config import Config, EvaluationConfig
-from nemo_aapo.conversion.source import Source, lora_of
+from nemo_aapo.conversion.source import lora_of
 from nemo_aapo.data.tokenizer import load_tokenizer, text_decoder
 from nemo_aapo.distributed import parallel
 from nemo_aapo.engines.base import RolloutEngine
@@ -22,29 +24,30 @@ from nemo_aapo.evaluation import report
 from nemo_aapo.evaluation.benchmarks import Problem
 from nemo_aapo.evaluation.measure import measure
 from nemo_aapo.evaluation.records import Record, Records, claim_identity
-from nemo_aapo.evaluation.settings import engine_settings, find_model, reward_name
+from nemo_aapo.evaluation.settings import reward_name
 from nemo_aapo.evaluation.tasks import Task, load_task, sampling_of
 from nemo_aapo.evaluation.votes import answer_of
 from nemo_aapo.mcore import precision
 from nemo_aapo.models import directory as model_dir
-from nemo_aapo.rollout.collector import Collector
+from nemo_aapo.prepare.evaluation import EvaluationJob
+from nemo_aapo.rollout.collector import ChecksAnswers, Collector, RewardScorer
 from nemo_aapo.run.directory import lock_directory
 from nemo_aapo.run.stop import StopSignal
 from nemo_aapo.seeds import stream_seed
-from nemo_aapo.training import build as assemble
+from nemo_aapo.training.build import build_scorer, initialize
 from nemo_aapo.types import Group, SamplingSpec
 from nemo_aapo.utils.files import FINISHED, to_json, write_atomic
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 RESULTS, TABLES = "results.json", "tables.md"
 LINE_EVERY_S = 30.0
 """Without a terminal, the progress bar is a line at most this often."""
 
 
-def evaluate(config: EvaluationConfig, tree: dict[str, Any]) -> int:
-    """Measure everything that the configuration asks for, going on where an earlier call was interrupted.
-
-    Args:
-        tree: the configuration as a resolved plain tree, for ``config.yaml``.
+def evaluate(job: EvaluationJob) -> int:
+    """Measure everything that a job asks for, going on where an earlier call was interrupted.
 
     Returns:
         0: done, or ended by a signal after the batch at hand.
@@ -52,10 +55,9 @@ def evaluate(config: EvaluationConfig, tree: dict[str, Any]) -> int:
     Raises:
         ConfigError, DataError, RunError: on all ranks.
     """
-    source = find_model(config)
-    settings = precision.decide(engine_settings(config, source))
+    config, settings, source = job.config, job.settings, job.source
     directory = Path(config.run.dir)
-    assemble.initialize(settings)
+    initialize(settings)
     first = parallel.rank() == 0
     try:
         with (
@@ -64,13 +66,14 @@ def evaluate(config: EvaluationConfig, tree: dict[str, Any]) -> int:
             parallel.lost_ranks_reported(lambda: "the evaluation"),
         ):
             parallel.agree(lambda: stack.enter_context(_claimed(directory)) if first else None)
-            scorer = assemble.build_scorer(settings, None, stack)
+            scorer = build_scorer([(job.reward, 1.0)], settings.reward_runner, stack)
             tokenizer = load_tokenizer(str(source.base), trust_remote_code=config.model.trust_remote_code)
             tasks = _load_tasks(config, tokenizer, scorer)
-            engine, weights = _build_engine(settings, source, text_decoder(tokenizer))
+            decode = text_decoder(tokenizer)
+            engine, weights = _build_engine(job, decode)
             identity = _identity(config, settings, weights)
-            parallel.agree(lambda: _begin(directory, tree, identity) if first else None)
-            collector = Collector(engine, scorer, engine.decode)
+            parallel.agree(lambda: _begin(directory, dict(job.tree), identity) if first else None)
+            collector = Collector(engine, scorer, decode)
             sampling = sampling_of(config, source.base, tokenizer)
             for task in tasks:
                 if not _measure(config, task, collector, sampling, stop):
@@ -85,20 +88,24 @@ def evaluate(config: EvaluationConfig, tree: dict[str, Any]) -> int:
 # ---------------------------------------------------------------- loading
 
 
-def _load_tasks(config: EvaluationConfig, tokenizer: Any, scorer: Any) -> list[Task]:
+def _load_tasks(
+    config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase, scorer: RewardScorer | None
+) -> list[Task]:
     """Rank 0 reads and checks all data; all ranks get the same, or the same error."""
 
     def load() -> list[Task]:
+        assert isinstance(scorer, ChecksAnswers), "rank 0 has a RewardRunner"
         return [load_task(config, name, tokenizer, scorer.check_answer, _say) for name in config.benchmarks]
 
     return parallel.on_first_rank(load)
 
 
-def _build_engine(settings: Config, source: Source, decode: Callable[[Any], str]) -> tuple[RolloutEngine, str]:
+def _build_engine(job: EvaluationJob, decode: Callable[[np.ndarray], str]) -> tuple[RolloutEngine, str]:
     """The engine with the weights that are measured, and what tells these from others. Collective."""
     from nemo_aapo.conversion import megatron_model
     from nemo_aapo.engines.megatron.engine import MegatronEngine
 
+    source, settings = job.source, job.settings
     weight_map, module = megatron_model.build(source.base, precision.dtype(settings), lora_of(source))
     _say(f"loading {source.path}")
     if source.kind == "hf":
@@ -108,8 +115,8 @@ def _build_engine(settings: Config, source: Source, decode: Callable[[Any], str]
         content = megatron_model.load_checkpoint(source, module, _say)
         sums = repr(sorted((name, record.sha256) for name, record in content.files.items()))
         digest = f"{hashlib.sha256(sums.encode()).hexdigest()[:16]} (step {content.step})"
-    vocabulary = model_dir.read_model_dir(str(source.base)).vocab_size
-    return MegatronEngine(module, vocabulary, settings.rollout.max_concurrent_tokens, decode=decode), digest
+    budget = settings.rollout.max_concurrent_tokens
+    return MegatronEngine(module, job.shape.vocab_size, budget, decode=decode), digest
 
 
 def _identity(config: EvaluationConfig, settings: Config, weights: str) -> dict[str, Any]:
@@ -132,7 +139,7 @@ def _identity(config: EvaluationConfig, settings: Config, weights: str) -> dict[
 def _measure(
     config: EvaluationConfig, task: Task, collector: Collector, sampling: SamplingSpec, stop: StopSignal
 ) -> bool:
-    """Draw, judge and keep what is missing of a benchmark; False if a signal ended it early. Collective."""
+    """Generate, judge and keep what is missing of a benchmark; False if a signal ended it early. Collective."""
     records, reward = Records(Path(config.run.dir), task.name), reward_name(config)
 
     def missing() -> list[list[int]]:
@@ -156,9 +163,14 @@ def _measure(
             problems = {task.problems[i].id: (task.problems[i], samples[i]) for i in batch}
             mine = [row for group in groups for row in _records(group, *problems[group.prompt.id], reward)]
             everyone = [row for part in parallel.gather_data_parallel(mine) for row in part]
-            parallel.agree(lambda rows=everyone: records.append(rows) if parallel.rank() == 0 else None)
+            parallel.agree(functools.partial(_keep, records, everyone))
             bar.update(len(everyone))
     return True
+
+
+def _keep(records: Records, rows: Sequence[Record]) -> None:
+    if parallel.rank() == 0:
+        records.append(rows)
 
 
 def _records(group: Group, problem: Problem, samples: Sequence[int], reward: str) -> list[Record]:

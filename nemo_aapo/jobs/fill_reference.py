@@ -16,12 +16,19 @@ from nemo_aapo.data.loading import build_sampler
 from nemo_aapo.data.sampler import PromptSampler
 from nemo_aapo.data.tokenizer import load_tokenizer, require_eos
 from nemo_aapo.distributed import parallel
-from nemo_aapo.mcore import precision
+from nemo_aapo.errors import ConfigError
+from nemo_aapo.prepare.job import Job
 from nemo_aapo.reference_store.key import StoreKey
 from nemo_aapo.reference_store.shards import Shard, merge_shards, shard_files
 from nemo_aapo.reference_store.store import RewardStore
 from nemo_aapo.run.stop import StopSignal
-from nemo_aapo.training import build as assemble
+from nemo_aapo.training.build import (
+    build_rollouts,
+    build_scorer,
+    initialize,
+    read_data,
+    sampling_of,
+)
 from nemo_aapo.training.build_reference import reference_key
 from nemo_aapo.types import Prompt
 
@@ -31,8 +38,8 @@ LINE_EVERY_S = 30.0
 """Without a terminal, the progress bar is a line at most this often."""
 
 
-def fill(config: Config, shard: Shard | None = None) -> int:
-    """Draw and store the reference rewards of all prompts that a run of this configuration takes. Collective.
+def fill(job: Job, shard: Shard | None = None) -> int:
+    """Sample and store the reference rewards of all prompts that a run of this job takes. Collective.
 
     It goes on where an earlier call was interrupted.
 
@@ -42,11 +49,10 @@ def fill(config: Config, shard: Shard | None = None) -> int:
     Returns:
         0: done, or ended by a signal after the batch at hand.
     """
-    store = config.algorithm.reference_store
+    store, samples = _store(job.config)
     own = str(shard.path(store)) if shard else store
-    filled = dataclasses.replace(config, algorithm=dataclasses.replace(config.algorithm, reference_store=own))
-    config, filled = precision.decide(config), precision.decide(filled)
-    assemble.initialize(config)
+    job = _with_store(job, own)
+    initialize(job.config)
     speaks = parallel.rank() == 0
     try:
         with (
@@ -55,45 +61,45 @@ def fill(config: Config, shard: Shard | None = None) -> int:
             parallel.lost_ranks_reported(lambda: "the filling of the reference store"),
             _Screen(speaks) as screen,
         ):
-            trainer = assemble.build_trainer(filled, reporter=screen, stack=stack, new_store_key=True)
-            reference = trainer.rollouts.reference
-            prompts = needed_prompts(trainer.rollouts.data, trainer.rollouts.sampler, config.trainer.max_steps)
+            pipeline = build_rollouts(job, reporter=screen, stack=stack, new_store_key=True).pipeline
+            reference = pipeline.reference
+            assert reference is not None, "algorithm.reference=cached was checked"
+            prompts = needed_prompts(pipeline.data, pipeline.sampler, job.config.trainer.max_steps)
             if shard:
-                prompts = _not_in(store, reference.key, shard.share(prompts), config)
-            complete = reference.prepare(
-                prompts, trainer.rollouts.reference_served, screen.progress, lambda: stop.requested
-            )
-            what = f"{len(prompts)} prompts x {config.algorithm.reference_samples} reference rewards"
+                prompts = _not_in(store, reference.key, shard.share(prompts), samples)
+            complete = reference.prepare(prompts, pipeline.reference_served, screen.progress, lambda: stop.requested)
+            what = f"{len(prompts)} prompts x {samples} reference rewards"
             screen.note(f"{own}: {what}" if complete else f"{own}: stopped; the same command goes on from there")
         return 0
     finally:
         parallel.shutdown()
 
 
-def merge(config: Config) -> int:
+def merge(job: Job) -> int:
     """Join the shards' files into the store, and say what is missing. One process; needs no accelerator.
 
     Returns:
-        0 if the store has all that a run of this configuration needs, else 1.
+        0 if the store has all that a run of this job needs, else 1.
     """
-    key, prompts = _needed(config)
-    store = config.algorithm.reference_store
+    key, prompts = _needed(job)
+    store, samples = _store(job.config)
     for file, count in merge_shards(store, key).items():
         print(f"{file}: {count} prompts")
-    return _report(config, key, prompts)
+    return _report(store, samples, key, prompts)
 
 
-def status(config: Config) -> int:
+def status(job: Job) -> int:
     """Say how much of what a run needs is stored. One process; changes nothing.
 
     Returns:
         0 if all of it, else 1.
     """
-    key, prompts = _needed(config)
-    for file in shard_files(config.algorithm.reference_store):
+    key, prompts = _needed(job)
+    store, samples = _store(job.config)
+    for file in shard_files(store):
         with contextlib.closing(RewardStore(file, key, create=False)) as shard:
-            print(f"{file}: {_count(shard, prompts, config)} prompts, for --merge")
-    return _report(config, key, prompts)
+            print(f"{file}: {_count(shard, prompts, samples)} prompts, for --merge")
+    return _report(store, samples, key, prompts)
 
 
 def needed_prompts(prompts: Sequence[Prompt], sampler: PromptSampler, max_steps: int) -> list[Prompt]:
@@ -111,46 +117,61 @@ def needed_prompts(prompts: Sequence[Prompt], sampler: PromptSampler, max_steps:
     return [prompts[i] for i in wanted]
 
 
-def _not_in(store: str, key: StoreKey, prompts: Sequence[Prompt], config: Config) -> list[Prompt]:
+def _store(config: Config) -> tuple[str, int]:
+    """The file of the reference rewards, and how many a prompt has.
+
+    Raises:
+        ConfigError: the algorithm stores none.
+    """
+    store, samples = config.algorithm.reference_store, config.algorithm.reference_samples
+    if store is None or samples is None:
+        raise ConfigError(
+            f"algorithm.reference={config.algorithm.reference or 'null'}: no reference rewards are stored"
+        )
+    return store, samples
+
+
+def _with_store(job: Job, store: str) -> Job:
+    algorithm = dataclasses.replace(job.config.algorithm, reference_store=store)
+    return dataclasses.replace(job, config=dataclasses.replace(job.config, algorithm=algorithm))
+
+
+def _not_in(store: str, key: StoreKey, prompts: Sequence[Prompt], samples: int) -> list[Prompt]:
     """Those of the prompts that the store lacks, the same on all ranks."""
 
     def missing() -> list[int]:
         if not Path(store).exists():
             return list(range(len(prompts)))
         with contextlib.closing(RewardStore(store, key, create=False)) as opened:
-            found = opened.read([prompt.id for prompt in prompts], config.algorithm.reference_samples)
-        return [i for i, p in enumerate(prompts) if len(found.get(p.id, ())) < config.algorithm.reference_samples]
+            found = opened.read([prompt.id for prompt in prompts], samples)
+        return [i for i, p in enumerate(prompts) if len(found.get(p.id, ())) < samples]
 
     return [prompts[i] for i in parallel.on_first_rank(missing)]
 
 
-def _needed(config: Config) -> tuple[StoreKey, list[Prompt]]:
-    """The key and the prompts of a run of this configuration, found by one process whatever the run's layout."""
-    one = dataclasses.replace(
-        config,
-        model=dataclasses.replace(config.model, tensor_model_parallel_size=1, pipeline_model_parallel_size=1),
-    )
-    assemble.initialize(one)
+def _needed(job: Job) -> tuple[StoreKey, list[Prompt]]:
+    """The key and the prompts of a run of this job, found by one process whatever the run's layout."""
+    config = job.config
+    one_rank = dataclasses.replace(config.model, tensor_model_parallel_size=1, pipeline_model_parallel_size=1)
+    initialize(dataclasses.replace(config, model=one_rank))
     try:
         with contextlib.ExitStack() as stack:
             tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
-            scorer = assemble.build_scorer(config, None, stack)
-            data, _ = assemble.read_data(config, tokenizer, scorer)
-            eos = require_eos(tokenizer, config.model.path)
-            sampling = assemble.sampling_of(config, eos)
+            scorer = build_scorer(job.rewards, config.reward_runner, stack)
+            data, _ = read_data(config, tokenizer, scorer)
+            sampling = sampling_of(config, require_eos(tokenizer, config.model.path))
             key = reference_key(config, sampling, scorer)
         return key, needed_prompts(data.prompts, build_sampler(config, data), config.trainer.max_steps)
     finally:
         parallel.shutdown()
 
 
-def _report(config: Config, key: StoreKey, prompts: Sequence[Prompt]) -> int:
+def _report(path: str, samples: int, key: StoreKey, prompts: Sequence[Prompt]) -> int:
     """Print how much of what is needed the store has; 0 if all."""
-    path, samples = config.algorithm.reference_store, config.algorithm.reference_samples
     count = 0
     if Path(path).exists():
         with contextlib.closing(RewardStore(path, key, create=False)) as store:
-            count = _count(store, prompts, config)
+            count = _count(store, prompts, samples)
             for parts in store.other_keys():
                 print(f"{path}: holds rewards for other settings: {'; '.join(key.differences(parts))}")
     print(f"{path}: {count} of {len(prompts)} prompts have their {samples} reference rewards (key {key.digest})")
@@ -159,9 +180,9 @@ def _report(config: Config, key: StoreKey, prompts: Sequence[Prompt]) -> int:
     return 0 if count == len(prompts) else INCOMPLETE
 
 
-def _count(store: RewardStore, prompts: Sequence[Prompt], config: Config) -> int:
-    found = store.read([prompt.id for prompt in prompts], config.algorithm.reference_samples)
-    return sum(len(rewards) == config.algorithm.reference_samples for rewards in found.values())
+def _count(store: RewardStore, prompts: Sequence[Prompt], samples: int) -> int:
+    found = store.read([prompt.id for prompt in prompts], samples)
+    return sum(len(rewards) == samples for rewards in found.values())
 
 
 class _Screen:

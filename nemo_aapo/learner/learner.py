@@ -47,10 +47,11 @@ class Learner:
         batches, shape_metrics = self._microbatches(groups)
         batches = self._scored(batches)
         metrics: dict[str, float] = {}
+        optimization = self.policy.optimization
         for _ in range(self.updates_per_rollout):
-            step = _means(self.policy.train_step(batches, self._loss))
+            step = _means(optimization.train_step(batches, self._loss))
             metrics = {**step, **metrics, **{key: step[key] for key in ("loss", "grad_norm", "lr")}}
-        self.policy.finish_updates()
+        optimization.finish_updates()
         return {**metrics, **shape_metrics}
 
     def parity(self, groups: Sequence[Group]) -> dict[str, float]:

@@ -11,19 +11,6 @@ from typing import Any
 import torch
 
 from nemo_aapo.config import Config, PrecisionKind, kind_of
-from nemo_aapo.launch import world
-from nemo_aapo.launch.world import Machine, refusal
-
-__all__ = ["Machine", "refusal"]
-
-
-def decide(config: Config) -> Config:
-    """The configuration as ``prepare`` decides it for this machine, for callers that were not given a ``Job``.
-
-    Raises:
-        ConfigError: this machine can't do what is asked for; says why, and what it can do.
-    """
-    return world.decide(config, Machine.present())
 
 
 def dtype(config: Config) -> torch.dtype:

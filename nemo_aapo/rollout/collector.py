@@ -1,66 +1,99 @@
-"""From prompts to scored groups: generation shared out over the data-parallel ranks, rewards scored meanwhile."""
+"""From prompts to scored groups: generation spread over the data-parallel ranks, rewards scored meanwhile."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from nemo_aapo.distributed import parallel
-from nemo_aapo.engines.base import OnFinish, PendingCompletions, RolloutEngine, RolloutStats
-from nemo_aapo.rollout.length_predictor import LengthMemory
+from nemo_aapo.engines.base import BackgroundEngine, OnFinish, PendingCompletions, RolloutEngine, RolloutStats
+from nemo_aapo.rollout.length_predictor import LengthPredictor
 from nemo_aapo.types import Completion, Group, Prompt, SamplingSpec
 
 
+class Score(Protocol):
+    """What a scorer says of one completion; ``rewards.workers.runner.RewardResult`` is one."""
+
+    @property
+    def score(self) -> float: ...
+    @property
+    def parts(self) -> Mapping[str, float]: ...
+    @property
+    def failure(self) -> str | None: ...
+
+
 class RewardScorer(Protocol):
-    """What the collector needs of ``rewards.runner.RewardRunner``."""
+    """What the collector needs of ``rewards.workers.runner.RewardRunner``."""
 
     def submit(self, index: Any, prompt: Prompt, text: str, completion: Completion) -> None:
         """Start scoring one completion; returns at once."""
 
-    def collect(self) -> Mapping[Any, Any]:
-        """``score``, ``parts`` (by reward) and ``failure`` of all submitted since the last call, by index."""
+    def collect(self) -> Mapping[Any, Score]:
+        """The scores of all completions submitted since the last call, by index."""
+        ...
+
+
+@runtime_checkable
+class ChecksAnswers(Protocol):
+    """A scorer that tells beforehand which gold answers it can't work with."""
+
+    def check_answer(self, answer: str) -> None:
+        """Raise ValueError for such an answer."""
+
+
+@runtime_checkable
+class Defined(Protocol):
+    """A scorer that says what its scores depend on, so that stored ones can be told apart."""
+
+    def definition(self) -> list[dict[str, Any]]: ...
 
 
 @dataclass(slots=True, eq=False)
-class Drawing:
-    """This data-parallel rank's share of the prompts while its completions are being drawn and scored."""
+class _Shard:
+    """This data-parallel rank's part of the prompts, while its completions are generated and scored."""
 
     order: Sequence[int]
-    """Where each prompt stands in the share: they enter the engine longest expected first."""
+    """Where each prompt stands among the shard's: they enter the engine longest expected first."""
     prompts: Sequence[Prompt]
     seeds: Sequence[Sequence[int]]
     texts: dict[tuple[int, int], str] = field(default_factory=dict)
-    """On the model-parallel source rank, as completions end."""
-    pending: PendingCompletions | None = None
-    """Where the engine draws in the background."""
+    """By prompt and completion, on the model-parallel source rank, as completions end."""
 
     @property
     def token_ids(self) -> list[np.ndarray]:
-        """What the engine is fed."""
+        """int32 [P] for each prompt, what the engine is fed."""
         return [prompt.token_ids for prompt in self.prompts]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class InFlightRollout:
+    """A rollout whose completions are generated in the background while this process does something else."""
+
+    shard: _Shard
+    completions: PendingCompletions
 
 
 @dataclass(slots=True)
 class Collector:
-    """Draws and scores completions; collective over all ranks of the job."""
+    """Generates and scores completions; collective over all ranks of the job."""
 
     engine: RolloutEngine
     rewards: RewardScorer | None
     """On the model-parallel source rank; None elsewhere."""
     decode: Callable[[np.ndarray], str]
     """Token ids -> text, without special tokens."""
-    room: Callable[[], AbstractContextManager[None]] = nullcontext
-    """Entered while the engine draws: makes room for it in GPU memory."""
+    offload: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Entered while the engine generates: what only the learner needs leaves GPU memory for so long."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Of the last call on this rank: ``rollout`` (waiting for completions) and ``reward`` (for scores after that)."""
+    """The last call's on this rank: ``rollout`` (waiting for completions) and ``reward`` (for scores after that)."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """Of the last call over all ranks: see ``engine_metrics``."""
-    lengths: LengthMemory = field(default_factory=LengthMemory)
+    """The last call's over all ranks: see ``engine_metrics``."""
+    length_predictor: LengthPredictor = field(default_factory=LengthPredictor)
     """Decides which prompts enter the engine first; the same on all ranks."""
 
     def collect(
@@ -68,84 +101,90 @@ class Collector:
         prompts: Sequence[Prompt],
         sampling: SamplingSpec,
         seeds: Sequence[Sequence[int]],
-        remember_lengths: bool = True,
+        observe_lengths: bool = True,
     ) -> list[Group]:
-        """This data-parallel rank's share of the prompts, completed and scored.
+        """This data-parallel rank's shard of the prompts, completed and scored.
 
-        Rank d of D takes prompts ``share(len(prompts))``: neighbours, so that the gathered shares are in order. The
-        texts exist on the model-parallel source rank only; tokens and rewards on all ranks.
+        Rank d of D takes prompts ``own_shard(len(prompts))``: neighbours, so that the gathered shards are in order.
+        The texts exist on the model-parallel source rank only; tokens and rewards on all ranks.
 
         Args:
             prompts: the same on all ranks.
-            sampling: how to draw.
+            sampling: temperature, lengths, stop tokens and stop strings.
             seeds: ``seeds[i][j]`` of completion j of prompt i, as ``RolloutEngine.generate`` takes them.
-            remember_lengths: let the completions' lengths decide the order of later calls.
+            observe_lengths: let the completions' lengths decide the order of later calls.
         """
-        drawing = self._share_of(prompts, seeds)
+        shard = self._shard(prompts, seeds)
         start = time.perf_counter()
-        with self.room():
+        with self.offload():
             self.engine.wake()
-            completions = self.engine.generate(drawing.token_ids, sampling, drawing.seeds, self._scoring(drawing))
+            completions = self.engine.generate(shard.token_ids, sampling, shard.seeds, self._scoring(shard))
             self.engine.sleep()
-        return self._groups(drawing, completions, start, remember_lengths)
+        return self._groups(shard, completions, start, observe_lengths)
 
-    def begin(self, prompts: Sequence[Prompt], sampling: SamplingSpec, seeds: Sequence[Sequence[int]]) -> Drawing:
-        """As ``collect``, but returns at once; the engine is a ``BackgroundEngine``.
+    def begin(
+        self, prompts: Sequence[Prompt], sampling: SamplingSpec, seeds: Sequence[Sequence[int]]
+    ) -> InFlightRollout:
+        """As ``collect``, but returns at once.
 
         Until ``finish``, neither the engine nor the rewards may be asked for anything else.
-        """
-        drawing = self._share_of(prompts, seeds)
-        drawing.pending = self.engine.start(drawing.token_ids, sampling, drawing.seeds, self._scoring(drawing))
-        return drawing
 
-    def finish(self, drawing: Drawing) -> list[Group]:
+        Raises:
+            TypeError: the engine can't generate in the background.
+        """
+        engine = self.engine
+        if not isinstance(engine, BackgroundEngine):
+            raise TypeError(f"rollout.async_depth=1 needs a BackgroundEngine, and {type(engine).__name__} is none")
+        shard = self._shard(prompts, seeds)
+        return InFlightRollout(shard, engine.start(shard.token_ids, sampling, shard.seeds, self._scoring(shard)))
+
+    def finish(self, rollout: InFlightRollout) -> list[Group]:
         """Wait for what ``begin`` began; what ``collect`` would have returned."""
         start = time.perf_counter()
-        return self._groups(drawing, drawing.pending.result(), start)
+        return self._groups(rollout.shard, rollout.completions.result(), start)
 
-    def _scoring(self, drawing: Drawing) -> OnFinish | None:
+    def _scoring(self, shard: _Shard) -> OnFinish | None:
         """What has each completion scored as soon as it ends; one rank does."""
-        if not parallel.is_model_parallel_source():
+        scorer = self.rewards
+        if scorer is None:
             return None
 
         def score(i: int, j: int, completion: Completion) -> None:
-            drawing.texts[i, j] = self.decode(completion.token_ids)
-            self.rewards.submit((i, j), drawing.prompts[i], drawing.texts[i, j], completion)
+            shard.texts[i, j] = self.decode(completion.token_ids)
+            scorer.submit((i, j), shard.prompts[i], shard.texts[i, j], completion)
 
         return score
 
-    def _share_of(self, prompts: Sequence[Prompt], seeds: Sequence[Sequence[int]]) -> Drawing:
-        mine = share(len(prompts))
+    def _shard(self, prompts: Sequence[Prompt], seeds: Sequence[Sequence[int]]) -> _Shard:
+        mine = own_shard(len(prompts))
         prompts, seeds = prompts[mine], seeds[mine]
-        order = self.lengths.order(prompts)
-        return Drawing(order, [prompts[i] for i in order], [seeds[i] for i in order])
+        order = self.length_predictor.longest_first(prompts)
+        return _Shard(order, [prompts[i] for i in order], [seeds[i] for i in order])
 
     def _groups(
-        self, drawing: Drawing, completions: list[list[Completion]], start: float, remember_lengths: bool = True
+        self, shard: _Shard, completions: list[list[Completion]], start: float, observe_lengths: bool = True
     ) -> list[Group]:
         generated = time.perf_counter()
-        source = parallel.is_model_parallel_source()
         # One rank judges and tells the others: a timeout could strike on one of them and not on the next.
-        scores = parallel.broadcast_in_model_parallel(
-            _tables(self.rewards.collect(), drawing.seeds) if source else None
-        )
+        own = [] if self.rewards is None else _scores(self.rewards.collect(), shard.seeds)
+        scores = parallel.broadcast_in_model_parallel(own)
         self.seconds = {"rollout": generated - start, "reward": time.perf_counter() - generated}
-        self._take_stock(drawing.prompts, completions, remember_lengths)
+        self._record(shard.prompts, completions, observe_lengths)
         groups = [
             Group(
                 prompt=prompt,
                 completions=tuple(row),
-                texts=tuple(drawing.texts[i, j] for j in range(len(row))) if source else (),
+                texts=() if self.rewards is None else tuple(shard.texts[i, j] for j in range(len(row))),
                 rewards=scores[i].rewards,
                 reward_parts=scores[i].parts,
                 failed=scores[i].failed,
             )
-            for i, (prompt, row) in enumerate(zip(drawing.prompts, completions, strict=True))
+            for i, (prompt, row) in enumerate(zip(shard.prompts, completions, strict=True))
         ]
-        return [group for _, group in sorted(zip(drawing.order, groups, strict=True), key=lambda pair: pair[0])]
+        return [group for _, group in sorted(zip(shard.order, groups, strict=True), key=lambda pair: pair[0])]
 
-    def _take_stock(
-        self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]], remember_lengths: bool
+    def _record(
+        self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]], observe_lengths: bool
     ) -> None:
         """Metrics and lengths over all data-parallel ranks."""
         means = [
@@ -153,10 +192,10 @@ class Collector:
             for prompt, row in zip(prompts, completions, strict=True)
             if row
         ]
-        stats, means = zip(*parallel.gather_data_parallel((self.engine.stats, means)), strict=True)
-        self.metrics = engine_metrics(stats)
-        if remember_lengths:
-            self.lengths.learn(mean for part in means for mean in part)
+        everyone = parallel.gather_data_parallel((self.engine.stats, means))
+        self.metrics = engine_metrics([stats for stats, _ in everyone if stats is not None])
+        if observe_lengths:
+            self.length_predictor.observe(mean for _, part in everyone for mean in part)
 
 
 def engine_metrics(stats: Sequence[RolloutStats]) -> dict[str, float]:
@@ -178,7 +217,7 @@ def engine_metrics(stats: Sequence[RolloutStats]) -> dict[str, float]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Table:
+class _Scores:
     """The scores of one prompt's completions, [G] each."""
 
     rewards: np.ndarray
@@ -186,22 +225,22 @@ class _Table:
     failed: np.ndarray
 
 
-def _tables(scores: Mapping[Any, Any], seeds: Sequence[Sequence[int]]) -> list[_Table]:
-    tables = []
+def _scores(scores: Mapping[Hashable, Score], seeds: Sequence[Sequence[int]]) -> list[_Scores]:
+    found = []
     for i, row in enumerate(seeds):
         judged = [scores[i, j] for j in range(len(row))]
         names = list(judged[0].parts) if judged else []
-        tables.append(
-            _Table(
+        found.append(
+            _Scores(
                 rewards=np.array([score.score for score in judged], dtype=np.float64),
                 parts={n: np.array([score.parts[n] for score in judged], dtype=np.float64) for n in names},
                 failed=np.array([score.failure is not None for score in judged], dtype=bool),
             )
         )
-    return tables
+    return found
 
 
-def share(count: int) -> slice:
+def own_shard(count: int) -> slice:
     """Which of ``count`` items this data-parallel rank takes: neighbours, as evenly as can be."""
     rank, size = parallel.data_parallel_rank(), parallel.data_parallel_size()
     return slice(rank * count // size, (rank + 1) * count // size)

@@ -1,7 +1,8 @@
 """Longest expected first: the order in which prompts enter an engine that can't take all at once.
 
 A long completion that enters last runs alone at the end, with the other rows empty. How long the completions of a
-prompt will be is known roughly from those it had before. The order decides what runs beside what, never what is drawn.
+prompt will be is known roughly from those it had before. The order decides what runs beside what, never which tokens
+come out.
 """
 
 from __future__ import annotations
@@ -12,19 +13,26 @@ from collections.abc import Iterable, Sequence
 from nemo_aapo.types import Prompt
 
 PROMPTS_KEPT = 8192
-"""Lengths are kept of so many prompts, those seen last: the memory is part of each checkpoint (about 0.4 MB)."""
+"""Lengths are kept of so many prompts, those seen last: they are part of each checkpoint (about 0.4 MB)."""
 _WEIGHT_OF_NEW = 0.5
-"""Of a running mean: the policy changes, and its lengths with it."""
+"""The newest length's weight in a running mean: the policy changes, and its lengths with it."""
 
 
-class LengthMemory:
-    """Running means of completion lengths in tokens, by prompt."""
+class LengthPredictor:
+    """Predicts completion lengths in tokens by prompt: running means of the lengths that were seen.
+
+    Example:
+        >>> predictor = LengthPredictor()
+        >>> predictor.observe([("short", 3.0), ("long", 40.0)])
+        >>> predictor.state_dict()
+        {'short': 3.0, 'long': 40.0}
+    """
 
     def __init__(self) -> None:
         self._means: OrderedDict[str, float] = OrderedDict()  # prompt id -> tokens, the prompt seen last at the end
 
-    def order(self, prompts: Sequence[Prompt]) -> list[int]:
-        """Indices of the prompts, longest expected first.
+    def longest_first(self, prompts: Sequence[Prompt]) -> list[int]:
+        """Indices of the prompts, longest expected completions first.
 
         A prompt that wasn't seen counts as average. Among equals the longest prompt comes first: it leaves the engine
         the rows that are filled most.
@@ -33,7 +41,7 @@ class LengthMemory:
         expected = [self._means.get(prompt.id, average) for prompt in prompts]
         return sorted(range(len(prompts)), key=lambda i: (-expected[i], -len(prompts[i].token_ids)))
 
-    def learn(self, lengths: Iterable[tuple[str, float]]) -> None:
+    def observe(self, lengths: Iterable[tuple[str, float]]) -> None:
         """Take in (prompt id, mean length of its completions), and forget the prompts that were seen longest ago."""
         for prompt, length in lengths:
             old = self._means.pop(prompt, length)
@@ -41,11 +49,11 @@ class LengthMemory:
         while len(self._means) > PROMPTS_KEPT:
             self._means.popitem(last=False)
 
-    def state(self) -> dict[str, float]:
-        """What a checkpoint keeps. Without it a resumed run would draw the same tokens in other batches, and the last
-        bits of the engine's log-probs depend on the batch."""
+    def state_dict(self) -> dict[str, float]:
+        """The means, by prompt id. Without them a resumed run would generate the same tokens in other batches, and the
+        last bits of the engine's log-probs depend on the batch."""
         return dict(self._means)
 
-    def load(self, state: dict[str, float]) -> None:
-        """Take over what ``state`` gave."""
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Take over what ``state_dict`` gave."""
         self._means = OrderedDict(state)

@@ -1,10 +1,10 @@
-"""Rewards of the frozen reference model: drawn once and stored (``cached``), or afresh every step (``online``).
+"""Rewards of the frozen reference model: sampled once and stored (``cached``), or afresh every step (``online``).
 
-The reference never changes, so the rewards of its completions of a prompt are a fixed distribution. Drawing them again
-every step doubles the cost of rollouts; K of them per prompt, stored, cost nothing from then on.
+The reference never changes, so the rewards of its completions of a prompt are a fixed distribution. Sampling them
+again every step doubles the cost of rollouts; K of them per prompt, stored, cost nothing from then on.
 
 Sample k of a prompt has a random stream of its own, named by seed, prompt and k: its reward is the same whenever, in
-whatever order and on whatever layout it is drawn.
+whatever order and on whatever layout it is sampled.
 """
 
 from __future__ import annotations
@@ -26,9 +26,8 @@ from nemo_aapo.types import Prompt, SamplingSpec
 FILL_BATCH = 64
 """Prompts between two commits while the store is filled, at least: what an interruption can lose."""
 
-
-Served = Callable[[], AbstractContextManager[None]]
-"""A context in which the collector's engine draws from the reference (``RolloutSource.reference_served``)."""
+ReferenceServed = Callable[[], AbstractContextManager[None]]
+"""Gives a context in which the collector's engine serves the reference (``RolloutPipeline.reference_served``)."""
 
 
 class ReferenceRewards:
@@ -48,11 +47,11 @@ class ReferenceRewards:
         first_batch: int = 0,
     ) -> None:
         """Args:
-        sampling: the policy's own spec: rewards drawn otherwise can't be compared.
+        sampling: the policy's own spec: rewards of completions sampled otherwise can't be compared.
         samples: K.
         key: of the rewards, on all ranks.
         store: on rank 0 in cached mode, else None.
-        online: draw afresh every step instead of storing.
+        online: sample afresh every step instead of storing.
         fill_batch: prompts between two commits while the store is filled.
         first_batch: which batch to begin with (modulo their number). Runs that fill one store at the same time begin
             at different places, and each skips what the others have stored.
@@ -69,20 +68,20 @@ class ReferenceRewards:
     def prepare(
         self,
         prompts: Sequence[Prompt],
-        served: Served,
+        served: ReferenceServed,
         report: Callable[[int, int], None] = lambda done, total: None,
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> bool:
-        """Cached mode: have the rewards of these prompts at hand, drawing and storing what the store lacks.
+        """Cached mode: have the rewards of these prompts at hand, sampling and storing what the store lacks.
 
         Args:
-            served: entered while something is drawn.
-            report: told (prompts done, prompts to draw) as filling goes on.
+            served: entered while something is generated.
+            report: told (prompts done, prompts that were missing) as filling goes on.
             stop_requested: asked on every rank between batches; True on one of them ends the filling. One batch is
-                drawn in any case, so that even a run that is always stopped soon gets on.
+                filled in any case, so that even a run that is always stopped soon gets on.
 
         Returns:
-            False if a stop ended it early. What was drawn is stored.
+            False if a stop ended it early. What was sampled is stored.
 
         Raises:
             StoreError: on all ranks.
@@ -93,10 +92,9 @@ class ReferenceRewards:
         batches = [missing[i : i + self.fill_batch] for i in range(0, len(missing), self.fill_batch)]
         if not batches:
             return True
-        turn = self.first_batch % len(batches)
-        done = 0
+        first, done = self.first_batch % len(batches), 0
         with served():
-            for batch in batches[turn:] + batches[:turn]:
+            for batch in batches[first:] + batches[:first]:
                 report(done, len(missing))
                 if done and parallel.any_rank(stop_requested())[0]:
                     return False
@@ -105,12 +103,12 @@ class ReferenceRewards:
         report(done, len(missing))
         return True
 
-    def rewards(self, prompts: Sequence[Prompt], step: int, served: Served) -> dict[str, np.ndarray]:
+    def rewards(self, prompts: Sequence[Prompt], step: int, served: ReferenceServed) -> dict[str, np.ndarray]:
         """float64 [K] by prompt id, the same on all ranks."""
         if self.online:
             seeds = [[stream_seed(self.seed, "online", step, p.id, k) for k in range(self.samples)] for p in prompts]
             with served():
-                return self._draw(prompts, seeds)
+                return self._sample(prompts, seeds)
         self.prepare(prompts, served)
         return {prompt.id: self._known[prompt.id] for prompt in prompts}
 
@@ -133,20 +131,21 @@ class ReferenceRewards:
                 "its checkpoint; here: now). Restore what has changed, or start a new run (run.name=NAME)"
             )
 
-    # ------------------------------------------------------------------ drawing
+    # ------------------------------------------------------------------ sampling
 
     def _look_up(self, prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
         """What the store has of these prompts, [0..K] by id; prompts with all K are known from then on."""
         ids = [prompt.id for prompt in prompts]
         if not ids:
             return {}
-        read = parallel.agree(lambda: self.store.read(ids, self.samples) if self.store is not None else None)
+        store = self.store
+        read = parallel.agree(lambda: {} if store is None else store.read(ids, self.samples))
         found = parallel.broadcast_from_first_rank(read)
         self._known.update({prompt: rewards for prompt, rewards in found.items() if len(rewards) == self.samples})
         return found
 
     def _fill(self, batch: Sequence[Prompt]) -> None:
-        """Draw what is missing of a batch, and store it."""
+        """Sample what is missing of a batch, and store it."""
         found = self._look_up(batch)  # once more: another run may have stored some meanwhile
         wanted = [prompt for prompt in batch if prompt.id not in self._known]
         if not wanted:
@@ -156,13 +155,14 @@ class ReferenceRewards:
             [stream_seed(self.seed, "reference", prompt.id, k) for k in range(len(have), self.samples)]
             for prompt, have in zip(wanted, stored, strict=True)
         ]
-        drawn = self._draw(wanted, seeds)
-        whole = {p.id: np.concatenate([have, drawn[p.id]]) for p, have in zip(wanted, stored, strict=True)}
-        kept = parallel.agree(lambda: self.store.write(whole) if self.store is not None else None)
+        sampled = self._sample(wanted, seeds)
+        whole = {p.id: np.concatenate([have, sampled[p.id]]) for p, have in zip(wanted, stored, strict=True)}
+        store = self.store
+        kept = parallel.agree(lambda: {} if store is None else store.write(whole))
         self._known.update(parallel.broadcast_from_first_rank(kept))
 
-    def _draw(self, prompts: Sequence[Prompt], seeds: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
-        # Not remembered: how many are drawn here depends on what the store held, and a run must not depend on that.
-        groups = self.collector.collect(prompts, self.sampling, seeds, remember_lengths=False)
+    def _sample(self, prompts: Sequence[Prompt], seeds: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
+        # Lengths are not observed: how many there are depends on what the store held, and a run must not.
+        groups = self.collector.collect(prompts, self.sampling, seeds, observe_lengths=False)
         mine = [(group.prompt.id, group.rewards) for group in groups]
         return dict(item for part in parallel.gather_data_parallel(mine) for item in part)

@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 from nemo_aapo.run.experiment import Experiment, SilentExperiment
 from nemo_aapo.run.progress import Progress
 from nemo_aapo.run.stop import StopSignal
 
 
+class Notes(Protocol):
+    """Where parts leave a line for people while they are built; all that is needed where nothing is trained."""
+
+    def note(self, text: str) -> None: ...
+
+
+class Reporter(Notes, Protocol):
+    """Where the loop reports to; on ranks other than 0 it says nothing."""
+
+    def begin(self, step: int) -> None: ...
+    def phase(self, name: str, done: int, total: int) -> None: ...
+    def log_step(self, step: int, metrics: dict[str, float]) -> None: ...
+    def log_validation(self, step: int, metrics: dict[str, float], samples: Sequence[dict[str, Any]]) -> None: ...
+    def save_rollouts(self, name: str, samples: Sequence[dict[str, Any]]) -> None: ...
+    def stop_requested(self) -> bool: ...
+
+
 class RunReporter:
-    """What ``trainer.Reporter`` asks for. On ranks other than 0 experiment and progress are the silent ones."""
+    """The ``Reporter`` of a run. On ranks other than 0 experiment and progress are the silent ones."""
 
     def __init__(
         self,
@@ -24,6 +42,7 @@ class RunReporter:
         self.experiment, self.progress, self.stop = experiment, progress, stop
         self.console_samples = console_samples
         self._phase: str | None = None
+        self._done = 0
 
     def begin(self, step: int) -> None:
         """The run starts (-1) or goes on from a checkpoint of ``step``."""
@@ -50,7 +69,7 @@ class RunReporter:
         self.experiment.log_step(step, metrics)
         self.progress.step(step, metrics)
 
-    def log_validation(self, step: int, metrics: dict[str, float], samples: list[dict[str, Any]]) -> None:
+    def log_validation(self, step: int, metrics: dict[str, float], samples: Sequence[dict[str, Any]]) -> None:
         """Metrics and completions of a validation; a few of the sampled ones are shown."""
         self._phase = None
         self.experiment.log_validation(step, metrics)
@@ -62,7 +81,7 @@ class RunReporter:
                 f"reward {sample['reward']:g} (answer {sample['answer']})"
             )
 
-    def save_rollouts(self, name: str, samples: list[dict[str, Any]]) -> None:
+    def save_rollouts(self, name: str, samples: Sequence[dict[str, Any]]) -> None:
         """``rollouts/NAME.jsonl``."""
         self.experiment.save_rollouts(name, samples)
 

@@ -1,93 +1,68 @@
-"""The one place that knows all parts: from a configuration to a trainer, and from there to a finished run.
+"""From a job to its parts: what generates and judges completions, and on top of it what trains on them.
 
-build_trainer(config)                         everything by the configuration
-build_trainer(config, data=..., rewards=...)  with parts of your own
+build_rollouts(job, ...)             policy, engine, scorer, prompts, reference rewards, validation
+build_training(job, ...)             the same, and gradient buffers, optimizer, learner, checkpoints: a trainer
+build_training(job, rewards=..., ...)    with parts of your own
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 from nemo_aapo.algorithms import Algorithm
 from nemo_aapo.checkpoint.checkpointer import Checkpointer
-from nemo_aapo.config import Config, ModelShape, digest, pad_multiple
+from nemo_aapo.config import Config, digest, pad_multiple
+from nemo_aapo.config.schema import RewardRunnerConfig
 from nemo_aapo.data.loading import attach_endless, build_sampler, load_data
 from nemo_aapo.data.prompts import PromptSet
 from nemo_aapo.data.tokenizer import load_tokenizer, require_eos, text_decoder
 from nemo_aapo.distributed import parallel
 from nemo_aapo.engines.base import RolloutEngine
 from nemo_aapo.engines.build import build_engine
-from nemo_aapo.engines.trtllm import settings as trtllm_settings
 from nemo_aapo.errors import ConfigError
 from nemo_aapo.evaluation.validation import Validator
-from nemo_aapo.launch.local import world_size_of_job
-from nemo_aapo.mcore import precision
+from nemo_aapo.learner.learner import Learner
+from nemo_aapo.learner.policy import MegatronPolicy
 from nemo_aapo.mcore.cpu import patches as cpu
-from nemo_aapo.models import directory as model_dir
-from nemo_aapo.rewards import reward_of
+from nemo_aapo.mcore.offload import LearnerOffload
+from nemo_aapo.prepare.job import Job
+from nemo_aapo.rewards.base import Reward
 from nemo_aapo.rewards.workers.runner import RewardRunner
-from nemo_aapo.rollout.collector import Collector, RewardScorer
-from nemo_aapo.rollout.pipeline import RolloutSource
-from nemo_aapo.run import summary as report
-from nemo_aapo.run.experiment import open_experiment
-from nemo_aapo.run.progress import Progress
-from nemo_aapo.run.reporter import RunReporter
-from nemo_aapo.run.stop import StopSignal
+from nemo_aapo.rollout.collector import ChecksAnswers, Collector, RewardScorer
+from nemo_aapo.rollout.pipeline import RolloutPipeline
+from nemo_aapo.run.reporter import Notes, Reporter
 from nemo_aapo.training.build_reference import build_reference, open_reference_store
 from nemo_aapo.training.trainer import AAPOTrainer
 from nemo_aapo.types import SamplingSpec
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+    from typing_extensions import Unpack
 
-def train(config: Config, tree: dict[str, Any] | None = None, **parts: Any) -> int:
-    """A whole run: join the ranks, build, fit, export. Collective.
 
-    Args:
-        config: the typed configuration.
-        tree: the same as a resolved plain tree, for ``config.yaml``; made from ``config`` if not given.
-        parts: of one's own, as ``build_trainer`` takes them.
+class Parts(TypedDict, total=False):
+    """Parts of one's own, in place of those that the job names."""
 
-    Returns:
-        0: complete, or stopped by a signal after a checkpoint.
+    data: PromptSet
+    validation_data: PromptSet
+    rewards: RewardScorer
+    """Scores completions; a ``RewardRunner`` for the job's rewards by default."""
+    engine: Callable[[MegatronPolicy], RolloutEngine]
+    """Makes an engine for a policy; by default the one that ``rollout.engine`` names."""
 
-    Raises:
-        ConfigError, DataError: what can't work, on every rank.
-    """
-    config = precision.decide(config)
-    decided = json.loads(json.dumps(dataclasses.asdict(config)))
-    tree = decided if tree is None else {**tree, "precision": decided["precision"], "model": decided["model"]}
-    world_size = world_size_of_job()
-    if config.rollout.engine == "trtllm":
-        trtllm_settings.check(config)
-    _, sizes = model_dir.check_model(config, world_size)
-    initialize(config)
-    rank = parallel.rank()
-    try:
-        with (
-            parallel.agree(lambda: open_experiment(config, tree, rank=rank, world_size=world_size)) as experiment,
-            StopSignal(Path(config.run.dir), speak=rank == 0) as stop,
-            Progress(config.trainer.max_steps, enabled=rank == 0) as progress,
-            contextlib.ExitStack() as stack,
-        ):
-            for line in sizes.arithmetic:
-                progress.note(line)
-            reporter = RunReporter(experiment, progress, stop, console_samples=config.validation.console_samples)
-            with parallel.lost_ranks_reported(lambda: "the start"):
-                trainer = build_trainer(config, reporter=reporter, stack=stack, **parts)
-            complete = trainer.fit()
-            if complete:
-                _finish(trainer, reporter)
-            else:
-                progress.note(f"stopped after step {trainer.step}; the same command goes on from there")
-        if complete and rank == 0:
-            print(report.summary_table(config), flush=True)
-        return 0
-    finally:
-        parallel.shutdown()
+
+@dataclass(frozen=True, slots=True)
+class Rollouts:
+    """All of a run but its training: generates and judges completions."""
+
+    policy: MegatronPolicy
+    pipeline: RolloutPipeline
+    validator: Validator
 
 
 def initialize(config: Config) -> None:
@@ -101,113 +76,126 @@ def initialize(config: Config) -> None:
     )
 
 
-def build_trainer(
-    config: Config,
-    *,
-    reporter: Any,
-    stack: contextlib.ExitStack,
-    data: PromptSet | None = None,
-    validation_data: PromptSet | None = None,
-    rewards: RewardScorer | None = None,
-    engine: Callable[[Any], RolloutEngine] | None = None,
-    new_store_key: bool = False,
-) -> AAPOTrainer:
-    """A trainer of parts by the configuration, but for those that are given. Collective.
+def build_training(job: Job, *, reporter: Reporter, stack: contextlib.ExitStack, **parts: Unpack[Parts]) -> AAPOTrainer:
+    """A trainer of the job's parts, but for those that are given. Collective.
 
     Args:
-        reporter: where the loop reports to (``reporter.RunReporter``).
+        job: prepared for this machine (``prepare``).
+        reporter: where the loop reports to.
         stack: closes what needs closing (reward workers, the reference store, the engine).
-        data, validation_data: prompts; by default those of ``data.train`` and ``data.validation``.
-        rewards: a scorer; by default a ``RewardRunner`` for ``rewards`` of the configuration.
-        engine: makes an engine of a policy; by default the one that ``rollout.engine`` names.
-        new_store_key: take a named reference store even if it holds nothing but other runs' rewards.
-    """
-    from nemo_aapo.mcore.offload import LearnerOffload
+        parts: in place of the job's.
 
-    shape = model_dir.read_model_dir(config.model.path)
-    tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
-    eos = require_eos(tokenizer, config.model.path)
-    scorer = build_scorer(config, rewards, stack)
-    if data is None or validation_data is None:
-        data, validation_data = read_data(config, tokenizer, scorer, data, validation_data)
-    for name, prompts in (("training", data), ("validation", validation_data)):
-        reporter.note(f"{_count(prompts)} {name} prompts from {prompts.path}{_left_out(config, prompts)}")
-    sampler = build_sampler(config, data)
-    sampling = sampling_of(config, eos)
-    key, store = open_reference_store(config, sampling, scorer, reporter, stack, new_store_key)
-    reporter.note(f"loading {config.model.path} ({shape.architecture}) into Megatron")
+    Raises:
+        ConfigError, DataError, StoreError: what can't work, on every rank.
+    """
+    config = job.config
+    rollouts = build_rollouts(job, reporter=reporter, stack=stack, trains=True, **parts)
     algorithm = Algorithm(config.algorithm, config.rollout.max_new_tokens)
-    policy, learner = build_policy_and_learner(config, shape, algorithm)
-    decode = text_decoder(tokenizer)
-    rollout_engine = engine(policy) if engine else build_engine(config, policy, shape, decode)
-    stack.callback(rollout_engine.close)
-    collector = Collector(rollout_engine, scorer, decode)
-    if config.rollout.offload_learner:
-        collector.room = LearnerOffload(policy.model, policy.optimizer, reporter.note)
     return AAPOTrainer(
         config=config,
-        policy=policy,
-        rollouts=RolloutSource(
-            config=config,
-            policy=policy,
-            collector=collector,
-            sampling=sampling,
-            prompts=data.prompts,
-            sampler=sampler,
-            reference=build_reference(config, collector, sampling, key, store),
-        ),
+        policy=rollouts.policy,
+        rollouts=rollouts.pipeline,
         algorithm=algorithm,
-        learner=learner,
-        validator=_validator(config, collector, validation_data, eos),
+        learner=build_learner(rollouts.policy, algorithm),
+        validator=rollouts.validator,
         checkpoints=_checkpointer(config),
         reporter=reporter,
     )
 
 
+def build_rollouts(
+    job: Job,
+    *,
+    reporter: Notes,
+    stack: contextlib.ExitStack,
+    trains: bool = False,
+    new_store_key: bool = False,
+    **parts: Unpack[Parts],
+) -> Rollouts:
+    """What generates and judges the job's completions. Collective.
+
+    Args:
+        job, reporter, stack, parts: as ``build_training``.
+        trains: the policy will be updated: it has gradient buffers, an optimizer, and the reference's weights.
+        new_store_key: take a named reference store even if it holds nothing but other runs' rewards.
+    """
+    config = job.config
+    tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
+    eos = require_eos(tokenizer, config.model.path)
+    scorer = build_scorer(job.rewards, config.reward_runner, stack, parts.get("rewards"))
+    data, validation_data = read_data(config, tokenizer, scorer, parts.get("data"), parts.get("validation_data"))
+    for name, prompts in (("training", data), ("validation", validation_data)):
+        reporter.note(f"{_count(prompts)} {name} prompts from {prompts.path}{_left_out(config, prompts)}")
+    sampler = build_sampler(config, data)
+    sampling = sampling_of(config, eos)
+    key, store = open_reference_store(config, sampling, scorer, reporter, stack, new_store_key)
+    reporter.note(f"loading {config.model.path} ({job.shape.architecture}) into Megatron")
+    policy = build_policy(job, trains=trains)
+    decode = text_decoder(tokenizer)
+    make_engine = parts.get("engine")
+    engine = make_engine(policy) if make_engine else build_engine(config, policy, job.shape, decode)
+    stack.callback(engine.close)
+    collector = Collector(engine, scorer, decode)
+    if config.rollout.offload_learner and trains:
+        optimization = policy.optimization
+        collector.offload = LearnerOffload(optimization.model, optimization.optimizer, reporter.note)
+    pipeline = RolloutPipeline(
+        config=config,
+        policy=policy,
+        collector=collector,
+        sampling=sampling,
+        prompts=data.prompts,
+        sampler=sampler,
+        reference=build_reference(config, collector, sampling, key, store),
+    )
+    return Rollouts(policy, pipeline, _validator(config, collector, validation_data, eos))
+
+
 # ---------------------------------------------------------------- parts
 
 
-def build_policy_and_learner(config: Config, shape: ModelShape, algorithm: Algorithm) -> tuple[Any, Any]:
-    """``MegatronPolicy`` with the base model's weights, and the ``Learner`` that updates it."""
-    from nemo_aapo.learner.learner import Learner
-    from nemo_aapo.learner.policy import MegatronPolicy
+def build_policy(job: Job, *, trains: bool) -> MegatronPolicy:
+    """The policy with the base model's weights."""
+    policy, algorithm = MegatronPolicy(job.config, job.shape), job.config.algorithm
+    if trains:
+        policy.prepare_training()
+        if algorithm.kl_coefficient > 0 or algorithm.reference is not None:
+            policy.keep_reference()
+    return policy
 
-    policy = MegatronPolicy(config, shape)
-    if algorithm.needs_reference_logprobs or config.algorithm.reference is not None:
-        policy.keep_reference()
-    learner = Learner(
+
+def build_learner(policy: MegatronPolicy, algorithm: Algorithm) -> Learner:
+    """What trains the policy, or only compares its log-probs with an engine's."""
+    config = policy.config
+    return Learner(
         policy,
         algorithm,
         config.max_tokens_per_microbatch,
         config.algorithm.updates_per_rollout,
-        pad_multiple=pad_multiple(policy.config),
-        packed=policy.config.model.sequence_packing,
-        share_prompts=policy.config.model.share_prompts,
-    )
-    return policy, learner
-
-
-def _checkpointer(config: Config) -> Checkpointer:
-    return Checkpointer(
-        Path(config.run.dir) / "checkpoints",
-        digest(config),
-        keep_last=config.checkpoint.keep_last,
-        keep_best=config.checkpoint.keep_best,
-        background=config.checkpoint.async_save,
-        timeout_s=config.trainer.distributed_timeout_s,
+        pad_multiple=pad_multiple(config),
+        packed=bool(config.model.sequence_packing),
+        share_prompts=bool(config.model.share_prompts),
     )
 
 
-def build_scorer(config: Config, given: RewardScorer | None, stack: contextlib.ExitStack) -> RewardScorer | None:
-    """The rewards on this model-parallel group's source rank; None on its other ranks."""
+def build_scorer(
+    rewards: Sequence[tuple[Reward, float]],
+    runner: RewardRunnerConfig,
+    stack: contextlib.ExitStack,
+    given: RewardScorer | None = None,
+) -> RewardScorer | None:
+    """What judges completions, on this model-parallel group's source rank; None on its other ranks.
+
+    Args:
+        rewards: with their weights.
+        given: in place of a runner of these rewards.
+    """
     if given is not None:
         return given if parallel.is_model_parallel_source() else None
 
     def make() -> RewardRunner | None:
-        rewards = [reward_of(entry) for entry in config.rewards]
         if not parallel.is_model_parallel_source():
             return None
-        runner = config.reward_runner
         try:
             made = RewardRunner(rewards, runner.workers, runner.timeout_s, score_on_failure=runner.score_on_failure)
         except ValueError as error:
@@ -219,7 +207,7 @@ def build_scorer(config: Config, given: RewardScorer | None, stack: contextlib.E
 
 def read_data(
     config: Config,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     scorer: RewardScorer | None,
     train: PromptSet | None = None,
     validation: PromptSet | None = None,
@@ -229,15 +217,48 @@ def read_data(
     Args:
         train, validation: prompts of one's own in place of those that the configuration names.
     """
+    if train is not None and validation is not None:
+        return train, validation
 
     def load() -> tuple[PromptSet, PromptSet]:
-        verify = getattr(scorer, "check_answer", None)
+        verify = scorer.check_answer if isinstance(scorer, ChecksAnswers) else None
         return load_data(config.data, tokenizer, verify, train=train, held_out=validation)
 
     read, held_out = parallel.on_first_rank(load)
     if train is None:
         read = parallel.agree(lambda: attach_endless(read, config.data, tokenizer))
     return read, held_out
+
+
+def sampling_of(config: Config, eos: int) -> SamplingSpec:
+    """How policy and reference are sampled in training."""
+    rollout = config.rollout
+    return SamplingSpec(rollout.temperature, rollout.max_new_tokens, (eos,), stop_strings=rollout.stop_strings)
+
+
+def _validator(config: Config, collector: Collector, data: PromptSet, eos: int) -> Validator:
+    validation = config.validation
+    spec = dataclasses.replace(sampling_of(config, eos), min_new_tokens=validation.min_new_tokens)
+    return Validator(
+        collector=collector,
+        prompts=data.prompts[: validation.max_prompts],
+        reward=validation.reward,
+        greedy=dataclasses.replace(spec, temperature=0.0),
+        sampled=dataclasses.replace(spec, temperature=validation.temperature, top_p=validation.top_p),
+        samples=validation.samples,
+        seed=config.seed,
+    )
+
+
+def _checkpointer(config: Config) -> Checkpointer:
+    return Checkpointer(
+        Path(config.run.dir) / "checkpoints",
+        digest(config),
+        keep_last=config.checkpoint.keep_last,
+        keep_best=config.checkpoint.keep_best,
+        background=config.checkpoint.async_save,
+        timeout_s=config.trainer.distributed_timeout_s,
+    )
 
 
 def _count(prompts: PromptSet) -> str:
@@ -255,36 +276,3 @@ def _left_out(config: Config, prompts: PromptSet) -> str:
     }
     named = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
     return f" (left out: {named})" if named else ""
-
-
-def sampling_of(config: Config, eos: int) -> SamplingSpec:
-    """How policy and reference are sampled in training."""
-    return _sampling(config, eos, config.rollout.temperature)
-
-
-def _sampling(config: Config, eos: int, temperature: float, **more: Any) -> SamplingSpec:
-    rollout = config.rollout
-    return SamplingSpec(temperature, rollout.max_new_tokens, (eos,), stop_strings=rollout.stop_strings, **more)
-
-
-def _validator(config: Config, collector: Collector, data: PromptSet, eos: int) -> Validator:
-    validation, at_least = config.validation, config.validation.min_new_tokens
-    return Validator(
-        collector=collector,
-        prompts=data.prompts[: validation.max_prompts],
-        reward=validation.reward,
-        greedy=_sampling(config, eos, 0.0, min_new_tokens=at_least),
-        sampled=_sampling(config, eos, validation.temperature, min_new_tokens=at_least, top_p=validation.top_p),
-        samples=validation.samples,
-        seed=config.seed,
-    )
-
-
-def _finish(trainer: AAPOTrainer, reporter: RunReporter) -> None:
-    """Export the model, then mark the run as finished."""
-    config = trainer.config
-    if config.export_hf_model:
-        reporter.note("exporting the Hugging Face model")
-        with parallel.lost_ranks_reported(lambda: "the export"):
-            trainer.policy.export(str(Path(config.run.dir) / "hf_model"))
-    reporter.experiment.finish({"step": trainer.step, "policy_version": trainer.policy.version})

@@ -1,18 +1,18 @@
-"""The reference rewards by the configuration: their key, their store, and what draws them. ``assemble`` uses it."""
+"""The reference rewards of a configuration: their key, their store, and what samples them."""
 
 from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import Any
 
 from nemo_aapo.config import Config
 from nemo_aapo.distributed import parallel
 from nemo_aapo.models import directory as model_dir
 from nemo_aapo.reference_store.key import StoreKey, store_key
 from nemo_aapo.reference_store.store import RewardStore, other_rewards
-from nemo_aapo.rollout.collector import Collector, RewardScorer
+from nemo_aapo.rollout.collector import Collector, Defined, RewardScorer
 from nemo_aapo.rollout.reference import FILL_BATCH, ReferenceRewards
+from nemo_aapo.run.reporter import Notes
 from nemo_aapo.seeds import stream_seed
 from nemo_aapo.types import SamplingSpec
 
@@ -26,7 +26,7 @@ def reference_key(config: Config, sampling: SamplingSpec, scorer: RewardScorer |
     Raises:
         ConfigError: a part of it can't be found.
     """
-    definition = scorer.definition() if hasattr(scorer, "definition") else list(config.rewards)
+    definition = scorer.definition() if isinstance(scorer, Defined) else list(config.rewards)
     return store_key(model_dir.digest(config.model.path), sampling, definition, config.seed)
 
 
@@ -34,7 +34,7 @@ def open_reference_store(
     config: Config,
     sampling: SamplingSpec,
     scorer: RewardScorer | None,
-    reporter: Any,
+    reporter: Notes,
     stack: contextlib.ExitStack,
     new_key: bool,
 ) -> tuple[StoreKey | None, RewardStore | None]:
@@ -51,11 +51,11 @@ def open_reference_store(
     def open_store() -> tuple[StoreKey | None, RewardStore | None]:
         if algorithm.reference is None or parallel.rank() != 0:
             return None, None
-        key = reference_key(config, sampling, scorer)
-        if algorithm.reference == "online":
+        key, path = reference_key(config, sampling, scorer), algorithm.reference_store
+        if path is None:  # sampled afresh every step
             return key, None
-        store = stack.enter_context(contextlib.closing(RewardStore(algorithm.reference_store, key)))
-        own = new_key or Path(algorithm.reference_store).absolute().is_relative_to(Path(config.run.dir).absolute())
+        store = stack.enter_context(contextlib.closing(RewardStore(path, key)))
+        own = new_key or Path(path).absolute().is_relative_to(Path(config.run.dir).absolute())
         if note := other_rewards(store, own=own):
             reporter.note(note)
         return key, store
@@ -72,12 +72,13 @@ def build_reference(
     store: RewardStore | None,
 ) -> ReferenceRewards | None:
     """Where reference rewards come from; None for an algorithm without a margin."""
-    if key is None:
+    samples = config.algorithm.reference_samples
+    if key is None or samples is None:
         return None
     return ReferenceRewards(
         collector=collector,
         sampling=sampling,
-        samples=config.algorithm.reference_samples,
+        samples=samples,
         seed=config.seed,
         key=key,
         store=store,

@@ -1,8 +1,9 @@
 """The loop, and nothing else: AAPOTrainer knows its parts by what they do.
 
-prompts -> rollout -> rewards -> advantages -> batches -> log-probs + loss -> optimizer step -> refit -> checkpoint
-                         ^
-             reference-reward store
+    resume -> [ fill reference -> generate -> parity -> advantages -> update -> refit -> log -> validate -> save ] ...
+
+With ``rollout.async_depth=1`` the refit comes before the update, and the next step's completions are generated
+meanwhile (``rollout/pipeline.py``).
 """
 
 from __future__ import annotations
@@ -10,54 +11,23 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Iterator
 
 import numpy as np
 
 from nemo_aapo.algorithms import Algorithm
 from nemo_aapo.checkpoint.schedule import SaveSchedule
 from nemo_aapo.config import Config
-from nemo_aapo.config.schema import Rollout
 from nemo_aapo.distributed import parallel
-from nemo_aapo.errors import NonFiniteError, ParityError
-from nemo_aapo.evaluation.validation import Validator
-from nemo_aapo.learner.learner import Learner
-from nemo_aapo.learner.policy import MegatronPolicy
-from nemo_aapo.rollout.collector import share
-from nemo_aapo.rollout.pipeline import RolloutSource
+from nemo_aapo.errors import NonFiniteError
+from nemo_aapo.rollout.collector import own_shard
 from nemo_aapo.run.experiment import rollout_rows
+from nemo_aapo.run.reporter import Reporter
 from nemo_aapo.run.step_metrics import group_numbers, step_metrics
 from nemo_aapo.seeds import stream_seed
+from nemo_aapo.training.parity import ParityGate
+from nemo_aapo.training.parts import Checkpoints, Learner, Policy, Rollouts, Validator
 from nemo_aapo.types import Group
-
-
-class Reporter(Protocol):
-    """Where the loop reports to: ``reporter.RunReporter``, which on ranks other than 0 says nothing."""
-
-    def begin(self, step: int) -> None: ...
-    def phase(self, name: str, done: int, total: int) -> None: ...
-    def note(self, text: str) -> None: ...
-    def log_step(self, step: int, metrics: dict[str, float]) -> None: ...
-    def log_validation(self, step: int, metrics: dict[str, float], samples: list[dict[str, Any]]) -> None: ...
-    def save_rollouts(self, name: str, samples: list[dict[str, Any]]) -> None: ...
-    def stop_requested(self) -> bool: ...
-
-
-class Checkpoints(Protocol):
-    """What the loop needs of ``checkpoint.Checkpointer``."""
-
-    seconds: float
-    resumed_from: Path | None
-
-    def resume(self, policy: Any, mode: Any) -> dict[str, Any] | None: ...
-    def save(
-        self, step: int, policy: Any, trainer_state: dict[str, Any], extra_files: Mapping[str, bytes] | None = None
-    ) -> Any: ...
-    def failed(self) -> bool: ...
-    def wait(self) -> None: ...
-    def close(self) -> None: ...
 
 
 class AAPOTrainer:
@@ -70,23 +40,23 @@ class AAPOTrainer:
         self,
         *,
         config: Config,
-        policy: MegatronPolicy,
-        rollouts: RolloutSource,
+        policy: Policy,
+        rollouts: Rollouts,
         algorithm: Algorithm,
         learner: Learner,
         validator: Validator,
         checkpoints: Checkpoints,
         reporter: Reporter,
     ) -> None:
-        """``assemble.build_trainer`` makes all of these from a configuration, and takes replacements."""
+        """``training.build.build_training`` makes all of these for a job, and takes replacements."""
         self.config, self.policy, self.rollouts = config, policy, rollouts
         self.algorithm, self.learner, self.validator = algorithm, learner, validator
         self.checkpoints, self.reporter = checkpoints, reporter
+        self.parity = ParityGate(config.rollout, learner)
         self.step = 0
         """Training steps done."""
         self.schedule = SaveSchedule(config.checkpoint)
         self._latest: dict[str, float] = {}  # metrics of the last step and the last validation
-        self._gated = False  # whether engine and learner were compared since this process began
         self._doing = "the start"
 
     # ------------------------------------------------------------------ the loop
@@ -104,176 +74,185 @@ class AAPOTrainer:
             LostRankError: another rank is gone; training goes on from the last checkpoint.
         """
         with parallel.lost_ranks_reported(lambda: self._doing), contextlib.closing(self.checkpoints):
-            saved = self._start()
-            stopping = False
+            if not self._resume() and self.config.trainer.val_check_interval:
+                self._validate()
+            saved, stopping = self.step, False
             while self.step < self.config.trainer.max_steps and not stopping:
-                if not self._reference_ready():  # a stop signal came while they were drawn
+                if not self._fill_reference():  # a stop signal came meanwhile
                     break
                 self.train_step()
                 if self._due(self.config.trainer.val_check_interval):
                     self._validate()
-                self.schedule.step_done()
-                stopping, due, failed = parallel.any_rank(
-                    self.reporter.stop_requested() or self.schedule.time_is_up(self.checkpoints.seconds),
-                    self.schedule.time_for_a_checkpoint(),
-                    self.checkpoints.failed(),
-                )
-                if failed:
-                    self._wait_for_checkpoint()
-                if stopping or due or self._due(self.config.checkpoint.save_interval):
+                stopping, save_now = self._stop_or_save()
+                if save_now:
                     self._save()
                     saved = self.step
-            if self.step > max(saved, 0):
+            if self.step > saved:
                 self._save()
             self._wait_for_checkpoint()
             return self.step == self.config.trainer.max_steps
 
-    def _start(self) -> int:
-        """Resume or begin; returns the step of the last checkpoint, -1 without one."""
-        state = self.checkpoints.resume(self.policy, self.config.checkpoint.resume)
-        if state is not None:
-            self.step = state["step"]
-            self.rollouts.sampler.load_state_dict(state["sampler"])
-            self.rollouts.collector.lengths.load(state["completion_lengths"])
-            self._latest = dict(state["metrics"])
-            if self.rollouts.reference is not None:
-                self.rollouts.reference.load_state_dict(state["reference"])
-            self.rollouts.load(self.checkpoints.resumed_from, self.step)
-        self.reporter.begin(self.step if state is not None else -1)
-        if state is None and self.config.trainer.val_check_interval:
-            self._validate()
-        return self.step if state is not None else -1
-
     def train_step(self) -> None:
-        """One step of ``fit``, without what stands around it: resuming, validation, checkpoints."""
+        """One step of ``fit``, without what stands around it: reference rewards, validation, checkpoints."""
         start = time.perf_counter()
-        groups = self._rollout()
-        if not self._gated and not self._lag(groups):
-            self._parity_gate(groups)
+        groups = self._generate()
+        if self.rollouts.runs_ahead:
+            self._refit()
+            self._generate_ahead()
         version = self.policy.version
+        self._check_parity(groups, version)
+        groups = self._with_advantages(groups)
         began = time.perf_counter()
         metrics = self._update(groups)
+        train_s = time.perf_counter() - began
+        if not self.rollouts.runs_ahead:
+            self._refit()
         self.step += 1
-        self.rollouts.sampler.step = self.step
-        numbers = [n for part in parallel.gather_data_parallel([group_numbers(g) for g in groups]) for n in part]
-        now = time.perf_counter()
-        seconds = {**self.rollouts.seconds, "train": now - began, "step": now - start}
-        tokens = sum(int(n.lengths.sum()) for n in numbers)
-        metrics = {
-            **step_metrics(numbers, version),
-            **metrics,
-            **self.rollouts.metrics,
-            "tokens_per_second": tokens / seconds["step"],
-            "epoch": self.rollouts.sampler.epochs(self.step),
-            **{f"time/{name}": value for name, value in seconds.items()},
-        }
-        self._latest |= metrics
-        self.reporter.log_step(self.step, metrics)
-        if not metrics["rollout/lag"]:
-            self._watch_parity(metrics)
+        self._log(groups, version, metrics, train_s, start)
 
-    def _rollout(self) -> list[Group]:
-        """This rank's groups of the step, with rewards, reference rewards and advantages."""
-        self._doing = f"step {self.step + 1}, rollout"
-        try:
-            groups = self.rollouts.groups(self.step)
-        except FloatingPointError as error:  # the update before was finite, what it led to is not
-            raise NonFiniteError(f"{self._doing}: {error}. No checkpoint was written") from error
-        first = share(self.config.prompts_per_step).start
+    # ------------------------------------------------------------------ a step's verbs
+
+    def _generate(self) -> list[Group]:
+        """This rank's groups of the step, with rewards and reference rewards."""
+        with self._phase(f"step {self.step + 1}, rollout"):
+            try:
+                return self.rollouts.generate(self.step)
+            except FloatingPointError as error:  # the update before was finite, what it led to is not
+                raise NonFiniteError(f"{self._doing}: {error}. No checkpoint was written") from error
+
+    def _generate_ahead(self) -> None:
+        with self._phase(f"step {self.step + 2}, rollout"):
+            self.rollouts.begin(self.step + 1)
+
+    def _check_parity(self, groups: list[Group], version: int) -> None:
+        with self._phase(f"step {self.step + 1}, parity"):
+            self.parity.check(groups, version)
+
+    def _with_advantages(self, groups: list[Group]) -> list[Group]:
+        first = own_shard(self.config.prompts_per_step).start
         pair_seeds = [stream_seed(self.config.seed, "pairs", self.step, first + i) for i in range(len(groups))]
         return with_advantages(self.algorithm, groups, pair_seeds)
 
     def _update(self, groups: list[Group]) -> dict[str, float]:
-        self._doing = f"step {self.step + 1}, train"
-        try:
-            return self.learner.update(groups)
-        except NonFiniteError as error:
-            name = f"failed_step_{self.step + 1:06d}"
-            self.reporter.save_rollouts(name, rollout_rows(groups))
-            raise NonFiniteError(
-                f"step {self.step + 1}: {error}. No weight was changed and no checkpoint written; the batch is in "
-                f"{self.config.run.dir}/rollouts/{name}.jsonl. Lower model.optim.lr, or look at that batch"
-            ) from error
+        """The learner's optimizer steps; a batch that leads to numbers that are not finite is kept for people."""
+        with self._phase(f"step {self.step + 1}, train"):
+            try:
+                return self.learner.update(groups)
+            except NonFiniteError as error:
+                name = f"failed_step_{self.step + 1:06d}"
+                self.reporter.save_rollouts(name, rollout_rows(groups))
+                raise NonFiniteError(
+                    f"step {self.step + 1}: {error}. No weight was changed and no checkpoint written; the batch is in "
+                    f"{self.config.run.dir}/rollouts/{name}.jsonl. Lower model.optim.lr, or look at that batch"
+                ) from error
+
+    def _refit(self) -> None:
+        """The engine gets the policy's weights, where it has others."""
+        with self._phase(f"step {self.step + 1}, refit"):
+            self.rollouts.refit()
+
+    def _log(self, groups: list[Group], version: int, update: dict[str, float], train_s: float, start: float) -> None:
+        """Metrics of the step over all ranks.
+
+        Args:
+            version: of the policy before the update.
+            update: the learner's metrics.
+            train_s, start: seconds of the update, and when the step began.
+        """
+        numbers = [n for part in parallel.gather_data_parallel([group_numbers(g) for g in groups]) for n in part]
+        seconds = {**self.rollouts.seconds, "train": train_s, "step": time.perf_counter() - start}
+        metrics = {
+            **step_metrics(numbers, version),
+            **update,
+            **self.rollouts.metrics,
+            "tokens_per_second": sum(int(n.lengths.sum()) for n in numbers) / seconds["step"],
+            "epoch": self.rollouts.epochs(self.step),
+            **{f"time/{name}": value for name, value in seconds.items()},
+        }
+        self._latest |= metrics
+        self.reporter.log_step(self.step, metrics)
+        if warning := self.parity.watch(self.step, metrics):
+            self.reporter.note(warning)
 
     # ------------------------------------------------------------------ around it
+
+    def _resume(self) -> bool:
+        """Go on from the last checkpoint; False without one."""
+        state = self.checkpoints.resume(self.policy, self.config.checkpoint.resume)
+        if state is not None:
+            self.step = state["step"]
+            self._latest = dict(state["metrics"])
+            self.rollouts.load_state_dict(state)
+            if (checkpoint := self.checkpoints.resumed_from) is not None:
+                self.rollouts.load_pending(checkpoint, self.step)
+        self.reporter.begin(-1 if state is None else self.step)
+        self._refit()  # a new engine has the base model's weights
+        return state is not None
+
+    def _fill_reference(self) -> bool:
+        """Have the next step's reference rewards at hand; False if a stop signal came meanwhile."""
+        with self._phase(f"the reference rewards of step {self.step + 1}"):
+            return self.rollouts.fill_reference(
+                self.step,
+                lambda done, total: self.reporter.phase("reference rewards", done, total),
+                lambda: self.reporter.stop_requested() or self.schedule.time_is_up(self.checkpoints.seconds),
+            )
+
+    def _validate(self) -> None:
+        with self._phase(f"step {self.step + 1}, rollout"):
+            self.rollouts.settle()
+        self._refit()
+        with self._phase(f"the validation after step {self.step}"):
+            self.reporter.phase("validating", 0, len(self.validator.prompts))
+            metrics, samples = self.validator.run()
+            self._latest |= metrics
+            self.reporter.log_validation(self.step, metrics, samples)
+
+    def _stop_or_save(self) -> tuple[bool, bool]:
+        """Whether to end after this step, and whether to save now; the same on all ranks.
+
+        Raises:
+            CheckpointError: of a save in the background that has failed.
+        """
+        self.schedule.step_done()
+        stopping, due, failed = parallel.any_rank(
+            self.reporter.stop_requested() or self.schedule.time_is_up(self.checkpoints.seconds),
+            self.schedule.time_for_a_checkpoint(),
+            self.checkpoints.failed(),
+        )
+        if failed:
+            self._wait_for_checkpoint()
+        return stopping, stopping or due or self._due(self.config.checkpoint.save_interval)
+
+    def _save(self) -> None:
+        with self._phase(f"step {self.step + 1}, rollout"):
+            rollouts = self.rollouts.pending_files()
+        with self._phase(f"the checkpoint of step {self.step}"):
+            self.reporter.note(f"saving a checkpoint at step {self.step}")
+            state = {
+                "step": self.step,
+                "policy_version": self.policy.version,
+                "seed": self.config.seed,  # it names every random stream; the loop uses no global generator
+                **self.rollouts.state_dict(),
+                "metrics": {k: v for k, v in self._latest.items() if math.isfinite(v) and not k.startswith("time/")},
+            }
+            self.checkpoints.save(self.step, self.policy, state, rollouts)
+            self.schedule.saved()
+
+    def _wait_for_checkpoint(self) -> None:
+        with self._phase(f"the checkpoint of step {self.step}"):
+            self.checkpoints.wait()
 
     def _due(self, interval: int) -> bool:
         last = self.step == self.config.trainer.max_steps
         return bool(interval) and (self.step % interval == 0 or last)
 
-    def _validate(self) -> None:
-        self._doing = f"step {self.step + 1}, rollout"
-        self.rollouts.settle()
-        self.rollouts.refit()
-        self._doing = f"the validation after step {self.step}"
-        self.reporter.phase("validating", 0, len(self.validator.prompts))
-        metrics, samples = self.validator.run()
-        self._latest |= metrics
-        self.reporter.log_validation(self.step, metrics, samples)
-
-    def _reference_ready(self) -> bool:
-        """Have the next step's reference rewards at hand; False if a stop signal came while they were drawn."""
-        self._doing = f"the reference rewards of step {self.step + 1}"
-        return self.rollouts.fill_reference(
-            self.step,
-            lambda done, total: self.reporter.phase("reference rewards", done, total),
-            lambda: self.reporter.stop_requested() or self.schedule.time_is_up(self.checkpoints.seconds),
-        )
-
-    def _parity_gate(self, groups: list[Group]) -> None:
-        """Before the first update of this process the engine's log-probs must be the learner's."""
-        if complaint := disagreement(self.config.rollout, self.learner.parity(groups)):
-            raise ParityError(f"before the first step: {complaint}")
-        self._gated = True
-
-    def _watch_parity(self, metrics: dict[str, float]) -> None:
-        complaint = disagreement(self.config.rollout, metrics)
-        if complaint and self.config.rollout.on_parity_error == "stop":
-            raise ParityError(f"step {self.step}: {complaint}. The last checkpoint is as it was")
-        if complaint:
-            self.reporter.note(f"warning: step {self.step}: {complaint}")
-
-    def _lag(self, groups: list[Group]) -> bool:
-        """Whether these were drawn by an earlier policy: then engine and learner have to differ."""
-        return parallel.any_rank(any(c.policy_version != self.policy.version for g in groups for c in g.completions))[0]
-
-    def _save(self) -> None:
-        self._doing = f"step {self.step + 1}, rollout"
-        rollouts = self.rollouts.save()
-        self._doing = f"the checkpoint of step {self.step}"
-        self.reporter.note(f"saving a checkpoint at step {self.step}")
-        state = {
-            "step": self.step,
-            "policy_version": self.policy.version,
-            "seed": self.config.seed,  # it names every random stream; the loop draws from no global generator
-            "sampler": self.rollouts.sampler.state_dict(),
-            "reference": self.rollouts.reference.state_dict() if self.rollouts.reference is not None else None,
-            "completion_lengths": self.rollouts.collector.lengths.state(),
-            "metrics": {k: v for k, v in self._latest.items() if math.isfinite(v) and not k.startswith("time/")},
-        }
-        self.checkpoints.save(self.step, self.policy, state, rollouts)
-        self.schedule.saved()
-
-    def _wait_for_checkpoint(self) -> None:
-        self._doing = f"the checkpoint of step {self.step}"
-        self.checkpoints.wait()
-
-
-def disagreement(limits: Rollout, parity: Mapping[str, float]) -> str:
-    """What is wrong with the parity of engine and learner; empty if it is within the limits or not known.
-
-    Args:
-        parity: ``parity/mult_prob_error`` and ``parity/gen_kl``, as ``Learner`` returns them.
-    """
-    error, kl = parity["parity/mult_prob_error"], parity["parity/gen_kl"]
-    if not (error > limits.max_parity_error or kl > limits.max_gen_kl):
-        return ""
-    return (
-        f"engine and learner disagree on the same tokens: multiplicative probability error {error:.4f} "
-        f"(rollout.max_parity_error={limits.max_parity_error}), KL {kl:.2e} (rollout.max_gen_kl={limits.max_gen_kl}). "
-        "Look at: rollout.temperature (the same in both?), the model's dtype, stale weights in the engine, the "
-        "padded vocabulary; with an FP8 learner, whose engine draws in bf16: docs/gpu.md"
-    )
+    @contextlib.contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        """Inside, this rank is at ``name``; after an error too, as who reports a lost rank asks for it outside."""
+        before, self._doing = self._doing, name
+        yield
+        self._doing = before
 
 
 def with_advantages(algorithm: Algorithm, groups: list[Group], pair_seeds: list[int]) -> list[Group]:
@@ -285,7 +264,6 @@ def with_advantages(algorithm: Algorithm, groups: list[Group], pair_seeds: list[
     if not groups:
         return []
     rewards = np.stack([group.rewards for group in groups])
-    has_reference = groups[0].reference_rewards is not None
-    reference = np.stack([group.reference_rewards for group in groups]) if has_reference else None
-    advantages = algorithm.advantages(rewards, reference, pair_seeds)
+    known = [group.reference_rewards for group in groups if group.reference_rewards is not None]
+    advantages = algorithm.advantages(rewards, np.stack(known) if known else None, pair_seeds)
     return [group.replace(advantages=row) for group, row in zip(groups, advantages, strict=True)]

@@ -170,10 +170,11 @@ def test_what_changes_each_time_it_is_composed_is_refused_before_ranks_disagree(
 STUB = """
 import json, os, sys, types
 
-def train(config, tree):
+def train(job):
     from nemo_aapo.config import parse
     from nemo_aapo.run.experiment import open_experiment
 
+    config, tree = job.config, job.tree
     assert parse(tree) == config
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     print(json.dumps({"nemo": "nemo" in sys.modules, "cwd": os.listdir("."), "tree": tree}))
@@ -185,9 +186,9 @@ def train(config, tree):
             run.finish({"steps": end}) if start else None
     return 0
 
-stub = types.ModuleType("nemo_aapo.training.build")
+stub = types.ModuleType("nemo_aapo.jobs.train")
 stub.train = train
-sys.modules["nemo_aapo.training.build"] = stub
+sys.modules["nemo_aapo.jobs.train"] = stub
 """
 
 

@@ -81,8 +81,7 @@ def learn(path: Path | str, updates: int = 1, groups=None, policy=None, **settin
     from nemo_aapo.algorithms import Algorithm
     from nemo_aapo.config import pad_multiple
     from nemo_aapo.learner.learner import Learner
-    from nemo_aapo.learner.policy import MegatronPolicy
-    from nemo_aapo.models.directory import read_model_dir
+    from tests.policies import make_policy
     from tests.tiny_models import make_config
 
     changes = {
@@ -93,7 +92,7 @@ def learn(path: Path | str, updates: int = 1, groups=None, policy=None, **settin
         **settings,
     }
     config = make_config(path, **{key.replace(".", "__"): value for key, value in changes.items()})
-    policy = policy or MegatronPolicy(config, read_model_dir(str(path)))
+    policy = policy or make_policy(config)
     config = policy.config
     learner = Learner(
         policy, Algorithm(config.algorithm, 256), BUDGET, 1, pad_multiple(config), config.model.sequence_packing
@@ -102,16 +101,16 @@ def learn(path: Path | str, updates: int = 1, groups=None, policy=None, **settin
     batches, _ = learner._microbatches(groups)
     logprobs = by_sequence(batches, policy.score(batches))
     gradients = []
-    clip = policy.optimizer.clip_grad_norm
+    clip = policy.optimization.optimizer.clip_grad_norm
 
     def keep_gradient(limit):
         named = policy.module.named_parameters()
         gradients.append({name: p.main_grad.float().flatten().cpu().numpy().copy() for name, p in named})
         return clip(limit)
 
-    policy.optimizer.clip_grad_norm = keep_gradient
+    policy.optimization.optimizer.clip_grad_norm = keep_gradient
     metrics = [learner.update(groups) for _ in range(updates)]
-    policy.optimizer.clip_grad_norm = clip
+    policy.optimization.optimizer.clip_grad_norm = clip
     weights = {name: tensor.float().numpy().copy() for name, tensor in policy.named_weights()}
     return {
         "loss": [step["loss"] for step in metrics],

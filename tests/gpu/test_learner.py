@@ -100,13 +100,12 @@ def test_no_attention_leaks_between_packed_sequences(one_rank, model):
     import torch
 
     from nemo_aapo.learner.microbatch import collate
-    from nemo_aapo.learner.policy import MegatronPolicy
-    from nemo_aapo.models.directory import read_model_dir
     from nemo_aapo.types import Sample
+    from tests.policies import make_policy
     from tests.tiny_models import make_config
 
     config = make_config(model, precision__name="bf16")
-    policy = MegatronPolicy(config, read_model_dir(str(model)))
+    policy = make_policy(config)
     generator = np.random.default_rng(0)
 
     def sample(length):
@@ -155,19 +154,18 @@ def test_switches_of_memory_and_overlap_do_not_change_the_result(one_rank, model
 def test_the_learner_makes_room_for_an_engine_and_goes_on_to_the_same_bits(one_rank, model):
     import torch
 
-    from nemo_aapo.learner.policy import MegatronPolicy
     from nemo_aapo.mcore.offload import LearnerOffload
-    from nemo_aapo.models.directory import read_model_dir
+    from tests.policies import make_policy
     from tests.tiny_models import make_config
 
     def two_updates(offloading):
         config = make_config(model, precision__name="bf16", max_tokens_per_microbatch=1024)
-        policy = MegatronPolicy(config, read_model_dir(str(model)))
+        policy = make_policy(config)
         learn(model, policy=policy)
         notes, saved = [], 0
         if offloading:
             before = torch.cuda.memory_allocated()
-            with LearnerOffload(policy.model, policy.optimizer, notes.append)():
+            with LearnerOffload(policy.optimization.model, policy.optimization.optimizer, notes.append)():
                 saved = before - torch.cuda.memory_allocated()
         parameters = sum(p.numel() for p in policy.module.parameters())
         return learn(model, policy=policy, groups=make_groups(4))["weights"], notes, saved / parameters
@@ -188,13 +186,12 @@ def test_engine_and_learner_agree_within_the_parity_gates_limits(one_rank, model
     from nemo_aapo.config import pad_multiple
     from nemo_aapo.engines.megatron.engine import MegatronEngine
     from nemo_aapo.learner.learner import Learner
-    from nemo_aapo.learner.policy import MegatronPolicy
-    from nemo_aapo.models.directory import read_model_dir
     from nemo_aapo.types import SamplingSpec
+    from tests.policies import make_policy
     from tests.tiny_models import make_config
 
     config = make_config(model, precision__name=precision, max_tokens_per_microbatch=2048)
-    policy = MegatronPolicy(config, read_model_dir(str(model)))
+    policy = make_policy(config)
     config = policy.config
     engine = MegatronEngine(policy.module, 1000, 16 * 256)
     groups = make_groups()

@@ -56,18 +56,17 @@ def gradients(path, orders, budgets):
     """Loss and gradient [parameters of this rank] by (seed, order, budget); the weights stay as they are."""
     from nemo_aapo.algorithms import Algorithm
     from nemo_aapo.learner.learner import Learner
-    from nemo_aapo.learner.policy import MegatronPolicy
-    from nemo_aapo.models.directory import read_model_dir
-    from nemo_aapo.rollout.collector import share
+    from nemo_aapo.rollout.collector import own_shard
+    from tests.policies import make_policy
 
     found, kept = {}, []
-    policy = MegatronPolicy(make_config(path), read_model_dir(str(path)))
+    policy = make_policy(make_config(path))
 
     def keep_gradient():
         kept.append(np.concatenate([p.main_grad.double().flatten().numpy() for p in policy.module.parameters()]))
 
-    policy.optimizer.step_with_ready_grads = keep_gradient
-    policy.optimizer.clip_grad_norm = lambda limit: 1.0
+    policy.optimization.optimizer.step_with_ready_grads = keep_gradient
+    policy.optimization.optimizer.clip_grad_norm = lambda limit: 1.0
     for seed in SEEDS:
         cap = 2.0 if seed % 2 else None
         aggregation = AGGREGATIONS[seed % len(AGGREGATIONS)]
@@ -78,7 +77,7 @@ def gradients(path, orders, budgets):
                 groups = shuffled(groups, np.random.default_rng(order))
             for budget in budgets:
                 learner = Learner(policy, Algorithm(config.algorithm, MAX_NEW_TOKENS), budget, 1, 1)
-                loss = learner.update(groups[share(len(groups))])["loss"]
+                loss = learner.update(groups[own_shard(len(groups))])["loss"]
                 found[seed, order, budget] = loss, kept.pop()
     return found
 

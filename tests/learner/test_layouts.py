@@ -62,9 +62,8 @@ def learn(path, algorithm, tp, pp, sp, budget, updates=1, lr=1e-3, how=""):
     from nemo_aapo.algorithms import Algorithm
     from nemo_aapo.config import pad_multiple
     from nemo_aapo.learner.learner import Learner
-    from nemo_aapo.learner.policy import MegatronPolicy
-    from nemo_aapo.models.directory import read_model_dir
-    from nemo_aapo.rollout.collector import share
+    from nemo_aapo.rollout.collector import own_shard
+    from tests.policies import make_policy
 
     config = make_config(
         path,
@@ -83,7 +82,7 @@ def learn(path, algorithm, tp, pp, sp, budget, updates=1, lr=1e-3, how=""):
         model__optim__overlap_param_gather="overlap" in how,
         **algorithm,
     )
-    policy = MegatronPolicy(config, read_model_dir(str(path)))
+    policy = make_policy(config)
     if config.algorithm.kl_coefficient:
         policy.keep_reference()
     learner = Learner(
@@ -96,7 +95,7 @@ def learn(path, algorithm, tp, pp, sp, budget, updates=1, lr=1e-3, how=""):
         share_prompts="shared prompts" in how,
     )
     groups = saved_groups()
-    metrics = learner.update(groups[share(len(groups))])
+    metrics = learner.update(groups[own_shard(len(groups))])
     return metrics, {name: tensor.numpy().copy() for name, tensor in policy.named_weights()}
 
 
@@ -136,12 +135,11 @@ def scored_among_others(path, other_seed, share_prompts):
     import torch
 
     from nemo_aapo.learner.microbatch import collate
-    from nemo_aapo.learner.policy import MegatronPolicy
-    from nemo_aapo.models.directory import read_model_dir
     from nemo_aapo.types import Sample
+    from tests.policies import make_policy
 
     config = make_config(path, model__sequence_packing=True, model__share_prompts=share_prompts)
-    policy = MegatronPolicy(config, read_model_dir(str(path)))
+    policy = make_policy(config)
 
     def sample(seed, length):
         tokens = np.random.default_rng(seed).integers(2, 160, length).astype(np.int32)
@@ -169,14 +167,13 @@ def tokens_of_one_group(path):
     """Completion tokens that this of two ranks trains on, of a step with a single group."""
     from nemo_aapo.algorithms import Algorithm
     from nemo_aapo.learner.learner import Learner
-    from nemo_aapo.learner.policy import MegatronPolicy
-    from nemo_aapo.models.directory import read_model_dir
-    from nemo_aapo.rollout.collector import share
+    from nemo_aapo.rollout.collector import own_shard
+    from tests.policies import make_policy
 
     config = make_config(path, max_tokens_per_microbatch=1024)
-    policy = MegatronPolicy(config, read_model_dir(str(path)))
+    policy = make_policy(config)
     learner = Learner(policy, Algorithm(config.algorithm, 16), 1024, 1, packed=True, share_prompts=True)
-    batches, metrics = learner._microbatches(saved_groups(1, size=8)[share(1)])
+    batches, metrics = learner._microbatches(saved_groups(1, size=8)[own_shard(1)])
     assert metrics["shared_prompt_fraction"] > 0.1
     return sum(batch.targets.numel() for batch in batches)
 
@@ -207,16 +204,15 @@ def _learn_nan(path):
 
     from nemo_aapo.errors import NonFiniteError
     from nemo_aapo.learner.microbatch import collate
-    from nemo_aapo.learner.policy import MegatronPolicy
-    from nemo_aapo.models.directory import read_model_dir
     from nemo_aapo.types import Sample
+    from tests.policies import make_policy
 
-    policy = MegatronPolicy(make_config(path, model__pipeline_model_parallel_size=2), read_model_dir(str(path)))
+    policy = make_policy(make_config(path, model__pipeline_model_parallel_size=2))
     before = [parameter.detach().clone() for parameter in policy.module.parameters()]
     sample = Sample(np.array([3, 4], np.int32), np.array([5], np.int32), np.zeros(1, np.float32), float("nan"))
     batch = collate([(sample,)], [1.0], multiple=1, device=torch.device("cpu"))
     try:
-        policy.train_step([batch], lambda logprobs, entropy, b: ((b.advantages * logprobs).sum(), {}))
+        policy.optimization.train_step([batch], lambda logprobs, entropy, b: ((b.advantages * logprobs).sum(), {}))
     except NonFiniteError as error:
         assert all(torch.equal(a, b) for a, b in zip(before, policy.module.parameters(), strict=True))
         assert policy.version == 0

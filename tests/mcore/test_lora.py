@@ -15,8 +15,7 @@ TARGETS = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 
 def make_policy(path, tp=1, pp=1, sp=False):
     """A policy with adapters of rank 4 on all layers."""
-    from nemo_aapo.learner.policy import MegatronPolicy
-    from nemo_aapo.models.directory import read_model_dir
+    from tests.policies import make_policy
 
     config = make_config(
         path,
@@ -26,7 +25,7 @@ def make_policy(path, tp=1, pp=1, sp=False):
         model__lora={"rank": 4, "alpha": 8, "target_modules": TARGETS},
         model__optim__lr=0.02,
     )
-    return MegatronPolicy(config, read_model_dir(str(path)))
+    return make_policy(config)
 
 
 def _train(path, tp=1, pp=1, sp=False):

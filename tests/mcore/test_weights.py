@@ -13,9 +13,8 @@ LAYOUTS = {"1x1": (1, 1, 1, False), "2x1": (2, 2, 1, False), "1x2": (2, 1, 2, Fa
 
 def _round_trip(path, tp, pp, sp):
     from nemo_aapo.learner.microbatch import collate
-    from nemo_aapo.learner.policy import MegatronPolicy
-    from nemo_aapo.models.directory import read_model_dir
     from nemo_aapo.types import Sample
+    from tests.policies import make_policy
 
     config = make_config(
         path,
@@ -24,7 +23,7 @@ def _round_trip(path, tp, pp, sp):
         model__sequence_parallel=sp,
         rollout__temperature=0.7,
     )
-    policy = MegatronPolicy(config, read_model_dir(str(path)))
+    policy = make_policy(config)
     weights = {name: tensor.numpy().copy() for name, tensor in policy.named_weights()}
     samples = [Sample(p, c, np.zeros(len(c), np.float32), 1.0) for p, c in sequences()]
     batch = collate(

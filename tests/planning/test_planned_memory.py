@@ -72,11 +72,10 @@ def prepare(path: str, length: int, rows: int, changes: dict, kind: str = "padde
     import torch
 
     from nemo_aapo.learner.microbatch import collate
-    from nemo_aapo.learner.policy import MegatronPolicy
-    from nemo_aapo.models.directory import read_model_dir
     from nemo_aapo.types import Sample
+    from tests.policies import make_policy
 
-    policy = MegatronPolicy(make_config(path, **changes), read_model_dir(path))
+    policy = make_policy(make_config(path, **changes))
     prompt = np.arange(PROMPT) + 2
     completion = np.arange(length - PROMPT) % 90 + 2
     sample = Sample(prompt, completion, np.zeros(len(completion), np.float32), advantage=1.0)
@@ -98,13 +97,15 @@ def measure_a_step(path: str, length: int, rows: int, changes: dict, kind: str =
     policy, batch, loss = prepare(path, length, rows, changes, kind)
     saved = SavedBytes(policy.module)
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda kept: kept.tensor):
-        policy.train_step([batch] * MICROBATCHES, loss)
+        policy.optimization.train_step([batch] * MICROBATCHES, loss)
     assert saved.now == 0, "something is still saved after the step"
-    states = [state for part in policy.optimizer.chained_optimizers for state in part.optimizer.state.values()]
+    states = [
+        state for part in policy.optimization.optimizer.chained_optimizers for state in part.optimizer.state.values()
+    ]
     moments = [state[name] for state in states for name in ("exp_avg", "exp_avg_sq")]
     return {
         "weights": sum(parameter.nbytes for parameter in policy.module.parameters()),
-        "gradients": sum(buffer.grad_data.nbytes for buffer in policy.model.buffers),
+        "gradients": sum(buffer.grad_data.nbytes for buffer in policy.optimization.model.buffers),
         "optimizer": sum(moment.nbytes for moment in moments),
         "activations": saved.peak,
     }
@@ -137,7 +138,7 @@ def count_flops(path: str, length: int, rows: int, changes: dict) -> float:
         aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
     }
     with FlopCounterMode(display=False, custom_mapping=uncounted) as counter:
-        policy.train_step([batch], loss)
+        policy.optimization.train_step([batch], loss)
     return counter.get_total_flops()
 
 

@@ -48,9 +48,9 @@ def _collect_twice(path):
     collector = Collector(engine, Scores(), lambda ids: str(ids.tolist()))
     results = []
     for expected in ([], [(question.id, 10.0 - len(question.token_ids)) for question in questions]):
-        collector.lengths.load({})
-        collector.lengths.learn(expected)
-        groups = collector.collect(questions, SPEC, SEEDS, remember_lengths=not expected)
+        collector.length_predictor.load_state_dict({})
+        collector.length_predictor.observe(expected)
+        groups = collector.collect(questions, SPEC, SEEDS, observe_lengths=not expected)
         results.append(
             [
                 (g.prompt.id, [c.token_ids.tolist() for c in g.completions], list(g.texts), g.rewards.tolist())
@@ -58,8 +58,8 @@ def _collect_twice(path):
             ]
         )
         if not expected:
-            learned = collector.lengths.state()
-    return results, entered, learned, collector.lengths.state(), collector.metrics
+            learned = collector.length_predictor.state_dict()
+    return results, entered, learned, collector.length_predictor.state_dict(), collector.metrics
 
 
 def test_the_order_of_entering_changes_no_token_and_no_place(ranks, tiny_models):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import os
 import random
 import shutil
 from pathlib import Path
@@ -49,14 +50,16 @@ class Quiet:
 def with_trainer(overrides, job, *arguments, stop_after=None):
     """What ``job(trainer, *arguments)`` returns, on one rank."""
     from nemo_aapo import RewardRunner, load_config
-    from nemo_aapo.training import build as assemble
+    from nemo_aapo.prepare.job import resolve
+    from nemo_aapo.training.build import build_training, initialize
 
     config = load_config(overrides)
-    assemble.initialize(config)
+    initialize(config)
+    resolved = resolve(config, int(os.environ["WORLD_SIZE"]), given=("rewards",))
     with contextlib.ExitStack() as stack:
         rewards = RewardRunner([(Parity(), 1.0)], workers=0, timeout_s=10.0)
         reporter = Quiet(stop_after)
-        trainer = assemble.build_trainer(config, reporter=reporter, stack=stack, rewards=rewards)
+        trainer = build_training(resolved, reporter=reporter, stack=stack, rewards=rewards)
         return job(trainer, *arguments)
 
 
@@ -167,7 +170,7 @@ def prepare_beside_another(trainer):
 
     reference, last = trainer.rollouts.reference, list(trainer.rollouts.data[8:])
     reference.fill_batch, reference.first_batch = 4, 0
-    theirs = reference._draw(last, reference_seeds(reference, last))
+    theirs = reference._sample(last, reference_seeds(reference, last))
     drawn = counted(trainer)
 
     def report(done, total):
@@ -239,7 +242,7 @@ def online(trainer):
     states.append(fingerprint(trainer))
     rollouts.refit()  # as before the next step
     seeds = [[stream_seed(trainer.config.seed, "online", 7, p.id, k) for k in range(4)] for p in prompts]
-    policy = rollouts.reference._draw(prompts, seeds)
+    policy = rollouts.reference._sample(prompts, seeds)
     return *(by_question(rewards, trainer) for rewards in (before, after, policy)), states, served
 
 
@@ -254,8 +257,8 @@ def fingerprint(trainer):
         [
             list(policy.module.parameters()),
             [buffer for _, buffer in policy.module.named_buffers()],
-            policy.optimizer.state_dict(),
-            policy.scheduler.state_dict(),
+            policy.optimization.optimizer.state_dict(),
+            policy.optimization.scheduler.state_dict(),
             torch.get_rng_state(),
             get_cuda_rng_tracker().get_states(),
             np.random.get_state()[1],
@@ -371,13 +374,14 @@ def job(overrides, what=None, shards=None):
     """``scripts/reference_rewards.py`` within this rank: its exit code and what it says."""
     from nemo_aapo import load_config
     from nemo_aapo.jobs import fill_reference as reference_job
+    from nemo_aapo.prepare.job import resolve
     from nemo_aapo.reference_store.shards import Shard
 
-    config = load_config(overrides)
+    resolved = resolve(load_config(overrides), 1)
     with contextlib.redirect_stdout(io.StringIO()) as out:
         if what in ("merge", "status"):
-            return getattr(reference_job, what)(config), out.getvalue()
-        return reference_job.fill(config, None if shards is None else Shard(what, shards)), out.getvalue()
+            return getattr(reference_job, what)(resolved), out.getvalue()
+        return reference_job.fill(resolved, None if shards is None else Shard(what, shards)), out.getvalue()
 
 
 def rows(store: Path):

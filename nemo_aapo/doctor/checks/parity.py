@@ -38,7 +38,7 @@ def parity(context: Context) -> Finding:
 
 def judge(config: Config, figures: dict[str, float]) -> Finding:
     """Args: figures: as ``measure`` returns them."""
-    from nemo_aapo.training.trainer import disagreement
+    from nemo_aapo.training.parity import disagreement
 
     if complaint := disagreement(config.rollout, figures):
         return Finding("parity", "failure", complaint)
@@ -53,7 +53,7 @@ def judge(config: Config, figures: dict[str, float]) -> Finding:
 
 
 def measure(config: Config, engine: Callable[[Any], Any] | None = None) -> dict[str, float]:
-    """Collective: builds policy, learner and engine as training does, and draws.
+    """Collective: builds policy, learner and engine as training does, but no optimizer, and generates.
 
     Args:
         engine: makes an engine of a policy; by default the one that ``rollout.engine`` names.
@@ -65,41 +65,33 @@ def measure(config: Config, engine: Callable[[Any], Any] | None = None) -> dict[
     from nemo_aapo.data.tokenizer import load_tokenizer, require_eos, text_decoder
     from nemo_aapo.distributed import parallel
     from nemo_aapo.engines.build import build_engine
-    from nemo_aapo.engines.trtllm import settings as trtllm_settings
-    from nemo_aapo.mcore import precision
-    from nemo_aapo.mcore.offload import LearnerOffload
-    from nemo_aapo.models import directory as model_dir
-    from nemo_aapo.rollout.collector import share
+    from nemo_aapo.prepare.job import resolve
+    from nemo_aapo.rollout.collector import own_shard
     from nemo_aapo.seeds import stream_seed
-    from nemo_aapo.training import build as assemble
+    from nemo_aapo.training import build
 
-    config = precision.decide(config)
-    if config.rollout.engine == "trtllm":
-        trtllm_settings.check(config)
-    assemble.initialize(config)
+    job = resolve(config, config.trainer.num_nodes * config.trainer.devices, given=("rewards",))
+    config = job.config
+    build.initialize(config)
     with contextlib.ExitStack() as stack:
         stack.callback(parallel.shutdown)
-        shape = model_dir.read_model_dir(config.model.path)
         tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
-        train, held_out = assemble.read_data(config, tokenizer, None)
+        train, held_out = build.read_data(config, tokenizer, None)
         data = train.prompts if len(train.prompts) else held_out.prompts  # a source without end has none yet
         prompts = [data[i % len(data)] for i in range(max(PROMPTS, parallel.data_parallel_size()))]
         algorithm = Algorithm(config.algorithm, config.rollout.max_new_tokens)
-        policy, learner = assemble.build_policy_and_learner(config, shape, algorithm)
-        made = engine(policy) if engine else build_engine(config, policy, shape, text_decoder(tokenizer))
+        policy = build.build_policy(job, trains=False)
+        learner = build.build_learner(policy, algorithm)
+        made = engine(policy) if engine else build_engine(config, policy, job.shape, text_decoder(tokenizer))
         stack.callback(made.close)
-        sampling = assemble.sampling_of(config, require_eos(tokenizer, config.model.path))
+        sampling = build.sampling_of(config, require_eos(tokenizer, config.model.path))
         sampling = dataclasses.replace(sampling, max_new_tokens=min(NEW_TOKENS, sampling.max_new_tokens))
-        mine = share(len(prompts))
+        mine = own_shard(len(prompts))
         numbers = range(len(prompts))[mine]
         seeds = [[stream_seed(config.seed, "doctor", i, j) for j in range(COMPLETIONS)] for i in numbers]
-        room = contextlib.nullcontext()
-        if config.rollout.offload_learner:
-            room = LearnerOffload(policy.model, policy.optimizer, print)()
-        with room:
-            made.wake()
-            drawn = made.generate([prompt.token_ids for prompt in prompts[mine]], sampling, seeds)
-            made.sleep()
+        made.wake()
+        drawn = made.generate([prompt.token_ids for prompt in prompts[mine]], sampling, seeds)
+        made.sleep()
         groups = [_group(prompt, completions) for prompt, completions in zip(prompts[mine], drawn, strict=True)]
         tokens = sum(parallel.gather_data_parallel(sum(len(c.token_ids) for row in drawn for c in row)))
         figures = learner.parity(groups)

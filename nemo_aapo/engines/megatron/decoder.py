@@ -26,8 +26,8 @@ from torch import Tensor
 
 from nemo_aapo.engines.megatron.kv_cache import SlotCache
 from nemo_aapo.engines.megatron.matmul import add_linear_, arranged, linear
-from nemo_aapo.learner.policy import output_weight
 from nemo_aapo.mcore.lora import base_layer, merged_weight
+from nemo_aapo.mcore.model import output_weight
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,13 +31,14 @@ def build(path: Path, tp: int = 1, pp: int = 1, sp: bool = False):
     import torch
     from megatron.core import parallel_state
 
+    from nemo_aapo.launch.world import Machine, decide
     from nemo_aapo.mcore import precision
     from nemo_aapo.mcore.weights import WeightMap
 
     weights = WeightMap(str(path), torch.float32)
     provider = weights.provider()
     for name, value in {
-        **precision.model_fields(precision.decide(make_config(path))),
+        **precision.model_fields(decide(make_config(path), Machine.present())),
         "tensor_model_parallel_size": tp,
         "pipeline_model_parallel_size": pp,
         "sequence_parallel": sp,

@@ -170,12 +170,11 @@ def _on_layout(words):
     """On each rank: what it was given and told. Data-parallel ranks ask for shares of their own."""
     from nemo_aapo.distributed import parallel
     from nemo_aapo.engines.remote.engine import RemoteEngine
-    from nemo_aapo.learner.policy import MegatronPolicy
-    from nemo_aapo.models import directory as model_dir
+    from tests.policies import make_policy
 
     config = load_config(words)
     remote = RemoteEngine.from_config(config)
-    policy = MegatronPolicy(config, model_dir.read_model_dir(config.model.path))
+    policy = make_policy(config)
     for parameter in policy.module.parameters():
         parameter.data.mul_(1.1)
     remote.update_weights(policy.named_weights(), 3)
@@ -403,12 +402,11 @@ def _refit_on_a_full_disk(words):
 
     from nemo_aapo.distributed import parallel
     from nemo_aapo.engines.remote.engine import RemoteEngine
-    from nemo_aapo.learner.policy import MegatronPolicy
-    from nemo_aapo.models import directory as model_dir
+    from tests.policies import make_policy
 
     config = load_config(words)
     remote = RemoteEngine.from_config(config)
-    policy = MegatronPolicy(config, model_dir.read_model_dir(config.model.path))
+    policy = make_policy(config)
     remote.update_weights(policy.named_weights(), 1)
     before = remote.generate(PROMPTS, SPEC, SEEDS)
     for parameter in policy.module.parameters():

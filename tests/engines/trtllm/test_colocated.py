@@ -19,12 +19,11 @@ def _rollout(path, tp, pp):
     from nemo_aapo.engines.trtllm import placement as trtllm_placement
     from nemo_aapo.engines.trtllm import refit as trtllm_refit
     from nemo_aapo.engines.trtllm import settings as trtllm_settings
-    from nemo_aapo.learner.policy import MegatronPolicy
-    from nemo_aapo.models.directory import read_model_dir
     from tests import fake_trtllm
+    from tests.policies import make_policy
 
     layout = {"model__tensor_model_parallel_size": tp, "model__pipeline_model_parallel_size": pp, "trainer__devices": 2}
-    policy = MegatronPolicy(make_config(path, **layout), read_model_dir(str(path)))
+    policy = make_policy(make_config(path, **layout))
     config = make_config(
         path,
         **layout,

@@ -1,0 +1,76 @@
+"""A whole training run: join the ranks, build, fit, export."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nemo_aapo.config import Config
+from nemo_aapo.distributed import parallel
+from nemo_aapo.launch.local import world_size_of_job
+from nemo_aapo.prepare.job import Job, resolve
+from nemo_aapo.run.experiment import open_experiment
+from nemo_aapo.run.progress import Progress
+from nemo_aapo.run.reporter import RunReporter
+from nemo_aapo.run.stop import StopSignal
+from nemo_aapo.run.summary import summary_table
+from nemo_aapo.training.build import Parts, build_training, initialize
+from nemo_aapo.training.trainer import AAPOTrainer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+def train(job: Job | Config, **parts: Unpack[Parts]) -> int:
+    """Train what a job describes, going on where an earlier call was interrupted. Collective.
+
+    Args:
+        job: or a configuration alone, which is resolved for the ranks that are there.
+        parts: of one's own, in place of the job's.
+
+    Returns:
+        0: complete, or stopped by a signal after a checkpoint.
+
+    Raises:
+        ConfigError, DataError: what can't work, on every rank.
+    """
+    if isinstance(job, Config):
+        job = resolve(job, world_size_of_job(), given=parts)
+    config = job.config
+    initialize(config)
+    rank = parallel.rank()
+    try:
+        with (
+            parallel.agree(
+                lambda: open_experiment(config, dict(job.tree), rank=rank, world_size=job.sizes.world_size)
+            ) as experiment,
+            StopSignal(Path(config.run.dir), speak=rank == 0) as stop,
+            Progress(config.trainer.max_steps, enabled=rank == 0) as progress,
+            contextlib.ExitStack() as stack,
+        ):
+            for line in job.sizes.arithmetic:
+                progress.note(line)
+            reporter = RunReporter(experiment, progress, stop, console_samples=config.validation.console_samples)
+            with parallel.lost_ranks_reported(lambda: "the start"):
+                trainer = build_training(job, reporter=reporter, stack=stack, **parts)
+            complete = trainer.fit()
+            if complete:
+                _finish(trainer, reporter)
+            else:
+                progress.note(f"stopped after step {trainer.step}; the same command goes on from there")
+        if complete and rank == 0:
+            print(summary_table(config), flush=True)
+        return 0
+    finally:
+        parallel.shutdown()
+
+
+def _finish(trainer: AAPOTrainer, reporter: RunReporter) -> None:
+    """Export the model, then mark the run as finished."""
+    config = trainer.config
+    if config.export_hf_model:
+        reporter.note("exporting the Hugging Face model")
+        with parallel.lost_ranks_reported(lambda: "the export"):
+            trainer.policy.export(str(Path(config.run.dir) / "hf_model"))
+    reporter.experiment.finish({"step": trainer.step, "policy_version": trainer.policy.version})

@@ -1,0 +1,68 @@
+"""The parity gate: engine and learner must give the same tokens the same log-probs, or the gradient is a wrong one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from nemo_aapo.config.schema import Rollout
+from nemo_aapo.distributed import parallel
+from nemo_aapo.errors import ParityError
+from nemo_aapo.training.parts import Learner
+from nemo_aapo.types import Group
+
+
+class ParityGate:
+    """Compares engine and learner before the first update of a process, and judges each step's figures after it."""
+
+    def __init__(self, limits: Rollout, learner: Learner) -> None:
+        """Args: limits: ``max_parity_error``, ``max_gen_kl`` and what to do beyond them, ``on_parity_error``."""
+        self.limits, self.learner = limits, learner
+        self._passed = False
+
+    def check(self, groups: Sequence[Group], policy_version: int) -> None:
+        """Compare them on a step's completions, until they were compared once. Collective.
+
+        Completions of an earlier policy are passed over: there engine and learner have to differ.
+
+        Raises:
+            ParityError: they disagree.
+        """
+        if self._passed or _lag(groups, policy_version):
+            return
+        if complaint := disagreement(self.limits, self.learner.parity(groups)):
+            raise ParityError(f"before the first step: {complaint}")
+        self._passed = True
+
+    def watch(self, step: int, metrics: Mapping[str, float]) -> str | None:
+        """Judge the figures of a step that was trained on: a warning, or None if there is nothing to say.
+
+        Raises:
+            ParityError: they disagree, and ``rollout.on_parity_error`` is ``stop``.
+        """
+        if metrics["rollout/lag"] or not (complaint := disagreement(self.limits, metrics)):
+            return None
+        if self.limits.on_parity_error == "stop":
+            raise ParityError(f"step {step}: {complaint}. The last checkpoint is as it was")
+        return f"warning: step {step}: {complaint}"
+
+
+def disagreement(limits: Rollout, parity: Mapping[str, float]) -> str:
+    """What is wrong with the parity of engine and learner; empty if it is within the limits or not known.
+
+    Args:
+        parity: ``parity/mult_prob_error`` and ``parity/gen_kl``, as ``Learner`` returns them.
+    """
+    error, kl = parity["parity/mult_prob_error"], parity["parity/gen_kl"]
+    if not (error > limits.max_parity_error or kl > limits.max_gen_kl):
+        return ""
+    return (
+        f"engine and learner disagree on the same tokens: multiplicative probability error {error:.4f} "
+        f"(rollout.max_parity_error={limits.max_parity_error}), KL {kl:.2e} (rollout.max_gen_kl={limits.max_gen_kl}). "
+        "Look at: rollout.temperature (the same in both?), the model's dtype, stale weights in the engine, the "
+        "padded vocabulary; with an FP8 learner, whose engine decodes in bf16: docs/guide/gpu.md"
+    )
+
+
+def _lag(groups: Sequence[Group], policy_version: int) -> bool:
+    """Whether an earlier policy drew some of these, on any rank."""
+    return parallel.any_rank(any(c.policy_version != policy_version for g in groups for c in g.completions))[0]

@@ -1,0 +1,434 @@
+"""The loop with fakes for all its parts: what happens in which order, and what is left after a stop or an error."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nemo_aapo.algorithms import Algorithm
+from nemo_aapo.config.compose import load_config
+from nemo_aapo.distributed import parallel
+from nemo_aapo.errors import CheckpointError, LostRankError, NonFiniteError, ParityError
+from nemo_aapo.training.trainer import AAPOTrainer
+from nemo_aapo.types import Completion, Group, Prompt
+
+STEPS = 5
+AGREE = {"parity/mult_prob_error": 1.0, "parity/gen_kl": 0.0}
+APART = {"parity/mult_prob_error": 9.0, "parity/gen_kl": 9.0}
+
+
+@pytest.fixture(scope="module")
+def config():
+    """Five steps, a validation and a checkpoint every two."""
+    words = ["model.path=/m", "data.train=/t", "data.validation=/v", "algorithm=gpg", "run.dir=/run"]
+    words += ["prompts_per_step=2", "group_size=2", f"trainer.max_steps={STEPS}", "trainer.val_check_interval=2"]
+    return load_config([*words, "checkpoint.save_interval=2"])
+
+
+@pytest.fixture(autouse=True)
+def one_rank(monkeypatch):
+    """The loop's collectives among one rank, without a process group."""
+    monkeypatch.setattr(parallel, "any_rank", lambda *flags: list(flags))
+    monkeypatch.setattr(parallel, "gather_data_parallel", lambda value: [value])
+    monkeypatch.setattr(parallel, "data_parallel_rank", lambda: 0)
+    monkeypatch.setattr(parallel, "data_parallel_size", lambda: 1)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda group=None: 0)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda group=None: 1)
+
+
+class Journal(list):
+    """What happened, in order; at one place something else happens as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.at = self.then = None
+
+    def write(self, line: str) -> None:
+        self.append(line)
+        if line == self.at:
+            self.then()
+
+    def of(self, *verbs: str) -> list[str]:
+        return [line for line in self if line.split()[0] in verbs]
+
+
+class Policy:
+    def __init__(self) -> None:
+        self.version = 0
+
+
+class Rollouts:
+    """An engine with weights of its own, and a cursor: what a checkpoint has to bring back."""
+
+    def __init__(self, journal, policy, runs_ahead=False) -> None:
+        self.journal, self.policy, self.runs_ahead = journal, policy, runs_ahead
+        self.seconds, self.metrics = {"rollout": 0.0, "refit": 0.0}, {"rollout/idle_fraction": 0.0}
+        self.served = self.cursor = 0
+        self.ahead = None  # (step, version) of what is under way
+
+    def fill_reference(self, step, report, stop_requested):
+        self.journal.write(f"fill {step}")
+        report(1, 2)
+        return not stop_requested()
+
+    def generate(self, step):
+        assert self.ahead is None or self.ahead[0] == step
+        if self.ahead is None:
+            assert self.served == self.policy.version, "stale weights in the engine"
+        version = self.served if self.ahead is None else self.ahead[1]
+        self.ahead, self.cursor = None, step + 1
+        self.journal.write(f"generate {step} by {version}")
+        return groups(version)
+
+    def begin(self, step):
+        if step < STEPS:
+            self.ahead = step, self.served
+            self.journal.write(f"begin {step} by {self.served}")
+
+    def settle(self):
+        self.journal.write("settle")
+
+    def refit(self):
+        if self.served != self.policy.version:
+            self.served = self.policy.version
+            self.journal.write(f"refit to {self.served}")
+
+    def epochs(self, step):
+        return float(step)
+
+    def state_dict(self):
+        return {"sampler": self.cursor, "reference": None, "completion_lengths": {}}
+
+    def load_state_dict(self, state):
+        self.cursor = state["sampler"]
+
+    def pending_files(self):
+        return {"pending": repr(self.ahead).encode()} if self.ahead else {}
+
+    def load_pending(self, checkpoint, step):
+        self.journal.write(f"pending of {checkpoint.name}")
+
+
+class Learner:
+    def __init__(self, journal, policy) -> None:
+        self.journal, self.policy = journal, policy
+        self.agrees, self.later = AGREE, AGREE
+
+    def parity(self, groups):
+        self.journal.write("parity")
+        return self.agrees
+
+    def update(self, groups):
+        assert all(group.advantages is not None for group in groups)
+        self.journal.write(f"update {self.policy.version}")
+        self.policy.version += 1
+        return {"loss": 0.5, "kl": float("nan"), **self.later}
+
+
+class Validator:
+    prompts = ("one", "two")
+
+    def __init__(self, journal, policy) -> None:
+        self.journal, self.policy = journal, policy
+
+    def run(self):
+        self.journal.write(f"validate {self.policy.version}")
+        return {"validation/accuracy_greedy": 0.25}, []
+
+
+class Checkpoints:
+    """A disk that outlives the trainer."""
+
+    def __init__(self, journal, disk) -> None:
+        self.journal, self.disk, self.policy = journal, disk, None
+        self.seconds, self.resumed_from, self.broken = 0.0, None, False
+
+    def resume(self, policy, mode):
+        self.policy = policy
+        if not self.disk:
+            return None
+        state = self.disk[max(self.disk)]
+        policy.version, self.resumed_from = state["policy_version"], Path(f"step_{state['step']}")
+        return state
+
+    def save(self, step, policy, trainer_state, extra_files=None):
+        self.journal.write(f"save {step}")
+        self.disk[step] = {**trainer_state, "files": extra_files}
+
+    def failed(self):
+        return self.broken
+
+    def wait(self):
+        self.journal.write("wait")
+        if self.broken:
+            raise CheckpointError("no space left")
+
+    def close(self):
+        self.journal.write("close")
+
+
+class Reporter:
+    def __init__(self, journal) -> None:
+        self.journal, self.stop, self.saved, self.notes, self.metrics = journal, False, [], [], []
+
+    def begin(self, step):
+        self.journal.write(f"begin_at {step}")
+
+    def phase(self, name, done, total): ...
+
+    def note(self, text):
+        self.notes.append(text)
+
+    def log_step(self, step, metrics):
+        self.metrics.append(metrics)
+        self.journal.write(f"log {step}")
+
+    def log_validation(self, step, metrics, samples): ...
+
+    def save_rollouts(self, name, samples):
+        self.saved.append(name)
+
+    def stop_requested(self):
+        return self.stop
+
+
+def groups(version):
+    """Two prompts with one right completion each."""
+    completions = tuple(
+        Completion(np.array([3, 1], np.int32), np.zeros(2, np.float32), "stop", version) for _ in range(2)
+    )
+    rewards, nothing = np.array([1.0, 0.0]), np.zeros(2, bool)
+    prompts = [Prompt(name, np.array([5], np.int32), "", "", "") for name in "ab"]
+    return [Group(prompt, completions, ("", ""), rewards, {"r": rewards}, nothing) for prompt in prompts]
+
+
+def make(config, disk=None, runs_ahead=False):
+    """A trainer of fakes that share a journal."""
+    journal, policy = Journal(), Policy()
+    return AAPOTrainer(
+        config=config,
+        policy=policy,
+        rollouts=Rollouts(journal, policy, runs_ahead),
+        algorithm=Algorithm(config.algorithm, 4),
+        learner=Learner(journal, policy),
+        validator=Validator(journal, policy),
+        checkpoints=Checkpoints(journal, {} if disk is None else disk),
+        reporter=Reporter(journal),
+    )
+
+
+def happen(trainer, line, action):
+    """Have something happen when the journal comes to a line."""
+    trainer.reporter.journal.at, trainer.reporter.journal.then = line, action
+
+
+def fails_with(error):
+    def fail():
+        raise error
+
+    return fail
+
+
+# ---------------------------------------------------------------- a whole run
+
+
+def test_a_run_does_what_it_does_in_this_order(config):
+    trainer = make(config)
+    assert trainer.fit()
+    step = "fill {0}|generate {0} by {0}|update {0}|refit to {1}|log {1}"
+    first, second, third, fourth, fifth = (step.format(k, k + 1).split("|") for k in range(STEPS))
+    first.insert(2, "parity")
+    validated = "settle|validate {0}|save {0}"
+    assert trainer.reporter.journal == [
+        "begin_at -1", "settle", "validate 0",
+        *first, *second, *validated.format(2).split("|"),
+        *third, *fourth, *validated.format(4).split("|"),
+        *fifth, *validated.format(5).split("|"), "wait", "close",
+    ]  # fmt: skip
+
+
+def test_one_step_ahead_the_next_rollout_begins_after_a_refit_and_before_the_update(config):
+    trainer = make(config, runs_ahead=True)
+    assert trainer.fit()
+    seen = trainer.reporter.journal.of("generate", "begin", "update", "refit")
+    assert seen[:8] == [
+        "generate 0 by 0", "begin 1 by 0", "update 0",
+        "generate 1 by 0", "refit to 1", "begin 2 by 1", "update 1", "refit to 2",  # for the validation
+    ]  # fmt: skip
+    assert [line for line in seen if line.startswith("generate")] == [
+        "generate 0 by 0", "generate 1 by 0", "generate 2 by 1", "generate 3 by 2", "generate 4 by 3",
+    ]  # fmt: skip
+    assert trainer.reporter.metrics[-1]["rollout/lag"] == 1
+    assert trainer.checkpoints.disk[2]["files"] == {"pending": b"(2, 1)"}
+
+
+@pytest.mark.parametrize(("interval", "steps"), [(0, []), (1, [0, 1, 2, 3, 4, 5]), (3, [0, 3, 5]), (9, [0, 5])])
+def test_validations_come_before_the_first_step_at_their_interval_and_at_the_end(config, interval, steps):
+    trainer = make(
+        dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, val_check_interval=interval))
+    )
+    assert trainer.fit()
+    assert trainer.reporter.journal.of("validate") == [f"validate {step}" for step in steps]
+
+
+def test_a_complete_run_that_is_started_again_does_nothing(config):
+    disk = {}
+    assert make(config, disk).fit()
+    again = make(config, disk)
+    assert again.fit()
+    assert again.reporter.journal == ["pending of step_5", "begin_at 5", "refit to 5", "wait", "close"]
+
+
+def test_a_checkpoint_keeps_what_the_next_step_depends_on(config):
+    trainer = make(config)
+    trainer.fit()
+    state = trainer.checkpoints.disk[4]
+    assert state.keys() == {
+        "step", "policy_version", "seed", "sampler", "reference", "completion_lengths", "metrics", "files",
+    }  # fmt: skip
+    assert (state["step"], state["policy_version"], state["sampler"]) == (4, 4, 4)
+    assert state["metrics"]["loss"] == 0.5
+    assert state["metrics"]["validation/accuracy_greedy"] == 0.25
+    assert not [name for name in state["metrics"] if name.startswith("time/") or name == "kl"]  # times, and NaN
+
+
+# ---------------------------------------------------------------- stopped and resumed
+
+STOPS = {  # where the signal comes: the steps that are done then
+    "fill 2": 2,
+    "generate 2 by 2": 3,
+    "update 2": 3,
+    "refit to 3": 3,
+    "log 3": 3,
+    "log 2": 2,
+    "validate 2": 2,
+    "save 2": 2,
+    "fill 0": 0,
+    "parity": 1,
+    "validate 0": 0,
+}
+
+
+@pytest.mark.parametrize("runs_ahead", [False, True])
+@pytest.mark.parametrize("phase", STOPS)
+def test_a_stop_in_any_phase_ends_with_a_checkpoint_of_the_last_step_and_a_resumed_run_does_the_rest(
+    config, phase, runs_ahead
+):
+    done = STOPS[phase]
+    if runs_ahead:
+        phase = {"generate 2 by 2": "generate 2 by 1", "refit to 3": "begin 3 by 2"}.get(phase, phase)
+    disk, updates = {}, []
+    trainer = make(config, disk, runs_ahead)
+    happen(trainer, phase, lambda: setattr(trainer.reporter, "stop", True))
+    assert not trainer.fit()
+    assert trainer.step == max(disk, default=0) == done
+    assert trainer.reporter.journal[-1] == "close"
+    updates += trainer.reporter.journal.of("update")
+    resumed = make(config, disk, runs_ahead)
+    assert resumed.fit()
+    assert resumed.reporter.journal.of("begin_at") == [f"begin_at {done or -1}"]
+    updates += resumed.reporter.journal.of("update")
+    assert updates == [f"update {k}" for k in range(STEPS)]  # each once, whichever part of the run did it
+    assert resumed.reporter.journal.of("parity") == ["parity"]  # engine and learner are compared in every process
+
+
+def test_a_resumed_runs_engine_has_the_policys_weights_before_it_generates(config):
+    disk = {}
+    trainer = make(config, disk)
+    happen(trainer, "log 3", lambda: setattr(trainer.reporter, "stop", True))
+    trainer.fit()
+    resumed = make(config, disk)
+    resumed.fit()
+    assert resumed.reporter.journal[:4] == ["pending of step_3", "begin_at 3", "refit to 3", "fill 3"]
+
+
+# ---------------------------------------------------------------- errors
+
+
+def test_a_save_in_the_background_that_has_failed_ends_the_run_after_the_step(config):
+    trainer = make(config)
+    happen(trainer, "log 3", lambda: setattr(trainer.checkpoints, "broken", True))
+    with pytest.raises(CheckpointError, match="no space left"):
+        trainer.fit()
+    assert trainer.reporter.journal[-3:] == ["log 3", "wait", "close"]
+    assert max(trainer.checkpoints.disk) == 2
+
+
+def test_a_save_that_fails_ends_the_run(config):
+    trainer = make(config)
+    happen(trainer, "save 4", fails_with(CheckpointError("the disk is full")))
+    with pytest.raises(CheckpointError, match="the disk is full"):
+        trainer.fit()
+    assert trainer.reporter.journal[-2:] == ["save 4", "close"]
+    assert max(trainer.checkpoints.disk) == 2
+
+
+def test_a_disagreement_before_the_first_update_changes_no_weight(config):
+    trainer = make(config)
+    trainer.learner.agrees = APART
+    with pytest.raises(ParityError, match=r"before the first step: engine and learner disagree"):
+        trainer.fit()
+    assert not trainer.reporter.journal.of("update", "save")
+
+
+@pytest.mark.parametrize("on_error", ["stop", "warn"])
+def test_a_later_disagreement_stops_the_run_or_is_said(config, on_error):
+    trainer = make(dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, on_parity_error=on_error)))
+    happen(trainer, "generate 2 by 2", lambda: setattr(trainer.learner, "later", APART))
+    if on_error == "stop":
+        with pytest.raises(ParityError, match=r"step 3: engine and learner disagree.*last checkpoint is as it was"):
+            trainer.fit()
+        assert max(trainer.checkpoints.disk) == 2
+    else:
+        assert trainer.fit()
+        warnings = [note for note in trainer.reporter.notes if note.startswith("warning: step")]
+        assert [warning.split(":")[1] for warning in warnings] == [" step 3", " step 4", " step 5"]
+
+
+def test_completions_of_an_earlier_policy_are_not_held_against_the_learner(config):
+    trainer = make(config, runs_ahead=True)
+    happen(trainer, "generate 1 by 0", lambda: setattr(trainer.learner, "later", APART))
+    assert trainer.fit()
+    assert not [note for note in trainer.reporter.notes if note.startswith("warning")]
+
+
+def test_an_update_that_is_not_finite_ends_the_run_and_keeps_the_batch(config):
+    trainer = make(config)
+    happen(trainer, "update 2", fails_with(NonFiniteError("gradient norm inf")))
+    with pytest.raises(NonFiniteError, match=r"step 3: gradient norm inf.*/run/rollouts/failed_step_000003\.jsonl"):
+        trainer.fit()
+    assert trainer.reporter.saved == ["failed_step_000003"]
+    assert max(trainer.checkpoints.disk) == 2
+
+
+def test_log_probs_that_are_not_finite_name_the_step(config):
+    trainer = make(config)
+    happen(trainer, "generate 3 by 3", fails_with(FloatingPointError("log-probs are not finite")))
+    with pytest.raises(NonFiniteError, match=r"step 4, rollout: log-probs are not finite\. No checkpoint was written"):
+        trainer.fit()
+    assert max(trainer.checkpoints.disk) == 2
+
+
+PHASES = {
+    "begin_at -1": "the start",
+    "validate 0": "the validation after step 0",
+    "fill 2": "the reference rewards of step 3",
+    "generate 2 by 2": "step 3, rollout",
+    "parity": "step 1, parity",
+    "update 2": "step 3, train",
+    "refit to 3": "step 3, refit",
+    "save 2": "the checkpoint of step 2",
+    "wait": "the checkpoint of step 5",
+}
+
+
+@pytest.mark.parametrize("line", PHASES)
+def test_a_lost_rank_is_reported_with_the_phase_it_was_lost_in(config, line):
+    trainer = make(config)
+    happen(trainer, line, fails_with(RuntimeError("[gloo/transport/tcp/pair.cc:1] Connection closed by peer")))
+    with pytest.raises(LostRankError, match=f"ended at {PHASES[line]}: another rank is gone"):
+        trainer.fit()
+    assert trainer.reporter.journal[-1] == "close"
