@@ -20,6 +20,7 @@ from nemo_aapo.config.compose import compose
 from nemo_aapo.errors import ConfigError
 from nemo_aapo.launch import local
 from nemo_aapo.launch.local import launch, run_ranks
+from nemo_aapo.launch.world import of_launcher
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.timeout(60)
@@ -223,7 +224,7 @@ def test_what_a_rank_leaves_behind_goes_with_it(tmp_path):
 
 def test_more_than_one_node_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"trainer\.num_nodes=2: .* this machine only"):
-        launch(make_config(tmp_path, "trainer.num_nodes=2"), ["false"])
+        of_launcher(make_config(tmp_path, "trainer.num_nodes=2"))
 
 
 def test_a_rank_that_hangs_after_the_others_ended_is_killed_in_time(tmp_path, capfd):
