@@ -139,16 +139,16 @@ def dimensions(plan: Plan, folder: Path) -> list[Row]:
 
 
 class _Clock:
-    """CPU seconds of each of a source's rollouts."""
+    """CPU seconds of each rollout."""
 
     def __init__(self, rollouts: Any) -> None:
         self.seconds: list[float] = []
-        self._groups, rollouts.groups = rollouts.groups, self._timed
+        self._generate, rollouts.generate = rollouts.generate, self._timed
 
     def _timed(self, step: int) -> Any:
         began = time.process_time()
         try:
-            return self._groups(step)
+            return self._generate(step)
         finally:
             self.seconds.append(time.process_time() - began)
 

@@ -26,13 +26,13 @@ def copy_in_each_layer(trainer):
 
 def collective_in_each_rollout(trainer):
     """What a careless ``agree`` or ``any_rank`` would do."""
-    groups = trainer.rollouts.groups
+    generate = trainer.rollouts.generate
 
     def with_one_more(step):
         torch.distributed.all_reduce(torch.zeros(1))
-        return groups(step)
+        return generate(step)
 
-    trainer.rollouts.groups = with_one_more
+    trainer.rollouts.generate = with_one_more
 
 
 @pytest.fixture(scope="module")
