@@ -26,6 +26,7 @@ from nemo_aapo.evaluation.settings import engine_settings, find_model, reward_na
 from nemo_aapo.evaluation.tasks import Task, load_task, sampling_of
 from nemo_aapo.evaluation.votes import answer_of
 from nemo_aapo.mcore import precision
+from nemo_aapo.mcore.groups import destroy_model_parallel
 from nemo_aapo.models import directory as model_dir
 from nemo_aapo.rollout.collector import Collector
 from nemo_aapo.run.directory import lock_directory
@@ -79,7 +80,7 @@ def evaluate(config: EvaluationConfig, tree: dict[str, Any]) -> int:
             parallel.agree(lambda: _finish(config, tasks, identity) if first else None)
         return 0
     finally:
-        parallel.shutdown()
+        destroy_model_parallel()
 
 
 # ---------------------------------------------------------------- loading

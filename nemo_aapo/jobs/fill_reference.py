@@ -17,6 +17,7 @@ from nemo_aapo.data.sampler import PromptSampler
 from nemo_aapo.data.tokenizer import load_tokenizer, require_eos
 from nemo_aapo.distributed import parallel
 from nemo_aapo.mcore import precision
+from nemo_aapo.mcore.groups import destroy_model_parallel
 from nemo_aapo.reference_store.key import StoreKey
 from nemo_aapo.reference_store.shards import Shard, merge_shards, shard_files
 from nemo_aapo.reference_store.store import RewardStore
@@ -67,7 +68,7 @@ def fill(config: Config, shard: Shard | None = None) -> int:
             screen.note(f"{own}: {what}" if complete else f"{own}: stopped; the same command goes on from there")
         return 0
     finally:
-        parallel.shutdown()
+        destroy_model_parallel()
 
 
 def merge(config: Config) -> int:
@@ -141,7 +142,7 @@ def _needed(config: Config) -> tuple[StoreKey, list[Prompt]]:
             key = reference_key(config, sampling, scorer)
         return key, needed_prompts(data.prompts, build_sampler(config, data), config.trainer.max_steps)
     finally:
-        parallel.shutdown()
+        destroy_model_parallel()
 
 
 def _report(config: Config, key: StoreKey, prompts: Sequence[Prompt]) -> int:

@@ -22,10 +22,12 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from nemo_aapo.config import Config, ModelShape
 from nemo_aapo.distributed import parallel
+from nemo_aapo.distributed.device import device
 from nemo_aapo.errors import ConfigError, NonFiniteError
 from nemo_aapo.learner.logprobs import selected_logprobs
 from nemo_aapo.mcore import precision
-from nemo_aapo.mcore.lora import add_adapters
+from nemo_aapo.mcore.bridge.lora import add_adapters
+from nemo_aapo.mcore.bridge.weights import WeightMap
 from nemo_aapo.mcore.micro_batch import MicroBatch
 from nemo_aapo.mcore.optimizer import (
     CHECKPOINT_METADATA,
@@ -36,7 +38,6 @@ from nemo_aapo.mcore.optimizer import (
 )
 from nemo_aapo.mcore.packing import packed_sequences, rotary_positions
 from nemo_aapo.mcore.state import load_model_state, sharded_model_state
-from nemo_aapo.mcore.weights import WeightMap
 
 TokenLoss = Callable[[torch.Tensor, torch.Tensor, MicroBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 """``loss(logprobs [n], entropy [n], batch)`` -> (this micro-batch's part of the loss, detached sums for metrics)."""
@@ -285,7 +286,7 @@ def build_stage(weight_map: WeightMap, fields: Mapping[str, Any]) -> GPTModel:
     module = provider.provide(
         pre_process=parallel_state.is_pipeline_first_stage(), post_process=parallel_state.is_pipeline_last_stage()
     )
-    return module.to(torch.cuda.current_device())
+    return module.to(device())
 
 
 def _loss_part(loss: TokenLoss, logprobs: torch.Tensor, entropy: torch.Tensor, batch: MicroBatch):

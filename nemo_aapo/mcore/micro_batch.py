@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -46,6 +47,13 @@ class MicroBatch:
     reference_logprobs: torch.Tensor | None = None
     """float32 [n], the frozen reference's (for the KL term)."""
 
-    def replace(self, **changes) -> MicroBatch:
+    @classmethod
+    def of_one_sequence(cls, ids: torch.Tensor) -> MicroBatch:
+        """The sequence int64 [s] as one row, none of whose tokens are scored: for its hidden states alone."""
+        no_tokens, nothing = ids.new_empty(0), torch.empty(0, device=ids.device)
+        positions = torch.arange(len(ids), device=ids.device)[None]
+        return cls(ids[None], positions, None, len(ids), no_tokens, no_tokens, (0,), nothing, nothing, nothing)
+
+    def replace(self, **changes: Any) -> MicroBatch:
         """A copy with some fields set."""
         return dataclasses.replace(self, **changes)

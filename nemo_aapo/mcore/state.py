@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 
-from nemo_aapo.mcore.lora import ADAPTER, is_adapted
+from nemo_aapo.mcore.bridge.lora import ADAPTER, is_adapted
 
 EXTRA_STATE = "_extra_state"
 """torch's name for what a module keeps besides tensors."""

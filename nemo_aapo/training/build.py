@@ -27,7 +27,7 @@ from nemo_aapo.errors import ConfigError
 from nemo_aapo.evaluation.validation import Validator
 from nemo_aapo.launch.local import world_size_of_job
 from nemo_aapo.mcore import precision
-from nemo_aapo.mcore.cpu import patches as cpu
+from nemo_aapo.mcore.groups import destroy_model_parallel, initialize_model_parallel
 from nemo_aapo.models import directory as model_dir
 from nemo_aapo.rewards import reward_of
 from nemo_aapo.rewards.workers.runner import RewardRunner
@@ -87,13 +87,12 @@ def train(config: Config, tree: dict[str, Any] | None = None, **parts: Any) -> i
             print(report.summary_table(config), flush=True)
         return 0
     finally:
-        parallel.shutdown()
+        destroy_model_parallel()
 
 
 def initialize(config: Config) -> None:
     """Join the job's ranks and cut them into Megatron's groups."""
-    cpu.install()
-    parallel.initialize(
+    initialize_model_parallel(
         tensor_model_parallel_size=config.model.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.model.pipeline_model_parallel_size,
         seed=config.seed,

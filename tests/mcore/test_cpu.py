@@ -73,7 +73,7 @@ def _the_bridge_leaves_no_stand_ins_behind():
     import importlib
     import sys
 
-    from nemo_aapo.mcore.bridge import OPTIONAL_DEPENDENCIES, auto_bridge_class
+    from nemo_aapo.mcore.bridge.loader import OPTIONAL_DEPENDENCIES, auto_bridge_class
 
     auto_bridge_class("Qwen2ForCausalLM")
     assert not [name for name in sys.modules if name.partition(".")[0] == "transformer_engine"]

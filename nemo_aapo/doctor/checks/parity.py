@@ -67,6 +67,7 @@ def measure(config: Config, engine: Callable[[Any], Any] | None = None) -> dict[
     from nemo_aapo.engines.build import build_engine
     from nemo_aapo.engines.trtllm import settings as trtllm_settings
     from nemo_aapo.mcore import precision
+    from nemo_aapo.mcore.groups import destroy_model_parallel
     from nemo_aapo.mcore.offload import LearnerOffload
     from nemo_aapo.models import directory as model_dir
     from nemo_aapo.rollout.collector import share
@@ -78,7 +79,7 @@ def measure(config: Config, engine: Callable[[Any], Any] | None = None) -> dict[
         trtllm_settings.check(config)
     assemble.initialize(config)
     with contextlib.ExitStack() as stack:
-        stack.callback(parallel.shutdown)
+        stack.callback(destroy_model_parallel)
         shape = model_dir.read_model_dir(config.model.path)
         tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
         train, held_out = assemble.read_data(config, tokenizer, None)

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
 from nemo_aapo.config.schema import Lora
-from nemo_aapo.mcore.bridge import lora_class
+from nemo_aapo.distributed import parallel
+from nemo_aapo.mcore.bridge.loader import lora_class
 from nemo_aapo.models import writer as hf_directory
 from nemo_aapo.seeds import stream_seed
 
@@ -64,7 +64,7 @@ def merged_weight(linear: torch.nn.Module) -> torch.Tensor:
 
 
 def _gather_rows(part: torch.Tensor) -> torch.Tensor:
-    group = parallel_state.get_tensor_model_parallel_group()
+    group = parallel.groups().tensor
     size = dist.get_world_size(group)
     if size == 1:
         return part
@@ -77,11 +77,11 @@ def _initialize(adapter: torch.nn.Module, seed: int) -> None:
     """Draw A whole on every rank (Xavier's uniform), and keep this rank's part; B is zero."""
     part = adapter.linear_in.weight
     dim = 1 if adapter.input_is_parallel else 0
-    tp = parallel_state.get_tensor_model_parallel_world_size()
+    tp = parallel.tensor_parallel_size()
     shape = [size * tp if axis == dim else size for axis, size in enumerate(part.shape)]
     bound = (6.0 / sum(shape)) ** 0.5
     whole = (2.0 * torch.rand(shape, generator=torch.Generator().manual_seed(seed)) - 1.0) * bound
-    own = whole.chunk(tp, dim)[parallel_state.get_tensor_model_parallel_rank()]
+    own = whole.chunk(tp, dim)[parallel.tensor_parallel_rank()]
     part.data.copy_(own)
     adapter.linear_out.weight.data.zero_()
 

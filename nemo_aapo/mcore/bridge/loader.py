@@ -17,10 +17,14 @@ import sys
 import types
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from nemo_aapo.mcore.import_stubs import standing_in
-from nemo_aapo.utils.libraries import import_megatron_core, importing
+from nemo_aapo.mcore import replaced
+from nemo_aapo.mcore.bridge.import_stubs import standing_in
+from nemo_aapo.utils.libraries import importing
+
+if TYPE_CHECKING:
+    import torch
 
 SUPPORTED = "0.3"
 """The release line whose layout of packages is known here; of any other, all is imported."""
@@ -42,10 +46,18 @@ CORE_FIRST = (
 
 MODELS = "megatron.bridge.models"
 
+MODULES_WITH_CUDA = (f"{MODELS}.conversion.param_mapping",)
+"""Modules of the Bridge that get ``fake_torch`` where there is no GPU."""
+
+_installed = False
+
 
 def auto_bridge_class(architecture: str) -> Any:
-    """``megatron.bridge.AutoBridge``, able to convert models of an architecture such as ``Qwen2ForCausalLM``."""
-    import_megatron_core()
+    """``megatron.bridge.AutoBridge``, able to convert models of an architecture such as ``Qwen2ForCausalLM``.
+
+    Raises:
+        DriftError: the installed Bridge is not the one that this package was written for.
+    """
     module = bridge_module(architecture)
     later = ["megatron.bridge", MODELS, module.rpartition(".")[0]] if module else []
     with importing():
@@ -54,7 +66,7 @@ def auto_bridge_class(architecture: str) -> Any:
     with importing(), _optional_dependencies(), _put_off(later):
         auto_bridge = importlib.import_module(f"{MODELS}.conversion.auto_bridge").AutoBridge
         importlib.import_module(module or MODELS)
-    _scatter_contiguous()
+    _install_patches()
     return auto_bridge
 
 
@@ -62,13 +74,16 @@ def lora_class() -> Any:
     """``megatron.bridge.peft.lora.LoRA``, and the truth about TransformerEngine.
 
     Without it mcore has mocks in place of its classes, which the Bridge takes for real ones and fails on.
+
+    Raises:
+        DriftError: as ``auto_bridge_class``.
     """
-    import_megatron_core()
     with importing(), _optional_dependencies():
         lora = importlib.import_module("megatron.bridge.peft.lora")
         utils = importlib.import_module("megatron.bridge.peft.utils")
+    replaced.check(replaced.OF_LORA)
     if importlib.util.find_spec("transformer_engine") is None:
-        utils.HAVE_TE = False
+        vars(utils)["HAVE_TE"] = False
     return lora.LoRA
 
 
@@ -141,17 +156,29 @@ class _PutOffLoader(importlib.abc.Loader):
         module.__getattr__ = run_and_get
 
 
+def _install_patches() -> None:
+    """Change what ``replaced.OF_BRIDGE`` lists. Idempotent."""
+    global _installed
+    if _installed:
+        return
+    import torch
+
+    from nemo_aapo.mcore.cpu import fake_torch
+
+    replaced.check(replaced.OF_BRIDGE)
+    _scatter_contiguous()
+    if not torch.cuda.is_available():
+        fake_torch.give(MODULES_WITH_CUDA)
+    _installed = True
+
+
 def _scatter_contiguous() -> None:
     """gloo's scatter misreads non-contiguous tensors without an error: every row-parallel weight would arrive wrong."""
     from megatron.bridge.models.conversion.param_mapping import MegatronParamMapping
 
-    scatter = MegatronParamMapping.scatter_to_tp_ranks
-    if getattr(scatter, "contiguous", False):
-        return
+    original = MegatronParamMapping.scatter_to_tp_ranks
 
-    def scatter_to_tp_ranks(self, splits, *args, **kwargs):
-        splits = [split.contiguous() for split in splits] if splits else splits
-        return scatter(self, splits, *args, **kwargs)
+    def scatter_to_tp_ranks(self: Any, splits: list[torch.Tensor] | None, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return original(self, splits and [split.contiguous() for split in splits], *args, **kwargs)
 
-    scatter_to_tp_ranks.contiguous = True
     MegatronParamMapping.scatter_to_tp_ranks = scatter_to_tp_ranks
