@@ -131,6 +131,11 @@ ON_CPU = (
         "it sorts parameters by type names of CUDA, which they are given meanwhile",
     ),
     Function(
+        "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.get_parameter_state_dp_zero",
+        "812c52ea4568b0ffae6132290b6bffe247fa0c44e42835be3e1ae55cbadd838b",
+        "it gathers the state by Tensor.cuda(), unless it is told to use gloo",
+    ),
+    Function(
         "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._set_main_param_and_optimizer_states",
         "93c254228283b2df0147fe436a2fe5d9e754ab4b7276a96f023be179c737329f",
         "it looks for torch's step count among the tensors that are loaded, where it is not",

@@ -128,19 +128,29 @@ def patch_optimizer_kernels() -> None:
 
 
 def patch_distributed_optimizer() -> None:
-    """Loading its state looks for torch's step count among the tensors (distrib_optimizer.py:940), where it is not.
+    """Saving its state gathers it by ``Tensor.cuda()`` (distrib_optimizer.py:1089), unless it is told to use gloo.
 
-    It was set by then: TransformerEngine's and apex's Adam keep it elsewhere, which is all that mcore thinks of there.
+    Loading looks for torch's step count among the tensors (distrib_optimizer.py:940), where it is not. It was set by
+    then: TransformerEngine's and apex's Adam keep it elsewhere, which is all that mcore thinks of there.
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-    original = DistributedOptimizer._set_main_param_and_optimizer_states
+    original, gather = (
+        DistributedOptimizer._set_main_param_and_optimizer_states,
+        DistributedOptimizer.get_parameter_state_dp_zero,
+    )
 
     def set_states(self: Any, model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
         present = self._get_main_param_and_optimizer_states(model_param)
         original(self, model_param, {**{key: present[key] for key in ("step",) if key in present}, **tensors})
 
+    def get_states(
+        self: Any, use_gloo_comm: bool = True, empty_data: bool = False, return_on_all_ranks: bool = False
+    ) -> dict[str | int, Any] | None:
+        return gather(self, True, empty_data, return_on_all_ranks)
+
     DistributedOptimizer._set_main_param_and_optimizer_states = set_states
+    DistributedOptimizer.get_parameter_state_dp_zero = get_states
 
 
 def patch_rng_tracker() -> None:
