@@ -1,4 +1,4 @@
-"""mcore's optimizer and its learning rate by the configuration: Adam, its state whole or dealt out, on GPU or host."""
+"""mcore's optimizer and its learning rate by the configuration: Adam, its state whole or sharded, on GPU or host."""
 
 from __future__ import annotations
 

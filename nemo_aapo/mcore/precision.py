@@ -32,7 +32,7 @@ class Machine:
 
     @classmethod
     def present(cls) -> Machine:
-        """This one; its first GPU stands for all."""
+        """The machine that this process runs on; its first GPU stands for all."""
         found = importlib.util.find_spec("transformer_engine") is not None
         if not torch.cuda.is_available():
             return cls(None, transformer_engine=found)
@@ -97,7 +97,7 @@ def refusal(config: Config, machine: Machine) -> str | None:
 
 
 def _best(machine: Machine) -> str:
-    """What to use instead."""
+    """The precisions that the machine can compute with, as words of a command."""
     usable = [
         name
         for name in ("fp8_tensorwise", "bf16", "fp32")
@@ -121,7 +121,7 @@ def model_fields(config: Config) -> dict[str, Any]:
 
 
 def machine_fields(dtype: torch.dtype) -> dict[str, Any]:
-    """Those that the machine and the dtype of the weights decide."""
+    """Fields of mcore's TransformerConfig that the machine and the dtype of the weights decide."""
     fused = torch.cuda.is_available()
     return {
         "params_dtype": dtype,
@@ -190,7 +190,7 @@ def fuse_weight_gradients(module: torch.nn.Module) -> int:
     TransformerEngine's can; mcore's own can with ``cpu.patch_weight_gradients``.
 
     Returns:
-        Number of layers that do.
+        Number of layers that do so.
     """
     flag = "fuse_wgrad_accumulation" if torch.cuda.is_available() else "gradient_accumulation_fusion"
     layers = [layer for layer in module.modules() if hasattr(layer, flag)]

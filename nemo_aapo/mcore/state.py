@@ -15,7 +15,7 @@ EXTRA_STATE = "_extra_state"
 
 
 def sharded_model_state(module: GPTModel) -> dict[str, Any]:
-    """For mcore's dist_checkpointing.
+    """The module's weights by name, as mcore's dist_checkpointing takes them.
 
     TransformerEngine's FP8 state is left out: it is a pickle, and loading it may run code. Only delayed scaling needs
     it; its maxima are found anew after a resume.

@@ -15,7 +15,7 @@ import importlib.util
 import re
 import sys
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +52,7 @@ MODULES_WITH_CUDA = (f"{MODELS}.conversion.param_mapping",)
 _installed = False
 
 
-def auto_bridge_class(architecture: str) -> Any:
+def auto_bridge_class(architecture: str) -> Any:  # the Bridge has no types
     """``megatron.bridge.AutoBridge``, able to convert models of an architecture such as ``Qwen2ForCausalLM``.
 
     Raises:
@@ -70,7 +70,7 @@ def auto_bridge_class(architecture: str) -> Any:
     return auto_bridge
 
 
-def lora_class() -> Any:
+def lora_class() -> Any:  # the Bridge has no types
     """``megatron.bridge.peft.lora.LoRA``, and the truth about TransformerEngine.
 
     Without it mcore has mocks in place of its classes, which the Bridge takes for real ones and fails on.
@@ -89,9 +89,8 @@ def lora_class() -> Any:
 
 def known_architectures() -> list[str]:
     """All that the installed Megatron-Bridge registers a map for, whether it works here or not; nothing is imported."""
-    (folder,) = importlib.util.find_spec("megatron.bridge").submodule_search_locations
     source = r"MegatronModelBridge\.register_bridge\(\s*source=[\"']?(\w+)"
-    texts = [path.read_text(encoding="utf-8") for path in (Path(folder) / "models").glob("*/*_bridge.py")]
+    texts = [path.read_text(encoding="utf-8") for path in _bridge_files()]
     return sorted({name for text in texts for name in re.findall(source, text, re.MULTILINE)})
 
 
@@ -99,12 +98,19 @@ def bridge_module(architecture: str) -> str | None:
     """The module that registers the architecture's bridge; None: it is not found by its text, so import all."""
     if not importlib.metadata.version("megatron-bridge").startswith(SUPPORTED + "."):
         return None
-    (folder,) = importlib.util.find_spec("megatron.bridge").submodule_search_locations
     source = rf"^@MegatronModelBridge\.register_bridge\(\s*source=[\"']?{re.escape(architecture)}\b"
-    for path in sorted((Path(folder) / "models").glob("*/*_bridge.py")):
+    for path in _bridge_files():
         if re.search(source, path.read_text(encoding="utf-8"), re.MULTILINE):
             return f"{MODELS}.{path.parent.name}.{path.stem}"
     return None
+
+
+def _bridge_files() -> list[Path]:
+    """The modules that register a map, without importing any."""
+    spec = importlib.util.find_spec("megatron.bridge")
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError("megatron-bridge is not installed: pip install --no-deps -r requirements/bridge.txt")
+    return sorted((Path(spec.submodule_search_locations[0]) / "models").glob("*/*_bridge.py"))
 
 
 def _optional_dependencies() -> contextlib.AbstractContextManager[None]:
@@ -126,11 +132,13 @@ class _PutOffFinder(importlib.abc.MetaPathFinder):
     def __init__(self, packages: set[str]) -> None:
         self.packages = packages
 
-    def find_spec(self, fullname, path=None, target=None):
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
         if fullname not in self.packages:
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
-        if spec is not None:
+        if spec is not None and spec.loader is not None:
             spec.loader = _PutOffLoader(spec.loader)
         return spec
 
@@ -138,10 +146,10 @@ class _PutOffFinder(importlib.abc.MetaPathFinder):
 class _PutOffLoader(importlib.abc.Loader):
     """Another loader's work, done when the module is asked for a name that it does not have yet (PEP 562)."""
 
-    def __init__(self, loader: Any) -> None:
+    def __init__(self, loader: importlib.abc.Loader) -> None:
         self.loader = loader
 
-    def create_module(self, spec):
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> None:
         return None
 
     def exec_module(self, module: types.ModuleType) -> None:
@@ -153,7 +161,7 @@ class _PutOffLoader(importlib.abc.Loader):
                     self.loader.exec_module(module)
             return getattr(module, name)
 
-        module.__getattr__ = run_and_get
+        vars(module)["__getattr__"] = run_and_get
 
 
 def _install_patches() -> None:
