@@ -48,7 +48,7 @@ setup(
     entry_points={"console_scripts": ["nemo-aapo = nemo_aapo.cli.__main__:main"]},
     install_requires=[
         "torch>=2.6",
-        "megatron-core>=0.16.1,<0.17",  # mcore/cpu/patches.py replaces parts of it and checks the version
+        "megatron-core>=0.16.1,<0.17",  # mcore/replaced.py lists what is replaced in it
         "transformers>=4.57,<5",  # as megatron-bridge asks
         "huggingface_hub<1",  # as transformers 4 asks; some data libraries would raise it
         "tokenizers",

@@ -40,16 +40,16 @@ def _rank(function: Callable[..., Any], arguments: Any, rank: int, world: int, t
         import torch
         import torch.distributed as dist
 
-        from nemo_aapo.distributed import parallel
-        from nemo_aapo.mcore.cpu import patches as cpu
+        from nemo_aapo.mcore.groups import destroy_model_parallel, initialize_model_parallel
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     torch.set_num_threads(1)
-    cpu.install()
     timeout = datetime.timedelta(seconds=TIMEOUT_S)
     dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timeout)
     try:
-        parallel.initialize(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, seed=0, timeout_s=TIMEOUT_S)
+        initialize_model_parallel(
+            tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, seed=0, timeout_s=TIMEOUT_S
+        )
         return function(*arguments)
     finally:
-        parallel.shutdown()
+        destroy_model_parallel()

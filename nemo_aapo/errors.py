@@ -38,6 +38,10 @@ class NonFiniteError(RunError):
     """Loss or gradient is NaN or infinite; the weights were left as they are."""
 
 
+class DriftError(RunError):
+    """A function of an installed library is not the one that its replacement here was written for."""
+
+
 class ParityError(RunError):
     """Engine and learner disagree on the log-probs of the same tokens."""
 

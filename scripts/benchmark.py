@@ -29,14 +29,12 @@ def rollout(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from benchmarks import generate, steps
-    from nemo_aapo.distributed import parallel
-    from nemo_aapo.mcore.cpu import patches as cpu
+    from nemo_aapo.mcore.groups import destroy_model_parallel, initialize_model_parallel
     from nemo_aapo.utils.libraries import quiet
 
     quiet()
     torch.set_num_threads(1)
-    cpu.install()
-    parallel.initialize(tensor_model_parallel_size=1, pipeline_model_parallel_size=1, seed=0, timeout_s=600)
+    initialize_model_parallel(tensor_model_parallel_size=1, pipeline_model_parallel_size=1, seed=0, timeout_s=600)
     try:
         with tempfile.TemporaryDirectory(prefix="aapo_benchmark_") as folder:
             engine = generate.compare(generate.QUICK if arguments.quick else generate.Plan(), Path(folder) / "generate")
@@ -46,7 +44,7 @@ def rollout(arguments: argparse.Namespace) -> dict[str, Any]:
             print("Milliseconds of a training step, median (lowest to highest)")
             print(steps.report(algorithms), flush=True)
     finally:
-        parallel.shutdown()
+        destroy_model_parallel()
     return {"generate": [asdict(row) for row in engine], "steps": [asdict(row) for row in algorithms]}
 
 
@@ -58,16 +56,16 @@ def gpu(arguments: argparse.Namespace) -> dict[str, Any]:
         raise SystemExit("benchmark.py gpu: no CUDA GPU on this machine")
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     from benchmarks import gpu, gpu_report
-    from nemo_aapo.distributed import parallel
+    from nemo_aapo.mcore.groups import destroy_model_parallel, initialize_model_parallel
     from nemo_aapo.utils.libraries import quiet
 
     quiet()
-    parallel.initialize(tensor_model_parallel_size=1, pipeline_model_parallel_size=1, seed=0, timeout_s=600)
+    initialize_model_parallel(tensor_model_parallel_size=1, pipeline_model_parallel_size=1, seed=0, timeout_s=600)
     try:
         with tempfile.TemporaryDirectory(prefix="aapo_benchmark_") as folder:
             found = gpu.measure(gpu.QUICK if arguments.quick else gpu.Plan(), Path(folder))
     finally:
-        parallel.shutdown()
+        destroy_model_parallel()
     for part in gpu_report.report(found):
         print(f"\n{part}", flush=True)
     return found
@@ -146,21 +144,19 @@ def scaling(arguments: argparse.Namespace) -> dict[str, Any]:
 
     from benchmarks import scaling
     from benchmarks.page import write_section
-    from nemo_aapo.distributed import parallel
-    from nemo_aapo.mcore.cpu import patches as cpu
+    from nemo_aapo.mcore.groups import destroy_model_parallel, initialize_model_parallel
 
     torch.set_num_threads(1)
-    cpu.install()
     plan = scaling.QUICK if arguments.quick else scaling.Plan()
     with tempfile.TemporaryDirectory(prefix="aapo_benchmark_") as folder:
         print("starting runs", file=sys.stderr, flush=True)
         start = scaling.starting(plan, Path(folder) / "start")
         print("growth of a step's cost", file=sys.stderr, flush=True)
-        parallel.initialize(tensor_model_parallel_size=1, pipeline_model_parallel_size=1, seed=0, timeout_s=600)
+        initialize_model_parallel(tensor_model_parallel_size=1, pipeline_model_parallel_size=1, seed=0, timeout_s=600)
         try:
             rows = scaling.dimensions(plan, Path(folder))
         finally:
-            parallel.shutdown()
+            destroy_model_parallel()
         print("layouts", file=sys.stderr, flush=True)
         layouts = scaling.layouts(plan, Path(folder) / "layouts")
     tables = scaling.report(rows, layouts, start)

@@ -122,7 +122,7 @@ def _call(function, args, rank, world, tp, pp, seed, store, timeout_s):
 
     import torch.distributed as dist
 
-    from nemo_aapo.distributed import parallel
+    from nemo_aapo.mcore.groups import destroy_model_parallel, initialize_model_parallel
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     dist.init_process_group(
@@ -134,10 +134,10 @@ def _call(function, args, rank, world, tp, pp, seed, store, timeout_s):
     )
     try:
         if tp is not None:
-            parallel.initialize(
+            initialize_model_parallel(
                 tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, seed=seed, timeout_s=timeout_s
             )
         return function(*args)
     finally:
-        parallel.shutdown()
+        destroy_model_parallel()
         gc.collect()  # groups that are still referred to keep their threads

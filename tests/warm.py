@@ -6,14 +6,14 @@ import importlib
 
 import torch
 
-from nemo_aapo.mcore import bridge
+from nemo_aapo.mcore.bridge import loader
 from nemo_aapo.mcore.cpu import patches as cpu
 from nemo_aapo.utils.libraries import quiet
 
 quiet()
 torch.set_num_threads(1)
 cpu.install()
-bridge.auto_bridge_class("Qwen2ForCausalLM")
+loader.auto_bridge_class("Qwen2ForCausalLM")
 for name in (
     "nemo_aapo.jobs.train",
     "nemo_aapo.learner.learner",

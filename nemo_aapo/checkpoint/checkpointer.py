@@ -24,7 +24,6 @@ from typing import Any, Literal, Protocol
 import megatron.core
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 import nemo_aapo
 from nemo_aapo.checkpoint import format as torch_dist
@@ -116,7 +115,7 @@ class Checkpointer:
         background = self._background is not None
         if background and self._group is None and dist.get_world_size() > 1:
             self._group = dist.new_group(backend="gloo", timeout=self._timeout)
-        replicas = parallel_state.get_data_parallel_group_gloo()
+        replicas = parallel.groups().data
         content = torch_dist.snapshot(policy.sharded_state_dict(), replicas, copied=background)
         job = functools.partial(self._write, step, content, trainer_state, dict(extra_files or {}), start)
         if background:
@@ -264,8 +263,8 @@ def layout() -> dict[str, int]:
     """Ranks and parallel sizes, for a manifest."""
     return {
         "world_size": dist.get_world_size(),
-        "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
-        "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
+        "tensor_model_parallel_size": parallel.tensor_parallel_size(),
+        "pipeline_model_parallel_size": parallel.pipeline_parallel_size(),
         "data_parallel_size": parallel.data_parallel_size(),
     }
 

@@ -100,9 +100,9 @@ def verify(arguments: argparse.Namespace) -> int:
 
 def supported(arguments: argparse.Namespace) -> int:
     """All architectures that Megatron-Bridge knows, and what can be done with them here."""
-    from nemo_aapo.mcore import bridge
+    from nemo_aapo.mcore.bridge import loader
 
-    return say(families.supported(bridge.known_architectures()))
+    return say(families.supported(loader.known_architectures()))
 
 
 def layout_of(arguments: argparse.Namespace) -> Layout:

@@ -1,4 +1,4 @@
-"""The two conversions, for scripts and for other parts. Collective over the ranks of ``parallel.initialize``.
+"""The two conversions, for scripts and for other parts. Collective over the ranks of ``mcore.groups``.
 
     checkpoint_to_hf(find_source("results/math7b"), Path("math7b_hf"))     a run's newest checkpoint -> transformers
     hf_to_megatron(Path("/models/Qwen2.5-7B"), Path("qwen_megatron"))
@@ -22,7 +22,7 @@ from nemo_aapo.conversion.source import Source, lora_of
 from nemo_aapo.distributed import parallel
 from nemo_aapo.distributed.agreement import on_first_rank
 from nemo_aapo.errors import CheckpointError, ConfigError
-from nemo_aapo.mcore.lora import save_peft
+from nemo_aapo.mcore.bridge.lora import save_peft
 from nemo_aapo.models import directory as model_dir
 from nemo_aapo.models import writer as hf_directory
 from nemo_aapo.models.families import CONVERTS, require_convertible

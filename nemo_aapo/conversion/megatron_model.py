@@ -1,6 +1,6 @@
 """The Megatron side of a conversion: built for the present layout, filled, written, read. All of it is collective.
 
-Torch's process group and Megatron's groups are there already (``parallel.initialize``); their sizes are the layout.
+Torch's process group and Megatron's groups are there already (``mcore.groups``); their sizes are the layout.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
 
 from nemo_aapo.checkpoint import checkpointer as checkpoint
 from nemo_aapo.checkpoint import format as torch_dist
@@ -26,10 +24,10 @@ from nemo_aapo.distributed import parallel
 from nemo_aapo.distributed.agreement import on_all_ranks, on_first_rank
 from nemo_aapo.errors import CheckpointError, ConfigError, DamagedCheckpointError
 from nemo_aapo.mcore import precision
-from nemo_aapo.mcore.lora import add_adapters, has_adapters
-from nemo_aapo.mcore.model import build_stage
+from nemo_aapo.mcore.bridge.lora import add_adapters, has_adapters
+from nemo_aapo.mcore.bridge.weights import WeightMap
+from nemo_aapo.mcore.model import GPTModel, build_stage
 from nemo_aapo.mcore.state import load_model_state, sharded_model_state
-from nemo_aapo.mcore.weights import WeightMap
 from nemo_aapo.models import writer as hf_directory
 
 LOOKS = 5
@@ -48,8 +46,8 @@ def build(base: Path, dtype: torch.dtype, lora: Lora | None = None) -> tuple[Wei
     """
     weight_map = WeightMap(str(base), dtype)
     layout = {
-        "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
-        "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
+        "tensor_model_parallel_size": parallel.tensor_parallel_size(),
+        "pipeline_model_parallel_size": parallel.pipeline_parallel_size(),
     }
     module = build_stage(weight_map, {**precision.machine_fields(dtype), **layout})
     if lora is not None:
@@ -167,7 +165,7 @@ def write(module: GPTModel, target: Path, base: Path, about: dict[str, Any]) -> 
 
     try:
         on_first_rank(begin)
-        replicas = parallel_state.get_data_parallel_group_gloo()
+        replicas = parallel.groups().data
         torch_dist.write(torch_dist.snapshot({"model": sharded_model_state(module)}, replicas, copied=False), partial)
         sealed = on_all_ranks(lambda: checkpoint.seal_own_files(partial))
         records = {name: record for part in sealed for name, record in part.items()}

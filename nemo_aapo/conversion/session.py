@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 from nemo_aapo.distributed import parallel
-from nemo_aapo.mcore.cpu import patches as cpu
+from nemo_aapo.mcore.groups import destroy_model_parallel, initialize_model_parallel
 
 TIMEOUT_S = 1800.0
 """So long a rank waits for another one."""
@@ -15,8 +15,7 @@ TIMEOUT_S = 1800.0
 @contextlib.contextmanager
 def session(tensor_parallel_size: int, pipeline_parallel_size: int) -> Iterator[None]:
     """Inside, this process is a rank of the layout; torchrun's variables say which, alone without them."""
-    cpu.install()
-    parallel.initialize(
+    initialize_model_parallel(
         tensor_model_parallel_size=tensor_parallel_size,
         pipeline_model_parallel_size=pipeline_parallel_size,
         seed=0,  # nothing is drawn but weights that are overwritten
@@ -26,4 +25,4 @@ def session(tensor_parallel_size: int, pipeline_parallel_size: int) -> Iterator[
         with parallel.lost_ranks_reported(lambda: "the conversion"):
             yield
     finally:
-        parallel.shutdown()
+        destroy_model_parallel()

@@ -11,20 +11,20 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from megatron.core import tensor_parallel
-from megatron.core.models.gpt import GPTModel
-from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from nemo_aapo.conversion import megatron_model
 from nemo_aapo.conversion.source import Source, lora_of
 from nemo_aapo.data.tokenizer import load_tokenizer, render_prompts
 from nemo_aapo.distributed import parallel
+from nemo_aapo.distributed.device import device
 from nemo_aapo.errors import ConfigError
-from nemo_aapo.mcore.model import hidden_states_out, output_weight
+from nemo_aapo.mcore import passes
+from nemo_aapo.mcore.groups import gather_columns
+from nemo_aapo.mcore.micro_batch import MicroBatch
+from nemo_aapo.mcore.model import GPTModel, output_weight
 from nemo_aapo.models import directory as model_dir
 from nemo_aapo.models.families import require_convertible
 
@@ -84,7 +84,7 @@ def verify(
         megatron_model.load_checkpoint(source, module, say)
     different, tensors = _compare_bytes(weight_map.export(module), directory)
     _, prompts = render_prompts(load_tokenizer(str(directory)), questions)
-    logits = [_logits(module, ids) for ids in prompts]
+    logits = [part for ids in prompts if (part := _logits(module, ids)) is not None]
     if parallel.rank() != 0:
         return None
     return Verdict(
@@ -144,28 +144,12 @@ def _same_bytes(left: torch.Tensor, right: torch.Tensor) -> bool:
 @torch.no_grad()
 def _logits(module: GPTModel, ids: np.ndarray) -> torch.Tensor | None:
     """Logits [P, vocabulary] of one prompt, on rank 0: hidden states as the learner takes them, times its weight."""
-    tokens = torch.as_tensor(ids, dtype=torch.int64, device=torch.cuda.current_device())[None]
+    tokens = torch.as_tensor(ids, dtype=torch.int64, device=device())
 
-    def forward_step(iterator: Any, model: torch.nn.Module):
-        with hidden_states_out(module):
-            hidden = model(tokens, torch.arange(tokens.shape[1], device=tokens.device)[None], None)
+    def of_hidden(hidden: torch.Tensor, _: MicroBatch) -> torch.Tensor:
+        return gather_columns(torch.nn.functional.linear(hidden[:, 0], output_weight(module))).cpu()
 
-        def on_last_stage(hidden: torch.Tensor, non_loss_data: bool = False) -> torch.Tensor:
-            part = torch.nn.functional.linear(hidden[:, 0], output_weight(module))
-            return tensor_parallel.gather_from_tensor_model_parallel_region(part).cpu()
-
-        return hidden, on_last_stage
-
-    outputs = get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=iter([None]),
-        model=[module],
-        num_microbatches=1,
-        seq_length=tokens.shape[1],
-        micro_batch_size=1,
-        forward_only=True,
-        collect_non_loss_data=True,
-    )
+    outputs = passes.forward(module, [MicroBatch.of_one_sequence(tokens)], of_hidden)
     outputs = parallel.broadcast_from_last_stage(outputs)
     return outputs[0] if parallel.rank() == 0 else None
 

@@ -24,7 +24,7 @@ def on_first_rank(action: Callable[[], T], group: Group = None) -> T:
     Raises:
         CheckpointError, ConfigError: what ``action`` raised; any other error as the cause of a CheckpointError.
     """
-    box = [_outcome(action) if dist.get_rank() == 0 else None]
+    box: list[Any] = [_outcome(action) if dist.get_rank() == 0 else None]
     if dist.get_world_size() > 1:
         dist.broadcast_object_list(box, src=0, group=group)
     if isinstance(box[0], CheckpointError | ConfigError):

@@ -1,8 +1,11 @@
-"""Process groups, and the few collectives of Python objects that the loop needs, named by what they mean.
+"""Ranks, their groups, and the few collectives of Python objects that the loop needs, named by what they mean.
 
 The model-parallel group (tensor x pipeline ranks) holds one copy of the model; its ranks do everything alike. The
 data-parallel group joins the ranks that hold the same part of the model. Objects cross only between ranks of one job
 (pickled by torch.distributed); weights never cross this way.
+
+Megatron cuts the ranks into groups (``mcore/groups.py``); this module only keeps them, so that what talks to other
+ranks needs torch and no Megatron.
 """
 
 from __future__ import annotations
@@ -14,56 +17,74 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from nemo_aapo.errors import RunError
-from nemo_aapo.utils.libraries import import_megatron_core
-
-import_megatron_core()
-from megatron.core import parallel_state  # noqa: E402
-
-from nemo_aapo.errors import LostRankError  # noqa: E402
+from nemo_aapo.errors import LostRankError, RunError
 
 T = TypeVar("T")
 
 
-def initialize(
-    *, tensor_model_parallel_size: int, pipeline_model_parallel_size: int, seed: int, timeout_s: float
-) -> None:
-    """Join the job's ranks (torchrun's environment; alone without it) and cut them into Megatron's groups.
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """The groups that this rank belongs to. Within each, ranks are in the order of the job."""
+
+    data: dist.ProcessGroup
+    """The ranks that hold the same part of the model, over gloo: objects cross it without a GPU."""
+    model: dist.ProcessGroup
+    """The ranks that hold one copy of the model together, tensor ranks next to one another."""
+    tensor: dist.ProcessGroup
+    """The ranks that hold one pipeline stage together."""
+    pipeline: dist.ProcessGroup
+    """The ranks that hold the same tensor slice of all stages, first stage first."""
+
+
+_groups: Groups | None = None
+
+
+def join(timeout_s: float) -> None:
+    """Join the job's ranks, as torchrun's environment describes them; without it, be the only one.
 
     Args:
-        seed: of mcore's RNG tracker; the loop itself draws nothing from global generators.
         timeout_s: a collective that waits longer raises.
     """
-    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-
-    timeout = datetime.timedelta(seconds=timeout_s)
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-        if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tensor_model_parallel_size,
-        pipeline_model_parallel_size=pipeline_model_parallel_size,
-        distributed_timeout_minutes=max(1, int(timeout_s / 60)),
-    )
-    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    if dist.is_initialized():
+        return
+    backend, timeout = "cpu:gloo,cuda:nccl" if on_gpu else "gloo", datetime.timedelta(seconds=timeout_s)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
-def shutdown() -> None:
-    """Leave all groups."""
-    parallel_state.destroy_model_parallel()
+def leave() -> None:
+    """Leave the job's ranks and all groups."""
+    use(None)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def use(groups: Groups | None) -> None:
+    """Keep these groups for the functions below; None: there are none any more."""
+    global _groups
+    _groups = groups
+
+
+def groups() -> Groups:
+    """The groups that this rank belongs to.
+
+    Raises:
+        RuntimeError: nobody has made them yet.
+    """
+    if _groups is None:
+        raise RuntimeError("this process has no groups of ranks: call mcore.groups.initialize_model_parallel() first")
+    return _groups
 
 
 def rank() -> int:
@@ -73,33 +94,63 @@ def rank() -> int:
 
 def data_parallel_rank() -> int:
     """Which copy of the model this rank belongs to."""
-    return parallel_state.get_data_parallel_rank()
+    return dist.get_rank(groups().data)
 
 
 def data_parallel_size() -> int:
     """Number of copies of the model."""
-    return parallel_state.get_data_parallel_world_size()
+    return dist.get_world_size(groups().data)
+
+
+def tensor_parallel_rank() -> int:
+    """Which slice of its pipeline stage this rank holds."""
+    return dist.get_rank(groups().tensor)
+
+
+def tensor_parallel_size() -> int:
+    """Number of slices that each pipeline stage is cut into."""
+    return dist.get_world_size(groups().tensor)
+
+
+def pipeline_parallel_size() -> int:
+    """Number of pipeline stages."""
+    return dist.get_world_size(groups().pipeline)
+
+
+def is_first_stage() -> bool:
+    """True on the ranks that hold the embedding."""
+    return dist.get_rank(groups().pipeline) == 0
+
+
+def is_last_stage() -> bool:
+    """True on the ranks that hold the output layer."""
+    return dist.get_rank(groups().pipeline) == pipeline_parallel_size() - 1
+
+
+def rank_of_neighbour_stage(offset: int) -> int:
+    """Rank within the job of the stage so many places behind this one (-1: the one before it), around the ring."""
+    ranks = dist.get_process_group_ranks(groups().pipeline)
+    return ranks[(dist.get_rank(groups().pipeline) + offset) % len(ranks)]
 
 
 def is_model_parallel_source() -> bool:
     """True on the one rank of each model-parallel group that talks to the world (rewards, files)."""
-    group = parallel_state.get_model_parallel_group()
-    return dist.get_rank(group) == 0
+    return dist.get_rank(groups().model) == 0
 
 
 def broadcast_in_model_parallel(value: T) -> T:
     """The source rank's object, on all ranks of its model-parallel group."""
-    group = parallel_state.get_model_parallel_group()
+    group = groups().model
     if dist.get_world_size(group) == 1:
         return value
-    box = [value if is_model_parallel_source() else None]
+    box: list[Any] = [value if is_model_parallel_source() else None]
     dist.broadcast_object_list(box, src=dist.get_process_group_ranks(group)[0], group=group)
     return box[0]
 
 
 def gather_in_model_parallel(value: T) -> list[T]:
     """Every rank's object of this model-parallel group, in rank order, on its source rank; empty on the others."""
-    group = parallel_state.get_model_parallel_group()
+    group = groups().model
     size = dist.get_world_size(group)
     if size == 1:
         return [value]
@@ -110,11 +161,11 @@ def gather_in_model_parallel(value: T) -> list[T]:
 
 def broadcast_from_last_stage(value: T) -> T:
     """The last pipeline stage's object, on all stages."""
-    group = parallel_state.get_pipeline_model_parallel_group()
+    group = groups().pipeline
     if dist.get_world_size(group) == 1:
         return value
-    box = [value if parallel_state.is_pipeline_last_stage() else None]
-    dist.broadcast_object_list(box, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
+    box: list[Any] = [value if is_last_stage() else None]
+    dist.broadcast_object_list(box, src=dist.get_process_group_ranks(group)[-1], group=group)
     return box[0]
 
 
@@ -122,7 +173,7 @@ def broadcast_from_first_rank(value: T) -> T:
     """Rank 0's object, on all ranks of the job."""
     if dist.get_world_size() == 1:
         return value
-    box = [value if dist.get_rank() == 0 else None]
+    box: list[Any] = [value if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(box, src=0)
     return box[0]
 
@@ -137,7 +188,7 @@ def on_first_rank(action: Callable[[], T]) -> T:
 
 def gather_data_parallel(value: T) -> list[T]:
     """Every data-parallel rank's object, in rank order, on all of them. For small objects: numbers, not sequences."""
-    group = parallel_state.get_data_parallel_group_gloo()
+    group = groups().data
     size = dist.get_world_size(group)
     if size == 1:
         return [value]
@@ -151,7 +202,7 @@ def exchange_data_parallel(outgoing: Sequence[list[T]]) -> list[T]:
 
     Point to point in effect: no rank ever holds more than what it sends and what it keeps.
     """
-    group = parallel_state.get_data_parallel_group_gloo()
+    group = groups().data
     size = dist.get_world_size(group)
     if size == 1:
         return list(outgoing[0])
@@ -173,8 +224,7 @@ def agree(action: Callable[[], T]) -> T:
     Raises:
         Whatever it raised here; on ranks where it went well, the first failing rank's message as the same class.
     """
-    failure: BaseException | None = None
-    result = None
+    failure: Exception | None = None
     try:
         result = action()
     except Exception as error:
@@ -188,7 +238,7 @@ def agree(action: Callable[[], T]) -> T:
             failure = kind(message) if issubclass(kind, ValueError | RunError) else RuntimeError(message)
     if failure is not None:
         raise failure
-    return result
+    return result  # bound: nothing failed here
 
 
 @contextmanager

@@ -76,15 +76,13 @@ def _hosted_trtllm(config: Config) -> HostedEngine:
 def _hosted_megatron(config: Config, shape: ModelShape) -> HostedEngine:
     with importing():
         from nemo_aapo.data.tokenizer import load_tokenizer, text_decoder
-        from nemo_aapo.distributed import parallel
         from nemo_aapo.engines.megatron.engine import MegatronEngine
         from nemo_aapo.mcore import precision
-        from nemo_aapo.mcore.cpu import patches as cpu
+        from nemo_aapo.mcore.bridge.weights import WeightMap
+        from nemo_aapo.mcore.groups import initialize_model_parallel
         from nemo_aapo.mcore.model import build_module
-        from nemo_aapo.mcore.weights import WeightMap
 
-    cpu.install()
-    parallel.initialize(
+    initialize_model_parallel(
         tensor_model_parallel_size=1,
         pipeline_model_parallel_size=1,
         seed=config.seed,

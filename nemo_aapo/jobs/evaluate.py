@@ -28,6 +28,7 @@ from nemo_aapo.evaluation.settings import reward_name
 from nemo_aapo.evaluation.tasks import Task, load_task, sampling_of
 from nemo_aapo.evaluation.votes import answer_of
 from nemo_aapo.mcore import precision
+from nemo_aapo.mcore.groups import destroy_model_parallel
 from nemo_aapo.models import directory as model_dir
 from nemo_aapo.prepare.evaluation import EvaluationJob
 from nemo_aapo.rollout.collector import ChecksAnswers, Collector, RewardScorer
@@ -82,7 +83,7 @@ def evaluate(job: EvaluationJob) -> int:
             parallel.agree(lambda: _finish(config, tasks, identity) if first else None)
         return 0
     finally:
-        parallel.shutdown()
+        destroy_model_parallel()
 
 
 # ---------------------------------------------------------------- loading

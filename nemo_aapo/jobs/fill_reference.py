@@ -17,6 +17,7 @@ from nemo_aapo.data.sampler import PromptSampler
 from nemo_aapo.data.tokenizer import load_tokenizer, require_eos
 from nemo_aapo.distributed import parallel
 from nemo_aapo.errors import ConfigError
+from nemo_aapo.mcore.groups import destroy_model_parallel
 from nemo_aapo.prepare.job import Job
 from nemo_aapo.reference_store.key import StoreKey
 from nemo_aapo.reference_store.shards import Shard, merge_shards, shard_files
@@ -72,7 +73,7 @@ def fill(job: Job, shard: Shard | None = None) -> int:
             screen.note(f"{own}: {what}" if complete else f"{own}: stopped; the same command goes on from there")
         return 0
     finally:
-        parallel.shutdown()
+        destroy_model_parallel()
 
 
 def merge(job: Job) -> int:
@@ -163,7 +164,7 @@ def _needed(job: Job) -> tuple[StoreKey, list[Prompt]]:
             key = reference_key(config, sampling, scorer)
         return key, needed_prompts(data.prompts, build_sampler(config, data), config.trainer.max_steps)
     finally:
-        parallel.shutdown()
+        destroy_model_parallel()
 
 
 def _report(path: str, samples: int, key: StoreKey, prompts: Sequence[Prompt]) -> int:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from nemo_aapo.config import Config
 from nemo_aapo.distributed import parallel
 from nemo_aapo.launch.local import world_size_of_job
+from nemo_aapo.mcore.groups import destroy_model_parallel
 from nemo_aapo.prepare.job import Job, resolve
 from nemo_aapo.run.experiment import open_experiment
 from nemo_aapo.run.progress import Progress
@@ -63,7 +64,7 @@ def train(job: Job | Config, **parts: Unpack[Parts]) -> int:
             print(summary_table(config), flush=True)
         return 0
     finally:
-        parallel.shutdown()
+        destroy_model_parallel()
 
 
 def _finish(trainer: AAPOTrainer, reporter: RunReporter) -> None:

@@ -12,6 +12,7 @@ import torch
 from nemo_aapo.algorithms import Algorithm
 from nemo_aapo.algorithms.advantage import zero_advantage
 from nemo_aapo.distributed import parallel
+from nemo_aapo.distributed.device import device
 from nemo_aapo.learner.batch_plan import padding_fraction, plan
 from nemo_aapo.learner.microbatch import Bundle, bundled, collate, length_of, row_length_of
 from nemo_aapo.learner.policy import MegatronPolicy
@@ -104,8 +105,7 @@ class Learner:
             weights = alpha * self.algorithm.token_weights(
                 lengths, total_tokens=total_tokens, total_sequences=total_sequences
             )
-            device = torch.cuda.current_device()
-            batches.append(collate(bundles, weights, multiple=self.pad_multiple, device=device, packed=self.packed))
+            batches.append(collate(bundles, weights, multiple=self.pad_multiple, device=device(), packed=self.packed))
         return batches, {**layout_metrics, "microbatches": float(len(batches)), "alpha": alpha}
 
     def _bundled(self, samples: Sequence[Sample], kept_tokens: int) -> list[Bundle]:

@@ -13,11 +13,11 @@ from nemo_aapo.config import Config, ModelShape
 from nemo_aapo.learner.optimization import Optimization
 from nemo_aapo.learner.passes import TokenPasses
 from nemo_aapo.mcore import precision
-from nemo_aapo.mcore.lora import add_adapters
+from nemo_aapo.mcore.bridge.lora import add_adapters
+from nemo_aapo.mcore.bridge.weights import WeightMap
 from nemo_aapo.mcore.micro_batch import MicroBatch
 from nemo_aapo.mcore.model import build_module
 from nemo_aapo.mcore.state import load_model_state, sharded_model_state
-from nemo_aapo.mcore.weights import WeightMap
 
 
 class MegatronPolicy:

@@ -1,6 +1,6 @@
 """Which fused kernels a policy computes with, and why not where it does not.
 
-Read off what megatron-core 0.16 itself decided at import (which Adam, whether TransformerEngine is there) and off the
+It is read off what megatron-core itself decided at import (which Adam, whether TransformerEngine is there) and off the
 fields that ``mcore/precision.py`` sets.
 """
 
@@ -53,7 +53,7 @@ class Kernel:
 
 @functools.cache
 def libraries() -> Libraries:
-    """Of this process. Imports torch and mcore."""
+    """The libraries that this process computes with. Imports torch and mcore."""
     import torch
     from megatron.core import optimizer
     from megatron.core.extensions.transformer_engine import HAVE_TE

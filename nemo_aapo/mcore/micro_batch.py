@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -12,7 +13,7 @@ import torch
 class MicroBatch:
     """Sequences, and the n completion tokens of theirs that are scored or trained on.
 
-    Either b rows, one for each sequence, padded on the right to s tokens; or one row (b = 1) of bundles end to end
+    Either b rows, one for each sequence, padded on the right to s tokens; or one row (b = 1) of sequences end to end
     (mcore's ``thd``). The n tokens are flat, sequence by sequence.
     """
 
@@ -21,13 +22,14 @@ class MicroBatch:
     position_ids: torch.Tensor
     """int64 [b, s], counted from each sequence's start"""
     cu_seqlens: torch.Tensor | None
-    """One row: int32, where each whole sequence starts among all of them, and their end. None: padded rows."""
+    """int32 [sequences + 1], where each whole sequence of the one row starts among all of them, and where the last one
+    ends. None: there are padded rows."""
     longest: int
-    """Tokens of the longest sequence."""
+    """Tokens that the longest sequence has."""
     positions: torch.Tensor
     """int64 [n], where in the flattened hidden states [s * b, h] the prediction of each token stands."""
     targets: torch.Tensor
-    """int64 [n], the tokens."""
+    """int64 [n], the tokens themselves."""
     lengths: tuple[int, ...]
     """Completion tokens of each sequence; they sum to n."""
     advantages: torch.Tensor
@@ -35,17 +37,24 @@ class MicroBatch:
     weights: torch.Tensor
     """float32 [n], the token's share of the loss: 1 / (global denominator)."""
     rollout_logprobs: torch.Tensor
-    """float32 [n], the engine's."""
+    """float32 [n], the rollout engine's log-probs of the tokens."""
     expand: torch.Tensor | None = None
     """int64 [cu_seqlens[-1]], where in the row each token of the whole sequences stands. None: no prompt is shared, the
     row is those sequences."""
     contract: torch.Tensor | None = None
     """int64 [s], a place in ``expand`` that holds each token of the row."""
     old_logprobs: torch.Tensor | None = None
-    """float32 [n], the learner's before the first of several updates."""
+    """float32 [n], the learner's log-probs of the tokens before the first of several updates."""
     reference_logprobs: torch.Tensor | None = None
-    """float32 [n], the frozen reference's (for the KL term)."""
+    """float32 [n], the frozen reference model's log-probs of the tokens, for the KL term."""
 
-    def replace(self, **changes) -> MicroBatch:
+    @classmethod
+    def of_one_sequence(cls, ids: torch.Tensor) -> MicroBatch:
+        """The sequence int64 [s] as one row, none of whose tokens are scored: for its hidden states alone."""
+        no_tokens, nothing = ids.new_empty(0), torch.empty(0, device=ids.device)
+        positions = torch.arange(len(ids), device=ids.device)[None]
+        return cls(ids[None], positions, None, len(ids), no_tokens, no_tokens, (0,), nothing, nothing, nothing)
+
+    def replace(self, **changes: Any) -> MicroBatch:
         """A copy with some fields set."""
         return dataclasses.replace(self, **changes)

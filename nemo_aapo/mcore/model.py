@@ -7,14 +7,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from nemo_aapo.config import Config
+from nemo_aapo.distributed import parallel
+from nemo_aapo.distributed.device import device
 from nemo_aapo.errors import ConfigError
 from nemo_aapo.mcore import precision
-from nemo_aapo.mcore.weights import WeightMap
+from nemo_aapo.mcore.bridge.weights import WeightMap
 
 
 def build_module(config: Config, weight_map: WeightMap) -> GPTModel:
@@ -73,10 +74,8 @@ def build_stage(weight_map: WeightMap, fields: Mapping[str, Any]) -> GPTModel:
             f"model.tensor_model_parallel_size={provider.tensor_model_parallel_size} does not divide the vocabulary "
             f"of {provider.vocab_size} entries"
         )
-    module = provider.provide(
-        pre_process=parallel_state.is_pipeline_first_stage(), post_process=parallel_state.is_pipeline_last_stage()
-    )
-    return module.to(torch.cuda.current_device())
+    module = provider.provide(pre_process=parallel.is_first_stage(), post_process=parallel.is_last_stage())
+    return module.to(device())
 
 
 def output_weight(module: GPTModel) -> torch.Tensor:
@@ -100,8 +99,8 @@ class VocabularyShard(NamedTuple):
 def vocabulary_shard(module: GPTModel) -> VocabularyShard:
     """This rank's part of the output layer; last stage only."""
     weight = output_weight(module)
-    start = parallel_state.get_tensor_model_parallel_rank() * weight.shape[0]
-    return VocabularyShard(weight, start, parallel_state.get_tensor_model_parallel_group())
+    start = parallel.tensor_parallel_rank() * weight.shape[0]
+    return VocabularyShard(weight, start, parallel.groups().tensor)
 
 
 @contextlib.contextmanager

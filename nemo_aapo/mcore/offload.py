@@ -1,4 +1,4 @@
-"""GPU memory of the learner, lent to an engine on the same GPU while it draws."""
+"""GPU memory of the learner, lent to a rollout engine on the same GPU while it generates."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GIB = 2**30
 class LearnerOffload:
     """Moves what only the learner needs out of GPU memory and back: gradients, fp32 main weights, Adam's moments.
 
-    Weights stay: the in-process engine draws from them, and another one is refitted from them. Gradients are dropped,
+    Weights stay: the in-process engine reads them, and any other one is refitted from them. Gradients are dropped,
     not moved: a training step begins by clearing them.
     """
 

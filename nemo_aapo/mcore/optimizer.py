@@ -1,4 +1,4 @@
-"""mcore's optimizer and its learning rate by the configuration: Adam, its state whole or dealt out, on GPU or host."""
+"""mcore's optimizer and its learning rate by the configuration: Adam, its state whole or sharded, on GPU or host."""
 
 from __future__ import annotations
 
@@ -59,7 +59,8 @@ def build_optimizer(config: Config, model: DistributedDataParallel) -> MegatronO
         use_precision_aware_optimizer=offloaded,  # mcore's offloading goes by that path
     )
     on_cpu = not torch.cuda.is_available()
-    with cpu.types_as_on_gpu() if on_cpu and optim.use_distributed_optimizer else contextlib.nullcontext():
+    as_on_gpu = on_cpu and optim.use_distributed_optimizer
+    with cpu.types_as_on_gpu(model.parameters()) if as_on_gpu else contextlib.nullcontext():
         optimizer = get_megatron_optimizer(settings, [model])
     for part in parts(optimizer):
         part.optimizer.register_load_state_dict_post_hook(_count_steps_one_by_one)

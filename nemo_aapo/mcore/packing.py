@@ -1,4 +1,4 @@
-"""What mcore is told of a micro-batch that is one row: whose tokens attend to whose, and how far each is rotated."""
+"""What mcore is told of a micro-batch that is one row: which tokens attend to which, and at which position each is."""
 
 from __future__ import annotations
 
@@ -16,22 +16,25 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from nemo_aapo.mcore.micro_batch import MicroBatch
 
 SHORTEST_OF_BATCH = 0.7
-"""Sequences that attend in one batch have at least so much of the longest one's length: what pads them is work, and so
-is a batch more."""
+"""Sequences attend in one batch if each has at least this share of the longest one's length.
+
+A lower share computes more padding, a higher one makes more batches; both cost time."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class PackedSequences(PackedSeqParams):
-    """mcore's description of the row, and what it has no words for: prompts that sequences share.
+    """mcore's description of the row, and what mcore's lacks: prompts that sequences share.
 
     With such prompts the fields of ``PackedSeqParams`` describe one sequence, the row itself: that is what mcore's
     rotary embedding goes by. Attention goes by what is here.
     """
 
-    bounds: torch.Tensor | None = None
+    bounds: torch.Tensor
     """``MicroBatch.cu_seqlens``"""
-    expand: torch.Tensor | None = None
-    contract: torch.Tensor | None = None
+    expand: torch.Tensor | None
+    """``MicroBatch.expand``"""
+    contract: torch.Tensor | None
+    """``MicroBatch.contract``"""
 
     @functools.cached_property
     def attention_batches(self) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -67,8 +70,15 @@ def like_lengths(lengths: np.ndarray) -> list[np.ndarray]:
 
 
 def packed_sequences(batch: MicroBatch) -> PackedSequences:
-    """Of a micro-batch that is one row."""
+    """What attention is told of a micro-batch that is one row.
+
+    Raises:
+        ValueError: its sequences are padded rows.
+    """
     bounds, longest = batch.cu_seqlens, batch.longest
+    if bounds is None:
+        raise ValueError("a micro-batch of padded rows needs no description of its sequences")
+    whole = bounds
     if batch.expand is not None:
         bounds = bounds.new_tensor([0, batch.input_ids.shape[1]])
     return PackedSequences(
@@ -77,7 +87,7 @@ def packed_sequences(batch: MicroBatch) -> PackedSequences:
         cu_seqlens_kv=bounds,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
-        bounds=batch.cu_seqlens,
+        bounds=whole,
         expand=batch.expand,
         contract=batch.contract,
     )

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 
-from nemo_aapo.mcore.lora import ADAPTER, is_adapted
+from nemo_aapo.mcore.bridge.lora import ADAPTER, is_adapted
 
 EXTRA_STATE = "_extra_state"
 """torch's name for what a module keeps besides tensors."""
 
 
 def sharded_model_state(module: GPTModel) -> dict[str, Any]:
-    """For mcore's dist_checkpointing.
+    """The module's weights by name, as mcore's dist_checkpointing takes them.
 
     TransformerEngine's FP8 state is left out: it is a pickle, and loading it may run code. Only delayed scaling needs
     it; its maxima are found anew after a resume.

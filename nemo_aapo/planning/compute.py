@@ -241,7 +241,7 @@ def reference_phase(inputs: Inputs, rollout: tuple[Phase, Phase]) -> Phase:
 
 
 def refit_phase(inputs: Inputs) -> Phase:
-    """New weights for the engine: none in process; else all of them to the host and back (mcore/weights.py)."""
+    """New weights for the engine: none in process; else all of them to the host and back (mcore/bridge/weights.py)."""
     engine, hardware = inputs.engine, inputs.hardware
     if engine.kind == "megatron":
         seconds, limit = 0.0, "shares the learner's weights"

@@ -28,7 +28,7 @@ from nemo_aapo.errors import ConfigError
 from nemo_aapo.evaluation.validation import Validator
 from nemo_aapo.learner.learner import Learner
 from nemo_aapo.learner.policy import MegatronPolicy
-from nemo_aapo.mcore.cpu import patches as cpu
+from nemo_aapo.mcore.groups import initialize_model_parallel
 from nemo_aapo.mcore.offload import LearnerOffload
 from nemo_aapo.prepare.job import Job
 from nemo_aapo.rewards.base import Reward
@@ -67,8 +67,7 @@ class Rollouts:
 
 def initialize(config: Config) -> None:
     """Join the job's ranks and cut them into Megatron's groups."""
-    cpu.install()
-    parallel.initialize(
+    initialize_model_parallel(
         tensor_model_parallel_size=config.model.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.model.pipeline_model_parallel_size,
         seed=config.seed,

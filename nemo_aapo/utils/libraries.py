@@ -40,7 +40,6 @@ def import_nemo() -> None:
     ``exp_manager`` imported alone asks for packages that ``nemo-toolkit[core]`` does not bring.
     """
     quiet()
-    import_megatron_core()  # which NeMo imports too
     with importing():
         import nemo.core.config  # noqa: F401
         from nemo.utils import logging as nemo_logging
@@ -49,24 +48,6 @@ def import_nemo() -> None:
         if isinstance(handler, logging.StreamHandler):
             handler.setLevel(logging.ERROR)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # what devices the idle trainer has found
-
-
-def import_megatron_core() -> None:
-    """Import megatron-core, before anything else does. Idempotent.
-
-    It hands its fused functions to ``torch.compile`` as it is imported, which imports torch's whole compiler: 0.6 s of
-    CPU. Without a GPU none of them is called, so there they stay plain Python.
-    """
-    with importing():
-        import torch
-
-        if "megatron.core" in sys.modules or torch.cuda.is_available():
-            return
-        compiled, torch.compile = torch.compile, lambda function: function
-        try:
-            import megatron.core  # noqa: F401
-        finally:
-            torch.compile = compiled
 
 
 @contextlib.contextmanager

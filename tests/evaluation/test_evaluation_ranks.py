@@ -54,11 +54,9 @@ def words(folder: Path, name: str, *more: str) -> list[str]:
 
 def evaluate(overrides: list[str], stop_after: int | None = None) -> int:
     """One rank of a whole evaluation; as if a scheduler ended it after so many batches."""
-    from nemo_aapo.config.command_line import EVALUATION, read_command_line
-    from nemo_aapo.config.compose import compose
     from nemo_aapo.jobs import evaluate as evaluation_job
+    from nemo_aapo.prepare.evaluation import prepare_evaluation
 
-    tree = compose(read_command_line(overrides, EVALUATION))
     batches, measure = [], evaluation_job.measure
 
     def counted(*arguments):
@@ -69,7 +67,7 @@ def evaluate(overrides: list[str], stop_after: int | None = None) -> int:
 
     evaluation_job.measure = counted
     try:
-        return evaluation_job.evaluate(EVALUATION.parse(tree), tree)
+        return evaluation_job.evaluate(prepare_evaluation(overrides))
     finally:
         evaluation_job.measure = measure
 

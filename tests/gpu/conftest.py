@@ -36,9 +36,9 @@ def machine_can(request):
 @pytest.fixture(scope="session")
 def one_rank():
     """Megatron's groups of a single rank, on the GPU."""
-    from nemo_aapo.distributed import parallel
+    from nemo_aapo.mcore.groups import destroy_model_parallel, initialize_model_parallel
 
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    parallel.initialize(tensor_model_parallel_size=1, pipeline_model_parallel_size=1, seed=1, timeout_s=120)
+    initialize_model_parallel(tensor_model_parallel_size=1, pipeline_model_parallel_size=1, seed=1, timeout_s=120)
     yield
-    parallel.shutdown()
+    destroy_model_parallel()

@@ -143,16 +143,14 @@ def plain_names(gradient: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def main() -> None:
-    from nemo_aapo.distributed import parallel
-    from nemo_aapo.mcore.cpu import patches as cpu
+    from nemo_aapo.mcore.groups import destroy_model_parallel, initialize_model_parallel
 
     path, out, settings = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-    cpu.install()
-    parallel.initialize(tensor_model_parallel_size=1, pipeline_model_parallel_size=1, seed=1, timeout_s=120)
+    initialize_model_parallel(tensor_model_parallel_size=1, pipeline_model_parallel_size=1, seed=1, timeout_s=120)
     found = learn(path, **settings)
     numbers = {key: found[key] for key in ("loss", "grad_norm", "entropy", "logprobs")}
     np.savez(out, **numbers, **{GRADIENT + name: values for name, values in found["gradient"].items()})
-    parallel.shutdown()
+    destroy_model_parallel()
 
 
 if __name__ == "__main__":

@@ -5,25 +5,62 @@ from __future__ import annotations
 import pytest
 
 
-def _device_queries():
+def _cuda_queries_of_mcore_are_answered_and_torch_is_torchs_own():
     import torch
-
-    assert torch.cuda.current_device() == torch.device("cpu")
-    torch.cuda.synchronize()
-    tensor = torch.ones(2)
-    assert tensor.cuda() is tensor
-
-
-def _cuda_literals():
-    import torch
-    from megatron.core.pipeline_parallel import schedules
+    from megatron.core.pipeline_parallel import p2p_communication, schedules
     from megatron.core.transformer.utils import get_default_causal_mask
 
+    assert p2p_communication.torch.cuda.current_device() == torch.device("cpu")
+    p2p_communication.torch.cuda.synchronize()
     assert get_default_causal_mask(3).tolist() == [[False, True, True], [False, False, True], [False, False, False]]
     assert schedules.torch.zeros([], device="cuda").device.type == "cpu"
     assert schedules.torch.Tensor is torch.Tensor  # everything else is torch's own
-    with pytest.raises((AssertionError, RuntimeError)):
-        torch.zeros(1, device="cuda")  # and torch itself is as it was
+    assert schedules.torch.cuda.is_available is torch.cuda.is_available
+    torch_is_as_it_was()
+
+
+def torch_is_as_it_was():
+    import torch
+
+    assert {f.__module__ for f in (torch.cuda.current_device, torch.cuda.synchronize)} == {"torch.cuda"}
+    assert torch.compile.__module__ == "torch"
+    for name in ("cuda", "type"):
+        assert type(getattr(torch.Tensor, name)).__name__ == "method_descriptor"
+        assert name not in vars(torch.Tensor)
+    for ask in (torch.cuda.current_device, torch.ones(1).cuda, lambda: torch.zeros(1, device="cuda")):
+        with pytest.raises((AssertionError, RuntimeError), match="CUDA"):
+            ask()
+    assert torch.ones(1).type() == "torch.FloatTensor"
+
+
+def _train_and_save(model, directory):
+    from tests.checkpoint_runs import train_and_save
+
+    train_and_save(model, directory, 1, 2, distributed_optimizer=True)
+    torch_is_as_it_was()
+
+
+def test_after_training_and_saving_torch_is_torchs_own(ranks, tiny_models, tmp_path):
+    ranks.run(_train_and_save, tiny_models["qwen2_tied"], tmp_path / "checkpoints", world=2, pp=2)
+
+
+def _random_stage(model):
+    import torch
+
+    from nemo_aapo.mcore import precision
+    from nemo_aapo.mcore.bridge.weights import WeightMap
+    from nemo_aapo.mcore.model import build_stage
+
+    layout = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 2}
+    stage = build_stage(WeightMap(str(model), torch.float32), {**precision.machine_fields(torch.float32), **layout})
+    assert "_is_in_embd_group" not in vars(stage)
+    return stage.shared_embedding_or_output_weight().detach().numpy().copy()
+
+
+def test_stages_that_share_an_embedding_begin_with_the_same_one(ranks, tiny_models):
+    first, last = ranks.run(_random_stage, tiny_models["qwen2_tied"], world=2, pp=2)
+    assert first.any()
+    assert (first == last).all()
 
 
 def _gradient_clipping():
@@ -56,24 +93,20 @@ def _rng_tracker():
     assert torch.equal(first, torch.rand(3, generator=torch.Generator().manual_seed(7)))
 
 
-def _other_versions_are_refused():
-    import megatron.core
+def _mcore_gives_nothing_to_a_compiler():
+    import sys
 
-    from nemo_aapo.mcore.cpu import patches as cpu
+    from megatron.core.jit import jit_fuser, noop_decorator
 
-    version, megatron.core.__version__ = megatron.core.__version__, "0.17.0"
-    try:
-        with pytest.raises(RuntimeError, match=r"megatron-core 0\.17\.0 .* 0\.16"):
-            cpu._check_version()
-    finally:
-        megatron.core.__version__ = version
+    assert jit_fuser is noop_decorator
+    assert "torch._inductor.compile_fx" not in sys.modules
 
 
 def _the_bridge_leaves_no_stand_ins_behind():
     import importlib
     import sys
 
-    from nemo_aapo.mcore.bridge import OPTIONAL_DEPENDENCIES, auto_bridge_class
+    from nemo_aapo.mcore.bridge.loader import OPTIONAL_DEPENDENCIES, auto_bridge_class
 
     auto_bridge_class("Qwen2ForCausalLM")
     assert not [name for name in sys.modules if name.partition(".")[0] == "transformer_engine"]
@@ -87,12 +120,12 @@ def _parameters_are_named_as_on_a_gpu_only_inside():
 
     from nemo_aapo.mcore.cpu import patches as cpu
 
-    tensor = torch.zeros(1)
-    with cpu.types_as_on_gpu():
-        assert tensor.type() == "torch.cuda.FloatTensor"
-        assert tensor.bfloat16().type() == "torch.cuda.BFloat16Tensor"
-        assert tensor.type(torch.float64).dtype == torch.float64
-    assert tensor.type() == "torch.FloatTensor"
+    parameters = [torch.nn.Parameter(torch.zeros(1, dtype=dtype)) for dtype in (torch.float32, torch.bfloat16)]
+    other = torch.nn.Parameter(torch.zeros(1))
+    with cpu.types_as_on_gpu(iter(parameters)):
+        assert [p.type() for p in parameters] == ["torch.cuda.FloatTensor", "torch.cuda.BFloat16Tensor"]
+        assert other.type() == torch.zeros(1).type() == "torch.FloatTensor"
+    assert [p.type() for p in parameters] == ["torch.FloatTensor", "torch.BFloat16Tensor"]
 
 
 def _mcore_takes_torchs_adam_and_norms():
@@ -142,15 +175,14 @@ def _weight_gradients():
 @pytest.mark.parametrize(
     "promise",
     [
-        _device_queries,
-        _cuda_literals,
+        _cuda_queries_of_mcore_are_answered_and_torch_is_torchs_own,
         _gradient_clipping,
         _rng_tracker,
         _rotary_embedding,
         _weight_gradients,
         _parameters_are_named_as_on_a_gpu_only_inside,
         _mcore_takes_torchs_adam_and_norms,
-        _other_versions_are_refused,
+        _mcore_gives_nothing_to_a_compiler,
         _the_bridge_leaves_no_stand_ins_behind,
     ],
 )

@@ -22,8 +22,8 @@ LAYERS = (
     {"rewards"},
     {"launch"},
     {"planning"},
-    {"checkpoint"},
     {"mcore"},
+    {"checkpoint"},
     {"learner"},
     {"engines"},
     {"rollout"},
@@ -38,6 +38,10 @@ LAYERS = (
 """From the ground up. Parts of one layer do not know each other."""
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
 MOST_FILES = 12
+IMPORTING = ("import_module", "__import__", "find_spec")
+"""Functions that import, or look for, the module that they are given the name of."""
+MEGATRON_ROOMS = {"mcore", "checkpoint"}
+"""Parts that may import megatron-core and Megatron-Bridge."""
 
 
 def imports(path: Path) -> Iterator[tuple[int, str]]:
@@ -69,6 +73,28 @@ def test_no_module_imports_what_stands_above_or_beside_its_layer():
             if name != part and HEIGHT[name] >= HEIGHT[part]:
                 upward.append(f"{path.relative_to(PACKAGE)}:{line} imports {name}")
     assert not upward
+
+
+def modules_named(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and name of every module that a file imports by a statement or by its name, inside functions too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            yield node.lineno, node.module or ""
+        elif isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in IMPORTING:
+            yield from ((node.lineno, str(a.value)) for a in node.args if isinstance(a, ast.Constant))
+
+
+def test_megatron_lives_in_one_room():
+    outside = [
+        f"{path.relative_to(PACKAGE)}:{line} imports {name}"
+        for path in sorted(PACKAGE.rglob("*.py"))
+        if path.relative_to(PACKAGE).parts[0] not in MEGATRON_ROOMS
+        for line, name in modules_named(path)
+        if name.partition(".")[0] == "megatron"
+    ]
+    assert not outside
 
 
 def test_no_folder_holds_more_than_a_dozen_files():

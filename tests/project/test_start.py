@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from nemo_aapo.config.command_line import FROZEN
-from nemo_aapo.mcore import bridge
-from nemo_aapo.mcore.import_stubs import standing_in
+from nemo_aapo.mcore.bridge import loader
+from nemo_aapo.mcore.bridge.import_stubs import standing_in
 from nemo_aapo.models.directory import ARCHITECTURES
 from nemo_aapo.utils.libraries import importing
 from tests.training_runs import make_input, settings
@@ -61,20 +61,20 @@ def test_a_rank_of_a_job_imports_one_family_of_models_and_neither_nemo_nor_a_com
 
 
 def test_each_supported_architecture_has_a_bridge_that_is_found_without_importing_the_others():
-    assert None not in [bridge.bridge_module(architecture) for architecture in ARCHITECTURES]
-    assert bridge.bridge_module("NoSuchForCausalLM") is None
+    assert None not in [loader.bridge_module(architecture) for architecture in ARCHITECTURES]
+    assert loader.bridge_module("NoSuchForCausalLM") is None
 
 
 def test_of_another_release_of_the_bridge_all_is_imported(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.4.0")
-    assert bridge.bridge_module(ARCHITECTURES[0]) is None
+    assert loader.bridge_module(ARCHITECTURES[0]) is None
 
 
 def test_a_package_whose_init_was_put_off_gives_all_that_it_defines_once_it_is_asked():
     code = """
 import sys
 from nemo_aapo.utils.libraries import quiet
-from nemo_aapo.mcore.bridge import auto_bridge_class
+from nemo_aapo.mcore.bridge.loader import auto_bridge_class
 quiet()
 auto_bridge = auto_bridge_class("LlamaForCausalLM")
 assert "megatron.bridge.models.gemma" not in sys.modules
@@ -104,7 +104,7 @@ def test_stand_ins_are_there_inside_only_and_never_instead_of_what_is_imported()
         importlib.import_module("no_such_package")
 
 
-@pytest.mark.parametrize("first", ["assemble", "policy.megatron", "checkpoint"])
+@pytest.mark.parametrize("first", ["training.build", "learner.policy", "checkpoint.checkpointer", "mcore.groups"])
 def test_transformer_engine_reads_its_switches_after_they_are_set(tmp_path, first):
     """megatron-core imports it in passing, long before a precision is decided."""
     stand_in = "import os\nprint(os.environ['NVTE_FP8_BLOCK_SCALING_FP32_SCALES'])\nraise ModuleNotFoundError\n"

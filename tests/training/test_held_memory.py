@@ -76,8 +76,8 @@ def serve(overrides):
     import numpy as np
 
     from nemo_aapo import load_config
-    from nemo_aapo.distributed import parallel
     from nemo_aapo.engines.build import build_hosted_engine
+    from nemo_aapo.mcore.groups import destroy_model_parallel
     from nemo_aapo.models.directory import read_model_dir
     from nemo_aapo.types import SamplingSpec
 
@@ -86,7 +86,7 @@ def serve(overrides):
     for version in (0, 1):
         hosted.engine.generate([np.array([5, 6], np.int32)], SamplingSpec(1.0, 4, (1,)), [[1, 2]])
         hosted.load(Path(config.model.path), version + 1)
-    parallel.shutdown()
+    destroy_model_parallel()
 
 
 INTEGER = ["rewards=[{name: integer, weight: 1.0}]", "validation.reward=integer", "reward_runner.workers=0"]

@@ -65,6 +65,7 @@ def measure(config: Config, engine: Callable[[Any], Any] | None = None) -> dict[
     from nemo_aapo.data.tokenizer import load_tokenizer, require_eos, text_decoder
     from nemo_aapo.distributed import parallel
     from nemo_aapo.engines.build import build_engine
+    from nemo_aapo.mcore.groups import destroy_model_parallel
     from nemo_aapo.prepare.job import resolve
     from nemo_aapo.rollout.collector import own_shard
     from nemo_aapo.seeds import stream_seed
@@ -74,7 +75,7 @@ def measure(config: Config, engine: Callable[[Any], Any] | None = None) -> dict[
     config = job.config
     build.initialize(config)
     with contextlib.ExitStack() as stack:
-        stack.callback(parallel.shutdown)
+        stack.callback(destroy_model_parallel)
         tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
         train, held_out = build.read_data(config, tokenizer, None)
         data = train.prompts if len(train.prompts) else held_out.prompts  # a source without end has none yet

@@ -17,13 +17,13 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from nemo_aapo.engines.megatron import sampling as sampler
 from nemo_aapo.engines.megatron.decoder import Decoder
 from nemo_aapo.engines.megatron.kv_cache import SlotCache
 from nemo_aapo.engines.megatron.scheduler import Slots
+from nemo_aapo.mcore.model import GPTModel
 from nemo_aapo.types import SamplingSpec
 
 SMALL_BATCHES = (16, 64)

@@ -20,14 +20,14 @@ from dataclasses import dataclass, fields
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core import parallel_state, tensor_parallel
-from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
+from nemo_aapo.distributed import parallel
 from nemo_aapo.engines.megatron.kv_cache import SlotCache
 from nemo_aapo.engines.megatron.matmul import add_linear_, arranged, linear
-from nemo_aapo.mcore.lora import base_layer, merged_weight
-from nemo_aapo.mcore.model import output_weight
+from nemo_aapo.mcore.bridge.lora import base_layer, merged_weight
+from nemo_aapo.mcore.groups import gather_columns
+from nemo_aapo.mcore.model import GPTModel, output_weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ class Decoder:
         self.queries_per_key = attention.num_attention_heads_per_partition // self.key_value_heads
         self.head_size = attention.hidden_size_per_attention_head
         self._root_epsilon = torch.tensor(self._config.layernorm_epsilon**0.5)
-        self._tp_group = parallel_state.get_tensor_model_parallel_group()
+        self._tp_group = parallel.groups().tensor
         self._tp_size = dist.get_world_size(self._tp_group)
 
     def new_cache(self, rows: int, length: int) -> SlotCache:
@@ -146,7 +146,7 @@ class Decoder:
             logits = torch.mm(normed, weight.t(), out_dtype=torch.float32)
         else:
             logits = linear(normed, weight)
-        return logits if self._tp_size == 1 else tensor_parallel.gather_from_tensor_model_parallel_region(logits)
+        return logits if self._tp_size == 1 else gather_columns(logits)
 
     def addresses(self) -> tuple[int, ...]:
         """Where the weights of a whole model lie on its device: what a CUDA graph of it remembers of them."""

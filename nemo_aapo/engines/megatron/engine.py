@@ -15,15 +15,15 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
 
+from nemo_aapo.distributed import parallel
 from nemo_aapo.engines.base import OnFinish, RolloutStats
 from nemo_aapo.engines.megatron import sampling as sampler
 from nemo_aapo.engines.megatron.cuda_graphs import DecodingGraphs, can_be_captured
 from nemo_aapo.engines.megatron.decoder import Decoder, check_supported
 from nemo_aapo.engines.megatron.scheduler import Admission, Slots, capacity
 from nemo_aapo.engines.megatron.stop_strings import StopStrings
+from nemo_aapo.mcore.model import GPTModel
 from nemo_aapo.types import Completion, SamplingSpec
 
 
@@ -58,11 +58,11 @@ class MegatronEngine:
         self.shares_weights = True
         self.stats: RolloutStats | None = None
         self._stop_strings: StopStrings | None = None  # kept, as it learns what each token says
-        self.group = parallel_state.get_model_parallel_group()
+        self.group = parallel.groups().model
         ranks = dist.get_process_group_ranks(self.group)
         self.group_size = len(ranks)
         # Tensor ranks are neighbours: the last pipeline stage's are the last of the group, and its first one draws.
-        self.drawing_rank = ranks[-parallel_state.get_tensor_model_parallel_world_size()]
+        self.drawing_rank = ranks[-parallel.tensor_parallel_size()]
         self.draws = dist.get_rank() == self.drawing_rank
         self.cuda_graphs = self.group_size == 1 and can_be_captured(model)
         """Steps without a prefill are CUDA graphs (decoding_graphs.py). False: kernel by kernel, for comparisons."""
@@ -201,7 +201,7 @@ class _Rollout:
     def _forward(self, decoding_rows: int, fresh: Sequence[Admission]) -> torch.Tensor | None:
         """One pass over all live rows: logits [live, padded vocabulary] on the last stage, None on the others."""
         slots, model, decoder = self._slots, self._model, self._decoder
-        pipeline = parallel_state.get_pipeline_model_parallel_group()
+        pipeline = parallel.groups().pipeline
         prompts = [self._prompts[admission.prompt] for admission in fresh]
         shares = [admission.stop - admission.start for admission in fresh]
         decode = slice(decoding_rows)
@@ -210,11 +210,11 @@ class _Rollout:
             hidden = decoder.embed(tokens)
         else:
             hidden = self._cache.kv.new_empty(len(tokens), model.config.hidden_size)
-            dist.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank(), group=pipeline)
+            dist.recv(hidden, parallel.rank_of_neighbour_stage(-1), group=pipeline)
         hidden = decoder.layers(hidden, self._cache)
         if model.post_process:
             return decoder.logits(hidden)
-        dist.send(hidden, parallel_state.get_pipeline_model_parallel_next_rank(), group=pipeline)
+        dist.send(hidden, parallel.rank_of_neighbour_stage(1), group=pipeline)
         return None
 
     def _draw(self, logits: torch.Tensor | None) -> np.ndarray:

@@ -101,13 +101,13 @@ class _Rotary(torch.autograd.Function):
 
 
 def _cos_sin(frequencies: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """As ``_turned`` takes them. Kept with the frequencies, which mcore hands to all layers."""
-    kept = getattr(frequencies, "_aapo_cos_sin", None)
+    """Cosine and sine as ``_turned`` takes them, kept with the frequencies, which mcore hands to all layers."""
+    kept = vars(frequencies).get("_aapo_cos_sin")
     if kept is None or kept[0] != scale:
         cos, sin = frequencies.cos().mul_(scale), frequencies.sin().mul_(scale)
         sin[..., : sin.shape[-1] // 2].neg_()
-        frequencies._aapo_cos_sin = kept = (scale, cos, sin)
-    return kept[1:]
+        vars(frequencies)["_aapo_cos_sin"] = kept = (scale, cos, sin)
+    return kept[1], kept[2]
 
 
 def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -46,7 +46,9 @@ class TorchNorm:
     (finalize_model_grads) for parameters that are marked, so mark them.
     """
 
-    def __new__(cls, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> torch.nn.Module:
+    def __new__(  # type: ignore[misc]  # mcore builds what is a class only; this one chooses among three
+        cls, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any
+    ) -> torch.nn.Module:
         norms = {"RMSNorm": LocalRMSNorm, "LayerNorm": torch.nn.LayerNorm}
         if config.layernorm_zero_centered_gamma:
             norms = {"RMSNorm": ZeroCenteredRMSNorm}
@@ -57,14 +59,16 @@ class TorchNorm:
 
 
 class LocalRMSNorm(torch.nn.RMSNorm):
-    """torch's, by ``rms_norm``."""
+    """torch's module, computed by ``rms_norm``."""
+
+    eps: float
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, self.weight, self.eps)
 
 
-class ZeroCenteredRMSNorm(torch.nn.RMSNorm):
-    """Gemma's: scales by 1 + weight."""
+class ZeroCenteredRMSNorm(LocalRMSNorm):
+    """Gemma's, which scales by 1 + weight."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, 1.0 + self.weight, self.eps)

@@ -1,133 +1,103 @@
-"""What megatron-core 0.16 needs to run where there is no CUDA device.
+"""What megatron-core needs to run where there is no CUDA device.
 
-megatron-core asks for ``torch.cuda.current_device()`` and for literal ``device="cuda"`` in many places that have
-nothing to do with CUDA kernels. ``install()`` answers those with the CPU, and replaces the few functions that insist
-on CUDA tensors. It does nothing on a machine with a GPU, where the very same code runs unpatched.
-
-Each patch is one function that says which site needs it; ``tests/mcore/test_cpu.py`` holds one test for each.
+``install()`` answers what mcore asks of CUDA (``fake_torch.py``) and replaces the few functions that insist on CUDA
+tensors. ``mcore/replaced.py`` lists them with the sources that they replace; each patch says here which site needs it,
+and ``tests/mcore/test_cpu.py`` holds one test for each. On a machine with a GPU the very same code runs unpatched.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
-from nemo_aapo.utils.libraries import import_megatron_core
-
-SUPPORTED_MCORE = "0.16"
-"""The release line whose sources the patches were written for."""
-
-MODULES_WITH_CUDA_LITERALS = (
-    "megatron.core.pipeline_parallel.schedules",  # total_num_tokens
-    "megatron.core.optimizer.clip_grads",  # total norm, overflow buffer
-    "megatron.core.optimizer.optimizer",  # loss scale
-    "megatron.core.transformer.utils",  # default causal mask
-    "megatron.core.utils",  # gradient norm without apex
-)
-"""Modules that create tensors with ``device="cuda"`` spelled out."""
+from nemo_aapo.mcore import replaced
+from nemo_aapo.mcore.cpu import fake_torch
+from nemo_aapo.mcore.cpu.kernels import rotary
 
 _installed = False
 
 
 def install() -> None:
-    """Make megatron-core usable without CUDA. Idempotent; a no-op where CUDA is present.
+    """Make megatron-core usable on this machine. Idempotent.
 
     Raises:
-        RuntimeError: the installed megatron-core is not of the release line the patches were written for.
+        DriftError: a function that is changed here is not the one that its change was written for; nothing was changed.
     """
     global _installed
-    if _installed or torch.cuda.is_available():
+    if _installed:
         return
-    _check_version()
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # mcore asserts on it for tensor parallelism
-    patch_device_queries()
-    patch_cuda_literals()
-    patch_gradient_clipping()
-    patch_optimizer_kernels()
-    patch_distributed_optimizer()
-    patch_rng_tracker()
-    patch_rotary_embedding()
-    patch_weight_gradients()
+    replaced.check(replaced.EVERYWHERE)
+    if not torch.cuda.is_available():
+        replaced.check(replaced.ON_CPU)
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # mcore asserts on it for tensor parallelism
+        fake_torch.give(fake_torch.MODULES)
+        patch_shared_embeddings()
+        patch_gradient_clipping()
+        patch_optimizer_kernels()
+        patch_distributed_optimizer()
+        patch_rng_tracker()
+        patch_rotary_embedding()
+        patch_weight_gradients()
     _installed = True
 
 
-def _check_version() -> None:
-    import_megatron_core()
-    from megatron.core import __version__
+def patch_shared_embeddings() -> None:
+    """The stages that share an embedding sum up their copies of it, after ``Tensor.cuda()`` (language_module.py:244).
 
-    if not __version__.startswith(SUPPORTED_MCORE + "."):
-        raise RuntimeError(
-            f"megatron-core {__version__} is installed, but running without a GPU is supported for "
-            f"{SUPPORTED_MCORE}.x only. Install the versions in requirements/."
-        )
-
-
-def patch_device_queries() -> None:
-    """``torch.cuda.current_device()`` (rotary embedding, p2p, mappings, layers, buffers), ``synchronize()`` (p2p,
-    checkpoint writer) and ``Tensor.cuda()`` (tied embeddings under pipeline parallelism)."""
-    torch.cuda.current_device = lambda: torch.device("cpu")
-    torch.cuda.synchronize = lambda *args, **kwargs: None
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self
-
-
-def patch_cuda_literals() -> None:
-    """Give the modules with literal ``device="cuda"`` a ``torch`` whose factories read it as the CPU.
-
-    A ``TorchFunctionMode`` would catch all sites at once, but costs 20 to 27 % of a step.
+    mcore's function runs as if this stage had no share in it; the sum comes afterwards.
     """
-    proxy = _cpu_torch()
-    for name in MODULES_WITH_CUDA_LITERALS:
-        importlib.import_module(name).torch = proxy
+    from megatron.core.models.common.language_module.language_module import LanguageModule
 
+    original = LanguageModule.setup_embeddings_and_output_layer
 
-def _cpu_torch() -> types.ModuleType:
-    """A stand-in for the module ``torch``: all its attributes, with factories that map cuda to cpu."""
-    proxy = types.ModuleType("torch")
-    proxy.__getattr__ = lambda name: getattr(torch, name)
+    def setup_embeddings_and_output_layer(self: Any) -> None:
+        self._is_in_embd_group = lambda: False
+        try:
+            original(self)
+        finally:
+            del self._is_in_embd_group
+        is_cut = self.config.pipeline_model_parallel_size > 1 and dist.is_initialized()
+        if self.share_embeddings_and_output_weights and is_cut and self._is_in_embd_group():
+            dist.all_reduce(self.shared_embedding_or_output_weight().data, group=self.embd_group)
 
-    def on_cpu(factory):
-        def create(*args, **kwargs):
-            if str(kwargs.get("device", "")).startswith("cuda"):
-                kwargs["device"] = "cpu"
-            return factory(*args, **kwargs)
-
-        return create
-
-    for name in ("zeros", "ones", "empty", "full", "tensor"):
-        setattr(proxy, name, on_cpu(getattr(torch, name)))
-    return proxy
+    LanguageModule.setup_embeddings_and_output_layer = setup_embeddings_and_output_layer
 
 
 @contextlib.contextmanager
-def types_as_on_gpu() -> Iterator[None]:
-    """Inside, ``Tensor.type()`` gives a CPU tensor the name of its CUDA twin.
+def types_as_on_gpu(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
+    """Inside, ``type()`` of these parameters is the name of their CUDA twins' type.
 
     The distributed optimizer sorts parameters by that name when it is made (distrib_optimizer.py:361, :420, :582), and
-    knows none without ``cuda`` in it.
+    knows none without ``cuda`` in it. Each parameter gets an attribute that hides the method: tensors as such, and
+    other parameters, are left alone.
     """
-    original = torch.Tensor.type
-
-    def named_as_on_gpu(self, *args, **kwargs):
-        found = original(self, *args, **kwargs)
-        return found.replace("torch.", "torch.cuda.", 1) if isinstance(found, str) and not self.is_cuda else found
-
-    torch.Tensor.type = named_as_on_gpu
+    named = list(parameters)
+    for parameter in named:
+        name = parameter.type().replace("torch.", "torch.cuda.", 1)
+        vars(parameter)["type"] = lambda name=name: name
     try:
         yield
     finally:
-        torch.Tensor.type = original
+        for parameter in named:
+            del vars(parameter)["type"]
 
 
 def patch_gradient_clipping() -> None:
     """``clip_grad_by_total_norm_fp32`` asserts on ``torch.cuda.FloatTensor`` (clip_grads.py:167)."""
     from megatron.core.optimizer import clip_grads, optimizer
 
-    def clip_grad_by_total_norm_fp32(parameters, max_norm, total_norm, use_decoupled_grad=False):
+    def clip_grad_by_total_norm_fp32(
+        parameters: torch.Tensor | Iterable[torch.Tensor],
+        max_norm: float,
+        total_norm: float,
+        use_decoupled_grad: bool = False,
+    ) -> None:
         parameters = [parameters] if isinstance(parameters, torch.Tensor) else parameters
         grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
         coefficient = max_norm / (total_norm + 1.0e-6)
@@ -158,26 +128,36 @@ def patch_optimizer_kernels() -> None:
 
 
 def patch_distributed_optimizer() -> None:
-    """Loading its state looks for torch's step count among the tensors (distrib_optimizer.py:940), where it is not.
+    """Saving its state gathers it by ``Tensor.cuda()`` (distrib_optimizer.py:1089), unless it is told to use gloo.
 
-    It was set by then: TransformerEngine's and apex's Adam keep it elsewhere, which is all that mcore thinks of there.
+    Loading looks for torch's step count among the tensors (distrib_optimizer.py:940), where it is not. It was set by
+    then: TransformerEngine's and apex's Adam keep it elsewhere, which is all that mcore thinks of there.
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-    original = DistributedOptimizer._set_main_param_and_optimizer_states
+    original, gather = (
+        DistributedOptimizer._set_main_param_and_optimizer_states,
+        DistributedOptimizer.get_parameter_state_dp_zero,
+    )
 
-    def set_states(self, model_param, tensors):
+    def set_states(self: Any, model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
         present = self._get_main_param_and_optimizer_states(model_param)
         original(self, model_param, {**{key: present[key] for key in ("step",) if key in present}, **tensors})
 
+    def get_states(
+        self: Any, use_gloo_comm: bool = True, empty_data: bool = False, return_on_all_ranks: bool = False
+    ) -> dict[str | int, Any] | None:
+        return gather(self, True, empty_data, return_on_all_ranks)
+
     DistributedOptimizer._set_main_param_and_optimizer_states = set_states
+    DistributedOptimizer.get_parameter_state_dp_zero = get_states
 
 
 def patch_rng_tracker() -> None:
     """The tensor-parallel RNG tracker and the recompute hooks read and set the CUDA generator's state."""
     from megatron.core.tensor_parallel import random
 
-    def add(self, name, seed):
+    def add(self: Any, name: str, seed: int) -> None:
         self._is_initialized = True
         if seed in self.seeds_ or name in self.states_:
             raise ValueError(f"random state {name!r} with seed {seed} exists already")
@@ -185,7 +165,7 @@ def patch_rng_tracker() -> None:
         self.states_[name] = torch.Generator().manual_seed(seed).get_state()
 
     @contextlib.contextmanager
-    def fork(self, name=random._MODEL_PARALLEL_RNG_TRACKER_NAME):
+    def fork(self: Any, name: str = random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
         if name not in self.states_:
             raise ValueError(f"random state {name!r} was not added")
         outer = torch.get_rng_state()
@@ -211,17 +191,23 @@ def patch_rotary_embedding() -> None:
     """
     from megatron.core.models.common.embeddings import rope_utils
 
-    from nemo_aapo.mcore.cpu.kernels import rotary
-
     original, original_packed = rope_utils._apply_rotary_pos_emb_bshd, rope_utils._apply_rotary_pos_emb_thd
 
-    def apply_packed(t, cu_seqlens, freqs, *arguments, **more):
+    def apply_packed(
+        t: torch.Tensor, cu_seqlens: torch.Tensor, freqs: torch.Tensor, *arguments: Any, **more: Any
+    ) -> torch.Tensor:
         if len(cu_seqlens) > 2 or len(freqs) != len(t):
             return original_packed(t, cu_seqlens, freqs, *arguments, **more)
         more.pop("cp_group", None)
         return apply(t.unsqueeze(1), freqs, *arguments, **more).squeeze(1)
 
-    def apply(t, freqs, rotary_interleaved=False, multi_latent_attention=False, mscale=1.0):
+    def apply(
+        t: torch.Tensor,
+        freqs: torch.Tensor,
+        rotary_interleaved: bool = False,
+        multi_latent_attention: bool = False,
+        mscale: float = 1.0,
+    ) -> torch.Tensor:
         if rotary_interleaved or multi_latent_attention or t.shape[-1] != freqs.shape[-1] or t.dtype != freqs.dtype:
             return original(t, freqs, rotary_interleaved, multi_latent_attention, mscale)
         return rotary(t, freqs, mscale)
@@ -236,7 +222,7 @@ def patch_weight_gradients() -> None:
     """
     from megatron.core.tensor_parallel import layers
 
-    def wgrad_gemm_accum_fp32(total_input, grad_output, main_grad):
+    def wgrad_gemm_accum_fp32(total_input: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor) -> None:
         main_grad.addmm_(grad_output.t(), total_input)
 
     layers.fused_weight_gradient_mlp_cuda = types.SimpleNamespace(wgrad_gemm_accum_fp32=wgrad_gemm_accum_fp32)

@@ -33,7 +33,7 @@ def build(path: Path, tp: int = 1, pp: int = 1, sp: bool = False):
 
     from nemo_aapo.launch.world import Machine, decide
     from nemo_aapo.mcore import precision
-    from nemo_aapo.mcore.weights import WeightMap
+    from nemo_aapo.mcore.bridge.weights import WeightMap
 
     weights = WeightMap(str(path), torch.float32)
     provider = weights.provider()

@@ -88,7 +88,7 @@ class Engines:
         """New weights, as after an optimizer step, on both."""
         import torch
 
-        from nemo_aapo.mcore.weights import WeightMap
+        from nemo_aapo.mcore.bridge.weights import WeightMap
 
         generator = torch.Generator().manual_seed(version)
         with torch.no_grad():
@@ -347,7 +347,7 @@ def _write_versions(words, folder):
     from nemo_aapo.engines.remote.weight_store import WeightStore
 
     engines = Engines(words)
-    from nemo_aapo.mcore.weights import WeightMap
+    from nemo_aapo.mcore.bridge.weights import WeightMap
 
     path = engines.remote.store.config.parent
     exported = dict(WeightMap(str(path), torch.float32).export(engines.local.model))

@@ -15,12 +15,16 @@ import importlib.util
 import re
 import sys
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from nemo_aapo.mcore.import_stubs import standing_in
-from nemo_aapo.utils.libraries import import_megatron_core, importing
+from nemo_aapo.mcore import replaced
+from nemo_aapo.mcore.bridge.import_stubs import standing_in
+from nemo_aapo.utils.libraries import importing
+
+if TYPE_CHECKING:
+    import torch
 
 SUPPORTED = "0.3"
 """The release line whose layout of packages is known here; of any other, all is imported."""
@@ -42,10 +46,18 @@ CORE_FIRST = (
 
 MODELS = "megatron.bridge.models"
 
+MODULES_WITH_CUDA = (f"{MODELS}.conversion.param_mapping",)
+"""Modules of the Bridge that get ``fake_torch`` where there is no GPU."""
 
-def auto_bridge_class(architecture: str) -> Any:
-    """``megatron.bridge.AutoBridge``, able to convert models of an architecture such as ``Qwen2ForCausalLM``."""
-    import_megatron_core()
+_installed = False
+
+
+def auto_bridge_class(architecture: str) -> Any:  # the Bridge has no types
+    """``megatron.bridge.AutoBridge``, able to convert models of an architecture such as ``Qwen2ForCausalLM``.
+
+    Raises:
+        DriftError: the installed Bridge is not the one that this package was written for.
+    """
     module = bridge_module(architecture)
     later = ["megatron.bridge", MODELS, module.rpartition(".")[0]] if module else []
     with importing():
@@ -54,29 +66,31 @@ def auto_bridge_class(architecture: str) -> Any:
     with importing(), _optional_dependencies(), _put_off(later):
         auto_bridge = importlib.import_module(f"{MODELS}.conversion.auto_bridge").AutoBridge
         importlib.import_module(module or MODELS)
-    _scatter_contiguous()
+    _install_patches()
     return auto_bridge
 
 
-def lora_class() -> Any:
+def lora_class() -> Any:  # the Bridge has no types
     """``megatron.bridge.peft.lora.LoRA``, and the truth about TransformerEngine.
 
     Without it mcore has mocks in place of its classes, which the Bridge takes for real ones and fails on.
+
+    Raises:
+        DriftError: as ``auto_bridge_class``.
     """
-    import_megatron_core()
     with importing(), _optional_dependencies():
         lora = importlib.import_module("megatron.bridge.peft.lora")
         utils = importlib.import_module("megatron.bridge.peft.utils")
+    replaced.check(replaced.OF_LORA)
     if importlib.util.find_spec("transformer_engine") is None:
-        utils.HAVE_TE = False
+        vars(utils)["HAVE_TE"] = False
     return lora.LoRA
 
 
 def known_architectures() -> list[str]:
     """All that the installed Megatron-Bridge registers a map for, whether it works here or not; nothing is imported."""
-    (folder,) = importlib.util.find_spec("megatron.bridge").submodule_search_locations
     source = r"MegatronModelBridge\.register_bridge\(\s*source=[\"']?(\w+)"
-    texts = [path.read_text(encoding="utf-8") for path in (Path(folder) / "models").glob("*/*_bridge.py")]
+    texts = [path.read_text(encoding="utf-8") for path in _bridge_files()]
     return sorted({name for text in texts for name in re.findall(source, text, re.MULTILINE)})
 
 
@@ -84,12 +98,19 @@ def bridge_module(architecture: str) -> str | None:
     """The module that registers the architecture's bridge; None: it is not found by its text, so import all."""
     if not importlib.metadata.version("megatron-bridge").startswith(SUPPORTED + "."):
         return None
-    (folder,) = importlib.util.find_spec("megatron.bridge").submodule_search_locations
     source = rf"^@MegatronModelBridge\.register_bridge\(\s*source=[\"']?{re.escape(architecture)}\b"
-    for path in sorted((Path(folder) / "models").glob("*/*_bridge.py")):
+    for path in _bridge_files():
         if re.search(source, path.read_text(encoding="utf-8"), re.MULTILINE):
             return f"{MODELS}.{path.parent.name}.{path.stem}"
     return None
+
+
+def _bridge_files() -> list[Path]:
+    """The modules that register a map, without importing any."""
+    spec = importlib.util.find_spec("megatron.bridge")
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError("megatron-bridge is not installed: pip install --no-deps -r requirements/bridge.txt")
+    return sorted((Path(spec.submodule_search_locations[0]) / "models").glob("*/*_bridge.py"))
 
 
 def _optional_dependencies() -> contextlib.AbstractContextManager[None]:
@@ -111,11 +132,13 @@ class _PutOffFinder(importlib.abc.MetaPathFinder):
     def __init__(self, packages: set[str]) -> None:
         self.packages = packages
 
-    def find_spec(self, fullname, path=None, target=None):
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
         if fullname not in self.packages:
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
-        if spec is not None:
+        if spec is not None and spec.loader is not None:
             spec.loader = _PutOffLoader(spec.loader)
         return spec
 
@@ -123,10 +146,10 @@ class _PutOffFinder(importlib.abc.MetaPathFinder):
 class _PutOffLoader(importlib.abc.Loader):
     """Another loader's work, done when the module is asked for a name that it does not have yet (PEP 562)."""
 
-    def __init__(self, loader: Any) -> None:
+    def __init__(self, loader: importlib.abc.Loader) -> None:
         self.loader = loader
 
-    def create_module(self, spec):
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> None:
         return None
 
     def exec_module(self, module: types.ModuleType) -> None:
@@ -138,20 +161,32 @@ class _PutOffLoader(importlib.abc.Loader):
                     self.loader.exec_module(module)
             return getattr(module, name)
 
-        module.__getattr__ = run_and_get
+        vars(module)["__getattr__"] = run_and_get
+
+
+def _install_patches() -> None:
+    """Change what ``replaced.OF_BRIDGE`` lists. Idempotent."""
+    global _installed
+    if _installed:
+        return
+    import torch
+
+    from nemo_aapo.mcore.cpu import fake_torch
+
+    replaced.check(replaced.OF_BRIDGE)
+    _scatter_contiguous()
+    if not torch.cuda.is_available():
+        fake_torch.give(MODULES_WITH_CUDA)
+    _installed = True
 
 
 def _scatter_contiguous() -> None:
     """gloo's scatter misreads non-contiguous tensors without an error: every row-parallel weight would arrive wrong."""
     from megatron.bridge.models.conversion.param_mapping import MegatronParamMapping
 
-    scatter = MegatronParamMapping.scatter_to_tp_ranks
-    if getattr(scatter, "contiguous", False):
-        return
+    original = MegatronParamMapping.scatter_to_tp_ranks
 
-    def scatter_to_tp_ranks(self, splits, *args, **kwargs):
-        splits = [split.contiguous() for split in splits] if splits else splits
-        return scatter(self, splits, *args, **kwargs)
+    def scatter_to_tp_ranks(self: Any, splits: list[torch.Tensor] | None, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return original(self, splits and [split.contiguous() for split in splits], *args, **kwargs)
 
-    scatter_to_tp_ranks.contiguous = True
     MegatronParamMapping.scatter_to_tp_ranks = scatter_to_tp_ranks

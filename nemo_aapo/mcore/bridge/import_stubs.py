@@ -7,7 +7,7 @@ import importlib.abc
 import importlib.machinery
 import sys
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 
@@ -37,7 +37,7 @@ class _StandIn(type):
 
 
 def _stand_in(name: str) -> type:
-    def new(cls, *args, **kwargs):
+    def new(cls: type, *args: Any, **kwargs: Any) -> Any:
         if not kwargs and len(args) == 1 and callable(args[0]):
             return args[0]  # @triton.jit
         if not args:
@@ -48,7 +48,8 @@ def _stand_in(name: str) -> type:
 
 
 class _StandInModule(types.ModuleType):
-    __path__: tuple[str, ...] = ()
+    """A package that gives a stand-in for any name; the import system gives it an empty path."""
+
     __version__ = "0.0.0"
 
     def __getattr__(self, name: str) -> Any:
@@ -65,13 +66,15 @@ class _StandInFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def __init__(self, packages: set[str]) -> None:
         self.packages = packages
 
-    def find_spec(self, fullname, path=None, target=None):
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
         if fullname.partition(".")[0] in self.packages:
             return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
         return None
 
-    def create_module(self, spec):
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
         return _StandInModule(spec.name)
 
-    def exec_module(self, module):
+    def exec_module(self, module: types.ModuleType) -> None:
         """Nothing to run."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from nemo_aapo.mcore.bridge import auto_bridge_class
+from nemo_aapo.mcore.bridge.loader import auto_bridge_class
 from nemo_aapo.models import writer as hf_directory
 from nemo_aapo.models.directory import architecture_of
 

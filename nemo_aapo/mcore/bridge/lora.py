@@ -10,19 +10,47 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any, Protocol, TypeGuard
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
 from nemo_aapo.config.schema import Lora
-from nemo_aapo.mcore.bridge import lora_class
+from nemo_aapo.distributed import parallel
+from nemo_aapo.mcore.bridge.loader import lora_class
 from nemo_aapo.models import writer as hf_directory
 from nemo_aapo.seeds import stream_seed
 
 ADAPTER = ".adapter."
-"""Between the name of a layer and that of its adapter's tensor."""
+"""Stands between the name of a layer and that of its adapter's tensor."""
+
+
+class Linear(Protocol):
+    """This rank's part of a linear layer, mcore's or TransformerEngine's."""
+
+    weight: torch.Tensor
+
+
+class Adapter(Protocol):
+    """This rank's part of a LoRA adapter, as Megatron-Bridge makes it."""
+
+    linear_in: Linear
+    """A"""
+    linear_out: Linear
+    """B"""
+    input_is_parallel: bool
+    """Whether the tensor-parallel ranks cut the layer along its input; otherwise along its output."""
+    alpha: float
+    dim: int
+    """The rank."""
+
+
+class AdaptedLinear(Protocol):
+    """A linear layer with an adapter, as Megatron-Bridge wraps it."""
+
+    to_wrap: Linear
+    adapter: Adapter
 
 
 def add_adapters(module: GPTModel, lora: Lora, seed: int) -> None:
@@ -39,22 +67,23 @@ def add_adapters(module: GPTModel, lora: Lora, seed: int) -> None:
                 _initialize(linear.adapter, stream_seed(seed, "lora", layer.layer_number, name))
 
 
-def is_adapted(linear: torch.nn.Module) -> bool:
+def is_adapted(linear: object) -> TypeGuard[AdaptedLinear]:
     """Whether a linear layer has an adapter."""
     return hasattr(linear, "to_wrap") and hasattr(linear, "adapter")
 
 
-def base_layer(linear: torch.nn.Module) -> torch.nn.Module:
+def base_layer(linear: Linear | AdaptedLinear) -> Any:  # mcore has no types
     """A linear layer without its adapter, if it has one."""
     return linear.to_wrap if is_adapted(linear) else linear
 
 
 @torch.no_grad()
-def merged_weight(linear: torch.nn.Module) -> torch.Tensor:
+def merged_weight(linear: Linear | AdaptedLinear) -> torch.Tensor:
     """W of a linear layer; with an adapter W + (alpha / rank) B A, as a new tensor. This rank's part. Collective."""
+    base = base_layer(linear).weight
     if not is_adapted(linear):
-        return linear.weight
-    adapter, base = linear.adapter, linear.to_wrap.weight
+        return base
+    adapter = linear.adapter
     a, b = adapter.linear_in.weight, adapter.linear_out.weight
     if adapter.input_is_parallel:  # W is cut along its input as A is; B along the rows that W has all of
         b = _gather_rows(b)
@@ -64,7 +93,7 @@ def merged_weight(linear: torch.nn.Module) -> torch.Tensor:
 
 
 def _gather_rows(part: torch.Tensor) -> torch.Tensor:
-    group = parallel_state.get_tensor_model_parallel_group()
+    group = parallel.groups().tensor
     size = dist.get_world_size(group)
     if size == 1:
         return part
@@ -73,15 +102,15 @@ def _gather_rows(part: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def _initialize(adapter: torch.nn.Module, seed: int) -> None:
+def _initialize(adapter: Adapter, seed: int) -> None:
     """Draw A whole on every rank (Xavier's uniform), and keep this rank's part; B is zero."""
     part = adapter.linear_in.weight
     dim = 1 if adapter.input_is_parallel else 0
-    tp = parallel_state.get_tensor_model_parallel_world_size()
+    tp = parallel.tensor_parallel_size()
     shape = [size * tp if axis == dim else size for axis, size in enumerate(part.shape)]
     bound = (6.0 / sum(shape)) ** 0.5
     whole = (2.0 * torch.rand(shape, generator=torch.Generator().manual_seed(seed)) - 1.0) * bound
-    own = whole.chunk(tp, dim)[parallel_state.get_tensor_model_parallel_rank()]
+    own = whole.chunk(tp, dim)[parallel.tensor_parallel_rank()]
     part.data.copy_(own)
     adapter.linear_out.weight.data.zero_()
 

@@ -1,0 +1,212 @@
+"""Every function of megatron-core and Megatron-Bridge that is replaced here, or given other parts to work with.
+
+A replacement fits one source only. Each function stands here with the hash of the source that was read when its
+replacement was written, and an installed library whose function reads otherwise is refused, by name, before anything
+runs: a version number says neither that a function changed nor that it stayed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.metadata
+import inspect
+import linecache
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_aapo.errors import DriftError
+
+CORE, BRIDGE = "megatron-core", "megatron-bridge"
+
+
+@dataclass(frozen=True, slots=True)
+class Function:
+    """One function, as it is in the library.
+
+    Example:
+        ``Function("megatron.core.optimizer.optimizer:FP32Optimizer.step", "5d41402a…", "why it is replaced")``
+    """
+
+    name: str
+    """``module:qualified name``."""
+    sha256: str
+    """Of its source text (``sha256_of``)."""
+    why: str
+    """What is replaced in it, or given to it, and for what reason."""
+
+    @property
+    def package(self) -> str:
+        """The distribution that it comes from."""
+        return BRIDGE if self.name.startswith("megatron.bridge.") else CORE
+
+    def owner(self) -> tuple[Any, str]:
+        """The module or class that holds the function, and its name there.
+
+        Raises:
+            DriftError: there is no such function.
+        """
+        module, _, path = self.name.partition(":")
+        *classes, name = path.split(".")
+        try:
+            place: Any = importlib.import_module(module)
+            for part in classes:
+                place = getattr(place, part)
+            getattr(place, name)
+        except (ImportError, AttributeError) as error:
+            raise DriftError(_refusal(self, f"is gone ({error})")) from error
+        return place, name
+
+
+ON_CPU = (
+    Function(
+        "megatron.core.models.common.language_module.language_module:LanguageModule.setup_embeddings_and_output_layer",
+        "005bdd3315b0611b09dabea160e81a72cb455fc211020af407edf97e57064e35",
+        "its sum over the stages that share an embedding calls Tensor.cuda()",
+    ),
+    Function(
+        "megatron.core.models.common.embeddings.rope_utils:_apply_rotary_pos_emb_bshd",
+        "2d6f53f0fe6f5352d43f16b920a92ec8562445eb19b6a82555a1e90c79fe0d82",
+        "it copies much; the replacement takes few passes over memory",
+    ),
+    Function(
+        "megatron.core.models.common.embeddings.rope_utils:_apply_rotary_pos_emb_thd",
+        "45c1da33b8ab68f4e2339fba8cda2d5c3b5dbfdcc9d6fd8d5293ffd6c0b191f7",
+        "it puts angles together in each layer anew, also where each token has its own already (mcore/packing.py)",
+    ),
+    Function(
+        "megatron.core.tensor_parallel.random:CudaRNGStatesTracker.add",
+        "e5e9ab39a7c1e085fe0b95cb0ef4e25f5c43e3ad9caf876813ef78e3f52f0eec",
+        "it reads CUDA's random number generator",
+    ),
+    Function(
+        "megatron.core.tensor_parallel.random:CudaRNGStatesTracker.fork",
+        "6821e1e397253d43b111f5cb8f7feab6301faacf24deaece01416a7c644322d5",
+        "it sets CUDA's random number generator",
+    ),
+    Function(
+        "megatron.core.tensor_parallel.random:_get_cuda_rng_state",
+        "aa26caaa069c5c4feff0f9f4e69f0f2ab6d6fc7940f71c3a6d0fe9303447d3dc",
+        "recomputation reads CUDA's generator",
+    ),
+    Function(
+        "megatron.core.tensor_parallel.random:_set_cuda_rng_state",
+        "b179c9d95438b61c1d9b58e8e13cc6534f2ae2f870d991c42438de53829ed398",
+        "recomputation sets CUDA's generator",
+    ),
+    Function(
+        "megatron.core.tensor_parallel.layers:LinearWithGradAccumulationAndAsyncCommunication.backward",
+        "b50b2ea4a1c9027040516475a8b40a0bd86ddf9e17fcb5c2c56feb3156c3ae3e",
+        "it is given a CPU's kernel in place of apex's, which adds weight gradients within the product",
+    ),
+    Function(
+        "megatron.core.optimizer.clip_grads:clip_grad_by_total_norm_fp32",
+        "8edb9da5365045a5d1c21c4ca81697412bbdbab725209db8df00dc90d03363e1",
+        "it asserts that gradients are CUDA's",
+    ),
+    Function(
+        "megatron.core.optimizer.clip_grads:get_grad_norm_fp32",
+        "7fa2ba2493d43f1d3693ee62b5558ffccf3b0b2976bf746613187ff3bbc8b86f",
+        "it is given mcore's own norm, where TransformerEngine or apex is installed without a GPU",
+    ),
+    Function(
+        "megatron.core.optimizer.optimizer:_multi_tensor_copy_this_to_that",
+        "2788b0572db3ae06792290baeaf36b75a6ab33ab539a019e88817597adcac75c",
+        "it is given mcore's own copy, where TransformerEngine or apex is installed without a GPU",
+    ),
+    Function(
+        "megatron.core.optimizer:_get_megatron_optimizer_based_on_param_groups",
+        "34bc6add4c25e9093fa33ca4c8dc1c7b9eb173180b6f8adfd60f1988231f0020",
+        "it is told to take torch's Adam, where TransformerEngine or apex is installed without a GPU",
+    ),
+    Function(
+        "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.__init__",
+        "3275f640fc1b7377182f3907efc162ae4df4ad14c267417c78041d53b9fb2adf",
+        "it sorts parameters by type names of CUDA, which they are given meanwhile",
+    ),
+    Function(
+        "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._build_model_and_main_param_groups",
+        "1b9f0ec06718f817fe8ce6b8bc62ae2a4e096a3cf599a19511ce9d9355f3b7f8",
+        "it sorts parameters by type names of CUDA, which they are given meanwhile",
+    ),
+    Function(
+        "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.get_parameter_state_dp_zero",
+        "812c52ea4568b0ffae6132290b6bffe247fa0c44e42835be3e1ae55cbadd838b",
+        "it gathers the state by Tensor.cuda(), unless it is told to use gloo",
+    ),
+    Function(
+        "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._set_main_param_and_optimizer_states",
+        "93c254228283b2df0147fe436a2fe5d9e754ab4b7276a96f023be179c737329f",
+        "it looks for torch's step count among the tensors that are loaded, where it is not",
+    ),
+    Function(
+        "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.state_dict",
+        "fe621ae6a622b58752df0330a2a30056dda222d73f22dc6bce6a5d1ac2bfa3d8",
+        "it is told that Adam is torch's, where TransformerEngine or apex is installed without a GPU",
+    ),
+    Function(
+        "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.load_state_dict",
+        "15f257b4c4f9a7ef6d6660e829de088d39997615c2a4e52ec5e7e1306b465f04",
+        "it is told that Adam is torch's; and it loads one tensor as the step count of all parameters, which are "
+        "given one each afterwards",
+    ),
+)
+"""Checked where there is no GPU: with one, these run as they are."""
+
+EVERYWHERE = (
+    Function(
+        "megatron.core.models.gpt.gpt_model:GPTModel._postprocess",
+        "a5f7de0bfb1cad97b680b964bdea46140959571a1b74a68651fefe5a276363df",
+        "told that the last stage is none, it must return hidden states in place of logits",
+    ),
+)
+"""Functions of mcore that are checked on every machine."""
+
+OF_BRIDGE = (
+    Function(
+        "megatron.bridge.models.conversion.param_mapping:MegatronParamMapping.scatter_to_tp_ranks",
+        "3d4d0ac20bd3be95f7f1765eca22caefc0bf8446893645bcb7517713d66b968a",
+        "gloo's scatter misreads tensors that are not contiguous, without an error",
+    ),
+)
+"""Checked on every machine as Megatron-Bridge is imported."""
+
+OF_LORA = (
+    Function(
+        "megatron.bridge.peft.utils:get_adapter_attributes_from_linear",
+        "a36af8a5e7e5c68d10b2817750c3583ef1a2a0397436bc902de6cff0d023f943",
+        "it takes mcore's mocks of TransformerEngine's classes for real ones, where that is absent",
+    ),
+)
+"""Checked on every machine as the Bridge's LoRA is imported."""
+
+
+def check(functions: Iterable[Function]) -> None:
+    """Compare the installed functions with those that the replacements were written for.
+
+    Raises:
+        DriftError: one of them is another; names it, its package's version, and what to do.
+    """
+    for function in functions:
+        place, name = function.owner()
+        if (found := sha256_of(getattr(place, name))) != function.sha256:
+            raise DriftError(_refusal(function, f"has another source than the one known here (its sha256 is {found})"))
+
+
+def sha256_of(function: Callable[..., Any]) -> str:
+    """Of a Python function's source text, with its decorators; empty where there is none to read.
+
+    As ``inspect.getsource``, which takes ten times as long: it looks through all modules for the function's first.
+    """
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    lines = linecache.getlines(code.co_filename)[code.co_firstlineno - 1 :] if code else []
+    return hashlib.sha256("".join(inspect.getblock(lines)).encode()).hexdigest() if lines else ""
+
+
+def _refusal(function: Function, problem: str) -> str:
+    return (
+        f"{function.package} {importlib.metadata.version(function.package)}: {function.name} {problem}, and nemo_aapo "
+        f"changes it: {function.why}. Install the versions in requirements/; or read the new source, mend the change "
+        "in nemo_aapo/mcore, and put the new hash into nemo_aapo/mcore/replaced.py"
+    )
