@@ -29,12 +29,13 @@ from megatron.core import parallel_state
 import nemo_aapo
 from nemo_aapo.checkpoint import format as torch_dist
 from nemo_aapo.checkpoint import manifest
-from nemo_aapo.checkpoint.directory import CheckpointDirectory, remove, step_of
+from nemo_aapo.checkpoint.directory import CheckpointDirectory, step_of
 from nemo_aapo.checkpoint.manifest import Manifest
 from nemo_aapo.distributed import parallel
 from nemo_aapo.distributed.agreement import Group, on_all_ranks, on_first_rank
 from nemo_aapo.errors import CheckpointError, DamagedCheckpointError
 from nemo_aapo.utils.background import Background
+from nemo_aapo.utils.files import free_space, remove_directory
 
 ResumeMode = Literal["auto", "latest_good"]
 
@@ -163,9 +164,9 @@ class Checkpointer:
             on_first_rank(lambda: directory.commit(whole), group)
         except CheckpointError as error:
             if parallel.rank() == 0:
-                remove(partial)
+                remove_directory(partial)
             raise CheckpointError(
-                f"the checkpoint of step {step} was not saved in {directory.path} ({directory.free_space()}); "
+                f"the checkpoint of step {step} was not saved in {directory.path} ({free_space(directory.path)}); "
                 f"earlier ones are as they were: {error}"
             ) from error
         self.seconds = time.monotonic() - start
@@ -247,8 +248,8 @@ def check_files(path: Path, content: Manifest) -> None:
     Raises:
         DamagedCheckpointError: on all ranks: which files are missing, truncated or altered.
     """
-    own = manifest.share(content.files, parallel.rank(), dist.get_world_size())
-    checked = on_all_ranks(lambda: [manifest.problem(path, name, content.files[name]) for name in own])
+    own = manifest.shard_of(content.files, parallel.rank(), dist.get_world_size())
+    checked = on_all_ranks(lambda: [manifest.problem_with(path, name, content.files[name]) for name in own])
     problems = [problem for part in checked for problem in part if problem]
     if problems:
         raise DamagedCheckpointError("; ".join(problems))
@@ -256,7 +257,7 @@ def check_files(path: Path, content: Manifest) -> None:
 
 def seal_own_files(directory: Path) -> dict[str, manifest.FileRecord]:
     """Bring the files to the disk that this rank wrote, and record them."""
-    own = manifest.share(os.listdir(directory), parallel.rank(), dist.get_world_size())
+    own = manifest.shard_of(os.listdir(directory), parallel.rank(), dist.get_world_size())
     return {name: manifest.seal(directory / name) for name in own}
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 from nemo_aapo.checkpoint import manifest
 from nemo_aapo.checkpoint.manifest import Manifest
 from nemo_aapo.errors import CheckpointError
+from nemo_aapo.utils.files import begin_directory, commit_directory, partial_of, remove_directory
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class CheckpointDirectory:
 
     def partial(self, step: int) -> Path:
         """Where it is written."""
-        return self.path / f".{self.of(step).name}.partial"
+        return partial_of(self.of(step))
 
     def steps(self) -> list[Path]:
         """Checkpoints by step, oldest first."""
@@ -52,17 +52,15 @@ class CheckpointDirectory:
         self._remove_leftovers()
         if self.of(step).exists():
             raise CheckpointError(f"{self.of(step)} exists already, and is not overwritten")
-        self.partial(step).mkdir()
+        partial = begin_directory(self.of(step))
         for name, content in extra_files.items():
-            (self.partial(step) / name).write_bytes(content)
+            (partial / name).write_bytes(content)
 
     def commit(self, content: Manifest) -> None:
         """Write the manifest, and give the partial directory its name once all of it is on the disk."""
         partial = self.partial(content.step)
         manifest.write(content, partial)
-        manifest.sync_directory(partial)
-        os.rename(partial, self.of(content.step))
-        manifest.sync_directory(self.path)
+        commit_directory(partial, self.of(content.step))
 
     def prune(self, step: int) -> None:
         """Remove what is older than this step and not among the newest ``keep_last``, this one included."""
@@ -71,7 +69,7 @@ class CheckpointDirectory:
         best = self._best(steps)
         for path in older[: max(0, len(older) - self.keep_last + 1)]:
             if path != best:
-                remove(path)
+                remove_directory(path)
 
     def _best(self, paths: list[Path]) -> Path | None:
         """The checkpoint with the highest value of ``keep_best``, the newest of equals; None where none has one."""
@@ -85,14 +83,7 @@ class CheckpointDirectory:
         for path in self.path.glob(".step_*"):
             if path.suffix in (".partial", ".removing"):
                 logger.warning("removing what an interrupted run left: %s", path)
-                remove(path)
-
-    def free_space(self) -> str:
-        """For people."""
-        try:
-            return f"{shutil.disk_usage(self.path).free / 2**20:,.0f} MiB free"
-        except OSError as error:
-            return f"free space unknown: {error}"
+                remove_directory(path)
 
     # ------------------------------------------------------------------ loading
 
@@ -121,7 +112,7 @@ class CheckpointDirectory:
         """
         for newer, reason in damaged.items():
             aside = newer.with_name(f"{newer.name}.damaged")
-            remove(aside)
+            remove_directory(aside)
             os.rename(newer, aside)
             logger.warning("went back to %s, since %s; what there is of %s is now %s", path, reason, newer, aside)
         self.prune(step_of(path))
@@ -131,14 +122,3 @@ def step_of(path: Path) -> int | None:
     """The step that a checkpoint's name says; None for another name."""
     match = re.fullmatch(r"step_(\d{6,})", path.name)
     return int(match.group(1)) if match else None
-
-
-def remove(path: Path) -> None:
-    """Remove a directory. That it can't be is no reason to end a run: it is tried again at the next save."""
-    doomed = path if path.name.startswith(".") else path.with_name(f".{path.name}.removing")
-    try:
-        if path.exists():
-            os.rename(path, doomed)  # half removed, it must not look like a checkpoint
-            shutil.rmtree(doomed)
-    except OSError as error:
-        logger.warning("can't remove %s: %s", path, error)

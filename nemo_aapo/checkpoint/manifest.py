@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from nemo_aapo.errors import CheckpointError, DamagedCheckpointError
 
@@ -99,10 +99,10 @@ def seal(path: Path) -> FileRecord:
     """Bring a file to the disk, and return its record."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
-        return FileRecord(os.fstat(file.fileno()).st_size, _sha256(file))
+        return FileRecord(os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
 
-def problem(directory: Path, name: str, record: FileRecord) -> str | None:
+def problem_with(directory: Path, name: str, record: FileRecord) -> str | None:
     """What is wrong with a file of a checkpoint; None if it is as it was written."""
     path = directory / name
     if path.name != name:
@@ -112,7 +112,7 @@ def problem(directory: Path, name: str, record: FileRecord) -> str | None:
             size = os.fstat(file.fileno()).st_size
             if size != record.bytes:
                 return f"{path} has {size} bytes instead of {record.bytes}"
-            if _sha256(file) != record.sha256:
+            if hashlib.file_digest(file, "sha256").hexdigest() != record.sha256:
                 return f"{path} was altered: its SHA-256 is not the manifest's"
     except FileNotFoundError:
         return f"{path} is missing"
@@ -121,7 +121,7 @@ def problem(directory: Path, name: str, record: FileRecord) -> str | None:
     return None
 
 
-def share(names: Iterable[str], rank: int, world_size: int) -> list[str]:
+def shard_of(names: Iterable[str], rank: int, world_size: int) -> list[str]:
     """The files that one of ``world_size`` ranks looks after: those it wrote itself, if as many ranks wrote them.
 
     ``torch_dist`` calls rank r's files ``__r_*.distcp``; all others are rank 0's.
@@ -132,22 +132,6 @@ def share(names: Iterable[str], rank: int, world_size: int) -> list[str]:
         return int(match.group(1)) if match else 0
 
     return sorted(name for name in names if writer(name) % world_size == rank)
-
-
-def sync_directory(directory: Path) -> None:
-    """Bring a directory's entries (new and renamed files) to the disk."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sha256(file: BinaryIO) -> str:
-    digest = hashlib.sha256()
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _tree_digest(tree: dict[str, Any]) -> str:

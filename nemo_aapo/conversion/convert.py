@@ -117,7 +117,7 @@ def hf_dtype(directory: Path) -> torch.dtype:
     Raises:
         ConfigError: quantised or otherwise unusual weights.
     """
-    stored = set(megatron_model.hf_tensor_dtypes(directory).values())
+    stored = {header.dtype for header in model_dir.tensor_headers(directory).values()}
     unknown = stored - set(_SAFETENSORS_DTYPES)
     if unknown:
         raise ConfigError(f"{directory}: weights of dtype {', '.join(sorted(unknown))} can't be converted")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from math import prod
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from nemo_aapo.conversion.source import Source, lora_of, run_settings
 from nemo_aapo.errors import CheckpointError, ConfigError, RunError
 from nemo_aapo.models import directory as model_dir
 from nemo_aapo.models import writer as hf_directory
-from nemo_aapo.models.families import CONVERTS, TRAINS, read_config_json
+from nemo_aapo.models.families import CONVERTS, TRAINS
 from nemo_aapo.run.state import look
 
 
@@ -34,8 +33,8 @@ def _hf(path: Path) -> list[str]:
 
 
 def _architecture(path: Path) -> list[str]:
-    config = read_config_json(path)
-    architecture = (config.get("architectures") or ["none named"])[0]
+    config = model_dir.read_config_json(path)
+    architecture = model_dir.first_architecture(config)
     status = "trains and converts" if architecture in TRAINS else "converts" if architecture in CONVERTS else "refused"
     lines = [f"architecture         {architecture} ({status})"]
     if architecture in CONVERTS:
@@ -50,20 +49,13 @@ def _architecture(path: Path) -> list[str]:
 
 
 def _weights(path: Path) -> list[str]:
-    from safetensors import safe_open
-
-    files = model_dir.weight_files(path)
-    shapes: dict[str, tuple[list[int], str]] = {}
-    for name in files:
-        with safe_open(path / name, framework="numpy") as file:
-            for key in file.keys():  # noqa: SIM118 (no mapping)
-                part = file.get_slice(key)
-                shapes[key] = (part.get_shape(), part.get_dtype())
-    parameters = sum(prod(shape) for shape, _ in shapes.values())
-    dtypes = Counter(dtype for _, dtype in shapes.values())
+    headers = model_dir.tensor_headers(path)
+    parameters = sum(prod(header.shape) for header in headers.values())
+    dtypes = {header.dtype for header in headers.values()}
+    files = {header.file for header in headers.values()}
     size = sum((path / name).stat().st_size for name in files)
     return [
-        f"weights              {parameters:,} in {len(shapes)} tensors of {', '.join(sorted(dtypes))}; "
+        f"weights              {parameters:,} in {len(headers)} tensors of {', '.join(sorted(dtypes))}; "
         f"{len(files)} file(s), {_bytes(size)}"
     ]
 

@@ -5,8 +5,6 @@ Torch's process group and Megatron's groups are there already (``parallel.initia
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,6 @@ from megatron.core.models.gpt import GPTModel
 from nemo_aapo.checkpoint import checkpointer as checkpoint
 from nemo_aapo.checkpoint import format as torch_dist
 from nemo_aapo.checkpoint import manifest
-from nemo_aapo.checkpoint.directory import remove
 from nemo_aapo.checkpoint.manifest import Manifest
 from nemo_aapo.config.schema import Lora
 from nemo_aapo.conversion.source import Source
@@ -31,6 +28,8 @@ from nemo_aapo.mcore.lora import add_adapters, has_adapters
 from nemo_aapo.mcore.state import load_model_state, sharded_model_state
 from nemo_aapo.mcore.weights import WeightMap
 from nemo_aapo.models import writer as hf_directory
+from nemo_aapo.models.directory import tensor_headers
+from nemo_aapo.utils.files import begin_directory, commit_directory, partial_of, remove_directory
 
 LOOKS = 5
 """So often a run's newest checkpoint is looked for, where the one that was being read went away."""
@@ -63,7 +62,7 @@ def load_hf(weight_map: WeightMap, module: GPTModel) -> None:
     Raises:
         ConfigError: the directory has weights that the map leaves out, or lacks some that it needs.
     """
-    there, covered = hf_tensor_dtypes(Path(weight_map.path)).keys(), weight_map.names(module)
+    there, covered = tensor_headers(Path(weight_map.path)).keys(), weight_map.names(module)
     tied = {"lm_head.weight"} if module.share_embeddings_and_output_weights else set()
     extra = {name for name in there - covered - tied if not name.endswith(DERIVED_BUFFERS)}
     missing = covered - there - tied
@@ -73,19 +72,6 @@ def load_hf(weight_map: WeightMap, module: GPTModel) -> None:
             f"missing: {_some(missing)}"
         )
     weight_map.load(module)
-
-
-def hf_tensor_dtypes(directory: Path) -> dict[str, str]:
-    """Tensor name -> dtype as safetensors spells it (``BF16``), from the files' headers."""
-    from safetensors import safe_open
-
-    from nemo_aapo.models.directory import weight_files
-
-    found = {}
-    for name in weight_files(directory):
-        with safe_open(directory / name, framework="pt") as file:
-            found.update({key: file.get_slice(key).get_dtype() for key in file.keys()})  # noqa: SIM118 (no mapping)
-    return found
 
 
 def load_checkpoint(source: Source, module: GPTModel, say: Callable[[str], None] = print) -> Manifest:
@@ -152,18 +138,15 @@ def write(module: GPTModel, target: Path, base: Path, about: dict[str, Any]) -> 
     Raises:
         CheckpointError: on all ranks, if it failed on one.
     """
-    partial = target.with_name(f".{target.name}.partial")
+    partial = partial_of(target)
 
     def begin() -> None:
-        remove(partial)
-        partial.mkdir(parents=True)
+        begin_directory(target)
         hf_directory.copy_companions(base, partial, module.config.params_dtype)
 
     def commit() -> None:
         manifest.write(whole, partial)
-        manifest.sync_directory(partial)
-        os.rename(partial, target)
-        manifest.sync_directory(target.parent)
+        commit_directory(partial, target)
 
     try:
         on_first_rank(begin)
@@ -175,7 +158,7 @@ def write(module: GPTModel, target: Path, base: Path, about: dict[str, Any]) -> 
         on_first_rank(commit)
     except CheckpointError:
         if parallel.rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
+            remove_directory(partial)
         raise
 
 

@@ -119,19 +119,17 @@ def _compare_bytes(exported: Iterable[tuple[str, torch.Tensor]], directory: Path
         for _ in exported:
             pass
         return [], 0
-    files = {}
-    for name in model_dir.weight_files(directory):
-        file = safe_open(directory / name, framework="pt")
-        files.update(dict.fromkeys(file.keys(), file))
-    different, left = [], set(files)
+    headers = model_dir.tensor_headers(directory)
+    files = {name: safe_open(directory / name, framework="pt") for name in model_dir.weight_files(directory)}
+    different, left = [], set(headers)
     for name, tensor in exported:
         left.discard(name)
-        stored = files[name].get_tensor(name) if name in files else None
+        stored = files[headers[name].file].get_tensor(name) if name in headers else None
         if stored is None or not _same_bytes(tensor.to(stored.dtype), stored):
             different.append(name)
     tied = {"lm_head.weight"} if require_convertible(directory).get("tie_word_embeddings", True) else set()
     left = {name for name in left - tied if not name.endswith(megatron_model.DERIVED_BUFFERS)}
-    return [*different, *sorted(left)], len(files)
+    return [*different, *sorted(left)], len(headers)
 
 
 def _same_bytes(left: torch.Tensor, right: torch.Tensor) -> bool:

@@ -6,7 +6,6 @@ those that the tests convert both ways and compare with transformers.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 from nemo_aapo.config.sizes import undivided
 from nemo_aapo.errors import ConfigError
 from nemo_aapo.models.directory import ARCHITECTURES as TRAINS
-from nemo_aapo.models.directory import shape_of, twin_problem
+from nemo_aapo.models.directory import first_architecture, read_config_json, shape_of, twin_problem
 
 CONVERTS = (*TRAINS, "MistralForCausalLM", "GemmaForCausalLM")
 """Architectures that convert; those of ``TRAINS`` can be trained as well."""
@@ -41,27 +40,13 @@ def require_convertible(path: Path) -> dict[str, Any]:
         ConfigError: an architecture or a setting of it that is not supported, and why.
     """
     config = read_config_json(path)
-    architecture = (config.get("architectures") or ["none named"])[0]
+    architecture = first_architecture(config)
     if architecture not in CONVERTS:
         reason = REFUSED.get(architecture, "it is not among those that were tested here")
         raise ConfigError(f"{path}: architecture {architecture} is not converted: {reason}. {list_of(CONVERTS)} are")
     if problem := twin_problem(config):
         raise ConfigError(f"{path}: {problem}")
     return config
-
-
-def read_config_json(path: Path) -> dict[str, Any]:
-    """A model directory's ``config.json``.
-
-    Raises:
-        ConfigError: missing or damaged.
-    """
-    try:
-        return json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no config.json, so it is no Hugging Face model directory") from None
-    except ValueError as error:
-        raise ConfigError(f"{path / 'config.json'}: not JSON ({error}). Half-written?") from None
 
 
 def require_layout(path: Path, tensor_parallel_size: int, pipeline_parallel_size: int) -> None:

@@ -12,15 +12,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 import stat
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from nemo_aapo.errors import ConfigError
 from nemo_aapo.utils.files import to_json, write_atomic
-
-TOKEN = "token"
+from nemo_aapo.utils.token import make_token
 
 
 @dataclass(frozen=True)
@@ -51,21 +49,12 @@ def open_directory(path: str | Path) -> Path:
 
 
 def open_token(directory: Path) -> str:
-    """The token, made now if it is not there yet; all who come at once get the same one.
+    """The token, which is made now if it is not there yet.
 
     Raises:
         ConfigError: the file is readable by others, or empty.
     """
-    path = directory / TOKEN
-    if not path.exists():
-        mine = directory / f".{TOKEN}.{secrets.token_hex(8)}"
-        write_atomic(mine, secrets.token_urlsafe(32) + "\n", mode=0o600)
-        try:
-            os.link(mine, path)  # the first one's stays
-        except FileExistsError:
-            pass
-        finally:
-            mine.unlink()
+    path = make_token(directory)
     _check_private(path)
     token = path.read_text(encoding="ascii", errors="replace").strip()
     if not re.fullmatch(r"[\w.~+/=-]{16,}", token, re.ASCII):

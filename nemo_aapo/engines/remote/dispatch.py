@@ -24,6 +24,7 @@ from nemo_aapo.engines.remote import wire
 from nemo_aapo.engines.remote.directory import ServerRecord, open_directory, open_token, read_servers
 from nemo_aapo.errors import RunError, ServerError, WireError
 from nemo_aapo.types import Completion, SamplingSpec
+from nemo_aapo.utils.buckets import buckets
 
 PROBE_S = 10.0
 """A server that does not answer ``ready`` within this is hanging."""
@@ -285,16 +286,7 @@ def spread(works: Sequence[Work], busy: Sequence[int]) -> list[list[Work]]:
 
 def _requests(works: Sequence[Work], prompts: Sequence[np.ndarray]) -> Iterator[list[Work]]:
     """A share cut into requests of a bounded size."""
-    part: list[Work] = []
-    tokens = 0
-    for work in works:
-        if part and tokens + len(prompts[work.prompt]) > REQUEST_TOKENS:
-            yield part
-            part, tokens = [], 0
-        part.append(work)
-        tokens += len(prompts[work.prompt])
-    if part:
-        yield part
+    return buckets(works, lambda work: len(prompts[work.prompt]), REQUEST_TOKENS)
 
 
 async def _lines(stream: aiohttp.StreamReader) -> AsyncIterator[bytes]:

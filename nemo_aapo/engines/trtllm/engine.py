@@ -33,6 +33,7 @@ from nemo_aapo.engines.trtllm.requests import check_request, read_completion, sa
 from nemo_aapo.engines.trtllm.settings import TrtllmSettings, check, llm_arguments
 from nemo_aapo.errors import ConfigError, RunError
 from nemo_aapo.types import Completion, SamplingSpec
+from nemo_aapo.utils.buckets import tensor_buckets
 
 T = TypeVar("T")
 
@@ -220,11 +221,11 @@ class TrtllmEngine:
         with self._exclusive("update_weights"):  # drained: no request is under way
             self._broken = "a refit failed half-way, its weights are mixed"
             self._resume_weights()
-            for bucket in refit.buckets(named_tensors, self.settings.refit_bucket_bytes):
+            for bucket in tensor_buckets(named_tensors, self.settings.refit_bucket_bytes):
                 found, alive = refit.payloads(bucket, self._gpus)
                 parts = self._ranks.gather(found)
                 self._on_owner(functools.partial(self._hand_over, parts))
-                del alive  # until here the engine may read it
+                del alive, bucket  # until here the engine may read it
             self._on_owner(lambda: self._client.update_weights(None))
             self.policy_version, self._broken = version, ""
 

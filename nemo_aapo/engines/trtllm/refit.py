@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import pickle
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,20 +16,6 @@ import torch
 from nemo_aapo.engines.trtllm.placement import Gpu
 
 NamedTensors = list[tuple[str, torch.Tensor]]
-
-
-def buckets(named_tensors: Iterable[tuple[str, torch.Tensor]], bucket_bytes: int) -> Iterator[NamedTensors]:
-    """The tensors in their order, as many at a time as fit; a larger one goes alone."""
-    bucket: NamedTensors = []
-    size = 0
-    for name, tensor in named_tensors:
-        if bucket and size + tensor.nbytes > bucket_bytes:
-            yield bucket
-            bucket, size = [], 0
-        bucket.append((name, tensor))
-        size += tensor.nbytes
-    if bucket:
-        yield bucket
 
 
 def payloads(bucket: NamedTensors, gpus: Sequence[Gpu]) -> tuple[dict[str, str], list[NamedTensors]]:
