@@ -1,1 +1,1 @@
-"""Checkpoints that are whole or not there: what is saved, when, in which format, and how damage is found."""
+"""Checkpoints that are whole or not there: written, kept, found damaged, and loaded under any layout."""

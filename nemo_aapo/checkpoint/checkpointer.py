@@ -1,7 +1,7 @@
 """Checkpoints that are whole or not there: save, resume on any layout, verify, fall back.
 
     <run.dir>/checkpoints/step_000050/           complete: it got this name after everything was on the disk
-        __0_0.distcp ...  .metadata  common.pt  metadata.json     mcore's torch_dist files (see torch_dist.py)
+        __0_0.distcp ...  .metadata  common.pt  metadata.json     mcore's torch_dist files (see format.py)
         manifest.json                                             trainer state, checksums (see manifest.py)
     <run.dir>/checkpoints/.step_000050.partial/  a save that was interrupted; removed at the next start or save
     <run.dir>/checkpoints/step_000050.damaged/   what ``latest_good`` went back from; never removed, for people to judge
@@ -43,8 +43,13 @@ ResumeMode = Literal["auto", "latest_good"]
 class Checkpointable(Protocol):
     """What is needed of the policy; ``MegatronPolicy`` has it."""
 
-    def sharded_state_dict(self, is_loading: bool = False) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def sharded_state_dict(self, is_loading: bool = False) -> torch_dist.ShardedStateDict:
+        """This rank's shards of model and optimizer, as mcore's distributed checkpoints take them."""
+        ...
+
+    def load_state_dict(self, state: torch_dist.StateDict) -> None:
+        """Take over what a checkpoint held."""
+        ...
 
 
 class Checkpointer:
@@ -64,14 +69,14 @@ class Checkpointer:
         background: bool = False,
         timeout_s: float = 1800.0,
     ) -> None:
-        """Touches no file.
+        """Touch no file.
 
         Args:
             directory: holds the checkpoints; made at the first save. All ranks see the same one.
             config_digest: of this run (``config.digest``); checkpoints of another are refused.
             keep_last: how many checkpoints stay, at least one.
             keep_best: the checkpoint with the highest value of this stays too: a key of ``trainer_state["metrics"]``.
-            background: write while training goes on; costs a copy of this rank's share of the state.
+            background: write while training goes on; costs a copy of this rank's shard of the state.
             timeout_s: how long a rank waits in the background for another one.
         """
         if keep_last < 1:
@@ -79,7 +84,7 @@ class Checkpointer:
         self.directory = CheckpointDirectory(directory, keep_last, keep_best)
         self.config_digest = config_digest
         self.seconds = 0.0
-        """What the last finished save took, from its beginning to its name."""
+        """Wall-clock seconds of the last finished save, from its beginning to its name."""
         self.resumed_from: Path | None = None
         """The checkpoint that ``resume`` loaded."""
         self._background = Background() if background else None
@@ -101,6 +106,7 @@ class Checkpointer:
 
         Args:
             step: training steps done, at least 1: before that the optimizer has no state to save.
+            policy: its state is read before this returns.
             trainer_state: what JSON can hold unchanged; rank 0's is kept.
             extra_files: content by file name, checked like all other parts at loading; rank 0's are kept.
 
@@ -114,16 +120,16 @@ class Checkpointer:
             raise ValueError(f"step {step}: nothing to save before the first optimizer step")
         self.wait()
         start = time.monotonic()
-        background = self._background is not None
-        if background and self._group is None and dist.get_world_size() > 1:
+        background = self._background
+        if background is not None and self._group is None and dist.get_world_size() > 1:
             self._group = dist.new_group(backend="gloo", timeout=self._timeout)
         replicas = parallel_state.get_data_parallel_group_gloo()
-        content = torch_dist.snapshot(policy.sharded_state_dict(), replicas, copied=background)
-        job = functools.partial(self._write, step, content, trainer_state, dict(extra_files or {}), start)
-        if background:
-            self._background.start(job)
+        content = torch_dist.snapshot(policy.sharded_state_dict(), replicas, copied=background is not None)
+        write = functools.partial(self._write, step, content, trainer_state, dict(extra_files or {}), start)
+        if background is not None:
+            background.start(write)
         else:
-            job()
+            write()
         return self.directory.of(step)
 
     def failed(self) -> bool:
@@ -152,7 +158,7 @@ class Checkpointer:
         extra: dict[str, bytes],
         start: float,
     ) -> None:
-        """All that comes after the snapshot; on the main thread or on another one."""
+        """Write and commit a snapshot; on the main thread or in the background."""
         directory, group = self.directory, self._group
         partial = directory.partial(step)
         try:
@@ -170,7 +176,7 @@ class Checkpointer:
                 f"earlier ones are as they were: {error}"
             ) from error
         self.seconds = time.monotonic() - start
-        on_first_rank(lambda: directory.prune(step), group)
+        on_first_rank(lambda: directory.prune(directory.of(step)), group)
 
     # ------------------------------------------------------------------ loading
 
@@ -262,7 +268,7 @@ def seal_own_files(directory: Path) -> dict[str, manifest.FileRecord]:
 
 
 def layout() -> dict[str, int]:
-    """Ranks and parallel sizes, for a manifest."""
+    """The number of ranks and the parallel sizes, for a manifest."""
     return {
         "world_size": dist.get_world_size(),
         "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
@@ -272,7 +278,7 @@ def layout() -> dict[str, int]:
 
 
 def versions() -> dict[str, str]:
-    """Of the libraries that write a checkpoint, for a manifest."""
+    """The versions of the libraries that write a checkpoint, for a manifest."""
     return {
         "nemo_aapo": nemo_aapo.__version__,
         "megatron_core": megatron.core.__version__,

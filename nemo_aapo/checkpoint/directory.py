@@ -1,6 +1,6 @@
 """The directory of a run's checkpoints, as plain files: what is there, what is in the way, what may go.
 
-One rank works here; nothing is collective, and there is no torch. The names are explained in checkpoint.py.
+One rank works here; nothing is collective, and there is no torch. ``checkpointer.py`` explains the names.
 """
 
 from __future__ import annotations
@@ -19,12 +19,15 @@ from nemo_aapo.utils.files import begin_directory, commit_directory, partial_of,
 
 logger = logging.getLogger(__name__)
 
+CHECKPOINTS = "checkpoints"
+"""Name of the directory in a run's directory."""
+
 
 class CheckpointDirectory:
-    """Checkpoints by step, from a partial one to its name, its rest and its end."""
+    """The checkpoints of one run, each from its partial directory to its removal."""
 
     def __init__(self, path: Path | str, keep_last: int, keep_best: str | None) -> None:
-        """Touches no file. Args: as ``Checkpointer`` takes them."""
+        """Touch no file. The arguments are ``Checkpointer``'s."""
         self.path = Path(path)
         self.keep_last, self.keep_best = keep_last, keep_best
 
@@ -33,12 +36,13 @@ class CheckpointDirectory:
         return self.path / f"step_{step:06d}"
 
     def partial(self, step: int) -> Path:
-        """Where it is written."""
+        """Where the checkpoint of a step is written before it gets its name."""
         return partial_of(self.of(step))
 
     def steps(self) -> list[Path]:
-        """Checkpoints by step, oldest first."""
-        return sorted((path for path in self.path.glob("step_*") if step_of(path) is not None), key=step_of)
+        """The checkpoints that there are, oldest first."""
+        found = {step: path for path in self.path.glob("step_*") if (step := step_of(path)) is not None}
+        return [found[step] for step in sorted(found)]
 
     # ------------------------------------------------------------------ saving
 
@@ -62,10 +66,10 @@ class CheckpointDirectory:
         manifest.write(content, partial)
         commit_directory(partial, self.of(content.step))
 
-    def prune(self, step: int) -> None:
-        """Remove what is older than this step and not among the newest ``keep_last``, this one included."""
+    def prune(self, newest: Path) -> None:
+        """Remove the checkpoints that are older than this one and not among the ``keep_last`` up to it."""
         steps = self.steps()
-        older = [path for path in steps if step_of(path) < step]
+        older = steps[: steps.index(newest)] if newest in steps else []
         best = self._best(steps)
         for path in older[: max(0, len(older) - self.keep_last + 1)]:
             if path != best:
@@ -75,9 +79,9 @@ class CheckpointDirectory:
         """The checkpoint with the highest value of ``keep_best``, the newest of equals; None where none has one."""
         if self.keep_best is None:
             return None
-        values = [(manifest.read(path).trainer_state.get("metrics", {}).get(self.keep_best), path) for path in paths]
-        known = [(value, step_of(path), path) for value, path in values if value is not None]
-        return max(known)[2] if known else None
+        values = [manifest.read(path).trainer_state.get("metrics", {}).get(self.keep_best) for path in paths]
+        known = [(value, number) for number, value in enumerate(values) if value is not None]
+        return paths[max(known)[1]] if known else None
 
     def _remove_leftovers(self) -> None:
         for path in self.path.glob(".step_*"):
@@ -115,7 +119,7 @@ class CheckpointDirectory:
             remove_directory(aside)
             os.rename(newer, aside)
             logger.warning("went back to %s, since %s; what there is of %s is now %s", path, reason, newer, aside)
-        self.prune(step_of(path))
+        self.prune(path)
 
 
 def step_of(path: Path) -> int | None:

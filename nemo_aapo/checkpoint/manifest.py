@@ -2,7 +2,7 @@
 
 ``manifest.json`` is written last, beside the files it lists, and holds a checksum of itself. It protects against what
 disks, copies and interrupted writes do, not against an attacker, who would write a fitting manifest: what may be read
-from an untrusted checkpoint is ``torch_dist``'s business. No torch here: tools may read a manifest cheaply.
+from an untrusted checkpoint is ``format.py``'s business. No torch here: tools may read a manifest cheaply.
 """
 
 from __future__ import annotations
@@ -21,12 +21,15 @@ from nemo_aapo.errors import CheckpointError, DamagedCheckpointError
 
 FILE_NAME = "manifest.json"
 FORMAT = 1
-"""Of the manifest; another number is another layout of its fields."""
+"""Number of the manifest's layout: a reader refuses another one."""
 
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
-    """What a file was when it was written."""
+    """What a file was when it was written.
+
+    Example: ``FileRecord(bytes=1048, sha256="9f86d081884c7d65...")``
+    """
 
     bytes: int
     sha256: str
@@ -34,20 +37,32 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """All that a checkpoint knows of itself."""
+    """All that a checkpoint knows of itself.
+
+    Example::
+
+        Manifest(
+            step=50,
+            config_digest="1f0c...",
+            trainer_state={"step": 50, "sampler": {...}, "metrics": {...}},
+            layout={"world_size": 4, "tensor_model_parallel_size": 2, ...},
+            versions={"megatron_core": "0.16.1", ...},
+            files={"__0_0.distcp": FileRecord(...), "common.pt": FileRecord(...)},
+        )
+    """
 
     step: int
-    """Training steps done."""
+    """Number of training steps done."""
     config_digest: str
-    """Of the configuration that decides the run's result (``config.digest``)."""
+    """Digest of the settings that decide the run's result (``config.digest``)."""
     trainer_state: dict[str, Any]
     """What the trainer needs to go on; it comes back equal to what was handed in."""
     layout: dict[str, int]
     """Ranks and parallel sizes it was saved under; for people, since it loads under any."""
     versions: dict[str, str]
-    """Of the libraries that wrote it; for people."""
+    """Versions of the libraries that wrote it; for people."""
     files: dict[str, FileRecord]
-    """By file name, without the manifest itself."""
+    """Every file of the checkpoint but the manifest, by name."""
 
 
 def write(manifest: Manifest, directory: Path) -> None:
@@ -122,9 +137,9 @@ def problem_with(directory: Path, name: str, record: FileRecord) -> str | None:
 
 
 def shard_of(names: Iterable[str], rank: int, world_size: int) -> list[str]:
-    """The files that one of ``world_size`` ranks looks after: those it wrote itself, if as many ranks wrote them.
+    """The files that one of ``world_size`` ranks checks: those it wrote itself, if as many ranks wrote them.
 
-    ``torch_dist`` calls rank r's files ``__r_*.distcp``; all others are rank 0's.
+    ``format.py`` calls rank r's files ``__r_*.distcp``; all others are rank 0's.
     """
 
     def writer(name: str) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nemo_aapo.checkpoint import manifest
 from nemo_aapo.checkpoint.manifest import Manifest
-from nemo_aapo.conversion.source import Source, lora_of, run_settings
+from nemo_aapo.conversion.source import ModelSource, lora_of, run_settings
 from nemo_aapo.errors import CheckpointError, ConfigError, RunError
 from nemo_aapo.models import directory as model_dir
 from nemo_aapo.models import writer as hf_directory
@@ -15,11 +15,11 @@ from nemo_aapo.models.families import CONVERTS, TRAINS
 from nemo_aapo.run.state import look
 
 
-def describe(source: Source) -> list[str]:
-    """Lines for people.
+def describe(source: ModelSource) -> list[str]:
+    """What a model source holds, as lines for people.
 
     Raises:
-        ConfigError, RunError: damaged files; which.
+        ConfigError, RunError: a file is damaged; the message names it.
     """
     if source.kind == "hf":
         return _hf(source.path)
@@ -65,7 +65,7 @@ def _companions(path: Path) -> list[str]:
     return [f"beside them          {', '.join(names)}"]
 
 
-def _checkpoint(path: Path, source: Source) -> list[str]:
+def _checkpoint(path: Path, source: ModelSource) -> list[str]:
     from nemo_aapo.checkpoint import format as torch_dist
 
     content = manifest.read(path)
@@ -98,7 +98,7 @@ def _checkpoint(path: Path, source: Source) -> list[str]:
     return [*lines, *_base(source)]
 
 
-def _base(source: Source) -> list[str]:
+def _base(source: ModelSource) -> list[str]:
     try:
         return [f"base model           {source.base}", *_architecture(source.base)]
     except ConfigError:
@@ -117,7 +117,7 @@ def _files(path: Path, content: Manifest) -> str:
     return f"{len(content.files)}, {_bytes(total)}; {state}"
 
 
-def _run(source: Source) -> list[str]:
+def _run(source: ModelSource) -> list[str]:
     settings = run_settings(source.run)
     try:
         state = look(source.path)

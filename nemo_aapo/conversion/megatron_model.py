@@ -18,7 +18,7 @@ from nemo_aapo.checkpoint import format as torch_dist
 from nemo_aapo.checkpoint import manifest
 from nemo_aapo.checkpoint.manifest import Manifest
 from nemo_aapo.config.schema import Lora
-from nemo_aapo.conversion.source import Source
+from nemo_aapo.conversion.source import ModelSource
 from nemo_aapo.distributed import parallel
 from nemo_aapo.distributed.agreement import on_all_ranks, on_first_rank
 from nemo_aapo.errors import CheckpointError, ConfigError, DamagedCheckpointError
@@ -32,9 +32,9 @@ from nemo_aapo.models.directory import tensor_headers
 from nemo_aapo.utils.files import begin_directory, commit_directory, partial_of, remove_directory
 
 LOOKS = 5
-"""So often a run's newest checkpoint is looked for, where the one that was being read went away."""
+"""How often a run's newest checkpoint is looked for, where the one that was being read went away."""
 DERIVED_BUFFERS = ("rotary_emb.inv_freq",)
-"""Ends of names in old weight files that are no weights: they follow from ``config.json``."""
+"""Last parts of names in old weight files that are no weights: they follow from ``config.json``."""
 
 
 def build(base: Path, dtype: torch.dtype, lora: Lora | None = None) -> tuple[WeightMap, GPTModel]:
@@ -43,7 +43,7 @@ def build(base: Path, dtype: torch.dtype, lora: Lora | None = None) -> tuple[Wei
     Args:
         base: needs no weights (``WeightMap``).
         dtype: of the weights.
-        lora: adapters on them, as ``lora_of`` a run.
+        lora: adapters to add to them, as ``lora_of`` finds them in a run.
     """
     weight_map = WeightMap(str(base), dtype)
     layout = {
@@ -74,14 +74,14 @@ def load_hf(weight_map: WeightMap, module: GPTModel) -> None:
     weight_map.load(module)
 
 
-def load_checkpoint(source: Source, module: GPTModel, say: Callable[[str], None] = print) -> Manifest:
+def load_checkpoint(source: ModelSource, module: GPTModel, log: Callable[[str], None] = print) -> Manifest:
     """Verify a checkpoint and fill the module with its model part, whatever layout wrote it; the source is not touched.
 
     Of a run, the newest whole checkpoint is taken. It may still be training: a checkpoint that goes away while it is
     read is left for the newest one then.
 
     Args:
-        say: told, on rank 0, which damaged checkpoints were passed over.
+        log: told on rank 0 which damaged checkpoints were passed over.
 
     Raises:
         CheckpointError: on all ranks: no whole checkpoint.
@@ -103,7 +103,7 @@ def load_checkpoint(source: Source, module: GPTModel, say: Callable[[str], None]
                 problems[path.name] = str(error)
                 continue
             if problems and parallel.rank() == 0:
-                say(f"WARNING: took {path.name}, since newer ones are damaged: {'; '.join(problems.values())}")
+                log(f"WARNING: took {path.name}, since newer ones are damaged: {'; '.join(problems.values())}")
             return content
         if not gone:
             break

@@ -9,12 +9,12 @@ from nemo_aapo.distributed import parallel
 from nemo_aapo.mcore.cpu import patches as cpu
 
 TIMEOUT_S = 1800.0
-"""So long a rank waits for another one."""
+"""Seconds that a rank waits for another one."""
 
 
 @contextlib.contextmanager
 def session(tensor_parallel_size: int, pipeline_parallel_size: int) -> Iterator[None]:
-    """Inside, this process is a rank of the layout; torchrun's variables say which, alone without them."""
+    """Inside, this process is a rank of the layout, by torchrun's variables; without them it is alone."""
     cpu.install()
     parallel.initialize(
         tensor_model_parallel_size=tensor_parallel_size,

@@ -14,7 +14,7 @@ import yaml
 from tqdm import tqdm
 
 from nemo_aapo.config import Config, EvaluationConfig
-from nemo_aapo.conversion.source import Source, lora_of
+from nemo_aapo.conversion.source import ModelSource, lora_of
 from nemo_aapo.data.tokenizer import load_tokenizer, text_decoder
 from nemo_aapo.distributed import parallel
 from nemo_aapo.engines.base import RolloutEngine
@@ -94,7 +94,7 @@ def _load_tasks(config: EvaluationConfig, tokenizer: Any, scorer: Any) -> list[T
     return parallel.on_first_rank(load)
 
 
-def _build_engine(settings: Config, source: Source, decode: Callable[[Any], str]) -> tuple[RolloutEngine, str]:
+def _build_engine(settings: Config, source: ModelSource, decode: Callable[[Any], str]) -> tuple[RolloutEngine, str]:
     """The engine with the weights that are measured, and what tells these from others. Collective."""
     from nemo_aapo.conversion import megatron_model
     from nemo_aapo.engines.megatron.engine import MegatronEngine

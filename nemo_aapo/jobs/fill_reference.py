@@ -59,7 +59,7 @@ def fill(config: Config, shard: Shard | None = None) -> int:
             reference = trainer.rollouts.reference
             prompts = needed_prompts(trainer.rollouts.data, trainer.rollouts.sampler, config.trainer.max_steps)
             if shard:
-                prompts = _not_in(store, reference.key, shard.share(prompts), config)
+                prompts = _not_in(store, reference.key, shard.select(prompts), config)
             complete = reference.prepare(
                 prompts, trainer.rollouts.reference_served, screen.progress, lambda: stop.requested
             )

@@ -14,14 +14,14 @@ from nemo_aapo.config import Config, ModelShape, Sizes, derive
 from nemo_aapo.errors import ConfigError
 
 ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM")
-"""What is trained; ``models/families.py`` has what is only converted."""
+"""Architectures that can be trained; ``models/families.py`` has those that are only converted."""
 WEIGHTS = "model.safetensors"
 """The file of all weights, where one is enough."""
 INDEX = "model.safetensors.index.json"
 """Says which of several files holds which tensor."""
 
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-"""What mcore's rotary embedding takes for granted; Llama 3.1, 3.2 and 3.3 all have it."""
+"""The values of ``rope_scaling`` that mcore's rotary embedding takes for granted; Llama 3.1, 3.2 and 3.3 have them."""
 
 
 def read_model_dir(path: str, architectures: Sequence[str] = ARCHITECTURES) -> ModelShape:
@@ -85,7 +85,7 @@ def _window_problem(config: dict[str, Any]) -> str | None:
 
 
 def shape_of(config: dict[str, Any]) -> ModelShape:
-    """The shape that a ``config.json`` says."""
+    """The shape of the model that a ``config.json`` describes."""
     heads = config["num_attention_heads"]
     return ModelShape(
         architecture=config["architectures"][0],
@@ -125,7 +125,7 @@ def read_config_json(directory: Path) -> dict[str, Any]:
 
 
 def check_model(config: Config, world_size: int) -> tuple[ModelShape, Sizes]:
-    """The model directory against the configuration and the number of ranks; milliseconds, no torch.
+    """Check the model directory against the configuration and the number of ranks, in milliseconds and without torch.
 
     Raises:
         ConfigError: as ``read_model_dir`` and ``config.derive``.
@@ -167,8 +167,9 @@ class TensorHeader:
     file: str
     """Name of the file that holds the tensor."""
     shape: tuple[int, ...]
+    """The whole tensor's shape."""
     dtype: str
-    """As safetensors spells it: ``F32``, ``BF16``, ``F16``."""
+    """The dtype as safetensors spells it: ``F32``, ``BF16``, ``F16``."""
 
 
 def tensor_headers(directory: Path) -> dict[str, TensorHeader]:
@@ -185,7 +186,7 @@ def tensor_headers(directory: Path) -> dict[str, TensorHeader]:
 
 
 def digest(path: str) -> str:
-    """Digest of the model's weights and configuration: 16 hex digits; what reference rewards are stored under."""
+    """A digest of the model's weights and configuration, 16 hex digits, which reference rewards are stored under."""
     directory, total = Path(path), hashlib.sha256()
     for name in ["config.json", *weight_files(directory)]:
         with (directory / name).open("rb") as file:

@@ -24,7 +24,7 @@ REFUSED = {
     "Gemma3ForCausalLM": "Megatron-Bridge 0.3.1 builds its layers of TransformerEngine classes only "
     "(TERowParallelLinearLayerNorm, Gemma3TEDotProductAttention), which do not exist on a CPU",
 }
-"""Architectures that were tried in vain."""
+"""Architectures that can't be converted, with the reason."""
 
 
 def require_convertible(path: Path) -> dict[str, Any]:
@@ -50,10 +50,10 @@ def require_convertible(path: Path) -> dict[str, Any]:
 
 
 def require_layout(path: Path, tensor_parallel_size: int, pipeline_parallel_size: int) -> None:
-    """Refuse a model that is not converted, or can't be cut so.
+    """Refuse a model that is not converted, or whose shape the parallel sizes do not divide.
 
     Raises:
-        ConfigError: as ``require_convertible``; or what does not divide.
+        ConfigError: as ``require_convertible``; or the message says what does not divide.
     """
     shape = shape_of(require_convertible(path))
     problem = undivided(shape, tensor_parallel_size, pipeline_parallel_size)
@@ -64,7 +64,7 @@ def require_layout(path: Path, tensor_parallel_size: int, pipeline_parallel_size
 
 
 def list_of(architectures: Sequence[str]) -> str:
-    """For people."""
+    """The names joined for people: ``A, B and C``."""
     return ", ".join(architectures[:-1]) + " and " + architectures[-1]
 
 
@@ -72,7 +72,7 @@ def supported(known_to_bridge: Sequence[str]) -> str:
     """A table of all architectures that the Bridge knows.
 
     Args:
-        known_to_bridge: ``policy.bridge.known_architectures()``.
+        known_to_bridge: ``mcore.bridge.known_architectures()``.
     """
     lines = []
     for name in sorted({*known_to_bridge, *CONVERTS}):

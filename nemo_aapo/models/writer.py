@@ -28,23 +28,23 @@ COMPANION_FILES = (
     "chat_template*",
     "LICENSE*",
 )
-"""What an exported model takes over from its base model."""
+"""Files that an exported model takes over from its base model, as patterns."""
 
 
 def write_texts(texts: Mapping[str, str], directory: Path) -> None:
-    """Files by name."""
+    """Write texts as files of these names."""
     for name, text in texts.items():
         (directory / name).write_text(text, encoding="utf-8")
 
 
 def companions(directory: Path) -> list[Path]:
-    """Configuration, tokenizer, chat template and licence of a model directory."""
+    """The files of configuration, tokenizer, chat template and licence in a model directory."""
     found = {file for pattern in COMPANION_FILES for file in directory.glob(pattern) if file.is_file()}
     return sorted(found)
 
 
 def copy_companions(source: Path, target: Path, dtype: torch.dtype | None = None) -> None:
-    """Copy them byte for byte; with ``dtype``, ``config.json`` names that one as the weights'."""
+    """Copy the ``companions`` byte for byte; with ``dtype``, ``config.json`` names that one as the weights'."""
     for file in companions(source):
         shutil.copyfile(file, target / file.name)
     if dtype is not None:
