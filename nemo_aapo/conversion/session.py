@@ -14,7 +14,7 @@ TIMEOUT_S = 1800.0
 
 @contextlib.contextmanager
 def session(tensor_parallel_size: int, pipeline_parallel_size: int) -> Iterator[None]:
-    """Inside, this process is a rank of the layout, by torchrun's variables; without them it is alone."""
+    """Inside, this process is a rank of the layout; torchrun's variables say which, alone without them."""
     cpu.install()
     parallel.initialize(
         tensor_model_parallel_size=tensor_parallel_size,

@@ -93,7 +93,7 @@ def verify(
         megatron_model.load_checkpoint(source, module, log)
     different, tensors = _compare_bytes(weight_map.export(module), directory)
     _, prompts = render_prompts(load_tokenizer(str(directory)), questions)
-    logits = [_logits(module, ids) for ids in prompts]
+    logits = [part for ids in prompts if (part := _logits(module, ids)) is not None]
     if parallel.rank() != 0:
         return None
     distances = _distances(directory, prompts, logits)
@@ -148,8 +148,8 @@ def _same_bytes(left: torch.Tensor, right: torch.Tensor) -> bool:
 
 
 @torch.no_grad()
-def _logits(module: GPTModel, ids: np.ndarray) -> torch.Tensor:
-    """Logits float32 [P, vocabulary] of one prompt: hidden states as the learner takes them, times its weight."""
+def _logits(module: GPTModel, ids: np.ndarray) -> torch.Tensor | None:
+    """Logits [P, vocabulary] of one prompt, on rank 0: hidden states as the learner takes them, times its weight."""
     tokens = torch.as_tensor(ids, dtype=torch.int64, device=torch.cuda.current_device())[None]
 
     def forward_step(iterator: Any, model: torch.nn.Module):
@@ -173,7 +173,7 @@ def _logits(module: GPTModel, ids: np.ndarray) -> torch.Tensor:
         collect_non_loss_data=True,
     )
     outputs = parallel.broadcast_from_last_stage(outputs)
-    return outputs[0]
+    return outputs[0] if parallel.rank() == 0 else None
 
 
 @torch.no_grad()

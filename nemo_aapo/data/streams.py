@@ -39,7 +39,7 @@ class Stream(Protocol):
 
 
 class EndlessStream:
-    """0, 1, 2, ...: each prompt once."""
+    """The prompts 0, 1, 2, ... of a source without end, each once."""
 
     def take(self, start: int, stop: int) -> list[int]:
         return list(range(start, stop))
@@ -62,10 +62,13 @@ class PermutedStream:
     """
 
     def __init__(self, size: int, seed: int, shuffle: bool, step_at: StepAt) -> None:
-        """Args:
-        size: prompts; no step takes more.
-        seed: 0 <= seed < 2**63; with the epoch's number it names the permutation.
-        shuffle: False takes the prompts in the file's order.
+        """Begin with the first epoch.
+
+        Args:
+            size: number of prompts; no step takes more.
+            seed: 0 <= seed < 2**63; with the epoch's number it names the permutation.
+            shuffle: False takes the prompts in the file's order.
+            step_at: the step that a position belongs to.
         """
         self.size, self._seed, self._shuffle, self._step_at = size, seed, shuffle, step_at
         self._tails: list[np.ndarray] = []
@@ -127,8 +130,11 @@ class DifficultyStream:
     """
 
     def __init__(self, sampling: Literal["hard", "medium"], first: PermutedStream, seed: int) -> None:
-        """Args:
-        first: the source's permutations, of which the first epoch is used.
+        """Begin with the first epoch.
+
+        Args:
+            first: the source's permutations, of which the first epoch is used.
+            seed: 0 <= seed < 2**63; with a step's first position it names the random numbers of the step.
         """
         self._sampling, self._first, self._seed = sampling, first, seed
         self._epoch = 0  # the one that the weights are of

@@ -72,7 +72,7 @@ def supported(known_to_bridge: Sequence[str]) -> str:
     """A table of all architectures that the Bridge knows.
 
     Args:
-        known_to_bridge: ``mcore.bridge.known_architectures()``.
+        known_to_bridge: ``mcore.bridge.loader.known_architectures()``.
     """
     lines = []
     for name in sorted({*known_to_bridge, *CONVERTS}):

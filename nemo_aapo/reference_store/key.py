@@ -22,7 +22,7 @@ class StoreKey:
 
     Example::
 
-        StoreKey({"model": "1f0c...", "sampling": {"temperature": 1.0, ...}, "rewards": [{"name": "integer", ...}], "seed": 1})
+        StoreKey({"model": "1f0c...", "sampling": {...}, "rewards": [{"name": "integer", ...}], "seed": 1})
     """
 
     parts: dict[str, Any]

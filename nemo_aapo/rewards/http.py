@@ -37,7 +37,7 @@ class Http(Reward):
     url: str
     """``http://`` or ``https://``, without a password."""
     timeout_s: float = 5.0
-    """Seconds for one completion and all its attempts; less than ``reward_runner.timeout_s``, which kills the worker."""
+    """Seconds for all attempts at one completion; less than ``reward_runner.timeout_s``, which kills the worker."""
     retries: int = 3
     """Attempts after the first one."""
     token_env: str | None = None

@@ -1,7 +1,7 @@
-"""Where trainer and rollout servers find each other: a directory that only this user can read.
+"""The directory in which trainer and rollout servers find each other; only this user can read it.
 
     token             the bearer token; whoever comes first makes it
-    server_3.json     where server 3 listens, while it does
+    server_3.json     the address of server 3, while it listens
     weights/          what the servers load (weight_store.py)
 
 No torch: the launcher may import it.
@@ -23,18 +23,23 @@ from nemo_aapo.utils.token import make_token
 
 @dataclass(frozen=True)
 class ServerRecord:
-    """One server as it announces itself."""
+    """One server as it announces itself.
+
+    Example: ``ServerRecord(3, "http://node7:41001", 5120, "f3a9...")``
+    """
 
     index: int
+    """Number of the server, from 0."""
     address: str
     """``http://host:port``"""
     pid: int
+    """Its process id on its host."""
     instance: str
-    """New at each start: a restarted server is another one."""
+    """A new random word at each start: a restarted server is another one."""
 
 
 def open_directory(path: str | Path) -> Path:
-    """Make the directory (0700) if it is not there.
+    """Return the directory, which is made (0700) if it is not there.
 
     Raises:
         ConfigError: others than this user may read or write it, or it can't be made.
@@ -74,7 +79,7 @@ def withdraw(directory: Path, record: ServerRecord) -> None:
 
 
 def read_servers(directory: Path) -> list[ServerRecord]:
-    """All servers that have announced themselves, by index; some may be gone without a word.
+    """All servers that have announced themselves, by index; some may have been killed since.
 
     Raises:
         ConfigError: a file is not what a server writes.

@@ -35,14 +35,20 @@ from nemo_aapo.utils.files import begin_directory, commit_directory, free_space,
 FOLDER = "weights"
 MANIFEST = "manifest.json"
 BUCKET_BYTES = 512 * 2**20
-"""What trainer and server hold in memory at a time, or the largest tensor if that is larger."""
+"""Bytes of weights that trainer and server hold in memory at a time, unless one tensor alone is larger."""
 
 
 class WeightStore:
     """The trainer's side: writes versions and removes them."""
 
     def __init__(self, directory: Path, model_path: str, bucket_bytes: int = BUCKET_BYTES) -> None:
-        """Args: directory: the servers' directory. model_path: the base model's, for its ``config.json``."""
+        """Touch no file.
+
+        Args:
+            directory: the servers' directory.
+            model_path: the base model's directory, for its ``config.json``.
+            bucket_bytes: the size of a weight file, unless one tensor alone is larger.
+        """
         self.root = directory / FOLDER
         self.config = Path(model_path) / "config.json"
         self.bucket_bytes = bucket_bytes
@@ -50,7 +56,7 @@ class WeightStore:
     def write(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> Weights:
         """Write one version; it is there whole or not at all.
 
-        ``named_tensors`` is read to its end whatever happens: other ranks take part in making it.
+        ``named_tensors`` is read to its end even after an error, as other ranks take part in making the tensors.
 
         Raises:
             RunError: the disk is full, or another error of the file system. Older versions are as they were.
@@ -73,7 +79,7 @@ class WeightStore:
         return Weights(WeightsId(version, digest), f"{FOLDER}/{name}/{MANIFEST}")
 
     def _write_files(self, tensors: Iterator[tuple[str, torch.Tensor]], folder: Path, version: int) -> bytes:
-        """All but the manifest, which is returned."""
+        """Write all files but the manifest, whose content is returned."""
         files: dict[str, FileRecord] = {}
         place: dict[str, str] = {}
         # Copies of their own: tied weights and views share memory, which the format has no place for.
@@ -136,7 +142,7 @@ def verified(directory: Path, weights: Weights, tensors: Set[str]) -> Path:
 
 
 def read_tensors(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of a Hugging Face directory, one in memory at a time."""
+    """The (name, tensor) pairs of a Hugging Face directory, one in memory at a time."""
     for file in weight_files(directory):
         with safetensors.safe_open(directory / file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118, not a mapping

@@ -1,6 +1,7 @@
 """One completion as a request to TensorRT-LLM, and its answer as a ``Completion``: pure functions.
 
-The library's defaults and conventions differ from ours in ways that cost results, not errors. Each is named here.
+The library's defaults and conventions differ from this project's in ways that raise no error and spoil the result.
+Each is named here.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from nemo_aapo.errors import RunError
 from nemo_aapo.types import Completion, SamplingSpec
 
 KNOWN = ("temperature", "max_new_tokens", "stop_token_ids", "top_p")
-"""What of a ``SamplingSpec`` becomes part of a request. Of the others: the library's minimum length holds back its end
-token, not stop tokens, and strings need the tokenizer, which is left out."""
+"""Fields of a ``SamplingSpec`` that become part of a request. The others can't: the library's minimum length holds back
+its end token and not stop tokens, and stop strings need the tokenizer, which is left out."""
 
 
 def check_request(prompts: Sequence[np.ndarray], sampling: SamplingSpec, seeds: Sequence[Sequence[int]]) -> None:
@@ -63,10 +64,10 @@ def sampling_arguments(sampling: SamplingSpec, seed: int) -> dict[str, Any]:
 
 
 def read_completion(output: Any, sampling: SamplingSpec, policy_version: int) -> Completion:
-    """One finished ``CompletionOutput`` as ours.
+    """One finished ``CompletionOutput`` as a ``Completion``.
 
-    Log-probs are NaN where they are not those of the draw: at another temperature than 1, unless greedy. Only
-    validation draws so, and it reads none.
+    Log-probs are NaN where they are not those of the sampled distribution: at another temperature than 1, unless
+    greedy. Only validation samples so, and it reads none.
 
     Raises:
         RunError: the request did not end as a completion ends, or its answer contradicts itself.

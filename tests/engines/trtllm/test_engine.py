@@ -54,11 +54,11 @@ SEEDS = [[stream_seed(i, j) for j in range(4)] for i in range(len(PROMPTS))]
 @pytest.fixture
 def fake(monkeypatch):
     """The stand-in is ``tensorrt_llm``, for this test."""
-    monkeypatch.setattr(trtllm_refit, "share", share_on_cpu)
+    monkeypatch.setattr(trtllm_refit, "export_to_ipc", export_on_cpu)
     return fake_trtllm.install(monkeypatch)
 
 
-def share_on_cpu(bucket, device):
+def export_on_cpu(bucket, device):
     """The tensors' numbers in place of CUDA IPC handles."""
     return [(name, (torch.from_numpy, (tensor.numpy(),))) for name, tensor in bucket], bucket
 
@@ -487,5 +487,5 @@ def test_the_library_is_imported_in_one_module_and_only_by_the_contracts_names()
     }
     known = {(cls.module, cls.name) for cls in contract.CLASSES}
     known.add(tuple(contract.WORKER_EXTENSION.module.rsplit(".", 1)))
-    assert {file for file, _, _ in found} == {"trtllm_engine.py"}
+    assert {file for file, _, _ in found} == {"engine.py"}
     assert {(module, name) for _, module, name in found} <= known
