@@ -29,11 +29,12 @@ from megatron.core import parallel_state
 import nemo_aapo
 from nemo_aapo.checkpoint import format as torch_dist
 from nemo_aapo.checkpoint import manifest
-from nemo_aapo.checkpoint.directory import CheckpointDirectory, step_of
+from nemo_aapo.checkpoint.directory import CheckpointDirectory
 from nemo_aapo.checkpoint.manifest import Manifest
 from nemo_aapo.distributed import parallel
 from nemo_aapo.distributed.agreement import Group, on_all_ranks, on_first_rank
 from nemo_aapo.errors import CheckpointError, DamagedCheckpointError
+from nemo_aapo.run.names import step_of
 from nemo_aapo.utils.background import Background
 from nemo_aapo.utils.files import free_space, remove_directory
 
@@ -242,7 +243,7 @@ class Checkpointer:
                 f"{path} belongs to another configuration: its digest is {content.config_digest}, this run's "
                 f"{self.config_digest}. Resume with the settings it was saved under, or use another run.dir"
             )
-        if step_of(path) not in (None, content.step):
+        if step_of(path.name) not in (None, content.step):
             raise DamagedCheckpointError(f"{path} was renamed: its manifest says step {content.step}")
         check_files(path, content)
         return content

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,12 +14,10 @@ from pathlib import Path
 from nemo_aapo.checkpoint import manifest
 from nemo_aapo.checkpoint.manifest import Manifest
 from nemo_aapo.errors import CheckpointError
+from nemo_aapo.run.names import step_name, step_of
 from nemo_aapo.utils.files import begin_directory, commit_directory, partial_of, remove_directory
 
 logger = logging.getLogger(__name__)
-
-CHECKPOINTS = "checkpoints"
-"""Name of the directory in a run's directory."""
 
 
 class CheckpointDirectory:
@@ -33,7 +30,7 @@ class CheckpointDirectory:
 
     def of(self, step: int) -> Path:
         """Where the checkpoint of a step is, or will be."""
-        return self.path / f"step_{step:06d}"
+        return self.path / step_name(step)
 
     def partial(self, step: int) -> Path:
         """Where the checkpoint of a step is written before it gets its name."""
@@ -41,7 +38,7 @@ class CheckpointDirectory:
 
     def steps(self) -> list[Path]:
         """The checkpoints that there are, oldest first."""
-        found = {step: path for path in self.path.glob("step_*") if (step := step_of(path)) is not None}
+        found = {step: path for path in self.path.glob("step_*") if (step := step_of(path.name)) is not None}
         return [found[step] for step in sorted(found)]
 
     # ------------------------------------------------------------------ saving
@@ -120,9 +117,3 @@ class CheckpointDirectory:
             os.rename(newer, aside)
             logger.warning("went back to %s, since %s; what there is of %s is now %s", path, reason, newer, aside)
         self.prune(path)
-
-
-def step_of(path: Path) -> int | None:
-    """The step that a checkpoint's name says; None for another name."""
-    match = re.fullmatch(r"step_(\d{6,})", path.name)
-    return int(match.group(1)) if match else None

@@ -9,10 +9,11 @@ from typing import Any, Literal
 import yaml
 
 from nemo_aapo.checkpoint import manifest
-from nemo_aapo.checkpoint.directory import CHECKPOINTS, CheckpointDirectory, step_of
+from nemo_aapo.checkpoint.directory import CheckpointDirectory
 from nemo_aapo.config import build
 from nemo_aapo.config.schema import Lora
 from nemo_aapo.errors import ConfigError
+from nemo_aapo.run.names import CHECKPOINTS, step_of
 
 Kind = Literal["hf", "megatron", "checkpoint", "run"]
 
@@ -85,7 +86,7 @@ def find_source(path: Path | str, base: Path | str | None = None, base_option: s
         raise ConfigError(f"{path}: {'is a file; name the directory' if path.exists() else 'no such directory'}")
     if path.name == CHECKPOINTS and _checkpoints(path.parent):
         path = path.parent
-    if (path / manifest.FILE_NAME).exists() or step_of(path) is not None:
+    if (path / manifest.FILE_NAME).exists() or step_of(path.name) is not None:
         if (path / "config.json").exists():
             return ModelSource("megatron", path, _own_base(path, base, base_option))
         run = path.parent.parent if path.parent.name == CHECKPOINTS else None

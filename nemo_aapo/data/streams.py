@@ -31,10 +31,10 @@ class Stream(Protocol):
     def observe(self, start: int, stop: int, results: Sequence[tuple[int, int, int]]) -> None:
         """Take in what came of a step: (index, right completions, all completions)."""
 
-    def state(self) -> Any:
+    def state(self) -> dict[str, Any] | None:
         """What a checkpoint keeps, fit for JSON."""
 
-    def load(self, state: Any) -> None:
+    def load(self, state: dict[str, Any] | None) -> None:
         """Take over what ``state`` gave."""
 
 
@@ -51,7 +51,7 @@ class EndlessStream:
 
     def state(self) -> None: ...
 
-    def load(self, state: Any) -> None: ...
+    def load(self, state: dict[str, Any] | None) -> None: ...
 
 
 class PermutedStream:
@@ -89,7 +89,7 @@ class PermutedStream:
 
     def state(self) -> None: ...
 
-    def load(self, state: Any) -> None: ...
+    def load(self, state: dict[str, Any] | None) -> None: ...
 
     def _compute_order(self, epoch: int) -> np.ndarray:
         """int64 [size], the order of an epoch."""
@@ -183,7 +183,8 @@ class DifficultyStream:
             **{name: _pack(values.astype("<i4")) for name, values in counts.items()},
         }
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, state: dict[str, Any] | None) -> None:
+        assert state is not None, "the sampler refuses the state of another kind of stream"
         self._epoch = int(state["epoch"])
         self._weights = _unpack(state["weights"], "<f8")
         self._right, self._all, self._seen = (

@@ -10,7 +10,6 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -170,12 +169,12 @@ def free_space(path: Path) -> str:
 # ---------------------------------------------------------------- JSON
 
 
-def to_json(value: Any) -> str:
+def to_json(value: object) -> str:
     """One line of strict JSON: numpy becomes plain, and what is not finite becomes null (``NaN`` is no JSON)."""
     return json.dumps(_plain(value), allow_nan=False, ensure_ascii=False)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, np.ndarray | np.generic):

@@ -10,25 +10,19 @@ import asyncio
 import concurrent.futures
 import queue
 import threading
-from collections.abc import Callable, Coroutine, Generator, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Coroutine, Generator, Sequence
+from typing import Any, TypeVar
 
+from nemo_aapo.engines.trtllm.library import AsyncLLM, CompletionOutput, Library
 from nemo_aapo.errors import RunError
 
+T = TypeVar("T")
 Name = TypeVar("Name")
 Request = tuple[Name, list[int], dict[str, Any]]
 """(a name of the caller's choice, the prompt's token ids, keyword arguments of ``SamplingParams``)"""
 
 CLOSE_S = 60.0
 """Seconds to wait for the engine's end: the library gives its workers 30."""
-
-
-class Library(Protocol):
-    """The classes of TensorRT-LLM that the engine calls."""
-
-    AsyncLLM: Callable[..., Any]
-    SamplingParams: Callable[..., Any]
-    KvCacheConfig: Callable[..., Any]
 
 
 class EngineClient:
@@ -43,7 +37,7 @@ class EngineClient:
             timeout_s: the longest wait for any one answer, the start included.
         """
         self._library, self._timeout_s = library, timeout_s
-        self._llm: Any = None  # an AsyncLLM, whose library is not there at type checking
+        self._started: AsyncLLM | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="trtllm", daemon=True)
         self._thread.start()
@@ -54,8 +48,14 @@ class EngineClient:
             raise
 
     async def _start(self, arguments: dict[str, Any]) -> None:
-        self._llm = self._library.AsyncLLM(**arguments)
+        self._started = self._library.AsyncLLM(**arguments)
         await self._llm.setup_async()
+
+    @property
+    def _llm(self) -> AsyncLLM:
+        if self._started is None:
+            raise RunError("the TensorRT-LLM engine is not started, or it is closed")
+        return self._started
 
     def release(self, tags: Sequence[str]) -> None:
         """Give device memory back."""
@@ -73,7 +73,7 @@ class EngineClient:
         """Call a method of every worker; what each returned."""
         return self._call(method, self._llm.collective_rpc(method=method))
 
-    def complete(self, requests: Sequence[Request[Name]]) -> Generator[tuple[Name, Any], None, None]:
+    def complete(self, requests: Sequence[Request[Name]]) -> Generator[tuple[Name, CompletionOutput], None, None]:
         """Generate completions, all at once.
 
         Yields:
@@ -82,7 +82,7 @@ class EngineClient:
         Raises:
             RunError: a request failed, or none ended within the deadline. The others are cancelled.
         """
-        finished: queue.SimpleQueue[tuple[Name, Any] | None] = queue.SimpleQueue()
+        finished: queue.SimpleQueue[tuple[Name, CompletionOutput] | None] = queue.SimpleQueue()
 
         async def generate(name: Name, prompt: list[int], arguments: dict[str, Any]) -> None:
             sampling = self._library.SamplingParams(**arguments)
@@ -110,7 +110,7 @@ class EngineClient:
         """End the engine and its thread. May be called again."""
         if not self._loop.is_running():
             return
-        llm, self._llm = self._llm, None
+        llm, self._started = self._started, None
         try:
             if llm is not None:
                 self._wait("shutdown", self._shutdown(llm), CLOSE_S)
@@ -118,13 +118,13 @@ class EngineClient:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(CLOSE_S)
 
-    async def _shutdown(self, llm: Any) -> None:
+    async def _shutdown(self, llm: AsyncLLM) -> None:
         await self._loop.run_in_executor(None, llm.shutdown)
 
-    def _call(self, what: str, coroutine: Coroutine[Any, Any, Any]) -> Any:
+    def _call(self, what: str, coroutine: Coroutine[Any, Any, T]) -> T:
         return self._wait(what, coroutine, self._timeout_s)
 
-    def _wait(self, what: str, coroutine: Coroutine[Any, Any, Any], timeout_s: float) -> Any:
+    def _wait(self, what: str, coroutine: Coroutine[Any, Any, T], timeout_s: float) -> T:
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             return future.result(timeout_s)

@@ -28,8 +28,9 @@ from nemo_aapo.config import Config
 from nemo_aapo.engines.base import OnFinish, RolloutStats
 from nemo_aapo.engines.elsewhere import Finished, arranged, stats_of
 from nemo_aapo.engines.trtllm import placement, refit
-from nemo_aapo.engines.trtllm.client import EngineClient, Library
+from nemo_aapo.engines.trtllm.client import EngineClient
 from nemo_aapo.engines.trtllm.contract import KV_CACHE_TAG, VERSION, WEIGHT_TAGS
+from nemo_aapo.engines.trtllm.library import Library
 from nemo_aapo.engines.trtllm.requests import check_request, read_completion, sampling_arguments
 from nemo_aapo.engines.trtllm.settings import TrtllmSettings, check, llm_arguments
 from nemo_aapo.errors import ConfigError, RunError

@@ -7,11 +7,12 @@ Each is named here.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from nemo_aapo.engines.trtllm.library import CompletionOutput, Logprob
 from nemo_aapo.errors import RunError
 from nemo_aapo.types import Completion, SamplingSpec
 
@@ -63,7 +64,7 @@ def sampling_arguments(sampling: SamplingSpec, seed: int) -> dict[str, Any]:
     return {**arguments, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
 
 
-def read_completion(output: Any, sampling: SamplingSpec, policy_version: int) -> Completion:
+def read_completion(output: CompletionOutput, sampling: SamplingSpec, policy_version: int) -> Completion:
     """One finished ``CompletionOutput`` as a ``Completion``.
 
     Log-probs are NaN where they are not those of the sampled distribution: at another temperature than 1, unless
@@ -99,8 +100,10 @@ def read_completion(output: Any, sampling: SamplingSpec, policy_version: int) ->
     )
 
 
-def _logprobs(tokens: np.ndarray, entries: Sequence[Any] | None, sampling: SamplingSpec) -> np.ndarray:
-    """float32 [T]."""
+def _logprobs(
+    tokens: np.ndarray, entries: Sequence[Mapping[int, Logprob]] | None, sampling: SamplingSpec
+) -> np.ndarray:
+    """float32 [T], the log-prob of each token of a completion."""
     # Trap: they are raw, of the logits before temperature (and before top_p, which ours are as well). From the
     # drawn token's alone they can't be rescaled.
     if not sampling.greedy and sampling.temperature != 1.0:
