@@ -39,11 +39,11 @@ POINTS = {
     "backward": ("megatron.core.pipeline_parallel.schedules", "backward_step", "before", "", "any", (1, 16)),
     "update": ("nemo_aapo.learner.optimization", "Optimization.train_step", "after", "", "any", (1, STEPS)),
     "save": ("nemo_aapo.checkpoint.format", "_Writer.write_data", "after", "", "any", (1, 3)),
-    "before rename": ("os", "rename", "before", ".partial", "first", (1, 3)),
-    "after rename": ("os", "rename", "after", ".partial", "first", (1, 3)),
+    "before rename": ("os", "rename", "before", "/.step_", "first", (1, 3)),
+    "after rename": ("os", "rename", "after", "/.step_", "first", (1, 3)),
     "remove old": ("os", "rename", "after", "/step_", "first", (1, 2)),
     "metrics": ("nemo_aapo.run.metrics_file", "MetricsFile.append", "after", "", "first", (1, STEPS)),
-    "export": ("os", "replace", "before", "hf_model.partial", "first", (1, 1)),
+    "export": ("os", "rename", "before", ".hf_model.partial", "first", (1, 1)),
 }
 """Where a rank can kill itself."""
 FULL_DISK = "full disk"

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +13,7 @@ from typing import Any
 
 from examples.quickstart import arithmetic
 from examples.quickstart.arithmetic import Sum
-from nemo_aapo.utils.files import write_atomic
+from nemo_aapo.utils.files import whole_directory
 
 STAMP = "base_model.json"
 """Settings and figures; its presence says that the directory is whole."""
@@ -69,28 +67,23 @@ def make_base_model(directory: Path, recipe: Recipe, *, force: bool, say: Callab
         say(f"base model: {directory} is there already ({_figures(found)})")
         return found
     _require_replaceable(directory, force)
-    partial = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    started = time.monotonic()
-    sums = arithmetic.split_sums(recipe.seed)
-    tokenizer = arithmetic.make_tokenizer()
-    model = _train(recipe, sums.supervised, tokenizer, say)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    arithmetic.write_prompts(partial / "data" / "train.jsonl", sums.training)
-    arithmetic.write_prompts(partial / "data" / "validation.jsonl", sums.validation)
-    stamp = {
-        "recipe": asdict(recipe),
-        "parameters": model.num_parameters(),
-        "accuracy_greedy": accuracy(model, tokenizer, sums.validation, samples=1, temperature=0.0),
-        "accuracy_sampled": accuracy(model, tokenizer, sums.validation, samples=8, temperature=1.0),
-        "seconds": round(time.monotonic() - started, 1),
-    }
-    write_atomic(partial / STAMP, json.dumps(stamp, indent=1) + "\n")
-    if directory.exists():
-        shutil.rmtree(directory)
-    os.replace(partial, directory)
+    with whole_directory(directory) as partial:
+        started = time.monotonic()
+        sums = arithmetic.split_sums(recipe.seed)
+        tokenizer = arithmetic.make_tokenizer()
+        model = _train(recipe, sums.supervised, tokenizer, say)
+        stamp = {
+            "recipe": asdict(recipe),
+            "parameters": model.num_parameters(),
+            "accuracy_greedy": accuracy(model, tokenizer, sums.validation, samples=1, temperature=0.0),
+            "accuracy_sampled": accuracy(model, tokenizer, sums.validation, samples=8, temperature=1.0),
+            "seconds": round(time.monotonic() - started, 1),
+        }
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        arithmetic.write_prompts(partial / "data" / "train.jsonl", sums.training)
+        arithmetic.write_prompts(partial / "data" / "validation.jsonl", sums.validation)
+        (partial / STAMP).write_text(json.dumps(stamp, indent=1) + "\n")
     say(f"base model: made {directory} ({_figures(stamp)})")
     return stamp
 

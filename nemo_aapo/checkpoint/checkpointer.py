@@ -1,7 +1,7 @@
 """Checkpoints that are whole or not there: save, resume on any layout, verify, fall back.
 
     <run.dir>/checkpoints/step_000050/           complete: it got this name after everything was on the disk
-        __0_0.distcp ...  .metadata  common.pt  metadata.json     mcore's torch_dist files (see torch_dist.py)
+        __0_0.distcp ...  .metadata  common.pt  metadata.json     mcore's torch_dist files (see format.py)
         manifest.json                                             trainer state, checksums (see manifest.py)
     <run.dir>/checkpoints/.step_000050.partial/  a save that was interrupted; removed at the next start or save
     <run.dir>/checkpoints/step_000050.damaged/   what ``latest_good`` went back from; never removed, for people to judge
@@ -28,12 +28,14 @@ import torch.distributed as dist
 import nemo_aapo
 from nemo_aapo.checkpoint import format as torch_dist
 from nemo_aapo.checkpoint import manifest
-from nemo_aapo.checkpoint.directory import CheckpointDirectory, remove, step_of
+from nemo_aapo.checkpoint.directory import CheckpointDirectory
 from nemo_aapo.checkpoint.manifest import Manifest
 from nemo_aapo.distributed import parallel
 from nemo_aapo.distributed.agreement import Group, on_all_ranks, on_first_rank
 from nemo_aapo.errors import CheckpointError, DamagedCheckpointError
+from nemo_aapo.run.names import step_of
 from nemo_aapo.utils.background import Background
+from nemo_aapo.utils.files import free_space, remove_directory
 
 ResumeMode = Literal["auto", "latest_good"]
 
@@ -41,8 +43,13 @@ ResumeMode = Literal["auto", "latest_good"]
 class Checkpointable(Protocol):
     """What is needed of the policy; ``MegatronPolicy`` has it."""
 
-    def sharded_state_dict(self, is_loading: bool = False) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def sharded_state_dict(self, is_loading: bool = False) -> torch_dist.ShardedStateDict:
+        """This rank's shards of model and optimizer, as mcore's distributed checkpoints take them."""
+        ...
+
+    def load_state_dict(self, state: torch_dist.StateDict) -> None:
+        """Take over what a checkpoint held."""
+        ...
 
 
 class Checkpointer:
@@ -62,14 +69,14 @@ class Checkpointer:
         background: bool = False,
         timeout_s: float = 1800.0,
     ) -> None:
-        """Touches no file.
+        """Touch no file.
 
         Args:
             directory: holds the checkpoints; made at the first save. All ranks see the same one.
             config_digest: of this run (``config.digest``); checkpoints of another are refused.
             keep_last: how many checkpoints stay, at least one.
             keep_best: the checkpoint with the highest value of this stays too: a key of ``trainer_state["metrics"]``.
-            background: write while training goes on; costs a copy of this rank's share of the state.
+            background: write while training goes on; costs a copy of this rank's shard of the state.
             timeout_s: how long a rank waits in the background for another one.
         """
         if keep_last < 1:
@@ -77,7 +84,7 @@ class Checkpointer:
         self.directory = CheckpointDirectory(directory, keep_last, keep_best)
         self.config_digest = config_digest
         self.seconds = 0.0
-        """What the last finished save took, from its beginning to its name."""
+        """Wall-clock seconds of the last finished save, from its beginning to its name."""
         self.resumed_from: Path | None = None
         """The checkpoint that ``resume`` loaded."""
         self._background = Background() if background else None
@@ -99,6 +106,7 @@ class Checkpointer:
 
         Args:
             step: training steps done, at least 1: before that the optimizer has no state to save.
+            policy: its state is read before this returns.
             trainer_state: what JSON can hold unchanged; rank 0's is kept.
             extra_files: content by file name, checked like all other parts at loading; rank 0's are kept.
 
@@ -112,16 +120,16 @@ class Checkpointer:
             raise ValueError(f"step {step}: nothing to save before the first optimizer step")
         self.wait()
         start = time.monotonic()
-        background = self._background is not None
-        if background and self._group is None and dist.get_world_size() > 1:
+        background = self._background
+        if background is not None and self._group is None and dist.get_world_size() > 1:
             self._group = dist.new_group(backend="gloo", timeout=self._timeout)
         replicas = parallel.groups().data
-        content = torch_dist.snapshot(policy.sharded_state_dict(), replicas, copied=background)
-        job = functools.partial(self._write, step, content, trainer_state, dict(extra_files or {}), start)
-        if background:
-            self._background.start(job)
+        content = torch_dist.snapshot(policy.sharded_state_dict(), replicas, copied=background is not None)
+        write = functools.partial(self._write, step, content, trainer_state, dict(extra_files or {}), start)
+        if background is not None:
+            background.start(write)
         else:
-            job()
+            write()
         return self.directory.of(step)
 
     def failed(self) -> bool:
@@ -150,7 +158,7 @@ class Checkpointer:
         extra: dict[str, bytes],
         start: float,
     ) -> None:
-        """All that comes after the snapshot; on the main thread or on another one."""
+        """Write and commit a snapshot; on the main thread or in the background."""
         directory, group = self.directory, self._group
         partial = directory.partial(step)
         try:
@@ -162,13 +170,13 @@ class Checkpointer:
             on_first_rank(lambda: directory.commit(whole), group)
         except CheckpointError as error:
             if parallel.rank() == 0:
-                remove(partial)
+                remove_directory(partial)
             raise CheckpointError(
-                f"the checkpoint of step {step} was not saved in {directory.path} ({directory.free_space()}); "
+                f"the checkpoint of step {step} was not saved in {directory.path} ({free_space(directory.path)}); "
                 f"earlier ones are as they were: {error}"
             ) from error
         self.seconds = time.monotonic() - start
-        on_first_rank(lambda: directory.prune(step), group)
+        on_first_rank(lambda: directory.prune(directory.of(step)), group)
 
     # ------------------------------------------------------------------ loading
 
@@ -234,7 +242,7 @@ class Checkpointer:
                 f"{path} belongs to another configuration: its digest is {content.config_digest}, this run's "
                 f"{self.config_digest}. Resume with the settings it was saved under, or use another run.dir"
             )
-        if step_of(path) not in (None, content.step):
+        if step_of(path.name) not in (None, content.step):
             raise DamagedCheckpointError(f"{path} was renamed: its manifest says step {content.step}")
         check_files(path, content)
         return content
@@ -246,8 +254,8 @@ def check_files(path: Path, content: Manifest) -> None:
     Raises:
         DamagedCheckpointError: on all ranks: which files are missing, truncated or altered.
     """
-    own = manifest.share(content.files, parallel.rank(), dist.get_world_size())
-    checked = on_all_ranks(lambda: [manifest.problem(path, name, content.files[name]) for name in own])
+    own = manifest.shard_of(content.files, parallel.rank(), dist.get_world_size())
+    checked = on_all_ranks(lambda: [manifest.problem_with(path, name, content.files[name]) for name in own])
     problems = [problem for part in checked for problem in part if problem]
     if problems:
         raise DamagedCheckpointError("; ".join(problems))
@@ -255,12 +263,12 @@ def check_files(path: Path, content: Manifest) -> None:
 
 def seal_own_files(directory: Path) -> dict[str, manifest.FileRecord]:
     """Bring the files to the disk that this rank wrote, and record them."""
-    own = manifest.share(os.listdir(directory), parallel.rank(), dist.get_world_size())
+    own = manifest.shard_of(os.listdir(directory), parallel.rank(), dist.get_world_size())
     return {name: manifest.seal(directory / name) for name in own}
 
 
 def layout() -> dict[str, int]:
-    """Ranks and parallel sizes, for a manifest."""
+    """The number of ranks and the parallel sizes, for a manifest."""
     return {
         "world_size": dist.get_world_size(),
         "tensor_model_parallel_size": parallel.tensor_parallel_size(),
@@ -270,7 +278,7 @@ def layout() -> dict[str, int]:
 
 
 def versions() -> dict[str, str]:
-    """Of the libraries that write a checkpoint, for a manifest."""
+    """The versions of the libraries that write a checkpoint, for a manifest."""
     return {
         "nemo_aapo": nemo_aapo.__version__,
         "megatron_core": megatron.core.__version__,

@@ -1,14 +1,12 @@
 """The directory of a run's checkpoints, as plain files: what is there, what is in the way, what may go.
 
-One rank works here; nothing is collective, and there is no torch. The names are explained in checkpoint.py.
+One rank works here; nothing is collective, and there is no torch. ``checkpointer.py`` explains the names.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import re
-import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,29 +14,32 @@ from pathlib import Path
 from nemo_aapo.checkpoint import manifest
 from nemo_aapo.checkpoint.manifest import Manifest
 from nemo_aapo.errors import CheckpointError
+from nemo_aapo.run.names import step_name, step_of
+from nemo_aapo.utils.files import begin_directory, commit_directory, partial_of, remove_directory
 
 logger = logging.getLogger(__name__)
 
 
 class CheckpointDirectory:
-    """Checkpoints by step, from a partial one to its name, its rest and its end."""
+    """The checkpoints of one run, each from its partial directory to its removal."""
 
     def __init__(self, path: Path | str, keep_last: int, keep_best: str | None) -> None:
-        """Touches no file. Args: as ``Checkpointer`` takes them."""
+        """Touch no file. The arguments are ``Checkpointer``'s."""
         self.path = Path(path)
         self.keep_last, self.keep_best = keep_last, keep_best
 
     def of(self, step: int) -> Path:
         """Where the checkpoint of a step is, or will be."""
-        return self.path / f"step_{step:06d}"
+        return self.path / step_name(step)
 
     def partial(self, step: int) -> Path:
-        """Where it is written."""
-        return self.path / f".{self.of(step).name}.partial"
+        """Where the checkpoint of a step is written before it gets its name."""
+        return partial_of(self.of(step))
 
     def steps(self) -> list[Path]:
-        """Checkpoints by step, oldest first."""
-        return sorted((path for path in self.path.glob("step_*") if step_of(path) is not None), key=step_of)
+        """The checkpoints that there are, oldest first."""
+        found = {step: path for path in self.path.glob("step_*") if (step := step_of(path.name)) is not None}
+        return [found[step] for step in sorted(found)]
 
     # ------------------------------------------------------------------ saving
 
@@ -52,47 +53,38 @@ class CheckpointDirectory:
         self._remove_leftovers()
         if self.of(step).exists():
             raise CheckpointError(f"{self.of(step)} exists already, and is not overwritten")
-        self.partial(step).mkdir()
+        partial = begin_directory(self.of(step))
         for name, content in extra_files.items():
-            (self.partial(step) / name).write_bytes(content)
+            (partial / name).write_bytes(content)
 
     def commit(self, content: Manifest) -> None:
         """Write the manifest, and give the partial directory its name once all of it is on the disk."""
         partial = self.partial(content.step)
         manifest.write(content, partial)
-        manifest.sync_directory(partial)
-        os.rename(partial, self.of(content.step))
-        manifest.sync_directory(self.path)
+        commit_directory(partial, self.of(content.step))
 
-    def prune(self, step: int) -> None:
-        """Remove what is older than this step and not among the newest ``keep_last``, this one included."""
+    def prune(self, newest: Path) -> None:
+        """Remove the checkpoints that are older than this one and not among the ``keep_last`` up to it."""
         steps = self.steps()
-        older = [path for path in steps if step_of(path) < step]
+        older = steps[: steps.index(newest)] if newest in steps else []
         best = self._best(steps)
         for path in older[: max(0, len(older) - self.keep_last + 1)]:
             if path != best:
-                remove(path)
+                remove_directory(path)
 
     def _best(self, paths: list[Path]) -> Path | None:
         """The checkpoint with the highest value of ``keep_best``, the newest of equals; None where none has one."""
         if self.keep_best is None:
             return None
-        values = [(manifest.read(path).trainer_state.get("metrics", {}).get(self.keep_best), path) for path in paths]
-        known = [(value, step_of(path), path) for value, path in values if value is not None]
-        return max(known)[2] if known else None
+        values = [manifest.read(path).trainer_state.get("metrics", {}).get(self.keep_best) for path in paths]
+        known = [(value, number) for number, value in enumerate(values) if value is not None]
+        return paths[max(known)[1]] if known else None
 
     def _remove_leftovers(self) -> None:
         for path in self.path.glob(".step_*"):
             if path.suffix in (".partial", ".removing"):
                 logger.warning("removing what an interrupted run left: %s", path)
-                remove(path)
-
-    def free_space(self) -> str:
-        """For people."""
-        try:
-            return f"{shutil.disk_usage(self.path).free / 2**20:,.0f} MiB free"
-        except OSError as error:
-            return f"free space unknown: {error}"
+                remove_directory(path)
 
     # ------------------------------------------------------------------ loading
 
@@ -121,24 +113,7 @@ class CheckpointDirectory:
         """
         for newer, reason in damaged.items():
             aside = newer.with_name(f"{newer.name}.damaged")
-            remove(aside)
+            remove_directory(aside)
             os.rename(newer, aside)
             logger.warning("went back to %s, since %s; what there is of %s is now %s", path, reason, newer, aside)
-        self.prune(step_of(path))
-
-
-def step_of(path: Path) -> int | None:
-    """The step that a checkpoint's name says; None for another name."""
-    match = re.fullmatch(r"step_(\d{6,})", path.name)
-    return int(match.group(1)) if match else None
-
-
-def remove(path: Path) -> None:
-    """Remove a directory. That it can't be is no reason to end a run: it is tried again at the next save."""
-    doomed = path if path.name.startswith(".") else path.with_name(f".{path.name}.removing")
-    try:
-        if path.exists():
-            os.rename(path, doomed)  # half removed, it must not look like a checkpoint
-            shutil.rmtree(doomed)
-    except OSError as error:
-        logger.warning("can't remove %s: %s", path, error)
+        self.prune(path)

@@ -43,7 +43,7 @@ from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
-from nemo_aapo.errors import CheckpointError
+from nemo_aapo.errors import CheckpointError, first_line
 
 METADATA_CLASSES = {
     (kind.__module__, kind.__name__): kind
@@ -66,7 +66,7 @@ METADATA_CLASSES = {
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """This rank's share of a state, ready to be written."""
+    """This rank's shard of a state, ready to be written."""
 
     shards: dict[str, Any]
     """What this rank writes of each tensor and object, as torch's checkpoint planner takes them."""
@@ -79,8 +79,8 @@ def snapshot(state: ShardedStateDict, replicas: dist.ProcessGroup, *, copied: bo
 
     Args:
         state: as ``MegatronPolicy.sharded_state_dict`` returns it.
-        replicas: the ranks that hold the same shards (the data-parallel group) share the work of writing them.
-        copied: copy this rank's share to the host's memory, so that training may go on while it is written.
+        replicas: the ranks that hold the same shards (the data-parallel group); they divide the work of writing them.
+        copied: copy this rank's shard to the host's memory, so that training may go on while it is written.
     """
     # torch's planner checks that the shards cover every tensor once, so mcore need not exchange them for that
     sharded, common = save_preprocess(state, validate_access_integrity=False)
@@ -290,11 +290,8 @@ def _failures_of_ranks() -> Iterator[None]:
         yield
     except CheckpointException as error:
         failures = sorted(error.failures.items())
-        raise CheckpointError("; ".join(f"rank {rank}: {_one_line(cause)}" for rank, (cause, _) in failures)) from error
-
-
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+        said = (f"rank {rank}: {type(cause).__name__}: {first_line(cause)}" for rank, (cause, _) in failures)
+        raise CheckpointError("; ".join(said)) from error
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 ``manifest.json`` is written last, beside the files it lists, and holds a checksum of itself. It protects against what
 disks, copies and interrupted writes do, not against an attacker, who would write a fitting manifest: what may be read
-from an untrusted checkpoint is ``torch_dist``'s business. No torch here: tools may read a manifest cheaply.
+from an untrusted checkpoint is ``format.py``'s business. No torch here: tools may read a manifest cheaply.
 """
 
 from __future__ import annotations
@@ -15,18 +15,21 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from nemo_aapo.errors import CheckpointError, DamagedCheckpointError
 
 FILE_NAME = "manifest.json"
 FORMAT = 1
-"""Of the manifest; another number is another layout of its fields."""
+"""Number of the manifest's layout: a reader refuses another one."""
 
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
-    """What a file was when it was written."""
+    """What a file was when it was written.
+
+    Example: ``FileRecord(bytes=1048, sha256="9f86d081884c7d65...")``
+    """
 
     bytes: int
     sha256: str
@@ -34,20 +37,32 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """All that a checkpoint knows of itself."""
+    """All that a checkpoint knows of itself.
+
+    Example::
+
+        Manifest(
+            step=50,
+            config_digest="1f0c...",
+            trainer_state={"step": 50, "sampler": {...}, "metrics": {...}},
+            layout={"world_size": 4, "tensor_model_parallel_size": 2, ...},
+            versions={"megatron_core": "0.16.1", ...},
+            files={"__0_0.distcp": FileRecord(...), "common.pt": FileRecord(...)},
+        )
+    """
 
     step: int
-    """Training steps done."""
+    """Number of training steps done."""
     config_digest: str
-    """Of the configuration that decides the run's result (``config.digest``)."""
+    """Digest of the settings that decide the run's result (``config.digest``)."""
     trainer_state: dict[str, Any]
     """What the trainer needs to go on; it comes back equal to what was handed in."""
     layout: dict[str, int]
     """Ranks and parallel sizes it was saved under; for people, since it loads under any."""
     versions: dict[str, str]
-    """Of the libraries that wrote it; for people."""
+    """Versions of the libraries that wrote it; for people."""
     files: dict[str, FileRecord]
-    """By file name, without the manifest itself."""
+    """Every file of the checkpoint but the manifest, by name."""
 
 
 def write(manifest: Manifest, directory: Path) -> None:
@@ -99,10 +114,10 @@ def seal(path: Path) -> FileRecord:
     """Bring a file to the disk, and return its record."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
-        return FileRecord(os.fstat(file.fileno()).st_size, _sha256(file))
+        return FileRecord(os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
 
-def problem(directory: Path, name: str, record: FileRecord) -> str | None:
+def problem_with(directory: Path, name: str, record: FileRecord) -> str | None:
     """What is wrong with a file of a checkpoint; None if it is as it was written."""
     path = directory / name
     if path.name != name:
@@ -112,7 +127,7 @@ def problem(directory: Path, name: str, record: FileRecord) -> str | None:
             size = os.fstat(file.fileno()).st_size
             if size != record.bytes:
                 return f"{path} has {size} bytes instead of {record.bytes}"
-            if _sha256(file) != record.sha256:
+            if hashlib.file_digest(file, "sha256").hexdigest() != record.sha256:
                 return f"{path} was altered: its SHA-256 is not the manifest's"
     except FileNotFoundError:
         return f"{path} is missing"
@@ -121,10 +136,10 @@ def problem(directory: Path, name: str, record: FileRecord) -> str | None:
     return None
 
 
-def share(names: Iterable[str], rank: int, world_size: int) -> list[str]:
-    """The files that one of ``world_size`` ranks looks after: those it wrote itself, if as many ranks wrote them.
+def shard_of(names: Iterable[str], rank: int, world_size: int) -> list[str]:
+    """The files that one of ``world_size`` ranks checks: those it wrote itself, if as many ranks wrote them.
 
-    ``torch_dist`` calls rank r's files ``__r_*.distcp``; all others are rank 0's.
+    ``format.py`` calls rank r's files ``__r_*.distcp``; all others are rank 0's.
     """
 
     def writer(name: str) -> int:
@@ -132,22 +147,6 @@ def share(names: Iterable[str], rank: int, world_size: int) -> list[str]:
         return int(match.group(1)) if match else 0
 
     return sorted(name for name in names if writer(name) % world_size == rank)
-
-
-def sync_directory(directory: Path) -> None:
-    """Bring a directory's entries (new and renamed files) to the disk."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sha256(file: BinaryIO) -> str:
-    digest = hashlib.sha256()
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _tree_digest(tree: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ class SaveSchedule:
     """One rank's opinion; ranks agree on it by a collective, as their clocks differ."""
 
     def __init__(self, settings: Checkpoint, clock: Callable[[], float] = time.monotonic) -> None:
-        """The run's time starts now."""
+        """Start the run's time now."""
         self.settings, self._clock = settings, clock
         self._started = self._saved = self._stepped = clock()
         self._longest_step = 0.0

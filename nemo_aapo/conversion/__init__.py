@@ -1,5 +1,1 @@
-"""Hugging Face <-> Megatron as files: converting, looking without loading, verifying. ``scripts/convert.py`` calls it.
-
-For other parts: ``source.find_source`` tells what a path holds, ``convert.checkpoint_to_hf`` writes the model part of a
-checkpoint as a Hugging Face directory, ``megatron_model.load_checkpoint`` reads it into a module.
-"""
+"""Hugging Face and Megatron models as files: converted both ways, looked at without loading, verified to be equal."""

@@ -9,7 +9,7 @@ import yaml
 
 import nemo_aapo
 from nemo_aapo.checkpoint.manifest import Manifest
-from nemo_aapo.conversion.source import Source, run_settings
+from nemo_aapo.conversion.source import ModelSource, run_settings
 from nemo_aapo.errors import ConfigError
 from nemo_aapo.run.metrics_file import read_metrics
 
@@ -18,6 +18,7 @@ PAPERS = {
     "gpg": "GPG ([arXiv 2504.02546](https://arxiv.org/abs/2504.02546))",
     "grpo": "GRPO ([arXiv 2402.03300](https://arxiv.org/abs/2402.03300))",
 }
+"""The algorithms that have a paper, with a link to it."""
 SETTINGS = (
     "algorithm.loss",
     "algorithm.reference",
@@ -35,15 +36,16 @@ SETTINGS = (
     "precision.name",
     "seed",
 )
-"""What the card shows of a run's configuration, unless it is null."""
+"""The settings of a run that the card shows, unless they are null."""
 METRICS = {
     "validation/accuracy_greedy": "accuracy, greedy",
     "validation/accuracy_sampled": "accuracy, sampled",
     "validation/accuracy_sampled_stderr": "its standard error",
 }
+"""The metrics of a validation that the card shows, with their titles."""
 
 
-def model_card(source: Source, content: Manifest, dtype: str, adapter: bool = False) -> str:
+def model_card(source: ModelSource, content: Manifest, dtype: str, adapter: bool = False) -> str:
     """Markdown with the front matter that the Hugging Face hub reads.
 
     Args:
@@ -98,7 +100,7 @@ def _get(settings: dict[str, Any], key: str) -> Any:
 
 
 def _figures(run: Path | None, step: int) -> list[str]:
-    """Validation of base model and trained model, and the last training step, up to the checkpoint's step."""
+    """The validation of base model and trained model, and the last training step, up to the checkpoint's step."""
     path = None if run is None else run / "metrics.jsonl"
     if path is None or not path.exists():
         return ["No metrics were kept.", ""]

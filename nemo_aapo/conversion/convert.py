@@ -18,7 +18,7 @@ from nemo_aapo.checkpoint.manifest import Manifest
 from nemo_aapo.config.schema import Lora
 from nemo_aapo.conversion import megatron_model
 from nemo_aapo.conversion.card import model_card
-from nemo_aapo.conversion.source import Source, lora_of
+from nemo_aapo.conversion.source import ModelSource, lora_of
 from nemo_aapo.distributed import parallel
 from nemo_aapo.distributed.agreement import on_first_rank
 from nemo_aapo.errors import CheckpointError, ConfigError
@@ -32,13 +32,13 @@ _SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torc
 
 
 def checkpoint_to_hf(
-    source: Source,
+    source: ModelSource,
     target: Path,
     *,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = hf_directory.MAX_SHARD_BYTES,
     adapter: bool = False,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> Manifest:
     """The model part of a Megatron checkpoint as a Hugging Face directory. Collective.
 
@@ -53,7 +53,7 @@ def checkpoint_to_hf(
         max_shard_bytes: a larger model is written in several files with an index.
         adapter: of a run that trains LoRA adapters, write these alone, as a directory that ``peft`` loads; otherwise
             they are merged into the weights.
-        say: told, on rank 0, what a reader should know.
+        log: told on rank 0 what a reader should know.
 
     Returns:
         The manifest of the checkpoint that was taken: its step, and more.
@@ -66,16 +66,17 @@ def checkpoint_to_hf(
     def check() -> Lora | None:
         require_convertible(source.base)
         _require_absent(target)
-        if adapter and lora_of(source) is None:
+        lora = lora_of(source)
+        if adapter and lora is None:
             raise ConfigError(f"{source.path} has no adapters: its run did not train with model.lora")
-        return lora_of(source)
+        return lora
 
     lora = parallel.agree(check)
     dtype = dtype or stored_dtype(source)
     weight_map, module = megatron_model.build(source.base, dtype, lora)
-    content = megatron_model.load_checkpoint(source, module, say)
+    content = megatron_model.load_checkpoint(source, module, log)
     card = parallel.agree(lambda: model_card(source, content, hf_directory.dtype_name(dtype), adapter))
-    if adapter:
+    if adapter and lora is not None:
         save_peft(weight_map.export_adapters(module), lora, target, str(source.base), {"README.md": card})
         return content
     weight_map.save(module, target, dtype=dtype, max_shard_bytes=max_shard_bytes, more_files={"README.md": card})
@@ -117,14 +118,14 @@ def hf_dtype(directory: Path) -> torch.dtype:
     Raises:
         ConfigError: quantised or otherwise unusual weights.
     """
-    stored = set(megatron_model.hf_tensor_dtypes(directory).values())
+    stored = {header.dtype for header in model_dir.tensor_headers(directory).values()}
     unknown = stored - set(_SAFETENSORS_DTYPES)
     if unknown:
         raise ConfigError(f"{directory}: weights of dtype {', '.join(sorted(unknown))} can't be converted")
     return _widest({_SAFETENSORS_DTYPES[name] for name in stored})
 
 
-def stored_dtype(source: Source) -> torch.dtype:
+def stored_dtype(source: ModelSource) -> torch.dtype:
     """The dtype of a checkpoint's model part, from its header. Collective."""
 
     def read() -> torch.dtype:

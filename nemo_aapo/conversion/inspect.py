@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from math import prod
 from pathlib import Path
 
 from nemo_aapo.checkpoint import manifest
 from nemo_aapo.checkpoint.manifest import Manifest
-from nemo_aapo.conversion.source import Source, lora_of, run_settings
+from nemo_aapo.conversion.source import ModelSource, lora_of, run_settings
 from nemo_aapo.errors import CheckpointError, ConfigError, RunError
 from nemo_aapo.models import directory as model_dir
 from nemo_aapo.models import writer as hf_directory
-from nemo_aapo.models.families import CONVERTS, TRAINS, read_config_json
+from nemo_aapo.models.families import CONVERTS, TRAINS
 from nemo_aapo.run.state import look
 
 
-def describe(source: Source) -> list[str]:
-    """Lines for people.
+def describe(source: ModelSource) -> list[str]:
+    """What a model source holds, as lines for people.
 
     Raises:
-        ConfigError, RunError: damaged files; which.
+        ConfigError, RunError: a file is damaged; the message names it.
     """
     if source.kind == "hf":
         return _hf(source.path)
@@ -34,8 +33,8 @@ def _hf(path: Path) -> list[str]:
 
 
 def _architecture(path: Path) -> list[str]:
-    config = read_config_json(path)
-    architecture = (config.get("architectures") or ["none named"])[0]
+    config = model_dir.read_config_json(path)
+    architecture = model_dir.first_architecture(config)
     status = "trains and converts" if architecture in TRAINS else "converts" if architecture in CONVERTS else "refused"
     lines = [f"architecture         {architecture} ({status})"]
     if architecture in CONVERTS:
@@ -50,20 +49,13 @@ def _architecture(path: Path) -> list[str]:
 
 
 def _weights(path: Path) -> list[str]:
-    from safetensors import safe_open
-
-    files = model_dir.weight_files(path)
-    shapes: dict[str, tuple[list[int], str]] = {}
-    for name in files:
-        with safe_open(path / name, framework="numpy") as file:
-            for key in file.keys():  # noqa: SIM118 (no mapping)
-                part = file.get_slice(key)
-                shapes[key] = (part.get_shape(), part.get_dtype())
-    parameters = sum(prod(shape) for shape, _ in shapes.values())
-    dtypes = Counter(dtype for _, dtype in shapes.values())
+    headers = model_dir.tensor_headers(path)
+    parameters = sum(prod(header.shape) for header in headers.values())
+    dtypes = {header.dtype for header in headers.values()}
+    files = {header.file for header in headers.values()}
     size = sum((path / name).stat().st_size for name in files)
     return [
-        f"weights              {parameters:,} in {len(shapes)} tensors of {', '.join(sorted(dtypes))}; "
+        f"weights              {parameters:,} in {len(headers)} tensors of {', '.join(sorted(dtypes))}; "
         f"{len(files)} file(s), {_bytes(size)}"
     ]
 
@@ -73,7 +65,7 @@ def _companions(path: Path) -> list[str]:
     return [f"beside them          {', '.join(names)}"]
 
 
-def _checkpoint(path: Path, source: Source) -> list[str]:
+def _checkpoint(path: Path, source: ModelSource) -> list[str]:
     from nemo_aapo.checkpoint import format as torch_dist
 
     content = manifest.read(path)
@@ -106,7 +98,7 @@ def _checkpoint(path: Path, source: Source) -> list[str]:
     return [*lines, *_base(source)]
 
 
-def _base(source: Source) -> list[str]:
+def _base(source: ModelSource) -> list[str]:
     try:
         return [f"base model           {source.base}", *_architecture(source.base)]
     except ConfigError:
@@ -125,7 +117,7 @@ def _files(path: Path, content: Manifest) -> str:
     return f"{len(content.files)}, {_bytes(total)}; {state}"
 
 
-def _run(source: Source) -> list[str]:
+def _run(source: ModelSource) -> list[str]:
     settings = run_settings(source.run)
     try:
         state = look(source.path)

@@ -5,8 +5,6 @@ Torch's process group and Megatron's groups are there already (``mcore.groups``)
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,10 +14,9 @@ import torch
 from nemo_aapo.checkpoint import checkpointer as checkpoint
 from nemo_aapo.checkpoint import format as torch_dist
 from nemo_aapo.checkpoint import manifest
-from nemo_aapo.checkpoint.directory import remove
 from nemo_aapo.checkpoint.manifest import Manifest
 from nemo_aapo.config.schema import Lora
-from nemo_aapo.conversion.source import Source
+from nemo_aapo.conversion.source import ModelSource
 from nemo_aapo.distributed import parallel
 from nemo_aapo.distributed.agreement import on_all_ranks, on_first_rank
 from nemo_aapo.errors import CheckpointError, ConfigError, DamagedCheckpointError
@@ -29,11 +26,13 @@ from nemo_aapo.mcore.bridge.weights import WeightMap
 from nemo_aapo.mcore.model import GPTModel, build_stage
 from nemo_aapo.mcore.state import load_model_state, sharded_model_state
 from nemo_aapo.models import writer as hf_directory
+from nemo_aapo.models.directory import tensor_headers
+from nemo_aapo.utils.files import begin_directory, commit_directory, partial_of, remove_directory
 
 LOOKS = 5
-"""So often a run's newest checkpoint is looked for, where the one that was being read went away."""
+"""How often a run's newest checkpoint is looked for, where the one that was being read went away."""
 DERIVED_BUFFERS = ("rotary_emb.inv_freq",)
-"""Ends of names in old weight files that are no weights: they follow from ``config.json``."""
+"""Last parts of names in old weight files that are no weights: they follow from ``config.json``."""
 
 
 def build(base: Path, dtype: torch.dtype, lora: Lora | None = None) -> tuple[WeightMap, GPTModel]:
@@ -42,7 +41,7 @@ def build(base: Path, dtype: torch.dtype, lora: Lora | None = None) -> tuple[Wei
     Args:
         base: needs no weights (``WeightMap``).
         dtype: of the weights.
-        lora: adapters on them, as ``lora_of`` a run.
+        lora: adapters to add to them, as ``lora_of`` finds them in a run.
     """
     weight_map = WeightMap(str(base), dtype)
     layout = {
@@ -61,7 +60,7 @@ def load_hf(weight_map: WeightMap, module: GPTModel) -> None:
     Raises:
         ConfigError: the directory has weights that the map leaves out, or lacks some that it needs.
     """
-    there, covered = hf_tensor_dtypes(Path(weight_map.path)).keys(), weight_map.names(module)
+    there, covered = tensor_headers(Path(weight_map.path)).keys(), weight_map.names(module)
     tied = {"lm_head.weight"} if module.share_embeddings_and_output_weights else set()
     extra = {name for name in there - covered - tied if not name.endswith(DERIVED_BUFFERS)}
     missing = covered - there - tied
@@ -73,27 +72,14 @@ def load_hf(weight_map: WeightMap, module: GPTModel) -> None:
     weight_map.load(module)
 
 
-def hf_tensor_dtypes(directory: Path) -> dict[str, str]:
-    """Tensor name -> dtype as safetensors spells it (``BF16``), from the files' headers."""
-    from safetensors import safe_open
-
-    from nemo_aapo.models.directory import weight_files
-
-    found = {}
-    for name in weight_files(directory):
-        with safe_open(directory / name, framework="pt") as file:
-            found.update({key: file.get_slice(key).get_dtype() for key in file.keys()})  # noqa: SIM118 (no mapping)
-    return found
-
-
-def load_checkpoint(source: Source, module: GPTModel, say: Callable[[str], None] = print) -> Manifest:
+def load_checkpoint(source: ModelSource, module: GPTModel, log: Callable[[str], None] = print) -> Manifest:
     """Verify a checkpoint and fill the module with its model part, whatever layout wrote it; the source is not touched.
 
     Of a run, the newest whole checkpoint is taken. It may still be training: a checkpoint that goes away while it is
     read is left for the newest one then.
 
     Args:
-        say: told, on rank 0, which damaged checkpoints were passed over.
+        log: told on rank 0 which damaged checkpoints were passed over.
 
     Raises:
         CheckpointError: on all ranks: no whole checkpoint.
@@ -115,7 +101,7 @@ def load_checkpoint(source: Source, module: GPTModel, say: Callable[[str], None]
                 problems[path.name] = str(error)
                 continue
             if problems and parallel.rank() == 0:
-                say(f"WARNING: took {path.name}, since newer ones are damaged: {'; '.join(problems.values())}")
+                log(f"WARNING: took {path.name}, since newer ones are damaged: {'; '.join(problems.values())}")
             return content
         if not gone:
             break
@@ -150,18 +136,15 @@ def write(module: GPTModel, target: Path, base: Path, about: dict[str, Any]) -> 
     Raises:
         CheckpointError: on all ranks, if it failed on one.
     """
-    partial = target.with_name(f".{target.name}.partial")
+    partial = partial_of(target)
 
     def begin() -> None:
-        remove(partial)
-        partial.mkdir(parents=True)
+        begin_directory(target)
         hf_directory.copy_companions(base, partial, module.config.params_dtype)
 
     def commit() -> None:
         manifest.write(whole, partial)
-        manifest.sync_directory(partial)
-        os.rename(partial, target)
-        manifest.sync_directory(target.parent)
+        commit_directory(partial, target)
 
     try:
         on_first_rank(begin)
@@ -173,7 +156,7 @@ def write(module: GPTModel, target: Path, base: Path, about: dict[str, Any]) -> 
         on_first_rank(commit)
     except CheckpointError:
         if parallel.rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
+            remove_directory(partial)
         raise
 
 

@@ -9,7 +9,7 @@ from nemo_aapo.distributed import parallel
 from nemo_aapo.mcore.groups import destroy_model_parallel, initialize_model_parallel
 
 TIMEOUT_S = 1800.0
-"""So long a rank waits for another one."""
+"""Seconds that a rank waits for another one."""
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""What a path holds: a Hugging Face model, a converted Megatron model, a run's checkpoint, or a whole run. No torch."""
+"""What kind of model a path holds, and where its base model and its run are. No torch."""
 
 from __future__ import annotations
 
@@ -9,35 +9,41 @@ from typing import Any, Literal
 import yaml
 
 from nemo_aapo.checkpoint import manifest
-from nemo_aapo.checkpoint.directory import CheckpointDirectory, step_of
+from nemo_aapo.checkpoint.directory import CheckpointDirectory
 from nemo_aapo.config import build
 from nemo_aapo.config.schema import Lora
 from nemo_aapo.errors import ConfigError
+from nemo_aapo.run.names import CHECKPOINTS, step_of
 
 Kind = Literal["hf", "megatron", "checkpoint", "run"]
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """A model, and where the rest of what is known of it lies."""
+class ModelSource:
+    """A model on the disk, and where the rest of what is known of it lies.
+
+    Example: ``find_source("results/math7b")`` is ``ModelSource("run", Path("results/math7b"),
+    Path("/models/Qwen2.5-7B"), Path("results/math7b"))``.
+    """
 
     kind: Kind
-    """``megatron``: what ``hf-to-megatron`` wrote. ``checkpoint``: one of a run. ``run``: its newest whole one."""
+    """``hf``: a Hugging Face directory. ``megatron``: what ``hf-to-megatron`` wrote. ``checkpoint``: one of a run.
+    ``run``: the newest whole checkpoint of a run."""
     path: Path
     named_base: Path | None
-    """The Hugging Face directory with architecture and tokenizer: the model itself, or what a run started from, as far
-    as that is known; it may have gone."""
+    """The Hugging Face directory with architecture and tokenizer: the model itself, or what a run started from. None
+    where no configuration names it; it may have been removed since."""
     run: Path | None = None
-    """The run's directory."""
+    """The directory of the run that the model comes from, if it does."""
     base_option: str = "--base "
     """What a user writes before a base model's path, for messages."""
 
     @property
     def base(self) -> Path:
-        """The same, and it is there.
+        """``named_base``, which is there.
 
         Raises:
-            ConfigError: it is not; how to name it.
+            ConfigError: it is unknown or not there; the message says how to name it.
         """
         if self.named_base is None:
             raise ConfigError(
@@ -51,7 +57,7 @@ class Source:
         return self.named_base
 
     def candidates(self) -> list[Path]:
-        """The Megatron checkpoints to try, in this order; looked up anew at each call, as a trainer removes old ones.
+        """The Megatron checkpoints to try, the newest first; looked up at each call, as a trainer removes old ones.
 
         Raises:
             ConfigError: a run without a checkpoint.
@@ -60,35 +66,35 @@ class Source:
             return [self.path]
         found = _checkpoints(self.path)
         if not found:
-            raise ConfigError(f"{self.path / 'checkpoints'} holds no checkpoint (step_NNNNNN): none was saved yet")
+            raise ConfigError(f"{self.path / CHECKPOINTS} holds no checkpoint (step_NNNNNN): none was saved yet")
         return found[::-1]
 
 
-def find_source(path: Path | str, base: Path | str | None = None, base_option: str = "--base ") -> Source:
-    """Tell what a path holds, by the names of the files there.
+def find_source(path: Path | str, base: Path | str | None = None, base_option: str = "--base ") -> ModelSource:
+    """Find out what a path holds, by the names of the files there.
 
     Args:
         path: a Hugging Face directory, what ``hf-to-megatron`` wrote, a run directory, or a checkpoint in one.
         base: of a run: its base model, where it is no longer where the run's ``config.yaml`` says.
-        base_option: see ``Source``.
+        base_option: see ``ModelSource``.
 
     Raises:
-        ConfigError: nothing of the kind.
+        ConfigError: none of these is there.
     """
     path = Path(path).absolute()
     if not path.is_dir():
         raise ConfigError(f"{path}: {'is a file; name the directory' if path.exists() else 'no such directory'}")
-    if path.name == "checkpoints" and _checkpoints(path.parent):
+    if path.name == CHECKPOINTS and _checkpoints(path.parent):
         path = path.parent
-    if (path / manifest.FILE_NAME).exists() or step_of(path) is not None:
+    if (path / manifest.FILE_NAME).exists() or step_of(path.name) is not None:
         if (path / "config.json").exists():
-            return Source("megatron", path, _own_base(path, base, base_option))
-        run = path.parent.parent if path.parent.name == "checkpoints" else None
-        return Source("checkpoint", path, _base_of_run(run, base), run, base_option)
+            return ModelSource("megatron", path, _own_base(path, base, base_option))
+        run = path.parent.parent if path.parent.name == CHECKPOINTS else None
+        return ModelSource("checkpoint", path, _base_of_run(run, base), run, base_option)
     if (path / "config.json").exists():
-        return Source("hf", path, _own_base(path, base, base_option))
+        return ModelSource("hf", path, _own_base(path, base, base_option))
     if (path / "config.yaml").exists() or _checkpoints(path):
-        return Source("run", path, _base_of_run(path, base), path, base_option)
+        return ModelSource("run", path, _base_of_run(path, base), path, base_option)
     raise ConfigError(
         f"{path}: neither a Hugging Face model (config.json), nor a Megatron checkpoint (manifest.json), nor a run "
         "directory (config.yaml, checkpoints/)"
@@ -112,7 +118,7 @@ def run_settings(run: Path | None) -> dict[str, Any]:
     return tree
 
 
-def lora_of(source: Source) -> Lora | None:
+def lora_of(source: ModelSource) -> Lora | None:
     """The adapters that a run trains; None where it trains the weights themselves.
 
     Raises:
@@ -123,8 +129,8 @@ def lora_of(source: Source) -> Lora | None:
 
 
 def _checkpoints(run: Path) -> list[Path]:
-    """Oldest first; what is being written or removed has another name."""
-    return CheckpointDirectory(run / "checkpoints", keep_last=1, keep_best=None).steps()
+    """The checkpoints of a run, oldest first. One that is being written or removed has another name."""
+    return CheckpointDirectory(run / CHECKPOINTS, keep_last=1, keep_best=None).steps()
 
 
 def _own_base(path: Path, base: Path | str | None, base_option: str) -> Path:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from nemo_aapo.conversion import megatron_model
-from nemo_aapo.conversion.source import Source, lora_of
+from nemo_aapo.conversion.source import ModelSource, lora_of
 from nemo_aapo.data.tokenizer import load_tokenizer, render_prompts
 from nemo_aapo.distributed import parallel
 from nemo_aapo.distributed.device import device
@@ -35,39 +35,48 @@ PROMPTS = (
     "Let $f(x) = x^2 - 4x + 7$. Find the minimum value of $f$.",
     "Was ist 17 mal 23? Rechne Schritt für Schritt.",
 )
-"""What is compared on, where no file is named."""
+"""The prompts that are compared where no file is named."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What was compared, and what came of it."""
+    """What was compared, and what came of it.
+
+    Example: ``Verdict(tensors=290, different=(), prompts=4, tokens=131, max_logit_difference=3e-5,
+    max_logprob_difference=2e-5, same_choice=1.0)``
+    """
 
     tensors: int
+    """Number of tensors whose bytes were compared."""
     different: tuple[str, ...]
     """Names of tensors whose bytes differ, or that only one side has."""
     prompts: int
+    """Number of prompts whose logits were compared."""
     tokens: int
+    """Number of tokens in all prompts."""
     max_logit_difference: float
+    """The largest difference of a logit, over all positions and tokens of the vocabulary."""
     max_logprob_difference: float
+    """The largest difference of a log-prob, in nats."""
     same_choice: float
-    """Share of positions with the same most likely token."""
+    """Fraction of the positions at which both have the same most likely token."""
 
     def ok(self, tolerance: float) -> bool:
-        """Equal bytes, and log-probs within the tolerance."""
+        """True if all bytes are equal, and the log-probs differ by ``tolerance`` nats at the most."""
         return not self.different and self.max_logprob_difference <= tolerance
 
 
 def verify(
-    source: Source, directory: Path, questions: Sequence[str] = PROMPTS, say: Callable[[str], None] = print
+    source: ModelSource, directory: Path, questions: Sequence[str] = PROMPTS, log: Callable[[str], None] = print
 ) -> Verdict | None:
-    """Compare. Collective.
+    """Compare both sides. Collective.
 
     Args:
         source: the Megatron side: a checkpoint, a run, a converted model; or the Hugging Face directory itself, which
             is then converted in memory.
         directory: the Hugging Face side.
         questions: rendered by the tokenizer's chat template, if it has one.
-        say: told of what is done, on rank 0.
+        log: told on rank 0 what is done.
 
     Returns:
         The verdict, on rank 0; None on the others.
@@ -81,19 +90,18 @@ def verify(
     if source.kind == "hf":
         megatron_model.load_hf(weight_map, module)
     else:
-        megatron_model.load_checkpoint(source, module, say)
+        megatron_model.load_checkpoint(source, module, log)
     different, tensors = _compare_bytes(weight_map.export(module), directory)
     _, prompts = render_prompts(load_tokenizer(str(directory)), questions)
     logits = [part for ids in prompts if (part := _logits(module, ids)) is not None]
     if parallel.rank() != 0:
         return None
-    return Verdict(
-        tensors, tuple(different), len(prompts), sum(map(len, prompts)), *_distances(directory, prompts, logits)
-    )
+    distances = _distances(directory, prompts, logits)
+    return Verdict(tensors, tuple(different), len(prompts), sum(map(len, prompts)), *distances)
 
 
 def report(verdict: Verdict, tolerance: float, shown: int = 5) -> list[str]:
-    """Lines for people."""
+    """The verdict as lines for people."""
     count = len(verdict.different)
     names = ", ".join(verdict.different[:shown]) + (f" and {count - shown} more" if count > shown else "")
     return [
@@ -106,32 +114,30 @@ def report(verdict: Verdict, tolerance: float, shown: int = 5) -> list[str]:
     ]
 
 
-def _check(source: Source, directory: Path) -> None:
+def _check(source: ModelSource, directory: Path) -> None:
     require_convertible(source.base)
     model_dir.read_model_dir(str(directory), (require_convertible(directory)["architectures"][0],))
 
 
 def _compare_bytes(exported: Iterable[tuple[str, torch.Tensor]], directory: Path) -> tuple[list[str], int]:
-    """Names that differ, and how many there are; on rank 0. A tensor is compared in the dtype that its file has."""
+    """The names of tensors that differ, and how many there are; on rank 0. Each is compared in its file's dtype."""
     from safetensors import safe_open
 
     if parallel.rank() != 0:
         for _ in exported:
             pass
         return [], 0
-    files = {}
-    for name in model_dir.weight_files(directory):
-        file = safe_open(directory / name, framework="pt")
-        files.update(dict.fromkeys(file.keys(), file))
-    different, left = [], set(files)
+    headers = model_dir.tensor_headers(directory)
+    files = {name: safe_open(directory / name, framework="pt") for name in model_dir.weight_files(directory)}
+    different, left = [], set(headers)
     for name, tensor in exported:
         left.discard(name)
-        stored = files[name].get_tensor(name) if name in files else None
+        stored = files[headers[name].file].get_tensor(name) if name in headers else None
         if stored is None or not _same_bytes(tensor.to(stored.dtype), stored):
             different.append(name)
     tied = {"lm_head.weight"} if require_convertible(directory).get("tie_word_embeddings", True) else set()
     left = {name for name in left - tied if not name.endswith(megatron_model.DERIVED_BUFFERS)}
-    return [*different, *sorted(left)], len(files)
+    return [*different, *sorted(left)], len(headers)
 
 
 def _same_bytes(left: torch.Tensor, right: torch.Tensor) -> bool:
@@ -158,7 +164,7 @@ def _logits(module: GPTModel, ids: np.ndarray) -> torch.Tensor | None:
 def _distances(
     directory: Path, prompts: Sequence[np.ndarray], logits: Sequence[torch.Tensor]
 ) -> tuple[float, float, float]:
-    """Largest difference of logits and of log-probs to transformers', and the share of equal choices."""
+    """The largest difference of logits and of log-probs to transformers', and the fraction of equal choices."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()

@@ -1,4 +1,4 @@
-"""Items of reasoning-gym and their verifiers: each named by task, parameters, seed and index, and made anew from them.
+"""Items of reasoning-gym and their verifiers. An item is named by task, parameters, seed and index, and made from them.
 
 ``python -m nemo_aapo.data.gym_items`` makes items for ``gym.GymProcess``. Some tasks go through sets of strings, whose
 order changes with Python's hash seed: whoever calls this runs with ``PYTHONHASHSEED=0``, or items differ between ranks.
@@ -16,7 +16,7 @@ from typing import Any
 from nemo_aapo.errors import DataError
 
 CHUNK = 4096
-"""So many items come from one generator; some tasks make all of them at once."""
+"""Number of items that come from one generator; some tasks make all of them at once."""
 
 
 def make_item(task: str, parameters: dict[str, Any], seed: int, index: int) -> tuple[str, str]:
@@ -90,7 +90,7 @@ def _dataset(task: str, parameters: str, seed: int, chunk: int) -> Any:
 
 
 def _tuples(parameters: dict[str, Any]) -> dict[str, Any]:
-    """Lists as tuples, which is what the tasks' settings are."""
+    """The parameters with tuples in place of lists, as the tasks' settings want them."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in parameters.items()}
 
 

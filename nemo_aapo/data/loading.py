@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 _EXAMPLES = 3
 
 VerifyAnswer = Callable[[str], None]
+"""Raises ValueError for a gold answer that the rewards can't work with."""
 
 
 def load_data(
@@ -43,7 +44,7 @@ def load_data(
 
     Args:
         verify_answer: raises ValueError for a gold answer that the rewards can't work with.
-        train, held_out: prompts of one's own in place of those that ``data`` names.
+        train, held_out: prompts of your own in place of those that ``data`` names.
 
     Raises:
         DataError: what can't be read or used; training prompts among the held-out ones where that is an error.
@@ -67,7 +68,7 @@ def _load_all(
 
 
 def attach_endless(prompts: PromptSet, data: Data, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
-    """The same with the sources that have no end; every rank makes those by itself."""
+    """The prompts with those of the sources that have no end, which every rank makes by itself."""
     endless = {k: _gym(s, data, tokenizer) for k, s in enumerate(sources_of(data, "train")) if s.endless}
     if not endless:
         return prompts
@@ -98,9 +99,9 @@ def _load(
     verify_answer: VerifyAnswer | None,
 ) -> PromptSet | None:
     """The prompts of one source; None if it has no end."""
-    if source.endless:
-        return None
     if source.task is not None:
+        if source.size is None:
+            return None
         gym = _gym(source, data, tokenizer)
         try:
             return take_all(gym, source.size)
@@ -124,7 +125,7 @@ def _gym(source: Source, data: Data, tokenizer: PreTrainedTokenizerBase) -> GymP
 
 
 def _rendering(data: Data) -> dict[str, Any]:
-    """How ``tokenizer.render_prompts`` puts a question."""
+    """The settings by which ``tokenizer.render_prompts`` turns a question into a prompt."""
     return {name: getattr(data, name) for name in ("system_prompt", "chat_template", "prompt_template")}
 
 
@@ -132,7 +133,7 @@ def join(sources: Sequence[Source], parts: Sequence[PromptSet | None]) -> Prompt
     """One set of several; a prompt that an earlier part has is dropped from the later one.
 
     Args:
-        parts: of each source; None if it has no end.
+        parts: the prompts of each source; None for one without end.
 
     Raises:
         DataError: a source adds nothing to those before it.
@@ -178,7 +179,8 @@ def without_contamination(train: PromptSet, held_out: PromptSet, action: str) ->
 
 
 def _without(train: PromptSet, indices: set[int]) -> PromptSet:
-    shares, start = [], 0
+    shares: list[tuple[int | None, float]] = []
+    start = 0
     for size, weight in train.shares:
         if size is not None:
             left = size - sum(start <= i < start + size for i in indices)

@@ -37,13 +37,15 @@ class Report:
     """What became of a data set's rows."""
 
     source: str
+    """The data set's path."""
     rows: int
-    """Read."""
+    """Number of rows read."""
     written: int
+    """Number of rows written."""
     dropped: dict[str, int]
-    """Reason -> rows."""
+    """Reason -> number of rows that were dropped for it."""
     examples: list[str]
-    """Some of them, with their place and the whole reason."""
+    """Some of the dropped rows, with their place and the whole reason."""
     lengths: dict[str, int]
     """Percentile -> length of a written question."""
     length_unit: str
@@ -53,10 +55,10 @@ class Report:
     contamination: dict[str, list[str]]
     """Held-out source -> places of rows that are among its questions."""
     not_compared: dict[str, int]
-    """Held-out source -> rows of it in which no question was found."""
+    """Held-out source -> number of its rows in which no question was found."""
 
     def text(self) -> str:
-        """For people."""
+        """The report as lines for people."""
         lines = [f"{self.source}: {self.rows} rows, {self.written} written"]
         lines += [f"  dropped, {reason}: {count}" for reason, count in self.dropped.items()]
         lines += [f"    {example}" for example in self.examples]
@@ -125,7 +127,7 @@ def prepare(
 
 
 def write_rows(rows: Iterable[Row], path: Path) -> None:
-    """As JSONL with ``question`` and ``answer``; a question behind other chat messages is the list of all of them."""
+    """Write JSONL with ``question`` and ``answer``; where chat messages precede, the question is the list of all."""
     lines = []
     for row in rows:
         question: Any = row.question
@@ -136,24 +138,24 @@ def write_rows(rows: Iterable[Row], path: Path) -> None:
 
 
 def write_report(report: Report, path: Path) -> None:
-    """As JSON."""
+    """Write the report as JSON."""
     write_atomic(path, json.dumps(dataclasses.asdict(report), indent=1, ensure_ascii=False) + "\n")
 
 
-def preset_source(page: Path, what: str, changes: dict[str, Any]) -> Source:
-    """The source that a page of ``conf/data`` names.
+def preset_source(preset: Path, what: str, changes: dict[str, Any]) -> Source:
+    """The source that a file of ``conf/data`` names.
 
     Args:
         what: ``train`` or ``validation``.
-        changes: settings that replace the page's.
+        changes: settings that replace the file's.
 
     Raises:
-        DataError: the page is not there.
+        DataError: the file is not there.
     """
-    if not page.is_file():
-        there = ", ".join(sorted(path.stem for path in page.parent.glob("*.yaml")))
-        raise DataError(f"there is no preset {page.stem}; there is {there}")
-    tree = yaml.safe_load(page.read_text(encoding="utf-8"))
+    if not preset.is_file():
+        there = ", ".join(sorted(path.stem for path in preset.parent.glob("*.yaml")))
+        raise DataError(f"there is no preset {preset.stem}; there is {there}")
+    tree = yaml.safe_load(preset.read_text(encoding="utf-8"))
     named = tree.get(what, {})
     first = named[0] if isinstance(named, list) else {"path": named} if isinstance(named, str) else named
     fields = {name: tree[name] for name in ("prompt_field", "answer_field", "answer_form") if name in tree}
@@ -163,7 +165,7 @@ def preset_source(page: Path, what: str, changes: dict[str, Any]) -> Source:
 
 
 def _items(source: Source) -> Rows:
-    """Of a reasoning-gym task."""
+    """The rows of a reasoning-gym task."""
     if source.size is None:
         raise DataError(f"{source.path} has no end: say how many items (--size)")
     with contextlib.closing(GymProcess(source.task or "", source.parameters, source.seed)) as process:
@@ -175,7 +177,8 @@ def _items(source: Source) -> Rows:
 def _contamination(
     source: Source, rows: Sequence[Row], held_out: Sequence[Source]
 ) -> tuple[dict[str, list[str]], set[int], dict[str, int]]:
-    """Places by held-out source, the indices of all of them, and by source how many of its rows can't be read."""
+    """By held-out source, the places of the rows that are among it; the indices of all these rows; and by held-out
+    source, how many of its rows can't be read."""
     places: dict[str, list[str]] = {}
     indices: set[int] = set()
     unread: dict[str, int] = {}
@@ -214,7 +217,7 @@ def _question_of(record: Record, field: str) -> str:
 
 
 def _reason(problem: str) -> str:
-    """Of a row's whole problem the part that other rows share."""
+    """The part of a row's problem that other rows may have too: what is counted."""
     if problem.startswith("the gold answer"):
         return "gold answer that can't be verified"
     return re.split(r":| but ", problem, maxsplit=1)[0]

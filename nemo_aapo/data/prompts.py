@@ -25,7 +25,7 @@ __all__ = ["PromptSet", "gold_answer", "load_prompts", "make_prompts"]
 logger = logging.getLogger(__name__)
 
 _EXAMPLES = 5
-"""How many bad lines a message shows."""
+"""Number of bad lines that a message shows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,20 +35,21 @@ class PromptSet:
     prompts: Sequence[Prompt]
     """The sources' prompts one after the other; behind them those of sources without end, made when asked for."""
     path: str
+    """Where they come from, for messages."""
     bad_lines: int
-    """Lines that could not be used (``on_bad_line="skip"``)."""
+    """Number of lines that could not be used (``on_bad_line="skip"``)."""
     dropped_long: int
-    """Prompts over the length limit (``on_long_prompt="drop"``)."""
+    """Number of prompts over the length limit (``on_long_prompt="drop"``)."""
     duplicates: int
-    """Prompts dropped because an earlier line has the same token ids and gold answer."""
+    """Number of prompts dropped because an earlier line has the same token ids and gold answer."""
     digest: str
-    """Of all prompt ids in order: two files with the same digest mean the same run."""
+    """A digest of all prompt ids in order: two files with the same digest mean the same run."""
     questions: tuple[str, ...] = ()
-    """What the user says in each prompt, before any template."""
+    """The user's message in each prompt, before any template."""
     contaminated: int = 0
-    """Prompts that are among the held-out ones: dropped with ``on_contamination="drop"``, else still there."""
+    """Number of prompts that are held-out ones too: dropped with ``on_contamination="drop"``, else still there."""
     shares: tuple[tuple[int | None, float], ...] = ()
-    """(prompts, weight) of each source, None prompts for one without end; empty: one source."""
+    """(number of prompts, weight) of each source; None prompts for one without end. Empty for a single source."""
 
 
 def load_prompts(
@@ -75,7 +76,7 @@ def load_prompts(
         default_splits: the splits to try where the source names none.
         system_prompt: put before each question; needs a place, see ``tokenizer.render_prompts``.
         chat_template: ``"auto"`` or ``"none"``.
-        prompt_template: what is said around the question.
+        prompt_template: the text around the question.
         on_bad_line: ``"skip"`` leaves out lines that can't be used and counts them.
         on_long_prompt: ``"drop"`` leaves out prompts over the limit and counts them.
         verify_answer: raises ValueError for a gold answer that the reward can't work with; called once for each
@@ -195,12 +196,12 @@ def _example(path: str, problems: dict[int, str]) -> str:
 
 
 def digest_of(names: Iterable[str]) -> str:
-    """Of prompt ids, in their order."""
+    """A digest of prompt ids, which depends on their order."""
     return hashlib.sha256("\n".join(names).encode()).hexdigest()
 
 
 def prompt_digest(token_ids: np.ndarray, answer: str) -> str:
-    """The id of a prompt: of its tokens and its gold answer."""
+    """The id of a prompt: a digest of its tokens and its gold answer."""
     digest = hashlib.blake2b(len(token_ids).to_bytes(8, "little"), digest_size=16)
     digest.update(token_ids.astype("<i4").tobytes())
     digest.update(answer.encode())

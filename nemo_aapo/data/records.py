@@ -18,18 +18,21 @@ from nemo_aapo.errors import DataError, first_line
 
 _BATCH_ROWS = 1024
 _OUT_OF_REACH = ("offline", "connect", "resolve", "reach", "timed out", "couldn't find")
-"""One of these is in the library's error where the hub can't be had."""
+"""Words of which the library's error holds one where the hub can't be reached."""
 _SAVED = ("dataset_info.json", "dataset_dict.json")
-"""One of these is in a directory that ``save_to_disk`` made."""
+"""Files of which a directory that ``save_to_disk`` made holds one."""
 
 
 class Record(NamedTuple):
-    """One row."""
+    """One row.
+
+    Example: ``Record(1, {"question": "1 + 1?", "answer": "2"})``
+    """
 
     number: int
-    """Line of a text file or row of any other, from 1."""
+    """Number of the line in a text file, or of the row in any other, from 1."""
     value: Any
-    """Plain: mappings, lists, text, numbers."""
+    """The row as plain values: mappings, lists, text, numbers."""
     problem: str = ""
     """Why it could not be read, in which case there is no value."""
 

@@ -1,4 +1,4 @@
-"""From a data set's rows to questions and gold answers, each row checked by itself."""
+"""The questions and gold answers in a data set's rows, each row checked by itself."""
 
 from __future__ import annotations
 
@@ -18,16 +18,19 @@ _THOUSANDS_COMMA = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _BOX = re.compile(r"\\f?box(?:ed)?\s*\{")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _ROLES = {"human": "user", "gpt": "assistant"}
-"""Names that some data sets have for the usual ones."""
+"""Roles of chat messages by the names that some data sets have for them."""
 
 
 class Row(NamedTuple):
-    """One usable row."""
+    """One usable row.
+
+    Example: ``Row(7, "What is 6 times 7?", "42")``
+    """
 
     number: int
-    """Of the line or row in its source, from 1."""
+    """Number of the line or row in its source, from 1."""
     question: str
-    """What the user says (last)."""
+    """The user's message; of several, the last."""
     answer: str
     """The gold answer, in the form that a verifier takes."""
     before: tuple[dict[str, str], ...] = ()
@@ -38,8 +41,9 @@ class Rows(NamedTuple):
     """All rows of a source."""
 
     rows: list[Row]
+    """The usable ones."""
     problems: dict[int, str]
-    """What is wrong with the others, by number."""
+    """What is wrong with each of the rows that can't be used, by their numbers."""
 
 
 def read_rows(
@@ -136,7 +140,7 @@ def _last_box(solution: str) -> str:
 
 
 def closing_brace(text: str, start: int) -> int | None:
-    """Where the brace that opens before ``start`` closes; None: nowhere. An escaped brace is a character."""
+    """The index at which the brace that opens before ``start`` closes, or None. An escaped brace is a character."""
     depth = 1
     for brace in _BRACE.finditer(text, start):
         depth += {"{": 1, "}": -1}.get(brace[0], 0)

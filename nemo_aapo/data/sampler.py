@@ -117,7 +117,7 @@ class PromptSampler:
         return list(zip(self._before(step), self._before(step + 1), strict=True))
 
     def _before(self, step: int) -> tuple[int, ...]:
-        """Positions of each source that the steps before this one took."""
+        """Number of positions of each source that the steps before this one took."""
         if len(self._shares) == 1:
             return (step * self.prompts_per_step,)
         while len(self._counts) <= step:
@@ -125,7 +125,7 @@ class PromptSampler:
         return self._counts[step]
 
     def _next_counts(self, steps: int) -> tuple[int, ...]:
-        """What ``steps`` steps take from each source: as near to the weights as whole prompts allow, at every step."""
+        """Number of prompts that ``steps`` steps take from each source, as near to the weights as can be at each."""
         total = sum(weight for _, weight in self._shares)
         before = self._counts[-1]
         wanted = [weight / total * steps * self.prompts_per_step for _, weight in self._shares]
@@ -219,7 +219,7 @@ class PromptLayout:
         return self._finite + n * len(self._endless) + self._endless.index(k)
 
     def place(self, index: int) -> tuple[int, int]:
-        """(k, n) of an index."""
+        """(k, n): the source k of an index, and the number n of the prompt in it."""
         if index >= self._finite:
             n, turn = divmod(index - self._finite, len(self._endless))
             return self._endless[turn], n

@@ -31,15 +31,15 @@ class Stream(Protocol):
     def observe(self, start: int, stop: int, results: Sequence[tuple[int, int, int]]) -> None:
         """Take in what came of a step: (index, right completions, all completions)."""
 
-    def state(self) -> Any:
+    def state(self) -> dict[str, Any] | None:
         """What a checkpoint keeps, fit for JSON."""
 
-    def load(self, state: Any) -> None:
+    def load(self, state: dict[str, Any] | None) -> None:
         """Take over what ``state`` gave."""
 
 
 class EndlessStream:
-    """0, 1, 2, ...: each prompt once."""
+    """The prompts 0, 1, 2, ... of a source without end, each once."""
 
     def take(self, start: int, stop: int) -> list[int]:
         return list(range(start, stop))
@@ -51,7 +51,7 @@ class EndlessStream:
 
     def state(self) -> None: ...
 
-    def load(self, state: Any) -> None: ...
+    def load(self, state: dict[str, Any] | None) -> None: ...
 
 
 class PermutedStream:
@@ -62,10 +62,13 @@ class PermutedStream:
     """
 
     def __init__(self, size: int, seed: int, shuffle: bool, step_at: StepAt) -> None:
-        """Args:
-        size: prompts; no step takes more.
-        seed: 0 <= seed < 2**63; with the epoch's number it names the permutation.
-        shuffle: False takes the prompts in the file's order.
+        """Begin with the first epoch.
+
+        Args:
+            size: number of prompts; no step takes more.
+            seed: 0 <= seed < 2**63; with the epoch's number it names the permutation.
+            shuffle: False takes the prompts in the file's order.
+            step_at: the step that a position belongs to.
         """
         self.size, self._seed, self._shuffle, self._step_at = size, seed, shuffle, step_at
         self._tails: list[np.ndarray] = []
@@ -86,7 +89,7 @@ class PermutedStream:
 
     def state(self) -> None: ...
 
-    def load(self, state: Any) -> None: ...
+    def load(self, state: dict[str, Any] | None) -> None: ...
 
     def _compute_order(self, epoch: int) -> np.ndarray:
         """int64 [size], the order of an epoch."""
@@ -127,8 +130,11 @@ class DifficultyStream:
     """
 
     def __init__(self, sampling: Literal["hard", "medium"], first: PermutedStream, seed: int) -> None:
-        """Args:
-        first: the source's permutations, of which the first epoch is used.
+        """Begin with the first epoch.
+
+        Args:
+            first: the source's permutations, of which the first epoch is used.
+            seed: 0 <= seed < 2**63; with a step's first position it names the random numbers of the step.
         """
         self._sampling, self._first, self._seed = sampling, first, seed
         self._epoch = 0  # the one that the weights are of
@@ -177,7 +183,8 @@ class DifficultyStream:
             **{name: _pack(values.astype("<i4")) for name, values in counts.items()},
         }
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, state: dict[str, Any] | None) -> None:
+        assert state is not None, "the sampler refuses the state of another kind of stream"
         self._epoch = int(state["epoch"])
         self._weights = _unpack(state["weights"], "<f8")
         self._right, self._all, self._seen = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
@@ -83,7 +83,7 @@ def require_eos(tokenizer: PreTrainedTokenizerBase, where: str) -> int:
 
 
 QUESTION, SYSTEM = "{question}", "{system_prompt}"
-"""Places in a prompt template."""
+"""Placeholders in a prompt template."""
 
 
 def render_prompts(
@@ -95,7 +95,7 @@ def render_prompts(
     prompt_template: str = QUESTION,
     before: Sequence[Sequence[dict[str, str]]] | None = None,
 ) -> tuple[list[str], list[np.ndarray]]:
-    """What an engine is fed for each question.
+    """The text and the token ids that an engine gets for each question.
 
     With a chat template, its text is tokenised as it stands, since the template writes the special tokens itself.
     Plain text gets those that the tokenizer adds by itself, such as a leading begin-of-sequence token.
@@ -169,7 +169,7 @@ def _apply_template(
         [*system, *messages, {"role": "user", "content": text}] for messages, text in zip(before, said, strict=True)
     ]
     try:
-        return [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+        return [str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)) for chat in chats]
     except TemplateError as error:
         raise DataError(
             f"the tokenizer's chat template refuses the messages: {error}; unset system_prompt if it is the system "
@@ -177,8 +177,8 @@ def _apply_template(
         ) from error
 
 
-def text_decoder(tokenizer: Any) -> Callable[[np.ndarray], str]:
-    """Token ids -> text, without special tokens and exactly as the tokens say it."""
+def text_decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[np.ndarray], str]:
+    """A function token ids -> text, without special tokens and with the tokens' own spaces."""
 
     def decode(token_ids: np.ndarray) -> str:
         return tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

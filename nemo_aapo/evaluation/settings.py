@@ -7,13 +7,13 @@ from dataclasses import asdict
 from nemo_aapo.config import Config, EvaluationConfig, derive, parse
 from nemo_aapo.config.command_line import read_command_line
 from nemo_aapo.config.compose import compose
-from nemo_aapo.conversion.source import Source, find_source
+from nemo_aapo.conversion.source import ModelSource, find_source
 from nemo_aapo.errors import ConfigError
 from nemo_aapo.models import directory as model_dir
 from nemo_aapo.rewards import reward_of
 
 
-def find_model(config: EvaluationConfig) -> Source:
+def find_model(config: EvaluationConfig) -> ModelSource:
     """What ``model.path`` names: a Hugging Face directory, a run or a checkpoint. Looks at names of files only.
 
     Raises:
@@ -31,7 +31,7 @@ def reward_name(config: EvaluationConfig) -> str:
     return reward_of(config.rewards[0])[0].name
 
 
-def engine_settings(config: EvaluationConfig, source: Source) -> Config:
+def engine_settings(config: EvaluationConfig, source: ModelSource) -> Config:
     """Training's configuration for the parts that evaluation shares with it: ranks, layout, precision, rewards, engine.
 
     Raises:
@@ -56,7 +56,7 @@ def engine_settings(config: EvaluationConfig, source: Source) -> Config:
     return parse(tree)
 
 
-def check_model(config: EvaluationConfig, source: Source, world_size: int) -> None:
+def check_model(config: EvaluationConfig, source: ModelSource, world_size: int) -> None:
     """The model against the configuration and the number of ranks. Reads small files; no torch.
 
     Raises:

@@ -67,7 +67,7 @@ def fill(job: Job, shard: Shard | None = None) -> int:
             assert reference is not None, "algorithm.reference=cached was checked"
             prompts = needed_prompts(pipeline.data, pipeline.sampler, job.config.trainer.max_steps)
             if shard:
-                prompts = _not_in(store, reference.key, shard.share(prompts), samples)
+                prompts = _not_in(store, reference.key, shard.select(prompts), samples)
             complete = reference.prepare(prompts, pipeline.reference_served, screen.progress, lambda: stop.requested)
             what = f"{len(prompts)} prompts x {samples} reference rewards"
             screen.note(f"{own}: {what}" if complete else f"{own}: stopped; the same command goes on from there")

@@ -1,1 +1,1 @@
-"""A Hugging Face model directory as files: checked, read, and written."""
+"""Hugging Face model directories as files: checked, read and written without building a model."""

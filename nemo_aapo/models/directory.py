@@ -6,6 +6,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,14 @@ from nemo_aapo.config import Config, ModelShape, Sizes, derive
 from nemo_aapo.errors import ConfigError
 
 ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM")
-"""What is trained; ``models/families.py`` has what is only converted."""
+"""Architectures that can be trained; ``models/families.py`` has those that are only converted."""
+WEIGHTS = "model.safetensors"
+"""The file of all weights, where one is enough."""
+INDEX = "model.safetensors.index.json"
+"""Says which of several files holds which tensor."""
 
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-"""What mcore's rotary embedding takes for granted; Llama 3.1, 3.2 and 3.3 all have it."""
+"""The values of ``rope_scaling`` that mcore's rotary embedding takes for granted; Llama 3.1, 3.2 and 3.3 have them."""
 
 
 def read_model_dir(path: str, architectures: Sequence[str] = ARCHITECTURES) -> ModelShape:
@@ -34,14 +39,13 @@ def read_model_dir(path: str, architectures: Sequence[str] = ARCHITECTURES) -> M
             f"model.path={path}: no such directory. It must be a local Hugging Face model directory "
             "(config.json, *.safetensors, tokenizer files); `huggingface-cli download NAME --local-dir DIR` makes one"
         )
-    config = _read_json(directory / "config.json", "is this a Hugging Face model directory?")
-    architecture = architecture_of(path)
+    config = read_config_json(directory)
+    architecture = first_architecture(config)
     if architecture not in architectures:
         raise ConfigError(f"model.path={path}: architecture {architecture}; supported are {', '.join(architectures)}")
     if problem := twin_problem(config):
         raise ConfigError(f"model.path={path}: {problem}")
-    for name in weight_files(directory):
-        _check_safetensors(directory / name)
+    tensor_headers(directory)
     return shape_of(config)
 
 
@@ -81,7 +85,7 @@ def _window_problem(config: dict[str, Any]) -> str | None:
 
 
 def shape_of(config: dict[str, Any]) -> ModelShape:
-    """The shape that a ``config.json`` says."""
+    """The shape of the model that a ``config.json`` describes."""
     heads = config["num_attention_heads"]
     return ModelShape(
         architecture=config["architectures"][0],
@@ -103,12 +107,25 @@ def architecture_of(path: str) -> str:
     Raises:
         ConfigError: no such file, or not JSON.
     """
-    config = _read_json(Path(path) / "config.json", "is this a Hugging Face model directory?")
+    return first_architecture(read_config_json(Path(path)))
+
+
+def first_architecture(config: dict[str, Any]) -> str:
+    """The first architecture of a ``config.json``, or ``none named``."""
     return (config.get("architectures") or ["none named"])[0]
 
 
+def read_config_json(directory: Path) -> dict[str, Any]:
+    """A model directory's ``config.json``.
+
+    Raises:
+        ConfigError: missing or damaged.
+    """
+    return _read_json(directory / "config.json", "is this a Hugging Face model directory?")
+
+
 def check_model(config: Config, world_size: int) -> tuple[ModelShape, Sizes]:
-    """The model directory against the configuration and the number of ranks; milliseconds, no torch.
+    """Check the model directory against the configuration and the number of ranks, in milliseconds and without torch.
 
     Raises:
         ConfigError: as ``read_model_dir`` and ``config.derive``.
@@ -123,7 +140,7 @@ def weight_files(directory: Path) -> list[str]:
     Raises:
         ConfigError: none there, or a file that the index names is missing.
     """
-    index = directory / "model.safetensors.index.json"
+    index = directory / INDEX
     if index.exists():
         names = sorted(set(_read_json(index, "the index of the weights").get("weight_map", {}).values()))
         missing = [name for name in names if not (directory / name).exists()]
@@ -132,16 +149,44 @@ def weight_files(directory: Path) -> list[str]:
                 f"{index}: names files that are not there: {', '.join(missing) or 'none at all'}. Half downloaded?"
             )
         return names
-    if (directory / "model.safetensors").exists():
-        return ["model.safetensors"]
+    if (directory / WEIGHTS).exists():
+        return [WEIGHTS]
     raise ConfigError(
-        f"model.path={directory}: no model.safetensors and no index of several. Pickled weights (*.bin) are not read: "
+        f"model.path={directory}: no {WEIGHTS} and no index of several. Pickled weights (*.bin) are not read: "
         "convert them with transformers' save_pretrained(safe_serialization=True)"
     )
 
 
+@dataclass(frozen=True, slots=True)
+class TensorHeader:
+    """One tensor as a weight file announces it.
+
+    Example: ``TensorHeader("model-00001-of-00002.safetensors", (151936, 896), "BF16")``
+    """
+
+    file: str
+    """Name of the file that holds the tensor."""
+    shape: tuple[int, ...]
+    """The whole tensor's shape."""
+    dtype: str
+    """The dtype as safetensors spells it: ``F32``, ``BF16``, ``F16``."""
+
+
+def tensor_headers(directory: Path) -> dict[str, TensorHeader]:
+    """All tensors of a model directory by name. Only headers are read: a 70B model takes milliseconds.
+
+    Raises:
+        ConfigError: as ``weight_files``; or a file is cut off or damaged.
+    """
+    return {
+        name: TensorHeader(file, tuple(entry["shape"]), entry["dtype"])
+        for file in weight_files(directory)
+        for name, entry in _read_header(directory / file).items()
+    }
+
+
 def digest(path: str) -> str:
-    """Digest of the model's weights and configuration: 16 hex digits; what reference rewards are stored under."""
+    """A digest of the model's weights and configuration, 16 hex digits, which reference rewards are stored under."""
     directory, total = Path(path), hashlib.sha256()
     for name in ["config.json", *weight_files(directory)]:
         with (directory / name).open("rb") as file:
@@ -151,15 +196,15 @@ def digest(path: str) -> str:
 
 def _read_json(path: Path, hint: str) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: missing ({hint})") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not JSON ({error}). Half-written?") from None
 
 
-def _check_safetensors(path: Path) -> None:
-    """Compare the file's size with what its header promises."""
+def _read_header(path: Path) -> dict[str, Any]:
+    """The header of a safetensors file, whose size is what the header promises."""
     size = path.stat().st_size
     try:
         with path.open("rb") as file:
@@ -167,9 +212,10 @@ def _check_safetensors(path: Path) -> None:
             if header_size > size:
                 raise ValueError("header cut off")
             header = json.loads(file.read(header_size))
-            tensors = [entry for name, entry in header.items() if name != "__metadata__"]
-            promised = 8 + header_size + max((entry["data_offsets"][1] for entry in tensors), default=0)
-    except (struct.error, ValueError, KeyError, TypeError) as error:
+            header.pop("__metadata__", None)
+            promised = 8 + header_size + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path}: not a whole safetensors file ({error}). Half-written?") from None
     if size != promised:
         raise ConfigError(f"{path}: has {size} bytes where its header promises {promised}. Half-written?")
+    return header

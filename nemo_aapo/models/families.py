@@ -6,7 +6,6 @@ those that the tests convert both ways and compare with transformers.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 from nemo_aapo.config.sizes import undivided
 from nemo_aapo.errors import ConfigError
 from nemo_aapo.models.directory import ARCHITECTURES as TRAINS
-from nemo_aapo.models.directory import shape_of, twin_problem
+from nemo_aapo.models.directory import first_architecture, read_config_json, shape_of, twin_problem
 
 CONVERTS = (*TRAINS, "MistralForCausalLM", "GemmaForCausalLM")
 """Architectures that convert; those of ``TRAINS`` can be trained as well."""
@@ -25,7 +24,7 @@ REFUSED = {
     "Gemma3ForCausalLM": "Megatron-Bridge 0.3.1 builds its layers of TransformerEngine classes only "
     "(TERowParallelLinearLayerNorm, Gemma3TEDotProductAttention), which do not exist on a CPU",
 }
-"""Architectures that were tried in vain."""
+"""Architectures that can't be converted, with the reason."""
 
 
 def require_convertible(path: Path) -> dict[str, Any]:
@@ -41,7 +40,7 @@ def require_convertible(path: Path) -> dict[str, Any]:
         ConfigError: an architecture or a setting of it that is not supported, and why.
     """
     config = read_config_json(path)
-    architecture = (config.get("architectures") or ["none named"])[0]
+    architecture = first_architecture(config)
     if architecture not in CONVERTS:
         reason = REFUSED.get(architecture, "it is not among those that were tested here")
         raise ConfigError(f"{path}: architecture {architecture} is not converted: {reason}. {list_of(CONVERTS)} are")
@@ -50,25 +49,11 @@ def require_convertible(path: Path) -> dict[str, Any]:
     return config
 
 
-def read_config_json(path: Path) -> dict[str, Any]:
-    """A model directory's ``config.json``.
-
-    Raises:
-        ConfigError: missing or damaged.
-    """
-    try:
-        return json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no config.json, so it is no Hugging Face model directory") from None
-    except ValueError as error:
-        raise ConfigError(f"{path / 'config.json'}: not JSON ({error}). Half-written?") from None
-
-
 def require_layout(path: Path, tensor_parallel_size: int, pipeline_parallel_size: int) -> None:
-    """Refuse a model that is not converted, or can't be cut so.
+    """Refuse a model that is not converted, or whose shape the parallel sizes do not divide.
 
     Raises:
-        ConfigError: as ``require_convertible``; or what does not divide.
+        ConfigError: as ``require_convertible``; or the message says what does not divide.
     """
     shape = shape_of(require_convertible(path))
     problem = undivided(shape, tensor_parallel_size, pipeline_parallel_size)
@@ -79,7 +64,7 @@ def require_layout(path: Path, tensor_parallel_size: int, pipeline_parallel_size
 
 
 def list_of(architectures: Sequence[str]) -> str:
-    """For people."""
+    """The names joined for people: ``A, B and C``."""
     return ", ".join(architectures[:-1]) + " and " + architectures[-1]
 
 

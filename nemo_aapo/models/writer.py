@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 
-INDEX = "model.safetensors.index.json"
+from nemo_aapo.models.directory import INDEX, WEIGHTS
+from nemo_aapo.utils.buckets import tensor_buckets
+
 MAX_SHARD_BYTES = 5_000_000_000
 """A file of weights grows no larger than this, unless one tensor alone does; what transformers writes by default."""
 
@@ -27,37 +28,23 @@ COMPANION_FILES = (
     "chat_template*",
     "LICENSE*",
 )
-"""What an exported model takes over from its base model."""
-
-
-@contextlib.contextmanager
-def appearing(target: Path) -> Iterator[Path]:
-    """A new directory to write in, which takes the place of ``target`` at the end; an error leaves ``target`` alone.
-
-    One process, not collective.
-    """
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(partial, target)
+"""Files that an exported model takes over from its base model, as patterns."""
 
 
 def write_texts(texts: Mapping[str, str], directory: Path) -> None:
-    """Files by name."""
+    """Write texts as files of these names."""
     for name, text in texts.items():
         (directory / name).write_text(text, encoding="utf-8")
 
 
 def companions(directory: Path) -> list[Path]:
-    """Configuration, tokenizer, chat template and licence of a model directory."""
+    """The files of configuration, tokenizer, chat template and licence in a model directory."""
     found = {file for pattern in COMPANION_FILES for file in directory.glob(pattern) if file.is_file()}
     return sorted(found)
 
 
 def copy_companions(source: Path, target: Path, dtype: torch.dtype | None = None) -> None:
-    """Copy them byte for byte; with ``dtype``, ``config.json`` names that one as the weights'."""
+    """Copy the ``companions`` byte for byte; with ``dtype``, ``config.json`` names that one as the weights'."""
     for file in companions(source):
         shutil.copyfile(file, target / file.name)
     if dtype is not None:
@@ -84,46 +71,42 @@ def write_shards(
     Returns:
         The names written.
     """
-    shards: list[dict[str, torch.Tensor]] = [{}]
-    names: list[list[str]] = []
-    size = total = 0
-
-    def flush() -> None:
-        shard = shards.pop()
-        names.append(list(shard))
-        _save(shard, directory / _partial_name(len(names)))
-        shards.append({})
-
-    for name, tensor in tensors:
-        if shards[-1] and size + tensor.nbytes > max_shard_bytes:
-            flush()
-            size = 0
-        shards[-1][name] = tensor.cpu().contiguous()
-        size, total = size + tensor.nbytes, total + tensor.nbytes
-    flush()
-    _name_shards(directory, names, total)
-    return {name for shard in names for name in shard}
-
-
-def _save(shard: dict[str, torch.Tensor], path: Path) -> None:
     from safetensors.torch import save_file
 
-    save_file(shard, path, metadata={"format": "pt"})
+    on_host = ((name, tensor.cpu().contiguous()) for name, tensor in tensors)
+    place: dict[str, int] = {}
+    total = number = 0
+    for bucket in tensor_buckets(on_host, max_shard_bytes):
+        number += 1
+        place |= dict.fromkeys((name for name, _ in bucket), number)
+        total += sum(tensor.nbytes for _, tensor in bucket)
+        save_file(dict(bucket), directory / _partial_name(number), metadata={"format": "pt"})
+        del bucket  # before the next one is filled
+    _name_shards(directory, place, number, total)
+    return set(place)
 
 
 def _partial_name(number: int) -> str:
     return f".model-{number:05d}"
 
 
-def _name_shards(directory: Path, names: list[list[str]], total_bytes: int) -> None:
-    """Give the files their names, which say how many there are."""
-    if len(names) == 1:
-        os.replace(directory / _partial_name(1), directory / "model.safetensors")
+def _name_shards(directory: Path, place: Mapping[str, int], count: int, total_bytes: int) -> None:
+    """Give the files their names, which say how many there are, and write the index of several."""
+    if count == 1:
+        os.replace(directory / _partial_name(1), directory / WEIGHTS)
         return
-    weight_map = {}
-    for number, shard in enumerate(names, start=1):
-        file = f"model-{number:05d}-of-{len(names):05d}.safetensors"
+    files = {number: f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)}
+    for number, file in files.items():
         os.replace(directory / _partial_name(number), directory / file)
-        weight_map.update(dict.fromkeys(shard, file))
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+    write_index({name: files[number] for name, number in sorted(place.items())}, directory, total_bytes)
+
+
+def write_index(weight_map: Mapping[str, str], directory: Path, total_bytes: int) -> None:
+    """Write the index of several weight files.
+
+    Args:
+        weight_map: tensor name -> name of its file.
+        total_bytes: size of all tensors.
+    """
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(weight_map)}
     (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

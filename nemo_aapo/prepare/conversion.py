@@ -7,7 +7,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from nemo_aapo.conversion.source import Source, find_source
+from nemo_aapo.conversion.source import ModelSource, find_source
 from nemo_aapo.errors import ConfigError
 from nemo_aapo.models import families
 from nemo_aapo.prepare.packages import MEGATRON, check_packages
@@ -30,7 +30,7 @@ class Layout:
 class ConversionJob:
     """A model, and what it is compared with or becomes."""
 
-    source: Source
+    source: ModelSource
     layout: Layout
     target: Path
     """Absolute; the new directory that is written, or the Hugging Face side of a comparison."""
@@ -43,7 +43,7 @@ def prepare_hf_to_megatron(path: Path, out: Path, layout: Layout) -> ConversionJ
         ConfigError: a model that is not converted, a layout that does not divide it, an output that can't be made.
     """
     _require_layout(path.absolute(), layout)
-    return ConversionJob(Source("hf", path.absolute(), path.absolute()), layout, _require_new(out))
+    return ConversionJob(ModelSource("hf", path.absolute(), path.absolute()), layout, _require_new(out))
 
 
 def prepare_megatron_to_hf(path: Path, base: Path | None, out: Path, layout: Layout) -> ConversionJob:

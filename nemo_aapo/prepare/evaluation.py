@@ -9,7 +9,7 @@ from typing import Any
 from nemo_aapo.config import Config, EvaluationConfig, ModelShape, without_secrets
 from nemo_aapo.config.command_line import EVALUATION
 from nemo_aapo.config.compose import compose
-from nemo_aapo.conversion.source import Source
+from nemo_aapo.conversion.source import ModelSource
 from nemo_aapo.data.records import check_source
 from nemo_aapo.data.tokenizer import check_system_prompt, require_tokenizer_files
 from nemo_aapo.errors import DataError
@@ -32,7 +32,7 @@ class EvaluationJob:
     config: EvaluationConfig
     tree: Mapping[str, Any]
     """The configuration as a plain tree: what ``config.yaml`` of the evaluation's directory shows."""
-    source: Source
+    source: ModelSource
     """Where the weights come from."""
     settings: Config
     """The parts that evaluation shares with training (ranks, layout, precision, rewards, engine), decided."""
@@ -66,7 +66,7 @@ def resolve_evaluation(config: EvaluationConfig, tree: Mapping[str, Any]) -> Eva
     return EvaluationJob(config, tree, source, settings, read_model_dir(str(source.base)), reward)
 
 
-def _check_prompts(config: EvaluationConfig, source: Source) -> None:
+def _check_prompts(config: EvaluationConfig, source: ModelSource) -> None:
     require_tokenizer_files(source.base)
     templated = config.chat_template == "auto" and has_chat_template(source.base)
     check_system_prompt(config.system_prompt, template_text(config.prompt_template), templated)

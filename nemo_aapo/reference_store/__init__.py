@@ -1,1 +1,1 @@
-"""Reference rewards on disk: what they belong to, and files that several jobs fill."""
+"""Reference rewards on disk: the key that they belong to, the file that holds them, and shards filled side by side."""

@@ -18,32 +18,44 @@ class StoreKey:
     """Everything that reference rewards depend on besides the prompt, which has a digest of its own (``Prompt.id``).
 
     The number of samples K is no part of it: sample k of a prompt is the same whatever K, so that runs with different
-    K share what both need.
+    K have in common what both need.
+
+    Example::
+
+        StoreKey({"model": "1f0c...", "sampling": {...}, "rewards": [{"name": "integer", ...}], "seed": 1})
     """
 
     parts: dict[str, Any]
-    """``model`` (digest of its weights), ``sampling``, ``rewards``, ``seed``; plain JSON values."""
+    """``model`` (digest of its weights), ``sampling``, ``rewards``, ``seed``, as plain JSON values."""
 
     @functools.cached_property
     def digest(self) -> str:
-        """Of all parts: 16 hex digits."""
+        """A digest of all parts: 16 hex digits."""
         return hashlib.sha256(json.dumps(self.parts, sort_keys=True).encode()).hexdigest()[:16]
 
     def differences(self, there: dict[str, Any]) -> list[str]:
-        """Where the parts of another key differ from ours, one phrase for each."""
+        """Where the parts of another key differ from these, one phrase for each."""
         ours, theirs = _flat(self.parts, ""), _flat(there, "")
         different = [name for name in {**theirs, **ours} if ours.get(name, ...) != theirs.get(name, ...)]
         return [f"{name}: {_show(theirs, name)} there, {_show(ours, name)} here" for name in different]
+
+    def nearest_differences(self, others: Sequence[dict[str, Any]]) -> list[str]:
+        """The ``differences`` to that one of several keys which has the fewest.
+
+        Args:
+            others: the parts of at least one key.
+        """
+        return min((self.differences(parts) for parts in others), key=len)
 
 
 def store_key(model_digest: str, sampling: SamplingSpec, rewards: Sequence[dict[str, Any]], seed: int) -> StoreKey:
     """The key of a run.
 
     Args:
-        model_digest: of the reference's weights (``policy.model_dir.digest``).
+        model_digest: digest of the reference's weights (``models.directory.digest``).
         sampling: how policy and reference are sampled.
-        rewards: their definitions (``rewards.runner.RewardRunner.definition``).
-        seed: of the run; it names the random streams of the reference completions.
+        rewards: their definitions (``RewardRunner.definition``).
+        seed: the run's; it names the random streams of the reference completions.
     """
     parts = {
         "model": model_digest,

@@ -19,10 +19,13 @@ from nemo_aapo.types import Prompt
 
 @dataclass(frozen=True)
 class Shard:
-    """One of ``count`` equal parts of the prompts."""
+    """One of ``count`` equal parts of the prompts.
+
+    Example: ``Shard(3, 16).path("reference_rewards.sqlite")`` is ``reference_rewards.shard-0003-of-0016.sqlite``.
+    """
 
     index: int
-    """From 0."""
+    """Number of the shard, counted from 0."""
     count: int
 
     def __post_init__(self) -> None:
@@ -39,8 +42,8 @@ class Shard:
         store = Path(store)
         return store.with_name(f"{store.stem}.shard-{self.index:04d}-of-{self.count:04d}{store.suffix}")
 
-    def share(self, prompts: Sequence[Prompt]) -> list[Prompt]:
-        """Its prompts: every ``count``-th."""
+    def select(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """The prompts of this shard: every ``count``-th."""
         return list(prompts[self.index :: self.count])
 
 
@@ -71,7 +74,7 @@ def merge_shards(path: str | Path, key: StoreKey) -> dict[Path, int]:
         for file in files:
             shards.append(RewardStore(file, key, create=False))
             if others := shards[-1].other_keys():
-                differences = "; ".join(min((key.differences(parts) for parts in others), key=len))
+                differences = "; ".join(key.nearest_differences(others))
                 raise StoreError(
                     f"{file}: was filled for other settings: {differences}. Give --merge the settings that the shards "
                     "were filled with, or remove this file and fill that shard again"

@@ -24,12 +24,12 @@ from nemo_aapo.errors import ConfigError, StoreError
 from nemo_aapo.reference_store.key import StoreKey
 
 FORMAT = 1
-"""Of the tables; another number is another layout."""
+"""Number of the tables' layout: a reader refuses another one."""
 APPLICATION_ID = 0x4141504F  # "AAPO": tells our files from other SQLite files
 LOCK_TIMEOUT_S = 60.0
 """How long to wait for another process to finish its write."""
 READ_BATCH = 10_000
-"""Prompts of one query."""
+"""Number of prompts in one query."""
 _TABLES = (
     "CREATE TABLE keys (number INTEGER PRIMARY KEY, digest TEXT UNIQUE NOT NULL, parts TEXT NOT NULL)",
     "CREATE TABLE rewards (key INTEGER NOT NULL REFERENCES keys, prompt TEXT NOT NULL, sample INTEGER NOT NULL, "
@@ -218,7 +218,7 @@ def other_rewards(store: RewardStore, *, own: bool) -> str:
     others = store.other_keys()
     if not others:
         return ""
-    differences = min((store.key.differences(parts) for parts in others), key=len)
+    differences = store.key.nearest_differences(others)
     listing = "\n".join(f"  {difference}" for difference in differences)
     message = (
         f"algorithm.reference_store={store.path} holds reference rewards, but none for this run. The nearest of "

@@ -1,4 +1,4 @@
-"""Rewards by name. ``RewardRunner`` (``nemo_aapo.rewards.workers.runner``) runs them."""
+"""Rewards by name, which judge completions; ``nemo_aapo.rewards.workers.runner.RewardRunner`` runs them."""
 
 from __future__ import annotations
 
@@ -9,15 +9,12 @@ from typing import Any
 
 from nemo_aapo.errors import ConfigError
 from nemo_aapo.rewards.base import Reward
-from nemo_aapo.rewards.choice import MultipleChoice
 from nemo_aapo.rewards.custom import Custom
-from nemo_aapo.rewards.exact import Exact, Integer
-from nemo_aapo.rewards.format import Format, TagCount
 from nemo_aapo.rewards.gym import ReasoningGym
 from nemo_aapo.rewards.http import Http
-from nemo_aapo.rewards.length import Cosine, Overlong
+from nemo_aapo.rewards.matching import Exact, Integer, MultipleChoice
 from nemo_aapo.rewards.math import Accuracy
-from nemo_aapo.rewards.repetition import Repetition
+from nemo_aapo.rewards.shaping import Cosine, Format, Overlong, Repetition, TagCount
 
 _VERIFIERS = (Accuracy, Integer, Exact, MultipleChoice, ReasoningGym)
 _SHAPING = (Format, TagCount, Cosine, Overlong, Repetition)
@@ -37,7 +34,7 @@ def build_reward(config: Mapping[str, Any]) -> Reward:
     name = parameters.pop("name")
     if name not in REWARDS:
         raise ValueError(f"unknown reward {name!r}{_nearest(name, REWARDS)} (known: {', '.join(REWARDS)})")
-    fields = {field.name: field for field in dataclasses.fields(REWARDS[name])}
+    fields = _parameters(REWARDS[name])
     for key in parameters:
         if key not in fields:
             known = ", ".join(fields) or "none"
@@ -63,7 +60,16 @@ def reward_of(entry: Mapping[str, Any]) -> tuple[Reward, float]:
 
 def reward_config(reward: Reward) -> dict[str, Any]:
     """The configuration that ``build_reward`` makes an equal reward from; plain values, fit for JSON and digests."""
+    if not dataclasses.is_dataclass(reward):
+        raise TypeError(
+            f"reward {reward.name}: {type(reward).__name__} is not a dataclass, so that it has no parameters"
+        )
     return {"name": reward.kind, **dataclasses.asdict(reward)}
+
+
+def _parameters(kind: type[Reward]) -> dict[str, dataclasses.Field[Any]]:
+    assert dataclasses.is_dataclass(kind)
+    return {field.name: field for field in dataclasses.fields(kind)}
 
 
 def _nearest(name: object, known: Mapping[str, Any]) -> str:

@@ -13,6 +13,16 @@ class Reward(Protocol):
     """Judges one completion. Rewards are frozen dataclasses: their fields are the parameters of the configuration.
 
     A reward must be a pure function of its arguments: it runs in any of several processes, in any order.
+
+    Example::
+
+        @dataclass(frozen=True)
+        class Short(Reward):
+            most_tokens: int = 100
+            kind: ClassVar[str] = "short"
+
+            def __call__(self, prompt, text, completion):
+                return float(len(completion.token_ids) <= self.most_tokens)
     """
 
     kind: ClassVar[str]
@@ -40,6 +50,7 @@ class Reward(Protocol):
 
     def check_answer(self, answer: str) -> None:
         """Raise ValueError if this gold answer can't be worked with. Called when data is loaded."""
+        return None
 
     def depends_on(self) -> dict[str, Any]:
         """What its values depend on besides its parameters: versions of libraries, a digest of code. Plain values."""
@@ -47,6 +58,7 @@ class Reward(Protocol):
 
     def load(self) -> None:
         """Import what scoring needs; raises what is wrong with it. Called once a worker, before its first item."""
+        return None
 
 
 def score_parts(rewards: Sequence[Reward], prompt: Prompt, text: str, completion: Completion) -> list[float]:

@@ -10,7 +10,7 @@ import importlib.machinery
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -61,7 +61,7 @@ class Custom(Reward):
         return function(prompt.text, text, prompt.answer, **info)
 
     def depends_on(self) -> dict[str, Any]:
-        """The text of the function's file, wherever that lies; not of what the file imports."""
+        """A digest of the function's file, wherever that lies, but not of what the file imports."""
         module, _, name = self.function.rpartition(":")
         file = Path(module) if module.endswith(".py") else _module_file(module)
         text = file.read_bytes() if file is not None else None
@@ -90,7 +90,8 @@ def _load_function(path: str) -> Callable[..., float]:
 
 def _module_file(module: str) -> Path | None:
     """Where a module's source lies, found without importing it or its packages; None if it can't be found."""
-    spec, path = None, [*sys.path, str(Path.cwd())]
+    spec = None
+    path: Sequence[str] = [*sys.path, str(Path.cwd())]
     for name in module.split("."):
         spec = importlib.machinery.PathFinder.find_spec(name, path)
         if spec is None:
@@ -101,6 +102,8 @@ def _module_file(module: str) -> Path | None:
 
 def _load_file(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"nemo_aapo_custom_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path}: not a Python file that can be imported")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

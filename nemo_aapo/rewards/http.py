@@ -10,7 +10,7 @@ import re
 import time
 import urllib.parse
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from nemo_aapo.rewards.base import Reward
 from nemo_aapo.types import Completion, Prompt
@@ -37,13 +37,13 @@ class Http(Reward):
     url: str
     """``http://`` or ``https://``, without a password."""
     timeout_s: float = 5.0
-    """For one completion, all attempts together; less than ``reward_runner.timeout_s``, which kills the worker."""
+    """Seconds for all attempts at one completion; less than ``reward_runner.timeout_s``, which kills the worker."""
     retries: int = 3
     """Attempts after the first one."""
     token_env: str | None = None
     """Name of the environment variable whose value is sent as a bearer token; it is never written anywhere."""
     version: str = ""
-    """Of what the server computes, for the store of reference rewards: change it when that changes."""
+    """Version of what the server computes, for the store of reference rewards: change it when that changes."""
 
     kind: ClassVar[str] = "http"
 
@@ -72,8 +72,13 @@ class Http(Reward):
 
     def __call__(self, prompt: Prompt, text: str, completion: Completion) -> float:
         """Raises ValueError for an answer that is none, and TimeoutError when all attempts failed."""
-        item = {"prompt": prompt.text, "completion": text, "answer": prompt.answer}
-        item |= {"num_tokens": len(completion.token_ids), "finish_reason": completion.finish_reason}
+        item = {
+            "prompt": prompt.text,
+            "completion": text,
+            "answer": prompt.answer,
+            "num_tokens": len(completion.token_ids),
+            "finish_reason": completion.finish_reason,
+        }
         body = json.dumps(item).encode()
         deadline = time.monotonic() + self.timeout_s
         pause, attempts = _FIRST_PAUSE_S, self.retries + 1
@@ -101,10 +106,10 @@ class Http(Reward):
         return headers
 
     def _ask(self, body: bytes, deadline: float) -> float:
-        """One attempt."""
+        """Make one attempt: the score that the server answers with."""
         parts = urllib.parse.urlsplit(self.url)
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        connection = kind(parts.hostname, parts.port, timeout=_left(deadline))
+        connection = kind(parts.hostname or "", parts.port, timeout=_left(deadline))  # there is one: __post_init__
         try:
             target = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
             connection.request("POST", target, body, self._headers())
@@ -141,7 +146,7 @@ def _read(connection: http.client.HTTPConnection, response: http.client.HTTPResp
 
 def _score(url: str, content: bytes) -> float:
     try:
-        answer: Any = json.loads(content)
+        answer = json.loads(content)
     except (ValueError, RecursionError):
         raise ValueError(f"{url}: the answer is not JSON: {content[:80]!r}") from None
     score = answer.get("score") if isinstance(answer, dict) else None

@@ -12,15 +12,14 @@ import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from nemo_aapo.rewards.base import Reward
 from nemo_aapo.types import Completion, Prompt
 from nemo_aapo.utils.libraries import importing
 
 RULES = 2
-"""Rises when an answer comes to be judged otherwise by what stands here: stored reference rewards know it."""
+"""Number that rises when this module comes to judge an answer otherwise: stored reference rewards belong to one."""
 
 # The searched part of a completion: math-verify's patterns cost time that grows faster than the text.
 _BEFORE_BOX = 500
@@ -117,8 +116,15 @@ def _parse_gold(answer: str) -> list[Any]:
     return parsed
 
 
+class _MathVerify(NamedTuple):
+    parse: Callable[[str], list[Any]]
+    """A text -> what it may mean, as sympy's expressions or, at worst, as strings."""
+    verify: Callable[..., bool]
+    """Whether the first parsed answer, the gold one, equals the second."""
+
+
 @functools.cache
-def _math_verify() -> SimpleNamespace:
+def _math_verify() -> _MathVerify:
     """``parse`` and ``verify``, imported late: sympy takes most of a second."""
     with importing():
         from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
@@ -127,4 +133,4 @@ def _math_verify() -> SimpleNamespace:
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     targets = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
     parse_any: Callable[[str], list[Any]] = functools.partial(parse, extraction_config=targets, parsing_timeout=None)
-    return SimpleNamespace(parse=parse_any, verify=verify)
+    return _MathVerify(parse_any, verify)

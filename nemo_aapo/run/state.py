@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from nemo_aapo.errors import RunError
 from nemo_aapo.run.metrics_file import read_metrics
+from nemo_aapo.run.names import CHECKPOINTS, step_of
 from nemo_aapo.utils.files import FINISHED
 
 
@@ -47,13 +47,13 @@ def look(run_dir: Path) -> RunState:
         lines = read_metrics(path) if path.exists() else []
     except ValueError as error:
         raise RunError(str(error)) from None
-    checkpoints = [path for path in (run_dir / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
-    newest = max(checkpoints, key=lambda path: int(path.name[5:]), default=None)
+    checkpoints = {step: path for path in (run_dir / CHECKPOINTS).glob("step_*") if (step := step_of(path.name))}
+    newest = max(checkpoints, default=0)
     validations = [line for line in lines if "validation/accuracy_greedy" in line]
     return RunState(
         finished=(run_dir / FINISHED).exists(),
         steps=tuple(line for line in lines if "loss" in line),
         validation=validations[-1] if validations else None,
-        checkpoint=int(newest.name[5:]) if newest else 0,
-        checkpoint_age_s=time.time() - newest.stat().st_mtime if newest else None,
+        checkpoint=newest,
+        checkpoint_age_s=time.time() - checkpoints[newest].stat().st_mtime if newest else None,
     )

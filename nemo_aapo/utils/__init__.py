@@ -1,1 +1,1 @@
-"""Whole files, tables, background work, and quiet imports."""
+"""What every layer may use: whole files and directories, buckets, tables, the token, background work, quiet imports."""

@@ -1,4 +1,4 @@
-"""One job at a time beside the main thread, whose error is not lost."""
+"""One job at a time in a thread beside the main one, which gets the error that the job ends in."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable
 logger = logging.getLogger(__name__)
 
 CLOSE_S = 60.0
-"""How long a process that ends in an error waits for its job."""
+"""Seconds that a process which ends in an error waits for its job."""
 
 
 class Background:

@@ -1,20 +1,26 @@
-"""Files that are whole or not there, and JSON that any reader takes."""
+"""Files and directories that are whole or not there, and JSON that any reader takes."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import math
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+
+logger = logging.getLogger(__name__)
 
 FINISHED = "finished"
 """Name of the file in the run directory that says that the run is complete; its JSON sums the run up."""
 LOCK = ".lock"
 """Name of the file in the run directory that the process which writes there holds locked."""
+_RENAME_EXCHANGE = 2
+_AT_FDCWD = -100
 
 
 def write_atomic(path: Path, text: str, mode: int = 0o666) -> None:
@@ -35,12 +41,140 @@ def write_atomic(path: Path, text: str, mode: int = 0o666) -> None:
         partial.unlink(missing_ok=True)
 
 
-def to_json(value: Any) -> str:
+# ---------------------------------------------------------------- directories
+
+
+@contextlib.contextmanager
+def whole_directory(path: Path) -> Iterator[Path]:
+    """Write a whole directory or none.
+
+    Inside, an empty directory beside ``path`` is filled. At the end it is brought to the disk and takes the place of
+    ``path``: a kill at any moment leaves the old directory or the new one under that name, and an error leaves the old
+    one. One process writes at a time; what a kill has left half written is removed by the next write.
+
+        with whole_directory(Path("hf_model")) as partial:
+            (partial / "config.json").write_text("{}")
+    """
+    partial = begin_directory(path)
+    try:
+        yield partial
+        commit_directory(partial, path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def partial_of(path: Path) -> Path:
+    """The hidden name beside ``path`` under which that directory is written."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def begin_directory(path: Path, mode: int = 0o777) -> Path:
+    """The first half of ``whole_directory``, for writers of several processes: make the empty partial directory.
+
+    Args:
+        mode: permissions of the directory, less the umask.
+    """
+    partial, aside = partial_of(path), _aside_of(path)
+    if aside.exists() and not path.exists():  # killed between the two renames of ``_replace``
+        os.rename(aside, path)
+    for left in (partial, aside):
+        if left.exists():
+            shutil.rmtree(left)
+    partial.mkdir(mode=mode, parents=True)
+    return partial
+
+
+def commit_directory(partial: Path, path: Path) -> None:
+    """The second half: bring all of ``partial`` to the disk, and put it in the place of ``path``.
+
+    Raises:
+        OSError: it can't be written or renamed; ``path`` is as it was.
+    """
+    for folder, _, names in os.walk(partial, topdown=False):
+        for name in names:
+            sync(Path(folder, name))
+        sync(Path(folder))
+    try:
+        os.rename(partial, path)  # takes the place of an empty directory too
+    except OSError:
+        if not path.is_dir() or path.is_symlink():
+            raise
+        _replace(path, partial)
+    sync(path.parent)
+
+
+def _replace(old: Path, new: Path) -> None:
+    """Put a directory in the place of another one, which is removed.
+
+    A file system that can't exchange two names in one call (NFS, Lustre) needs two renames. A kill between them leaves
+    no directory of that name, but both whole beside it; the next write gives the old one its name back.
+    """
+    doomed = new
+    if not _exchange(old, new):
+        doomed = _aside_of(old)
+        try:
+            os.rename(old, doomed)
+            os.rename(new, old)
+        except BaseException:
+            if not old.exists():
+                os.rename(doomed, old)
+            raise
+    sync(old.parent)
+    shutil.rmtree(doomed, ignore_errors=True)  # what can't be removed now, the next write removes
+
+
+def _aside_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.replaced")
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names in one system call (Linux); False where that can't be done."""
+    import ctypes
+
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    if rename is None:
+        return False
+    return rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0
+
+
+def remove_directory(path: Path) -> None:
+    """Remove a directory, of which no half ever bears its name. That it can't be removed is only logged."""
+    doomed = path if path.name.startswith(".") else path.with_name(f".{path.name}.removing")
+    try:
+        if path.exists():
+            os.rename(path, doomed)
+            shutil.rmtree(doomed)
+    except OSError as error:
+        logger.warning("can't remove %s: %s", path, error)
+
+
+def sync(path: Path) -> None:
+    """Bring a file's content, or a directory's entries (new and renamed files), to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def free_space(path: Path) -> str:
+    """The free space of the file system that holds ``path``, for messages: ``1,024 MiB free``."""
+    try:
+        return f"{shutil.disk_usage(path).free / 2**20:,.0f} MiB free"
+    except OSError as error:
+        return f"free space unknown: {error}"
+
+
+# ---------------------------------------------------------------- JSON
+
+
+def to_json(value: object) -> str:
     """One line of strict JSON: numpy becomes plain, and what is not finite becomes null (``NaN`` is no JSON)."""
     return json.dumps(_plain(value), allow_nan=False, ensure_ascii=False)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, np.ndarray | np.generic):

@@ -77,10 +77,10 @@ def test_a_file_that_is_not_as_it_was_is_named_with_what_is_wrong(tmp_path):
     path.write_bytes(bytes(range(256)) * 8192)  # 2 MiB: more than is read at once
     record = manifest.seal(path)
     assert record.bytes == 2**21
-    assert manifest.problem(tmp_path, path.name, record) is None
+    assert manifest.problem_with(tmp_path, path.name, record) is None
 
     def complaint() -> str:
-        return manifest.problem(tmp_path, path.name, record)
+        return manifest.problem_with(tmp_path, path.name, record)
 
     with open(path, "r+b") as file:
         file.seek(2**21 - 1)
@@ -101,15 +101,15 @@ def test_a_manifest_can_not_point_out_of_its_checkpoint(tmp_path):
     secret = tmp_path / "secret"
     secret.write_text("x")
     record = manifest.seal(secret)
-    assert "not a file name" in manifest.problem(inside, "../secret", record)
-    assert "not a file name" in manifest.problem(inside, str(secret), record)
+    assert "not a file name" in manifest.problem_with(inside, "../secret", record)
+    assert "not a file name" in manifest.problem_with(inside, str(secret), record)
 
 
 def test_every_file_has_one_rank_that_looks_after_it_and_the_writer_keeps_its_own():
     names = [f"__{rank}_0.distcp" for rank in range(12)] + [".metadata", "common.pt", "metadata.json"]
     for world_size in (1, 2, 3, 8, 12, 16):
-        shares = [manifest.share(names, rank, world_size) for rank in range(world_size)]
+        shares = [manifest.shard_of(names, rank, world_size) for rank in range(world_size)]
         assert sorted(name for part in shares for name in part) == sorted(names)
-    own = [manifest.share(names, rank, 12) for rank in range(12)]
+    own = [manifest.shard_of(names, rank, 12) for rank in range(12)]
     assert own[0] == [".metadata", "__0_0.distcp", "common.pt", "metadata.json"]
     assert own[11] == ["__11_0.distcp"]

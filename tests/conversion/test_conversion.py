@@ -109,7 +109,7 @@ def _export(path, target, dtype=None):
     from nemo_aapo.conversion.source import find_source
 
     said = []
-    return checkpoint_to_hf(find_source(path), target, dtype=dtype, say=said.append).step, said
+    return checkpoint_to_hf(find_source(path), target, dtype=dtype, log=said.append).step, said
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))

@@ -11,39 +11,18 @@ import yaml
 
 from nemo_aapo import load_config
 from nemo_aapo.config.sources import Source, sources_of
-from nemo_aapo.data.contamination import conflicts, normalise, overlap
-from nemo_aapo.data.loading import build_sampler, load_data
+from nemo_aapo.data.contamination import normalise
 from nemo_aapo.data.prompts import load_prompts
 from nemo_aapo.data.records import Record
 from nemo_aapo.data.rows import TRAIN_SPLITS, gold_answer, lookup, parse_row, read_rows
-from nemo_aapo.data.tokenizer import load_tokenizer
 from nemo_aapo.errors import DataError
-from tests.tiny_models import make_config, save_character_tokenizer
+from tests.tiny_models import make_config
 
 PRESETS = Path(__file__).parents[2] / "conf" / "data"
 ROWS = [{"question": f"What is {n}+{n}?", "answer": str(2 * n)} for n in range(20)]
 CHAT_TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
 )
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    """One token a character."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    save_character_tokenizer(folder)
-    return load_tokenizer(str(folder))
-
-
-@pytest.fixture
-def write(tmp_path):
-    """Writes rows as JSONL."""
-
-    def write_rows(name, rows):
-        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return tmp_path / name
-
-    return write_rows
 
 
 # ---------------------------------------------------------------- formats
@@ -267,73 +246,6 @@ def test_a_plain_template_holds_system_prompt_and_question(write, tokenizer):
         text(system_prompt="Hi.")
     with pytest.raises(DataError, match="but system_prompt is not set"):
         text(prompt_template=template)
-
-
-# ---------------------------------------------------------------- what overlaps
-
-
-@pytest.mark.parametrize(
-    ("one", "other", "same"),
-    [
-        ("What is $\\dfrac{1}{2}$ of 1,000?", "what is \\(\\frac{1}{2}\\) of 1,000", True),
-        ("Find  x.\nNow!", "find x, now", True),
-        ("1+2=", "1-2=", False),
-        ("is it 1.5?", "is it 15?", False),
-        ("\\left(3,4\\right)", "(3,4)", True),
-        ("the leftover", "the over", False),
-    ],
-)
-def test_questions_are_equal_if_only_their_dress_differs(one, other, same):
-    assert (normalise(one) == normalise(other)) == same
-
-
-def test_overlap_finds_equal_questions_and_long_ones_inside_a_template():
-    long = "Ada has 12 apples and gives 3 to each of her friends. How many friends get some, if none is left?"
-    found = overlap(
-        [f"Solve this. {long} Think first.", "2+2?", "what is 2 + 3 ?", long.upper()], [long, "What is 2+3?"]
-    )
-    assert found == {0: long, 2: "What is 2+3?", 3: long}
-    assert overlap(["a 2+3? b"], ["2+3?"]) == {}  # too short to be found inside
-    assert conflicts(["1+1?", "1 + 1 ?", "1+1", "2+2"], ["2", "3", "2", "4"]) == [[0, 1, 2]]
-
-
-def test_contamination_is_reported_dropped_or_an_error(write, tokenizer, caplog):
-    train = write("train.jsonl", [*ROWS, {"question": "what is  3 + 3", "answer": "6"}])
-    held_out = write("held_out.jsonl", ROWS[2:5])
-
-    def load(action):
-        data = make_config("model", train, held_out, data__on_contamination=action).data
-        return load_data(data, tokenizer)[0]
-
-    assert len(load("report").prompts) == 21
-    assert "4 of 21 training prompts are among the held-out ones" in caplog.text
-    dropped = load("drop")
-    assert [p.answer for p in dropped.prompts] == [row["answer"] for row in [*ROWS[:2], *ROWS[5:]]]
-    assert (dropped.contaminated, dropped.shares) == (4, ((17, 1.0),))
-    with pytest.raises(DataError, match=r"4 of 21 .* set data.on_contamination=drop"):
-        load("error")
-
-
-def test_several_sources_are_joined_and_what_two_have_is_there_once(write, tokenizer):
-    one = write("one.jsonl", ROWS[:12])
-    two = write("two.jsonl", [{"q": row["question"], "a": row["answer"]} for row in ROWS[8:]])
-    held_out = write("held_out.jsonl", [{"question": "x?", "answer": "1"}])
-    sources = [{"path": str(one), "weight": 3.0}, {"path": str(two), "prompt_field": "q", "answer_field": "a"}]
-    config = make_config("model", validation=held_out, data__train=sources)
-    loaded, _ = load_data(config.data, tokenizer)
-    assert (loaded.shares, loaded.duplicates) == (((12, 3.0), (8, 1.0)), 4)
-    assert [p.answer for p in loaded.prompts] == [row["answer"] for row in ROWS]
-    sampler = build_sampler(config, loaded)
-    taken = [index for step in range(4) for index in sampler.indices(step)]
-    assert sum(index < 12 for index in taken) == 12
-    again = make_config("model", validation=held_out, data__train=[{"path": str(one)}, {"path": str(one)}])
-    with pytest.raises(DataError, match="all its prompts are in the sources before it"):
-        load_data(again.data, tokenizer)
-
-
-def test_repeats_are_dropped_before_they_cost_anything(write, tokenizer):
-    loaded = load_prompts(write("rows.jsonl", ROWS * 100), tokenizer, max_prompt_tokens=40)
-    assert (len(loaded.prompts), loaded.duplicates) == (20, 1980)
 
 
 # ---------------------------------------------------------------- hostile input

@@ -327,7 +327,7 @@ def prompts(count):
 
 def test_shards_are_disjoint_whole_and_named_by_their_numbers():
     shards = [Shard(i, 3) for i in range(3)]
-    parts = [[prompt.id for prompt in shard.share(prompts(10))] for shard in shards]
+    parts = [[prompt.id for prompt in shard.select(prompts(10))] for shard in shards]
     assert sorted(name for part in parts for name in part) == sorted(f"p{i}" for i in range(10))
     assert {len(part) for part in parts} == {3, 4}
     assert shards[2].path("a/s.sqlite") == Path("a/s.shard-0002-of-0003.sqlite")

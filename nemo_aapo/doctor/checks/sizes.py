@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nemo_aapo.config import Config, kind_of, with_machine_defaults
 from nemo_aapo.doctor.checks.versions import has_gpu
-from nemo_aapo.models.directory import weight_files
+from nemo_aapo.models.directory import tensor_headers
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +32,7 @@ def on_this_machine(config: Config) -> Config:
 
 def tensor_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
     """Name -> shape of all tensors of a model directory."""
-    from safetensors import safe_open
-
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name in weight_files(directory):
-        with safe_open(directory / name, framework="numpy") as file:
-            shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (no mapping)
-    return shapes
+    return {name: header.shape for name, header in tensor_headers(directory).items()}
 
 
 def count_parameters(directory: Path) -> int:

@@ -1,7 +1,7 @@
-"""Where trainer and rollout servers find each other: a directory that only this user can read.
+"""The directory in which trainer and rollout servers find each other; only this user can read it.
 
     token             the bearer token; whoever comes first makes it
-    server_3.json     where server 3 listens, while it does
+    server_3.json     the address of server 3, while it listens
     weights/          what the servers load (weight_store.py)
 
 No torch: the launcher may import it.
@@ -12,31 +12,34 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 import stat
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from nemo_aapo.errors import ConfigError
 from nemo_aapo.utils.files import to_json, write_atomic
-
-TOKEN = "token"
+from nemo_aapo.utils.token import make_token
 
 
 @dataclass(frozen=True)
 class ServerRecord:
-    """One server as it announces itself."""
+    """One server as it announces itself.
+
+    Example: ``ServerRecord(3, "http://node7:41001", 5120, "f3a9...")``
+    """
 
     index: int
+    """Number of the server, from 0."""
     address: str
     """``http://host:port``"""
     pid: int
+    """Its process id on its host."""
     instance: str
-    """New at each start: a restarted server is another one."""
+    """A new random word at each start: a restarted server is another one."""
 
 
 def open_directory(path: str | Path) -> Path:
-    """Make the directory (0700) if it is not there.
+    """Return the directory, which is made (0700) if it is not there.
 
     Raises:
         ConfigError: others than this user may read or write it, or it can't be made.
@@ -51,21 +54,12 @@ def open_directory(path: str | Path) -> Path:
 
 
 def open_token(directory: Path) -> str:
-    """The token, made now if it is not there yet; all who come at once get the same one.
+    """The token, which is made now if it is not there yet.
 
     Raises:
         ConfigError: the file is readable by others, or empty.
     """
-    path = directory / TOKEN
-    if not path.exists():
-        mine = directory / f".{TOKEN}.{secrets.token_hex(8)}"
-        write_atomic(mine, secrets.token_urlsafe(32) + "\n", mode=0o600)
-        try:
-            os.link(mine, path)  # the first one's stays
-        except FileExistsError:
-            pass
-        finally:
-            mine.unlink()
+    path = make_token(directory)
     _check_private(path)
     token = path.read_text(encoding="ascii", errors="replace").strip()
     if not re.fullmatch(r"[\w.~+/=-]{16,}", token, re.ASCII):
@@ -85,7 +79,7 @@ def withdraw(directory: Path, record: ServerRecord) -> None:
 
 
 def read_servers(directory: Path) -> list[ServerRecord]:
-    """All servers that have announced themselves, by index; some may be gone without a word.
+    """All servers that have announced themselves, by index; some may have been killed since.
 
     Raises:
         ConfigError: a file is not what a server writes.

@@ -1,8 +1,9 @@
 """The client side of rollout servers: who gets which prompts, and what happens when a server fails.
 
-No completion is lost or counted twice: each attempt owns the completions it was asked for, hands over each as it comes,
-and once it has failed its connection is closed (a late answer reaches nobody) and what is left goes to another server.
-Seeds decide tokens, so it does not matter which server draws a completion, or whether it was drawn before.
+No completion is lost or counted twice. Each attempt owns the completions that it asks for, and hands over each as it
+comes. Once an attempt has failed, its connection is closed, so that a late answer reaches nobody, and the completions
+that are left go to another server. Seeds decide tokens: it does not matter which server generates a completion, or
+whether one did before.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,37 +25,47 @@ from nemo_aapo.engines.remote import wire
 from nemo_aapo.engines.remote.directory import ServerRecord, open_directory, open_token, read_servers
 from nemo_aapo.errors import RunError, ServerError, WireError
 from nemo_aapo.types import Completion, SamplingSpec
+from nemo_aapo.utils.buckets import buckets
 
 PROBE_S = 10.0
 """A server that does not answer ``ready`` within this is hanging."""
 POLL_S = 0.25
+"""Pause before servers that were not usable are asked again."""
 FORGIVE_S = 60.0
 """A server that failed is asked again after this, or when nobody else is left."""
 REQUEST_TOKENS = 1 << 20
-"""Prompt tokens of one request, about 7 MB of JSON: larger shares go as several, which the server puts together."""
+"""Prompt tokens of one request, about 7 MB of JSON: more go as several requests, which the server puts together."""
 _PROBE = aiohttp.ClientTimeout(total=PROBE_S)
 
 
 @dataclass(eq=False)
 class Work:
-    """The completions of one prompt that are still to be drawn."""
+    """The completions of one prompt that are still to be generated.
+
+    Example: ``Work(prompt=3, left=[0, 2], tokens=2130)`` stands for completions 0 and 2 of prompt 3.
+    """
 
     prompt: int
+    """Index of the prompt in ``Call.prompts``."""
     left: list[int]
-    """Their numbers j."""
+    """Numbers j of the completions that no server has sent yet."""
     tokens: int
-    """The most that they can cost: the prompt once, each completion to its limit."""
+    """The most tokens that they can cost: the prompt once, each completion to its limit."""
     reasons: list[str] = field(default_factory=list)
+    """Why each attempt so far has failed."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """What ``Fleet.generate`` was asked for, and where the answers go."""
+    """What ``Fleet.generate`` is asked for, and where the answers go."""
 
     weights: wire.Weights
+    """The weights to generate with."""
     prompts: Sequence[np.ndarray]
+    """int32 [P_i] token ids each."""
     sampling: SamplingSpec
     seeds: Sequence[Sequence[int]]
+    """``seeds[i][j]`` names the random stream of completion j of prompt i."""
     on_finish: OnFinish
 
 
@@ -69,7 +80,7 @@ class Fleet:
         wait_s: float,
         timeout_s: float,
         retries: int,
-        say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
+        log: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
     ) -> None:
         """
         Args:
@@ -78,14 +89,14 @@ class Fleet:
             wait_s: how long to wait for them.
             timeout_s: the longest silence of a server that has work.
             retries: how often a prompt is sent again.
-            say: told once of each server that is left out.
+            log: told once of each server that is left out.
 
         Raises:
             ConfigError: directory or token are open to others.
         """
         self.directory = open_directory(directory)
         self.servers, self.wait_s, self.timeout_s, self.retries = servers, wait_s, timeout_s, retries
-        self._say = say
+        self._log = log
         self._complete = False
         self._failed: dict[str, tuple[float, str]] = {}  # by instance: when and why
 
@@ -100,7 +111,7 @@ class Fleet:
         asyncio.run(self._with_session(lambda session: self._usable(session, weights)))
 
     def generate(self, call: Call) -> None:
-        """Have everything drawn; ``call.on_finish`` is told of each completion exactly once.
+        """Have everything generated; ``call.on_finish`` is told of each completion exactly once.
 
         Raises:
             RunError: no server is left, or a prompt has failed too often; names each server and why.
@@ -108,7 +119,7 @@ class Fleet:
         """
         asyncio.run(self._with_session(lambda session: self._generate(session, call)))
 
-    async def _with_session(self, action: Callable) -> None:
+    async def _with_session(self, action: Callable[[aiohttp.ClientSession], Awaitable[object]]) -> None:
         headers = {"Authorization": f"Bearer {open_token(self.directory)}"}
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=PROBE_S, sock_read=self.timeout_s)
         # trust_env stays off: no proxy has a part in this, and the token goes to the servers alone
@@ -139,7 +150,7 @@ class Fleet:
         try:
             with _failures_named(PROBE_S):
                 async with session.get(f"{server.address}{wire.API}/ready", timeout=_PROBE) as response:
-                    answer = wire.loads(await response.read())
+                    answer = wire.load_object(await response.read())
                     if response.status == 503 and answer.get("reason") == "starting":
                         return "is still loading its model"
                     if response.status not in (200, 503):  # 503 else: a refit failed half-way; a whole one mends it
@@ -157,7 +168,7 @@ class Fleet:
         url, body = f"{server.address}{wire.API}/update_weights", wire.encode_weights(weights)
         with _failures_named(self.timeout_s):
             async with session.post(url, data=body) as response:
-                answer = wire.loads(await response.read())
+                answer = wire.load_object(await response.read())
                 if response.status != 200:
                     raise ServerError(_complaint(response, answer))
                 if wire.decode_weights_id(answer) != weights.id:
@@ -165,7 +176,7 @@ class Fleet:
 
     def _fail(self, server: ServerRecord, reason: str) -> None:
         if server.instance not in self._failed:
-            self._say(f"rollout server {server.index} ({server.address}) is left out: {reason}")
+            self._log(f"rollout server {server.index} ({server.address}) is left out: {reason}")
         self._failed[server.instance] = (time.monotonic(), reason)
 
     def _too_few(self, records: Sequence[ServerRecord], reasons: dict[int, str | None], usable: int) -> str:
@@ -196,7 +207,7 @@ class Fleet:
                         sum(w.tokens for s, works in running.values() if s is server for w in works)
                         for server in servers
                     ]
-                    for server, works in zip(servers, spread(waiting, busy), strict=True):
+                    for server, works in zip(servers, distribute(waiting, busy), strict=True):
                         for part in _requests(works, call.prompts):
                             task = asyncio.create_task(self._attempt(session, server, part, call))
                             running[task] = server, part
@@ -216,13 +227,13 @@ class Fleet:
             await asyncio.gather(*running, return_exceptions=True)
 
     def _again(self, works: Sequence[Work], reason: str) -> list[Work]:
-        """What a failed attempt has left over."""
+        """The work that a failed attempt has left over, to be sent again."""
         left = [work for work in works if work.left]
         for work in left:
             work.reasons.append(reason)
             if len(work.reasons) > self.retries:
                 raise RunError(
-                    f"prompt {work.prompt} of this rank's share was sent to rollout servers {len(work.reasons)} times "
+                    f"prompt {work.prompt} of this rank's shard was sent to rollout servers {len(work.reasons)} times "
                     f"(rollout.remote.retries={self.retries}) and failed each time:\n  " + "\n  ".join(work.reasons)
                 )
         return left
@@ -230,7 +241,7 @@ class Fleet:
     async def _attempt(
         self, session: aiohttp.ClientSession, server: ServerRecord, works: Sequence[Work], call: Call
     ) -> None:
-        """Have one server draw what is left of some prompts; what it has drawn when it fails counts."""
+        """Have one server generate what is left of some prompts; what it has sent before it fails counts."""
         asked = [tuple(work.left) for work in works]
         request = wire.GenerateRequest(
             call.weights.id,
@@ -257,9 +268,9 @@ class Fleet:
         with _failures_named(self.timeout_s):
             async with session.post(url, data=body) as response:
                 if response.status != 200:
-                    _raise(_complaint(response, answer := wire.loads(await response.read())), answer)
+                    _raise(_complaint(response, answer := wire.load_object(await response.read())), answer)
                 async for line in _lines(response.content):
-                    message = wire.loads(line)
+                    message = wire.load_object(line)
                     if "error" in message:
                         _raise(message["error"], message)
                     if "done" in message:
@@ -268,33 +279,28 @@ class Fleet:
         raise ServerError("the connection ended before the answer did")
 
 
-def spread(works: Sequence[Work], busy: Sequence[int]) -> list[list[Work]]:
-    """Shares for servers that have ``busy`` tokens to draw each; a group goes to who has the least so far.
+def distribute(works: Sequence[Work], busy: Sequence[int]) -> list[list[Work]]:
+    """Give each server its part of the work: a prompt goes to the server with the fewest tokens so far.
 
-    Those with the most completions come first, and else the order of the prompts counts, which is longest expected
-    first. A share is in that order: one server alone is asked exactly what an engine in process would be.
+    Prompts with the most completions are given away first; among equals the order of the prompts counts, which is
+    longest expected first. Each server's part is in the order of the prompts, so that a server alone is asked exactly
+    what an engine in process would be.
+
+    Args:
+        busy: tokens that each server has to generate already.
     """
-    shares: list[list[Work]] = [[] for _ in busy]
+    parts: list[list[Work]] = [[] for _ in busy]
     tokens = list(busy)
     for work in sorted(works, key=lambda work: (-len(work.left), work.prompt)):
         least = tokens.index(min(tokens))
-        shares[least].append(work)
+        parts[least].append(work)
         tokens[least] += work.tokens
-    return [sorted(share, key=lambda work: work.prompt) for share in shares]
+    return [sorted(part, key=lambda work: work.prompt) for part in parts]
 
 
 def _requests(works: Sequence[Work], prompts: Sequence[np.ndarray]) -> Iterator[list[Work]]:
-    """A share cut into requests of a bounded size."""
-    part: list[Work] = []
-    tokens = 0
-    for work in works:
-        if part and tokens + len(prompts[work.prompt]) > REQUEST_TOKENS:
-            yield part
-            part, tokens = [], 0
-        part.append(work)
-        tokens += len(prompts[work.prompt])
-    if part:
-        yield part
+    """One server's part, cut into requests of a bounded size."""
+    return buckets(works, lambda work: len(prompts[work.prompt]), REQUEST_TOKENS)
 
 
 async def _lines(stream: aiohttp.StreamReader) -> AsyncIterator[bytes]:
@@ -306,12 +312,11 @@ async def _lines(stream: aiohttp.StreamReader) -> AsyncIterator[bytes]:
             yield line
 
 
-def _complaint(response: aiohttp.ClientResponse, answer: Any) -> str:
-    message = answer.get("error") if isinstance(answer, dict) else None
-    return f"HTTP {response.status}: {message or response.reason}"
+def _complaint(response: aiohttp.ClientResponse, answer: dict[str, Any]) -> str:
+    return f"HTTP {response.status}: {answer.get('error') or response.reason}"
 
 
-def _raise(message: str, answer: Any) -> NoReturn:
+def _raise(message: str, answer: dict[str, Any]) -> NoReturn:
     """A failed answer of ``generate``; weights that are not finite are the policy's fault and not the server's."""
     if answer.get("reason") == "not_finite":
         raise FloatingPointError(answer["error"])

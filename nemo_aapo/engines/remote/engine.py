@@ -20,15 +20,15 @@ import torch
 from nemo_aapo.config import Config
 from nemo_aapo.distributed import parallel
 from nemo_aapo.engines.base import OnFinish, PendingCompletions, RolloutStats
+from nemo_aapo.engines.elsewhere import Finished, arranged, stats_of
 from nemo_aapo.engines.remote.dispatch import Call, Fleet
 from nemo_aapo.engines.remote.weight_store import WeightStore
 from nemo_aapo.engines.remote.wire import Weights, WeightsId
 from nemo_aapo.models import directory as model_dir
 from nemo_aapo.types import Completion, SamplingSpec
 
-Drawn = list[tuple[int, int, Completion]]
-"""Completions in the order in which they came."""
-Outcome = Drawn | Exception
+Outcome = Finished | Exception
+"""What came of a call to the servers: the completions, or the error."""
 
 
 class RemoteEngine:
@@ -49,7 +49,7 @@ class RemoteEngine:
 
     @classmethod
     def from_config(cls, config: Config) -> RemoteEngine:
-        """By ``rollout.remote``. Collective.
+        """Make the engine that ``rollout.remote`` describes. Collective.
 
         Raises:
             ConfigError: directory or token are open to others.
@@ -80,8 +80,8 @@ class RemoteEngine:
             RunError: no server is left, or a prompt has failed too often; names each server and why.
             FloatingPointError: the model gave log-probs that are not finite.
         """
-        draw = functools.partial(self._draw, self._weights, prompts, sampling, seeds, on_finish)
-        return self._shared(draw, seeds, on_finish, time.perf_counter())
+        ask = functools.partial(self._ask_servers, self._weights, prompts, sampling, seeds, on_finish)
+        return self._on_all_ranks(ask, seeds, on_finish, time.perf_counter())
 
     def start(
         self,
@@ -91,14 +91,14 @@ class RemoteEngine:
         on_finish: OnFinish | None = None,
     ) -> PendingCompletions:
         """See ``BackgroundEngine.start``; ``result`` raises what ``generate`` would have."""
-        draw = functools.partial(self._draw, self._weights, prompts, sampling, seeds, on_finish)
-        drawn: Future[Outcome] = Future()
+        ask = functools.partial(self._ask_servers, self._weights, prompts, sampling, seeds, on_finish)
+        answered: Future[Outcome] = Future()
         if parallel.is_model_parallel_source():
             # A daemon: a run that ends in an error meanwhile does not wait for it.
-            threading.Thread(target=lambda: drawn.set_result(draw()), name="rollouts", daemon=True).start()
-        return _Pending(functools.partial(self._shared, drawn.result, seeds, on_finish, time.perf_counter()))
+            threading.Thread(target=lambda: answered.set_result(ask()), name="rollouts", daemon=True).start()
+        return _Pending(functools.partial(self._on_all_ranks, answered.result, seeds, on_finish, time.perf_counter()))
 
-    def _draw(
+    def _ask_servers(
         self,
         weights: Weights,
         prompts: Sequence[np.ndarray],
@@ -106,36 +106,38 @@ class RemoteEngine:
         seeds: Sequence[Sequence[int]],
         on_finish: OnFinish | None,
     ) -> Outcome:
-        """On the source rank: ask the servers. No collective."""
-        drawn: Drawn = []
+        """Have the servers generate; called on the source rank alone, and not collective."""
+        finished: Finished = []
 
         def keep(i: int, j: int, completion: Completion) -> None:
-            drawn.append((i, j, completion))
+            finished.append((i, j, completion))
             if on_finish is not None:
                 on_finish(i, j, completion)
 
         try:
             if any(seeds):
                 self.fleet.generate(Call(weights, prompts, sampling, seeds, keep))
-        except Exception as error:  # raised by ``_shared``, on all ranks
+        except Exception as error:  # raised by ``_on_all_ranks``
             return error
-        return drawn
+        return finished
 
-    def _shared(
-        self, draw: Callable[[], Outcome], seeds: Sequence[Sequence[int]], on_finish: OnFinish | None, began: float
+    def _on_all_ranks(
+        self, ask: Callable[[], Outcome], seeds: Sequence[Sequence[int]], on_finish: OnFinish | None, began: float
     ) -> list[list[Completion]]:
-        """What the source rank has drawn, on all ranks of its model-parallel group; or its error."""
+        """What the source rank got, or its error, on all ranks of its model-parallel group.
+
+        Args:
+            began: the call's beginning by ``time.perf_counter``, for the statistics.
+        """
         source = parallel.is_model_parallel_source()
-        outcome = parallel.broadcast_in_model_parallel(draw() if source else None)
+        outcome: Outcome = parallel.broadcast_in_model_parallel(ask() if source else [])
         if isinstance(outcome, Exception):
             raise outcome
-        completions: list[list[Completion]] = [[None] * len(row) for row in seeds]
-        for i, j, completion in outcome:
-            completions[i][j] = completion
-            if on_finish is not None and not source:
-                on_finish(i, j, completion)
-        self.stats = _stats([len(completion.token_ids) for _, _, completion in outcome], time.perf_counter() - began)
-        return completions
+        if on_finish is not None and not source:
+            for finished in outcome:
+                on_finish(*finished)
+        self.stats = stats_of(outcome, time.perf_counter() - began)
+        return arranged(outcome, seeds)
 
     def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Leave the weights in the directory and have the servers load them. Collective over all ranks of the job.
@@ -147,11 +149,15 @@ class RemoteEngine:
             RunError: they can't be written, or no server takes them; older versions are as they were.
         """
         first = parallel.rank() == 0
+
+        def write() -> Weights:
+            if first:
+                return self.store.write(named_tensors, version)
+            deque(named_tensors, maxlen=0)  # the part that this rank has in making them
+            return self._weights  # rank 0's come in its place
+
         if version not in self._versions:
-            write = self.store.write if first else _read_through
-            self._versions[version] = parallel.broadcast_from_first_rank(
-                parallel.agree(lambda: write(named_tensors, version))
-            )
+            self._versions[version] = parallel.broadcast_from_first_rank(parallel.agree(write))
         self._weights = self._versions[version]
         parallel.agree(lambda: self.fleet.prepare(self._weights) if first else None)
         # The base model, which is the reference, comes back; older ones of the policy's don't.
@@ -176,18 +182,3 @@ class _Pending:
     """``PendingCompletions`` that a thread is waiting for."""
 
     result: Callable[[], list[list[Completion]]]
-
-
-def _read_through(named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-    """Take part in making the tensors, which only rank 0 keeps."""
-    deque(named_tensors, maxlen=0)
-
-
-def _stats(lengths: Sequence[int], seconds: float) -> RolloutStats:
-    return RolloutStats(
-        tokens=sum(lengths),
-        seconds=seconds,
-        steps=0,
-        tail_factor=max(lengths) * len(lengths) / sum(lengths) if sum(lengths) else 1.0,
-        idle_fraction=float("nan"),
-    )

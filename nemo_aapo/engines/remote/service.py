@@ -1,4 +1,4 @@
-"""The HTTP side of a rollout server: who may ask, what a question must look like, and how answers stream out.
+"""The HTTP side of a rollout server: who may ask, what a request must look like, and how answers stream out.
 
     GET  /v1/health           the process is up (asks for no token)
     GET  /v1/ready            which weights it serves, or 503
@@ -7,8 +7,7 @@
     POST /v1/update_weights   check and load other weights; answers when they are served
 
 Errors are {"error": message, "reason": word} with 400 (what was asked), 401 (token), 408, 409 (other weights), 413
-(too large), 422 (damaged weights), 500 (the engine), 503 (not now). What the engine's traceback says stays in the
-server's log.
+(too large), 422 (damaged weights), 500 (the engine), 503 (not now). The engine's traceback stays in the server's log.
 """
 
 from __future__ import annotations
@@ -22,14 +21,16 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
 from nemo_aapo.engines.remote import wire
-from nemo_aapo.engines.remote.worker import EngineWorker, Failure, Job
+from nemo_aapo.engines.remote.worker import Answer, EngineWorker, Failure, Job
 from nemo_aapo.errors import WeightsError, WireError
+from nemo_aapo.types import Completion
 
 BODY_S = 60.0
-"""A request must have arrived within this."""
+"""Seconds within which a request must have arrived."""
 _STATUS = {"other_weights": 409, "not_finite": 500, "engine": 500, "stopping": 503}
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+"""Answers one kind of request."""
 
 
 class Service:
@@ -51,6 +52,7 @@ class Service:
     @web.middleware
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Token first, then the handler; whatever goes wrong becomes one JSON message."""
+        response: web.StreamResponse
         try:
             if handler != self._health and not self._is_authorized(request):
                 response = _error(401, "token", "a valid bearer token is needed: Authorization: Bearer TOKEN")
@@ -71,11 +73,12 @@ class Service:
         given = request.headers.get("Authorization", "").encode(errors="replace")
         return hmac.compare_digest(given, self._authorization)  # in a time that says nothing of where they differ
 
-    async def _body(self, request: web.Request) -> Any:
-        if (request.content_length or 0) > request.client_max_size:  # before the first byte of it is read
-            raise web.HTTPRequestEntityTooLarge(request.client_max_size, request.content_length)
+    async def _body(self, request: web.Request) -> dict[str, Any]:
+        length = request.content_length or 0
+        if length > request.client_max_size:  # before the first byte of it is read
+            raise web.HTTPRequestEntityTooLarge(request.client_max_size, length)
         try:
-            return wire.loads(await asyncio.wait_for(request.read(), BODY_S))
+            return wire.load_object(await asyncio.wait_for(request.read(), BODY_S))
         except asyncio.TimeoutError:
             raise web.HTTPRequestTimeout from None
 
@@ -115,9 +118,13 @@ class Service:
             return _error(503, "no_weights", "no whole weights are loaded")
         if self.worker.weights != asked.weights:
             return _error(409, "other_weights", f"asked for {asked.weights}, this server has {self.worker.weights}")
-        answers: asyncio.Queue = asyncio.Queue()
+        answers: asyncio.Queue[Answer] = asyncio.Queue()
         loop = asyncio.get_running_loop()
-        job = Job(asked, lambda answer: loop.call_soon_threadsafe(answers.put_nowait, answer))
+
+        def emit(answer: Answer) -> None:
+            loop.call_soon_threadsafe(answers.put_nowait, answer)
+
+        job = Job(asked, emit)
         self.worker.generate(job)
         try:
             answer = await answers.get()
@@ -127,23 +134,32 @@ class Service:
         finally:
             job.cancelled = True  # the client may have gone away in the middle
 
-    async def _stream(self, request: web.Request, answer: Any, answers: asyncio.Queue) -> web.StreamResponse:
+    async def _stream(
+        self, request: web.Request, answer: tuple[int, int, Completion] | None, answers: asyncio.Queue[Answer]
+    ) -> web.StreamResponse:
+        """Send the first answer and those that follow, up to the end of the job.
+
+        Args:
+            answer: the first one.
+            answers: where the others come.
+        """
         response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
         await response.prepare(request)
         count = 0
-        while isinstance(answer, tuple):
-            i, j, completion = answer
+        following: Answer = answer
+        while isinstance(following, tuple):
+            i, j, completion = following
             await response.write(wire.encode_completion(i, j, completion))
             self._metrics.finished(completion)
             count += 1
-            answer = await answers.get()
-        end = {"done": count} if answer is None else {"error": answer.message, "reason": answer.reason}
-        await response.write(wire.dumps(end))
+            following = await answers.get()
+        end = {"done": count} if following is None else {"error": following.message, "reason": following.reason}
+        await response.write(wire.dump_object(end))
         return response
 
 
 class _Metrics:
-    """What Prometheus is told."""
+    """The server's metrics in the form of Prometheus."""
 
     def __init__(self, worker: EngineWorker) -> None:
         self.registry = CollectorRegistry()
@@ -167,7 +183,8 @@ class _Metrics:
         ):
             Gauge(name, text, registry=self.registry).set_function(value)
 
-    def finished(self, completion: Any) -> None:
+    def finished(self, completion: Completion) -> None:
+        """Count a completion that was sent."""
         self.completions.labels(completion.finish_reason).inc()
         self.tokens.inc(len(completion.token_ids))
 

@@ -12,37 +12,43 @@ that what a server has checked is what the trainer wrote.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Set
 from pathlib import Path
-from typing import Any
 
 import safetensors
 import safetensors.torch
 import torch
 
+from nemo_aapo.checkpoint.manifest import FileRecord, problem_with
 from nemo_aapo.engines.remote.wire import Weights, WeightsId
 from nemo_aapo.errors import RunError, WeightsError, WireError
-from nemo_aapo.models import directory as model_dir
-from nemo_aapo.utils.files import to_json
+from nemo_aapo.models.directory import INDEX, weight_files
+from nemo_aapo.utils.buckets import tensor_buckets
+from nemo_aapo.utils.files import begin_directory, commit_directory, free_space, partial_of, to_json
 
 FOLDER = "weights"
 MANIFEST = "manifest.json"
-INDEX = "model.safetensors.index.json"
 BUCKET_BYTES = 512 * 2**20
-"""What trainer and server hold in memory at a time, or the largest tensor if that is larger."""
+"""Bytes of weights that trainer and server hold in memory at a time, unless one tensor alone is larger."""
 
 
 class WeightStore:
     """The trainer's side: writes versions and removes them."""
 
     def __init__(self, directory: Path, model_path: str, bucket_bytes: int = BUCKET_BYTES) -> None:
-        """Args: directory: the servers' directory. model_path: the base model's, for its ``config.json``."""
+        """Touch no file.
+
+        Args:
+            directory: the servers' directory.
+            model_path: the base model's directory, for its ``config.json``.
+            bucket_bytes: the size of a weight file, unless one tensor alone is larger.
+        """
         self.root = directory / FOLDER
         self.config = Path(model_path) / "config.json"
         self.bucket_bytes = bucket_bytes
@@ -50,65 +56,53 @@ class WeightStore:
     def write(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> Weights:
         """Write one version; it is there whole or not at all.
 
-        ``named_tensors`` is read to its end whatever happens: other ranks take part in making it.
+        ``named_tensors`` is read to its end even after an error, as other ranks take part in making the tensors.
 
         Raises:
             RunError: the disk is full, or another error of the file system. Older versions are as they were.
         """
-        tensors, partial = iter(named_tensors), self.root / f"v{version}.partial"
+        tensors, partial = iter(named_tensors), partial_of(self.root / f"v{version}")
         try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(mode=0o700, parents=True)
+            begin_directory(self.root / f"v{version}", mode=0o700)
             manifest = self._write_files(tensors, partial, version)
             digest = hashlib.sha256(manifest).hexdigest()
             _write(partial / MANIFEST, manifest)
-            _sync(partial)
             name = f"v{version}-{digest[:8]}"
-            shutil.rmtree(self.root / name, ignore_errors=True)  # left by an earlier start of the run
-            os.replace(partial, self.root / name)
-            _sync(self.root)
+            commit_directory(partial, self.root / name)  # perhaps in the place of an earlier start's
         except OSError as error:
             deque(tensors, maxlen=0)
             shutil.rmtree(partial, ignore_errors=True)
             raise RunError(
                 f"{partial}: policy version {version} can't be written for the rollout servers ({error}). "
-                f"{_free(self.root)}. Older versions are as they were; rollout.remote.directory names the place"
+                f"{free_space(self.root)}. Older versions are as they were; rollout.remote.directory names the place"
             ) from error
         return Weights(WeightsId(version, digest), f"{FOLDER}/{name}/{MANIFEST}")
 
     def _write_files(self, tensors: Iterator[tuple[str, torch.Tensor]], folder: Path, version: int) -> bytes:
-        """All but the manifest, which is returned."""
-        files: dict[str, dict[str, Any]] = {}
+        """Write all files but the manifest, whose content is returned."""
+        files: dict[str, FileRecord] = {}
         place: dict[str, str] = {}
-        for number, bucket in enumerate(buckets(tensors, self.bucket_bytes)):
-            name = f"bucket_{number:05d}.safetensors"
-            files[name] = _write(folder / name, safetensors.torch.save(bucket))
-            place.update(dict.fromkeys(bucket, name))
+        # Copies of their own: tied weights and views share memory, which the format has no place for.
+        copies = (
+            (name, tensor.detach().cpu().clone(memory_format=torch.contiguous_format)) for name, tensor in tensors
+        )
+        for bucket in tensor_buckets(copies, self.bucket_bytes):
+            name = f"bucket_{len(files):05d}.safetensors"
+            files[name] = _write(folder / name, safetensors.torch.save(dict(bucket)))
+            place |= dict.fromkeys((tensor for tensor, _ in bucket), name)
+            del bucket  # before the next one is filled
         index = {"metadata": {}, "weight_map": place}
         files[INDEX] = _write(folder / INDEX, to_json(index).encode())
         files["config.json"] = _write(folder / "config.json", self.config.read_bytes())
-        return to_json({"policy_version": version, "files": files}).encode()
+        records = {name: dataclasses.asdict(record) for name, record in files.items()}
+        return to_json({"policy_version": version, "files": records}).encode()
 
     def prune(self, keep: Collection[Weights]) -> None:
         """Remove all versions but these, those of earlier starts of the run included."""
         kept = {Path(weights.manifest).parent.name for weights in keep if weights.manifest is not None}
-        for folder in self.root.glob("v*"):
+        for folder in [*self.root.glob("v*"), *self.root.glob(".v*")]:
             if folder.name not in kept:
                 shutil.rmtree(folder, ignore_errors=True)
-
-
-def buckets(named_tensors: Iterator[tuple[str, torch.Tensor]], bucket_bytes: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Tensors in their order, as many at a time as fit into ``bucket_bytes``, and always one; copies on the CPU."""
-    bucket: dict[str, torch.Tensor] = {}
-    size = 0
-    for name, tensor in named_tensors:
-        if bucket and size + tensor.nbytes > bucket_bytes:
-            yield bucket
-            bucket, size = {}, 0
-        bucket[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        size += tensor.nbytes
-    if bucket:
-        yield bucket
 
 
 def verified(directory: Path, weights: Weights, tensors: Set[str]) -> Path:
@@ -123,11 +117,12 @@ def verified(directory: Path, weights: Weights, tensors: Set[str]) -> Path:
         WireError: a path that leads out of the directory.
         WeightsError: a file or tensor is missing, a file was cut off or changed; the message names it.
     """
-    if not re.fullmatch(rf"{FOLDER}/v-?\d+-[0-9a-f]{{8}}/{re.escape(MANIFEST)}", weights.manifest):
-        raise WireError(f"manifest={weights.manifest[:200]!r}: {FOLDER}/vVERSION-DIGEST/{MANIFEST} is needed")
-    manifest = (directory / weights.manifest).resolve()
+    path = weights.manifest or ""
+    if not re.fullmatch(rf"{FOLDER}/v-?\d+-[0-9a-f]{{8}}/{re.escape(MANIFEST)}", path):
+        raise WireError(f"manifest={path[:200]!r}: {FOLDER}/vVERSION-DIGEST/{MANIFEST} is needed")
+    manifest = (directory / path).resolve()
     if not manifest.is_relative_to(directory.resolve()):
-        raise WireError(f"manifest={weights.manifest!r}: leads out of the servers' directory")
+        raise WireError(f"manifest={path!r}: leads out of the servers' directory")
     try:
         content = manifest.read_bytes()
         if hashlib.sha256(content).hexdigest() != weights.id.digest:
@@ -136,7 +131,8 @@ def verified(directory: Path, weights: Weights, tensors: Set[str]) -> Path:
         if listed["policy_version"] != weights.id.policy_version:
             raise WeightsError(f"{manifest}: is of policy version {listed['policy_version']}")
         for name, entry in listed["files"].items():
-            _verify(manifest.parent / name, entry)
+            if problem := problem_with(manifest.parent, name, FileRecord(**entry)):
+                raise WeightsError(problem)
     except OSError as error:
         raise WeightsError(f"{error.filename}: {error.strerror}") from None
     index = json.loads((manifest.parent / INDEX).read_bytes())
@@ -146,40 +142,15 @@ def verified(directory: Path, weights: Weights, tensors: Set[str]) -> Path:
 
 
 def read_tensors(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of a Hugging Face directory, one in memory at a time."""
-    for file in model_dir.weight_files(directory):
+    """The (name, tensor) pairs of a Hugging Face directory, one in memory at a time."""
+    for file in weight_files(directory):
         with safetensors.safe_open(directory / file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118, not a mapping
                 yield name, tensors.get_tensor(name)
 
 
-def _verify(path: Path, entry: dict[str, Any]) -> None:
-    if (size := path.stat().st_size) != entry["bytes"]:
-        raise WeightsError(f"{path}: has {size} bytes where the manifest says {entry['bytes']}. Half written?")
-    with path.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
-            raise WeightsError(f"{path}: its SHA-256 is not the manifest's: the file was changed or damaged")
-
-
-def _write(path: Path, content: bytes) -> dict[str, Any]:
-    """Write a file to the disk itself; its entry in the manifest."""
+def _write(path: Path, content: bytes) -> FileRecord:
+    """Write a new file; its record in the manifest."""
     with path.open("xb") as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _free(folder: Path) -> str:
-    try:
-        return f"{shutil.disk_usage(folder).free >> 20} MiB free there"
-    except OSError:
-        return "the directory can't be read"
+    return FileRecord(len(content), hashlib.sha256(content).hexdigest())

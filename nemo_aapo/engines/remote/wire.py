@@ -1,16 +1,16 @@
-"""What trainer and rollout servers say to each other, as JSON, and the checks of what came in.
+"""The messages between trainer and rollout servers, as JSON, and the checks of what came in.
 
-Both sides use this page and no other. Numbers survive the way exactly: a float32 is written as the decimal of the
-float64 that equals it, which reads back to the same bits.
+Both sides use this module and no other. Numbers arrive exactly: a float32 is written as the decimal of the float64 that
+equals it, which reads back to the same bits.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -18,18 +18,25 @@ from nemo_aapo.config import build
 from nemo_aapo.errors import ConfigError, WireError
 from nemo_aapo.types import Completion, SamplingSpec
 
+T = TypeVar("T")
+
 API = "/v1"
 """Prefix of all addresses: a client of another version gets 404 instead of a misunderstanding."""
 MAX_SEED = 2**63
+"""Seeds are below this."""
 
 
 @dataclass(frozen=True)
 class WeightsId:
-    """Which weights: two runs may have the same version of different ones."""
+    """Names weights: two runs may have the same version of different ones.
+
+    Example: ``WeightsId(5, "1a2b3c4d...")``, shown as ``policy version 5 (1a2b3c4d)``.
+    """
 
     policy_version: int
+    """Number of optimizer steps behind them."""
     digest: str
-    """Of the manifest, which holds the digest of each file; of the base model (``model_dir.digest``)."""
+    """The SHA-256 of their manifest, which holds that of each file; for the base model, ``models.directory.digest``."""
 
     def __str__(self) -> str:
         return f"policy version {self.policy_version} ({self.digest[:8]})"
@@ -37,11 +44,14 @@ class WeightsId:
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights and where they lie."""
+    """Weights and where they lie.
+
+    Example: ``Weights(WeightsId(5, "1a2b..."), "weights/v5-1a2b3c4d/manifest.json")``
+    """
 
     id: WeightsId
     manifest: str | None
-    """Path relative to the directory that trainer and servers share; None: the base model, ``model.path``."""
+    """Path relative to the directory that trainer and servers both see; None: the base model, ``model.path``."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +59,9 @@ class Limits:
     """What one sequence may be, by the model and the server's memory."""
 
     vocab_size: int
+    """Token ids are below this."""
     max_sequence_tokens: int
-    """Prompt and completion together."""
+    """The most tokens of prompt and completion together."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +76,7 @@ class GenerateRequest:
 
     @property
     def sequences(self) -> int:
-        """Completions asked for."""
+        """Number of completions asked for."""
         return sum(map(len, self.seeds))
 
 
@@ -80,6 +91,8 @@ class _Head:
 
 @dataclass(frozen=True)
 class _Update:
+    """The fields of ``update_weights``."""
+
     policy_version: int
     digest: str
     manifest: str | None
@@ -88,23 +101,26 @@ class _Update:
 # ---------------------------------------------------------------- JSON
 
 
-def loads(text: bytes | str) -> Any:
-    """JSON as the standard has it: no NaN, no infinity.
+def load_object(text: bytes | str) -> dict[str, Any]:
+    """Parse a JSON object as the standard has it: no NaN, no infinity.
 
     Raises:
         WireError: anything else.
     """
     try:
-        return json.loads(text, parse_constant=_no_constant)
+        body = json.loads(text, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise WireError(f"not JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise WireError(f"a JSON object is needed, not {type(body).__name__}")
+    return body
 
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON number")
 
 
-def dumps(message: dict[str, Any]) -> bytes:
+def dump_object(message: dict[str, Any]) -> bytes:
     """One line of strict JSON, newline included."""
     return json.dumps(message, allow_nan=False, separators=(",", ":")).encode() + b"\n"
 
@@ -114,7 +130,7 @@ def dumps(message: dict[str, Any]) -> bytes:
 
 def encode_request(request: GenerateRequest) -> bytes:
     """The body of ``generate``. The sampling spec goes field by field, whatever fields it has."""
-    return dumps(
+    return dump_object(
         {
             **dataclasses.asdict(request.weights),
             "sampling": dataclasses.asdict(request.sampling),
@@ -124,25 +140,25 @@ def encode_request(request: GenerateRequest) -> bytes:
     )
 
 
-def decode_request(body: Any, limits: Limits) -> GenerateRequest:
+def decode_request(body: Mapping[str, Any], limits: Limits) -> GenerateRequest:
     """Check a body of ``generate`` to the last number: one bad request must not spoil the batch that it joins.
 
     Raises:
         WireError: names the field that is missing, unknown, or of a wrong type or size.
     """
-    fields = dict(_mapping(body))
+    fields = dict(body)
     prompts = _rows(fields.pop("prompts", None), "prompts", limits.vocab_size, "a token id of the vocabulary")
     seeds = _rows(fields.pop("seeds", None), "seeds", MAX_SEED, "an integer from 0 to 2**63 - 1")
     head = _typed(_Head, fields)
     if len(seeds) != len(prompts):
         raise WireError(f"seeds: {len(seeds)} rows for {len(prompts)} prompts")
     _check_sampling(head.sampling, limits)
-    room = limits.max_sequence_tokens - head.sampling.max_new_tokens
+    longest = limits.max_sequence_tokens - head.sampling.max_new_tokens
     for i, prompt in enumerate(prompts):
-        if not 1 <= len(prompt) <= room:
+        if not 1 <= len(prompt) <= longest:
             raise WireError(
                 f"prompts[{i}]: {len(prompt)} tokens; with sampling.max_new_tokens={head.sampling.max_new_tokens} this "
-                f"server takes 1 to {room} (its rollout.max_concurrent_tokens is {limits.max_sequence_tokens})"
+                f"server takes 1 to {longest} (its rollout.max_concurrent_tokens is {limits.max_sequence_tokens})"
             )
     return GenerateRequest(
         WeightsId(head.policy_version, head.digest),
@@ -189,16 +205,16 @@ def encode_completion(i: int, j: int, completion: Completion) -> bytes:
     """One line of the answer to ``generate``: completion j of prompt i."""
     fields = {field.name: getattr(completion, field.name) for field in dataclasses.fields(completion)}
     plain = {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in fields.items()}
-    return dumps({"i": i, "j": j, **plain})
+    return dump_object({"i": i, "j": j, **plain})
 
 
-def decode_completion(message: Any) -> tuple[int, int, Completion]:
+def decode_completion(message: Mapping[str, Any]) -> tuple[int, int, Completion]:
     """The reverse of ``encode_completion``.
 
     Raises:
         WireError: a field is missing, unknown or of a wrong type.
     """
-    fields = dict(_mapping(message))
+    fields = dict(message)
     try:
         i, j = int(fields.pop("i")), int(fields.pop("j"))
         fields["token_ids"] = np.array(fields["token_ids"], dtype=np.int32)
@@ -216,41 +232,35 @@ def decode_completion(message: Any) -> tuple[int, int, Completion]:
 
 def encode_weights(weights: Weights) -> bytes:
     """The body of ``update_weights``."""
-    return dumps({**dataclasses.asdict(weights.id), "manifest": weights.manifest})
+    return dump_object({**dataclasses.asdict(weights.id), "manifest": weights.manifest})
 
 
-def decode_weights(body: Any) -> Weights:
+def decode_weights(body: Mapping[str, Any]) -> Weights:
     """The reverse of ``encode_weights``.
 
     Raises:
         WireError: as ``decode_request``.
     """
-    update = _typed(_Update, _mapping(body))
+    update = _typed(_Update, body)
     return Weights(WeightsId(update.policy_version, update.digest), update.manifest)
 
 
 def encode_weights_id(weights: WeightsId) -> bytes:
     """What ``ready`` and ``update_weights`` answer with."""
-    return dumps(dataclasses.asdict(weights))
+    return dump_object(dataclasses.asdict(weights))
 
 
-def decode_weights_id(body: Any) -> WeightsId:
+def decode_weights_id(body: Mapping[str, Any]) -> WeightsId:
     """The reverse of ``encode_weights_id``.
 
     Raises:
         WireError: as ``decode_request``.
     """
-    return _typed(WeightsId, _mapping(body))
+    return _typed(WeightsId, body)
 
 
-def _mapping(body: Any) -> dict[str, Any]:
-    if not isinstance(body, dict):
-        raise WireError(f"a JSON object is needed, not {type(body).__name__}")
-    return body
-
-
-def _typed(cls: type, fields: dict[str, Any]) -> Any:
+def _typed(cls: type[T], fields: Mapping[str, Any]) -> T:
     try:
-        return build(cls, fields)
+        return build(cls, dict(fields))
     except ConfigError as error:
         raise WireError(str(error)) from None

@@ -1,7 +1,7 @@
 """The one thread of a rollout server that touches the engine: generation and refit, one after the other.
 
-Requests that wait, and ask the same of the same weights, run as one batch. A refit waits for the batch before it and
-holds up what comes after it, so that no completion is ever drawn from mixed weights.
+Requests that wait, and ask the same of the same weights, run as one batch. A refit waits for the batch before it, and
+what comes after it waits for the refit, so that no completion is ever sampled from mixed weights.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from nemo_aapo.engines.remote.wire import GenerateRequest, Weights, WeightsId
 from nemo_aapo.types import Completion
 
 MERGE_S = 0.02
-"""A batch waits so long for requests that were sent together with the one that starts it."""
+"""Seconds that a batch waits for requests that were sent together with its first one."""
 
 Reason = Literal["other_weights", "not_finite", "engine", "stopping"]
 
@@ -32,7 +32,13 @@ class Failure:
     """Why a request is not answered, or not to its end."""
 
     reason: Reason
+    """The kind of failure, for the client's program."""
     message: str
+    """The same for people."""
+
+
+Answer = tuple[int, int, Completion] | Failure | None
+"""One answer to a request: (i, j, completion j of prompt i); then, as the last one, None or a failure."""
 
 
 @dataclass(eq=False)
@@ -40,14 +46,16 @@ class Job:
     """A request to generate, and where its answers go."""
 
     request: GenerateRequest
-    emit: Callable[[tuple[int, int, Completion] | Failure | None], None]
-    """Called from the worker's thread with each completion (i, j, completion), then with None or a failure."""
+    emit: Callable[[Answer], None]
+    """Takes each answer; called from the worker's thread."""
     cancelled: bool = False
-    """Set by the one who asked, once nobody waits for the answer."""
+    """True once nobody waits for the answers any more; whoever asked sets it."""
 
 
 @dataclass(eq=False)
 class _Load:
+    """A refit, and the future that tells its end."""
+
     weights: Weights
     done: Future[None] = field(default_factory=Future)
 
@@ -69,21 +77,22 @@ class EngineWorker:
         Args:
             build: makes the engine with the base model's weights, in the worker's thread.
             base: their name.
-            locate: checks the files of some weights, to the last byte, for the tensors of these names, and says which
-                folder they are in.
+            locate: checks every byte of the files of some weights, and that they hold the tensors of these names;
+                returns their folder.
         """
         self.weights: WeightsId | None = None
-        """What the engine serves; None while it has none that are whole."""
+        """The weights that the engine serves; None while it has none that are whole."""
         self.outstanding = 0
-        """Completions asked for and not drawn yet."""
+        """Number of completions that were asked for and are not generated yet."""
         self.busy_seconds = 0.0
-        """Spent in ``generate`` so far."""
+        """Seconds spent in ``generate`` so far."""
         self.built: Future[None] = Future()
         """Done once there is an engine; holds the error if there can't be one."""
         self._build, self._base, self._locate = build, base, locate
         self._queue: deque[Job | _Load] = deque()
         self._changed = threading.Condition()
         self._stopping = False
+        self._hosted: HostedEngine
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -139,7 +148,7 @@ class EngineWorker:
         self._hosted.engine.close()
 
     def _next(self) -> list[Job] | _Load | None:
-        """What to do next: a refit, a batch of alike requests, or None: stop."""
+        """What to do next: a refit, or a batch of requests that go together; None: stop."""
         with self._changed:
             self._changed.wait_for(lambda: self._queue or self._stopping)
             if not self._stopping and isinstance(self._queue[0], Job):
@@ -150,8 +159,9 @@ class EngineWorker:
             if isinstance(first, _Load):
                 return first
             batch = [first]
-            while self._queue and isinstance(self._queue[0], Job) and _alike(self._queue[0], first):
-                batch.append(self._queue.popleft())
+            while self._queue and isinstance(following := self._queue[0], Job) and _alike(following, first):
+                batch.append(following)
+                self._queue.popleft()
             return batch
 
     def _load(self, load: _Load) -> None:
@@ -192,7 +202,8 @@ class EngineWorker:
             if self._stopping or (self._hosted.can_break_off and all(job.cancelled for job in jobs)):
                 raise _Aborted
 
-        began, end = time.perf_counter(), None
+        began = time.perf_counter()
+        end: Failure | None = None
         try:
             if self.weights != jobs[0].request.weights:
                 end = Failure("other_weights", f"this server has {self.weights or 'no whole weights'} now")

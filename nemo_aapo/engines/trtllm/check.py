@@ -1,4 +1,4 @@
-"""Compares the contract (trtllm_contract.py) with a real TensorRT-LLM, without importing it.
+"""Compares the contract (contract.py) with a real TensorRT-LLM, without importing it.
 
     python -m nemo_aapo.engines.trtllm.check            the installed package
     python -m nemo_aapo.engines.trtllm.check PATH       a wheel, or a directory that holds tensorrt_llm/
@@ -17,7 +17,14 @@ from pathlib import Path
 
 from nemo_aapo.engines.trtllm import contract
 from nemo_aapo.engines.trtllm.contract import REQUIRED, LibraryClass, Method
-from nemo_aapo.engines.trtllm.package_source import Package, Place, constant, field_default, literal_words, parameters
+from nemo_aapo.engines.trtllm.package_source import (
+    ClassPlace,
+    Package,
+    constant,
+    field_default,
+    literal_words,
+    parameters,
+)
 
 PACKAGE = "tensorrt_llm"
 
@@ -100,11 +107,11 @@ def _class(package: Package, expected: LibraryClass) -> Iterator[Difference]:
         yield from _literal(package, place, name, set(words))
 
 
-def _lacks(package: Package, place: Place, what: str) -> Difference:
+def _lacks(package: Package, place: ClassPlace, what: str) -> Difference:
     return Difference(f"{package.file(place.module)}:{place.node.lineno}", f"{place.node.name} has no {what}")
 
 
-def _field(package: Package, place: Place, name: str, default: object) -> Iterator[Difference]:
+def _field(package: Package, place: ClassPlace, name: str, default: object) -> Iterator[Difference]:
     member = package.member(place, name)
     if member is None:
         yield _lacks(package, place, f"field {name}")
@@ -117,7 +124,7 @@ def _default(place: str, what: str, found: object, expected: object) -> Iterator
         yield Difference(place, f"{what}: default {found!r}, the contract says {expected!r}")
 
 
-def _method(package: Package, place: Place, name: str, expected: Method) -> Iterator[Difference]:
+def _method(package: Package, place: ClassPlace, name: str, expected: Method) -> Iterator[Difference]:
     member = package.member(place, name)
     if member is None or not isinstance(member.node, ast.FunctionDef | ast.AsyncFunctionDef):
         yield _lacks(package, place, f"method {name}")
@@ -136,7 +143,7 @@ def _method(package: Package, place: Place, name: str, expected: Method) -> Iter
             yield Difference(member.place, f"{what}: parameter {parameter} is required, the contract doesn't know it")
 
 
-def _literal(package: Package, place: Place, name: str, words: set[str]) -> Iterator[Difference]:
+def _literal(package: Package, place: ClassPlace, name: str, words: set[str]) -> Iterator[Difference]:
     member = package.member(place, name)
     if member is not None and (found := literal_words(member.node)) != words:
         yield Difference(

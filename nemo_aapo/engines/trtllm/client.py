@@ -10,31 +10,34 @@ import asyncio
 import concurrent.futures
 import queue
 import threading
-from collections.abc import Coroutine, Hashable, Iterator, Sequence
-from typing import Any
+from collections.abc import Coroutine, Generator, Sequence
+from typing import Any, TypeVar
 
+from nemo_aapo.engines.trtllm.library import AsyncLLM, CompletionOutput, Library
 from nemo_aapo.errors import RunError
 
-Request = tuple[Hashable, list[int], dict[str, Any]]
-"""A name for it, the prompt's token ids, keyword arguments of ``SamplingParams``."""
+T = TypeVar("T")
+Name = TypeVar("Name")
+Request = tuple[Name, list[int], dict[str, Any]]
+"""(a name of the caller's choice, the prompt's token ids, keyword arguments of ``SamplingParams``)"""
 
 CLOSE_S = 60.0
-"""The library gives its workers 30 seconds to end."""
+"""Seconds to wait for the engine's end: the library gives its workers 30."""
 
 
 class EngineClient:
     """Synchronous calls of one engine. Every failure of the library comes out as a ``RunError`` that names the call."""
 
-    def __init__(self, library: Any, arguments: dict[str, Any], timeout_s: float) -> None:
+    def __init__(self, library: Library, arguments: dict[str, Any], timeout_s: float) -> None:
         """Start the engine and wait until it is ready.
 
         Args:
-            library: has ``AsyncLLM`` and ``SamplingParams``.
+            library: TensorRT-LLM's classes.
             arguments: of ``AsyncLLM``.
             timeout_s: the longest wait for any one answer, the start included.
         """
         self._library, self._timeout_s = library, timeout_s
-        self._llm: Any = None
+        self._started: AsyncLLM | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="trtllm", daemon=True)
         self._thread.start()
@@ -45,8 +48,14 @@ class EngineClient:
             raise
 
     async def _start(self, arguments: dict[str, Any]) -> None:
-        self._llm = self._library.AsyncLLM(**arguments)
+        self._started = self._library.AsyncLLM(**arguments)
         await self._llm.setup_async()
+
+    @property
+    def _llm(self) -> AsyncLLM:
+        if self._started is None:
+            raise RunError("the TensorRT-LLM engine is not started, or it is closed")
+        return self._started
 
     def release(self, tags: Sequence[str]) -> None:
         """Give device memory back."""
@@ -61,11 +70,11 @@ class EngineClient:
         self._call("update_weights", self._llm.update_weights(weights=payloads))
 
     def ask_workers(self, method: str) -> list[Any]:
-        """Call a method of every worker."""
+        """Call a method of every worker; what each returned."""
         return self._call(method, self._llm.collective_rpc(method=method))
 
-    def complete(self, requests: Sequence[Request]) -> Iterator[tuple[Hashable, Any]]:
-        """Draw completions, all at once.
+    def complete(self, requests: Sequence[Request[Name]]) -> Generator[tuple[Name, CompletionOutput], None, None]:
+        """Generate completions, all at once.
 
         Yields:
             The request's name and its ``CompletionOutput``, each the moment it is done.
@@ -73,18 +82,18 @@ class EngineClient:
         Raises:
             RunError: a request failed, or none ended within the deadline. The others are cancelled.
         """
-        finished: queue.SimpleQueue = queue.SimpleQueue()
+        finished: queue.SimpleQueue[tuple[Name, CompletionOutput] | None] = queue.SimpleQueue()
 
-        async def draw(name: Hashable, prompt: list[int], arguments: dict[str, Any]) -> None:
+        async def generate(name: Name, prompt: list[int], arguments: dict[str, Any]) -> None:
             sampling = self._library.SamplingParams(**arguments)
             output = await self._llm.generate_async(inputs=prompt, sampling_params=sampling)
             finished.put((name, output.outputs[0]))
 
-        async def draw_all() -> None:
+        async def generate_all() -> None:
             # Trap: n completions are n requests of one, which stream, finish and are seeded one by one.
-            await asyncio.gather(*(draw(*request) for request in requests))
+            await asyncio.gather(*(generate(*request) for request in requests))
 
-        future = asyncio.run_coroutine_threadsafe(draw_all(), self._loop)
+        future = asyncio.run_coroutine_threadsafe(generate_all(), self._loop)
         future.add_done_callback(lambda _: finished.put(None))
         try:
             for _ in requests:
@@ -101,7 +110,7 @@ class EngineClient:
         """End the engine and its thread. May be called again."""
         if not self._loop.is_running():
             return
-        llm, self._llm = self._llm, None
+        llm, self._started = self._started, None
         try:
             if llm is not None:
                 self._wait("shutdown", self._shutdown(llm), CLOSE_S)
@@ -109,13 +118,13 @@ class EngineClient:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(CLOSE_S)
 
-    async def _shutdown(self, llm: Any) -> None:
+    async def _shutdown(self, llm: AsyncLLM) -> None:
         await self._loop.run_in_executor(None, llm.shutdown)
 
-    def _call(self, what: str, coroutine: Coroutine) -> Any:
+    def _call(self, what: str, coroutine: Coroutine[Any, Any, T]) -> T:
         return self._wait(what, coroutine, self._timeout_s)
 
-    def _wait(self, what: str, coroutine: Any, timeout_s: float) -> Any:
+    def _wait(self, what: str, coroutine: Coroutine[Any, Any, T], timeout_s: float) -> T:
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             return future.result(timeout_s)

@@ -1,6 +1,6 @@
-"""What the adapter (trtllm_engine.py) relies on in TensorRT-LLM 1.2.1, as data: names, parameters, defaults.
+"""What the adapter (engine.py) relies on in TensorRT-LLM 1.2.1, as data: names, parameters, defaults.
 
-Only what is used stands here. ``trtllm_check.py`` compares it with a real package without importing it, and the
+Only what is used stands here. ``check.py`` compares it with a real package without importing it, and the
 tests' stand-in for the library is made of it: the adapter can't use an argument that isn't on this page.
 
 The facts were read in the library's public sources around that release (docs/tensorrt_llm.md says which).
@@ -13,11 +13,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 VERSION = "1.2.1"
+"""The release of TensorRT-LLM that the contract is of."""
 
 
 @dataclass(frozen=True)
-class Source:
-    """A default that is no literal, or none at all: the words in the source."""
+class SourceText:
+    """The source text of a default that is no literal, or the absence of a default.
+
+    Example: ``SourceText("SamplerType.auto")``
+    """
 
     text: str
 
@@ -25,9 +29,9 @@ class Source:
         return self.text
 
 
-REQUIRED = Source("<required>")
+REQUIRED = SourceText("<required>")
 """A parameter or field without a default."""
-FACTORY = Source("<default_factory>")
+FACTORY = SourceText("<default_factory>")
 """A field whose default is made afresh each time."""
 
 
@@ -43,17 +47,22 @@ class Method:
 
 @dataclass(frozen=True)
 class LibraryClass:
-    """A class that is used; its members may be inherited."""
+    """A class that is used; its members may be inherited.
+
+    Example: ``LibraryClass("tensorrt_llm.llmapi.llm", "RequestOutput", attributes=("outputs",))``
+    """
 
     module: str
+    """Dotted name of the module that it is imported from."""
     name: str
     fields: Mapping[str, Any] = field(default_factory=dict)
     """Pydantic or dataclass field -> default."""
     methods: Mapping[str, Method] = field(default_factory=dict)
+    """Methods that are called."""
     attributes: tuple[str, ...] = ()
-    """Read from its objects: fields, properties or methods."""
+    """Fields, properties or methods that are read from its objects."""
     values: tuple[str, ...] = ()
-    """Of an enumeration: members' values that are passed or met."""
+    """The values of an enumeration's members that are passed or met."""
     literals: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Field -> all words of its ``Literal`` annotation."""
 
@@ -83,10 +92,10 @@ LLM_ARGS = LibraryClass(  # what AsyncLLM's keyword arguments become; unknown on
         "max_input_len": 1024,
         "max_seq_len": None,
         "max_num_tokens": 8192,
-        "sampler_type": Source("SamplerType.auto"),
+        "sampler_type": SourceText("SamplerType.auto"),
         "enable_sleep": False,
         "ray_worker_extension_cls": None,
-        "load_format": Source("LoadFormat.AUTO"),
+        "load_format": SourceText("LoadFormat.AUTO"),
     },
 )
 KV_CACHE_CONFIG = LibraryClass(
@@ -147,7 +156,7 @@ WEIGHT_TAGS = (
     "model",
     "draft_model",
 )
-"""All memory that can be released, but for the KV cache."""
+"""Tags of all memory that can be released, but for the KV cache."""
 MEMORY_TAGS = LibraryClass(
     "tensorrt_llm._torch.virtual_memory", "ExecutorMemoryType", values=(*WEIGHT_TAGS, KV_CACHE_TAG)
 )
@@ -172,10 +181,10 @@ ENVIRONMENT = {
     "TRT_LLM_DISABLE_LOAD_WEIGHTS_IN_PARALLEL": "1",
     "TLLM_RAY_FORCE_LOCAL_CLUSTER": "1",
 }
-"""Variables that are set before the library is imported, and stay."""
+"""Environment variables that are set before the library is imported, and stay."""
 ENVIRONMENT_READERS = {
     "TLLM_DISABLE_MPI": "tensorrt_llm._utils",
     "TRT_LLM_DISABLE_LOAD_WEIGHTS_IN_PARALLEL": "tensorrt_llm._torch.models.modeling_utils",
     "TLLM_RAY_FORCE_LOCAL_CLUSTER": "tensorrt_llm.executor.ray_executor",
 }
-"""Variable -> the module that reads it."""
+"""Environment variable -> the module of the library that reads it."""

@@ -3,7 +3,7 @@
 Colocated, the engine sleeps while the learner trains. One step, as the trainer calls it:
 
     wake        resume the weights (if asleep since), then the KV cache, last
-    generate    one request a completion
+    generate    one request for each completion
     sleep       empty the prefix cache, release KV cache and weights
     update      resume the weights, hand over buckets, finalize (which empties the prefix cache); KV cache still out
 
@@ -19,25 +19,28 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 
 from nemo_aapo.config import Config
 from nemo_aapo.engines.base import OnFinish, RolloutStats
+from nemo_aapo.engines.elsewhere import Finished, arranged, stats_of
 from nemo_aapo.engines.trtllm import placement, refit
 from nemo_aapo.engines.trtllm.client import EngineClient
 from nemo_aapo.engines.trtllm.contract import KV_CACHE_TAG, VERSION, WEIGHT_TAGS
+from nemo_aapo.engines.trtllm.library import Library
 from nemo_aapo.engines.trtllm.requests import check_request, read_completion, sampling_arguments
 from nemo_aapo.engines.trtllm.settings import TrtllmSettings, check, llm_arguments
 from nemo_aapo.errors import ConfigError, RunError
 from nemo_aapo.types import Completion, SamplingSpec
+from nemo_aapo.utils.buckets import tensor_buckets
 
 T = TypeVar("T")
 
 
-def _library() -> SimpleNamespace:
+def _library() -> Library:
     """The library's classes that the engine calls."""
     try:
         from tensorrt_llm._torch.async_llm import AsyncLLM
@@ -99,7 +102,7 @@ class TrtllmEngine:
         self.settings, self.policy_version = settings, policy_version
         self.stats: RolloutStats | None = None
         self._ranks, self._gpus, self._colocated = ranks, gpus, colocated
-        self._client: EngineClient | None = None
+        self._started: EngineClient | None = None
         self._calls = threading.Lock()
         self._broken = ""
         self._weights_in = self._cache_in = True
@@ -113,7 +116,11 @@ class TrtllmEngine:
 
     @classmethod
     def from_config(cls, config: Config, *, colocated: bool = False, policy_version: int = 0) -> TrtllmEngine:
-        """An engine by the configuration: for a process that has its GPUs for itself, or in the learner's GPUs.
+        """Start the engine that a configuration describes.
+
+        Args:
+            colocated: in the learner's GPUs; else this process has its GPUs for itself.
+            policy_version: of the weights in ``model.path``.
 
         Raises:
             ConfigError: this machine can't run it.
@@ -134,8 +141,15 @@ class TrtllmEngine:
 
     # ------------------------------------------------------------------ start and end
 
+    @property
+    def _client(self) -> EngineClient:
+        """The engine's client, which the owner alone has."""
+        if self._started is None:
+            raise RuntimeError("the TensorRT-LLM engine is not started, or it is closed")
+        return self._started
+
     def _start(self, gpus: Sequence[placement.Gpu]) -> None:
-        """On the owner."""
+        """Start the library's engine; called on the owner alone."""
         placement.check_gpus(gpus, self.settings.tensor_parallel_size)
         with placement.engine_environment(gpus):
             library = _library()
@@ -145,7 +159,7 @@ class TrtllmEngine:
                 worker_extension=f"{__name__}.WorkerExtension",
                 kv_cache_config=library.KvCacheConfig,
             )
-            self._client = EngineClient(library, arguments, self.settings.timeout_s)
+            self._started = EngineClient(library, arguments, self.settings.timeout_s)
         workers = sorted(self._client.ask_workers("report_device_id"))
         expected = sorted(gpu.uuid for gpu in gpus)
         if workers != expected:
@@ -153,16 +167,20 @@ class TrtllmEngine:
         self._check_seeds()
 
     def _check_seeds(self) -> None:
-        """One seed draws the same again and another one something else, or engines would share their streams."""
+        """See that a seed gives the same tokens again and another one others, or all engines would sample alike.
+
+        Raises:
+            RunError: it is not so.
+        """
         sampling = SamplingSpec(
             temperature=1.0, max_new_tokens=min(16, self.settings.max_new_tokens), stop_token_ids=()
         )
 
-        def draw(seed: int) -> list[int]:
+        def tokens(seed: int) -> list[int]:
             [(_, output)] = self._client.complete([(seed, [0], sampling_arguments(sampling, seed))])
             return list(output.token_ids)
 
-        first, again, others = draw(1), draw(1), [draw(seed) for seed in (2, 3, 4)]
+        first, again, others = tokens(1), tokens(1), [tokens(seed) for seed in (2, 3, 4)]
         if first != again or all(other == first for other in others):
             raise RunError(
                 "TensorRT-LLM's sampler ignores the seeds of requests: engines would draw the same completions of "
@@ -171,9 +189,9 @@ class TrtllmEngine:
 
     def close(self) -> None:
         """End the engine."""
-        if self._client is not None:
-            self._client.close()
-            self._client = None
+        if self._started is not None:
+            self._started.close()
+            self._started = None
         self._broken = self._broken or "it is closed"
 
     # ------------------------------------------------------------------ memory
@@ -220,11 +238,11 @@ class TrtllmEngine:
         with self._exclusive("update_weights"):  # drained: no request is under way
             self._broken = "a refit failed half-way, its weights are mixed"
             self._resume_weights()
-            for bucket in refit.buckets(named_tensors, self.settings.refit_bucket_bytes):
+            for bucket in tensor_buckets(named_tensors, self.settings.refit_bucket_bytes):
                 found, alive = refit.payloads(bucket, self._gpus)
                 parts = self._ranks.gather(found)
                 self._on_owner(functools.partial(self._hand_over, parts))
-                del alive  # until here the engine may read it
+                del alive, bucket  # until here the engine may read it
             self._on_owner(lambda: self._client.update_weights(None))
             self.policy_version, self._broken = version, ""
 
@@ -259,29 +277,27 @@ class TrtllmEngine:
             if not self._cache_in:
                 raise RuntimeError("generate() while the engine sleeps: wake() comes first")
             began = time.perf_counter()
-            finished = self._on_owner(lambda: self._draw(prompts, sampling, seeds, on_finish))
-        completions: list[list[Any]] = [[None] * len(row) for row in seeds]
-        for i, j, completion in finished:
-            completions[i][j] = completion
-            if on_finish and not self._ranks.owner:
-                on_finish(i, j, completion)
-        self.stats = _stats([completion for _, _, completion in finished], time.perf_counter() - began)
-        return completions
+            finished = self._on_owner(lambda: self._complete(prompts, sampling, seeds, on_finish))
+        if on_finish and not self._ranks.owner:
+            for ended in finished:
+                on_finish(*ended)
+        self.stats = stats_of(finished, time.perf_counter() - began)
+        return arranged(finished, seeds)
 
-    def _draw(
+    def _complete(
         self,
         prompts: Sequence[np.ndarray],
         sampling: SamplingSpec,
         seeds: Sequence[Sequence[int]],
         on_finish: OnFinish | None,
-    ) -> list[tuple[int, int, Completion]]:
-        """On the owner: all completions in the order in which they end."""
+    ) -> Finished:
+        """All completions in the order in which they end; called on the owner alone."""
         requests = [
             ((i, j), prompt.tolist(), sampling_arguments(sampling, seed))
             for i, (prompt, row) in enumerate(zip(prompts, seeds, strict=True))
             for j, seed in enumerate(row)
         ]
-        finished = []
+        finished: Finished = []
         with contextlib.closing(self._client.complete(requests)) as answers:
             for (i, j), output in answers:
                 completion = read_completion(output, sampling, self.policy_version)
@@ -294,17 +310,18 @@ class TrtllmEngine:
 
     def _on_owner(self, action: Callable[[], T]) -> T:
         """What ``action`` returned on the owner, on every rank; what it raised there ends the engine on every rank."""
-        result, failure = None, None
+        result: T | None = None
+        failure: Exception | None = None
         if self._ranks.owner:
             try:
                 result = action()
             except Exception as error:
                 failure = error
-        result, message = self._ranks.share((result, "" if failure is None else str(failure) or repr(failure)))
+        result, message = self._ranks.broadcast((result, "" if failure is None else str(failure) or repr(failure)))
         if message:
             self._broken = message
             raise failure if failure is not None else RunError(message)
-        return result
+        return cast(T, result)  # what the owner's action returned, as it did not fail
 
     @contextlib.contextmanager
     def _exclusive(self, what: str) -> Iterator[None]:
@@ -317,15 +334,3 @@ class TrtllmEngine:
             yield
         finally:
             self._calls.release()
-
-
-def _stats(completions: Sequence[Completion], seconds: float) -> RolloutStats:
-    """Figures of one call; what the library does inside is not told."""
-    lengths = [len(completion.token_ids) for completion in completions]
-    return RolloutStats(
-        tokens=sum(lengths),
-        seconds=seconds,
-        steps=0,
-        tail_factor=max(lengths) * len(lengths) / sum(lengths) if lengths else 1.0,
-        idle_fraction=float("nan"),
-    )

@@ -13,21 +13,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_aapo.engines.trtllm.contract import FACTORY, REQUIRED, Source
+from nemo_aapo.engines.trtllm.contract import FACTORY, REQUIRED, SourceText
 
 MAKERS_OF_FIELDS = ("Field", "field")
+"""Functions of pydantic and dataclasses that declare a field."""
 
 
 @dataclass(frozen=True)
-class Place:
+class ClassPlace:
     """A class in its module."""
 
     module: str
+    """Dotted name of the module that defines it."""
     node: ast.ClassDef
 
 
 @dataclass(frozen=True)
-class Found:
+class Member:
     """A member of a class, and where it stands."""
 
     place: str
@@ -73,7 +75,7 @@ class Package:
 
     # ------------------------------------------------------------------ names
 
-    def find_class(self, module: str, name: str, seen: frozenset[tuple[str, str]] = frozenset()) -> Place | None:
+    def find_class(self, module: str, name: str, seen: frozenset[tuple[str, str]] = frozenset()) -> ClassPlace | None:
         """A class by the name it has in a module, wherever it is defined within the package."""
         tree = self.module(module)
         if tree is None or (module, name) in seen:
@@ -81,7 +83,7 @@ class Package:
         seen |= {(module, name)}
         for node in _statements(tree.body):
             if isinstance(node, ast.ClassDef) and node.name == name:
-                return Place(module, node)
+                return ClassPlace(module, node)
             if isinstance(node, ast.ImportFrom):
                 names = {alias.asname or alias.name: alias.name for alias in node.names}
                 if name in names or "*" in names:
@@ -101,7 +103,7 @@ class Package:
         base = parts[: len(parts) - node.level + is_package]
         return ".".join([*base, *([node.module] if node.module else [])])
 
-    def lineage(self, place: Place, seen: frozenset[tuple[str, str]] = frozenset()) -> Iterator[Place]:
+    def lineage(self, place: ClassPlace, seen: frozenset[tuple[str, str]] = frozenset()) -> Iterator[ClassPlace]:
         """The class and its bases within the package, nearest first."""
         if (place.module, place.node.name) in seen:
             return
@@ -113,15 +115,15 @@ class Package:
                 if found is not None:
                     yield from self.lineage(found, seen | {(place.module, place.node.name)})
 
-    def member(self, place: Place, name: str) -> Found | None:
+    def member(self, place: ClassPlace, name: str) -> Member | None:
         """A field, property or method of a class or of its bases."""
         for owner in self.lineage(place):
             for node in _statements(owner.node.body):
                 if name in _names(node):
-                    return Found(f"{self.file(owner.module)}:{node.lineno}", node)
+                    return Member(f"{self.file(owner.module)}:{node.lineno}", node)
         return None
 
-    def values(self, place: Place) -> set[str]:
+    def values(self, place: ClassPlace) -> set[str]:
         """The string constants that a class assigns: an enumeration's values."""
         nodes = (
             node.value for owner in self.lineage(place) for node in owner.node.body if isinstance(node, ast.Assign)
@@ -130,7 +132,7 @@ class Package:
 
 
 def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """Those of a module or class, inside its conditions too."""
+    """The statements of a module or class, also inside its ``if`` and ``try``."""
     for node in body:
         yield node
         for inner in ("body", "orelse", "finalbody", "handlers"):
@@ -140,7 +142,7 @@ def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
 
 
 def _names(node: ast.stmt) -> list[str]:
-    """What a statement of a class body defines."""
+    """The names that a statement of a class body defines."""
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
         return [node.name]
     targets = [node.target] if isinstance(node, ast.AnnAssign) else node.targets if isinstance(node, ast.Assign) else []
@@ -148,7 +150,7 @@ def _names(node: ast.stmt) -> list[str]:
 
 
 def field_default(node: ast.stmt) -> Any:
-    """The default of a dataclass or pydantic field: a value, a ``Source``, ``FACTORY`` or ``REQUIRED``."""
+    """The default of a dataclass or pydantic field: a value, a ``SourceText``, ``FACTORY`` or ``REQUIRED``."""
     value = getattr(node, "value", None)
     if value is None:
         return REQUIRED
@@ -182,7 +184,7 @@ def constant(node: ast.expr) -> Any:
     try:
         return ast.literal_eval(node)
     except ValueError:
-        return Source(ast.unparse(node))
+        return SourceText(ast.unparse(node))
 
 
 def literal_words(node: ast.stmt) -> set[str]:
@@ -193,4 +195,5 @@ def literal_words(node: ast.stmt) -> set[str]:
         for part in ast.walk(annotation)
         if isinstance(part, ast.Subscript) and getattr(part.value, "id", getattr(part.value, "attr", "")) == "Literal"
     )
-    return {leaf.value for literal in literals for leaf in ast.walk(literal) if isinstance(leaf, ast.Constant)}
+    leaves = (leaf.value for literal in literals for leaf in ast.walk(literal) if isinstance(leaf, ast.Constant))
+    return {word for word in leaves if isinstance(word, str)}

@@ -1,7 +1,7 @@
 """Where an engine of TensorRT-LLM runs: its GPUs, the ranks that share them, the environment of its processes.
 
 A colocated engine takes the GPUs of one model-parallel group of the learner (its tensor x pipeline ranks, all on one
-node). The group's source rank owns it; the others take part in refits with their GPU's share and receive the
+node). The group's source rank owns it; the others take part in refits with the weights on their GPU, and receive the
 completions. In a rollout server one process has the engine, and all its GPUs, for itself.
 """
 
@@ -32,16 +32,16 @@ FOREIGN_NAMES = (
     "MASTER_ADDR",
     "MASTER_PORT",
 )
-"""Of the learner's job: what Slurm, MPI and torchrun tell its ranks."""
+"""Environment variables of the learner's job by which Slurm, MPI and torchrun tell its ranks where they stand."""
 
 
 class Ranks(Protocol):
-    """The ranks that have one engine in common; all methods are collective over them."""
+    """The ranks that one engine serves; all methods are collective over them."""
 
     owner: bool
     """True on the one rank that talks to the engine."""
 
-    def share(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """The owner's object, on all ranks."""
         ...
 
@@ -55,7 +55,7 @@ class Alone:
 
     owner = True
 
-    def share(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         return value
 
     def gather(self, value: T) -> list[T]:
@@ -71,7 +71,7 @@ class ModelParallelRanks:
         self._parallel = parallel
         self.owner = parallel.is_model_parallel_source()
 
-    def share(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         return self._parallel.broadcast_in_model_parallel(value)
 
     def gather(self, value: T) -> list[T]:
@@ -80,15 +80,19 @@ class ModelParallelRanks:
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU, as two processes can agree on it."""
+    """One GPU under the names that several processes know it by.
+
+    Example: ``Gpu("node7", 3, "GPU-5e4a...", 0)``
+    """
 
     host: str
+    """Name of the node."""
     number: int
-    """On the node, as ``CUDA_VISIBLE_DEVICES`` counts."""
+    """Its number on the node, as ``CUDA_VISIBLE_DEVICES`` counts."""
     uuid: str
     """``GPU-…``, as TensorRT-LLM names it in a refit."""
     device: int
-    """In the process that reports it."""
+    """Its number in the process that reports it: ``cuda:<device>``."""
 
 
 def visible_gpu(device: int) -> Gpu:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import pickle
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,22 +18,8 @@ from nemo_aapo.engines.trtllm.placement import Gpu
 NamedTensors = list[tuple[str, torch.Tensor]]
 
 
-def buckets(named_tensors: Iterable[tuple[str, torch.Tensor]], bucket_bytes: int) -> Iterator[NamedTensors]:
-    """The tensors in their order, as many at a time as fit; a larger one goes alone."""
-    bucket: NamedTensors = []
-    size = 0
-    for name, tensor in named_tensors:
-        if bucket and size + tensor.nbytes > bucket_bytes:
-            yield bucket
-            bucket, size = [], 0
-        bucket.append((name, tensor))
-        size += tensor.nbytes
-    if bucket:
-        yield bucket
-
-
 def payloads(bucket: NamedTensors, gpus: Sequence[Gpu]) -> tuple[dict[str, str], list[NamedTensors]]:
-    """What ``AsyncLLM.update_weights`` takes, for this process's GPUs.
+    """One bucket as ``AsyncLLM.update_weights`` takes it, for this process's GPUs.
 
     Returns:
         GPU UUID -> base64 of the pickled list of (Hugging Face name, handle), and what must stay alive until the
@@ -41,16 +27,16 @@ def payloads(bucket: NamedTensors, gpus: Sequence[Gpu]) -> tuple[dict[str, str],
     """
     found, alive = {}, []
     for gpu in gpus:
-        handles, tensors = share(bucket, gpu.device)
+        handles, tensors = export_to_ipc(bucket, gpu.device)
         found[gpu.uuid] = base64.b64encode(pickle.dumps(handles)).decode()
         alive.append(tensors)
     return found, alive
 
 
-def share(bucket: NamedTensors, device: int) -> tuple[list[tuple[str, Any]], NamedTensors]:
-    """Copies of the tensors on one GPU, and handles by which another process can open them.
+def export_to_ipc(bucket: NamedTensors, device: int) -> tuple[list[tuple[str, Any]], NamedTensors]:
+    """Copy the tensors to one GPU, and make handles by which another process can open the copies.
 
-    The one function of the adapter that needs CUDA; the tests replace it.
+    It is the one function of the adapter that needs CUDA; the tests replace it.
 
     Returns:
         (name, (function, arguments) that opens it) of each, and the copies.

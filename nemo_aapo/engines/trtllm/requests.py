@@ -1,22 +1,24 @@
 """One completion as a request to TensorRT-LLM, and its answer as a ``Completion``: pure functions.
 
-The library's defaults and conventions differ from ours in ways that cost results, not errors. Each is named here.
+The library's defaults and conventions differ from this project's in ways that raise no error and spoil the result.
+Each is named here.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from nemo_aapo.engines.trtllm.library import CompletionOutput, Logprob
 from nemo_aapo.errors import RunError
 from nemo_aapo.types import Completion, SamplingSpec
 
 KNOWN = ("temperature", "max_new_tokens", "stop_token_ids", "top_p")
-"""What of a ``SamplingSpec`` becomes part of a request. Of the others: the library's minimum length holds back its end
-token, not stop tokens, and strings need the tokenizer, which is left out."""
+"""Fields of a ``SamplingSpec`` that become part of a request. The others can't: the library's minimum length holds back
+its end token and not stop tokens, and stop strings need the tokenizer, which is left out."""
 
 
 def check_request(prompts: Sequence[np.ndarray], sampling: SamplingSpec, seeds: Sequence[Sequence[int]]) -> None:
@@ -62,11 +64,11 @@ def sampling_arguments(sampling: SamplingSpec, seed: int) -> dict[str, Any]:
     return {**arguments, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
 
 
-def read_completion(output: Any, sampling: SamplingSpec, policy_version: int) -> Completion:
-    """One finished ``CompletionOutput`` as ours.
+def read_completion(output: CompletionOutput, sampling: SamplingSpec, policy_version: int) -> Completion:
+    """One finished ``CompletionOutput`` as a ``Completion``.
 
-    Log-probs are NaN where they are not those of the draw: at another temperature than 1, unless greedy. Only
-    validation draws so, and it reads none.
+    Log-probs are NaN where they are not those of the sampled distribution: at another temperature than 1, unless
+    greedy. Only validation samples so, and it reads none.
 
     Raises:
         RunError: the request did not end as a completion ends, or its answer contradicts itself.
@@ -98,8 +100,10 @@ def read_completion(output: Any, sampling: SamplingSpec, policy_version: int) ->
     )
 
 
-def _logprobs(tokens: np.ndarray, entries: Sequence[Any] | None, sampling: SamplingSpec) -> np.ndarray:
-    """float32 [T]."""
+def _logprobs(
+    tokens: np.ndarray, entries: Sequence[Mapping[int, Logprob]] | None, sampling: SamplingSpec
+) -> np.ndarray:
+    """float32 [T], the log-prob of each token of a completion."""
     # Trap: they are raw, of the logits before temperature (and before top_p, which ours are as well). From the
     # drawn token's alone they can't be rescaled.
     if not sampling.greedy and sampling.temperature != 1.0:

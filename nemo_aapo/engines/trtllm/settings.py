@@ -1,4 +1,4 @@
-"""What a TensorRT-LLM engine is made of: our settings, and what they become as arguments of the library."""
+"""What a TensorRT-LLM engine is made of: the run's settings, and what they become as arguments of the library."""
 
 from __future__ import annotations
 
@@ -42,22 +42,27 @@ class TrtllmSettings:
     """What an engine is made of."""
 
     model_path: str
+    """The base model's directory."""
     dtype: str
-    """As the library names it: ``bfloat16``."""
+    """The dtype that it computes in, as the library names it: ``bfloat16``."""
     tensor_parallel_size: int
+    """Number of its GPUs."""
     max_prompt_tokens: int
+    """The longest prompt."""
     max_new_tokens: int
+    """The longest completion."""
     max_concurrent_tokens: int
-    """Most tokens in the KV cache."""
+    """The most tokens in the KV cache."""
     kv_cache_fraction: float
-    """Most of the GPU memory that is free at the start, for the KV cache."""
+    """The most that the KV cache takes of the GPU memory that is free at the start, from 0 to 1."""
     refit_bucket_bytes: int
+    """Bytes of weights that are handed over at a time, unless one tensor alone is larger."""
     timeout_s: float
-    """The longest wait for any one answer of the engine."""
+    """Seconds to wait for any one answer of the engine."""
 
     @classmethod
     def from_config(cls, config: Config) -> TrtllmSettings:
-        """By ``rollout`` and ``rollout.trtllm`` of the configuration."""
+        """The settings that ``rollout`` and ``rollout.trtllm`` of a configuration say."""
         model, rollout = config.model, config.rollout
         learner_gpus = model.tensor_model_parallel_size * model.pipeline_model_parallel_size
         return cls(

@@ -15,7 +15,6 @@ All of it is written by the run's owner; the ranks only read.
 from __future__ import annotations
 
 import json
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any
 
 from nemo_aapo.config.command_line import FROZEN
 from nemo_aapo.utils.files import to_json, write_atomic
+from nemo_aapo.utils.token import make_token
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,7 @@ class Places:
 
     def make_token(self) -> None:
         """The servers' bearer token, unless there is one: jobs that already run use it."""
-        token = self.servers / "token"
-        if not token.exists():
-            write_atomic(token, secrets.token_urlsafe(32), mode=0o600)
+        make_token(self.servers)
 
 
 def read_jobs(places: Places) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ from nemo_aapo.distributed import parallel
 from nemo_aapo.mcore.bridge.loader import lora_class
 from nemo_aapo.models import writer as hf_directory
 from nemo_aapo.seeds import stream_seed
+from nemo_aapo.utils.files import whole_directory
 
 ADAPTER = ".adapter."
 """Stands between the name of a layer and that of its adapter's tensor."""
@@ -146,7 +147,7 @@ def save_peft(
             "target_modules": sorted({name.split(".")[-3] for name in named}),
         }
         texts = {"adapter_config.json": json.dumps(config, indent=2) + "\n", **more_files}
-        with hf_directory.appearing(target) as partial:
+        with whole_directory(target) as partial:
             save_file(named, partial / "adapter_model.safetensors", metadata={"format": "pt"})
             hf_directory.write_texts(texts, partial)
             for file in hf_directory.companions(Path(base)):

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from nemo_aapo.mcore.bridge.loader import auto_bridge_class
 from nemo_aapo.models import writer as hf_directory
 from nemo_aapo.models.directory import architecture_of
+from nemo_aapo.utils.files import whole_directory
 
 
 class WeightMap:
@@ -91,7 +92,7 @@ class WeightMap:
         """
         tensors = ((name, tensor if dtype is None else tensor.to(dtype)) for name, tensor in self.export(model))
         if dist.get_rank() == 0:
-            with hf_directory.appearing(Path(directory)) as partial:
+            with whole_directory(Path(directory)) as partial:
                 hf_directory.write_shards(tensors, partial, max_shard_bytes)
                 hf_directory.copy_companions(Path(self.path), partial, dtype)
                 hf_directory.write_texts(more_files or {}, partial)

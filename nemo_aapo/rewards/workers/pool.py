@@ -148,7 +148,7 @@ class _Worker:
         try:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "nemo_aapo.rewards.workers.worker"],
-                stdin=there,
+                stdin=there.fileno(),
                 stdout=2,  # what a reward prints goes to the log
                 # The fixed hash seed: reasoning-gym makes the item that an answer belongs to anew (data.gym_items).
                 env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"},

@@ -17,7 +17,7 @@ from aiohttp import web
 
 from nemo_aapo.engines.remote import dispatch, wire
 from nemo_aapo.engines.remote.directory import ServerRecord, open_directory, open_token, publish
-from nemo_aapo.engines.remote.dispatch import Call, Fleet, Work, spread
+from nemo_aapo.engines.remote.dispatch import Call, Fleet, Work, distribute
 from nemo_aapo.errors import RunError
 from nemo_aapo.types import Completion, SamplingSpec
 
@@ -70,13 +70,13 @@ class ScriptedServer:
         return web.Response(body=wire.encode_weights_id(self.weights))
 
     async def _update(self, request: web.Request) -> web.Response:
-        weights = wire.decode_weights(wire.loads(await request.read()))
+        weights = wire.decode_weights(wire.load_object(await request.read()))
         self.refits.append(weights)
         self.weights = weights.id
         return web.Response(body=wire.encode_weights_id(self.weights))
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
-        asked = wire.decode_request(wire.loads(await request.read()), LIMITS)
+        asked = wire.decode_request(wire.load_object(await request.read()), LIMITS)
         self.asked.append(asked)
         misdeed, _, at = self.script().partition(" ")
         if misdeed == "refuse":
@@ -105,13 +105,13 @@ class ScriptedServer:
             "garbage": b"{not json\n",
             "twice": lines[at - 1],
             "unasked": lines[0].replace(b'"i":0', b'"i":99').replace(b'"j":0', b'"j":99').replace(b'"j":1', b'"j":98'),
-            "fail": wire.dumps({"error": "the engine failed", "reason": "engine"}),
+            "fail": wire.dump_object({"error": "the engine failed", "reason": "engine"}),
         }
         if misdeed in extra:
             await response.write(extra[misdeed])
         for line in lines[at:] if misdeed != "short" else []:
             await response.write(line)
-        await response.write(wire.dumps({"done": len(lines)}))
+        await response.write(wire.dump_object({"done": len(lines)}))
         return response
 
 
@@ -137,7 +137,7 @@ def start(tmp_path) -> Iterator[Callable[..., list[ScriptedServer]]]:
 @pytest.fixture
 def fleet(tmp_path) -> Callable[..., Fleet]:
     def make(servers: int = 1, **changes) -> Fleet:
-        settings = {"wait_s": 2.0, "timeout_s": TIMEOUT_S, "retries": 3, "say": lambda text: None, **changes}
+        settings = {"wait_s": 2.0, "timeout_s": TIMEOUT_S, "retries": 3, "log": lambda text: None, **changes}
         return Fleet(tmp_path / "servers", servers=servers, **settings)
 
     return make
@@ -165,7 +165,7 @@ def test_a_server_that_misbehaves_costs_no_completion_and_doubles_none(start, fl
     said = []
     bad, good = start(always(f"{misdeed} 3"), always("well"))
     call, told, wanted = make_call([4] * 6)
-    fleet(2, say=said.append).generate(call)
+    fleet(2, log=said.append).generate(call)
     assert sorted(told) == sorted(wanted)
     assert bad.asked
     assert len(good.asked) == 2  # its own share, and what the other left over
@@ -251,15 +251,15 @@ def test_work_goes_where_the_least_is_to_be_drawn_the_longest_expected_first_and
         works = [Work(i, [0], rng.randrange(1, 100)) for i in range(rng.randrange(20))]
         works[3:4] = [Work(3, [0, 1], 40)] if len(works) > 3 else []
         busy = [rng.randrange(200) for _ in range(rng.randrange(1, 5))]
-        shares = spread(works, busy)
-        assert sorted(w.prompt for share in shares for w in share) == [w.prompt for w in works]
+        parts = distribute(works, busy)
+        assert sorted(w.prompt for part in parts for w in part) == [w.prompt for w in works]
         loads = list(busy)
         for work in sorted(works, key=lambda work: work.prompt if len(work.left) == 1 else -1):
-            (taker,) = [k for k, share in enumerate(shares) if work in share]
+            (taker,) = [k for k, part in enumerate(parts) if work in part]
             assert loads[taker] == min(loads)
             loads[taker] += work.tokens
-        for share in shares:
-            assert [w.prompt for w in share] == sorted(w.prompt for w in share)
+        for part in parts:
+            assert [w.prompt for w in part] == sorted(w.prompt for w in part)
     servers = start(always("well"), always("well"))
     call, _, _ = make_call([8, 1, 1, 1, 1])
     fleet(2).generate(call)
@@ -267,7 +267,7 @@ def test_work_goes_where_the_least_is_to_be_drawn_the_longest_expected_first_and
     assert sorted(asked) == [[1, 1, 1, 1], [8]]
 
 
-def test_large_shares_go_in_several_requests(start, fleet, monkeypatch):
+def test_much_work_goes_in_several_requests(start, fleet, monkeypatch):
     monkeypatch.setattr(dispatch, "REQUEST_TOKENS", 6)
     (server,) = start(always("well"))
     call, told, wanted = make_call([2] * 12)

@@ -82,7 +82,7 @@ class Engines:
         self.remote = RemoteEngine.from_config(config)
         self.tolerance = 0.0 if config.rollout.remote.servers == 1 else 1e-5
         self.said: list[str] = []
-        self.remote.fleet._say = self.said.append
+        self.remote.fleet._log = self.said.append
 
     def train(self, version):
         """New weights, as after an optimizer step, on both."""

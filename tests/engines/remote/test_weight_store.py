@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import resource
@@ -13,7 +12,7 @@ import pytest
 import torch
 
 from nemo_aapo.engines.remote import weight_store
-from nemo_aapo.engines.remote.weight_store import WeightStore, buckets
+from nemo_aapo.engines.remote.weight_store import WeightStore
 from nemo_aapo.engines.remote.wire import Weights
 from nemo_aapo.errors import RunError, WeightsError, WireError
 from nemo_aapo.models.directory import weight_files
@@ -66,16 +65,6 @@ def test_what_is_read_is_what_was_written_bit_for_bit_in_buckets_of_bounded_size
     assert len(sizes) > 3
     assert sorted(sizes)[-2] < BUCKET + 1000 < sorted(sizes)[-1]  # headers aside; one tensor alone is larger
     assert [path.name for path in store.root.iterdir()] == [folder.name]
-
-
-def test_buckets_keep_the_order_lose_nothing_and_hold_no_more_than_asked():
-    given = tensors()
-    made = list(buckets(iter(given.items()), BUCKET))
-    assert [name for bucket in made for name in bucket] == list(given)
-    assert all(len(bucket) == 1 or sum(t.nbytes for t in bucket.values()) <= BUCKET for bucket in made)
-    for one, two in itertools.pairwise(made):
-        first = next(iter(two.values()))
-        assert sum(t.nbytes for t in one.values()) + first.nbytes > BUCKET
 
 
 def flip(path: Path) -> None:
@@ -174,7 +163,7 @@ def test_a_full_disk_is_an_error_that_leaves_the_version_before_whole_and_asks_f
 
 
 def test_only_the_versions_that_are_kept_stay_also_of_an_earlier_start(store, directory):
-    (store.root / "v9.partial").mkdir(parents=True)
+    (store.root / ".v9.partial").mkdir(parents=True)
     written = [store.write(tensors(version).items(), version) for version in (1, 2, 2, 3)]
     store.prune(keep=[written[1], Weights(written[0].id, None)])
     assert [path.name for path in store.root.iterdir()] == [Path(written[2].manifest).parent.name]

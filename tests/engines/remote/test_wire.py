@@ -31,7 +31,7 @@ def test_every_float32_log_prob_survives_bit_for_bit():
     sent = Completion(np.arange(len(logprobs), dtype=np.int32), logprobs, "stop", 7)
     line = wire.encode_completion(4, 2, sent)
     assert line.count(b"\n") == 1
-    i, j, got = wire.decode_completion(wire.loads(line))
+    i, j, got = wire.decode_completion(wire.load_object(line))
     assert (i, j, got.finish_reason, got.policy_version) == (4, 2, "stop", 7)
     assert got.logprobs.tobytes() == sent.logprobs.tobytes()
     assert got.token_ids.dtype == np.int32
@@ -41,7 +41,7 @@ def test_every_float32_log_prob_survives_bit_for_bit():
 def test_a_request_survives_with_every_field_of_the_sampling_spec():
     prompts = [np.array([1, 2], np.int32), np.array([149], np.int32)]
     sent = wire.GenerateRequest(wire.WeightsId(3, "ab"), SPEC, prompts, [[0, 2**63 - 1], []])
-    got = wire.decode_request(wire.loads(wire.encode_request(sent)), LIMITS)
+    got = wire.decode_request(wire.load_object(wire.encode_request(sent)), LIMITS)
     assert (got.weights, got.sampling, got.seeds) == (sent.weights, sent.sampling, sent.seeds)
     assert [prompt.tolist() for prompt in got.prompts] == BODY["prompts"]
     assert json.loads(wire.encode_request(sent)) == json.loads(json.dumps(BODY))
@@ -108,7 +108,7 @@ def test_whatever_bytes_come_they_are_a_request_or_a_wire_error():
     refused = 0
     for text in texts:
         try:
-            wire.decode_request(wire.loads(text), LIMITS)
+            wire.decode_request(wire.load_object(text), LIMITS)
         except WireError:
             refused += 1
     assert refused > len(texts) / 2
@@ -117,7 +117,7 @@ def test_whatever_bytes_come_they_are_a_request_or_a_wire_error():
 @pytest.mark.parametrize("text", ['{"logprobs": [NaN]}', "-Infinity", "[Infinity]"])
 def test_numbers_that_json_does_not_have_are_no_json(text):
     with pytest.raises(WireError, match="no JSON number"):
-        wire.loads(text)
+        wire.load_object(text)
 
 
 def test_a_damaged_completion_is_a_wire_error():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nemo_aapo.errors import RunError
-from tests.engines.trtllm.test_engine import PROMPTS, SAMPLING, SEEDS, share_on_cpu
+from tests.engines.trtllm.test_engine import PROMPTS, SAMPLING, SEEDS, export_on_cpu
 from tests.tiny_models import make_config
 
 
@@ -35,7 +35,7 @@ def _rollout(path, tp, pp):
     rank, came = parallel.rank(), []
     gpu = trtllm_placement.Gpu("node", rank, f"GPU-{rank}", 0)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(trtllm_refit, "share", share_on_cpu)
+        monkeypatch.setattr(trtllm_refit, "export_to_ipc", export_on_cpu)
         monkeypatch.setattr(trtllm_settings, "_has_gpu", lambda: True)
         monkeypatch.setattr(trtllm_placement, "visible_gpu", lambda device: gpu)
         fake = fake_trtllm.install(monkeypatch)

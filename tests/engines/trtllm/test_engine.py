@@ -6,7 +6,6 @@ CUDA IPC needs a GPU: ``share`` hands the tensors themselves over instead of han
 from __future__ import annotations
 
 import ast
-import itertools
 import math
 import os
 import sys
@@ -54,11 +53,11 @@ SEEDS = [[stream_seed(i, j) for j in range(4)] for i in range(len(PROMPTS))]
 @pytest.fixture
 def fake(monkeypatch):
     """The stand-in is ``tensorrt_llm``, for this test."""
-    monkeypatch.setattr(trtllm_refit, "share", share_on_cpu)
+    monkeypatch.setattr(trtllm_refit, "export_to_ipc", export_on_cpu)
     return fake_trtllm.install(monkeypatch)
 
 
-def share_on_cpu(bucket, device):
+def export_on_cpu(bucket, device):
     """The tensors' numbers in place of CUDA IPC handles."""
     return [(name, (torch.from_numpy, (tensor.numpy(),))) for name, tensor in bucket], bucket
 
@@ -140,7 +139,7 @@ def test_a_sampler_that_ignores_seeds_is_refused_at_the_start(fake):
 
 def test_a_library_that_can_not_be_imported_is_an_error_with_a_message(fake, monkeypatch):
     monkeypatch.setitem(sys.modules, contract.SAMPLING_PARAMS.module, None)
-    with pytest.raises(RunError, match=r"can't be imported.*trtllm_check"):
+    with pytest.raises(RunError, match=r"can't be imported.*trtllm\.check"):
         start()
 
 
@@ -288,20 +287,6 @@ def test_a_refit_waits_for_no_request_and_is_refused_while_some_are_under_way(en
     engine.generate(PROMPTS, SAMPLING, SEEDS, refit_meanwhile)
     assert len(problems) == 1
     assert not any(method == "update_weights" for method, _ in fake.seen)
-
-
-def test_buckets_hold_every_tensor_once_in_order_and_no_more_bytes_than_they_may():
-    generator = np.random.default_rng(0)
-    for _ in range(50):
-        named = [(f"w{i}", torch.zeros(int(n))) for i, n in enumerate(generator.integers(1, 60, size=20))]
-        limit = int(generator.integers(4, 400))
-        made = list(trtllm_refit.buckets(iter(named), limit))
-        assert [name for bucket in made for name, _ in bucket] == [name for name, _ in named]
-        for bucket in made:
-            assert sum(tensor.nbytes for _, tensor in bucket) <= limit or len(bucket) == 1
-        for first, second in itertools.pairwise(made):  # none was closed early
-            assert sum(tensor.nbytes for _, tensor in [*first, second[0]]) > limit
-    assert list(trtllm_refit.buckets([], 10)) == []
 
 
 def test_a_refit_comes_in_buckets_and_never_holds_two_at_a_time(fake, monkeypatch):
@@ -500,5 +485,5 @@ def test_the_library_is_imported_in_one_module_and_only_by_the_contracts_names()
     }
     known = {(cls.module, cls.name) for cls in contract.CLASSES}
     known.add(tuple(contract.WORKER_EXTENSION.module.rsplit(".", 1)))
-    assert {file for file, _, _ in found} == {"trtllm_engine.py"}
+    assert {file for file, _, _ in found} == {"engine.py"}
     assert {(module, name) for _, module, name in found} <= known

@@ -26,7 +26,7 @@ from nemo_aapo.engines.trtllm import settings as trtllm_settings
 from nemo_aapo.engines.trtllm.placement import Gpu
 from nemo_aapo.types import SamplingSpec
 from tests import fake_trtllm
-from tests.engines.trtllm.test_engine import PROMPTS, SEEDS, STOP, share_on_cpu
+from tests.engines.trtllm.test_engine import PROMPTS, SEEDS, STOP, export_on_cpu
 from tests.fake_trtllm import TABLE, VOCAB, table
 from tests.tiny_models import make_config
 
@@ -36,7 +36,7 @@ SAMPLING = SamplingSpec(1.0, 16, (STOP,))
 @pytest.fixture
 def config(monkeypatch, tmp_path):
     fake_trtllm.install(monkeypatch)
-    monkeypatch.setattr(trtllm_refit, "share", share_on_cpu)
+    monkeypatch.setattr(trtllm_refit, "export_to_ipc", export_on_cpu)
     monkeypatch.setattr(trtllm_settings, "_has_gpu", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(trtllm_placement, "visible_gpu", lambda device: Gpu("node", device, f"GPU-{device}", device))
