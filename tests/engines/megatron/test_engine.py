@@ -334,9 +334,8 @@ def _rollouts_around_a_change(path, tp):
 
     import torch
 
-    from nemo_aapo.engines.megatron import decoder
+    from nemo_aapo.engines.megatron import decoder, matmul
     from nemo_aapo.engines.megatron import engine as megatron_engine
-    from nemo_aapo.engines.megatron import matmul as products
 
     model, copies, shapes, results = build(path, tp), [], [], []
     long, engine = (
@@ -345,20 +344,20 @@ def _rollouts_around_a_change(path, tp):
     )
 
     def watched(weight):
-        copy = products.arranged(weight)
+        copy = matmul.pack_weight(weight)
         shapes.append(copy.dim())
         if copy is not weight:
             copies.append(weakref.ref(copy))
         return copy
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(products, "SMALL_WEIGHT", 1 << 12)  # of which a tiny model has large ones
-        patch.setattr(products, "WIDEST_PANEL", 64)
-        patch.setattr(decoder, "arranged", watched)
-        pays = megatron_engine._copy_pays
+        patch.setattr(matmul, "SMALL_WEIGHT", 1 << 12)  # of which a tiny model has large ones
+        patch.setattr(matmul, "MAX_BLOCK_COLUMNS", 64)
+        patch.setattr(decoder, "pack_weight", watched)
+        pays = megatron_engine._packing_pays
         for _ in range(2):
             for rule in (pays, lambda *_: False):
-                patch.setattr(megatron_engine, "_copy_pays", rule)
+                patch.setattr(megatron_engine, "_packing_pays", rule)
                 made = len(copies)
                 results.append(engine.generate(prompts(), long, SEEDS))
                 assert (len(copies) > made) == (rule is pays)
