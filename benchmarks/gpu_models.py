@@ -13,7 +13,7 @@ import torch
 from nemo_aapo.config import Config, pad_multiple, with_machine_defaults
 from nemo_aapo.config.compose import load_config
 from nemo_aapo.errors import ConfigError
-from nemo_aapo.learner.microbatch import collate
+from nemo_aapo.learner.microbatch import PrefixGroup, collate
 from nemo_aapo.mcore.micro_batch import MicroBatch
 from nemo_aapo.mcore.precision import Machine, refusal
 from nemo_aapo.planning import hardware, models
@@ -131,5 +131,6 @@ def random_batch(policy: Any, tokens: int, sequence: int, micro_batches: int, *,
     ]
     weight = 1.0 / (len(samples) * half * micro_batches)
     multiple, device = pad_multiple(policy.config), torch.cuda.current_device()
-    bundles = [(sample,) for sample in samples]
-    return collate(bundles, [weight] * len(samples), multiple=multiple, device=device, packed=True)
+    return collate(
+        PrefixGroup.separate(samples), [weight] * len(samples), multiple=multiple, device=device, packed=True
+    )

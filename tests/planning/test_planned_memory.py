@@ -71,7 +71,7 @@ def prepare(path: str, length: int, rows: int, changes: dict, kind: str = "padde
     import numpy as np
     import torch
 
-    from nemo_aapo.learner.microbatch import collate
+    from nemo_aapo.learner.microbatch import PrefixGroup, collate
     from nemo_aapo.learner.policy import MegatronPolicy
     from nemo_aapo.models.directory import read_model_dir
     from nemo_aapo.types import Sample
@@ -81,9 +81,9 @@ def prepare(path: str, length: int, rows: int, changes: dict, kind: str = "padde
     completion = np.arange(length - PROMPT) % 90 + 2
     sample = Sample(prompt, completion, np.zeros(len(completion), np.float32), advantage=1.0)
     multiple = changes.get("model__tensor_model_parallel_size", 1)
-    bundles = [(sample,) * rows] if kind == "shared" else [(sample,)] * rows
+    groups = [PrefixGroup((sample,) * rows)] if kind == "shared" else PrefixGroup.separate([sample] * rows)
     device = torch.device("cpu")
-    batch = collate(bundles, [1e-3] * rows, multiple=multiple, device=device, packed=kind != "padded")
+    batch = collate(groups, [1e-3] * rows, multiple=multiple, device=device, packed=kind != "padded")
 
     def loss(logprobs, entropy, batch):
         return -(batch.weights * logprobs).sum(), {}
