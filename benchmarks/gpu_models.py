@@ -17,8 +17,8 @@ from nemo_aapo.learner.microbatch import PrefixGroup, collate
 from nemo_aapo.mcore.micro_batch import MicroBatch
 from nemo_aapo.mcore.precision import Machine, refusal
 from nemo_aapo.planning import hardware, models
-from nemo_aapo.planning.inputs import Question, inputs_of
-from nemo_aapo.planning.memory import of_rank
+from nemo_aapo.planning.inputs import Question, plan_inputs
+from nemo_aapo.planning.memory import rank_memory
 from nemo_aapo.types import Sample
 
 SHAPES: dict[str, dict[str, int]] = {  # Qwen2.5's config.json
@@ -111,7 +111,7 @@ def fitting(path: Path, micro_batch_tokens: int, sequence: int, memory_bytes: fl
     question = Question(models.read(str(path)), gpu, sequence / 2, sequence / 2, dataset_prompts=None)
     while micro_batch_tokens > sequence:
         config = with_machine_defaults(config_of(path, "bf16", micro_batch_tokens, sequence), on_gpu=True)
-        if of_rank(inputs_of(config, question)).total("train") <= memory_bytes:
+        if rank_memory(plan_inputs(config, question)).total("train") <= memory_bytes:
             break
         micro_batch_tokens //= 2
     return micro_batch_tokens

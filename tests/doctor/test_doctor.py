@@ -103,7 +103,7 @@ def test_a_machine_without_gpu_is_ok_unless_the_configuration_needs_one(config):
 
 def test_gpus_that_torch_does_not_see_are_a_failure(only_on_path):
     program(only_on_path, "nvidia-smi", "echo 'GPU 0: NVIDIA H100 (UUID: GPU-1)'; echo 'GPU 1: NVIDIA H100'")
-    seen = dataclasses.replace(gpu.look(), devices=())
+    seen = dataclasses.replace(gpu.find_gpus(), devices=())
     assert seen.listed == 2
     assert "nvidia-smi lists 2, torch sees none" in gpu.judge_gpus(seen, None, 1).text
 

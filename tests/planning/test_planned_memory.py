@@ -11,7 +11,7 @@ import pytest
 
 from nemo_aapo.config.schema import Lora
 from nemo_aapo.planning import activations, compute, memory, models, parameters
-from nemo_aapo.planning.inputs import Layout, Learner, inputs_of
+from nemo_aapo.planning.inputs import Layout, Learner, plan_inputs
 from tests.tiny_models import SIZES, make_config, save_character_tokenizer, save_model
 
 MICROBATCHES = 3
@@ -167,7 +167,7 @@ def plan_a_step(
     )
     found = []
     for stage in range(layout.pipeline):
-        count = parameters.on_rank(model, layout, stage, lora)
+        count = parameters.rank_parameters(model, layout, stage, lora)
         flying = activations.in_flight(layout, stage, MICROBATCHES)
         batch = activations.MicroBatch(rows, length)
         found.append(
@@ -175,7 +175,7 @@ def plan_a_step(
                 "weights": memory.weights(count, learner),
                 "gradients": memory.gradients(count),
                 "optimizer": memory.optimizer(count, learner, layout),
-                "activations": activations.of_stage(model, layout, learner, batch, stage, flying),
+                "activations": activations.stage_activations(model, layout, learner, batch, stage, flying),
             }
         )
     return found
@@ -314,7 +314,7 @@ def test_flops_of_a_step_are_those_that_torch_counts(ranks, wide, recompute):
             f"rollout.max_new_tokens={length - PROMPT}",
         ]
     )
-    inputs = inputs_of(config, question)
+    inputs = plan_inputs(config, question)
     planned = compute.train_flops(inputs)
     # attention on CPU multiplies all pairs, of which causality hides half: the plan has the other half only.
     hidden_half = compute.forward(inputs, 0, rows * length**2 / 2, 0).rest * (4 if recompute else 3)

@@ -13,7 +13,7 @@ import pytest
 
 from nemo_aapo.errors import ConfigError
 from nemo_aapo.planning import compute, hardware, layouts, memory, models, parameters, plan, report, request
-from nemo_aapo.planning.inputs import Inputs, Layout, inputs_of
+from nemo_aapo.planning.inputs import Inputs, Layout, plan_inputs
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -37,7 +37,7 @@ PUBLISHED_PARAMETERS = {
 
 
 def made_inputs(*words: str) -> Inputs:
-    return inputs_of(*request.read(words))
+    return plan_inputs(*request.read(words))
 
 
 @pytest.mark.parametrize("name", models.KNOWN)
@@ -73,7 +73,7 @@ def test_a_mixture_of_experts_is_counted_as_transformers_builds_it():
 def test_the_ranks_parameters_add_up(name, layout):
     """What is cut adds up to the whole; what every rank has, and a tied output layer's copy, come on top."""
     model = models.find(name)
-    ranks = [parameters.on_rank(model, layout, stage) for stage in range(layout.pipeline)]
+    ranks = [parameters.rank_parameters(model, layout, stage) for stage in range(layout.pipeline)]
     whole = parameters.whole(model)
     assert layout.tensor * sum(rank.linear + rank.experts + rank.embedding for rank in ranks) == (
         whole.linear + whole.experts + whole.embedding
@@ -173,10 +173,10 @@ def test_bytes_of_a_parameter_are_mcores():
     words = ("model=Qwen2.5-0.5B", "trainer.devices=4")
     total = PUBLISHED_PARAMETERS["Qwen2.5-0.5B"]
     for precision, (weights, state) in {"auto": (2, 12), "bf16": (2, 12), "fp32": (4, 8)}.items():
-        whole = memory.of_rank(
+        whole = memory.rank_memory(
             made_inputs(*words, f"precision={precision}", "model.optim.use_distributed_optimizer=false")
         )
-        dealt = memory.of_rank(made_inputs(*words, f"precision={precision}"))
+        dealt = memory.rank_memory(made_inputs(*words, f"precision={precision}"))
         train = whole.phases["train"]
         assert (train["weights"], train["gradients"], train["optimizer"]) == (weights * total, 4 * total, state * total)
         assert dealt.phases["train"]["optimizer"] == state * total / 4
@@ -190,10 +190,10 @@ def test_adapters_take_the_gradients_and_the_optimizer_of_adapters():
     lora = "model.lora={rank: 16, alpha: 32, target_modules: [linear_qkv, linear_proj, linear_fc1, linear_fc2]}"
     plain, inputs = made_inputs("model=Qwen2.5-7B"), made_inputs("model=Qwen2.5-7B", lora)
     adapters = 40_370_176 - 28 * 16 * 3 * 3584
-    train = memory.of_rank(inputs).phases["train"]
+    train = memory.rank_memory(inputs).phases["train"]
     assert (train["gradients"], train["optimizer"]) == (4 * adapters, 12 * adapters)
     assert train["weights"] == 2 * (PUBLISHED_PARAMETERS["Qwen2.5-7B"] + adapters)
-    assert memory.of_rank(inputs).host == {"reference weights": 2 * adapters}
+    assert memory.rank_memory(inputs).host == {"reference weights": 2 * adapters}
     ratio = compute.train_flops(inputs).layers / compute.train_flops(plain).layers
     assert ratio == pytest.approx(2 / 3)
 
@@ -211,8 +211,8 @@ def test_adapters_take_the_gradients_and_the_optimizer_of_adapters():
     ],
 )
 def test_what_is_meant_to_save_memory_saves_some(word, phase):
-    plain = memory.of_rank(made_inputs("model=Qwen2.5-7B"))
-    saving = memory.of_rank(made_inputs("model=Qwen2.5-7B", *word.split()))
+    plain = memory.rank_memory(made_inputs("model=Qwen2.5-7B"))
+    saving = memory.rank_memory(made_inputs("model=Qwen2.5-7B", *word.split()))
     if phase == "activations":
         assert saving.phases["train"][phase] < plain.phases["train"][phase]
     else:
@@ -220,11 +220,11 @@ def test_what_is_meant_to_save_memory_saves_some(word, phase):
 
 
 def test_what_leaves_the_gpu_is_in_host_memory():
-    plain = memory.of_rank(made_inputs("model=Qwen2.5-7B", "algorithm=gpg"))
+    plain = memory.rank_memory(made_inputs("model=Qwen2.5-7B", "algorithm=gpg"))
     state = plain.phases["train"]["optimizer"]
-    half = memory.of_rank(made_inputs("model=Qwen2.5-7B", "algorithm=gpg", "model.optim.cpu_offload_fraction=0.5"))
+    half = memory.rank_memory(made_inputs("model=Qwen2.5-7B", "algorithm=gpg", "model.optim.cpu_offload_fraction=0.5"))
     assert half.phases["train"]["optimizer"] == half.host["optimizer"] == state / 2
-    lent = memory.of_rank(made_inputs("model=Qwen2.5-7B", "algorithm=gpg", "rollout.offload_learner=true"))
+    lent = memory.rank_memory(made_inputs("model=Qwen2.5-7B", "algorithm=gpg", "rollout.offload_learner=true"))
     assert lent.host == {"optimizer, while the engine draws": state}
     assert plain.host == {}
 
@@ -232,13 +232,13 @@ def test_what_leaves_the_gpu_is_in_host_memory():
 def test_the_cache_of_the_in_process_engine_has_a_row_for_each_longest_sequence():
     inputs = made_inputs("model=Qwen2.5-7B", "rollout.max_concurrent_tokens=16384")
     assert memory.rows_at_a_time(inputs) == 16384 // 1536
-    cache = memory.of_rank(inputs).phases["rollout"]["KV cache"]
+    cache = memory.rank_memory(inputs).phases["rollout"]["KV cache"]
     assert cache == 10 * 1536 * 28 * 2 * 4 * 128 * 2  # rows, tokens, layers, keys and values, heads, size, bytes
 
 
 def test_an_engine_elsewhere_takes_nothing_of_the_learners_memory():
     inputs = made_inputs("model=Qwen2.5-7B", "rollout.engine=remote")
-    assert set(memory.of_rank(inputs).phases) == {"train"}
+    assert set(memory.rank_memory(inputs).phases) == {"train"}
     refit = {phase.name: phase for phase in compute.step(inputs, hardware.KNOWN["h100"].peak)}["refit"]
     assert refit.seconds > 0
 
@@ -282,7 +282,7 @@ def test_the_peak_of_a_training_step_is_what_an_h200_showed(name, precision, tok
     """In all within 2 %, and of activations and log-probs, which the formulas are about, within 3 %."""
     words = (f"precision={precision}", f"max_tokens_per_microbatch={tokens}")
     lengths = ("data.max_prompt_tokens=512", "rollout.max_new_tokens=512")
-    train = memory.of_rank(made_inputs(f"model={name}", "hardware=h200", *words, *lengths)).phases["train"]
+    train = memory.rank_memory(made_inputs(f"model={name}", "hardware=h200", *words, *lengths)).phases["train"]
     planned = sum(train.values()) - train["runtime (assumed)"]  # the allocator sees nothing of it
     state = sum(train[part] for part in ("weights", "gradients", "optimizer"))
     assert planned == pytest.approx(measured * 2**30, rel=0.02)

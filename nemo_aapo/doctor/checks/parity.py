@@ -1,4 +1,4 @@
-"""The parity gate before anything is trained: engine and learner on the real model, a few prompts, the real layout."""
+"""The parity gate before a run: compares engine and learner on the real model and layout, with a few prompts."""
 
 from __future__ import annotations
 
@@ -15,21 +15,24 @@ from nemo_aapo.doctor.finding import Context, Finding
 
 PROMPTS = 8
 COMPLETIONS = 4
-"""Of each prompt."""
+"""Completions of each prompt."""
 NEW_TOKENS = 32
-"""Of each completion, at most."""
+"""Most tokens of a completion."""
 
 
 def parity(context: Context) -> Finding:
-    """Collective. Log-probs of the same tokens by engine and learner, against the configuration's limits."""
-    config, place = context.config, context.place
+    """Compare the log-probs that engine and learner give the same tokens with the limits of the configuration.
+
+    Collective.
+    """
+    config, place = context.run_config, context.place
     asked = config.trainer.num_nodes * config.trainer.devices
     if config.rollout.engine == "remote":
         return Finding("parity", "skipped", "rollout.engine=remote: needs the servers; the run's own gate will compare")
     if asked != place.world_size:
         how = f"start it as the run's {asked} ranks: torchrun or srun"
         return Finding("parity", "skipped", f"{place.world_size} rank here, the configuration has {asked}; {how}")
-    if "RANK" in os.environ:  # the ranks meet at a place of this check's own
+    if "RANK" in os.environ:  # the ranks of this check meet at a port of their own
         os.environ["MASTER_PORT"] = str(context.port)
         os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
     figures = measure(config)

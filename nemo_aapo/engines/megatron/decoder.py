@@ -22,7 +22,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt import GPTModel
-from megatron.core.transformer import TransformerLayer
 from torch import Tensor
 
 from nemo_aapo.engines.megatron.kv_cache import Attention, KVCache
@@ -196,20 +195,20 @@ def _as_it_is(weight: Tensor) -> Tensor:
     return weight
 
 
-def _layer_weights(layer: TransformerLayer, convert: Callable[[Tensor], Tensor]) -> _Layer:
-    """References to one layer's weights, the projections' after ``convert``."""
-    attention, mlp = layer.self_attention, layer.mlp
-    qkv = base_layer(attention.linear_qkv)
+def _layer_weights(layer: torch.nn.Module, convert: Callable[[Tensor], Tensor]) -> _Layer:
+    """References to the weights of an mcore TransformerLayer, the projections' after ``convert``."""
+    part = layer.get_submodule
+    qkv, fc1 = (base_layer(part(name)) for name in ("self_attention.linear_qkv", "mlp.linear_fc1"))
     return _Layer(
-        attention_norm=_norm_weight(qkv, layer.input_layernorm),
-        qkv=convert(merged_weight(attention.linear_qkv)),
+        attention_norm=_norm_weight(qkv, part("input_layernorm")),
+        qkv=convert(merged_weight(part("self_attention.linear_qkv"))),
         qkv_bias=_bias(qkv),
-        query_norm=getattr(attention.q_layernorm, "weight", None),
-        key_norm=getattr(attention.k_layernorm, "weight", None),
-        projection=convert(merged_weight(attention.linear_proj)),
-        mlp_norm=_norm_weight(base_layer(mlp.linear_fc1), layer.pre_mlp_layernorm),
-        gate_and_up=convert(merged_weight(mlp.linear_fc1)),
-        down=convert(merged_weight(mlp.linear_fc2)),
+        query_norm=getattr(part("self_attention.q_layernorm"), "weight", None),
+        key_norm=getattr(part("self_attention.k_layernorm"), "weight", None),
+        projection=convert(merged_weight(part("self_attention.linear_proj"))),
+        mlp_norm=_norm_weight(fc1, part("pre_mlp_layernorm")),
+        gate_and_up=convert(merged_weight(part("mlp.linear_fc1"))),
+        down=convert(merged_weight(part("mlp.linear_fc2"))),
     )
 
 
