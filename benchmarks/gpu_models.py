@@ -1,4 +1,4 @@
-"""What ``benchmarks.gpu`` measures: models of Qwen2.5's shapes with random weights, and their configurations."""
+"""Models of Qwen2.5's shapes with random weights for ``benchmarks.gpu``, and their configurations."""
 
 from __future__ import annotations
 
@@ -88,10 +88,10 @@ def config_of(path: Path, precision: str, micro_batch_tokens: int, sequence: int
 
 
 def usable_precisions(names: Sequence[str]) -> list[str]:
-    """Those of these that this GPU can do; says why of the others.
+    """The precisions that this GPU can compute in; prints the reasons why others are left out.
 
     Raises:
-        ConfigError: bf16 is not among them.
+        ConfigError: it can't compute in bf16.
     """
     usable, machine = [], Machine.present()
     for precision in names:
@@ -106,8 +106,8 @@ def usable_precisions(names: Sequence[str]) -> list[str]:
 
 
 def fitting(path: Path, micro_batch_tokens: int, sequence: int, memory_bytes: float) -> int:
-    """Tokens of a micro-batch, halved until a training step in bf16 fits by what ``scripts/plan.py`` reckons."""
-    gpu = dataclasses.replace(hardware.find("h100"), memory_bytes=memory_bytes)  # its other figures are not asked for
+    """Tokens of a micro-batch, halved until the planned memory of a training step in bf16 fits the GPU."""
+    gpu = dataclasses.replace(hardware.find("h100"), memory_bytes=memory_bytes)  # its other figures decide times only
     question = Question(models.read(str(path)), gpu, sequence / 2, sequence / 2, dataset_prompts=None)
     while micro_batch_tokens > sequence:
         config = with_machine_defaults(config_of(path, "bf16", micro_batch_tokens, sequence), on_gpu=True)
@@ -118,7 +118,7 @@ def fitting(path: Path, micro_batch_tokens: int, sequence: int, memory_bytes: fl
 
 
 def random_batch(policy: Any, tokens: int, sequence: int, micro_batches: int, *, seed: int) -> MicroBatch:
-    """One of ``micro_batches``: packed sequences of random tokens, half of each prompt."""
+    """One of a step's ``micro_batches``: packed sequences of random tokens, half of each is prompt."""
     generator, half = np.random.default_rng(seed), sequence // 2
     samples = [
         Sample(

@@ -145,9 +145,7 @@ def _unseen(folder: Path, what: str, world_size: int, wait_s: float) -> list[str
     wanted, end = set(range(world_size)), time.monotonic() + wait_s
     while wanted and time.monotonic() < end:
         try:
-            names = os.listdir(
-                folder
-            )  # makes network file systems refresh their view, which a test of one path may not
+            names = os.listdir(folder)  # unlike a test of one path, it makes network file systems refresh their view
         except FileNotFoundError:  # another rank has seen all files and removed the folder
             return []
         wanted = {rank for rank in wanted if f"{what}_{rank}" not in names}

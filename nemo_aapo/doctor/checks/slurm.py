@@ -87,6 +87,5 @@ def _taken(host: str, port: int) -> str:
         with socket.create_server((host, port)):
             return ""
     except OSError as error:
-        return (error.strerror or str(error)).partition(" (while")[
-            0
-        ]  # socket adds the address, which the finding names anyway
+        # socket adds the address, which the finding names anyway
+        return (error.strerror or str(error)).partition(" (while")[0]
