@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
 from nemo_aapo.config import Config
 from nemo_aapo.doctor.finding import Check, Context, Finding, Place
@@ -24,6 +24,9 @@ from nemo_aapo.errors import RunError, first_line
 from nemo_aapo.launch.local import free_port
 from nemo_aapo.launch.slurm.commands import node_addresses
 from nemo_aapo.launch.slurm.rank import ADDRESSES, rank_environment
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
 START_S = 180.0
 """Rank 0 waits so long for the others: Python and torch may come from a cold network disk."""
@@ -131,7 +134,7 @@ def _lead(checks: Sequence[Check], config: Config | None, place: Place, listener
     _gather(store, "left", sorted(set(others) - lost), LEAVE_S)  # the store ends with this process
 
 
-def _answers(store: Any, number: int, check: Check, ranks: set[int]) -> dict[int, list[Finding]]:
+def _answers(store: Store, number: int, check: Check, ranks: set[int]) -> dict[int, list[Finding]]:
     """Rank -> its findings, of the other ranks that answer in time."""
     answers = _gather(store, f"found/{number}", sorted(ranks), check.deadline_s + GRACE_S)
     return {rank: [Finding(**entry) for entry in answer] for rank, answer in answers.items()}
@@ -154,7 +157,7 @@ def _follow(checks: Sequence[Check], config: Config | None, place: Place, start_
         raise RunError(f"on {place.host}: rank 0 is gone or does not answer ({first_line(error)})") from error
 
 
-def _store(place: Place, timeout_s: float) -> Any:
+def _store(place: Place, timeout_s: float) -> Store:
     """The store that the ranks share: torchrun's own, else one that rank 0 serves at ``MASTER_PORT``."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the report says enough of waits that time out
     from torch.distributed import PrefixStore, TCPStore
@@ -170,7 +173,7 @@ def _store(place: Place, timeout_s: float) -> Any:
     return PrefixStore(f"doctor/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
-def _gather(store: Any, key: str, ranks: Iterable[int], timeout_s: float) -> dict[int, Any]:
+def _gather(store: Store, key: str, ranks: Iterable[int], timeout_s: float) -> dict[int, Any]:
     """Rank -> what it has put under ``key``, of the ranks that did so in time."""
     end = time.monotonic() + timeout_s
     found: dict[int, Any] = {}
@@ -183,11 +186,18 @@ def _gather(store: Any, key: str, ranks: Iterable[int], timeout_s: float) -> dic
     return found
 
 
-def _go() -> dict[str, Any]:
+class _Go(TypedDict):
+    """Rank 0's order to start a check: the part of its ``Context`` that all ranks share."""
+
+    port: int
+    token: str
+
+
+def _go() -> _Go:
     return {"port": free_port(), "token": uuid.uuid4().hex}
 
 
-def _context(config: Config | None, place: Place, go: dict[str, Any]) -> Context:
+def _context(config: Config | None, place: Place, go: _Go) -> Context:
     return Context(config, place, **go)
 
 

@@ -7,11 +7,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING
 
 from nemo_aapo.doctor.checks.versions import has_gpu
 from nemo_aapo.doctor.finding import Context, Finding
 from nemo_aapo.errors import first_line
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
 WAIT_S = 60.0
 """Deadline for the last rank to come, and for each collective."""
@@ -52,7 +55,7 @@ def all_reduce(context: Context, wait_s: float = WAIT_S) -> Finding:
     return Finding(name, "ok", f"the sums of {place.world_size} ranks are right; 64 MiB: {', '.join(speeds)}")
 
 
-def _meet(context: Context, wait_s: float) -> Any:
+def _meet(context: Context, wait_s: float) -> Store:
     """A store for this check alone, on rank 0's machine, however the ranks were started."""
     from torch.distributed import TCPStore
 
@@ -68,7 +71,7 @@ def _meet(context: Context, wait_s: float) -> Any:
     return store
 
 
-def _missing(store: Any, world_size: int, wait_s: float) -> list[str]:
+def _missing(store: Store, world_size: int, wait_s: float) -> list[str]:
     """The ranks that did not come, which the errors of gloo and NCCL don't name."""
     end = time.monotonic() + wait_s
     missing: list[str] = []
@@ -81,7 +84,7 @@ def _missing(store: Any, world_size: int, wait_s: float) -> list[str]:
 
 
 def _reduce(
-    store: Any, context: Context, devices: dict[str, str], wait_s: float
+    store: Store, context: Context, devices: dict[str, str], wait_s: float
 ) -> list[tuple[str, tuple[float, float], float]]:
     """Backend, lowest and highest sum, seconds of the fastest repeat.
 

@@ -6,12 +6,17 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from nemo_aapo.config import Config
 from nemo_aapo.doctor.finding import Context, Finding
+from nemo_aapo.types import Completion, Group, Prompt
+
+if TYPE_CHECKING:
+    from nemo_aapo.engines.base import RolloutEngine
+    from nemo_aapo.learner.policy import MegatronPolicy
 
 PROMPTS = 8
 COMPLETIONS = 4
@@ -55,8 +60,8 @@ def judge(config: Config, figures: dict[str, float]) -> Finding:
     )
 
 
-def measure(config: Config, engine: Callable[[Any], Any] | None = None) -> dict[str, float]:
-    """Collective: builds policy, learner and engine as training does, and draws.
+def measure(config: Config, engine: Callable[[MegatronPolicy], RolloutEngine] | None = None) -> dict[str, float]:
+    """Build policy, learner and engine, generate completions, and compare log-probs. Collective.
 
     Args:
         engine: makes an engine of a policy; by default the one that ``rollout.engine`` names.
@@ -110,8 +115,6 @@ def measure(config: Config, engine: Callable[[Any], Any] | None = None) -> dict[
         return {**figures, "tokens": float(tokens), "prompts": float(len(prompts))}
 
 
-def _group(prompt: Any, completions: list[Any]) -> Any:
-    from nemo_aapo.types import Group
-
+def _group(prompt: Prompt, completions: list[Completion]) -> Group:
     nothing = np.zeros(len(completions))
     return Group(prompt, tuple(completions), (), nothing, {}, nothing.astype(bool))
