@@ -1,1 +1,1 @@
-"""What scripts/benchmark.py measures: ratios within one process, by interleaved repeats."""
+"""The measurements of scripts/benchmark.py: costs and ratios, by repeats that take turns."""

@@ -1,8 +1,8 @@
 """The in-process engine beside transformers' ``generate``: the same weights, prompts, lengths and rows at a time.
 
 Both sample from the whole softmax at temperature 1, on one thread. Fixed lengths: nothing ends a completion before the
-limit. Variable lengths: the engine draws with many stop tokens, which a random model says often; transformers is told
-to end each row at the very length that the engine drew. Either way both compute the same numbers of tokens.
+limit. Variable lengths: the engine samples with many stop tokens, which a random model generates often; transformers is
+told to end each row at the engine's length. Either way both compute the same numbers of tokens.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ class Plan:
     hidden_sizes: tuple[int, ...] = (128, 256)
     layers: int = 4
     rows: int = 64
-    """Sequences at a time, in both."""
+    """Sequences that run at a time, in both."""
     prompt_tokens: int = 32
     new_tokens: int = 64
     """The limit; fixed lengths are this long. Variable ones are a quarter of it on average."""
     waves: int = 3
-    """With variable lengths so many times ``rows`` sequences are drawn: transformers takes them batch by batch."""
+    """With variable lengths, ``waves * rows`` sequences are generated: transformers takes them batch by batch."""
     repeats: int = 5
 
 
@@ -44,7 +44,7 @@ QUICK = Plan(hidden_sizes=(64,), layers=2, rows=16, prompt_tokens=8, new_tokens=
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the table. Figures in completion tokens per second of the clock; ratios are engine over generate."""
+    """One line of the table: completion tokens per second of the clock, and ratios of engine to ``generate``."""
 
     model: str
     prompts: str
@@ -59,13 +59,13 @@ class Row:
 
 
 def compare(plan: Plan, folder: Path) -> list[Row]:
-    """Every combination of model size, shared or own prompts, fixed or variable lengths.
+    """Compare every combination of model size, shared or own prompts, fixed or variable lengths.
 
     Args:
-        folder: for the models' files.
+        folder: gets the models' files.
 
     Raises:
-        AssertionError: the two disagree on log-probs; then there is nothing to compare.
+        AssertionError: the two disagree on log-probs, so that their speeds can't be compared.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -76,7 +76,7 @@ def compare(plan: Plan, folder: Path) -> list[Row]:
     from nemo_aapo.mcore.precision import decide
     from nemo_aapo.models.directory import read_model_dir
 
-    logging.set_verbosity_error()  # it says for each model that it isn't cut over ranks
+    logging.set_verbosity_error()  # otherwise it warns for each model that it isn't sharded over ranks
     rows = []
     for hidden_size in plan.hidden_sizes:
         path = _random_model(plan, hidden_size, folder / f"d{hidden_size}")
@@ -98,9 +98,9 @@ def _compare(plan: Plan, model: str, engine: Any, transformers_model: Any, share
     prompts = generator.integers(VOCABULARY // 2, VOCABULARY, shape).astype(np.int32)
     seeds = np.arange(sequences).reshape(-1, group).tolist()
     spec = SamplingSpec(temperature=1.0, max_new_tokens=plan.new_tokens, stop_token_ids=stops)
-    drawn = engine.generate(list(prompts), spec, seeds)
-    _require_same_logprobs(transformers_model, prompts, drawn)
-    lengths = np.array([len(completion.token_ids) for row in drawn for completion in row])
+    completions = engine.generate(list(prompts), spec, seeds)
+    _require_same_logprobs(transformers_model, prompts, completions)
+    lengths = np.array([len(completion.token_ids) for row in completions for completion in row])
     repeated = np.repeat(prompts, group, axis=0)
 
     def generate() -> None:
@@ -153,11 +153,11 @@ def _generate(model: Any, prompts: np.ndarray, lengths: np.ndarray) -> None:
     assert out.shape[1] == start + lengths.max()
 
 
-def _require_same_logprobs(model: Any, prompts: np.ndarray, drawn: Sequence[Sequence[Completion]]) -> None:
-    """transformers' log-probs of what the engine drew must be the engine's, of the first completion of each prompt."""
+def _require_same_logprobs(model: Any, prompts: np.ndarray, completions: Sequence[Sequence[Completion]]) -> None:
+    """Require that transformers has the engine's log-probs for the first completion of each prompt."""
     import torch
 
-    for prompt, (completion, *_) in list(zip(prompts, drawn, strict=True))[:8]:
+    for prompt, (completion, *_) in list(zip(prompts, completions, strict=True))[:8]:
         ids = torch.from_numpy(np.concatenate([prompt, completion.token_ids]).astype(np.int64))[None]
         with torch.inference_mode():
             logprobs = torch.log_softmax(model(ids).logits[0, len(prompt) - 1 : -1], -1)

@@ -1,4 +1,4 @@
-"""One GPU: the learner's share of its peak, memory of log-probs, decoding against the bandwidth floor, parity.
+"""Measures one GPU: the learner's MFU, memory of log-probs, decoding against the bandwidth's floor, parity.
 
 Models have the shapes of Qwen2.5 and random weights. Operations and bytes are counted, the ceilings of bandwidth and
 matrix products measured in the same run.
@@ -22,7 +22,7 @@ import torch
 from benchmarks.gpu_models import SHAPES, VOCABULARY, config_of, fitting, random_batch, random_model, usable_precisions
 
 PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}
-"""Dense bf16 FLOP/s by NVIDIA's datasheets, of the SXM parts; MFU is measured against it."""
+"""Name of a GPU -> dense bf16 FLOP/s by NVIDIA's datasheet of its SXM part; MFU is measured against it."""
 PRECISIONS = ("bf16", "fp8_tensorwise", "fp8_blockwise", "fp8_delayed")
 
 
@@ -34,7 +34,7 @@ class Plan:
     sequence: int = 1024
     """Tokens of a sequence, half of them prompt."""
     micro_batch_tokens: int = 32_768
-    """At most: fewer where a GPU has no room for them."""
+    """Most tokens of a micro-batch; fewer if the GPU's memory is too small."""
     micro_batches: int = 4
     steps: int = 3
     decode_rows: tuple[int, ...] = (64, 256)
@@ -46,13 +46,13 @@ QUICK = Plan(shapes=("0.5B",), micro_batch_tokens=4096, steps=1, decode_rows=(16
 
 
 def measure(plan: Plan, folder: Path) -> dict[str, Any]:
-    """Everything, printed as it comes. An FP8 precision that the GPU can't do is left out.
+    """Measure everything, and print it as it comes. FP8 precisions that the GPU can't compute in are left out.
 
     Args:
-        folder: for the models' files.
+        folder: gets the models' files.
 
     Raises:
-        ConfigError: it can't do bf16, or TransformerEngine is not there.
+        ConfigError: the GPU can't compute in bf16, or TransformerEngine is not installed.
     """
     from nemo_aapo.learner.policy import MegatronPolicy
     from nemo_aapo.mcore.precision import decide
@@ -82,7 +82,7 @@ def measure(plan: Plan, folder: Path) -> dict[str, Any]:
                     figures = decode(policy, plan, rows, found["ceilings"]["bytes_per_s"])
                     found["decode"].append({"model": name, "rows": rows, **figures})
                     print(json.dumps(found["decode"][-1]), flush=True)
-            del policy  # or it would live until the next one is built
+            del policy  # otherwise its memory would be free only when the next one is built
             gc.collect()
             torch.cuda.empty_cache()
     return found
@@ -103,7 +103,7 @@ def ceilings() -> dict[str, float]:
 
 
 def _seconds(run: Callable[[], object], repeats: int = 10) -> float:
-    """Median by device events, after three runs unmeasured."""
+    """Median seconds of a run by device events, after three runs that are not counted."""
     for _ in range(3):
         run()
     times = []
@@ -144,10 +144,10 @@ def logprob_memory(tokens: int = 8192, hidden_size: int = 1536) -> dict[str, flo
     def plain() -> torch.Tensor:
         return torch.log_softmax((hidden @ weight.t()).float(), -1).gather(1, targets[:, None])[:, 0]
 
-    found = {"tokens": tokens, "vocabulary": VOCABULARY}
+    found: dict[str, float] = {"tokens": tokens, "vocabulary": VOCABULARY}
     for name, compute in (("chunked", ours), ("plain", plain)):
 
-        def step(compute=compute) -> None:
+        def step(compute: Callable[[], torch.Tensor] = compute) -> None:
             hidden.grad = weight.grad = None
             compute().sum().backward()
 
@@ -155,13 +155,14 @@ def logprob_memory(tokens: int = 8192, hidden_size: int = 1536) -> dict[str, flo
         floor = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         step()
-        found[f"{name}_peak_bytes"] = torch.cuda.max_memory_allocated() - floor + _bytes(hidden.grad, weight.grad)
+        found[f"{name}_peak_bytes"] = torch.cuda.max_memory_allocated() - floor + _bytes(hidden, weight)
         found[f"{name}_seconds"] = _seconds(step, 5)
     found["error"] = float((ours() - plain()).abs().mean().detach())
     return found
 
 
 def _bytes(*tensors: torch.Tensor) -> int:
+    """Bytes of the tensors, or of their gradients."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
@@ -169,10 +170,10 @@ def _bytes(*tensors: torch.Tensor) -> int:
 
 
 def learner(policy: Any, plan: Plan) -> dict[str, float]:
-    """Seconds of a training step, and the share of the GPU's peak that its operations take (MFU).
+    """Seconds of a training step, and its FLOP/s over the GPU's peak (MFU).
 
-    Counted are 6 FLOPs a token and parameter (the output layer's for the trained tokens only), and causal attention:
-    6 s^2 h a layer and sequence. What is computed twice (logits in the backward pass) is not counted.
+    FLOPs are 6 for each token and parameter (for the output layer: each trained token), and 6 s^2 h for the causal
+    attention of a layer and sequence. Computing logits a second time in the backward pass does not count.
     """
     sizes = plan.micro_batch_tokens, plan.sequence, plan.micro_batches
     batches = [random_batch(policy, *sizes, seed=seed) for seed in range(plan.micro_batches)]
@@ -201,7 +202,7 @@ def learner(policy: Any, plan: Plan) -> dict[str, float]:
 
 
 def training_flops(shape: Any, batches: list[Any]) -> float:
-    """See ``learner``."""
+    """FLOPs of a training step, as ``learner`` counts them."""
     h, size = shape.hidden_size, shape.head_size
     attention = h * size * (2 * shape.num_attention_heads + 2 * shape.num_query_groups)
     layer = attention + 3 * h * shape.ffn_hidden_size
@@ -227,9 +228,9 @@ def _loss(logprobs: torch.Tensor, entropy: torch.Tensor, batch: Any) -> tuple[to
 
 
 def decode(policy: Any, plan: Plan, rows: int, bytes_per_s: float) -> dict[str, float]:
-    """Completion tokens/s of the in-process engine, and the share that the bandwidth allows.
+    """Completion tokens/s of the in-process engine, and the time of a decoding step over its lower bound.
 
-    The floor of a decoding step: weights and the rows' keys and values, each read once.
+    The bound (floor) is the time to read the weights and the rows' keys and values once.
     """
     from nemo_aapo.engines.megatron.engine import MegatronEngine
     from nemo_aapo.types import SamplingSpec
@@ -238,7 +239,7 @@ def decode(policy: Any, plan: Plan, rows: int, bytes_per_s: float) -> dict[str, 
     engine = MegatronEngine(policy.module, VOCABULARY, rows * length)
     prompts = list(np.random.default_rng(0).integers(2, VOCABULARY, (rows, plan.decode_prompt)).astype(np.int32))
     spec = SamplingSpec(temperature=1.0, max_new_tokens=plan.decode_tokens, stop_token_ids=())
-    few = SamplingSpec(temperature=1.0, max_new_tokens=1, stop_token_ids=())
+    one_token = SamplingSpec(temperature=1.0, max_new_tokens=1, stop_token_ids=())
 
     def run(sampling: SamplingSpec) -> float:
         torch.cuda.synchronize()
@@ -248,8 +249,8 @@ def decode(policy: Any, plan: Plan, rows: int, bytes_per_s: float) -> dict[str, 
         return time.perf_counter() - start
 
     run(spec)
-    prefill = statistics.median(run(few) for _ in range(3))
-    seconds = statistics.median(run(spec) for _ in range(3)) - prefill  # of all tokens but the first
+    prefill = statistics.median(run(one_token) for _ in range(3))
+    seconds = statistics.median(run(spec) for _ in range(3)) - prefill  # the prefill gives the first token
     weights = 2 * sum(p.numel() for p in policy.module.parameters())
     kv = 4 * shape.num_layers * shape.num_query_groups * shape.head_size  # bytes of a token: key and value in bf16
     context = plan.decode_prompt + plan.decode_tokens / 2
@@ -266,7 +267,7 @@ def decode(policy: Any, plan: Plan, rows: int, bytes_per_s: float) -> dict[str, 
 
 
 def parity(policy: Any, plan: Plan) -> dict[str, float]:
-    """The parity gate's two figures on completions that the engine drew."""
+    """The two figures of the parity gate, on completions that the engine generates."""
     from nemo_aapo.algorithms import Algorithm
     from nemo_aapo.config import pad_multiple
     from nemo_aapo.engines.megatron.engine import MegatronEngine
@@ -278,11 +279,11 @@ def parity(policy: Any, plan: Plan) -> dict[str, float]:
     generator = np.random.default_rng(1)
     prompts = [generator.integers(2, VOCABULARY, 128).astype(np.int32) for _ in range(8)]
     spec = SamplingSpec(temperature=1.0, max_new_tokens=128, stop_token_ids=())
-    drawn = engine.generate(prompts, spec, [[i, i + 8] for i in range(8)])
+    completions = engine.generate(prompts, spec, [[i, i + 8] for i in range(8)])
     engine.close()
     groups = [
         Group(Prompt("", ids, "", "", ""), tuple(row), (), np.zeros(2), {}, np.zeros(2, bool))
-        for ids, row in zip(prompts, drawn, strict=True)
+        for ids, row in zip(prompts, completions, strict=True)
     ]
     learner = Learner(
         policy,

@@ -1,4 +1,4 @@
-"""What ``benchmarks.gpu`` measures: models of Qwen2.5's shapes with random weights, and their configurations."""
+"""Models of Qwen2.5's shapes with random weights for ``benchmarks.gpu``, and their configurations."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import torch
 from nemo_aapo.config import Config, pad_multiple, with_machine_defaults
 from nemo_aapo.config.compose import load_config
 from nemo_aapo.errors import ConfigError
-from nemo_aapo.learner.microbatch import collate
+from nemo_aapo.learner.microbatch import PrefixGroup, collate
 from nemo_aapo.mcore.micro_batch import MicroBatch
 from nemo_aapo.mcore.precision import Machine, refusal
 from nemo_aapo.planning import hardware, models
-from nemo_aapo.planning.inputs import Question, inputs_of
-from nemo_aapo.planning.memory import of_rank
+from nemo_aapo.planning.inputs import Question, plan_inputs
+from nemo_aapo.planning.memory import rank_memory
 from nemo_aapo.types import Sample
 
 SHAPES: dict[str, dict[str, int]] = {  # Qwen2.5's config.json
@@ -88,10 +88,10 @@ def config_of(path: Path, precision: str, micro_batch_tokens: int, sequence: int
 
 
 def usable_precisions(names: Sequence[str]) -> list[str]:
-    """Those of these that this GPU can do; says why of the others.
+    """The precisions that this GPU can compute in; prints the reasons why others are left out.
 
     Raises:
-        ConfigError: bf16 is not among them.
+        ConfigError: it can't compute in bf16.
     """
     usable, machine = [], Machine.present()
     for precision in names:
@@ -106,19 +106,19 @@ def usable_precisions(names: Sequence[str]) -> list[str]:
 
 
 def fitting(path: Path, micro_batch_tokens: int, sequence: int, memory_bytes: float) -> int:
-    """Tokens of a micro-batch, halved until a training step in bf16 fits by what ``scripts/plan.py`` reckons."""
-    gpu = dataclasses.replace(hardware.find("h100"), memory_bytes=memory_bytes)  # its other figures are not asked for
+    """Tokens of a micro-batch, halved until the planned memory of a training step in bf16 fits the GPU."""
+    gpu = dataclasses.replace(hardware.find("h100"), memory_bytes=memory_bytes)  # its other figures decide times only
     question = Question(models.read(str(path)), gpu, sequence / 2, sequence / 2, dataset_prompts=None)
     while micro_batch_tokens > sequence:
         config = with_machine_defaults(config_of(path, "bf16", micro_batch_tokens, sequence), on_gpu=True)
-        if of_rank(inputs_of(config, question)).total("train") <= memory_bytes:
+        if rank_memory(plan_inputs(config, question)).total("train") <= memory_bytes:
             break
         micro_batch_tokens //= 2
     return micro_batch_tokens
 
 
 def random_batch(policy: Any, tokens: int, sequence: int, micro_batches: int, *, seed: int) -> MicroBatch:
-    """One of ``micro_batches``: packed sequences of random tokens, half of each prompt."""
+    """One of a step's ``micro_batches``: packed sequences of random tokens, half of each is prompt."""
     generator, half = np.random.default_rng(seed), sequence // 2
     samples = [
         Sample(
@@ -131,5 +131,6 @@ def random_batch(policy: Any, tokens: int, sequence: int, micro_batches: int, *,
     ]
     weight = 1.0 / (len(samples) * half * micro_batches)
     multiple, device = pad_multiple(policy.config), torch.cuda.current_device()
-    bundles = [(sample,) for sample in samples]
-    return collate(bundles, [weight] * len(samples), multiple=multiple, device=device, packed=True)
+    return collate(
+        PrefixGroup.separate(samples), [weight] * len(samples), multiple=multiple, device=device, packed=True
+    )

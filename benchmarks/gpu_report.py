@@ -9,7 +9,7 @@ from nemo_aapo.utils import tables
 
 
 def report(found: dict[str, Any]) -> Iterator[str]:
-    """Tables of what ``measure`` returned."""
+    """Tables of the figures that ``gpu.measure`` returned."""
     ceiling = found["ceilings"]
     yield (
         f"{found['gpu']}, torch {found['torch']}: copies at {ceiling['bytes_per_s'] / 1e12:.2f} TB/s, bf16 products at "

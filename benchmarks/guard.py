@@ -1,6 +1,6 @@
-"""A training step's counts against a committed file: what is stable where seconds are not.
+"""Compares a training step's counts with a committed file, as counts repeat where seconds do not.
 
-Growth has to be explained: whoever means it writes the file anew (``--update``) and commits it with the change.
+Growth has to be explained: if it is intended, write the file anew (``--update``) and commit it with the change.
 """
 
 from __future__ import annotations
@@ -28,31 +28,31 @@ LAYOUTS: dict[str, dict[str, int]] = {
 WARM_UP = 2
 """Steps before the one that is counted."""
 TOLERANCE = {"calls": (0.10, 4), "KiB": (0.10, 16), "costly calls": (0.02, 4), "collectives": (0.0, 0)}
-"""Growth that passes, by unit: a share of what was, and so much on top, as one more call of something rare is no tenth
-of a step. One more collective is a wait more on every rank, and one more copy in each layer is a tenth of nothing here
-but much memory traffic in a real model."""
+"""Unit -> growth that passes: a fraction of the old count, plus an absolute number that forgives one more call of
+something rare. Collectives get none, as each is a wait on every rank; costly calls get little, as a copy in each layer
+is cheap here but much memory traffic in a real model."""
 GROUPS = {
     "copies": ("copy_", "cat", "index_copy_"),
     "matrix products": ("mm", "addmm", "addmm_", "bmm", "baddbmm", "_scaled_dot_product_flash_attention_for_cpu"),
     "values read": ("_local_scalar_dense",),
 }
-"""Operators that cost most: by bytes, by FLOPs, and by the wait for a GPU that each is there."""
+"""The operators that cost most: bytes, FLOPs, and (values read) a wait for the GPU."""
 TOP = 12
-"""Operators that are listed with their counts and not judged."""
+"""Number of the most frequent operators that are listed, without being judged."""
 
 Counts = dict[str, dict[str, int]]
-"""By name of the figure's place (``TP 2, rollout``), then by figure (``operators, calls``)."""
+"""Layout and phase (``TP 2, rollout``) -> figure (``operators, calls``) -> count."""
 
 
 class GuardError(RunError):
-    """A step does more than before; or the file can't be compared with: missing, broken, or of other libraries."""
+    """A step does more than before; or the file is missing, broken, or made with other libraries."""
 
 
 # ------------------------------------------------------------------ counting
 
 
 def count(folder: str, layout: Mapping[str, int], prepare: Callable[[Any], None] | None = None) -> profile.Step:
-    """This rank's counts of one step on what ``make_input`` left there. Collective.
+    """This rank's counts of one step with the files of ``make_input``. Collective.
 
     Args:
         prepare: called with the trainer before its first step.
@@ -67,9 +67,9 @@ def count(folder: str, layout: Mapping[str, int], prepare: Callable[[Any], None]
 
 
 def figures(layout: str, ranks: Sequence[profile.Step]) -> Counts:
-    """What is judged, and the most frequent operators; summed over the ranks.
+    """The counts that are judged, and the most frequent operators; summed over the ranks.
 
-    The peak is one rank's alone: among several, gloo's threads free what was sent a little sooner or later.
+    Peak memory is counted on one rank only: with several, gloo's threads free sent buffers at varying times.
     """
     found: Counts = {}
     for name in profile.PHASES:
@@ -93,12 +93,12 @@ def figures(layout: str, ranks: Sequence[profile.Step]) -> Counts:
 
 
 def versions() -> dict[str, str]:
-    """Of the libraries whose operators are counted."""
+    """Versions of the libraries whose operators are counted."""
     return {name: version(name) for name in ("torch", "megatron-core")}
 
 
 def write(path: Path, counts: Counts) -> None:
-    """Make these the counts to compare with."""
+    """Write the counts that later ones are compared with."""
     write_atomic(path, json.dumps({"versions": versions(), "counts": counts}, indent=1) + "\n")
 
 
@@ -138,7 +138,7 @@ class Row:
 
     @property
     def grown(self) -> bool:
-        """By more than its unit's tolerance."""
+        """Whether it has grown by more than its unit's tolerance."""
         if not self.judged:
             return False
         share, calls = TOLERANCE[self.what.rpartition(", ")[2]]
@@ -146,7 +146,7 @@ class Row:
 
 
 def compare(before: Counts, now: Counts) -> list[Row]:
-    """Every figure of either; what one of them lacks is 0 there. Most frequent operators: those listed in both."""
+    """A row for each figure of either; a missing one counts as 0. Of the most frequent operators, those in both."""
     rows = []
     for place in dict.fromkeys([*before, *now]):
         old, new = before.get(place, {}), now.get(place, {})
@@ -155,7 +155,7 @@ def compare(before: Counts, now: Counts) -> list[Row]:
 
 
 def report(rows: Sequence[Row]) -> str:
-    """The table: before, now, ratio; what has grown is marked."""
+    """The table of counts before and now, and their ratio; figures that have grown are marked."""
     lines = [
         (
             f"{row.place}: {row.what}",
@@ -171,7 +171,7 @@ def report(rows: Sequence[Row]) -> str:
 
 
 def complaint(grown: Sequence[Row]) -> str:
-    """What to say of rows that have grown."""
+    """The message about rows that have grown."""
     named = "".join(f"  {row.place}: {row.what} {row.before:,} -> {row.now:,}\n" for row in grown)
     return (
         f"a training step does more than before:\n{named}If the change means it, python scripts/benchmark.py guard "

@@ -1,4 +1,4 @@
-"""Comparing things on a machine that is never quite quiet: in turns, and by ratios."""
+"""Comparisons on a machine that has other load as well: contestants take turns, and ratios are compared."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ class Timing:
     """One run of one contestant."""
 
     wall: float
-    """Seconds of the clock: what a user waits."""
+    """Seconds of the clock."""
     cpu: float
-    """Seconds of this process on a core: what is left of it when others are taken out."""
+    """CPU seconds of this process, which other processes hardly change."""
 
 
 def in_turns(contestants: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[Timing]]:
-    """A, B, A, B, ...: what slows the machine down for a while hits all alike.
+    """Run A, B, A, B, ..., so that load on the machine affects all alike.
 
-    Each runs once before, unmeasured.
+    Before that, each runs once without being measured.
     """
     for run in contestants.values():
         run()
@@ -44,7 +44,7 @@ class Figure:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Figure:
-        """Of at least one value."""
+        """The figure of one or more values."""
         return cls(median(values), min(values), max(values))
 
     def text(self, digits: int = 0) -> str:

@@ -8,7 +8,7 @@ from nemo_aapo.utils.files import write_atomic
 
 
 def write_section(path: Path, name: str, markdown: str) -> None:
-    """Replace what stands between the section's two markers; everything else of the page stays as it is.
+    """Replace the text between the section's two markers; the rest of the page stays as it is.
 
     Raises:
         ValueError: the page does not hold each marker once, the opening one first.

@@ -1,6 +1,6 @@
-"""What one training step does, by torch's profiler: operators, allocations and collectives, by phase.
+"""Counts of one training step by phase, from torch's profiler: operators, allocations and collectives.
 
-Only this thread's work is seen, which is all of it on a CPU (the backward pass included).
+The profiler sees this thread only, which on a CPU does all the work (the backward pass included).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 MARK = "phase: "
 PHASES = ("rollout", "layers, forward", "backward", "rest of train", "rest of step")
-"""``layers, forward``: of the learner; its log-probs, loss and optimizer are in ``rest of train``."""
+"""``layers, forward`` are the learner's layers; its log-probs, loss and optimizer are in ``rest of train``."""
 
 
 @dataclass(slots=True)
@@ -27,7 +27,7 @@ class Phase:
     operators: Counter[str] = field(default_factory=Counter)
     """Calls of torch's operators (``aten::``), inner ones included."""
     collectives: Counter[str] = field(default_factory=Counter)
-    """Calls by kind (``c10d::``); one of objects is two."""
+    """Calls by kind (``c10d::``); a collective of objects makes two."""
     allocations: int = 0
     allocated_bytes: int = 0
 
@@ -38,7 +38,7 @@ class Step:
 
     phases: dict[str, Phase]
     peak_bytes: int
-    """The most that was allocated at one time since the step began, beyond what was there."""
+    """Peak of the memory that was allocated since the step began."""
 
 
 def profile_step(trainer: Any) -> Step:
@@ -49,9 +49,9 @@ def profile_step(trainer: Any) -> Step:
 
 
 def communication_share(trainer: Any) -> float:
-    """Take a training step; the share of its wall time in which a gloo operation was under way on this rank.
+    """Take a training step; the fraction of its wall time in which a gloo operation ran on this rank.
 
-    Collective. Waiting for a rank that comes later is part of it.
+    Collective. Waiting for a later rank counts.
     """
     events, seconds = _trace(trainer)
     spans = sorted((e["ts"], e["ts"] + e["dur"]) for e in events if e["name"].startswith("gloo:") and "dur" in e)
@@ -137,7 +137,7 @@ def _count(events: list[dict[str, Any]]) -> Step:
     """Counts of a Chrome trace's events: each belongs to the innermost mark around its start."""
     phases = {name: Phase() for name in PHASES}
     allocated = peak = 0
-    marks: list[tuple[float, str]] = []  # end and phase of those that are open
+    marks: list[tuple[float, str]] = []  # end and phase of each open mark
     timed = [event for event in events if event.get("cat") in ("cpu_op", "user_annotation", "cpu_instant_event")]
     for event in sorted(timed, key=lambda event: (event["ts"], -event.get("dur", 0.0))):
         name, start = event["name"], event["ts"]

@@ -1,4 +1,4 @@
-"""Ranks of a layout on this machine, each a process of its own that lives for one function."""
+"""Runs a function on the ranks of a layout, on this machine, with a process for each rank."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 TIMEOUT_S = 120.0
-"""So long a rank waits for another one."""
+"""A rank waits so long for another one."""
 
 
 def run(function: Callable[..., Any], *arguments: Any, world: int = 1, tp: int = 1, pp: int = 1) -> list[Any]:
     """Results of a module's function by rank, called in Megatron's groups over gloo.
 
     Raises:
-        Whatever the first rank raised that failed; the others end at their deadline.
+        Exception: that of the first rank that failed; the others end at their deadline.
     """
     context = multiprocessing.get_context("spawn")
     with (

@@ -1,4 +1,4 @@
-"""What rewards cost: items a second on one core, and what hostile input takes from a worker.
+"""The cost of rewards: items per second on one core, and the time that hostile input takes.
 
 Completions have the form of GSM8K's worked solutions: a paragraph of sums and a boxed number, one in three is wrong.
 """
@@ -28,12 +28,12 @@ HOSTILE = {
     "10 MB in one box": lambda: "\\boxed{" + "9" * 10_000_000 + "}",
     "10 MB of open boxes": lambda: "\\boxed{" * 1_400_000,
 }
-"""Name -> makes the completion."""
+"""Name -> a function that makes the hostile completion."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is measured."""
+    """Sizes of the measurement."""
 
     items: int = 3000
     repeats: int = 5
@@ -55,7 +55,7 @@ QUICK = Plan(items=30, repeats=1, limit_s=0.5, rewards=({"name": "accuracy"}, {"
 
 @dataclass(frozen=True)
 class Speed:
-    """Of one reward."""
+    """The speed of one reward."""
 
     reward: str
     items_per_cpu_second: Figure
@@ -63,17 +63,17 @@ class Speed:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one hostile completion; another item waits behind it."""
+    """The cost of one hostile completion, behind which another item waits."""
 
     what: str
     seconds: float
     outcome: str
     other_score: float = field(default=0.0)
-    """Of the harmless item behind it: 1.0."""
+    """Score of the harmless item behind it, 1.0 if all is well."""
 
 
 def speeds(plan: Plan) -> list[Speed]:
-    """Items a CPU second of this process, which scores them as a worker does."""
+    """Items per CPU second of this process, which scores them as a worker does."""
     found = []
     for config in plan.rewards:
         reward = build_reward(config)
@@ -85,7 +85,7 @@ def speeds(plan: Plan) -> list[Speed]:
 
 
 def hostile(plan: Plan) -> list[Cost]:
-    """What each hostile completion costs under a limit, through a worker process."""
+    """Measure each hostile completion under a time limit, in a worker process."""
     costs = []
     with RewardRunner([(build_reward({"name": "accuracy"}), 1.0)], workers=1, timeout_s=plan.limit_s) as runner:
         for what, make in HOSTILE.items():

@@ -1,7 +1,7 @@
 """How the cost of a training step grows: group size, completion length, vocabulary, model, layout; and a run's start.
 
-Costs are this process's CPU seconds, of GPG's step, which an AAPO step with stored reference rewards costs as well. The
-sizes of one dimension take turns, so that what slows the machine down hits all of them.
+Costs are CPU seconds of this process for a step of GPG; a step of AAPO with stored reference rewards costs the same.
+The sizes of one dimension take turns, so that other load on the machine affects all of them alike.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ BASE = Workload(
     algorithm="gpg",
 )
 WIDTHS = {1: 128, 2: 184, 4: 256, 8: 368}
-"""Hidden sizes for so many times the parameters of a layer, nearly; divisible by 8."""
+"""Factor -> the hidden size, divisible by 8, that multiplies the parameters of a layer by about it."""
 SUPER_LINEAR = 1.1
-"""Exponent of the cost in the size, over the last doubling, from which growth is called super-linear."""
+"""Growth is called super-linear if the exponent of cost in size, over the last doubling, exceeds this."""
 LAYOUTS: dict[str, dict[str, int]] = {
     "1 x 1 x 1": {"world": 1, "tp": 1, "pp": 1},
     "2 x 1 x 1": {"world": 2, "tp": 2, "pp": 1},
@@ -42,7 +42,7 @@ LAYOUTS: dict[str, dict[str, int]] = {
     "1 x 1 x 2": {"world": 2, "tp": 1, "pp": 1},
     "2 x 2 x 1": {"world": 4, "tp": 2, "pp": 2},
 }
-"""Tensor x pipeline x data."""
+"""Layouts by name: tensor x pipeline x data parallel."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +51,10 @@ class Plan:
 
     factors: tuple[int, ...] = FACTORS
     steps: int = 5
-    """Of each size, measured."""
+    """Measured steps of each size."""
     layouts: tuple[str, ...] = tuple(LAYOUTS)
     starts: int = 4
-    """The first is not counted."""
+    """Number of starts, of which the first is not counted."""
 
 
 QUICK = Plan(factors=(1, 2), steps=2, layouts=("1 x 1 x 1", "2 x 1 x 1"), starts=1)
@@ -72,44 +72,45 @@ def _sizes(factor: int) -> dict[str, Workload]:
 
 
 PER_TOKEN = ("group size", "completion length")
-"""Dimensions that multiply a step's tokens; the others make each token dearer, at most by their factor."""
+"""Dimensions that multiply the tokens of a step; the others raise the cost of each token, at most by their factor."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One size of one dimension. Costs are CPU microseconds of a completion token."""
+    """One size of one dimension."""
 
     dimension: str
     factor: int
     size: int
     tokens: int
-    """Of a step."""
+    """Completion tokens of a step."""
     cost: Figure
+    """CPU microseconds of a completion token."""
     ratio: Figure
     """Cost of a token over that of factor 1, turn by turn."""
     rollout_share: float
-    """Of the CPU time."""
+    """The rollout's fraction of the CPU time."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayoutRow:
-    """One layout."""
+    """The cost of a step on one layout."""
 
     layout: str
     ranks: int
     cpu_ms: Figure
-    """Of a step, all ranks together."""
+    """CPU milliseconds of a step, all ranks together."""
     communication: float
-    """Share of a step's wall time in which gloo was at work, or waited for another rank; the ranks' mean."""
+    """Fraction of a step's wall time in which gloo worked or waited for another rank; the ranks' mean."""
     collectives: int
-    """Of a step, on the busiest rank, sends and receives included."""
+    """Collectives, sends and receives of a step, on the busiest rank."""
 
 
 # ------------------------------------------------------------------ growth
 
 
 def dimensions(plan: Plan, folder: Path) -> list[Row]:
-    """Every dimension at every factor. In Megatron's groups, one rank."""
+    """Measure every dimension at every factor, on one rank. Needs Megatron's process groups."""
     rows = []
     for dimension in _sizes(1):
         with contextlib.ExitStack() as stack:
@@ -139,7 +140,7 @@ def dimensions(plan: Plan, folder: Path) -> list[Row]:
 
 
 class _Clock:
-    """CPU seconds of each rollout."""
+    """CPU seconds of each rollout of a pipeline."""
 
     def __init__(self, rollouts: Any) -> None:
         self.seconds: list[float] = []
@@ -163,10 +164,10 @@ def _scaled(figure: Figure, by: float) -> Figure:
 
 
 def exponent(rows: Sequence[Row]) -> float:
-    """Of a dimension's total cost in its size, over the last doubling: 1 is linear.
+    """The exponent of a dimension's total cost in its size, over the last doubling: 1 is linear.
 
     Args:
-        rows: of one dimension, by factor.
+        rows: the rows of one dimension, by factor.
     """
     *_, before, last = rows
     more = last.factor / before.factor if last.dimension in PER_TOKEN else 1.0
@@ -178,7 +179,7 @@ def exponent(rows: Sequence[Row]) -> float:
 
 
 def layouts(plan: Plan, folder: Path) -> list[LayoutRow]:
-    """A step of the base workload on each layout, in processes of its own."""
+    """Measure a step of the base workload on each layout, each with its own processes."""
     make_input(BASE, folder)
     rows = []
     for name in plan.layouts:
@@ -197,13 +198,13 @@ def layouts(plan: Plan, folder: Path) -> list[LayoutRow]:
 
 
 def _rank(folder: str, layout: dict[str, int], steps: int) -> tuple[list[float], float, int]:
-    """CPU seconds of each step, the share of communication, collectives of a step, on this rank."""
+    """CPU seconds of each step, the fraction of communication, and collectives of a step, on this rank."""
     from benchmarks import profile
 
     with contextlib.ExitStack() as stack:
         trainer = make_trainer(BASE, Path(folder), stack, **layout)
         timings = in_turns({"step": trainer.train_step}, steps)["step"]
-        counted = profile.profile_step(trainer)  # the profiler's warm-up, too
+        counted = profile.profile_step(trainer)  # also warms up the profiler
         share = Figure.of([profile.communication_share(trainer) for _ in range(3)]).median
     collectives = sum(phase.collectives.total() for phase in counted.phases.values())
     return [timing.cpu for timing in timings], share, collectives
@@ -213,7 +214,7 @@ def _rank(folder: str, layout: dict[str, int], steps: int) -> tuple[list[float],
 
 
 def starting(plan: Plan, folder: Path) -> start.Start:
-    """A start of one rank."""
+    """Measure the start of one rank."""
     make_input(BASE, folder)
     settings = [
         "experiment=quickstart",
@@ -280,40 +281,40 @@ def _judged(rows: Sequence[Row]) -> str:
 
 
 def load_line() -> str:
-    """What a reader has to know about the machine."""
+    """A line about the machine and its load."""
     return f"{os.cpu_count()} cores, load average at the end {os.getloadavg()[0]:.1f}, one thread a rank"
 
 
 def as_text(tables: Sequence[tuple[str, Any, Any]]) -> str:
-    """For a terminal."""
+    """The tables as text for a terminal."""
     return "\n\n".join(f"{title}\n{plain(header, lines)}" for title, header, lines in tables)
 
 
 def as_markdown(tables: Sequence[tuple[str, Any, Any]]) -> str:
-    """For a page."""
+    """The tables as Markdown for a page."""
     parts = [f"**{title}**\n\n{markdown(header, lines)}" for title, header, lines in tables]
     return "\n".join([*parts, f"({load_line()})"])
 
 
 def picture(rows: Sequence[Row]) -> str:
     """Costs of a token over the smallest size's, as SVG."""
-    from examples.study import picture as drawing
     from examples.study.analysis import Interval
+    from examples.study.picture import COLOURS, WIDTH, panel, svg
 
     def lines(per_token: bool) -> list[Any]:
         names = [name for name in dict.fromkeys(row.dimension for row in rows) if (name in PER_TOKEN) == per_token]
-        drawn = []
-        for name, colour in zip(names, drawing.COLOURS, strict=False):
+        curves = []
+        for name, colour in zip(names, COLOURS, strict=False):
             mine = [row for row in rows if row.dimension == name]
             spread = [
                 Interval(r.ratio.median, max(r.ratio.high - r.ratio.median, r.ratio.median - r.ratio.low)) for r in mine
             ]
-            drawn.append((name, colour, [row.factor for row in mine], spread))
-        return drawn
+            curves.append((name, colour, [row.factor for row in mine], spread))
+        return curves
 
     what, over = "cost of a token over the smallest size's", "times the size"
     parts = [
-        drawing.panel(lines(True), 64, 470, what, upper=1.2, over=over, marks=4, legend="top left"),
-        drawing.panel(lines(False), 566, drawing.WIDTH - 20, what, over=over, marks=4, legend="top left"),
+        panel(lines(True), 64, 470, what, upper=1.2, over=over, marks=4, legend="top left"),
+        panel(lines(False), 566, WIDTH - 20, what, over=over, marks=4, legend="top left"),
     ]
-    return drawing.svg("CPU time of a completion token: median and spread", parts)
+    return svg("CPU time of a completion token: median and spread", parts)

@@ -1,7 +1,7 @@
-"""From the start of a process to the end of its first step, by what costs it: scripts/train.py as it is, watched.
+"""The cost of starting a run, up to the end of its first step: scripts/train.py with its imports timed.
 
-``measure`` starts ``python -m benchmarks.start SETTINGS``, which runs the script with ``__import__`` timed:
-CPU seconds of each package's own modules, those that they import taken out.
+``measure`` starts ``python -m benchmarks.start SETTINGS``, which runs the script with ``__import__`` replaced by one
+that counts the CPU seconds of each package's own modules, without those of the modules that they import.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import runpy
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,13 @@ from nemo_aapo.errors import RunError
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "train.py"
 TARGET_S = 8.0
-"""CPU seconds of one rank on a CPU."""
+"""CPU seconds that the start of one rank on a CPU is to stay below."""
 SHOWN = 8
-"""Packages with a line of their own."""
+"""Number of packages that get a line of their own."""
 DEADLINE_S = 300
-"""For each repeat."""
+"""Deadline of each repeat."""
 ANSWER = "START "
+"""Start of the line on which the watched process prints its figures."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,18 +38,18 @@ class Start:
 
     total: Figure
     imports: dict[str, float]
-    """Of each package's own modules, most first; medians."""
+    """Package -> median CPU seconds of its own modules, most first."""
     before: float
-    """Of what is neither import nor step: the interpreter, configuration, groups, data, model."""
+    """CPU seconds before the first step besides imports: interpreter, configuration, groups, data, model."""
     step: float
-    """Of the first step, without its imports."""
+    """CPU seconds of the first step, without its imports."""
 
 
 def measure(settings: list[str], folder: Path, repeats: int) -> Start:
-    """Of a run with these settings.
+    """Measure the start of a run with these settings.
 
     Args:
-        folder: for a run directory of each repeat.
+        folder: gets a run directory for each repeat.
 
     Raises:
         RunError: a run failed, or took too long.
@@ -85,7 +86,7 @@ def _run(settings: list[str]) -> dict[str, Any]:
 
 
 def report(start: Start) -> list[tuple[str, str]]:
-    """What costs a start, and its CPU seconds."""
+    """Lines of a table: a part of the start, and its CPU seconds."""
     shown = list(start.imports.items())
     rows = [(f"importing {name}", seconds) for name, seconds in shown[:SHOWN]]
     rows.append((f"importing {len(shown) - SHOWN} other packages", sum(seconds for _, seconds in shown[SHOWN:])))
@@ -101,10 +102,10 @@ class _Watch:
     """Times every import, and the first step."""
 
     def __init__(self) -> None:
-        self.own: Counter[str] = Counter()
-        self._inner: list[float] = []  # of each import that is under way: seconds of the imports within it
+        self.own: dict[str, float] = defaultdict(float)
+        self._inner: list[float] = []  # for each import under way, the seconds of the imports within it
         self._import = builtins.__import__
-        self._waiting = False  # for the first step
+        self._waiting = False  # True once the first step is waited for
 
     def __call__(self, name: str, *arguments: Any, **more: Any) -> Any:
         modules, began = len(sys.modules), time.process_time()
@@ -113,7 +114,7 @@ class _Watch:
             return self._import(name, *arguments, **more)
         finally:
             seconds, inner = time.process_time() - began, self._inner.pop()
-            if len(sys.modules) > modules:  # otherwise it was there
+            if len(sys.modules) > modules:  # otherwise the module had been imported before
                 self.own[self._package(name, arguments)] += seconds - inner
                 if self._inner:
                     self._inner[-1] += seconds
@@ -127,16 +128,16 @@ class _Watch:
         return "the standard library" if top in sys.stdlib_module_names else top
 
     def _watch_trainer(self) -> None:
-        """Once its class is there, have the first step's end print what was seen, and end the process there."""
+        """Once the trainer's class is imported, have its first step print the figures and end the process."""
         trainer_class = getattr(sys.modules.get("nemo_aapo.training.trainer"), "AAPOTrainer", None)
         if trainer_class is None or self._waiting:
             return
         self._waiting, train_step = True, trainer_class.train_step
 
         def timed(trainer: Any) -> None:
-            before, imported = time.process_time(), self.own.total()
+            before, imported = time.process_time(), sum(self.own.values())
             train_step(trainer)
-            total, imports = time.process_time(), self.own.total()
+            total, imports = time.process_time(), sum(self.own.values())
             found = {
                 "total": total,
                 "imports": dict(self.own),

@@ -1,4 +1,4 @@
-"""What a training step costs: GPG, AAPO with stored reference rewards, AAPO with fresh ones each step.
+"""The cost of a training step: GPG, AAPO with stored reference rewards, AAPO with fresh ones each step.
 
 One process holds a trainer for each, on the quickstart's task with a random model of the quickstart's size, and they
 take steps in turns. The reward is a coin toss by the tokens, so that nearly every group has a signal in all three and
@@ -16,6 +16,8 @@ from statistics import median
 from typing import Any
 
 from benchmarks.measure import Figure, in_turns, ratio
+from benchmarks.workload import Silent
+from nemo_aapo.rewards.base import Reward
 from nemo_aapo.types import Completion, Prompt
 from nemo_aapo.utils import tables
 
@@ -32,9 +34,9 @@ class Plan:
 
     prompts_per_step: int = 16
     new_tokens: tuple[int, ...] = (8, 40)
-    """Completion lengths: the quickstart's, and as much as its model takes."""
+    """Completion lengths: the quickstart's, and the longest that its model takes."""
     steps: int = 12
-    """Of each, measured."""
+    """Measured steps of each algorithm."""
 
 
 QUICK = Plan(prompts_per_step=4, new_tokens=(4,), steps=2)
@@ -42,41 +44,27 @@ QUICK = Plan(prompts_per_step=4, new_tokens=(4,), steps=2)
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the table. Ratios are over GPG's."""
+    """One line of the table. Ratios are of its cost to GPG's."""
 
     algorithm: str
     new_tokens: int
     """The limit, which nearly all completions of a random model reach."""
     milliseconds: Figure
-    """Of a step."""
+    """Milliseconds of a step."""
     ratio: Figure
     ratio_cpu: Figure
     generation_ratio: float
-    """CPU time of all that the engine drew, the policy's and the reference's completions."""
+    """Ratio of the engine's CPU time, for completions of policy and reference together."""
 
 
 @dataclass(frozen=True)
-class CoinToss:
-    """1 for an even sum of token ids."""
+class CoinToss(Reward):
+    """A reward of 1 for an even sum of token ids, else 0."""
 
-    kind = name = "coin_toss"
-    in_process = True
+    kind = "coin_toss"
 
     def __call__(self, prompt: Prompt, text: str, completion: Completion) -> float:
         return float(completion.token_ids.sum() % 2 == 0)
-
-    def check_answer(self, answer: str) -> None:
-        """Any."""
-
-    def load(self) -> None:
-        """Nothing to load."""
-
-
-class _Silent:
-    """The trainers' reporter."""
-
-    def log_step(self, step: int, metrics: dict[str, float]) -> None: ...
-    def note(self, text: str) -> None: ...
 
 
 class _Meter:
@@ -99,10 +87,10 @@ class _Meter:
 
 
 def compare(plan: Plan, folder: Path) -> list[Row]:
-    """Steps of each algorithm in turns, for each length.
+    """Measure steps of the algorithms in turns, for each length.
 
     Args:
-        folder: for the model, the data and the store.
+        folder: gets the model, the data and the store.
     """
     _make_input(folder)
     return [row for new_tokens in plan.new_tokens for row in _compare(plan, folder, new_tokens)]
@@ -116,7 +104,7 @@ def _compare(plan: Plan, folder: Path, new_tokens: int) -> list[Row]:
         meters = {name: _Meter(trainer.rollouts.collector.engine) for name, trainer in trainers.items()}
         timings = in_turns({name: trainer.train_step for name, trainer in trainers.items()}, plan.steps)
     base = next(iter(ALGORITHMS))
-    generation = {name: meter.per_step(plan.steps + 1) for name, meter in meters.items()}  # one step warmed up
+    generation = {name: meter.per_step(plan.steps + 1) for name, meter in meters.items()}  # one step is a warm-up
     return [
         Row(
             algorithm=name,
@@ -153,7 +141,7 @@ def _trainer(plan: Plan, folder: Path, algorithm: str, new_tokens: int, stack: c
     )
     rewards = RewardRunner([(CoinToss(), 1.0)], workers=0, timeout_s=10.0)
     job = resolve(config, 1, given=("rewards",))
-    trainer = build_training(job, reporter=_Silent(), stack=stack, rewards=rewards)
+    trainer = build_training(job, reporter=Silent(), stack=stack, rewards=rewards)
     trainer.rollouts.fill_reference(0, lambda done, total: None, lambda: False)
     return trainer
 

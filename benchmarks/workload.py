@@ -1,6 +1,6 @@
 """A trainer whose steps do the same work on every machine: random weights, fixed lengths, a signal in every group.
 
-The sampled tokens may differ between machines; how many there are, and how many are trained on, may not.
+The sampled tokens may differ between machines, but not their number, nor the number of those that are trained on.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_aapo.rewards.base import Reward
 from nemo_aapo.types import Completion, Prompt
 
 PROMPTS = 128
-"""Lines of either file."""
+"""Number of prompts in each data file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +28,10 @@ class Workload:
     prompts_per_step: int = 8
     group_size: int = 4
     new_tokens: int = 12
-    """Of every completion: none ends early."""
+    """Tokens of every completion: none ends early."""
     max_tokens_per_microbatch: int = 256
     algorithm: str = "aapo"
-    """A choice of ``algorithm=``; with ``aapo``, the reference rewards of the first four steps are there."""
+    """A value of the setting ``algorithm``; with ``aapo``, reference rewards of the first four steps are stored."""
 
     @property
     def tokens(self) -> int:
@@ -39,31 +40,24 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class MeanToken:
-    """The mean token id: nearly never the same twice in a group."""
+class MeanToken(Reward):
+    """The mean token id as a reward, which two completions of a group hardly ever share."""
 
-    kind = name = "mean_token"
-    in_process = True
+    kind = "mean_token"
 
     def __call__(self, prompt: Prompt, text: str, completion: Completion) -> float:
         return float(completion.token_ids.mean())
 
-    def check_answer(self, answer: str) -> None:
-        """Any."""
-
-    def load(self) -> None:
-        """Nothing to load."""
-
 
 class Silent:
-    """The trainer's reporter."""
+    """A reporter of the trainer that reports nothing."""
 
     def log_step(self, step: int, metrics: dict[str, float]) -> None: ...
     def note(self, text: str) -> None: ...
 
 
 def make_input(workload: Workload, folder: Path) -> None:
-    """The model's directory and the data, under ``folder``."""
+    """Write the model's directory and the data under ``folder``."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -94,7 +88,7 @@ def make_input(workload: Workload, folder: Path) -> None:
 def make_trainer(
     workload: Workload, folder: Path, stack: contextlib.ExitStack, world: int = 1, tp: int = 1, pp: int = 1
 ) -> Any:
-    """``AAPOTrainer`` on what ``make_input`` left; ready for its first step. Collective."""
+    """An ``AAPOTrainer`` with the files of ``make_input``, ready for its first step. Collective."""
     from nemo_aapo.config.compose import load_config
     from nemo_aapo.prepare.job import resolve
     from nemo_aapo.rewards.workers.runner import RewardRunner

@@ -1,1 +1,1 @@
-"""Runs to look at: the quickstart and the study."""
+"""Example runs: the quickstart and the study."""

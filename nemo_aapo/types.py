@@ -18,85 +18,115 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prompt:
-    """One question, tokenised once when the data is loaded."""
+    """One question, tokenised once when the data is loaded.
+
+    Example:
+        ``Prompt(id="9f2c...", token_ids=[5, 18, 7], text="What is 2 + 2?", answer="4", source="train.jsonl:1")``
+    """
 
     id: str
     """Digest of the token ids and the gold answer: the same question has the same id in every run."""
     token_ids: np.ndarray
-    """int32 [P], what the engine is fed."""
+    """int32 [P], the input of the engine."""
     text: str
     """The rendered prompt, for people and for rewards that read it."""
     answer: str
     """The gold answer in the form that the verifier takes."""
     source: str
-    """Where it came from: ``file:line``."""
+    """The place in the data that it came from: ``file:line``."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Completion:
-    """One sampled answer, exactly as the engine drew it."""
+    """One sampled answer, token for token as the engine generated it.
+
+    Example:
+        With 2 as the stop token: ``Completion(token_ids=[9, 4, 2], logprobs=[-0.1, -1.2, -0.3], finish_reason="stop",
+        policy_version=17)``
+    """
 
     token_ids: np.ndarray
-    """int32 [T]; ends with what stopped it, a stop token or the last token of a stop string, if ``finish_reason`` is
-    ``"stop"``. T may be 0."""
+    """int32 [T]. If ``finish_reason`` is ``"stop"``, it ends with the stop token or the last token of the stop string.
+    T may be 0."""
     logprobs: np.ndarray
     """float32 [T], log pi(token) at the sampling temperature, as the engine computed it."""
     finish_reason: FinishReason
-    """``"stop"``: a stop token was drawn, or a stop string completed. ``"length"``: cut at the length limit."""
+    """``"stop"``: a stop token was sampled, or a stop string completed. ``"length"``: cut at the length limit."""
     policy_version: int
-    """Number of optimizer steps behind the policy that the engine served."""
+    """Number of optimizer steps that the policy had taken which the engine served."""
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingSpec:
-    """How completions are drawn. One spec serves policy and reference, or their rewards can't be compared."""
+    """How completions are sampled. Policy and reference use one spec, or their rewards could not be compared.
+
+    Example:
+        ``SamplingSpec(temperature=1.0, max_new_tokens=512, stop_token_ids=(2,))``
+    """
 
     temperature: float
     """Logits are divided by it before the softmax; 0 means greedy."""
     max_new_tokens: int
     """Completions are cut here (finish reason ``"length"``)."""
     stop_token_ids: tuple[int, ...]
-    """Drawing one ends the completion, which keeps it."""
+    """Sampling one of these tokens ends the completion, which keeps it."""
     min_new_tokens: int = 0
-    """Stop tokens get probability zero before this many tokens."""
+    """Stop tokens have probability zero while a completion has fewer tokens than this."""
     top_p: float = 1.0
     """Nucleus truncation; evaluation only, as training needs the full softmax."""
     stop_strings: tuple[str, ...] = ()
-    """A completion whose text contains one, ``min_new_tokens`` or more tokens long, ends with the token that completed
-    it, which it keeps. Special tokens are no text."""
+    """A completion of ``min_new_tokens`` or more whose text contains one of these strings ends with the token that
+    completed the string, which it keeps. Special tokens are no text."""
 
     @property
     def greedy(self) -> bool:
-        """True if the likeliest token is taken each time."""
+        """True if the most likely token is taken each time."""
         return self.temperature == 0.0
 
 
 RIGHT = 1.0
-"""Of a reward that tells right from wrong, the value of a right completion; ``validation.reward`` names one."""
+"""The least value of a right completion, for rewards that tell right from wrong; ``validation.reward`` names one."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Group:
-    """The G completions of one prompt, with what is known of them so far."""
+    """The G completions of one prompt, scored; the advantages are added when they are computed.
+
+    Example:
+        Two completions, one right, with four reference rewards: ``rewards=[1, 0]``, ``reward_parts={"math": [1, 0]}``,
+        ``failed=[False, False]``, ``reference_rewards=[0, 1, 0, 0]``. With the expected margin in [-1, 1] and no
+        division by the standard deviation: ``advantages=[0.5 + 0.75, -0.5 - 0.25]``.
+    """
 
     prompt: Prompt
     completions: tuple[Completion, ...]
-    """G of them."""
+    """The G completions, in the order of their seeds."""
     texts: tuple[str, ...]
     """The completions decoded, for rewards and for people: never tokenised again."""
     rewards: np.ndarray
     """float64 [G], the weighted sum of all rewards."""
     reward_parts: dict[str, np.ndarray]
-    """Each reward's unweighted values, float64 [G], by name."""
+    """Name of a reward -> its unweighted values, float64 [G]."""
     failed: np.ndarray
-    """bool [G], scoring failed or timed out, and ``reward_runner.score_on_failure`` stands for the reward."""
+    """bool [G], True where scoring failed or timed out: the reward is then ``reward_runner.score_on_failure``."""
     reference_rewards: np.ndarray | None = None
     """float64 [K], rewards of K completions of the frozen reference; None where the algorithm needs none."""
     advantages: np.ndarray | None = None
-    """float64 [G], the final (augmented) advantages A*."""
+    """float64 [G], the final (augmented) advantages A*; None until they are computed."""
+
+    @property
+    def final_advantages(self) -> np.ndarray:
+        """``advantages`` of a group that has them.
+
+        Raises:
+            RuntimeError: they were not computed yet.
+        """
+        if self.advantages is None:
+            raise RuntimeError(f"the group of prompt {self.prompt.id} has no advantages yet: compute them first")
+        return self.advantages
 
     def right(self, reward: str) -> np.ndarray:
-        """bool [G], which completions this reward calls right: those it gives at least ``RIGHT``."""
+        """bool [G], the completions that this reward calls right: it gives them at least ``RIGHT``."""
         return self.reward_parts[reward] >= RIGHT
 
     def replace(self, **changes) -> Group:

@@ -19,7 +19,7 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         recipe = Recipe(seed=arguments.seed)
-        make_base_model(arguments.out, recipe, force=arguments.force, say=lambda text: print(text, flush=True))
+        make_base_model(arguments.out, recipe, force=arguments.force, log=lambda text: print(text, flush=True))
     except BaseModelError as error:
         print(error, file=sys.stderr)
         return 2

@@ -41,7 +41,7 @@ def make_checkpointer(directory: Path, keep_last: int = 2, digest: str = DIGEST,
 def train(policy: Any, step: int) -> None:
     """One optimizer step on four samples, dealt to the data-parallel ranks."""
     from nemo_aapo.distributed import parallel
-    from nemo_aapo.learner.microbatch import collate
+    from nemo_aapo.learner.microbatch import PrefixGroup, collate
     from nemo_aapo.types import Sample
 
     generator = np.random.default_rng(step)
@@ -50,7 +50,7 @@ def train(policy: Any, step: int) -> None:
         prompt, completion = (generator.integers(2, 160, n).astype(np.int32) for n in (4, 8))
         samples.append(Sample(prompt, completion, np.zeros(8, np.float32), advantage))
     own = samples[parallel.data_parallel_rank() :: parallel.data_parallel_size()]
-    batch = collate([(sample,) for sample in own], [1 / 32] * len(own), multiple=1, device=torch.device("cpu"))
+    batch = collate(PrefixGroup.separate(own), [1 / 32] * len(own), multiple=1, device=torch.device("cpu"))
     policy.optimization.train_step(
         [batch], lambda logprobs, entropy, b: (-(b.weights * b.advantages * logprobs).sum(), {})
     )

@@ -1,5 +1,5 @@
 """Training steps beside those of TRL's GRPOTrainer: the same checkpoint, prompts, lengths, batch and optimizer.
 
-Each contestant is a process of its own, which takes one step when told to, so that the two sides take turns. TRL's have
-.venv-peers on their path. Only one process computes at a time.
+Each contestant is a process of its own that takes one step when it is ordered to, so that the two sides take turns and
+only one process computes at a time. TRL's contestants have .venv-peers on their path.
 """

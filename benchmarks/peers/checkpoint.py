@@ -1,8 +1,8 @@
 """Random checkpoints, a tokenizer and prompts for both sides.
 
-In plain samples of a random model the end of sequence hardly ever comes up, or comes up as often as chance has it. Here
-it has the probability that is asked for, at every position: one component of the hidden state is kept constant (the
-embedding sets it, no layer writes to it), and only the end of sequence's logit looks at it.
+How often a random model generates the end of sequence is a matter of chance. Here it has a given probability at every
+position: one component of the hidden state is kept constant (the embedding sets it, no layer writes to it), and only
+the end of sequence's logit reads it.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from nemo_aapo.utils.files import write_atomic
 
 EOS, PAD, FIRST_WORD = 1, 0, 2
 CONSTANT = 0
-"""The component of the hidden state that says nothing but 1."""
+"""Index of the hidden state's constant component."""
 NEVER = -50.0
-"""A bias that no sample survives."""
+"""A bias that makes a token practically impossible."""
 
 
 def make_checkpoint(model: Model, plan: Plan, lengths: Lengths, directory: Path) -> Path:
@@ -55,12 +55,12 @@ def make_checkpoint(model: Model, plan: Plan, lengths: Lengths, directory: Path)
 
 
 def _mean_length(plan: Plan) -> float:
-    """Of completions without a limit: cut at the limit, the longest is about four times the mean."""
+    """Mean length of completions without a limit, so that the limit is four times the mean."""
     return plan.new_tokens / 4
 
 
 def bias_end_of_sequence(model: Any, probability: float | None) -> None:
-    """Give the end of sequence this probability at every position; None: it is never drawn.
+    """Give the end of sequence this probability at every position; None: it is never sampled.
 
     Args:
         model: a Qwen2 of transformers with an output layer of its own; changed in place.
@@ -86,7 +86,7 @@ def bias_end_of_sequence(model: Any, probability: float | None) -> None:
 
 
 def _tokenizer(vocabulary: int) -> Any:
-    """One word for each token id, so that nothing that is drawn lies outside."""
+    """A tokenizer with a word for each token id, so that every sampled token can be decoded."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,4 +1,4 @@
-"""Starts the contestants, sees that both sides compute the same, and has them take turns."""
+"""Starts the contestants, checks that both sides compute the same, and has them take turns."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ ROOT = Path(__file__).resolve().parents[2]
 PEERS = ROOT / ".venv-peers"
 
 MAX_LOGPROB_DIFFERENCE = 1e-5
-"""Mean over all tokens."""
+"""Largest mean absolute difference of log-probs, over all tokens."""
 MAX_LOSS_DIFFERENCE = 1e-5
-"""A loss is a mean of advantages, which are about 1."""
+"""Largest difference of losses, which are means of advantages of about 1."""
 MAX_GRADIENT_DIFFERENCE = 1e-3
-"""Of the gradient's norm, relative."""
+"""Largest relative difference of gradient norms."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """What one contestant did under one model, kind of lengths and number of threads."""
+    """The measured steps of one contestant with one model, kind of lengths and number of threads."""
 
     model: str
     lengths: Lengths
@@ -49,19 +49,19 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """Both sides on the same completions, from the same checkpoint."""
+    """The figures of both sides for the same completions and checkpoint."""
 
     model: str
     lengths: Lengths
     logprobs: float
-    """Mean absolute difference."""
+    """Mean absolute difference of the log-probs."""
     loss: float
     trl_loss: float
     gradient_norm: float
     trl_gradient_norm: float
 
     def require(self) -> None:
-        """Raises RunError: there is nothing to compare."""
+        """Raise RunError unless both sides agree: otherwise their speeds can't be compared."""
         gradient = abs(self.gradient_norm / self.trl_gradient_norm - 1)
         if (
             self.logprobs > MAX_LOGPROB_DIFFERENCE
@@ -73,26 +73,26 @@ class Agreement:
 
 @dataclass(slots=True)
 class Found:
-    """All of it, as far as it has come."""
+    """All results so far."""
 
     trl: str
-    """Its version."""
+    """The version of TRL."""
     large_vocabulary: str
     """The model that is measured for memory only."""
     memory: list[Memory] = field(default_factory=list)
     cells: list[Cell] = field(default_factory=list)
     agreements: list[Agreement] = field(default_factory=list)
     fill_cpu: dict[str, float] = field(default_factory=dict)
-    """CPU seconds that the stored reference rewards took, once, by model and lengths."""
+    """Model and lengths -> CPU seconds of making the stored reference rewards, once."""
 
 
 def trl_version() -> str:
-    """Of .venv-peers.
+    """The version of TRL in .venv-peers.
 
     Raises:
-        RunError: it is not there, or not the version that requirements/peers.txt names.
+        RunError: TRL is not there, or not the version that requirements/peers.txt names.
     """
-    wanted = re.search(r"^trl==(\S+)", (ROOT / "requirements" / "peers.txt").read_text(), re.MULTILINE)[1]
+    [wanted] = re.findall(r"^trl==(\S+)", (ROOT / "requirements" / "peers.txt").read_text(), re.MULTILINE)
     if not (PEERS / f"trl-{wanted}.dist-info").is_dir():
         raise RunError(
             f"benchmark.py peers: {PEERS} has no trl {wanted}. Run `bash scripts/peers.sh`, which installs it there "
@@ -101,12 +101,12 @@ def trl_version() -> str:
     return wanted
 
 
-def measure(plan: Plan, folder: Path, say: Callable[[str], None]) -> Iterator[Found]:
-    """Everything, growing: yielded whenever there is more, so that an interruption costs the last part only.
+def measure(plan: Plan, folder: Path, log: Callable[[str], None]) -> Iterator[Found]:
+    """Measure everything; yields all results so far whenever there are more, so that an interruption loses little.
 
     Args:
-        folder: for checkpoints, specs and logs.
-        say: told of what is being measured.
+        folder: gets checkpoints, specs and logs.
+        log: called with a line for each part that is measured.
 
     Raises:
         RunError: no TRL, a contestant that failed, or sides that do not agree.
@@ -119,17 +119,17 @@ def measure(plan: Plan, folder: Path, say: Callable[[str], None]) -> Iterator[Fo
             with _contestants(plan, place, CONTESTANTS[lengths]) as workers:
                 _agree(found, model, lengths, place, workers)
                 for threads in plan.threads:
-                    say(f"{model.name}, {lengths} lengths, {threads} {'thread' if threads == 1 else 'threads'}")
+                    log(f"{model.name}, {lengths} lengths, {threads} {'thread' if threads == 1 else 'threads'}")
                     found.cells += _in_turns(plan, model, lengths, threads, workers)
                     yield found
                 found.memory += _peaks(model, lengths, workers)
-    say(f"memory, {plan.large_vocabulary.name}")
+    log(f"memory, {plan.large_vocabulary.name}")
     _measure_memory(plan, folder / "memory", found)
     yield found
 
 
 def _in_turns(plan: Plan, model: Model, lengths: Lengths, threads: int, workers: dict[str, Worker]) -> list[Cell]:
-    """A, B, A, B, ...: what slows the machine down for a while hits all alike. The first round is not counted."""
+    """Steps in turns A, B, A, B, ..., so that load on the machine affects all alike. The first round is not counted."""
     steps: dict[str, list[Step]] = {name: [] for name in workers}
     for turn in range(plan.repeats + 1):
         for name, worker in workers.items():
@@ -140,7 +140,7 @@ def _in_turns(plan: Plan, model: Model, lengths: Lengths, threads: int, workers:
 
 
 def _agree(found: Found, model: Model, lengths: Lengths, place: Path, workers: dict[str, Worker]) -> None:
-    """TRL takes its first step; ours trains on the same completions."""
+    """Have TRL take its first step and ours train on the same completions, and require that they agree."""
     for name, worker in workers.items():
         ready = worker.wait()
         if name == "ours_stored":
@@ -152,7 +152,7 @@ def _agree(found: Found, model: Model, lengths: Lengths, place: Path, workers: d
 
 
 def _measure_memory(plan: Plan, place: Path, found: Found) -> None:
-    """Two steps each at the large vocabulary: the second has the optimizer's state from the first."""
+    """Take two steps at the large vocabulary: during the second the optimizer has its state."""
     make_checkpoint(plan.large_vocabulary, plan, "fixed", place / "model")
     for name in ("ours", "trl"):  # one at a time: they are large
         with _contestants(plan, place, (name,), record=False) as workers:
@@ -168,10 +168,10 @@ def _peaks(model: Model, lengths: Lengths, workers: dict[str, Worker]) -> list[M
 
 @contextlib.contextmanager
 def _contestants(plan: Plan, place: Path, names: tuple[str, ...], record: bool = True) -> Iterator[dict[str, Worker]]:
-    """Their processes, starting up; all are ended on the way out.
+    """The contestants' processes, not ready yet; they are ended on leaving.
 
     Args:
-        record: have TRL write down its first step, for ``_agree``; that takes memory of its own.
+        record: have TRL record its first step for ``_agree``, which takes more memory.
     """
     sizes = ("prompts_per_step", "group_size", "prompt_tokens", "new_tokens")
     numbers = {key: value for key, value in asdict(plan).items() if key in sizes}
@@ -182,7 +182,7 @@ def _contestants(plan: Plan, place: Path, names: tuple[str, ...], record: bool =
             spec: dict[str, Any] = {"name": name, "plan": numbers, "model": str(place / "model")}
             spec["folder"] = str(place / name)
             spec["record"] = str(place / "recorded.json") if record and name == "trl" else None
-            # the most threads; each step is told how many
+            # the most threads that any step takes; each order says how many
             variables = environment(peers=module == "trl_side", threads=max(plan.threads))
             worker = Worker(name, f"benchmarks.peers.{module}", spec, place, variables)
             stack.callback(worker.close)
@@ -191,7 +191,7 @@ def _contestants(plan: Plan, place: Path, names: tuple[str, ...], record: bool =
 
 
 def environment(*, peers: bool, threads: int = 1) -> dict[str, str]:
-    """Of a process that imports this code and, if it is wanted, the peers'."""
+    """Environment of a process that imports this code and, with ``peers``, that of .venv-peers."""
     path = [str(ROOT), *([str(PEERS)] if peers else [])]
     return {
         **os.environ,

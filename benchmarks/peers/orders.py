@@ -1,4 +1,4 @@
-"""One step when told to: JSON lines between the process that measures and those that are measured."""
+"""Orders to take a step, as JSON lines between the process that measures and the contestants."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from nemo_aapo.errors import RunError
 
 ANSWER_TIMEOUT_S = 600.0
 END_TIMEOUT_S = 30.0
+"""A contestant that does not end by itself in this time is killed."""
 SHOWN_CHARACTERS = 2000
+"""Characters of a failed contestant's output that are shown."""
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one training step of a contestant cost."""
+    """The cost of one training step of a contestant."""
 
     wall: float
     """Seconds of the clock."""
@@ -31,22 +33,22 @@ class Step:
     tokens: int
     """Completion tokens that were trained on."""
     longest_over_mean: float
-    """Of the completions' lengths."""
+    """Longest length of a completion over the mean."""
     loss: float
     phases: dict[str, float]
     """Seconds of the clock: rollout, score (rewards, advantages), reference, train, refit."""
 
 
 class Worker:
-    """A contestant's process, seen from outside."""
+    """A contestant's process, as the measuring process holds it."""
 
     def __init__(self, name: str, module: str, spec: dict[str, Any], folder: Path, environment: dict[str, str]) -> None:
-        """Starts it; ``wait`` for it to be ready.
+        """Start the process; ``wait`` for it to be ready.
 
         Args:
-            module: what to run as ``python -m``; it is given the path of the spec.
-            spec: any JSON.
-            folder: for the spec and the log.
+            module: run by ``python -m``, with the path of the spec as its argument.
+            spec: JSON that tells the contestant what it is.
+            folder: gets the spec and the log.
         """
         self.name, self._log = name, folder / f"{name}.log"
         path = folder / f"{name}.json"
@@ -59,17 +61,19 @@ class Worker:
                 stderr=log,
                 env=environment,
             )
+        assert self._process.stdin is not None and self._process.stdout is not None, "both are pipes"  # noqa: PT018
+        self._orders, self._answers = self._process.stdin, self._process.stdout
 
     def wait(self) -> dict[str, Any]:
-        """Its next answer.
+        """The contestant's next answer.
 
         Raises:
-            RunError: it has ended, or says nothing for ``ANSWER_TIMEOUT_S``.
+            RunError: it has ended, or does not answer within ``ANSWER_TIMEOUT_S``.
         """
         deadline, line = time.monotonic() + ANSWER_TIMEOUT_S, b""
         while not line.endswith(b"\n"):
-            ready, _, _ = select.select([self._process.stdout], [], [], max(0.0, deadline - time.monotonic()))
-            part = os.read(self._process.stdout.fileno(), 1 << 16) if ready else b""
+            ready, _, _ = select.select([self._answers], [], [], max(0.0, deadline - time.monotonic()))
+            part = os.read(self._answers.fileno(), 1 << 16) if ready else b""
             if not part:
                 why = "ended" if ready else f"said nothing for {ANSWER_TIMEOUT_S:.0f} s"
                 raise RunError(
@@ -81,28 +85,28 @@ class Worker:
     def ask(self, do: str, **order: Any) -> dict[str, Any]:
         """Give an order and wait for the answer."""
         with contextlib.suppress(BrokenPipeError):  # ``wait`` says how it ended
-            self._process.stdin.write(json.dumps({"do": do, **order}).encode() + b"\n")
-            self._process.stdin.flush()
+            self._orders.write(json.dumps({"do": do, **order}).encode() + b"\n")
+            self._orders.flush()
         return self.wait()
 
     def step(self, threads: int) -> Step:
-        """One training step."""
+        """Have the contestant take one training step."""
         return Step(**self.ask("step", threads=threads))
 
     def close(self) -> None:
-        """End it, by force if it does not go by itself. Idempotent."""
+        """End the process, by force if it does not end by itself. Idempotent."""
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
+            self._orders.close()
         try:
             self._process.wait(END_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        self._process.stdout.close()
+        self._answers.close()
 
 
 class Orders:
-    """The same pipe, seen from the contestant. What it prints goes to its log from then on."""
+    """The contestant's end of the pipe. From its creation on, what the process prints goes to its log."""
 
     def __init__(self) -> None:
         self._answers = os.fdopen(os.dup(1), "w")
@@ -110,18 +114,18 @@ class Orders:
         self._began = (0.0, 0.0)
 
     def next(self) -> dict[str, Any] | None:
-        """The next order; None at the end. The clocks start."""
+        """Wait for the next order, and start the clocks; None at the end."""
         line = sys.stdin.readline()
         self._began = (time.perf_counter(), time.process_time())
         return json.loads(line) if line else None
 
     def answer(self, **values: Any) -> None:
-        """To the last order, or that one is ready for the first."""
+        """Answer the last order, or report that the contestant is ready for the first."""
         self._answers.write(json.dumps(values) + "\n")
         self._answers.flush()
 
     def answer_step(self, *, lengths: list[int], loss: float, phases: dict[str, float]) -> None:
-        """What the step cost since it was ordered."""
+        """Answer with the cost of the step since it was ordered."""
         wall, cpu = time.perf_counter() - self._began[0], time.process_time() - self._began[1]
         tail = max(lengths) * len(lengths) / max(1, sum(lengths))
         self.answer(**asdict(Step(wall, cpu, sum(lengths), tail, loss, phases)))

@@ -14,23 +14,17 @@ import numpy as np
 
 from benchmarks.peers import plan as settings
 from benchmarks.peers.orders import Orders, peak_bytes
+from nemo_aapo.rewards.base import Reward
 from nemo_aapo.types import Completion, Group, Prompt
 
 
-class CoinToss:
-    """``plan.reward`` as a reward of ours."""
+class CoinToss(Reward):
+    """``plan.reward`` in the form of our rewards."""
 
-    kind = name = "coin_toss"
-    in_process = True
+    kind = "coin_toss"
 
     def __call__(self, prompt: Prompt, text: str, completion: Completion) -> float:
         return settings.reward(completion.token_ids)
-
-    def check_answer(self, answer: str) -> None:
-        """Any."""
-
-    def load(self) -> None:
-        """Nothing to load."""
 
 
 class LastStep:
@@ -67,13 +61,13 @@ def overrides(name: str, plan: settings.Plan, model: Path, folder: Path) -> list
 
 
 def agree(trainer: Any, recorded: dict[str, Any]) -> dict[str, float]:
-    """Train once on completions that TRL drew and trained on: its log-probs, loss and gradient norm beside ours."""
+    """Train once on TRL's completions; the differences of its log-probs, loss and gradient norm from ours."""
     prompts = {tuple(prompt.token_ids.tolist()): prompt for prompt in trainer.rollouts.data}
     size = trainer.config.group_size
     groups = []
     for first in range(0, len(recorded["completions"]), size):
         rows = range(first, first + size)
-        drawn = [
+        completions = [
             Completion(
                 np.array(recorded["completions"][i], np.int32),
                 np.array(recorded["logprobs"][i], np.float32),
@@ -82,11 +76,11 @@ def agree(trainer: Any, recorded: dict[str, Any]) -> dict[str, float]:
             )
             for i in rows
         ]
-        rewards = np.array([settings.reward(completion.token_ids) for completion in drawn])
+        rewards = np.array([settings.reward(completion.token_ids) for completion in completions])
         groups.append(
             Group(
                 prompt=prompts[tuple(recorded["prompts"][first])],
-                completions=tuple(drawn),
+                completions=tuple(completions),
                 texts=("",) * size,
                 rewards=rewards,
                 reward_parts={"coin_toss": rewards},
@@ -107,7 +101,7 @@ def agree(trainer: Any, recorded: dict[str, Any]) -> dict[str, float]:
 
 
 def take_step(trainer: Any, reporter: LastStep, lengths: list[int], orders: Orders) -> None:
-    """One training step, and what it cost."""
+    """Take one training step, and answer with its cost."""
     lengths.clear()
     trainer.train_step()
     metrics = reporter.metrics
@@ -133,17 +127,17 @@ def build(spec: dict[str, Any], reporter: LastStep, stack: contextlib.ExitStack)
 
 
 def count_tokens(engine: Any, lengths: list[int]) -> None:
-    """From now on the engine writes down the lengths of what it draws while there are none in the list.
+    """Have the engine add the lengths of its completions to the list whenever that is empty.
 
-    The policy's completions come first in a step, the reference's after them.
+    These are the policy's completions, as the reference's come later in a step.
     """
     generate = engine.generate
 
     def counted(*arguments: Any) -> list[list[Completion]]:
-        drawn = generate(*arguments)
+        completions = generate(*arguments)
         if not lengths:
-            lengths.extend(len(completion.token_ids) for row in drawn for completion in row)
-        return drawn
+            lengths.extend(len(completion.token_ids) for row in completions for completion in row)
+        return completions
 
     engine.generate = counted
 
@@ -158,7 +152,8 @@ def main(path: str) -> None:
 
     quiet()
     torch.set_num_threads(1)
-    reporter, lengths = LastStep(), []
+    reporter = LastStep()
+    lengths: list[int] = []
     with contextlib.ExitStack() as stack:
         trainer = build(json.loads(Path(path).read_text()), reporter, stack)
         count_tokens(trainer.rollouts.collector.engine, lengths)

@@ -62,10 +62,10 @@ def bars(ratios: Sequence[dict[str, Any]]) -> Any:
             [max(r["high"], r["cpu"]) - r["cpu"] for r in found],
         ]
         label = f"{model}, {threads} thread{'' if threads == 1 else 's'}"
-        drawn = axes.bar(
+        group = axes.bar(
             places, [r["cpu"] for r in found], 0.92 * width, yerr=spread, label=label, error_kw={"lw": 0.8}
         )
-        axes.bar_label(drawn, fmt="%.2f", label_type="center", rotation=90, fontsize=8, color="white")
+        axes.bar_label(group, fmt="%.2f", label_type="center", rotation=90, fontsize=8, color="white")
     for i, comparison in enumerate(arms.values()):
         if comparison["target"] is not None:
             axes.hlines(comparison["target"], i - 0.45, i + 0.45, colors="black", linestyles="dashed")

@@ -1,4 +1,4 @@
-"""What is compared: contestants, kinds of lengths, sizes, and what we aim at."""
+"""The plan of the comparison: contestants, kinds of lengths, sizes, and targets."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ OURS = {
     "ours_stored": ["algorithm=aapo"],
     "ours_fresh": ["algorithm=aapo_paper"],
 }
-"""Name -> settings. The first one is TRL's ``loss_type="dapo"`` without KL: the margin is off."""
+"""Name -> settings of our contestants. The first computes TRL's ``loss_type="dapo"`` without KL and margin."""
 
 TRL = {"trl": False, "trl_twice": True}
-"""Name -> whether it draws completions of the frozen reference as well, each step, and adds the margin."""
+"""Name -> whether TRL's contestant also generates the frozen reference's completions in each step, for the margin."""
 
 LABELS = {
     "ours": "ours, margin off",
@@ -33,7 +33,7 @@ CONTESTANTS: dict[Lengths, tuple[str, ...]] = {
     "fixed": ("ours", "trl", "ours_stored"),
     "variable": ("ours", "trl", "ours_stored", "trl_twice", "ours_fresh"),
 }
-"""In the order of their turns."""
+"""Kind of lengths -> contestants, in the order of their turns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class Comparison:
     ours: str
     theirs: str
     target: float | None = None
-    """The largest ratio that we aim at."""
+    """The largest ratio that meets the target; None: there is no target."""
 
 
 COMPARISONS = (
@@ -94,7 +94,7 @@ class Plan:
 
     @property
     def sequences(self) -> int:
-        """Of a step."""
+        """Completions of a step."""
         return self.prompts_per_step * self.group_size
 
     @property
@@ -104,7 +104,7 @@ class Plan:
 
     @property
     def data_prompts(self) -> int:
-        """Eight steps' prompts make an epoch."""
+        """Prompts in the data: an epoch has eight steps."""
         return 8 * self.prompts_per_step
 
 

@@ -1,4 +1,4 @@
-"""The figures as Markdown tables, and docs/benchmarks.md's."""
+"""The figures as Markdown tables, as docs/benchmarks.md has them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from statistics import median
 from benchmarks.measure import Figure
 from benchmarks.peers.compare import Cell, Found
 from benchmarks.peers.plan import COMPARISONS, LABELS, MEMORY_TARGET, Comparison
-from nemo_aapo.evaluation.report import markdown
+from nemo_aapo.utils.tables import markdown
 
 PHASES = ("rollout", "score", "reference", "train", "refit")
 
@@ -23,12 +23,13 @@ class Ratio:
     model: str
     threads: int
     cpu: float
-    """Of the medians."""
+    """Ratio of the medians of CPU seconds."""
     low: float
-    """Of single turns."""
+    """Lowest ratio of a single turn."""
     high: float
+    """Highest ratio of a single turn."""
     wall: float
-    """Of the medians."""
+    """Ratio of the medians of seconds of the clock."""
 
 
 def ratios(found: Found) -> list[Ratio]:
@@ -57,7 +58,7 @@ def tables(found: Found, load: Sequence[float], *, judged: bool = True) -> str:
 
     Args:
         load: the machine's load average before and after.
-        judged: say whether targets were met; they are for the sizes of the whole plan.
+        judged: include whether targets were met, which hold for the sizes of the whole plan.
     """
     return "\n".join(
         [
@@ -81,7 +82,7 @@ def tables(found: Found, load: Sequence[float], *, judged: bool = True) -> str:
 
 
 def verdict(value: float, target: float | None) -> str:
-    """Whether a target was met."""
+    """The target, and whether it was met; empty without one."""
     return "" if target is None else f"{target:.2f} {'met' if value <= target else 'missed'}"
 
 
@@ -120,7 +121,7 @@ def _step_table(found: Found) -> str:
 
 
 def _signed(value: float, digits: int) -> str:
-    """Without a minus before zeros."""
+    """The value with its sign, but never a minus before zeros."""
     return f"{round(value, digits) + 0.0:+.{digits}f}"
 
 

@@ -1,7 +1,7 @@
 """One of TRL's contestants: ``python -m benchmarks.peers.trl_side SPEC.json``, with .venv-peers on the path.
 
-TRL's own training loop runs; a callback holds it after each step until the next one is ordered. Methods are overridden
-only to look at the clock, and to draw the reference's completions in the contestant that generates twice.
+TRL's own training loop runs; a callback stops it after each step until the next one is ordered. Methods are overridden
+only to read the clock, and to generate the reference's completions in the contestant that generates twice.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from benchmarks.peers.orders import Orders, peak_bytes
 
 
 class MeasuredTrainer(GRPOTrainer):
-    """GRPOTrainer that says what a step was spent on."""
+    """GRPOTrainer that records the seconds of each phase of a step."""
 
     phases: dict[str, float]
     lengths: list[int]
     loss = 0.0
     record: Path | None = None
-    """Where the first step's completions, loss and gradient norm go."""
+    """File for the completions, loss and gradient norm of the first step; None: not recorded."""
 
-    def _generate(self, prompts: list) -> Any:
+    def _generate(self, prompts: list[Any]) -> Any:
         began = time.perf_counter()
         output = super()._generate(prompts)
         self.phases["rollout"] = time.perf_counter() - began
@@ -71,16 +71,16 @@ class TwiceGeneratingTrainer(MeasuredTrainer):
         output = super()._generate_and_score_completions(inputs)
         began = time.perf_counter()
         with torch.no_grad():
-            drawn = self.reference.generate(
+            generated = self.reference.generate(
                 input_ids=output["prompt_ids"],
                 attention_mask=output["prompt_mask"],
                 generation_config=self.generation_config,
             )[:, output["prompt_ids"].shape[1] :]
-        ended = torch.isin(drawn, torch.tensor(self.eos_token_ids)).cumsum(1)
-        after_end = ended - torch.isin(drawn, torch.tensor(self.eos_token_ids)).long() > 0
+        ended = torch.isin(generated, torch.tensor(self.eos_token_ids)).cumsum(1)
+        after_end = ended - torch.isin(generated, torch.tensor(self.eos_token_ids)).long() > 0
         rewards = torch.tensor([settings.reward(ids) for ids in completions_of(output)])
         reference_rewards = torch.tensor(
-            [settings.reward(ids[~gone].tolist()) for ids, gone in zip(drawn, after_end, strict=True)]
+            [settings.reward(ids[~gone].tolist()) for ids, gone in zip(generated, after_end, strict=True)]
         )
         output["advantages"] = output["advantages"] + (rewards - reference_rewards).clamp(*settings.MARGIN)
         self.phases["reference"] = time.perf_counter() - began
@@ -88,7 +88,7 @@ class TwiceGeneratingTrainer(MeasuredTrainer):
 
 
 def completions_of(output: dict[str, Any]) -> list[list[int]]:
-    """Token ids without padding."""
+    """Token ids of each completion, without padding."""
     return [
         ids[mask.bool()].tolist() for ids, mask in zip(output["completion_ids"], output["completion_mask"], strict=True)
     ]
@@ -96,27 +96,30 @@ def completions_of(output: dict[str, Any]) -> list[list[int]]:
 
 @torch.no_grad()
 def recorded(model: Any, output: dict[str, Any]) -> dict[str, Any]:
-    """Prompts, completions, and the log-probs that transformers has for them: one by one, which takes no memory."""
+    """Prompts, completions, and transformers' log-probs for them, computed one by one to save memory."""
     prompts = [ids[mask.bool()] for ids, mask in zip(output["prompt_ids"], output["prompt_mask"], strict=True)]
     completions, logprobs = completions_of(output), []
     for prompt, completion in zip(prompts, completions, strict=True):
-        drawn = torch.tensor(completion)
-        logits = model(input_ids=torch.cat([prompt, drawn])[None]).logits[0, len(prompt) - 1 : -1]
-        logprobs.append(logits.log_softmax(-1).gather(-1, drawn[:, None])[:, 0].tolist())
+        targets = torch.tensor(completion)
+        logits = model(input_ids=torch.cat([prompt, targets])[None]).logits[0, len(prompt) - 1 : -1]
+        logprobs.append(logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0].tolist())
     return {"prompts": [prompt.tolist() for prompt in prompts], "completions": completions, "logprobs": logprobs}
 
 
 class OnOrder(TrainerCallback):
-    """Holds the training loop until a step is ordered."""
+    """Stops the training loop until a step is ordered."""
+
+    trainer: MeasuredTrainer
+    """The trainer that calls this; set once it is made."""
 
     def __init__(self, orders: Orders) -> None:
-        self.orders, self.trainer = orders, None
+        self.orders = orders
 
-    def on_train_begin(self, args, state, control, **more) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         self.orders.answer(fill_cpu=0.0)
         self._wait(control)
 
-    def on_step_end(self, args, state, control, **more) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         trainer = self.trainer
         spent = sum(trainer.phases.values())
         wall = time.perf_counter() - self._began

@@ -1,8 +1,8 @@
 """The task: sums of two two-digit numbers, and the partly wrong answers that the base model learns.
 
 The base model is to know the form of an answer and to be right about a quarter of the time, so that there is something
-to reinforce. Most of its wrong answers are one plausible slip, more frequent than the truth: reinforcement has to move
-the model's mode, and can't win by merely sharpening it.
+to reinforce. Most of its wrong answers are one plausible slip, more frequent than the right answer: reinforcement has
+to move the model's mode, and can't win by merely sharpening it.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from nemo_aapo.utils.files import write_atomic
 
 OPERANDS = range(10, 100)
 TRUE_SHARE = 0.24
-"""Share of right answers among the noisy ones."""
+"""Fraction of right answers among the noisy ones."""
 SLIP_SHARE = 0.62
-"""Share of the plausible slip (``slip``); the rest has one digit changed at random."""
+"""Fraction of answers with the plausible slip (``slip``); in the rest one digit is changed at random."""
 TRAINING_PROMPTS = 2000
 VALIDATION_PROMPTS = 256
 
@@ -32,7 +32,7 @@ class Sums:
     """All sums, in three parts without overlap."""
 
     supervised: tuple[Sum, ...]
-    """What the base model is made from."""
+    """Sums that the base model is trained on, supervised."""
     training: tuple[Sum, ...]
     """Prompts of reinforcement learning."""
     validation: tuple[Sum, ...]
@@ -57,23 +57,23 @@ def question(pair: Sum) -> str:
 
 
 def answer(pair: Sum) -> str:
-    """The truth."""
+    """The right answer."""
     return str(pair[0] + pair[1])
 
 
 def slip(pair: Sum) -> str:
-    """The plausible wrong answer: a carry that is forgotten or, where there is none, one too few."""
+    """The plausible wrong answer: without the carry or, where there is no carry, one too small."""
     a, b = pair
     carries = a % 10 + b % 10 >= 10
     return str(a + b - (10 if carries else 1))
 
 
 def noisy_answer(pair: Sum, generator: random.Random) -> str:
-    """The truth, the slip, or the truth with one digit changed, in the shares above."""
-    drawn = generator.random()
-    if drawn < TRUE_SHARE:
+    """The right answer, the slip, or the right answer with one digit changed, in the fractions above."""
+    u = generator.random()
+    if u < TRUE_SHARE:
         return answer(pair)
-    if drawn < TRUE_SHARE + SLIP_SHARE:
+    if u < TRUE_SHARE + SLIP_SHARE:
         return slip(pair)
     truth = answer(pair)
     changed = {truth[:i] + digit + truth[i + 1 :] for i in range(len(truth)) for digit in "0123456789"}

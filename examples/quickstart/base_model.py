@@ -16,12 +16,12 @@ from examples.quickstart.arithmetic import Sum
 from nemo_aapo.utils.files import whole_directory
 
 STAMP = "base_model.json"
-"""Settings and figures; its presence says that the directory is whole."""
+"""File with settings and figures; a directory that has it is complete."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What decides the model, bit for bit on one machine."""
+    """The settings that decide the model, to the bit on one machine."""
 
     seed: int = 0
     hidden_size: int = 64
@@ -32,10 +32,10 @@ class Recipe:
     initializer_range: float = 0.07
     """Larger than usual: tiny models learn to carry in a third of the steps."""
     clean_steps: int = 1500
-    """At most so many steps on right answers; they end at ``clean_loss``."""
+    """Most steps on right answers, which end at ``clean_loss``."""
     clean_loss: float = 0.05
-    """Mean loss at which it can add. How soon depends on the seed (355 to 780 steps for four of them), and a model
-    that can't add has little for reinforcement to bring out: 0.60 instead of 0.95 of the held-out sums."""
+    """Mean loss at which the model can add. It gets there after 355 to 780 steps (four seeds). From a model that can't
+    add, reinforcement reaches only 0.60 instead of 0.95 of the held-out sums."""
     noisy_steps: int = 200
     """Steps on partly wrong answers, which teach it to slip."""
     batch_size: int = 64
@@ -46,14 +46,14 @@ class BaseModelError(RuntimeError):
     """The directory holds something else; the message says what to do."""
 
 
-def make_base_model(directory: Path, recipe: Recipe, *, force: bool, say: Callable[[str], None]) -> dict[str, Any]:
+def make_base_model(directory: Path, recipe: Recipe, *, force: bool, log: Callable[[str], None]) -> dict[str, Any]:
     """Make the model, its tokenizer and its data, or find them made already.
 
     Args:
         directory: ends up with config.json, model.safetensors, tokenizer files, data/*.jsonl and the stamp, all at
             once: it is built beside and renamed.
         force: replace what is there.
-        say: told of progress, a line at a time.
+        log: called with lines about the progress.
 
     Returns:
         The stamp's content: recipe, parameters, accuracies, seconds.
@@ -64,14 +64,14 @@ def make_base_model(directory: Path, recipe: Recipe, *, force: bool, say: Callab
     """
     found = _find(directory, recipe)
     if found is not None and not force:
-        say(f"base model: {directory} is there already ({_figures(found)})")
+        log(f"base model: {directory} is there already ({_figures(found)})")
         return found
     _require_replaceable(directory, force)
     with whole_directory(directory) as partial:
         started = time.monotonic()
         sums = arithmetic.split_sums(recipe.seed)
         tokenizer = arithmetic.make_tokenizer()
-        model = _train(recipe, sums.supervised, tokenizer, say)
+        model = _train(recipe, sums.supervised, tokenizer, log)
         stamp = {
             "recipe": asdict(recipe),
             "parameters": model.num_parameters(),
@@ -84,7 +84,7 @@ def make_base_model(directory: Path, recipe: Recipe, *, force: bool, say: Callab
         arithmetic.write_prompts(partial / "data" / "train.jsonl", sums.training)
         arithmetic.write_prompts(partial / "data" / "validation.jsonl", sums.validation)
         (partial / STAMP).write_text(json.dumps(stamp, indent=1) + "\n")
-    say(f"base model: made {directory} ({_figures(stamp)})")
+    log(f"base model: made {directory} ({_figures(stamp)})")
     return stamp
 
 
@@ -139,12 +139,12 @@ def new_model(recipe: Recipe, tokenizer: Any) -> Any:
             pad_token_id=tokenizer.pad_token_id,
         )
     ).float()
-    # transformers samples from the 50 likeliest tokens unless told otherwise
+    # by default transformers samples from the 50 likeliest tokens
     model.generation_config.update(do_sample=True, top_k=0, max_new_tokens=8)
     return model
 
 
-def _train(recipe: Recipe, sums: Sequence[Sum], tokenizer: Any, say: Callable[[str], None]) -> Any:
+def _train(recipe: Recipe, sums: Sequence[Sum], tokenizer: Any, log: Callable[[str], None]) -> Any:
     import torch
 
     generator = random.Random(recipe.seed)
@@ -155,8 +155,8 @@ def _train(recipe: Recipe, sums: Sequence[Sum], tokenizer: Any, say: Callable[[s
     def take_step(answer_of: Callable[[Sum], str], rate: float) -> float:
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * rate
-        drawn = generator.choices(range(len(sums)), k=recipe.batch_size)
-        loss = _loss(model, tokenizer, prompts[drawn], [answer_of(sums[i]) for i in drawn])
+        batch = generator.choices(range(len(sums)), k=recipe.batch_size)
+        loss = _loss(model, tokenizer, prompts[batch], [answer_of(sums[i]) for i in batch])
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -169,14 +169,14 @@ def _train(recipe: Recipe, sums: Sequence[Sum], tokenizer: Any, say: Callable[[s
         mean_loss = loss if step == 1 else 0.95 * mean_loss + 0.05 * loss
         able = mean_loss <= recipe.clean_loss
         if step % 100 == 0 or able or step == recipe.clean_steps:
-            say(f"base model: step {step} on right answers, loss {mean_loss:.3f} (until {recipe.clean_loss})")
+            log(f"base model: step {step} on right answers, loss {mean_loss:.3f} (until {recipe.clean_loss})")
         if able:
             break
     for step in range(1, recipe.noisy_steps + 1):
         rate = 0.02 + 0.49 * (1 + math.cos(math.pi * step / recipe.noisy_steps))
         loss = take_step(lambda pair: arithmetic.noisy_answer(pair, generator), rate)
         if step % 100 == 0:
-            say(f"base model: step {step}/{recipe.noisy_steps} on partly wrong answers, loss {loss:.3f}")
+            log(f"base model: step {step}/{recipe.noisy_steps} on partly wrong answers, loss {loss:.3f}")
     return model.eval()
 
 
@@ -203,7 +203,7 @@ def _prompt_ids(tokenizer: Any, pairs: Sequence[Sum]) -> Any:
 
 
 def accuracy(model: Any, tokenizer: Any, pairs: Sequence[Sum], *, samples: int, temperature: float) -> float:
-    """Share of right answers by transformers' own ``generate``; temperature 0 is greedy."""
+    """Fraction of right answers by transformers' own ``generate``; temperature 0 is greedy."""
     import torch
 
     torch.manual_seed(0)

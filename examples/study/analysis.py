@@ -23,7 +23,7 @@ MEASURES = {
     "mean": "sampled, mean of the curve",
     "greedy": "greedy, step {last}",
 }
-"""What is compared, as the tables name it."""
+"""The compared measures -> their names in the tables."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,17 +31,17 @@ class Runs:
     """All runs of one algorithm."""
 
     steps: tuple[int, ...]
-    """[V], those that were validated after."""
+    """The V steps after which there was a validation."""
     sampled: np.ndarray
     """float64 [seeds, V], sampled accuracy."""
     greedy: np.ndarray
-    """float64 [seeds, V]"""
+    """float64 [seeds, V], greedy accuracy."""
     zero_advantage: np.ndarray
-    """float64 [seeds], share of the training groups without any advantage, mean over the steps."""
+    """float64 [seeds], fraction of the training groups without any advantage, mean over the steps."""
     entropy: np.ndarray
-    """float64 [seeds], of the policy in the last training step, nats a token."""
+    """float64 [seeds], entropy of the policy in the last training step, nats per token."""
     completions: np.ndarray
-    """int64 [seeds], drawn in training, reference completions included."""
+    """int64 [seeds], number of completions generated in training, the reference's included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class Interval:
 
     @classmethod
     def of(cls, values: Sequence[float] | np.ndarray) -> Interval:
-        """Student's t; of at least two values, which are taken for independent and normal."""
+        """Student's t interval of two or more values, which are assumed to be independent and normal."""
         values = np.asarray(values, dtype=np.float64)
         n = len(values)
         half = student_t_quantile(0.975, n - 1) * values.std(ddof=1) / math.sqrt(n)
@@ -65,12 +65,13 @@ class Interval:
 
 
 def read_runs(study: Study) -> dict[str, Runs]:
-    """What the finished runs say, by algorithm."""
+    """Algorithm -> its finished runs."""
     return {algorithm: _read(study, algorithm) for algorithm in study.algorithms}
 
 
 def _read(study: Study, algorithm: str) -> Runs:
-    curves, zero, entropy, drawn, steps = [], [], [], [], ()
+    curves, zero, entropy, completions = [], [], [], []
+    steps: tuple[int, ...] = ()
     for seed in study.seeds:
         records = read_metrics(study.run_directory(algorithm, seed) / "metrics.jsonl")
         validations = [record for record in records if CURVE in record]
@@ -79,13 +80,13 @@ def _read(study: Study, algorithm: str) -> Runs:
         curves.append([(record[CURVE], record[GREEDY]) for record in validations])
         zero.append(fmean(record["groups/zero_advantage"] for record in training))
         entropy.append(training[-1]["entropy"])
-        drawn.append(_completions(study, algorithm, seed, len(training)))
+        completions.append(_completions(study, algorithm, seed, len(training)))
     both = np.array(curves)  # [seeds, V, 2]
-    return Runs(steps, both[..., 0], both[..., 1], np.array(zero), np.array(entropy), np.array(drawn))
+    return Runs(steps, both[..., 0], both[..., 1], np.array(zero), np.array(entropy), np.array(completions))
 
 
 def _completions(study: Study, algorithm: str, seed: int, steps: int) -> int:
-    """Drawn by a run: the policy's, and the reference's of each prompt that the steps took."""
+    """Number of completions of a run: the policy's, and the reference's of each prompt that the steps took."""
     from nemo_aapo.config.compose import load_config
     from nemo_aapo.data.sampler import PromptSampler
 
@@ -95,15 +96,16 @@ def _completions(study: Study, algorithm: str, seed: int, steps: int) -> int:
         return policy
     if config.algorithm.reference == "online":
         return 2 * policy
+    assert isinstance(config.data.train, str), "the study trains on one file"
     with open(config.data.train, encoding="utf-8") as file:
         prompts = sum(bool(line.strip()) for line in file)
     sampler = PromptSampler(prompts, config.prompts_per_step, config.seed, config.data.shuffle)
     used = {i for step in range(steps) for i in sampler.indices(step)}
-    return policy + len(used) * config.algorithm.reference_samples
+    return policy + len(used) * (config.algorithm.reference_samples or 0)
 
 
 def measures(runs: Runs) -> dict[str, np.ndarray]:
-    """``MEASURES`` of each seed, float64 [seeds]. The curve's mean leaves out step 0, before any update."""
+    """Name of a measure -> its value for each seed, float64 [seeds]. The curve's mean leaves out step 0."""
     early, middle = _milestones(runs)
     return {
         "early": runs.sampled[:, early],
@@ -115,7 +117,7 @@ def measures(runs: Runs) -> dict[str, np.ndarray]:
 
 
 def _milestones(runs: Runs) -> tuple[int, int]:
-    """Where in the curve a fifth and a half of the steps are done."""
+    """Indices in the curve at which a fifth and a half of the steps are done."""
     points = len(runs.steps) - 1
     return max(1, round(points / 5)), max(1, round(points / 2))
 

@@ -16,19 +16,19 @@ from nemo_aapo.utils.files import FINISHED
 
 TRAIN = Path(__file__).resolve().parents[2] / "scripts" / "train.py"
 SHOWN_LINES = 15
-"""Of a failed run's output."""
+"""Lines of a failed run's output that are shown."""
 
 
 @dataclass(frozen=True, slots=True)
 class Study:
-    """What is compared, and on what budget."""
+    """The compared algorithms, the seeds, and the budget of each run."""
 
     directory: Path
     algorithms: tuple[str, ...] = ("aapo", "gpg", "grpo")
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     steps: int = 100
     settings: tuple[str, ...] = ()
-    """``KEY=VALUE`` for all runs alike."""
+    """``KEY=VALUE`` settings of all runs."""
 
     def __post_init__(self) -> None:
         if len(set(self.algorithms)) != len(self.algorithms) or len(set(self.seeds)) != len(self.seeds):
@@ -39,7 +39,7 @@ class Study:
             raise ConfigError(f"seeds {self.seeds}: an interval needs at least two")
 
     def run_directory(self, algorithm: str, seed: int) -> Path:
-        """Where a run is."""
+        """The directory of a run."""
         return self.directory / algorithm / f"seed_{seed}"
 
     def overrides(self, algorithm: str, seed: int) -> list[str]:
@@ -59,14 +59,14 @@ class Study:
         ]
 
 
-def run_all(study: Study, say: Callable[[str], None]) -> None:
-    """Make every run that is not finished; what was interrupted goes on from its checkpoint.
+def run_all(study: Study, log: Callable[[str], None]) -> None:
+    """Make every run that is not finished; an interrupted one goes on from its checkpoint.
 
     The seeds come in the outer loop, so that an unfinished study has all algorithms of some seeds.
 
     Raises:
         ConfigError: settings that can't work, or a directory that holds another run; before the first run starts.
-        RunError: a run failed; the end of what it said.
+        RunError: a run failed; shows the end of its output.
     """
     runs = [(algorithm, seed) for seed in study.seeds for algorithm in study.algorithms]
     for algorithm, seed in runs:
@@ -75,7 +75,7 @@ def run_all(study: Study, say: Callable[[str], None]) -> None:
         directory = study.run_directory(algorithm, seed)
         if (directory / FINISHED).exists():
             continue
-        say(f"run {number} of {len(runs)}: {algorithm}, seed {seed}")
+        log(f"run {number} of {len(runs)}: {algorithm}, seed {seed}")
         _run(study.overrides(algorithm, seed), directory)
 
 

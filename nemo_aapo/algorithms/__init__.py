@@ -1,12 +1,18 @@
-"""AAPO, GPG and GRPO as settings of one algorithm.
+"""AAPO, GPG and GRPO as settings of one algorithm: rewards in, advantages and a loss out.
 
-    delta_i = clip(r_i - r'_i, low, high)                   the margin over the frozen reference; AAPO only
-    A*_i    = (r_i - mean r) / (std r + eps) + delta_i      the division is a switch
-    L       = - sum_i sum_t w_it A*_i log pi(o_it)          or the clipped ratio in place of log pi; GRPO only
+In the symbols of AAPO (arXiv 2505.14264): prompt q has completions o_1 .. o_G with rewards r_1 .. r_G, and the frozen
+reference's completions of the same prompt have rewards r'_1 .. r'_K.
 
-AAPO (arXiv 2505.14264) has all of it, GPG (arXiv 2504.02546) no margin and no division, GRPO (DeepSeekMath, arXiv
-2402.03300) no margin, the clipped ratio and a KL term. ``advantage`` and ``loss`` hold the equations; ``Algorithm``
-picks from them by the configuration.
+    A_i     = (r_i - mean r) / (std r + eps)                advantage.group_advantage; the division is a switch
+    delta_i = clip(r_i - r'_i, low, high)                   advantage.margin; AAPO only
+    A*_i    = A_i + delta_i                                 advantage.augmented_advantage
+    L       = - sum_i sum_t w_it A*_i log pi(o_it)          loss.cross_entropy_loss; AAPO and GPG
+    L       = clipped ratio pi / pi_old, and a KL term      loss.ratio_clip_loss; GRPO
+    w_it    = 1 / (number of tokens of the batch)           loss.token_weights; the denominator is a setting
+
+AAPO takes A*_i and the cross-entropy loss; GPG (arXiv 2504.02546) neither margin nor division; GRPO (DeepSeekMath,
+arXiv 2402.03300) no margin, but the clipped ratio and the KL term. ``Algorithm`` picks the functions by the
+configuration.
 """
 
 from __future__ import annotations
@@ -23,9 +29,10 @@ from nemo_aapo.config.schema import AlgorithmConfig
 
 @dataclass(frozen=True, slots=True)
 class Algorithm:
-    """The pure functions with a run's settings filled in. ``config`` has passed the checks of ``nemo_aapo.config``."""
+    """The functions of ``advantage`` and ``loss`` with a run's settings filled in."""
 
     config: AlgorithmConfig
+    """The settings of the algorithm, which have passed the checks of ``nemo_aapo.config``."""
     max_new_tokens: int
     """The length limit of completions, the denominator of ``loss_aggregation: fixed_length``."""
 
@@ -40,13 +47,13 @@ class Algorithm:
         reference_rewards: np.ndarray | None = None,
         pair_seeds: Sequence[int] | None = None,
     ) -> np.ndarray:
-        """The final advantages A* of N groups, each by itself; see ``alpha`` for what depends on all of them.
+        """The final advantages A*_i of N groups, each computed by itself; ``alpha`` depends on all groups.
 
         Args:
             rewards: float64 [N, G].
             reference_rewards: float64 [N, K]; needed with a margin, and not used without.
-            pair_seeds: one for each group; needed by the sampled margin with K > G, where they name the reference
-                rewards that the completions are compared with.
+            pair_seeds: one for each group; needed by the sampled margin with K > G, where they decide which reference
+                rewards the completions are compared with.
 
         Returns:
             float64 [N, G].
@@ -64,7 +71,7 @@ class Algorithm:
         if config.margin.estimator == "sampled" and reference_samples != group_size:
             if pair_seeds is None:
                 raise ValueError(f"choosing {group_size} of {reference_samples} reference rewards needs pair_seeds")
-            pairs = advantage.draw_pairs(pair_seeds, group_size, reference_samples)
+            pairs = advantage.sample_pairs(pair_seeds, group_size, reference_samples)
         return advantage.augmented_advantage(
             rewards,
             reference_rewards,
@@ -85,7 +92,7 @@ class Algorithm:
     def token_weights(
         self, lengths: Sequence[int] | np.ndarray, *, total_tokens: int, total_sequences: int
     ) -> np.ndarray:
-        """``loss.token_weights`` with the configured aggregation: float64 [S] for completions of ``lengths`` [S]."""
+        """The weights w_it: ``loss.token_weights`` with the configured aggregation, float64 [S] for ``lengths`` [S]."""
         return loss.token_weights(
             lengths,
             self.config.loss_aggregation,
@@ -104,10 +111,10 @@ class Algorithm:
         old_logprobs: torch.Tensor | None = None,
         reference_logprobs: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The configured loss: ``loss.cross_entropy_loss`` or ``loss.ratio_clip_loss``, which see for the arguments.
+        """The configured loss L; arguments as in ``loss.cross_entropy_loss`` and ``loss.ratio_clip_loss``.
 
         Returns:
-            This part of the loss (a scalar sum), and detached sums for metrics.
+            These tokens' part of the loss (a scalar sum), and detached sums for metrics.
         """
         config = self.config
         if config.loss == "cross_entropy":
@@ -118,6 +125,7 @@ class Algorithm:
                 rollout_logprobs=rollout_logprobs,
                 importance_weight_cap=config.importance_weight_cap,
             )
+        assert config.clip is not None, "the checks of the configuration want a clip with the clipped ratio"
         return loss.ratio_clip_loss(
             logprobs,
             advantages,

@@ -1,8 +1,12 @@
-"""From rewards to advantages: how much each completion's tokens are pushed up or down.
+"""From rewards to advantages: A_i, delta_i and A*_i of AAPO (arXiv 2505.14264).
 
-Pure functions of float64 arrays. N is the number of groups (prompts), G the completions of a group, K the stored
-rewards of the frozen reference model for the same prompt. Every function treats each group by itself, so that the
-result does not depend on how the groups are dealt over ranks.
+    A_i     = (r_i - mean r) / (std r + eps)      group_advantage
+    delta_i = clip(r_i - r'_i, low, high)         margin
+    A*_i    = A_i + delta_i                       augmented_advantage
+
+Pure functions of float64 arrays. N is the number of groups (prompts), G the number of completions of a group, K the
+number of rewards of the frozen reference for the same prompt. Every function treats each group by itself, so that the
+result does not depend on how the groups are distributed over ranks.
 """
 
 from __future__ import annotations
@@ -19,14 +23,13 @@ MarginEstimator = Literal["sampled", "expected"]
 
 
 def group_advantage(rewards: np.ndarray, scale_rewards: bool, eps: float = SCALE_EPS) -> np.ndarray:
-    """The group-relative advantage of GRPO (arXiv 2402.03300, outcome supervision), GPG and AAPO.
+    """The group-relative advantage A_i of GRPO (arXiv 2402.03300, outcome supervision), GPG and AAPO.
 
         A_i = r_i - mean(r)                      scale_rewards off
         A_i = (r_i - mean(r)) / (std(r) + eps)   scale_rewards on; std with Bessel's correction (N - 1)
 
-    A group of equal rewards gets exactly 0.0. That is decided by comparing the rewards: subtracting a rounded mean
-    can leave 1e-17, which the division by eps and a test on ``std == 0`` would take for a signal. A group of one is
-    such a group.
+    A group of equal rewards gets exactly 0.0, and so does a group of one. Equality is decided by comparing the rewards:
+    subtracting a rounded mean can leave 1e-17, which the division by eps would turn into a signal.
 
     Args:
         rewards: float64 [N, G].
@@ -54,7 +57,7 @@ def margin(
     estimator: MarginEstimator,
     pairs: np.ndarray | None = None,
 ) -> np.ndarray:
-    """AAPO's advantage margin (arXiv 2505.14264): how much better than the frozen reference a completion did.
+    """AAPO's advantage margin delta_i (arXiv 2505.14264): how much better than the frozen reference a completion did.
 
         sampled    delta_i = clip(r_i - r'_k(i), low, high)              k(i): the partner of completion i
         expected   delta_i = (1/K) sum_k clip(r_i - r'_k, low, high)
@@ -64,12 +67,12 @@ def margin(
 
     Args:
         rewards: float64 [N, G].
-        reference_rewards: float64 [N, K], the same rewards of reference completions drawn with the same settings.
+        reference_rewards: float64 [N, K], the same reward for reference completions sampled with the same spec.
         low: lower bound, <= 0.
         high: upper bound, >= 0.
         estimator: see above.
         pairs: int [N, G], for ``"sampled"``: column of ``reference_rewards`` that each completion is compared with
-            (see ``draw_pairs``). None pairs by index, the paper's way, and needs K = G.
+            (see ``sample_pairs``). None pairs by index, the paper's way, and needs K = G.
 
     Returns:
         float64 [N, G], each in [low, high].
@@ -94,11 +97,11 @@ def margin(
     return np.clip(rewards - reference_rewards, low, high)
 
 
-def draw_pairs(seeds: Sequence[int], group_size: int, reference_samples: int) -> np.ndarray:
-    """A partner among the K reference samples for each completion, without repeats inside a group.
+def sample_pairs(seeds: Sequence[int], group_size: int, reference_samples: int) -> np.ndarray:
+    """The partners k(i): one of the K reference samples for each completion, without repeats inside a group.
 
     Args:
-        seeds: one for each of the N groups. A group's draw depends on its seed alone.
+        seeds: one for each of the N groups. A group's partners depend on its seed alone.
         group_size: G.
         reference_samples: K >= G.
 
@@ -113,8 +116,8 @@ def draw_pairs(seeds: Sequence[int], group_size: int, reference_samples: int) ->
             f"{reference_samples} reference rewards for {group_size} completions: the sampled margin needs at least "
             "one each; store more, or use the expected margin"
         )
-    drawn = [np.random.default_rng(seed).permutation(reference_samples)[:group_size] for seed in seeds]
-    return np.array(drawn, dtype=np.int64).reshape(len(seeds), group_size)
+    partners = [np.random.default_rng(seed).permutation(reference_samples)[:group_size] for seed in seeds]
+    return np.array(partners, dtype=np.int64).reshape(len(seeds), group_size)
 
 
 def augmented_advantage(
@@ -129,7 +132,17 @@ def augmented_advantage(
 ) -> np.ndarray:
     """AAPO's augmented advantage A*_i = A_i + delta_i (arXiv 2505.14264). The margin is not divided by the std.
 
-    Arguments, result [N, G] and errors as in ``group_advantage`` and ``margin``.
+    Args:
+        rewards: float64 [N, G].
+        reference_rewards: float64 [N, K].
+        scale_rewards: as in ``group_advantage``.
+        low, high, estimator, pairs: as in ``margin``.
+
+    Returns:
+        float64 [N, G].
+
+    Raises:
+        ValueError: shapes that do not fit, or a reward that is not finite.
     """
     return group_advantage(rewards, scale_rewards) + margin(rewards, reference_rewards, low, high, estimator, pairs)
 
@@ -154,18 +167,19 @@ def gpg_alpha(groups: int, dead_groups: int) -> float:
 
 
 def zero_std(rewards: np.ndarray) -> np.ndarray:
-    """Bool [N]: groups whose rewards [N, G] are all equal, where a group-only method learns nothing."""
+    """bool [N], the groups whose rewards [N, G] are all equal: A_i is 0 there, and a method without margin learns
+    nothing."""
     return (rewards == rewards[:, :1]).all(axis=1)
 
 
 def zero_advantage(advantages: np.ndarray) -> np.ndarray:
-    """Bool [N]: groups whose final advantages [N, G] are all exactly zero. Only these may be skipped: under AAPO a
-    group of equal rewards can still carry a margin."""
+    """bool [N], the groups whose final advantages A*_i [N, G] are all exactly zero. Only these may be skipped: under
+    AAPO a group of equal rewards can still have a margin."""
     return (advantages == 0.0).all(axis=1)
 
 
 def _table(values: np.ndarray, name: str) -> np.ndarray:
-    """As float64 [N, columns], columns >= 1, all finite."""
+    """The values as float64 [N, columns] with columns >= 1, all finite; ValueError otherwise."""
     table = np.asarray(values, dtype=np.float64)
     if table.ndim != 2 or table.shape[1] == 0:
         raise ValueError(f"{name} must be of shape [groups, samples], samples >= 1, not {table.shape}")

@@ -1,13 +1,16 @@
 """Policy losses: pure functions of per-token tensors, of any one shape [...] (flat or padded).
 
-Every loss is a plain sum. The token weights hold 1 / (global denominator), worked out before the pass, so that adding
-up micro-batches and data-parallel ranks in any way gives the loss of the whole optimizer batch.
+    L = - sum_i sum_t w_it A*_i log pi(o_it)                                    cross_entropy_loss: AAPO, GPG
+    L = - sum_i sum_t w_it min(rho_it A_i, clip(rho_it) A_i) + beta KL          ratio_clip_loss: GRPO
+    w_it = 1 / (denominator of the whole optimizer batch)                       token_weights
 
-A token with weight 0 is padding: whatever else stands there, NaN included, has no effect.
+Every loss is a plain sum over tokens. As the weights hold the denominator of the whole optimizer batch, adding up
+micro-batches and data-parallel ranks in any way gives the loss of that batch.
 
-With each loss comes a dict of detached scalars for the metrics. Sums over all micro-batches and ranks divided by the
-sum of ``"tokens"`` are the metrics of the same names; keys that start with ``min/`` are minima instead, and hold as
-they are.
+A token with weight 0 is padding: whatever the other tensors hold there, NaN included, has no effect.
+
+Each loss comes with a dict of detached scalars for metrics. Summed over all micro-batches and ranks and divided by the
+sum of ``"tokens"`` they are the metrics of the same names. Keys that start with ``min/`` are minima instead.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import torch
 LossAggregation = Literal["token", "sequence", "fixed_length"]
 
 MAX_LOG_RATIO = 20.0
-"""Log-ratios are cut to +-20 before ``exp``: float32 overflows not far beyond, and 0 * inf is a NaN gradient."""
+"""Log-ratios are clamped to +-20 before ``exp``: float32 overflows near 88, and 0 * inf would be a NaN gradient."""
 
 
 def token_weights(
@@ -32,18 +35,18 @@ def token_weights(
     total_sequences: int,
     fixed_length: int,
 ) -> np.ndarray:
-    """The weight of each sequence's tokens in the loss: one over the denominator.
+    """The weight w_it of each sequence's tokens in the loss: one over the denominator.
 
         token         1 / (tokens of all sequences)            DAPO (arXiv 2503.14476), and AAPO's and GPG's loss
         sequence      1 / (sequences * own length)             GRPO (arXiv 2402.03300): mean of the sequences' means
         fixed_length  1 / (sequences * fixed_length)           Dr. GRPO (arXiv 2503.20783)
 
-    The totals count every completion of the optimizer batch over all data-parallel ranks: also empty ones, and those
-    that are not run because their advantage is zero. Skipping them must not change the loss.
+    The totals count every completion of the optimizer batch over all data-parallel ranks, also empty ones and those
+    that are skipped because their advantage is zero: skipping must not change the loss.
 
     Args:
         lengths: int [S], completion tokens of the sequences at hand; may be 0.
-        aggregation: see above.
+        aggregation: which of the three denominators.
         total_tokens: completion tokens of the whole optimizer batch.
         total_sequences: completions of the whole optimizer batch.
         fixed_length: the length limit of completions (``rollout.max_new_tokens``).
@@ -81,10 +84,10 @@ def cross_entropy_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Advantage-weighted cross-entropy, the loss of AAPO (arXiv 2505.14264) and GPG (arXiv 2504.02546).
 
-        L = - sum_t w_t A_t log pi(o_t)
+        L = - sum_i sum_t w_it A*_i log pi(o_it)
 
-    No ratio, no clip, no KL. With ``importance_weight_cap`` each token is multiplied by the detached
-    min(pi / pi_rollout, cap): it makes up for the engine's numerics and, after a first update, for the policy's lag.
+    No ratio, no clip, no KL. With ``importance_weight_cap`` each token's term is multiplied by the detached
+    min(pi / pi_rollout, cap), which corrects for the engine's numerics and, after a first update, for the policy's lag.
 
     Args:
         logprobs: float [...], log pi(o_t) under the current weights at the sampling temperature; carries the gradient.
@@ -94,7 +97,7 @@ def cross_entropy_loss(
         importance_weight_cap: None means no importance weight.
 
     Returns:
-        The loss (a scalar sum), and sums for metrics.
+        The loss L (a scalar sum), and sums for metrics.
     """
     valid = weights > 0
     logprobs, rollout_logprobs = (_blank(x, valid) for x in (logprobs, rollout_logprobs))
@@ -120,12 +123,12 @@ def ratio_clip_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """GRPO's clipped surrogate with the KL term in the loss (DeepSeekMath, arXiv 2402.03300, equations 3 and 4).
 
-        ratio_t = pi(o_t) / pi_old(o_t)
-        L = sum_t w_t ( - min(ratio_t A_t, clip(ratio_t, 1 - clip_low, 1 + clip_high) A_t) + kl_coefficient KL_t )
-        KL_t = pi_ref / pi - log(pi_ref / pi) - 1           (k3: unbiased for KL(pi, pi_ref) and never negative)
+        rho_it = pi(o_it) / pi_old(o_it)
+        L      = sum_i sum_t w_it ( - min(rho_it A_i, clip(rho_it, 1 - clip_low, 1 + clip_high) A_i) + beta KL_it )
+        KL_it  = pi_ref / pi - log(pi_ref / pi) - 1         (k3: unbiased for KL(pi, pi_ref) and never negative)
 
-    Two bounds as in DAPO (arXiv 2503.14476). With ``importance_weight_cap`` the surrogate, not the KL, is multiplied
-    by the detached min(pi_old / pi_rollout, cap): the ratio covers the policy's lag, this the engine's numerics.
+    Two bounds as in DAPO (arXiv 2503.14476). With ``importance_weight_cap`` the surrogate, not the KL, is multiplied by
+    the detached min(pi_old / pi_rollout, cap): the ratio corrects for the policy's lag, this for the engine's numerics.
 
     Args:
         logprobs: float [...], log pi(o_t) under the current weights at the sampling temperature; carries the gradient.
@@ -135,7 +138,7 @@ def ratio_clip_loss(
         old_logprobs: float [...], the learner's before the first of several updates. None in the first update: the
             ratio is then 1, with the gradient of pi.
         clip_low: how far below 1 the ratio may go.
-        clip_high: how far above 1.
+        clip_high: how far above 1 the ratio may go.
         kl_coefficient: beta.
         reference_logprobs: float [...], the frozen reference's; needed where ``kl_coefficient`` is not 0.
         importance_weight_cap: None means no importance weight.
@@ -167,7 +170,7 @@ def ratio_clip_loss(
 
 
 def _blank(values: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """Zero at padding. A product with weight 0 would not do: 0 * NaN is NaN."""
+    """The values with zeros at padding. Multiplying by weight 0 would not do, as 0 * NaN is NaN."""
     return torch.where(valid, values, 0.0)
 
 
@@ -184,7 +187,7 @@ def _k3(log_ratio: torch.Tensor) -> torch.Tensor:
 def _importance_weight(
     logprobs: torch.Tensor, rollout_logprobs: torch.Tensor, valid: torch.Tensor, cap: float
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """min(pi / pi_rollout, cap) and its metrics, taken before the truncation."""
+    """min(pi / pi_rollout, cap), and metrics of the weight before it is capped."""
     weight = _ratio(logprobs.detach() - rollout_logprobs)
     metrics = {
         "importance_weight/mean": _blank(weight, valid).sum(),

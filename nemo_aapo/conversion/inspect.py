@@ -12,7 +12,7 @@ from nemo_aapo.errors import CheckpointError, ConfigError, RunError
 from nemo_aapo.models import directory as model_dir
 from nemo_aapo.models import writer as hf_directory
 from nemo_aapo.models.families import CONVERTS, TRAINS
-from nemo_aapo.run.state import look
+from nemo_aapo.run.state import read_state
 
 
 def describe(source: ModelSource) -> list[str]:
@@ -120,7 +120,7 @@ def _files(path: Path, content: Manifest) -> str:
 def _run(source: ModelSource) -> list[str]:
     settings = run_settings(source.run)
     try:
-        state = look(source.path)
+        state = read_state(source.path)
     except RunError as error:
         raise ConfigError(str(error)) from None
     lines = [

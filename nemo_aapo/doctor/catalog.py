@@ -1,4 +1,4 @@
-"""All checks, in the order in which they run: the cheap ones, and what later ones build on, first."""
+"""The catalogue of all checks, in the order in which they run: cheap ones first, and those that others build on."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ NAMES = tuple(check.name for check in CHECKS)
 
 
 def select(only: Sequence[str], skip: Sequence[str], quick: bool) -> list[Check]:
-    """The checks that are asked for.
+    """The checks that the options select, in the catalogue's order.
 
     Raises:
         ConfigError: an unknown name, or none left.

@@ -1,7 +1,7 @@
-"""One check in a process of its own: it may hang, crash or print, and costs its own line at most.
+"""Runs one check in a process of its own, so that a hang, a crash or output of it costs no more than its own line.
 
-A hung collective, a hung file system or a library that aborts can't be left by an exception. The process is forked, so
-that a check costs no start of Python; what forks has not touched CUDA.
+No exception ends a hung collective, a hung file system or a library that aborts; killing a process does. The process is
+forked, so that a check needs no start of Python. The forking process has not touched CUDA, which would not survive it.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from nemo_aapo.errors import ConfigError, DataError, RunError, one_line
 from nemo_aapo.rewards.base import describe_error
 
 LAST_WORDS = 300
-"""So many characters of what a check wrote are shown when it dies."""
+"""Number of characters of a check's output that are shown when it dies."""
 REAP_S = 5.0
+"""Seconds in which a killed process is expected to end."""
 _PR_SET_PDEATHSIG = 1
 
 
 def run_guarded(check: Check, context: Context) -> list[Finding]:
-    """What the check finds; a failure instead where it is too late, raises, or dies."""
+    """The findings of the check; one failure if it exceeds its deadline, raises, or dies."""
     ours, theirs = multiprocessing.Pipe(duplex=False)
     with tempfile.TemporaryFile() as output, ours, theirs:
         sys.stdout.flush()
@@ -38,11 +39,12 @@ def run_guarded(check: Check, context: Context) -> list[Finding]:
         if pid == 0:
             _child(check, context, theirs, output.fileno())
         theirs.close()
-        late, found = False, None
+        late = False
+        found: list[Finding] | None = None
         try:
             late = not ours.poll(end - time.monotonic())
             found = None if late else ours.recv()
-        except EOFError:  # it died
+        except EOFError:  # it died before it answered
             pass
         finally:
             code = _end(pid)
@@ -50,11 +52,11 @@ def run_guarded(check: Check, context: Context) -> list[Finding]:
 
 
 def _child(check: Check, context: Context, answer: Connection, output: int) -> NoReturn:
-    """Never returns: whatever threads a library left end here."""
+    """Run the check and send its findings. Ends the process, with whatever threads a library has left in it."""
     try:
-        os.setsid()  # what it starts can be killed along
+        os.setsid()  # so that processes that it starts can be killed with it
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # the kernel ends it when the parent is gone
-        faulthandler.disable()  # its pages of frames would hide the last words
+        faulthandler.disable()  # its tracebacks would push the last words out of the report
         os.dup2(output, 1)
         os.dup2(output, 2)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
@@ -92,11 +94,11 @@ def _last_words(output: IO[bytes]) -> str:
 
 
 def _end(pid: int) -> int | None:
-    """Kill what is left of the process and of what it started; its exit code, below 0 a signal's number.
+    """Kill what is left of the process and of its children, and return its exit code, below 0 for a signal.
 
-    None: it is stuck in the kernel, and the kernel's to end.
+    None: it hangs in the kernel and can't be killed.
     """
-    for kill in (os.killpg, os.kill):  # its group, if it got so far; not reaped yet, its number is still its own
+    for kill in (os.killpg, os.kill):  # its group, if it has made one; until it is reaped its number can't be reused
         with contextlib.suppress(ProcessLookupError, PermissionError):
             kill(pid, signal.SIGKILL)
     end = time.monotonic() + REAP_S

@@ -1,7 +1,7 @@
-"""The ranks of a doctor's visit: who they are, and the checks in step on all of them, whatever hangs or dies.
+"""Runs the checks on all ranks of a job, one after the other, whatever hangs or dies.
 
-Rank 0 says which check is next, waits for the others' findings under a deadline, and goes on without those that do not
-answer. They meet in torch's TCPStore; nothing that is examined (gloo, NCCL) carries the findings.
+Rank 0 announces the next check, waits for the others' findings under a deadline, and goes on without those that do not
+answer. They communicate by torch's TCPStore: nothing that is checked itself (gloo, NCCL) carries the findings.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
 from nemo_aapo.config import Config
 from nemo_aapo.doctor.finding import Check, Context, Finding, Place
@@ -25,21 +25,25 @@ from nemo_aapo.launch.local import free_port
 from nemo_aapo.launch.slurm.commands import node_addresses
 from nemo_aapo.launch.slurm.rank import ADDRESSES, rank_environment
 
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
 START_S = 180.0
-"""Ranks may come so late: Python and torch from a cold network disk."""
+"""Rank 0 waits so long for the others: Python and torch may come from a cold network disk."""
 GRACE_S = 30.0
-"""A rank's findings may come so long after its check's deadline."""
+"""A rank's findings may arrive so long after its check's deadline."""
 LEAVE_S = 5.0
+"""At the end rank 0 waits so long for the others to leave the store, which ends with it."""
 
 
 class Listener(Protocol):
-    """Who hears of the examination as it goes on; on rank 0."""
+    """Is informed of checks and findings as they come; on rank 0."""
 
     def begin(self, check: Check) -> None:
-        """A check is run now."""
+        """The check runs now."""
 
-    def tell(self, finding: Finding) -> None:
-        """It has found this."""
+    def report(self, finding: Finding) -> None:
+        """The running check has this finding."""
 
 
 def slurm_environment(environment: Mapping[str, str]) -> dict[str, str]:
@@ -58,7 +62,7 @@ def slurm_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def place_of(environment: Mapping[str, str]) -> Place:
-    """By torchrun's variables; alone without them."""
+    """The place of this process by torchrun's variables; without them it is alone."""
     number = {
         name: int(environment.get(name.upper(), default))
         for name, default in (("rank", 0), ("world_size", 1), ("local_rank", 0), ("local_world_size", 1))
@@ -72,11 +76,12 @@ def examine(
     """Run all checks, on all ranks of the job.
 
     Args:
-        listener: of rank 0.
-        start_s: so long rank 0 waits for the others to come.
+        config: the run's; None: checks that need one are skipped.
+        listener: used on rank 0 only.
+        start_s: how long rank 0 waits for the others to come.
 
     Raises:
-        RunError: not on rank 0: rank 0 is gone.
+        RunError: on other ranks than 0: rank 0 is gone.
     """
     if place.world_size == 1:
         failed: set[str] = set()
@@ -84,7 +89,7 @@ def examine(
             listener.begin(check)
             for finding in _skipped(check, config, failed) or run_guarded(check, _context(config, place, _go())):
                 failed |= _failed(finding)
-                listener.tell(finding)
+                listener.report(finding)
     elif place.rank == 0:
         _lead(checks, config, place, listener, start_s)
     else:
@@ -97,22 +102,24 @@ def _lead(checks: Sequence[Check], config: Config | None, place: Place, listener
     except RuntimeError as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         remedy = "set another MASTER_PORT, or MASTER_ADDR to an address of rank 0's machine"
-        listener.tell(Finding("ranks", "failure", f"rank 0 can't listen on {where}: {first_line(error)}", remedy))
+        listener.report(Finding("ranks", "failure", f"rank 0 can't listen on {where}: {first_line(error)}", remedy))
         return
     others = range(1, place.world_size)
     came = _gather(store, "host", others, start_s)
     hosts = {0: place.host, **{rank: came.get(rank, "a machine unknown") for rank in others}}
-    lost, failed = set(others) - set(came), set()
-    listener.tell(_who(hosts, lost, start_s))
+    lost: set[int] = set(others) - set(came)
+    failed: set[str] = set()
+    listener.report(_who(hosts, lost, start_s))
     for number, check in enumerate(checks):
         skipped = _skipped(check, config, failed)
         if check.together and lost and not skipped:
             skipped = [Finding(check.name, "skipped", f"needs all ranks, and {_named(lost, hosts)} did not answer")]
-        go = None if skipped else _go()
-        store.set(f"go/{number}", json.dumps(go))
         if skipped:
-            listener.tell(skipped[0])
+            store.set(f"go/{number}", json.dumps(None))
+            listener.report(skipped[0])
             continue
+        go = _go()
+        store.set(f"go/{number}", json.dumps(go))
         listener.begin(check)
         asked = set(others) - lost
         found = {0: run_guarded(check, _context(config, place, go)), **_answers(store, number, check, asked)}
@@ -123,12 +130,12 @@ def _lead(checks: Sequence[Check], config: Config | None, place: Place, listener
             found[rank] = [Finding(check.name, "failure", text, remedy)]
         for finding in merge(found, hosts):
             failed |= _failed(finding)
-            listener.tell(finding)
+            listener.report(finding)
     _gather(store, "left", sorted(set(others) - lost), LEAVE_S)  # the store ends with this process
 
 
-def _answers(store: Any, number: int, check: Check, ranks: set[int]) -> dict[int, list[Finding]]:
-    """What the other ranks find; without those that do not say in time."""
+def _answers(store: Store, number: int, check: Check, ranks: set[int]) -> dict[int, list[Finding]]:
+    """Rank -> its findings, of the other ranks that answer in time."""
     answers = _gather(store, f"found/{number}", sorted(ranks), check.deadline_s + GRACE_S)
     return {rank: [Finding(**entry) for entry in answer] for rank, answer in answers.items()}
 
@@ -150,9 +157,9 @@ def _follow(checks: Sequence[Check], config: Config | None, place: Place, start_
         raise RunError(f"on {place.host}: rank 0 is gone or does not answer ({first_line(error)})") from error
 
 
-def _store(place: Place, timeout_s: float) -> Any:
-    """Where the ranks meet: with torchrun its own store, else one that rank 0 serves at ``MASTER_PORT``."""
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of waits that end in vain the report says enough
+def _store(place: Place, timeout_s: float) -> Store:
+    """The store that the ranks share: torchrun's own, else one that rank 0 serves at ``MASTER_PORT``."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the report says enough of waits that time out
     from torch.distributed import PrefixStore, TCPStore
 
     served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -166,28 +173,36 @@ def _store(place: Place, timeout_s: float) -> Any:
     return PrefixStore(f"doctor/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
-def _gather(store: Any, key: str, ranks: Iterable[int], timeout_s: float) -> dict[int, Any]:
-    """What each of these ranks has put under ``key``; without those that did not in time."""
-    end, found = time.monotonic() + timeout_s, {}
+def _gather(store: Store, key: str, ranks: Iterable[int], timeout_s: float) -> dict[int, Any]:
+    """Rank -> what it has put under ``key``, of the ranks that did so in time."""
+    end = time.monotonic() + timeout_s
+    found: dict[int, Any] = {}
     for rank in ranks:
         try:
             store.wait([f"{key}/{rank}"], timedelta(seconds=max(0.01, end - time.monotonic())))
-        except RuntimeError:  # DistStoreError, in each torch another subclass
+        except RuntimeError:  # DistStoreError; which subclass it is depends on the version of torch
             continue
         found[rank] = json.loads(store.get(f"{key}/{rank}"))
     return found
 
 
-def _go() -> dict[str, Any]:
+class _Go(TypedDict):
+    """Rank 0's order to start a check: the part of its ``Context`` that all ranks share."""
+
+    port: int
+    token: str
+
+
+def _go() -> _Go:
     return {"port": free_port(), "token": uuid.uuid4().hex}
 
 
-def _context(config: Config | None, place: Place, go: dict[str, Any]) -> Context:
+def _context(config: Config | None, place: Place, go: _Go) -> Context:
     return Context(config, place, **go)
 
 
 def _skipped(check: Check, config: Config | None, failed: set[str]) -> list[Finding]:
-    """Why a check is not run at all, as its one finding; empty if it is run."""
+    """The finding that says why a check is skipped; empty if it is run."""
     if config is None and check.needs_config:
         return [Finding(check.name, "skipped", "needs a configuration: pass KEY=VALUE as to train.py")]
     if missing := [name for name in check.after if name in failed]:

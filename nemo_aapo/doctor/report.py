@@ -1,4 +1,4 @@
-"""Findings of all ranks as one list, for people and for programs."""
+"""The findings of all ranks merged into one report, as lines for people and as JSON for programs."""
 
 from __future__ import annotations
 
@@ -8,35 +8,35 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TextIO
 
-from nemo_aapo.doctor.finding import Check, Finding, Place
+from nemo_aapo.doctor.finding import Check, Finding, Level, Place
 
-PROBLEMS = ("warning", "failure")
-LEVELS = ("ok", "warning", "failure", "skipped")
+PROBLEMS: tuple[Level, ...] = ("warning", "failure")
+LEVELS: tuple[Level, ...] = ("ok", "warning", "failure", "skipped")
 
 
 class Screen:
-    """Findings as lines, as they come; on a terminal also what is looked at just now."""
+    """Prints findings as they come, a line each; on a terminal also the name of the check that runs."""
 
     def __init__(self, output: TextIO) -> None:
-        """Args: output: of the lines."""
+        """Args: output: the stream to print to."""
         self.findings: list[Finding] = []
         self._output = output
 
     def begin(self, check: Check) -> None:
-        """See ``ranks.Listener``."""
+        """Show that a check runs."""
         if self._output.isatty():
             self._output.write(f"{check.name} ...")
             self._output.flush()
 
-    def tell(self, finding: Finding) -> None:
-        """See ``ranks.Listener``."""
+    def report(self, finding: Finding) -> None:
+        """Print and keep a finding."""
         self.findings.append(finding)
         wipe = "\r\033[K" if self._output.isatty() else ""
         print(f"{wipe}{line(finding)}", file=self._output, flush=True)
 
 
 def merge(found: Mapping[int, Sequence[Finding]], hosts: Mapping[int, str]) -> list[Finding]:
-    """One line for each thing that was looked at: rank 0's if all is well, else what is wrong and on which ranks.
+    """One finding for each name: the first rank's if all is well, else each problem with the ranks that have it.
 
     Args:
         found: the findings of each rank; a rank that a check does not concern has none.
@@ -71,13 +71,13 @@ def _where(ranks: Sequence[int], hosts: Mapping[int, str]) -> str:
 
 
 def line(finding: Finding) -> str:
-    """For people."""
+    """A finding as a line for people."""
     remedy = f". Remedy: {finding.remedy}" if finding.remedy else ""
     return f"{finding.level:<8} {finding.name:<23} {finding.text}{remedy}"
 
 
 def summary(findings: Sequence[Finding], seconds: float) -> str:
-    """The last line."""
+    """The last line of the report: how many findings of each level, and the seconds that all took."""
     counts = Counter(finding.level for finding in findings)
     return f"{', '.join(f'{counts[level]} {level}' for level in LEVELS)}; {seconds:.0f} s"
 
@@ -88,7 +88,7 @@ def failed(findings: Sequence[Finding]) -> bool:
 
 
 def to_json(findings: Sequence[Finding], place: Place, seconds: float) -> str:
-    """The whole report for programs."""
+    """The whole report as JSON for programs."""
     report = {
         "ok": not failed(findings),
         "host": place.host,

@@ -1,1 +1,3 @@
-"""Measuring policies: drawing and judging, the estimators, validation in training, benchmarks, comparisons."""
+"""Evaluation: benchmarks measured with confidence intervals, compared in pairs, and validation during training."""
+
+"""Evaluation: benchmarks measured with confidence intervals, compared in pairs, and validation during training."""

@@ -1,4 +1,4 @@
-"""Benchmarks of mathematics: what their rows mean. A row of any published form -> ``Problem``.
+"""Benchmarks of mathematics: a row of any published form -> ``Problem``.
 
 Column names were looked up on the data sets' own pages and in code that reads them (docs/evaluation.md lists both).
 Nothing here knows a model or a tokenizer.
@@ -21,13 +21,21 @@ from nemo_aapo.data.rows import HELD_OUT_SPLITS, closing_brace, gold_answer, sho
 from nemo_aapo.errors import DataError
 
 Row = Mapping[str, Any]
-SHOWN_PROBLEMS = 5
-"""Rows that can't be used, in a message."""
+"""Column -> cell, as JSON and Parquet have them."""
+Parsed = tuple[str, str, str | None, str | None]
+"""Question, gold answer, level, subject."""
+SHOWN_ROWS = 5
+"""Number of rows that can't be used which a message names."""
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One question of a benchmark."""
+    """One question of a benchmark.
+
+    Example:
+        ``Problem(id="52ab...", question="What is $1+1$?", answer="2", level="1", subject="Prealgebra",
+        source="math500.jsonl:7")``
+    """
 
     id: str
     """Digest of question and gold answer: the same for every model, so that two evaluations can be paired."""
@@ -35,9 +43,11 @@ class Problem:
     answer: str
     """The gold answer in the form that the verifier takes."""
     level: str | None
+    """The benchmark's own level of difficulty; None where it has none."""
     subject: str | None
+    """The benchmark's own subject; None where it has none."""
     source: str
-    """Where it came from: ``path:row``, rows counted from 1."""
+    """The place that it came from: ``path:row``, rows counted from 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +55,13 @@ class Benchmark:
     """How a known benchmark is read."""
 
     problems: int
-    """How many it has as it is commonly used."""
+    """Number of problems of the benchmark as it is commonly used."""
     subset: str | None
-    """Of the data set on the hub."""
+    """Subset of its data set on the hub; None: the data set has no subsets."""
     split: str
-    """Of it, too."""
-    parse: Callable[[Row], tuple[str, str, str | None, str | None] | None]
-    """Question, gold answer, level, subject; None for a row that belongs to another benchmark.
+    """Split of its data set on the hub."""
+    parse: Callable[[Row], Parsed | None]
+    """A row's question, gold answer, level and subject; None for a row that belongs to another benchmark.
 
     Raises:
         DataError: what is wrong with the row.
@@ -59,11 +69,12 @@ class Benchmark:
 
 
 def load_problems(name: str, entry: Any, fields: EvaluationFields) -> tuple[tuple[Problem, ...], str]:
-    """The problems of a benchmark, and what a reader should know of them.
+    """The problems of a benchmark, and a remark on them for the log: repeated rows, an unusual number; or empty.
 
     Args:
-        name: one of ``BENCHMARKS``, or any other, whose columns ``fields`` names.
-        entry: where its rows are: a path or a name on the hub, or a mapping with ``path``, ``subset`` and ``split``.
+        name: one of ``BENCHMARKS``, or a name of one's own.
+        entry: the place of its rows: a path or a name on the hub, or a mapping with ``path``, ``subset``, ``split``.
+        fields: the columns of a benchmark that is not in ``BENCHMARKS``.
 
     Raises:
         DataError: nothing there, or rows that can't be used.
@@ -96,18 +107,19 @@ def source_of(name: str, entry: Any) -> Source:
 def read_problems(
     records: Iterable[Record], source: str, benchmark: Benchmark | EvaluationFields
 ) -> tuple[tuple[Problem, ...], int]:
-    """All problems of some rows, in their order, each once; and how many were repeated.
+    """All problems of some rows, in their order, each once; and how many rows repeated one.
 
     Args:
-        source: where the rows come from, for messages.
-        benchmark: how to read them.
+        source: the place of the rows, for messages.
+        benchmark: how to read a row.
 
     Raises:
-        DataError: rows that can't be used, the first of them with their numbers; or no problem at all.
+        DataError: rows that can't be used, of which it names the first; or no problem at all.
     """
-    parse = benchmark.parse if isinstance(benchmark, Benchmark) else _own(benchmark)
+    parse = benchmark.parse if isinstance(benchmark, Benchmark) else _by_fields(benchmark)
     problems: dict[str, Problem] = {}
-    repeats, wrong = 0, {}
+    repeats = 0
+    wrong: dict[int, str] = {}
     for record in records:
         try:
             parsed = parse(_row(record))
@@ -119,7 +131,7 @@ def read_problems(
             repeats += problem.id in problems
             problems.setdefault(problem.id, problem)
     if wrong:
-        shown = [f"{source}:{number}: {what}" for number, what in list(wrong.items())[:SHOWN_PROBLEMS]]
+        shown = [f"{source}:{number}: {what}" for number, what in list(wrong.items())[:SHOWN_ROWS]]
         more = f"\n  and {len(wrong) - len(shown)} more" if len(wrong) > len(shown) else ""
         raise DataError(f"{source}: {len(wrong)} row(s) can't be used:\n  " + "\n  ".join(shown) + more)
     if not problems:
@@ -138,17 +150,17 @@ def _row(record: Record) -> Row:
 # ---------------------------------------------------------------- rows
 
 
-def _math(row: Row) -> tuple[str, str, str | None, str | None]:
+def _math(row: Row) -> Parsed:
     """MATH and MATH-500. ``level`` is 5 or "Level 5"; MATH itself has no ``answer`` but a boxed one in ``solution``."""
     level = _optional(row, "level")
     subject = _optional(row, "subject", "type")
     return _text(row, "problem", "question"), _answer(row), level and level.removeprefix("Level "), subject
 
 
-def _year(year: str) -> Callable[[Row], tuple[str, str, str | None, str | None] | None]:
+def _year(year: str) -> Callable[[Row], Parsed | None]:
     """AIME and AMC of a year: integer answers; collections of several years say so in ``year`` or ``url``."""
 
-    def parse(row: Row) -> tuple[str, str, str | None, str | None] | None:
+    def parse(row: Row) -> Parsed | None:
         named = _optional(row, "year", "Year") or next(iter(re.findall(r"\b(\d{4})_A[IM]", str(row.get("url")))), year)
         if named != year:
             return None
@@ -160,33 +172,33 @@ def _year(year: str) -> Callable[[Row], tuple[str, str, str | None, str | None] 
     return parse
 
 
-def _minerva(row: Row) -> tuple[str, str, str | None, str | None]:
+def _minerva(row: Row) -> Parsed:
     """Minerva's OCW courses; ``type`` names the course where it is there."""
     return _text(row, "question", "problem"), _answer(row), None, _optional(row, "type")
 
 
-def _olympiad(row: Row) -> tuple[str, str, str | None, str | None]:
+def _olympiad(row: Row) -> Parsed:
     """OlympiadBench: ``final_answer`` is a list of texts in dollars; a ``context`` belongs before the question."""
     question = _text(row, "question", "problem")
     context = _optional(row, "context")
     return f"{context}\n{question}" if context else question, _answer(row), None, _optional(row, "subfield")
 
 
-def _gsm8k(row: Row) -> tuple[str, str, str | None, str | None]:
+def _gsm8k(row: Row) -> Parsed:
     """GSM8K: a worked solution that ends in ``#### N``."""
     return _text(row, "question"), _answer(row), None, None
 
 
-def _own(fields: EvaluationFields) -> Callable[[Row], tuple[str, str, str | None, str | None]]:
-    def parse(row: Row) -> tuple[str, str, str | None, str | None]:
-        for setting, name in (("question", fields.question), ("answer", fields.answer)):
-            if name not in row:
-                raise DataError(f"{_missing(row, (name,))} (set fields.{setting})")
+def _by_fields(fields: EvaluationFields) -> Callable[[Row], Parsed]:
+    def parse(row: Row) -> Parsed:
+        for setting, column in (("question", fields.question), ("answer", fields.answer)):
+            if column not in row:
+                raise DataError(f"{_missing(row, (column,))} (set fields.{setting})")
         answer = _gold(row[fields.answer])
         if not answer:
             raise DataError(f'no answer in "{fields.answer}"')
-        groups = [None if name is None else _optional(row, name) for name in (fields.level, fields.subject)]
-        return _text(row, fields.question), answer, groups[0], groups[1]
+        level, subject = (None if name is None else _optional(row, name) for name in (fields.level, fields.subject))
+        return _text(row, fields.question), answer, level, subject
 
     return parse
 
@@ -200,7 +212,7 @@ BENCHMARKS = {
     "olympiadbench": Benchmark(674, "OE_TO_maths_en_COMP", "train", _olympiad),
     "gsm8k": Benchmark(1319, "main", "test", _gsm8k),
 }
-"""By the names of ``conf/evaluate.yaml``."""
+"""The known benchmarks by their names in ``conf/evaluate.yaml``."""
 
 
 # ---------------------------------------------------------------- cells
@@ -212,13 +224,13 @@ def _answer(row: Row) -> str:
         if row.get(name) is not None and (answer := _gold(row[name])):
             return answer
     for name in ("solution", "Solution"):
-        if isinstance(row.get(name), str) and (answer := last_boxed(row[name])):
-            return answer
+        if isinstance(row.get(name), str) and (boxed := last_boxed(row[name])):
+            return boxed
     raise DataError(_missing(row, ("answer", "final_answer", "a boxed answer in solution")))
 
 
 def _gold(value: Any) -> str:
-    """A cell as the verifier takes it: 27.0 is 27, a list is its parts, dollars and ``####`` are left out."""
+    """A cell in the form that the verifier takes: 27.0 as 27, a list as its parts, without dollars and ``####``."""
     if isinstance(value, list | tuple):
         return ", ".join(part for part in map(_gold, value) if part)
     if isinstance(value, bool) or not isinstance(value, str | int | float):
@@ -233,7 +245,7 @@ def _gold(value: Any) -> str:
 
 
 def last_boxed(text: str) -> str | None:
-    """What stands in the last ``\\boxed{...}`` of a text; None without a whole one."""
+    """The content of the last ``\\boxed{...}`` of a text; None without a complete one."""
     start = text.rfind("\\boxed{")
     if start < 0:
         return None
@@ -243,7 +255,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def _text(row: Row, *names: str) -> str:
-    """The first of these columns that is there."""
+    """The text of the first of these columns that the row has."""
     for name in names:
         if row.get(name) is not None:
             if not isinstance(row[name], str) or not row[name].strip():

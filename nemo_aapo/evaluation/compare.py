@@ -15,23 +15,31 @@ from nemo_aapo.evaluation.report import judged
 from nemo_aapo.utils.tables import markdown
 
 SEED = 0
-"""Of bootstrap and permutation: the same two evaluations give the same table."""
+"""Seed of bootstrap and permutation, fixed so that the same two evaluations give the same table."""
 EXPECTED_DIFFERENCES = ("model", "seed")
+"""Settings that two evaluations may differ in without a note."""
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One benchmark in both, or the mean over all of them."""
+    """One benchmark in two evaluations A and B, or the mean over all benchmarks.
+
+    Example:
+        ``Comparison("math500", samples=(4, 4), a=0.41, b=0.47, left_out=0, difference=Difference(problems=500,
+        value=0.06, ...))``
+    """
 
     benchmark: str
     samples: tuple[int, int]
-    """k in A and in B."""
+    """Completions of each problem (k) in A and in B."""
     a: float
+    """A's avg@k on the problems that both have."""
     b: float
-    """avg@k on the problems that both have."""
+    """B's avg@k on the problems that both have."""
     left_out: int
-    """Problems that only one of them has, or has whole."""
+    """Number of problems of which A or B has no, or not all, completions."""
     difference: Difference
+    """B minus A, with its errors."""
 
 
 def compare(a: Path, b: Path, benchmarks: Sequence[str] | None = None) -> tuple[list[Comparison], list[str]]:
@@ -42,8 +50,8 @@ def compare(a: Path, b: Path, benchmarks: Sequence[str] | None = None) -> tuple[
         benchmarks: None: all that both have.
 
     Returns:
-        A line for each benchmark, and one for their mean if there are several; and what else differs between the two,
-        for people.
+        A line for each benchmark, and one for their mean if there are several; and notes on settings that differ
+        between the two.
 
     Raises:
         ConfigError: nothing to compare.
@@ -58,43 +66,52 @@ def compare(a: Path, b: Path, benchmarks: Sequence[str] | None = None) -> tuple[
     missing = [name for name in benchmarks or () if name not in both]
     if missing or not both:
         raise ConfigError(f"{a} and {b} do not both have completions of {', '.join(missing) or 'one benchmark'}")
-    lines, strata = [], []
+    lines: list[Comparison] = []
+    strata: list[tuple[np.ndarray, np.ndarray]] = []
     for name in benchmarks or both:
         line, means = _benchmark(name, a, b)
         lines.append(line)
         strata.append(means)
     if len(lines) > 1:
-        samples = tuple(max(line.samples[i] for line in lines) for i in range(2))
-        values = [float(np.mean([getattr(line, side) for line in lines])) for side in "ab"]
-        left_out = sum(line.left_out for line in lines)
-        lines.append(Comparison("**mean**", samples, *values, left_out, macro_difference(strata, seed=SEED)))
+        lines.append(_mean(lines, macro_difference(strata, seed=SEED)))
     return lines, notes
+
+
+def _mean(lines: Sequence[Comparison], difference: Difference) -> Comparison:
+    return Comparison(
+        "**mean**",
+        samples=(max(line.samples[0] for line in lines), max(line.samples[1] for line in lines)),
+        a=float(np.mean([line.a for line in lines])),
+        b=float(np.mean([line.b for line in lines])),
+        left_out=sum(line.left_out for line in lines),
+        difference=difference,
+    )
 
 
 def _benchmark(name: str, a: Path, b: Path) -> tuple[Comparison, tuple[np.ndarray, np.ndarray]]:
     kept = [Records(directory, name).read() for directory in (a, b)]
-    if not all(kept):  # interrupted in the first line
+    if not all(kept):  # it was interrupted while it wrote the first line
         raise ConfigError(f"{name}: {b if kept[0] else a} has no whole completion yet; let it go on")
     tables = [judged(records) for records in kept]
-    there = [set(table.problems) for table in tables]
-    common = [problem for problem in tables[0].problems if problem in there[1]]
+    problems = [set(table.problems) for table in tables]
+    common = [problem for problem in tables[0].problems if problem in problems[1]]
     if not common:
         raise ConfigError(f"{name}: {a} and {b} have no problem in common: are they of the same data?")
     parts = [table.part([table.problems.index(problem) for problem in common]) for table in tables]
-    means = tuple(part.correct.mean(axis=1) for part in parts)
+    means = (parts[0].correct.mean(axis=1), parts[1].correct.mean(axis=1))
     comparison = Comparison(
         name,
         (parts[0].samples, parts[1].samples),
         float(means[0].mean()),
         float(means[1].mean()),
-        len(there[0] ^ there[1]),
+        len(problems[0] ^ problems[1]),
         paired_difference(*means, seed=SEED),
     )
     return comparison, means
 
 
 def table(lines: Sequence[Comparison]) -> str:
-    """Markdown, in percent."""
+    """The comparison as a Markdown table, in percent."""
     header = ["benchmark", "problems", "k", "A", "B", "B - A", "95 % interval", "p"]
     rows = []
     for line in lines:

@@ -1,4 +1,4 @@
-"""What k judged completions of each problem say: avg@k, pass@k, maj@k, their standard errors, paired differences.
+"""avg@k, pass@k and maj@k of judged completions, their standard errors, and paired differences.
 
 Pure functions of plain arrays. Problems are the units: the completions of one problem share its difficulty and are not
 independent, so every standard error is that of a mean of per-problem numbers.
@@ -14,14 +14,14 @@ from dataclasses import dataclass
 import numpy as np
 
 EXACT_FLIPS = 16
-"""Up to so many problems that differ, the sign-flip test goes through all 2**n sign patterns."""
+"""If at most so many problems differ, the sign-flip test goes through all 2**n sign patterns."""
 BLOCK = 1000
-"""Resamples are drawn so many at a time, to bound their memory."""
+"""Resamples are made so many at a time, to bound their memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean over problems."""
+    """A mean over problems, with its standard error."""
 
     value: float
     stderr: float
@@ -104,18 +104,21 @@ def _voted(answers: Sequence[str | None], correct: Sequence[bool]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """B minus A on the same problems."""
+    """B minus A on the same problems, by per-problem means."""
 
     problems: int
+    """Number of problems."""
     value: float
+    """Mean of the paired differences."""
     stderr: float
-    """Of the mean of the paired differences."""
+    """Standard error of that mean."""
     low: float
     """Lower end of the 95 % interval, by bootstrap over problems (percentiles)."""
     high: float
+    """Upper end of that interval."""
     p_value: float
-    """Two-sided, of the sign-flip permutation test: how often differences this large come about if A and B do not
-    differ."""
+    """Two-sided p-value of the sign-flip permutation test: how often differences this large come about if A and B do
+    not differ."""
 
 
 def paired_difference(a: np.ndarray, b: np.ndarray, *, seed: int, resamples: int = 10_000) -> Difference:
@@ -126,12 +129,12 @@ def paired_difference(a: np.ndarray, b: np.ndarray, *, seed: int, resamples: int
 def macro_difference(
     strata: Sequence[tuple[np.ndarray, np.ndarray]], *, seed: int, resamples: int = 10_000
 ) -> Difference:
-    """The same for the mean over several benchmarks, each with equal weight; problems are drawn within each.
+    """Compare the mean over several benchmarks, each with equal weight; problems are resampled within each.
 
     Args:
-        strata: per benchmark the per-problem means [P_i] of A and of B.
-        seed: of bootstrap and permutation.
-        resamples: of each.
+        strata: for each benchmark the per-problem means [P_i] of A and of B.
+        seed: the seed of bootstrap and permutation.
+        resamples: how many each of the two makes.
     """
     differences = [np.asarray(b, dtype=np.float64) - np.asarray(a, dtype=np.float64) for a, b in strata]
     generator = np.random.Generator(np.random.PCG64(seed))
@@ -149,19 +152,19 @@ def macro_difference(
 
 
 def _bootstrap_means(values: np.ndarray, resamples: int, generator: np.random.Generator) -> np.ndarray:
-    """float64 [resamples], means of as many values drawn with replacement."""
+    """float64 [resamples], means of resamples of the values, drawn with replacement."""
     blocks = [min(BLOCK, resamples - start) for start in range(0, resamples, BLOCK)]
     return np.concatenate([values[generator.integers(0, len(values), (n, len(values)))].mean(axis=1) for n in blocks])
 
 
 def _sign_flips(differences: Sequence[np.ndarray], resamples: int, generator: np.random.Generator) -> float:
-    """Two-sided p-value of the mean of means, under random signs: all patterns if they are few, else drawn ones."""
-    # What each problem adds to the mean of the strata's means; those without a difference can't change it.
+    """Two-sided p-value of the mean of means, under random signs: all patterns if they are few, else random ones."""
+    # Each problem's part of the mean over benchmarks. Problems without a difference can't change it.
     parts = np.concatenate([d / (len(d) * len(differences)) for d in differences])
     parts = parts[parts != 0]
     if not len(parts):
         return 1.0
-    observed = abs(parts.sum()) * (1 - 1e-12)  # rounding must not decide between equals
+    observed = abs(parts.sum()) * (1 - 1e-12)  # so that rounding does not make equal sums smaller
     if len(parts) <= EXACT_FLIPS:
         patterns = (np.arange(2 ** len(parts))[:, None] >> np.arange(len(parts)) & 1) * 2 - 1
         return float((np.abs(patterns @ parts) >= observed).mean())
@@ -169,7 +172,7 @@ def _sign_flips(differences: Sequence[np.ndarray], resamples: int, generator: np
     for start in range(0, resamples, BLOCK):
         signs = generator.integers(0, 2, (min(BLOCK, resamples - start), len(parts))) * 2 - 1
         extreme += int((np.abs(signs @ parts) >= observed).sum())
-    return (extreme + 1) / (resamples + 1)  # the observed pattern is one of them
+    return (extreme + 1) / (resamples + 1)  # counts the observed pattern as one of the resamples
 
 
 def student_t_quantile(p: float, df: int) -> float:
@@ -184,7 +187,7 @@ def student_t_quantile(p: float, df: int) -> float:
 
 
 def _student_t_cdf(t: float, df: int) -> float:
-    """For t >= 0, by the finite series of Abramowitz and Stegun, 26.7.3 and 26.7.4."""
+    """The distribution function for t >= 0, by the finite series 26.7.3 and 26.7.4 of Abramowitz and Stegun."""
     angle = math.atan(t / math.sqrt(df))
     cosine_squared = math.cos(angle) ** 2
     term = total = math.cos(angle) if df % 2 else 1.0

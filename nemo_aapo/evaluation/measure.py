@@ -1,4 +1,4 @@
-"""Drawing completions and judging them: the one way for validation in training and for benchmarks."""
+"""Generate completions and judge them: the one way for validation in training and for benchmarks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Outcomes:
     lengths: list[np.ndarray]
     """int64 [samples] for each prompt, completion tokens, over all ranks."""
     groups: list[Group]
-    """This data-parallel rank's share; the texts are on model-parallel source ranks only."""
+    """The groups of this data-parallel rank's prompts; their texts are on model-parallel source ranks only."""
 
 
 def measure(
@@ -31,11 +31,11 @@ def measure(
     seeds: Sequence[Sequence[int]],
     reward: str,
 ) -> Outcomes:
-    """Draw ``len(seeds[i])`` completions of each prompt i and judge them. Collective over all ranks of the job.
+    """Generate ``len(seeds[i])`` completions of each prompt i and judge them. Collective over all ranks of the job.
 
     Args:
         prompts, sampling, seeds: as ``Collector.collect`` takes them.
-        reward: name of the reward that tells right (1) from wrong.
+        reward: name of the reward that tells right (1) from wrong completions.
     """
     groups = collector.collect(prompts, sampling, seeds)
     mine = [

@@ -1,4 +1,4 @@
-"""How a question is put to a model: the forms that published numbers were measured with, or one's own."""
+"""Prompt templates: those that published numbers were measured with, or one's own."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from nemo_aapo.data.tokenizer import QUESTION
 from nemo_aapo.errors import ConfigError
 
 TEMPLATES = {
-    # Of the paper's Qwen models: its authors' evaluate.py (github JianxXiong/AAPO), which took it over from open-r1.
+    # The paper's Qwen models: from its authors' evaluate.py (github JianxXiong/AAPO), which has it from open-r1.
     "open_rs": (
         "Solve the following math problem efficiently and clearly.  The last line of your response should be of the "
         "following format: 'Therefore, the final answer is: $\\boxed{ANSWER}$. I hope it is correct' (without quotes) "

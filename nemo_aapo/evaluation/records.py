@@ -1,4 +1,4 @@
-"""The completions of an evaluation as JSONL, one line each, kept so that an interrupted evaluation can go on.
+"""The completions of an evaluation as JSONL, one line each, so that an interrupted evaluation can go on.
 
 <run.dir>/evaluation.json            what is measured: model, prompt, sampling, seed, reward
 <run.dir>/completions/math500.jsonl  completions with their verdicts
@@ -22,26 +22,39 @@ FOLDER = "completions"
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One judged completion."""
+    """One judged completion.
+
+    Example:
+        ``{"problem": "52ab...", "sample": 0, "correct": true, "failed": false, "voted": "2", "tokens": 181,
+        "finish_reason": "stop", "level": "1", "subject": "Prealgebra", "gold": "2", "prompt": "What is $1+1$?", ...}``
+    """
 
     problem: str
     """``Problem.id``"""
     sample: int
-    """Which of the problem's completions, from 0."""
+    """Index among the problem's completions, from 0."""
     correct: bool
+    """The reward calls the completion right."""
     failed: bool
-    """It could not be judged, and counts as wrong."""
+    """The completion could not be judged, and counts as wrong."""
     voted: str | None
-    """The normalised answer that it votes for in maj@k."""
+    """The normalised answer that the completion votes for in maj@k; None without an answer."""
     tokens: int
+    """Length of the completion."""
     finish_reason: str
+    """``"stop"`` or ``"length"``, as in ``Completion``."""
     level: str | None
+    """``Problem.level``"""
     subject: str | None
+    """``Problem.subject``"""
     gold: str
+    """``Problem.answer``"""
     prompt: str
+    """The rendered prompt."""
     completion: str
+    """The decoded completion."""
     source: str
-    """``path:row`` of the problem."""
+    """``Problem.source``"""
 
 
 class Records:
@@ -51,7 +64,7 @@ class Records:
         self.path = directory / FOLDER / f"{benchmark}.jsonl"
 
     def read(self) -> dict[tuple[str, int], Record]:
-        """By problem and sample. A last line that was cut off is left out.
+        """(problem, sample) -> record. A last line that was cut off is left out.
 
         Raises:
             RecordsError: another line is damaged.
@@ -69,12 +82,12 @@ class Records:
         return found
 
     def mend(self, kept: Iterable[Record]) -> None:
-        """Write the file anew with these, where an interruption left half a line."""
+        """Rewrite the file with these records if an interruption left half a line at its end."""
         if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
             write_atomic(self.path, "".join(to_json(asdict(record)) + "\n" for record in kept))
 
     def append(self, records: Sequence[Record]) -> None:
-        """Add records; they are on the disk when this returns."""
+        """Append records; they are on the disk when this returns."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write("".join(to_json(asdict(record)) + "\n" for record in records))
@@ -83,10 +96,10 @@ class Records:
 
 
 def claim_identity(directory: Path, identity: Mapping[str, Any]) -> None:
-    """Keep what is measured in the directory, or check that the same was measured there before.
+    """Write down in the directory what is measured, or check that the same was measured there before.
 
     Raises:
-        ConfigError: something else is there; what differs.
+        ConfigError: the directory holds another evaluation; names the differences.
     """
     path = directory / IDENTITY
     now = json.loads(to_json(identity))
@@ -107,7 +120,7 @@ def claim_identity(directory: Path, identity: Mapping[str, Any]) -> None:
 
 
 def read_identity(directory: Path) -> dict[str, Any]:
-    """What was measured there.
+    """What an evaluation measured: the content of its ``evaluation.json``.
 
     Raises:
         ConfigError: no evaluation is there, or its record is damaged.
@@ -122,5 +135,5 @@ def read_identity(directory: Path) -> dict[str, Any]:
 
 
 def measured_benchmarks(directory: Path) -> list[str]:
-    """Names of the benchmarks that have completions there."""
+    """Names of the benchmarks that have completions in the directory."""
     return sorted(path.stem for path in (directory / FOLDER).glob("*.jsonl"))

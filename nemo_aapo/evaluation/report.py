@@ -1,4 +1,4 @@
-"""From judged completions to figures and tables."""
+"""Judged completions -> figures for ``results.json`` and tables for people."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class Judged:
     """The completions of a benchmark's problems, all with the same number of samples."""
 
     problems: tuple[str, ...]
-    """[P] ids, in the benchmark's order."""
+    """Ids of the P problems, in the benchmark's order."""
     records: tuple[tuple[Record, ...], ...]
-    """[P][k]"""
+    """[P][k], the completions of each problem."""
 
     @property
     def samples(self) -> int:
-        """k"""
+        """Completions of each problem (k)."""
         return len(self.records[0])
 
     @property
@@ -34,7 +34,7 @@ class Judged:
         return np.array([[record.correct for record in row] for row in self.records], dtype=bool)
 
     def part(self, rows: Sequence[int]) -> Judged:
-        """Some of the problems."""
+        """These problems alone."""
         return Judged(tuple(self.problems[i] for i in rows), tuple(self.records[i] for i in rows))
 
 
@@ -42,7 +42,7 @@ def judged(records: Mapping[tuple[str, int], Record], problems: Iterable[str] | 
     """Records by problem and sample, as a table.
 
     Args:
-        problems: ids, in the order wanted; None: those that have all samples, as they come.
+        problems: ids, in the wanted order; None: those that have all samples, in the order of the records.
 
     Raises:
         KeyError: a problem lacks a sample.
@@ -95,7 +95,7 @@ def _groups(found: Judged, name: str) -> dict[str, dict[str, float]]:
 
 
 def macro_average(results: Mapping[str, Mapping[str, Any]]) -> Estimate | None:
-    """The mean of the benchmarks' avg@k, each with equal weight, as the paper's table has it; None for a single one."""
+    """The mean of the benchmarks' avg@k with equal weights, as in the paper's table; None for a single benchmark."""
     if len(results) < 2:
         return None
     averages = [figures[f"avg@{figures['samples']}"] for figures in results.values()]
@@ -137,5 +137,5 @@ def _line(name: str, result: Mapping[str, Any], several: bool) -> list[str]:
 
 
 def _percent(value: float, stderr: float | None) -> str:
-    known = stderr is not None and math.isfinite(stderr)
-    return f"{100 * value:.1f}" + (f" ± {100 * stderr:.1f}" if known else "")
+    error = f" ± {100 * stderr:.1f}" if stderr is not None and math.isfinite(stderr) else ""
+    return f"{100 * value:.1f}{error}"

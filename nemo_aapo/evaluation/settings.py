@@ -1,4 +1,4 @@
-"""An evaluation's configuration against the model and the ranks, and as training's parts take it. No torch."""
+"""An evaluation's configuration: checks against model and ranks, and its form for the parts of training. No torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from nemo_aapo.config.command_line import read_command_line
 from nemo_aapo.config.compose import compose
 from nemo_aapo.conversion.source import ModelSource, find_source
 from nemo_aapo.errors import ConfigError
-from nemo_aapo.models import directory as model_dir
+from nemo_aapo.models.directory import read_model_dir
 from nemo_aapo.rewards import reward_of
 
 
@@ -17,13 +17,13 @@ def find_model(config: EvaluationConfig) -> ModelSource:
     """What ``model.path`` names: a Hugging Face directory, a run or a checkpoint. Looks at names of files only.
 
     Raises:
-        ConfigError: nothing of the kind, or a run whose base model can't be found.
+        ConfigError: none of these, or a run whose base model can't be found.
     """
     return find_source(config.model.path, config.model.base, base_option="model.base=")
 
 
 def reward_name(config: EvaluationConfig) -> str:
-    """What the reward's values are called; a custom one has its function's name.
+    """The name of the reward's values; a custom reward's is that of its function.
 
     Raises:
         ConfigError: an unknown reward or parameter.
@@ -32,10 +32,10 @@ def reward_name(config: EvaluationConfig) -> str:
 
 
 def engine_settings(config: EvaluationConfig, source: ModelSource) -> Config:
-    """Training's configuration for the parts that evaluation shares with it: ranks, layout, precision, rewards, engine.
+    """A configuration of training for the parts that evaluation shares with it: layout, precision, rewards, engine.
 
     Raises:
-        ConfigError: as training's.
+        ConfigError: a setting that training refuses.
     """
     tree = compose(read_command_line(["algorithm=gpg"]))
     longest = config.max_prompt_tokens + config.sampling.max_new_tokens
@@ -49,7 +49,8 @@ def engine_settings(config: EvaluationConfig, source: ModelSource) -> Config:
         max_new_tokens=config.sampling.max_new_tokens, max_concurrent_tokens=config.max_concurrent_tokens
     )
     tree["max_tokens_per_microbatch"] = longest
-    tree["prompts_per_step"] = config.trainer.num_nodes * config.trainer.devices  # whatever the data-parallel size
+    # A multiple of the data-parallel size, whatever that is.
+    tree["prompts_per_step"] = config.trainer.num_nodes * config.trainer.devices
     tree["rewards"] = list(config.rewards)
     tree["validation"]["reward"] = reward_name(config)
     tree["reward_runner"].update(asdict(config.reward_runner), score_on_failure=0.0)
@@ -60,10 +61,10 @@ def check_model(config: EvaluationConfig, source: ModelSource, world_size: int) 
     """The model against the configuration and the number of ranks. Reads small files; no torch.
 
     Raises:
-        ConfigError: a model that is not whole or not supported, a layout that does not divide, more tokens than it has
-            positions.
+        ConfigError: a model that is incomplete or not supported, a layout that does not divide it, more tokens than it
+            has positions.
     """
-    shape = model_dir.read_model_dir(str(source.base))
+    shape = read_model_dir(str(source.base))
     longest = config.max_prompt_tokens + config.sampling.max_new_tokens
     if longest > shape.max_position_embeddings:
         raise ConfigError(

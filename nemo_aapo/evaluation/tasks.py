@@ -1,4 +1,4 @@
-"""A benchmark as the engine is fed it: problems, rendered prompts, how completions are drawn."""
+"""A benchmark as input of the engine: problems, rendered prompts, and how completions are sampled."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from nemo_aapo.evaluation.prompts import template_text
 from nemo_aapo.types import Prompt, SamplingSpec
 
 SHOWN_ANSWERS = 3
-"""Gold answers that can't be used, in a message."""
+"""Number of unusable gold answers that a message names."""
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A benchmark as the engine is fed it; the same on all ranks."""
+    """A benchmark as input of the engine; the same on all ranks."""
 
     name: str
     problems: tuple[Problem, ...]
     prompts: tuple[Prompt, ...]
-    """One for each problem."""
+    """One prompt for each problem, in their order."""
 
 
 def load_task(
@@ -34,21 +34,21 @@ def load_task(
     name: str,
     tokenizer: Any,
     check_answer: Callable[[str], None],
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> Task:
     """Read, check, render and tokenise a benchmark.
 
     Args:
         check_answer: raises ValueError for a gold answer that the reward can't work with.
-        say: told what a reader should know.
+        log: called with remarks for the person who runs the evaluation.
 
     Raises:
         DataError: rows, gold answers or prompts that can't be used.
     """
     problems, note = load_problems(name, config.sources[name], config.fields)
     problems = problems[: config.max_problems]
-    say(f"{name}: {len(problems)} problems from {problems[0].source.rpartition(':')[0]}{note}")
-    _check_answers(config, name, problems, check_answer, say)
+    log(f"{name}: {len(problems)} problems from {problems[0].source.rpartition(':')[0]}{note}")
+    _check_answers(config, name, problems, check_answer, log)
     texts, ids = render_prompts(
         tokenizer,
         [problem.question for problem in problems],
@@ -74,9 +74,9 @@ def _check_answers(
     name: str,
     problems: Sequence[Problem],
     check_answer: Callable[[str], None],
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> None:
-    """Gold answers that the reward can't work with: an error, or a warning."""
+    """Refuse gold answers that the reward can't work with, or warn of them, as ``on_bad_answer`` has it."""
     bad: list[str] = []
     for problem in problems:
         try:
@@ -91,11 +91,11 @@ def _check_answers(
             f"{name}: {len(bad)} of {len(problems)} gold answers can't be used:\n  {shown}\n"
             "Mend them, or count their problems as wrong, as other harnesses do: on_bad_answer=wrong"
         )
-    say(f"WARNING: {name}: {len(bad)} of {len(problems)} problems count as wrong whatever is answered:\n  {shown}")
+    log(f"WARNING: {name}: {len(bad)} of {len(problems)} problems count as wrong whatever is answered:\n  {shown}")
 
 
 def sampling_of(config: EvaluationConfig, base: Path, tokenizer: Any) -> SamplingSpec:
-    """How completions are drawn.
+    """How completions are sampled.
 
     Args:
         base: the model's Hugging Face directory.
@@ -111,7 +111,7 @@ def sampling_of(config: EvaluationConfig, base: Path, tokenizer: Any) -> Samplin
 
 
 def stop_tokens(base: Path, eos: int) -> tuple[int, ...]:
-    """The tokenizer's end token, and those that the model's ``generation_config.json`` names, as vLLM has it.
+    """The tokenizer's end token and those that the model's ``generation_config.json`` names, as in vLLM.
 
     A chat model may end its turns with another token than its tokenizer's.
     """

@@ -1,4 +1,4 @@
-"""Validation in training: greedy and sampled accuracy on held-out prompts, by training's own engine and rewards."""
+"""Validation in training: greedy and sampled accuracy on held-out prompts, with training's engine and rewards."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Validator:
     collector: Collector
     prompts: Sequence[Prompt]
     reward: str
-    """Which reward says right (1) or wrong."""
+    """Name of the reward that tells right (1) from wrong."""
     greedy: SamplingSpec
     sampled: SamplingSpec
     samples: int
-    """Sampled completions per prompt; 0 leaves out the sampled accuracy."""
+    """Sampled completions of each prompt; 0 leaves out the sampled accuracy."""
     seed: int
 
     def run(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
@@ -36,7 +36,7 @@ class Validator:
         Returns:
             Metrics ``validation/accuracy_greedy``, ``validation/accuracy_sampled`` and its standard error
             ``validation/accuracy_sampled_stderr``, ``validation/completion_length`` (the same on all ranks); and the
-            completions of this rank's share of the prompts as plain rows (empty but on model-parallel source ranks).
+            completions of this rank's prompts as plain rows (on model-parallel source ranks; empty on the others).
         """
         greedy = measure(self.collector, self.prompts, self.greedy, [[0]] * len(self.prompts), self.reward)
         metrics = {"validation/accuracy_greedy": average(np.stack(greedy.correct)).value}

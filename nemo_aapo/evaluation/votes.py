@@ -1,4 +1,4 @@
-"""A completion's answer as a text that can be counted, for maj@k."""
+"""The normalised answer of a completion, as a text that can be counted for maj@k."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fractions import Fraction
 from nemo_aapo.evaluation.benchmarks import last_boxed
 
 LONGEST = 200
-"""A longer answer is cut: it is no answer, but it may be repeated."""
+"""Most characters of an answer; a longer one is cut off, but still counts as a vote."""
 _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:/\d+)?")
 _LAST_NUMBER = re.compile(r"(?<![\w.])-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+)?")
 _FRACTION = re.compile(r"\\[dt]?frac\{(-?\d+)\}\{(\d+)\}")
@@ -21,7 +21,7 @@ def answer_of(text: str) -> str | None:
     """The normalised answer of a completion: its last box, or without one its last number; None without either.
 
     Normalised means: no white space, dollars, sizes of brackets, or units in \\text behind something else; numbers in
-    lowest terms, so that 0.50, \\frac{1}{2} and 1/2 are one answer. Other expressions are the same if they look it.
+    lowest terms, so that 0.50, \\frac{1}{2} and 1/2 are one answer. Other expressions are the same if their texts are.
     """
     boxed = last_boxed(text)
     if boxed is None:

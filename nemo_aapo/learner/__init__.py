@@ -1,1 +1,9 @@
-"""Groups in, optimizer steps out: micro-batches, log-probs, and the policy that is trained."""
+"""The learner: scored groups in, optimizer steps out.
+
+learner -> batch_plan, microbatch -> policy -> logprobs
+"""
+
+"""The learner: scored groups in, optimizer steps out.
+
+learner -> batch_plan, microbatch -> policy -> logprobs
+"""

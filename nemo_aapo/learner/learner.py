@@ -1,4 +1,7 @@
-"""One rollout batch -> optimizer steps: drop what carries no gradient, deal micro-batches, score, update."""
+"""One rollout batch -> optimizer steps.
+
+groups with advantages -> drop those without gradient -> micro-batches over the ranks -> score -> update
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from nemo_aapo.algorithms.advantage import zero_advantage
 from nemo_aapo.distributed import parallel
 from nemo_aapo.distributed.device import device
 from nemo_aapo.learner.batch_plan import padding_fraction, plan
-from nemo_aapo.learner.microbatch import Bundle, bundled, collate, length_of, row_length_of
+from nemo_aapo.learner.microbatch import PrefixGroup, collate
 from nemo_aapo.learner.policy import MegatronPolicy
 from nemo_aapo.mcore.micro_batch import MicroBatch
 from nemo_aapo.types import Group, Sample
@@ -22,18 +25,20 @@ from nemo_aapo.types import Group, Sample
 
 @dataclass(frozen=True, slots=True)
 class Learner:
-    """Trains a policy on scored groups by an algorithm; collective over all ranks."""
+    """Trains a policy on scored groups by an algorithm; all methods are collective over all ranks."""
 
     policy: MegatronPolicy
     algorithm: Algorithm
     max_tokens_per_microbatch: int
+    """Upper bound of a micro-batch's tokens, padding included."""
     updates_per_rollout: int
+    """Optimizer steps on each rollout batch."""
     pad_multiple: int = 1
-    """What token counts are padded to (``config.pad_multiple``)."""
+    """Token counts are padded to a multiple of it (``config.pad_multiple``)."""
     packed: bool = False
-    """Micro-batches are one row of sequences end to end."""
+    """True: a micro-batch is one row of sequences end to end. False: padded rows."""
     share_prompts: bool = False
-    """Completions of a group stand in that row behind one copy of their prompt."""
+    """True: completions of a group share one copy of their prompt; needs ``packed``."""
 
     def update(self, groups: Sequence[Group]) -> dict[str, float]:
         """``updates_per_rollout`` optimizer steps on the groups of all ranks.
@@ -56,7 +61,7 @@ class Learner:
         return {**metrics, **shape_metrics}
 
     def parity(self, groups: Sequence[Group]) -> dict[str, float]:
-        """The engine's log-probs against the learner's on the same tokens, without training: the parity gate.
+        """Compare the engine's log-probs with the learner's on the same tokens, without training: the parity gate.
 
         Returns:
             ``parity/mult_prob_error`` and ``parity/gen_kl`` over all ranks.
@@ -74,12 +79,12 @@ class Learner:
         total = [sum(part[key] for part in parallel.gather_data_parallel(sums)) for key in sums]
         return _parity(dict(zip(sums, total, strict=True)))
 
-    # ------------------------------------------------------------------ parts
+    # ------------------------------------------------------------------ micro-batches
 
     def _microbatches(self, groups: Sequence[Group]) -> tuple[list[MicroBatch], dict[str, float]]:
-        """This rank's micro-batches of the whole optimizer batch, weighted by the global denominator."""
+        """This rank's micro-batches of the whole optimizer batch, weighted by the global denominator; and metrics."""
         everything = [_sample(group, i) for group in groups for i in range(len(group.completions))]
-        dead = zero_advantage(np.stack([g.advantages for g in groups])) if groups else np.zeros(0, bool)
+        dead = zero_advantage(np.stack([g.final_advantages for g in groups])) if groups else np.zeros(0, bool)
         # A completion without a gradient still counts in the denominator: leaving it out must not change the loss.
         kept = [
             [_sample(group, i) for i in range(len(group.completions)) if len(group.completions[i].token_ids)]
@@ -92,61 +97,61 @@ class Learner:
                 len(everything),
                 len(groups),
                 int(dead.sum()),
-                sum(length_of(samples) for samples in kept),
+                sum(sample.length for samples in kept for sample in samples),
             )
         )
         total_tokens, total_sequences, total_groups, dead_groups, kept_tokens = map(sum, zip(*counts, strict=True))
-        own = [bundle for samples in kept for bundle in self._bundled(samples, kept_tokens)]
-        mine, layout_metrics = self._dealt(own)
+        own = [group for samples in kept for group in self._prefix_groups(samples, kept_tokens)]
+        mine, layout_metrics = self._distribute(own)
         alpha = self.algorithm.alpha(total_groups, dead_groups)
         batches = []
-        for bundles in mine:
-            lengths = [len(sample.completion_ids) for bundle in bundles for sample in bundle]
+        for members in mine:
+            lengths = [len(sample.completion_ids) for group in members for sample in group.samples]
             weights = alpha * self.algorithm.token_weights(
                 lengths, total_tokens=total_tokens, total_sequences=total_sequences
             )
-            batches.append(collate(bundles, weights, multiple=self.pad_multiple, device=device(), packed=self.packed))
+            batches.append(collate(members, weights, multiple=self.pad_multiple, device=device(), packed=self.packed))
         return batches, {**layout_metrics, "microbatches": float(len(batches)), "alpha": alpha}
 
-    def _bundled(self, samples: Sequence[Sample], kept_tokens: int) -> list[Bundle]:
-        """A group's samples: what may not be parted any more.
+    def _prefix_groups(self, samples: Sequence[Sample], kept_tokens: int) -> list[PrefixGroup]:
+        """The samples of one prompt as the units that are distributed over micro-batches and ranks.
 
         Args:
-            kept_tokens: of the sequences of all ranks. No bundle is more than half of a rank's share of them, so that
-                a few groups can be spread evenly as well.
+            kept_tokens: tokens of the sequences of all ranks. Where there are several ranks, no unit is more than half
+                of a rank's part of them: so even a few groups can be spread evenly.
         """
         if not self.share_prompts:
-            return [(sample,) for sample in samples]
+            return PrefixGroup.separate(samples)
         budget = self.max_tokens_per_microbatch // self.pad_multiple * self.pad_multiple
         ranks = parallel.data_parallel_size()
-        return bundled(samples, budget if ranks == 1 else min(budget, kept_tokens // (2 * ranks)))
+        return PrefixGroup.split(samples, budget if ranks == 1 else min(budget, kept_tokens // (2 * ranks)))
 
-    def _dealt(self, bundles: Sequence[Bundle]) -> tuple[list[list[Bundle]], dict[str, float]]:
-        """This rank's micro-batches after bundles have moved to where the plan wants them."""
-        sizes = parallel.gather_data_parallel([(length_of(bundle), row_length_of(bundle)) for bundle in bundles])
+    def _distribute(self, groups: Sequence[PrefixGroup]) -> tuple[list[list[PrefixGroup]], dict[str, float]]:
+        """This rank's micro-batches, after prefix groups have moved to the ranks that the plan assigns; and metrics."""
+        sizes = parallel.gather_data_parallel([(group.sequence_tokens, group.row_tokens) for group in groups])
         rank, size = parallel.data_parallel_rank(), parallel.data_parallel_size()
         first = sum(len(part) for part in sizes[:rank])
         lengths, row_lengths = ([pair[k] for part in sizes for pair in part] for k in (0, 1))
-        dealt = plan(
+        assigned = plan(
             lengths,
             budget=self.max_tokens_per_microbatch,
             data_parallel_size=size,
             multiple=self.pad_multiple,
             packed=self.packed,
         )
-        outgoing: list[list[tuple[int, Bundle]]] = [[] for _ in range(size)]
-        for target, batches in enumerate(dealt):
+        outgoing: list[list[tuple[int, PrefixGroup]]] = [[] for _ in range(size)]
+        for target, batches in enumerate(assigned):
             wanted = {i for batch in batches for i in batch}
-            outgoing[target] = [(first + k, b) for k, b in enumerate(bundles) if first + k in wanted]
+            outgoing[target] = [(first + k, group) for k, group in enumerate(groups) if first + k in wanted]
         by_index = dict(parallel.exchange_data_parallel(outgoing))
-        everything = [batch for part in dealt for batch in part]
-        return [[by_index[i] for i in batch] for batch in dealt[rank]], {
+        everything = [batch for part in assigned for batch in part]
+        return [[by_index[i] for i in batch] for batch in assigned[rank]], {
             "padding_fraction": padding_fraction(everything, row_lengths, self.pad_multiple, self.packed),
             "shared_prompt_fraction": 1.0 - sum(row_lengths) / max(sum(lengths), 1),
         }
 
     def _scored(self, batches: list[MicroBatch]) -> list[MicroBatch]:
-        """With the log-probs that the loss needs besides the present ones."""
+        """Add the log-probs that the loss needs besides the current ones: old ones, and the reference's."""
         if self.updates_per_rollout > 1 and self.algorithm.config.loss == "ratio_clip":
             scored = self.policy.score(batches)
             batches = [b.replace(old_logprobs=_like(s, b)) for b, s in zip(batches, scored, strict=True)]
@@ -176,7 +181,7 @@ def _sample(group: Group, i: int) -> Sample:
         prompt_ids=group.prompt.token_ids,
         completion_ids=completion.token_ids,
         rollout_logprobs=completion.logprobs,
-        advantage=float(group.advantages[i]),
+        advantage=float(group.final_advantages[i]),
     )
 
 
@@ -185,14 +190,14 @@ def _like(scored: np.ndarray, batch: MicroBatch) -> torch.Tensor:
 
 
 def _means(sums: dict[str, float]) -> dict[str, float]:
-    """The loss function's sums as metrics: means per token, minima as they are."""
-    as_they_are = ("loss", "grad_norm", "lr")
-    tokens = sums["tokens"] or math.nan  # a batch without any signal has no tokens to average over
-    metrics = {key: sums[key] for key in as_they_are}
+    """Turn the loss function's sums into metrics: means per token; minima and a few others stay as they are."""
+    unchanged = ("loss", "grad_norm", "lr")
+    tokens = sums["tokens"] or math.nan  # where no group carries a gradient, there are no tokens to average over
+    metrics = {key: sums[key] for key in unchanged}
     metrics |= {
         key: value / tokens
         for key, value in sums.items()
-        if key not in (*as_they_are, "tokens") and not key.startswith(("min/", "parity/"))
+        if key not in (*unchanged, "tokens") and not key.startswith(("min/", "parity/"))
     }
     metrics |= {key.removeprefix("min/"): value for key, value in sums.items() if key.startswith("min/")}
     return {**metrics, **_parity(sums)}

@@ -1,4 +1,4 @@
-"""Log-probs of chosen tokens and entropies, straight from hidden states: no [tokens, vocabulary] tensor is ever held.
+"""Log-probs of given tokens, and entropies, from hidden states: no [tokens, vocabulary] tensor is ever held.
 
 At a vocabulary of 151,936 the float32 logits of 8,192 tokens take 5 GB, and autograd keeps several such tensors. Here
 output layer, softmax and selection are one autograd function that works through the vocabulary tile by tile:
@@ -15,19 +15,20 @@ instead of being accumulated over chunks of tokens in the weight's (perhaps low)
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 MIN_TILE_LOGITS = 2**18
-"""A tile holds at least so many logits (1 MiB of float32, about a CPU core's cache): smaller ones only cost time."""
+"""Fewest logits of a tile on a CPU (1 MiB of float32, about a core's cache): smaller tiles only cost time."""
 
 CUDA_MIN_TILE_LOGITS = 2**26
-"""The same on a GPU (256 MiB of float32): its products want thousands of rows and columns."""
+"""Fewest logits of a tile on a GPU (256 MiB of float32), whose products want thousands of rows and columns."""
 
 TILE_ALIGNMENT = 128
-"""Tiles are so many columns wide, or a multiple of it, which suits the GPU's matrix units."""
+"""A tile's width is a multiple of so many columns, which suits the GPU's matrix units."""
 
 
 def selected_logprobs(
@@ -84,10 +85,19 @@ def selected_logprobs(
 
 
 class _SelectedLogprobs(torch.autograd.Function):
-    """See ``selected_logprobs``. Targets count from the shard's first row; its first ``rows`` rows are real tokens."""
+    """``selected_logprobs`` with targets counted from the shard's first row; ``rows`` of its rows are real tokens."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, rows, inverse_temperature, tp_group, max_logits):
+    def forward(
+        ctx: Any,  # torch's context takes any attribute
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        rows: int,
+        inverse_temperature: float,
+        tp_group: dist.ProcessGroup | None,
+        max_logits: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.rows, ctx.inverse_temperature, ctx.max_logits = rows, inverse_temperature, max_logits
         statistics = _shard_statistics(hidden, weight[:rows], targets, inverse_temperature, max_logits)
         if tp_group is not None and tp_group.size() > 1:
@@ -103,40 +113,39 @@ class _SelectedLogprobs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_logprobs, _grad_entropy):
+    def backward(ctx: Any, grad_logprobs: torch.Tensor, _grad_entropy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, targets, logsumexp = ctx.saved_tensors
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         grad = grad_logprobs * ctx.inverse_temperature
         grad_hidden = torch.zeros_like(hidden, dtype=grad.dtype) if need_hidden else None
         grad_weight = torch.empty_like(weight) if need_weight else None
-        if need_weight:
-            grad_weight[ctx.rows :] = 0.0  # padding: no tile comes by
+        if grad_weight is not None:
+            grad_weight[ctx.rows :] = 0.0  # rows of padding are in no tile
         for tile, logits in _tiles(hidden, weight[: ctx.rows], ctx.inverse_temperature, ctx.max_logits):
             grad_logits = _grad_tile(logits, targets, tile.start, logsumexp, grad, hidden.dtype)
-            if need_hidden:
+            if grad_hidden is not None:
                 _add_product(grad_hidden, grad_logits, weight[tile])
-            if need_weight:
+            if grad_weight is not None:
                 torch.mm(grad_logits.t(), hidden, out=grad_weight[tile])
-        return grad_hidden.to(hidden.dtype) if need_hidden else None, grad_weight, *[None] * 5
+        return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, *[None] * 5
 
 
 def _fused(logits: torch.Tensor) -> bool:
-    """True where ``logprob_triton`` takes the place of torch operations."""
+    """True where kernels of ``logprobs_triton`` take the place of torch operations."""
     return logits.is_cuda and logits.dtype == torch.float32
 
 
 def _shard_statistics(
     hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, inverse_temperature: float, max_logits: int
 ) -> torch.Tensor:
-    """[4, n], as of ``_statistics``, over all rows of ``weight``."""
-    statistics, scratch = _no_statistics(hidden), None
+    """[4, n], the numbers of ``_statistics`` over all rows of ``weight``."""
+    statistics = _no_statistics(hidden)
+    scratch: torch.Tensor | None = None
     for tile, logits in _tiles(hidden, weight, inverse_temperature, max_logits):
         if _fused(logits):
-            from nemo_aapo.learner import (
-                logprobs_triton as logprob_triton,  # triton comes with torch's CUDA builds only
-            )
+            from nemo_aapo.learner.logprobs_triton import add_statistics  # triton comes with torch's CUDA builds only
 
-            logprob_triton.add_statistics(logits, targets, tile.start, statistics)
+            add_statistics(logits, targets, tile.start, statistics)
         else:
             scratch = torch.empty_like(logits) if scratch is None else scratch.resize_(logits.shape)
             part = _statistics(logits, targets - tile.start, scratch)
@@ -147,19 +156,19 @@ def _shard_statistics(
 def _tiles(
     hidden: torch.Tensor, weight: torch.Tensor, inverse_temperature: float, max_logits: int
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """(rows of the weight, hidden @ weight[rows].T / temperature) for one tile of the vocabulary after the other.
+    """Yield (rows of the weight, hidden @ weight[rows].T / temperature) for one tile of the vocabulary after the other.
 
-    The logits [n, tile] are float32 (float64 for float64) whatever the inputs are, and all live in one buffer: they
-    are the caller's to overwrite until it asks for the next tile. Fresh buffers would cost a CPU more in page faults
-    than the arithmetic.
+    The logits [n, tile] are float32 (float64 for float64) whatever the inputs are. All tiles use one buffer, which the
+    caller may overwrite until it asks for the next tile: on a CPU, page faults of new buffers would cost more than the
+    arithmetic.
     """
     tokens, rows = hidden.shape[0], weight.shape[0]
     least = CUDA_MIN_TILE_LOGITS if hidden.is_cuda else MIN_TILE_LOGITS
     columns = max(max_logits, least) // max(tokens, 1) // TILE_ALIGNMENT * TILE_ALIGNMENT
     columns = max(columns, TILE_ALIGNMENT)
     buffer = hidden.new_empty(tokens * min(columns, rows), dtype=_statistics_dtype(hidden))
-    # cuBLAS adds up 16-bit products in float32 and can leave them so; a rounding to bfloat16 would move a logit of 20
-    # by up to 0.06, and the target's log-prob with it
+    # cuBLAS adds up 16-bit products in float32 and can return them so. Rounding to bfloat16 would move a logit of 20 by
+    # up to 0.06, and the target's log-prob with it.
     one_buffer = hidden.is_cuda or buffer.dtype == hidden.dtype
     product = buffer if one_buffer else torch.empty_like(buffer, dtype=hidden.dtype)
     for start in range(0, rows, columns):
@@ -184,8 +193,8 @@ def _statistics_dtype(hidden: torch.Tensor) -> torch.dtype:
 def _no_statistics(hidden: torch.Tensor) -> torch.Tensor:
     """[4, n], the statistics of no columns at all, which change nothing in ``_merge``.
 
-    A shard that is all padding has these alone. The least finite number stands for its maximum: -inf would turn into
-    NaN where maxima are subtracted.
+    They are all that a shard of nothing but padding has. Their maximum is the least finite number: differences of
+    maxima that are -inf would be NaN.
     """
     statistics = hidden.new_zeros(4, hidden.shape[0], dtype=_statistics_dtype(hidden))
     statistics[0] = torch.finfo(statistics.dtype).min
@@ -228,10 +237,10 @@ def _grad_tile(
     """``_grad_logits`` of the tile that begins at column ``first``, in ``dtype``; ``logits`` may be overwritten."""
     if not _fused(logits):
         return _grad_logits(logits, targets - first, logsumexp, grad).to(dtype)
-    from nemo_aapo.learner import logprobs_triton as logprob_triton  # triton comes with torch's CUDA builds only
+    from nemo_aapo.learner.logprobs_triton import grad_logits  # triton comes with torch's CUDA builds only
 
     out = logits if dtype == logits.dtype else torch.empty_like(logits, dtype=dtype)
-    return logprob_triton.grad_logits(logits, targets, first, logsumexp, grad, out)
+    return grad_logits(logits, targets, first, logsumexp, grad, out)
 
 
 def _grad_logits(
@@ -244,7 +253,7 @@ def _grad_logits(
 
 
 def _locate(targets: torch.Tensor, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which targets [n] are among the columns, and an index that is valid for all of them."""
+    """bool [n], whether each target is among the columns; and int64 [n], an index that is valid for all of them."""
     return (targets >= 0) & (targets < columns), targets.clamp(0, columns - 1)
 
 

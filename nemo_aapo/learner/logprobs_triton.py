@@ -1,7 +1,7 @@
-"""The two passes over a tile of logits that ``logprob.py`` makes on a GPU, as one kernel each.
+"""The two passes over a tile of logits that ``logprobs`` makes on a GPU, as one kernel each.
 
 In torch operations the softmax statistics of a tile take about ten passes over it and its gradient six, each through
-the GPU's memory. Here either reads the tile once.
+the GPU's memory. Each kernel reads the tile once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def add_statistics(logits: torch.Tensor, targets: torch.Tensor, first: int, stat
         logits: float32 [n, c], contiguous.
         targets: int64 [n], contiguous, counted from the shard's first row, as ``first`` is.
         first: the tile's first column.
-        statistics: float32 [4, n], contiguous, updated in place; see ``logprob._statistics``.
+        statistics: float32 [4, n], contiguous, updated in place; see ``logprobs._statistics``.
     """
     tokens, columns = logits.shape
     if tokens:

@@ -1,15 +1,14 @@
 """A micro-batch's tensors: sequences as padded rows, end to end in one row, or with prompts that they share.
 
 The completions of a group have their prompt in common, and what a transformer computes of a token depends on the tokens
-before it alone. So the prompt need not be computed once for each of them: a bundle of completions stands in the row
-behind one copy of it. Only attention sees whole sequences: ``expand`` spreads queries, keys and values to them, and
+before it alone. So the prompt need not be computed once for each of them: a prefix group is completions behind one copy
+of their prompt. Only attention sees whole sequences: ``expand`` copies queries, keys and values to them, and
 ``contract`` takes its results back to the row. Loss and gradients are the same (up to rounding): each completion's
 gradient flows into the one copy. The idea is that of Prefix Grouper (arXiv 2506.05433).
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,36 +18,56 @@ import torch
 from nemo_aapo.mcore.micro_batch import MicroBatch
 from nemo_aapo.types import Sample
 
-Bundle = tuple[Sample, ...]
-"""Completions of one prompt that stand in a row behind one copy of it. One alone is a sequence as any other."""
 
+@dataclass(frozen=True, slots=True, eq=False)
+class PrefixGroup:
+    """Completions of one prompt that lie in a row behind one copy of it; with one completion, an ordinary sequence.
 
-def bundled(samples: Sequence[Sample], budget: int) -> list[Bundle]:
-    """Cut a group into bundles of at most ``budget`` tokens, longest first, as few as that order makes.
-
-    Args:
-        samples: with one prompt. One that exceeds the budget is a bundle of its own.
-        budget: of whole sequences, the prompt counted with each: what attention sees stays within it.
+    Example:
+        A prompt of 10 tokens with completions of 4 and 3 tokens has ``sequence_tokens`` 14 + 13 = 27 and
+        ``row_tokens`` 10 + 4 + 3 = 17.
     """
-    bundles: list[list[Sample]] = []
-    room = 0
-    for sample in sorted(samples, key=lambda sample: -sample.length):
-        if sample.length > room:
-            bundles.append([])
-            room = budget
-        bundles[-1].append(sample)
-        room -= sample.length
-    return [tuple(bundle) for bundle in bundles]
 
+    samples: tuple[Sample, ...]
+    """One or more, all of them with the same prompt."""
 
-def length_of(bundle: Sequence[Sample]) -> int:
-    """Tokens of its whole sequences, the prompt counted with each."""
-    return sum(sample.length for sample in bundle)
+    @classmethod
+    def separate(cls, samples: Sequence[Sample]) -> list[PrefixGroup]:
+        """Each sample as a group of its own, so that no prompt is shared."""
+        return [cls((sample,)) for sample in samples]
 
+    @classmethod
+    def split(cls, samples: Sequence[Sample], budget: int) -> list[PrefixGroup]:
+        """Split the samples of one prompt into groups within a budget, longest first, as few as that order allows.
 
-def row_length_of(bundle: Bundle) -> int:
-    """Tokens that it takes in a row."""
-    return length_of(bundle) - (len(bundle) - 1) * len(bundle[0].prompt_ids)
+        Args:
+            samples: one that exceeds the budget becomes a group of its own.
+            budget: upper bound of each group's ``sequence_tokens``.
+        """
+        groups: list[list[Sample]] = []
+        left = 0
+        for sample in sorted(samples, key=lambda sample: -sample.length):
+            if sample.length > left:
+                groups.append([])
+                left = budget
+            groups[-1].append(sample)
+            left -= sample.length
+        return [cls(tuple(group)) for group in groups]
+
+    @property
+    def prompt_ids(self) -> np.ndarray:
+        """int32 [P]"""
+        return self.samples[0].prompt_ids
+
+    @property
+    def sequence_tokens(self) -> int:
+        """Tokens of the whole sequences, the prompt counted with each: what attention sees."""
+        return sum(sample.length for sample in self.samples)
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens that the group takes in a row, the prompt counted once: what all but attention sees."""
+        return self.sequence_tokens - (len(self.samples) - 1) * len(self.prompt_ids)
 
 
 def pad_to(length: int, multiple: int) -> int:
@@ -57,24 +76,24 @@ def pad_to(length: int, multiple: int) -> int:
 
 
 def collate(
-    bundles: Sequence[Bundle],
-    token_weights: Sequence[float],
+    groups: Sequence[PrefixGroup],
+    token_weights: Sequence[float] | np.ndarray,
     *,
     multiple: int,
     device: torch.device,
     packed: bool = False,
 ) -> MicroBatch:
-    """One micro-batch of these bundles' samples; ``token_weights[k]`` is the weight of each completion token of the
-    k-th of them.
+    """One micro-batch of these groups' samples.
 
     Without samples it is one dummy sequence without a token to train on, so that all ranks run the same schedule.
 
     Args:
+        token_weights: float [samples], the weight in the loss of each completion token of a sample.
         multiple: what the tokens of a row are padded to.
-        packed: one row. Padded rows take bundles of one sample.
+        packed: True: one row of all groups. False: padded rows, which take groups of one sample only.
     """
-    samples = list(itertools.chain(*bundles))
-    rows = (_pack if packed else _pad)(bundles, multiple)
+    samples = [sample for group in groups for sample in group.samples]
+    rows = (_pack if packed else _pad)(groups, multiple)
     lengths = [len(sample.completion_ids) for sample in samples]
 
     def flat(parts: Sequence[np.ndarray], dtype: torch.dtype) -> torch.Tensor:
@@ -113,35 +132,39 @@ class _Rows:
     bounds: tuple[int, ...] | None = None
     """``MicroBatch.cu_seqlens``"""
     expand: np.ndarray | None = None
+    """``MicroBatch.expand``"""
     contract: np.ndarray | None = None
+    """``MicroBatch.contract``"""
 
 
-def _pad(bundles: Sequence[Bundle], multiple: int) -> _Rows:
+def _pad(groups: Sequence[PrefixGroup], multiple: int) -> _Rows:
     """A row for each sequence, padded on the right; hidden states are flattened as [s, b]."""
-    samples = [sample for (sample,) in bundles]
+    samples = [sample for group in groups for sample in group.samples]
+    if len(samples) > len(groups):
+        raise ValueError("padded rows take one sample each: sharing prompts needs packed=True")
     rows = max(len(samples), 1)
     longest = pad_to(max([sample.length for sample in samples], default=1), multiple)
     ids = np.zeros((rows, longest), dtype=np.int64)
     predictions = []
     for row, sample in enumerate(samples):
         ids[row, : sample.length] = np.concatenate([sample.prompt_ids, sample.completion_ids])
-        # the state at one token predicts the next
+        # The hidden state at one token predicts the next.
         first = len(sample.prompt_ids) - 1
         predictions.append((first + np.arange(len(sample.completion_ids))) * rows + row)
     return _Rows(ids, np.tile(np.arange(longest), (rows, 1)), predictions)
 
 
-def _pack(bundles: Sequence[Bundle], multiple: int) -> _Rows:
-    """One row of all bundles. What pads it at the end is a sequence of its own: none attends to it."""
+def _pack(groups: Sequence[PrefixGroup], multiple: int) -> _Rows:
+    """One row of all groups. The padding at its end is a sequence of its own, so that none attends to it."""
     ids, positions, predictions, sequences = [], [], [], []
     end = 0
-    for bundle in bundles:
-        prompt = bundle[0].prompt_ids
+    for group in groups:
+        prompt = group.prompt_ids
         at_prompt = end + np.arange(len(prompt))
         ids.append(prompt)
         positions.append(np.arange(len(prompt)))
         end += len(prompt)
-        for sample in bundle:
+        for sample in group.samples:
             length = len(sample.completion_ids)
             at_completion = end + np.arange(length)
             ids.append(sample.completion_ids)
@@ -156,7 +179,7 @@ def _pack(bundles: Sequence[Bundle], multiple: int) -> _Rows:
     bounds = np.cumsum([0, *map(len, sequences)])
     expand = np.concatenate(sequences)
     contract = np.empty(end + padding, np.int64)
-    # backwards, so that a prompt's results are those of its first sequence
+    # Written backwards, so that a shared prompt takes its results from its first sequence.
     contract[expand[::-1]] = np.arange(len(expand))[::-1]
     shared = len(expand) > len(contract)
     return _Rows(

@@ -31,7 +31,7 @@ class MegatronPolicy:
         """Build the model and load its Hugging Face weights.
 
         Args:
-            config: the run's configuration, its precision decided (``precision.decide``).
+            config: the run's configuration, its precision decided (``prepare``).
             shape: the model's, as ``read_model_dir`` returned it.
         """
         self.config, self.shape = config, shape

@@ -13,8 +13,8 @@ import torch
 class MicroBatch:
     """Sequences, and the n completion tokens of theirs that are scored or trained on.
 
-    Either b rows, one for each sequence, padded on the right to s tokens; or one row (b = 1) of sequences end to end
-    (mcore's ``thd``). The n tokens are flat, sequence by sequence.
+    Either b rows, one for each sequence, padded on the right to s tokens; or one row (b = 1) of prefix groups end to
+    end (mcore's ``thd``). The n tokens are flat, sequence by sequence.
     """
 
     input_ids: torch.Tensor

@@ -1,4 +1,4 @@
-"""What a run would take, worked out without a GPU: memory, FLOPs, lower bounds of time, layouts that fit.
+"""Planning: memory, FLOPs, lower bounds of time and fitting layouts of a run, computed without a GPU.
 
 Pure arithmetic on a configuration, a model's shape and a GPU's datasheet; nothing here imports torch.
 

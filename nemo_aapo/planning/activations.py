@@ -1,11 +1,11 @@
-"""What a forward pass keeps for the backward pass, term by term, as data.
+"""The tensors that a forward pass keeps for the backward pass, term by term, as data.
 
-Of Korthikanti et al. (arXiv 2205.05198, section 4) the method is kept: name every tensor that some operation saves.
+The method is that of Korthikanti et al. (arXiv 2205.05198, section 4): name every tensor that some operation saves.
 The terms are those of today's layers: gated feed-forward, RMSNorm, grouped queries, no dropout.
 
 ``LOCAL`` is mcore's local layers on CPU, checked against measured bytes in tests/planning/test_planned_memory.py.
-``TRANSFORMER_ENGINE`` was read from the sources of TransformerEngine 2.11 and mcore 0.16; with it, the peak of a
-training step is within 2 % of what an H200 showed (tests/planning/test_planning.py has the figures).
+``TRANSFORMER_ENGINE`` was read from the sources of TransformerEngine 2.11 and mcore 0.16; with it, the planned peak of
+a training step is within 2 % of the one measured on an H200 (the figures are in the tests of planning).
 """
 
 from __future__ import annotations
@@ -20,22 +20,29 @@ from nemo_aapo.planning.models import PlannedModel
 
 @dataclass(frozen=True)
 class Term:
-    """A tensor that one layer saves."""
+    """A tensor that one layer saves.
+
+    Example:
+        ``Term("fc1 output", {"ffn": 2}, "...", recomputed_with="mlp", only="dense")``: a dense layer saves 2 x ffn
+        numbers for each token, unless its ``mlp`` is recomputed.
+    """
 
     name: str
     width: dict[str, float]
-    """Numbers for each token: dimension (see ``dimensions``) -> how often."""
+    """Dimension (see ``dimensions``) -> how many times as many numbers are saved for each token."""
     source: str
+    """The code that saves the tensor."""
     numbers: Literal["compute", "linear_input", "fp32"] = "compute"
-    """``linear_input``: as the products take them, a byte under FP8."""
+    """Dtype of the numbers: the compute dtype; that of inputs of matrix products, a byte under FP8; or float32."""
     cut: Literal["tensor", "sequence", "whole"] = "tensor"
-    """Over the tensor-parallel ranks; over them under sequence parallelism only; never."""
+    """How the tensor is sharded over the tensor-parallel ranks: always, under sequence parallelism only, or never."""
     recomputed_with: Literal["core_attn", "mlp"] | None = None
-    """Which of ``model.recompute_modules`` has it recomputed under selective recomputation."""
+    """The one of ``model.recompute_modules`` that recomputes it under selective recomputation; None: none does."""
     per_position: bool = False
-    """One row for all sequences of the micro-batch."""
+    """True: one row serves all sequences of the micro-batch."""
     only: Literal["qk_norm", "copied_query", "dense", "experts", "fp8"] | None = None
-    """``copied_query``: normalised, of several groups on this rank, which makes mcore's reshape a copy."""
+    """The models or precisions that have the tensor; None: all. ``copied_query``: with normalised queries and several
+    groups on a rank, where mcore's reshape is a copy."""
 
 
 _LOCAL_NORM = "mcore/cpu/kernels.py, rms_norm: the input and 1/rms"
@@ -111,7 +118,7 @@ _BYTES = {"fp32": 4, "bf16": 2, "fp8": 2}
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A micro-batch's size: sequences x their padded length."""
+    """A micro-batch's size: so many sequences of one padded length."""
 
     sequences: float
     length: int
@@ -122,7 +129,7 @@ class MicroBatch:
 
 
 def dimensions(model: PlannedModel) -> dict[str, float]:
-    """What widths are made of."""
+    """Name of a dimension, as ``Term.width`` uses it -> its size."""
     return {
         "one": 1,
         "hidden": model.hidden,
@@ -139,7 +146,7 @@ def dimensions(model: PlannedModel) -> dict[str, float]:
 
 
 def stored(terms: Sequence[Term], model: PlannedModel, layout: Layout, learner: Learner, batch: MicroBatch) -> float:
-    """Bytes that these terms take on one rank."""
+    """Bytes of these terms on one rank, for one layer."""
     sizes = dimensions(model)
     total = 0.0
     for term in terms:
@@ -170,7 +177,7 @@ def _number_bytes(term: Term, learner: Learner) -> int:
 
 
 def layer_terms(learner: Learner) -> tuple[tuple[Term, ...], list[tuple[Term, ...]]]:
-    """What a layer keeps from forward to backward pass; and what is recomputed in its backward pass, piece by piece."""
+    """The terms that a layer keeps for its backward pass; and those that are recomputed in it, piece by piece."""
     terms = _OF_KIND[learner.kind]
     if learner.recompute == "full":
         inside = tuple(term for term in terms if term is not terms[0])  # the first is the layer's input itself
@@ -180,17 +187,17 @@ def layer_terms(learner: Learner) -> tuple[tuple[Term, ...], list[tuple[Term, ..
     return kept, [tuple(term for term in terms if term.recomputed_with == module) for module in modules]
 
 
-def of_stage(
+def stage_activations(
     model: PlannedModel, layout: Layout, learner: Learner, batch: MicroBatch, stage: int, in_flight: int
 ) -> float:
     """Peak bytes of saved activations on one rank of a pipeline stage.
 
     Args:
-        in_flight: micro-batches whose forward pass is done and whose backward pass is not.
+        in_flight: number of micro-batches whose forward pass is done and whose backward pass is not.
     """
     kept, recomputed = layer_terms(learner)
     layers = model.layers // layout.pipeline
-    # What is recomputed comes one after the other, and after the last stage's end is done with.
+    # Recomputed pieces exist one at a time, and only after the final norm and the scored states are gone.
     passing = [stored(piece, model, layout, learner, batch) for piece in recomputed]
     if stage == layout.pipeline - 1:
         passing.append(stored(_FINAL_NORM[learner.kind] + _SCORED, model, layout, learner, batch))
@@ -199,5 +206,5 @@ def of_stage(
 
 
 def in_flight(layout: Layout, stage: int, microbatches: int) -> int:
-    """Micro-batches in flight under the 1F1B schedule (Narayanan et al., arXiv 2104.04473)."""
+    """Number of micro-batches in flight under the 1F1B schedule (Narayanan et al., arXiv 2104.04473)."""
     return max(1, min(microbatches, layout.pipeline - stage))

@@ -1,8 +1,8 @@
 """Tokens, FLOPs and a lower bound on the time of each phase of a step.
 
-A lower bound: each part takes at least its FLOPs at the GPU's rate, or its bytes at the memory's, whichever is longer;
-nothing else is counted but what mcore does not overlap (pipeline bubble, tensor-parallel collectives, gradient
-reduction, the optimizer's pass over its state).
+Each part takes at least its FLOPs at the GPU's rate or its bytes at the memory's, whichever is longer. Added to it is
+only what mcore does not overlap: pipeline bubble, tensor-parallel collectives, gradient reduction, and the optimizer's
+pass over its state.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from nemo_aapo.planning.hardware import Rates
 from nemo_aapo.planning.inputs import Inputs
 
 OPTIMIZER_TRAFFIC_BYTES = {"fp32": 28, "bf16": 30, "fp8": 30}
-"""A parameter's gradient read; its moments and float32 value read and written; its low-precision value written."""
+"""Bytes that the optimizer moves for a parameter: gradient read, moments and float32 value read and written,
+low-precision value written."""
 
 
 @dataclass(frozen=True)
@@ -23,16 +24,17 @@ class Phase:
 
     name: str
     tokens: float
+    """Tokens that pass the model."""
     flops: float
     seconds: float
-    """Lower bound."""
+    """Lower bound of its time."""
     limit: str
-    """What takes the most of it."""
+    """The part that takes most of that time."""
 
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs by what they are done in: the layers' products (FP8 where asked for), the rest in the compute dtype."""
+    """FLOPs of the layers' matrix products (FP8 where asked for), and of the rest (in the compute dtype)."""
 
     layers: float = 0.0
     rest: float = 0.0
@@ -42,14 +44,14 @@ class Flops:
         return self.layers + self.rest
 
     def seconds(self, rates: Rates, numbers: str) -> float:
-        """On one GPU."""
+        """Seconds that one GPU needs for them at these rates."""
         rest = rates.fp32 if numbers == "fp32" else rates.bf16
         layers = rates.fp8 if numbers == "fp8" else rest
         return self.layers / layers + self.rest / rest
 
 
 def layer_matrices(inputs: Inputs) -> float:
-    """Parameters of the layers' matrices that one token is multiplied with."""
+    """Number of the layers' parameters that one token is multiplied with."""
     model = inputs.model
     mlp = parameters.mlp_matrices(model)
     mlp = mlp * model.experts_per_token + model.hidden * model.experts if model.experts else mlp
@@ -57,11 +59,12 @@ def layer_matrices(inputs: Inputs) -> float:
 
 
 def forward(inputs: Inputs, tokens: float, pairs: float, scored: float) -> Flops:
-    """FLOPs of a forward pass: 2 for each parameter and token, 4 for each number of a query and token it attends to.
+    """FLOPs of a forward pass: 2 for each parameter and token; 4 for each query element and token that it attends to.
 
     Args:
-        pairs: (token, token that it attends to), over all sequences.
-        scored: tokens that pass the output layer.
+        tokens: number of tokens that pass the layers.
+        pairs: number of pairs (token, token that it attends to), over all sequences.
+        scored: number of tokens that pass the output layer.
     """
     model = inputs.model
     attention = 4 * pairs * model.query * model.layers
@@ -69,10 +72,11 @@ def forward(inputs: Inputs, tokens: float, pairs: float, scored: float) -> Flops
 
 
 def train_flops(inputs: Inputs) -> Flops:
-    """One optimizer step: three forward passes' worth, four with full recomputation; of log-probs always four.
+    """FLOPs of one optimizer step: three forward passes' worth, or four with full recomputation.
 
-    Log-probs recompute the logits of each tile in the backward pass (learner/logprobs.py); prompts are not scored.
-    Below adapters weights have no gradients: one forward pass's worth less. Those of the adapters are not counted.
+    The output layer always takes four, as log-probs recompute the logits of each tile in the backward pass
+    (learner/logprobs.py); prompts are not scored. Weights below adapters have no gradients: one forward pass's worth
+    less. The FLOPs of the adapters themselves are not counted.
     """
     work = inputs.work
     once = forward(inputs, work.tokens, _pairs(inputs), 0)
@@ -84,13 +88,13 @@ def train_flops(inputs: Inputs) -> Flops:
 
 
 def score_flops(inputs: Inputs) -> Flops:
-    """One forward pass over the batch."""
+    """FLOPs of one forward pass over the batch."""
     work = inputs.work
     return forward(inputs, work.tokens, _pairs(inputs), work.completions * work.completion_tokens)
 
 
 def _pairs(inputs: Inputs) -> float:
-    """Causal pairs of all sequences; at least those of sequences of the mean length."""
+    """Causal pairs of all sequences, as if all had the mean length, which is a lower bound."""
     work = inputs.work
     return work.completions * (work.prompt_tokens + work.completion_tokens) ** 2 / 2
 
@@ -99,7 +103,7 @@ def _pairs(inputs: Inputs) -> float:
 
 
 def decode_weight_bytes(inputs: Inputs, rows: float) -> float:
-    """Bytes of weights that one decoding step of a whole engine reads; of experts, those that its rows are sent to.
+    """Bytes of weights that one decoding step of a whole engine reads; experts count if a row is sent to them.
 
     With rows sent to experts evenly and independently, 1 - (1 - k / E)^rows of the experts are read.
     """
@@ -123,17 +127,17 @@ def decode_step_seconds(inputs: Inputs, rates: Rates, rows: float, context: floa
 
 
 def rollout_phases(inputs: Inputs, rates: Rates) -> tuple[Phase, Phase]:
-    """Prefill of each prompt once, and decoding of its completions."""
+    """The phases of a rollout: each prompt is prefilled once, then its completions are decoded."""
     work, engine, gpus = inputs.work, inputs.engine, _engine_gpus(inputs)
     numbers = "fp32" if engine.kind == "megatron" and inputs.learner.numbers == "fp32" else "bf16"
     prompts, sequences = work.prompts / engine.engines, work.completions / engine.engines
     prefill = forward(inputs, prompts * work.prompt_tokens, prompts * work.prompt_tokens**2 / 2, prompts)
     rows = memory.rows_at_a_time(inputs)
     read_once = decode_weight_bytes(inputs, rows) / rates.memory / gpus
-    length = work.completion_tokens - 1  # the first token is the prefill's
-    drawn, steps = sequences * length, max(length, sequences * length / rows)
+    length = work.completion_tokens - 1  # the prefill gives the first token
+    decoded, steps = sequences * length, max(length, sequences * length / rows)
     attended = sequences * (length * work.prompt_tokens + length**2 / 2)
-    decode = forward(inputs, drawn, attended, drawn)
+    decode = forward(inputs, decoded, attended, decoded)
     moved = steps * decode_weight_bytes(inputs, min(rows, sequences))
     moved += attended * memory.kv_bytes_per_token(inputs, 1, 1)
 
@@ -144,7 +148,7 @@ def rollout_phases(inputs: Inputs, rates: Rates) -> tuple[Phase, Phase]:
 
     return (
         phase("prefill", prompts * work.prompt_tokens, prefill, read_once),
-        phase("decode", drawn, decode, moved / rates.memory / gpus),
+        phase("decode", decoded, decode, moved / rates.memory / gpus),
     )
 
 
@@ -152,10 +156,11 @@ def rollout_phases(inputs: Inputs, rates: Rates) -> tuple[Phase, Phase]:
 
 
 def learner_seconds(inputs: Inputs, rates: Rates, flops: Flops, passes: float) -> dict[str, float]:
-    """Seconds of passes over the whole batch, by what takes them.
+    """Part -> seconds of passes over the whole batch: FLOPs, tensor-parallel collectives, pipeline bubble.
 
     Args:
-        passes: as many layer-wise collectives as so many forward passes have.
+        flops: FLOPs of all the passes, over all ranks.
+        passes: the collectives are those of so many forward passes.
     """
     layout, work, hardware = inputs.layout, inputs.work, inputs.hardware
     computed = flops.seconds(rates, inputs.learner.numbers) / layout.ranks
@@ -176,14 +181,14 @@ def _activation_bytes(inputs: Inputs) -> int:
 
 
 def train_phase(inputs: Inputs, rates: Rates) -> Phase:
-    """All optimizer steps on one rollout batch."""
+    """The phase of all optimizer steps on one rollout batch."""
     work, learner, layout = inputs.work, inputs.learner, inputs.layout
     flops = train_flops(inputs)
     parts = learner_seconds(inputs, rates, flops, 3 if learner.recompute == "full" else 2)
     stages = range(layout.pipeline)
-    share = max(parameters.on_rank(inputs.model, layout, stage, learner.lora).trained for stage in stages)
-    parts["gradients and weights over DP"] = share * _data_parallel_bytes(inputs) / _data_parallel_link(inputs)
-    updated = share / (layout.data if learner.distributed_optimizer else 1)
+    trained = max(parameters.rank_parameters(inputs.model, layout, stage, learner.lora).trained for stage in stages)
+    parts["gradients and weights over DP"] = trained * _data_parallel_bytes(inputs) / _data_parallel_link(inputs)
+    updated = trained / (layout.data if learner.distributed_optimizer else 1)
     traffic = updated * OPTIMIZER_TRAFFIC_BYTES[learner.numbers]
     parts["optimizer"] = traffic * (1 - learner.optimizer_on_host) / rates.memory
     parts["optimizer's way to the host"] = updated * 4 * learner.optimizer_on_host / inputs.hardware.pcie
@@ -193,26 +198,26 @@ def train_phase(inputs: Inputs, rates: Rates) -> Phase:
 
 
 def _data_parallel_bytes(inputs: Inputs) -> float:
-    """Bytes that a rank sends for each of its parameters, where nothing overlaps.
+    """Bytes that a rank sends for each of its parameters, as far as sending is not overlapped.
 
-    A distributed optimizer reduces each gradient to one rank and hands the weight out; else gradients are all-reduced.
+    A distributed optimizer reduce-scatters gradients and all-gathers weights; without it gradients are all-reduced.
     """
     learner, layout = inputs.learner, inputs.layout
     reduced = 0 if learner.overlap_grad_reduce else memory.GRADIENT_BYTES
-    handed_out = 0 if learner.overlap_param_gather else memory.WEIGHT_BYTES[learner.numbers]
+    gathered = 0 if learner.overlap_param_gather else memory.WEIGHT_BYTES[learner.numbers]
     if not learner.distributed_optimizer:
-        handed_out = reduced
-    return (reduced + handed_out) * (layout.data - 1) / layout.data
+        gathered = reduced
+    return (reduced + gathered) * (layout.data - 1) / layout.data
 
 
 def _data_parallel_link(inputs: Inputs) -> float:
-    """Tensor-parallel ranks are neighbours, then data-parallel ones, then pipeline stages."""
+    """Bytes/s of the slowest link of a data-parallel group: ranks are numbered TP first, then DP, then PP."""
     layout, hardware = inputs.layout, inputs.hardware
     return hardware.nvlink if layout.tensor * layout.data <= layout.ranks_per_node else hardware.network
 
 
 def score_phase(inputs: Inputs, rates: Rates) -> Phase:
-    """Log-probs before the first update, and the reference's, where the loss needs them."""
+    """The phase of log-probs before the first update, and of the reference's, where the loss needs them."""
     times = inputs.work.scoring_passes
     if not times:
         return Phase("scoring", 0.0, 0.0, 0.0, "not needed")
@@ -223,11 +228,11 @@ def score_phase(inputs: Inputs, rates: Rates) -> Phase:
 
 
 def reference_phase(inputs: Inputs, rollout: tuple[Phase, Phase]) -> Phase:
-    """What each step draws from the reference: as much as from the policy (online), or nothing (cached)."""
+    """The reference's completions in each step: as many as the policy's (online), or none (cached)."""
     if inputs.work.reference != "online":
         return Phase("reference", 0.0, 0.0, 0.0, "stored" if inputs.work.reference == "cached" else "none")
     swapped = (
-        parameters.on_rank(inputs.model, inputs.layout, 0, inputs.learner.lora).trained
+        parameters.rank_parameters(inputs.model, inputs.layout, 0, inputs.learner.lora).trained
         * _activation_bytes(inputs)
         / inputs.hardware.pcie
     )
@@ -241,14 +246,14 @@ def reference_phase(inputs: Inputs, rollout: tuple[Phase, Phase]) -> Phase:
 
 
 def refit_phase(inputs: Inputs) -> Phase:
-    """New weights for the engine: none in process; else all of them to the host and back (mcore/bridge/weights.py)."""
+    """The phase in which the engine gets new weights: none in process; else all go to the host and back."""
     engine, hardware = inputs.engine, inputs.hardware
     if engine.kind == "megatron":
         seconds, limit = 0.0, "shares the learner's weights"
     else:
         seconds, limit = 2 * parameters.whole(inputs.model).total * 2 / hardware.pcie, "PCIe, both ways"
     if engine.offload_learner:
-        away = memory.of_rank(inputs).host["optimizer, while the engine draws"]
+        away = memory.rank_memory(inputs).host[memory.OFFLOADED_OPTIMIZER]
         seconds, limit = seconds + 2 * away / hardware.pcie, "PCIe, the optimizer's way out and back"
     return Phase("refit", 0.0, 0.0, seconds, limit)
 
@@ -266,13 +271,13 @@ def step(inputs: Inputs, rates: Rates) -> tuple[Phase, ...]:
 
 
 def seconds_of(phases: tuple[Phase, ...]) -> float:
-    """Of a whole step."""
+    """Seconds of all the phases of a step."""
     return sum(phase.seconds for phase in phases)
 
 
 @dataclass(frozen=True)
 class StoreSaving:
-    """Reference rewards drawn once and stored, against fresh ones each step, over the whole run."""
+    """The cost of reference rewards over the whole run: sampled once and stored, against anew in each step."""
 
     online_completions: int
     stored_completions: int
@@ -293,5 +298,5 @@ def store_saving(inputs: Inputs, rates: Rates) -> StoreSaving:
 
 
 def straggler_seconds(inputs: Inputs, rates: Rates, completion_tokens: int) -> float:
-    """One completion alone, at the end of a rollout: each of its tokens reads the weights."""
+    """Seconds of one completion that decodes alone at the end of a rollout: each token reads all weights."""
     return completion_tokens * decode_weight_bytes(inputs, 1) / rates.memory / _engine_gpus(inputs)

@@ -12,16 +12,16 @@ RUNTIME_BYTES = 2 * 2**30
 
 @dataclass(frozen=True)
 class Rates:
-    """What a GPU does in a second, at most."""
+    """The most that a GPU does in a second."""
 
     memory: float
-    """bytes"""
+    """Bytes that its memory moves."""
     fp32: float
-    """FLOPs outside the tensor cores: torch multiplies float32 there unless TF32 is allowed."""
+    """FLOPs in float32, outside the tensor cores: torch multiplies float32 there unless TF32 is allowed."""
     bf16: float
-    """FLOPs, dense"""
+    """FLOPs in bfloat16, dense."""
     fp8: float
-    """FLOPs, dense"""
+    """FLOPs in FP8, dense."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Hardware:
     """bytes/s in one direction, to the host"""
     source: str
     measured: Rates | None = None
-    """The same as measured (fp8 and fp32, where nobody measured them, by the ratio that bf16 reached)."""
+    """Measured rates; None: not measured. Of the H200, fp8 and fp32 are scaled by the ratio that bf16 reached."""
 
 
 H100_PEAK = Rates(memory=3.35e12, fp32=67e12, bf16=989e12, fp8=1979e12)

@@ -1,4 +1,4 @@
-"""The settings that a plan depends on, out of the configuration; and what the question adds to them."""
+"""The inputs of a plan: settings of the configuration that it depends on, and what the question adds to them."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ Numbers = Literal["fp32", "bf16", "fp8"]
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked besides the configuration."""
+    """The part of a plan's inputs that is not in the configuration."""
 
     model: PlannedModel
     hardware: Hardware
     mean_prompt_tokens: float
     mean_completion_tokens: float
     dataset_prompts: int | None
-    """Prompts in the training data; None: unknown, no prompt is taken twice."""
+    """Number of prompts in the training data; None: unknown, as if no prompt came twice."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How the ranks are cut up: tensor x pipeline x data."""
+    """How the ranks are divided: tensor x pipeline x data parallel."""
 
     tensor: int = 1
     pipeline: int = 1
@@ -46,33 +46,35 @@ class Layout:
 
 @dataclass(frozen=True)
 class Learner:
-    """What decides the learner's memory and work."""
+    """The settings that decide the learner's memory and work."""
 
     kind: Kind
-    """Whose layers run."""
+    """Whose layers run: mcore's local ones or TransformerEngine's."""
     numbers: Numbers
+    """The precision that it computes in."""
     recompute: Literal["selective", "full"] | None
     recompute_modules: tuple[str, ...]
-    """Under ``selective``."""
+    """The modules that ``selective`` recomputes."""
     tokens_per_microbatch: int
     logprob_chunk_tokens: int
     distributed_optimizer: bool
     overlap_grad_reduce: bool
     overlap_param_gather: bool
     optimizer_on_host: float
-    """Share of the optimizer's state in host memory."""
+    """Fraction of the optimizer's state that is in host memory."""
     lora: Lora | None
-    """Adapters that are trained in place of the weights."""
+    """Adapters that are trained in place of the weights; None: the weights are trained."""
 
 
 @dataclass(frozen=True)
 class Engine:
-    """Where completions come from."""
+    """The rollout engine or engines."""
 
     kind: Literal["megatron", "trtllm", "remote"]
     engines: int
+    """Number of engines."""
     gpus: int
-    """Of one engine."""
+    """GPUs of one engine."""
     max_concurrent_tokens: int
     """KV-cache budget of one engine."""
     kv_cache_fraction: float
@@ -82,27 +84,27 @@ class Engine:
 
 @dataclass(frozen=True)
 class Work:
-    """What a step does."""
+    """The work of a step."""
 
     steps: int
     prompts: int
     group_size: int
     max_sequence_tokens: int
     prompt_tokens: float
-    """Mean of a prompt."""
+    """Mean length of a prompt."""
     completion_tokens: float
-    """Mean of a completion."""
+    """Mean length of a completion."""
     updates: int
     scoring_passes: int
-    """Forward passes of the learner over the whole batch, besides those of training."""
+    """Number of forward passes of the learner over the whole batch, besides those of training."""
     reference: Literal["cached", "online"] | None
     reference_samples: int
     keeps_reference: bool
     """Reference weights are kept in host memory."""
     scores_reference: bool
-    """They are swapped in to score the batch."""
+    """Reference weights are swapped in to score the batch."""
     draws_from_reference: bool
-    """They are swapped in to draw, after the first update."""
+    """Reference weights are swapped in to generate completions, after the first update."""
     dataset_prompts: int | None
 
     @property
@@ -117,7 +119,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Inputs:
-    """All that a plan is worked out from."""
+    """All that a plan is computed from."""
 
     model: PlannedModel
     hardware: Hardware
@@ -127,11 +129,11 @@ class Inputs:
     work: Work
 
 
-def inputs_of(config: Config, question: Question) -> Inputs:
-    """A plan's inputs.
+def plan_inputs(config: Config, question: Question) -> Inputs:
+    """The inputs of a plan.
 
     Args:
-        config: with what it leaves to the machine decided, and passed by ``config.derive`` for the model.
+        config: without values that are left to the machine, and checked by ``config.derive`` for the model.
     """
     return Inputs(
         question.model, question.hardware, layout_of(config), _learner(config), _engine(config), _work(config, question)
@@ -139,7 +141,7 @@ def inputs_of(config: Config, question: Question) -> Inputs:
 
 
 def layout_of(config: Config) -> Layout:
-    """The configured layout; what is left over is data-parallel."""
+    """The configured layout; ranks beyond tensor x pipeline are data-parallel."""
     model, ranks = config.model, config.trainer.num_nodes * config.trainer.devices
     tensor, pipeline = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
     return Layout(

@@ -1,4 +1,4 @@
-"""Which layouts there are for a number of GPUs, and which of them fit."""
+"""The layouts of a number of GPUs, and which of them fit."""
 
 from __future__ import annotations
 
@@ -8,23 +8,25 @@ from dataclasses import dataclass
 from nemo_aapo.config import Config, derive
 from nemo_aapo.errors import ConfigError
 from nemo_aapo.planning import compute, memory
-from nemo_aapo.planning.inputs import Inputs, Layout, Question, inputs_of, layout_of
+from nemo_aapo.planning.inputs import Inputs, Layout, Question, layout_of, plan_inputs
 
 MOST_GPUS = 1024
+"""``smallest`` looks no further than this."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One layout, judged."""
+    """One layout, judged: refused, too large, or fitting."""
 
     layout: Layout
     refused: str | None
-    """Why it can't be, by the rules of the configuration; None: it can."""
+    """The reason why the configuration does not allow it; None: it does."""
     bytes: float = 0.0
-    """Of the fullest rank, at the peak."""
+    """Peak memory of the fullest rank."""
     fits: bool = False
+    """The peak is within the GPU's memory."""
     seconds: float = 0.0
-    """Lower bound of a step."""
+    """Lower bound of the time of a step."""
 
 
 def with_layout(config: Config, layout: Layout) -> Config:
@@ -39,7 +41,7 @@ def with_layout(config: Config, layout: Layout) -> Config:
 
 
 def with_gpus(config: Config, gpus: int) -> Config:
-    """The configuration on another number of GPUs, nodes as large as they are."""
+    """The configuration on another number of GPUs, on nodes of the same size."""
     node = min(gpus, max(8, config.trainer.devices))
     return dataclasses.replace(
         config, trainer=dataclasses.replace(config.trainer, num_nodes=gpus // node, devices=node)
@@ -58,7 +60,7 @@ def candidates(config: Config) -> list[Layout]:
 
 
 def refusal(config: Config, question: Question) -> str | None:
-    """Why the configured layout can't be for this model; None: it can."""
+    """The reason why the configured layout is impossible for this model; None: it is possible."""
     ranks = config.trainer.num_nodes * config.trainer.devices
     try:
         derive(config, question.model.shape(), ranks)
@@ -71,24 +73,24 @@ def refusal(config: Config, question: Question) -> str | None:
 
 
 def judge(config: Config, question: Question) -> Verdict:
-    """The configured layout."""
+    """Judge the configured layout."""
     reason = refusal(config, question)
     if reason is not None:
         return Verdict(layout_of(config), reason)
-    inputs = inputs_of(config, question)
-    needed = memory.of_rank(inputs)
+    inputs = plan_inputs(config, question)
+    needed = memory.rank_memory(inputs)
     seconds = compute.seconds_of(compute.step(inputs, question.hardware.peak))
     return Verdict(inputs.layout, None, needed.peak, needed.fits, seconds)
 
 
 def judge_all(config: Config, question: Question) -> list[Verdict]:
-    """Every layout of the configured GPUs: those that fit first, the fastest bound first."""
+    """Judge every layout of the configured GPUs. Fitting ones come first, among them that with the shortest step."""
     verdicts = [judge(with_layout(config, layout), question) for layout in candidates(config)]
     return sorted(verdicts, key=lambda v: (v.refused is not None, not v.fits, v.seconds if v.fits else v.bytes))
 
 
 def smallest(config: Config, question: Question) -> Verdict | None:
-    """The layout that fits on the fewest GPUs, of 1, 2, 4, ...; None: on none of them."""
+    """The layout that fits on the fewest GPUs of 1, 2, 4, ... ``MOST_GPUS``; None: none fits."""
     gpus = 1
     while gpus <= MOST_GPUS:
         best = judge_all(with_gpus(config, gpus), question)[0]
@@ -99,12 +101,12 @@ def smallest(config: Config, question: Question) -> Verdict | None:
 
 
 def inputs_if_possible(config: Config, question: Question) -> Inputs:
-    """The plan's inputs.
+    """The inputs of a plan, if the configured layout is possible.
 
     Raises:
-        ConfigError: the configured layout can't be for this model.
+        ConfigError: the configured layout is impossible for this model.
     """
     reason = refusal(config, question)
     if reason is not None:
         raise ConfigError(reason)
-    return inputs_of(config, question)
+    return plan_inputs(config, question)

@@ -11,26 +11,40 @@ from nemo_aapo.planning.inputs import Inputs, Layout, Learner
 from nemo_aapo.planning.parameters import Parameters
 
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp8": 2}
+"""Bytes of a weight by the learner's precision."""
 FP8_COPIES_BYTES = 2
-"""A layer's matrices in FP8, row- and column-wise, kept beside the bf16 ones (TransformerEngine module/base.py,
-get_weight_workspace; on Hopper both are needed)."""
+"""Bytes of a weight's FP8 copies, row- and column-wise, which are kept beside the bf16 one (TransformerEngine
+module/base.py, get_weight_workspace; Hopper needs both)."""
 GRADIENT_BYTES = 4
+"""Bytes of a parameter's gradient in mcore's buffer, float32."""
 ADAM_BYTES = 8
+"""Bytes of a parameter's two moments, float32."""
 MASTER_BYTES = 4
+"""Bytes of a parameter's float32 copy under mixed precision."""
 MIN_TILE_LOGITS = {"local": 2**18, "transformer_engine": 2**26}  # learner/logprobs.py, CPU and GPU
 TILE_ALIGNMENT = 128
 MAX_PREFILL_TOKENS = 16384  # engines/megatron/scheduler.py
 TRTLLM_WORKSPACE_BYTES = 2 * 2**30
 """Activations and workspaces of a TensorRT-LLM engine: an assumption, not a measurement."""
+OFFLOADED_OPTIMIZER = "optimizer, while the engine draws"
+"""The name of the part of host memory that the optimizer takes while the learner is offloaded."""
 
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes of the fullest rank in each phase: phase -> part -> bytes on the GPU; and what lies in host memory."""
+    """Memory of the fullest rank.
+
+    Example:
+        ``RankMemory(phases={"rollout": {"weights": 1.0e9, ...}, "train": {...}}, host={"optimizer": 2.0e9},
+        capacity=80e9)``
+    """
 
     phases: dict[str, dict[str, float]]
+    """Phase -> part -> bytes on the GPU."""
     host: dict[str, float]
+    """Part -> bytes in host memory."""
     capacity: float
+    """Bytes of the GPU's memory."""
 
     def total(self, phase: str) -> float:
         return sum(self.phases[phase].values())
@@ -67,20 +81,20 @@ def optimizer(count: Parameters, learner: Learner, layout: Layout) -> float:
 def logprobs(inputs: Inputs, tokens: float) -> float:
     """Peak bytes of log-probs and their gradient (learner/logprobs.py), beside the hidden states that go in.
 
-    On a GPU one tile of logits in float32 is held and, under bfloat16, the gradients of this tile and the one before,
-    or a float32 product as large as the hidden states' gradient. On a CPU the forward pass holds a tile of scratch as
-    well, and under bfloat16 both passes hold one for the product. The gradients of hidden states (float32) and output
-    layer come on top.
+    On a GPU one tile of logits in float32 is held and, under bfloat16, the gradients of this tile and the last one, or
+    a float32 product as large as the hidden states' gradient. On a CPU the forward pass also holds a tile of scratch
+    memory, and under bfloat16 both passes hold one for the product. The gradients of hidden states (float32) and output
+    layer are added.
 
     Args:
-        tokens: that are scored in one micro-batch.
+        tokens: number of tokens that are scored in one micro-batch.
     """
     model, learner = inputs.model, inputs.learner
     tokens = max(1, math.ceil(tokens))
     rows, number = model.vocabulary // inputs.layout.tensor, WEIGHT_BYTES[learner.numbers]
     wanted = max(learner.logprob_chunk_tokens * rows, MIN_TILE_LOGITS[learner.kind])
     tile = tokens * min(max(wanted // tokens // TILE_ALIGNMENT * TILE_ALIGNMENT, TILE_ALIGNMENT), rows)
-    low = 0 if number == 4 else number  # in float32 the product is the tile itself
+    low = 0 if number == 4 else number  # in float32 the tile itself takes the product
     several = tile < tokens * rows
     hidden = tokens * model.hidden * 4
     gradients = hidden + (0 if learner.lora else rows * model.hidden * number)
@@ -103,15 +117,12 @@ def engine_number_bytes(inputs: Inputs) -> int:
 
 
 def rows_at_a_time(inputs: Inputs) -> int:
-    """Sequences that an engine draws at a time: what its KV cache holds, and no more than it is given."""
+    """Number of sequences that run at a time in an engine: what its KV cache holds, at most what it is given."""
     work, engine = inputs.work, inputs.engine
     given = math.ceil(work.completions / engine.engines)
     if engine.kind == "megatron":
-        # as engines/megatron/scheduler.py admits them
-        return max(
-            1, min(given, engine.max_concurrent_tokens // work.max_sequence_tokens)
-        )  # engines/megatron/scheduler.py
-    held = work.prompt_tokens + work.completion_tokens / 2  # paged: a sequence takes what it has, on average half
+        return max(1, min(given, engine.max_concurrent_tokens // work.max_sequence_tokens))  # scheduler.capacity
+    held = work.prompt_tokens + work.completion_tokens / 2  # paged: a running sequence takes what it has so far
     return max(1, min(given, int(engine.max_concurrent_tokens / held)))
 
 
@@ -122,19 +133,19 @@ def microbatch(inputs: Inputs) -> activations.MicroBatch:
 
 
 def microbatches(inputs: Inputs) -> int:
-    """Micro-batches of one data-parallel rank in an optimizer step, at least."""
+    """Least number of micro-batches of one data-parallel rank in an optimizer step."""
     return max(1, math.ceil(inputs.work.tokens / inputs.layout.data / inputs.learner.tokens_per_microbatch))
 
 
-def of_rank(inputs: Inputs) -> RankMemory:
+def rank_memory(inputs: Inputs) -> RankMemory:
     """Memory of the rank that needs the most."""
-    stages = [_of_stage(inputs, stage) for stage in range(inputs.layout.pipeline)]
+    stages = [_stage_memory(inputs, stage) for stage in range(inputs.layout.pipeline)]
     return max(stages, key=lambda memory: memory.peak)
 
 
-def _of_stage(inputs: Inputs, stage: int) -> RankMemory:
+def _stage_memory(inputs: Inputs, stage: int) -> RankMemory:
     learner, layout, engine = inputs.learner, inputs.layout, inputs.engine
-    count = parameters.on_rank(inputs.model, layout, stage, learner.lora)
+    count = parameters.rank_parameters(inputs.model, layout, stage, learner.lora)
     state = optimizer(count, learner, layout)
     resident = {
         "weights": weights(count, learner),
@@ -143,7 +154,7 @@ def _of_stage(inputs: Inputs, stage: int) -> RankMemory:
     }
     clone = count.trained * WEIGHT_BYTES[learner.numbers]
     runtime = {"runtime (assumed)": RUNTIME_BYTES}
-    phases = {}
+    phases: dict[str, dict[str, float]] = {}
     host = {"optimizer": state * learner.optimizer_on_host}
     if inputs.work.keeps_reference:
         host["reference weights"] = clone
@@ -153,7 +164,7 @@ def _of_stage(inputs: Inputs, stage: int) -> RankMemory:
             rollout["policy, while the reference is swapped in"] = clone
         if engine.offload_learner:  # gradients are dropped, weights stay (mcore/offload.py)
             del rollout["gradients"]
-            host["optimizer, while the engine draws"] = rollout.pop("optimizer")
+            host[OFFLOADED_OPTIMIZER] = rollout.pop("optimizer")
         if learner.lora and engine.kind == "megatron":
             merged = parameters.adapted(inputs.model, layout, learner.lora)
             rollout["adapted layers, merged"] = merged * WEIGHT_BYTES[learner.numbers]
@@ -165,23 +176,24 @@ def _of_stage(inputs: Inputs, stage: int) -> RankMemory:
 
 
 def _training(inputs: Inputs, count: Parameters, stage: int) -> dict[str, float]:
-    """Activations and what log-probs take on the way down; on the first stage, what the embedding adds at the end."""
+    """Memory of a training step besides weights and optimizer: activations, log-probs, the embedding's gradient."""
     layout, learner, batch = inputs.layout, inputs.learner, microbatch(inputs)
-    flying = activations.in_flight(layout, stage, microbatches(inputs))
-    kept = activations.of_stage(inputs.model, layout, learner, batch, stage, flying)
+    in_flight = activations.in_flight(layout, stage, microbatches(inputs))
+    kept = activations.stage_activations(inputs.model, layout, learner, batch, stage, in_flight)
     found = {"activations": kept}
     if stage == layout.pipeline - 1:
         found["logits chunk and its gradients"] = logprobs(inputs, batch.tokens)
-    # The embedding's gradient comes when its micro-batch's activations are gone; a tied output layer's waits for it.
+    # The embedding's gradient is made when its micro-batch's activations are gone. A tied output layer's exists until
+    # then, so that there are two.
     both = 0 if learner.lora else count.embedding * (2 if inputs.model.tied and layout.pipeline == 1 else 1)
-    at_the_end = both * WEIGHT_BYTES[learner.numbers] + kept * (flying - 1) / flying
+    at_the_end = both * WEIGHT_BYTES[learner.numbers] + kept * (in_flight - 1) / in_flight
     if at_the_end > sum(found.values()):
         found["embedding's gradient, beyond the above"] = at_the_end - sum(found.values())
     return found
 
 
 def _engine_memory(inputs: Inputs, resident: float) -> dict[str, float]:
-    """What the engine holds on the learner's GPUs while it generates."""
+    """Part -> bytes that the engine takes on the learner's GPUs while it generates."""
     model, layout, engine = inputs.model, inputs.layout, inputs.engine
     if engine.kind == "remote":
         return {}
@@ -190,7 +202,7 @@ def _engine_memory(inputs: Inputs, resident: float) -> dict[str, float]:
         cached = rows * inputs.work.max_sequence_tokens
         prefill = min(MAX_PREFILL_TOKENS, inputs.work.max_sequence_tokens * rows)
         width = 3 * model.hidden + (2 * (model.query + 2 * model.key_value) + 3 * model.ffn) / layout.tensor
-        logits = rows * model.vocabulary * (number + 8)  # gathered, then float32 and its softmax
+        logits = rows * model.vocabulary * (number + 8)  # gathered logits, then float32 ones and their softmax
         return {
             "KV cache": cached * kv_bytes_per_token(inputs, layout.tensor, layout.pipeline),
             "engine": prefill * width * number + logits,

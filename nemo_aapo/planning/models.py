@@ -14,7 +14,7 @@ from nemo_aapo.errors import ConfigError
 
 @dataclass(frozen=True)
 class PlannedModel:
-    """What sizes depend on."""
+    """The shape of a model, as far as sizes depend on it."""
 
     name: str
     architecture: str
@@ -25,7 +25,7 @@ class PlannedModel:
     """Key-value heads."""
     head_size: int
     ffn: int
-    """Feed-forward units; of one expert where there are experts."""
+    """Feed-forward units of a layer or, where there are experts, of one expert."""
     vocabulary: int
     tied: bool
     """Input and output embeddings are one matrix."""
@@ -33,7 +33,7 @@ class PlannedModel:
     qkv_bias: bool = False
     qk_norm: bool = False
     experts: int = 0
-    """0: a dense model."""
+    """Number of experts of a layer; 0: a dense model."""
     experts_per_token: int = 0
 
     @property
@@ -63,15 +63,24 @@ class PlannedModel:
 
 
 def _qwen2(
-    name: str, layers: int, hidden: int, heads: int, groups: int, ffn: int, *, vocabulary=152064, tied=False, positions
-):
+    name: str,
+    layers: int,
+    hidden: int,
+    heads: int,
+    groups: int,
+    ffn: int,
+    *,
+    vocabulary: int = 152064,
+    tied: bool = False,
+    positions: int,
+) -> PlannedModel:
     return PlannedModel(
         name, "Qwen2ForCausalLM", layers, hidden, heads, groups, hidden // heads, ffn, vocabulary, tied, positions,
         qkv_bias=True,
     )  # fmt: skip
 
 
-def _llama(name: str, layers: int, hidden: int, heads: int, ffn: int, *, tied: bool):
+def _llama(name: str, layers: int, hidden: int, heads: int, ffn: int, *, tied: bool) -> PlannedModel:
     return PlannedModel(
         name, "LlamaForCausalLM", layers, hidden, heads, 8, hidden // heads, ffn, 128256, tied, 131072
     )  # fmt: skip
@@ -117,7 +126,7 @@ def find(name: str) -> PlannedModel:
 
 
 def known_as(name: str) -> str | None:
-    """The name in ``KNOWN`` of a hub's or a directory's; None: not known."""
+    """The name in ``KNOWN`` of a hub's name or a directory; None: not known."""
     return next((known for known in KNOWN if known.lower() == _plain(name)), None)
 
 

@@ -1,4 +1,4 @@
-"""Parameters of each rank, counted from the shape as mcore cuts it."""
+"""Number of parameters of each rank, by the way in which mcore shards the model."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from nemo_aapo.planning.models import PlannedModel
 
 @dataclass(frozen=True)
 class Parameters:
-    """How many parameters there are on a rank, by what happens to them."""
+    """Number of parameters on a rank, by kind."""
 
     embedding: int
-    """Rows of the input embedding."""
+    """Parameters of the input embedding."""
     linear: int
-    """Matrices of the layers that every token passes, without biases."""
+    """Parameters of the layers' matrices that every token passes, without biases."""
     experts: int
-    """Matrices of the experts."""
+    """Parameters of the experts' matrices."""
     small: int
-    """Norms, biases, routers."""
+    """Parameters of norms, biases and routers."""
     output: int
-    """Rows of the output layer; a tied one counts where it is a copy, on a last stage that is not the first."""
+    """Parameters of the output layer. A tied one counts only as a copy, on a last stage that is not the first."""
     adapters: int = 0
-    """LoRA's A and B."""
+    """Parameters of LoRA's A and B."""
 
     @property
     def total(self) -> int:
@@ -33,7 +33,7 @@ class Parameters:
 
     @property
     def trained(self) -> int:
-        """Adapters alone, where there are some: the rest is frozen."""
+        """Number of trained parameters: the adapters if there are any, else all."""
         return self.adapters or self.total
 
 
@@ -48,7 +48,7 @@ def mlp_matrices(model: PlannedModel) -> int:
 
 
 def targets(model: PlannedModel) -> dict[str, tuple[int, int]]:
-    """What can have an adapter: name in ``model.lora.target_modules`` -> (inputs, outputs) of one layer's matrix."""
+    """Layers that can have an adapter: name in ``model.lora.target_modules`` -> (inputs, outputs) of its matrix."""
     return {
         "linear_qkv": (model.hidden, model.query + 2 * model.key_value),
         "linear_proj": (model.query, model.hidden),
@@ -58,14 +58,14 @@ def targets(model: PlannedModel) -> dict[str, tuple[int, int]]:
 
 
 def adapted(model: PlannedModel, layout: Layout, lora: Lora) -> int:
-    """Parameters of the matrices below adapters, on one rank."""
+    """Number of parameters of the matrices below adapters, on one rank."""
     sizes = targets(model)
     return (
         model.layers * sum(math.prod(sizes[name]) for name in lora.target_modules) // layout.tensor // layout.pipeline
     )
 
 
-def on_rank(model: PlannedModel, layout: Layout, stage: int, lora: Lora | None = None) -> Parameters:
+def rank_parameters(model: PlannedModel, layout: Layout, stage: int, lora: Lora | None = None) -> Parameters:
     """Parameters of one rank of a pipeline stage.
 
     Args:
@@ -90,18 +90,18 @@ def on_rank(model: PlannedModel, layout: Layout, stage: int, lora: Lora | None =
 
 
 def _adapter(model: PlannedModel, lora: Lora) -> int:
-    """Parameters of one layer's A [rank, inputs] and B [outputs, rank], both cut over the tensor-parallel ranks."""
+    """Number of parameters of one layer's A [rank, inputs] and B [outputs, rank], both sharded over tensor ranks."""
     sizes = targets(model)
     return lora.rank * sum(sum(sizes[name]) for name in lora.target_modules)
 
 
 def whole(model: PlannedModel) -> Parameters:
-    """All parameters of the model."""
-    return on_rank(model, Layout(), 0)
+    """The parameters of the whole model."""
+    return rank_parameters(model, Layout(), 0)
 
 
 def active(model: PlannedModel) -> int:
-    """Parameters that one token passes: all, or of the experts those that it is sent to."""
+    """Number of parameters that one token passes: all but the experts that it is not sent to."""
     every = whole(model)
     if not model.experts:
         return every.total

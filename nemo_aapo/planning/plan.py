@@ -1,4 +1,4 @@
-"""A whole plan: what ``scripts/plan.py`` shows."""
+"""The whole plan that ``scripts/plan.py`` shows."""
 
 from __future__ import annotations
 
@@ -14,32 +14,33 @@ from nemo_aapo.planning.memory import RankMemory
 
 @dataclass(frozen=True)
 class Plan:
-    """The answer."""
+    """What a run would take: memory, time, and the layouts that fit."""
 
     inputs: Inputs
     memory: RankMemory
     step: tuple[Phase, ...]
     measured_step: tuple[Phase, ...] | None
-    """The same at rates that were measured on this GPU, where there are any."""
+    """The phases of a step at rates that were measured on this GPU; None: nobody measured them."""
     saving: StoreSaving
     straggler_seconds: float
+    """Lower bound for one completion of the longest length that decodes alone."""
     layouts: list[Verdict]
     smallest: Verdict | None
-    """Only sought where no layout of the configured GPUs fits."""
+    """The fitting layout on the fewest GPUs; None: not sought, as one on the configured GPUs fits, or none fits."""
 
 
 def make(config: Config, question: Question) -> Plan:
     """Plan a configuration for a model on a GPU.
 
     Raises:
-        ConfigError: the configured layout can't be for this model.
+        ConfigError: the configured layout is impossible for this model.
     """
     inputs = layouts.inputs_if_possible(config, question)
     rates, measured = question.hardware.peak, question.hardware.measured
     judged = layouts.judge_all(config, question)
     return Plan(
         inputs=inputs,
-        memory=memory.of_rank(inputs),
+        memory=memory.rank_memory(inputs),
         step=compute.step(inputs, rates),
         measured_step=compute.step(inputs, measured) if measured else None,
         saving=compute.store_saving(inputs, rates),

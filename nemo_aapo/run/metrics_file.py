@@ -11,7 +11,11 @@ from nemo_aapo.utils.files import to_json, write_atomic
 
 
 class MetricsFile:
-    """An append-only file of records, each with its ``step``. One process writes it; anyone may read along."""
+    """An append-only file of records, each with its ``step``. One process writes it; others may read it meanwhile.
+
+    Example:
+        ``{"step": 3, "loss": -0.02, "reward/mean": 0.41, "time/step": 1.7, ...}`` is one line.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -19,14 +23,14 @@ class MetricsFile:
         self._file = path.open("a", encoding="utf-8")
 
     def append(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Add one line, which readers see at once. Numbers that are not finite are written as null."""
+        """Append one line, which readers see at once. Numbers that are not finite are written as null."""
         self._file.write(to_json({"step": step, **metrics}) + "\n")
         self._file.flush()
 
     def truncate_after(self, step: int) -> None:
-        """Keep the lines with ``step`` at most this; those of an interrupted part after its last checkpoint go.
+        """Remove the lines of later steps, which an interrupted part of the run made after its last checkpoint.
 
-        A last line that was cut off in the middle goes as well.
+        A last line that was cut off in the middle is removed as well.
 
         Raises:
             ValueError: a line before the last is not JSON or has no step.
@@ -37,7 +41,7 @@ class MetricsFile:
         self._file = self.path.open("a", encoding="utf-8")
 
     def close(self) -> None:
-        """Nothing can be appended afterwards."""
+        """Close the file; nothing can be appended afterwards."""
         self._file.close()
 
 
@@ -49,7 +53,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def _read(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """(line, record) of each whole line."""
     lines = path.read_text(encoding="utf-8").split("\n")
-    lines.pop()  # empty, or what a crash cut off before its newline
+    lines.pop()  # empty, or a line that a crash cut off before its newline
     found = []
     for number, line in enumerate(lines, start=1):
         try:

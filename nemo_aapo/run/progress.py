@@ -1,4 +1,4 @@
-"""What a person sees of a run: a live bar on a terminal, one plain line a step without one."""
+"""The progress of a run on the screen: a live bar on a terminal, one plain line a step elsewhere."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from typing import TextIO
 from tqdm import tqdm
 
 QUIET_S = 30.0
-"""Without a terminal, a phase speaks at most this often once steps are being made."""
+"""Without a terminal, a phase prints a line at most this often once the first step is done."""
 REFRESH_S = 0.2
-"""On a terminal, counts are redrawn at most this often."""
+"""On a terminal, the bar is redrawn at most this often."""
 STEPS_IN_ESTIMATE = 20
-"""The time left is estimated from so many of the latest steps."""
+"""Number of the latest steps from which the time left is estimated."""
 
 
 class Progress:
-    """Steps of a run, and the phases before and within them (loading, reference rewards, rollout, validating).
+    """Shows the steps of a run, and the phases before and within them: loading, reference rewards, rollout, validating.
 
     Ranks other than 0 make one with ``enabled=False``, which takes every call and shows nothing.
     """
@@ -30,9 +30,9 @@ class Progress:
     def __init__(self, total: int, start: int = 0, *, stream: TextIO | None = None, enabled: bool = True) -> None:
         """
         Args:
-            total: steps of the whole run.
-            start: steps that earlier parts of the run have made.
-            stream: where to; None: stdout.
+            total: number of steps of the whole run.
+            start: number of steps that earlier parts of the run have made.
+            stream: the file or terminal to write to; None: stdout.
             enabled: False shows nothing.
         """
         self._stream = stream or sys.stdout
@@ -43,7 +43,7 @@ class Progress:
         self._numbers = ""
         self._phase, self._phase_total, self._phase_count = "", 0, 0
         self._stepped = False
-        self._spoke_at = 0.0
+        self._shown_at = 0.0
         form = "step {n_fmt}/{total_fmt} |{bar:20}| {desc}"
         self._bar = (
             tqdm(total=total, initial=start, file=self._stream, bar_format=form, dynamic_ncols=True)
@@ -58,17 +58,17 @@ class Progress:
         self.close()
 
     def phase(self, name: str, total: int = 0) -> None:
-        """Begin a phase, which ends with the next one or with the next step; ``total`` units of work if known."""
+        """Begin a phase, which ends with the next phase or step; ``total`` units of work, 0 if unknown."""
         self._phase, self._phase_total, self._phase_count = name, total, 0
         self._show_phase(urgent=not self._stepped)
 
     def advance(self, count: int = 1) -> None:
-        """So many more units of the phase's work are done."""
+        """Count ``count`` more units of the phase's work as done."""
         self._phase_count += count
         self._show_phase(urgent=not self._stepped and self._phase_count == self._phase_total)
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """A training step is done; ``metrics`` as in ``metrics.jsonl``."""
+        """Show a training step that is done; ``metrics`` as in ``metrics.jsonl``."""
         self._step, self._stepped = step, True
         self._end_phase()
         if "time/step" in metrics:
@@ -81,7 +81,7 @@ class Progress:
             self._line(f"step {step}/{self._total}  {self._numbers}")
 
     def validation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """A validation is done; ``metrics`` as in ``metrics.jsonl``."""
+        """Show a validation that is done; ``metrics`` as in ``metrics.jsonl``."""
         self._accuracy = metrics["validation/accuracy_greedy"]
         text = f"validation at step {step}: accuracy {self._accuracy:.3f} greedy"
         if "validation/accuracy_sampled" in metrics:
@@ -90,7 +90,7 @@ class Progress:
         self.note(text)
 
     def note(self, text: str) -> None:
-        """Say something that stays on the screen."""
+        """Print a line that stays on the screen."""
         if self._bar is not None:
             self._bar.clear()
             self._line(text)
@@ -99,7 +99,7 @@ class Progress:
             self._line(text)
 
     def close(self) -> None:
-        """Leave the terminal in order."""
+        """Draw the bar a last time, and let go of the terminal."""
         if self._bar is not None:
             self._end_phase()
             self._redraw()
@@ -118,7 +118,7 @@ class Progress:
 
     def _show_phase(self, urgent: bool) -> None:
         quiet_s = QUIET_S if self._bar is None else REFRESH_S
-        if not urgent and time.monotonic() - self._spoke_at < quiet_s:
+        if not urgent and time.monotonic() - self._shown_at < quiet_s:
             return
         if self._bar is not None:
             self._redraw()
@@ -134,12 +134,12 @@ class Progress:
 
     def _redraw(self) -> None:
         assert self._bar is not None
-        self._spoke_at = time.monotonic()
+        self._shown_at = time.monotonic()
         self._bar.set_description_str("  ".join(part for part in (self._numbers, self._phase_text()) if part))
 
     def _line(self, text: str) -> None:
         if self._enabled:
-            self._spoke_at = time.monotonic()
+            self._shown_at = time.monotonic()
             print(text, file=self._stream, flush=True)
 
 
@@ -150,4 +150,4 @@ def _is_live(stream: TextIO) -> bool:
     try:
         return os.get_terminal_size(stream.fileno()).columns > 0
     except (OSError, io.UnsupportedOperation):
-        return True  # it says that it is one
+        return True  # not a file of this system, but it says that it is a terminal

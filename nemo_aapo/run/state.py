@@ -1,4 +1,4 @@
-"""How far a run is, by what it left in its directory."""
+"""The state of a run, read from the files in its directory: steps, validations, checkpoints, whether it is finished."""
 
 from __future__ import annotations
 
@@ -15,16 +15,23 @@ from nemo_aapo.utils.files import FINISHED
 
 @dataclass(frozen=True)
 class RunState:
-    """One look at a run directory."""
+    """What a run directory held at the moment it was read.
+
+    Example:
+        ``RunState(finished=False, steps=({"step": 1, "loss": 0.2, ...}, {"step": 2, ...}), validation={"step": 0, ...},
+        checkpoint=2, checkpoint_age_s=41.0)``, of which ``step`` is 2.
+    """
 
     finished: bool
+    """The run has made all its steps."""
     steps: tuple[dict[str, Any], ...]
-    """The lines of ``metrics.jsonl`` that are training steps."""
+    """The lines of ``metrics.jsonl`` that are training steps, oldest first."""
     validation: dict[str, Any] | None
-    """The last line that is a validation."""
+    """The last line of ``metrics.jsonl`` that is a validation; None without one."""
     checkpoint: int
     """Step of the newest checkpoint, 0 without one."""
     checkpoint_age_s: float | None
+    """Seconds since the newest checkpoint was written; None without one."""
 
     @property
     def step(self) -> int:
@@ -36,8 +43,8 @@ class RunState:
         return round(sum(s["tokens_per_second"] * s["time/step"] for s in self.steps if s["step"] > step))
 
 
-def look(run_dir: Path) -> RunState:
-    """Read a run directory; it may be empty.
+def read_state(run_dir: Path) -> RunState:
+    """Read a run directory, which may be empty.
 
     Raises:
         RunError: ``metrics.jsonl`` is damaged.

@@ -1,4 +1,4 @@
-"""What a step's groups say, as metrics: pure functions of plain arrays."""
+"""Metrics of a step's groups: pure functions of plain arrays."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from nemo_aapo.types import Group
 
 @dataclass(frozen=True, slots=True)
 class GroupNumbers:
-    """The numbers of one group that metrics need: small, so that all ranks can share them."""
+    """The numbers of one group that metrics need: small enough to be gathered from all ranks."""
 
     rewards: np.ndarray
     """float64 [G]"""
     reward_parts: dict[str, np.ndarray]
-    """float64 [G] by reward"""
+    """Name of a reward -> float64 [G]"""
     reference_rewards: np.ndarray | None
-    """float64 [K]"""
-    advantages: np.ndarray | None
+    """float64 [K]; None where the algorithm needs none"""
+    advantages: np.ndarray
     """float64 [G]"""
     lengths: np.ndarray
-    """int64 [G], completion tokens"""
+    """int64 [G], tokens of each completion"""
     truncated: np.ndarray
-    """bool [G], cut at the length limit"""
+    """bool [G], True for a completion that was cut at the length limit"""
     failed: np.ndarray
-    """bool [G], not scored"""
+    """bool [G], True where scoring failed"""
     policy_version: int
-    """Of the policy that drew them."""
+    """Version of the policy that generated the completions."""
 
 
 def group_numbers(group: Group) -> GroupNumbers:
-    """A group without its tokens and texts."""
+    """The numbers of a group that has its advantages, without tokens and texts."""
     return GroupNumbers(
         rewards=group.rewards,
         reward_parts=group.reward_parts,
         reference_rewards=group.reference_rewards,
-        advantages=group.advantages,
+        advantages=group.final_advantages,
         lengths=np.array([len(completion.token_ids) for completion in group.completions]),
         truncated=np.array([completion.finish_reason == "length" for completion in group.completions]),
         failed=group.failed,
@@ -50,7 +50,7 @@ def step_metrics(groups: Sequence[GroupNumbers], policy_version: int) -> dict[st
     """Metrics of the groups of one training step, over all ranks, before a policy of this version learns from them.
 
     ``groups/zero_std`` counts groups whose rewards are all equal, ``groups/zero_advantage`` those without any final
-    advantage: the difference is what the margin wins back.
+    advantage: the difference is the number of groups that learn by the margin alone.
     """
     rewards = np.stack([group.rewards for group in groups])
     advantages = np.stack([group.advantages for group in groups])

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
+Handler = Callable[[int, FrameType | None], object] | int | None
+"""What ``signal.signal`` takes and returns."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""Ctrl-C, a scheduler's end, a scheduler's warning before the time limit."""
+"""Ctrl-C; a scheduler that ends the job; a scheduler that warns of the time limit."""
 STOP_FILE = "stop"
-"""Name of the file in the run directory that asks for the same where no signal reaches."""
+"""Name of the file in the run directory that asks for a stop where no signal can reach the process."""
 
 
 class StopSignal:
@@ -26,16 +28,16 @@ class StopSignal:
     ) -> None:
         """
         Args:
-            run_dir: where the stop file is looked for; None: nowhere.
-            speak: say on stderr what the first signal does; on one rank.
-            ending: what is done before the end, to be said.
+            run_dir: the directory of the stop file; None: signals only.
+            speak: write to stderr what a signal does; True on one rank only.
+            ending: what the process does before it ends, for that message.
         """
         self.reason: str | None = None
-        """What asked for the stop: a signal's name or the stop file's path; None so far."""
+        """What asked for the stop: a signal's name or the stop file's path; None as long as nothing did."""
         self._file = run_dir / STOP_FILE if run_dir else None
         self._speak, self._ending = speak, ending
         self._interrupts = 0
-        self._previous: dict[int, Any] = {}
+        self._previous: dict[signal.Signals, Handler] = {}
 
     def __enter__(self) -> StopSignal:
         for number in SIGNALS:
@@ -48,10 +50,10 @@ class StopSignal:
 
     @property
     def requested(self) -> bool:
-        """True once a signal came or the stop file is there; costs one look at the file system."""
+        """True once a signal came or the stop file exists. Each call asks the file system."""
         if self.reason is None and self._file is not None and self._file.exists():
             self.reason = str(self._file)
-            self._say(f"{self._file} is there: {self._ending}.")
+            self._log(f"{self._file} is there: {self._ending}.")
         return self.reason is not None
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -62,8 +64,8 @@ class StopSignal:
         if self.reason is None:
             self.reason = signal.Signals(number).name
         more = " Ctrl-C once more stops at once." if number == signal.SIGINT else ""
-        self._say(f"{signal.Signals(number).name}: {self._ending}.{more}")
+        self._log(f"{signal.Signals(number).name}: {self._ending}.{more}")
 
-    def _say(self, text: str) -> None:
+    def _log(self, text: str) -> None:
         if self._speak:
-            os.write(2, f"\n{text}\n".encode())  # print() may be interrupted by the very signal that is handled here
+            os.write(2, f"\n{text}\n".encode())  # print() is not reentrant, and the signal may have interrupted one

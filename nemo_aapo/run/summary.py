@@ -1,9 +1,10 @@
-"""The table at the end of a run, read back from what the run left."""
+"""The table that is shown at the end of a run, computed from its ``metrics.jsonl``."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from nemo_aapo.config import Config
 from nemo_aapo.run.metrics_file import read_metrics
@@ -12,7 +13,7 @@ PHASES = ("rollout", "reward", "reference", "train", "refit")
 
 
 def summary_table(config: Config) -> str:
-    """Accuracy of base and trained model, steps, speed, time per phase, and where everything is."""
+    """Accuracy of base and trained model, steps, speed, time per phase, and the paths of the run's files."""
     directory = Path(config.run.dir)
     records = read_metrics(directory / "metrics.jsonl")
     steps = [record for record in records if "loss" in record]
@@ -43,6 +44,6 @@ def summary_table(config: Config) -> str:
     return "\n".join(lines)
 
 
-def _with_error(record: dict) -> str:
+def _with_error(record: dict[str, Any]) -> str:
     error = record["validation/accuracy_sampled_stderr"]
     return f"{record['validation/accuracy_sampled']:.3f}" + (f" ± {error:.3f}" if error is not None else "")

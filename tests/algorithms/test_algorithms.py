@@ -111,7 +111,7 @@ def test_expected_margin_is_the_mean_of_the_sampled_one_and_varies_less():
     stored = rng.choice([0.0, 0.2, 1.0], (draws, 8))  # a fresh reference sample for each draw
     repeated = np.repeat(rewards, draws, axis=0)
     expected = advantage.margin(repeated, stored, -0.2, 0.28, "expected")
-    pairs = advantage.draw_pairs(range(draws), 4, 8)
+    pairs = advantage.sample_pairs(range(draws), 4, 8)
     sampled = advantage.margin(repeated, stored, -0.2, 0.28, "sampled", pairs)
     standard_error = sampled.std(axis=0) / math.sqrt(draws)
     assert (abs(expected.mean(axis=0) - sampled.mean(axis=0)) < 4 * standard_error).all()
@@ -119,10 +119,10 @@ def test_expected_margin_is_the_mean_of_the_sampled_one_and_varies_less():
 
 
 def test_pairs_do_not_repeat_and_depend_on_their_own_seed_alone():
-    pairs = advantage.draw_pairs([3, 1, 4], 5, 9)
+    pairs = advantage.sample_pairs([3, 1, 4], 5, 9)
     assert all(len(set(row)) == 5 and set(row) <= set(range(9)) for row in pairs.tolist())
-    assert (advantage.draw_pairs([4], 5, 9)[0] == pairs[2]).all()
-    counts = np.bincount(advantage.draw_pairs(range(4000), 2, 5)[:, 0], minlength=5)
+    assert (advantage.sample_pairs([4], 5, 9)[0] == pairs[2]).all()
+    counts = np.bincount(advantage.sample_pairs(range(4000), 2, 5)[:, 0], minlength=5)
     assert abs(counts - 800).max() < 4 * math.sqrt(800)
     rewards, stored = np.zeros((3, 5)), np.random.default_rng(0).choice([0.0, 1.0], (3, 9))
     ours = Algorithm(PAPER, LIMIT).advantages(rewards, stored, pair_seeds=[3, 1, 4])

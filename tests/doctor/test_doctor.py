@@ -12,57 +12,13 @@ from pathlib import Path
 import pytest
 
 from nemo_aapo.config.schema import Lora
-from nemo_aapo.doctor.catalog import CHECKS, select
-from nemo_aapo.doctor.checks import files, gpu, memory, model, rewards, sizes, slurm, versions
-from nemo_aapo.doctor.checks.gpu import Gpu, Gpus
-from nemo_aapo.doctor.finding import Check, Context, Place
+from nemo_aapo.doctor.catalog import select
+from nemo_aapo.doctor.checks import files, memory, model, rewards, sizes, slurm, versions
+from nemo_aapo.doctor.finding import Place
 from nemo_aapo.doctor.guard import run_guarded
 from nemo_aapo.errors import ConfigError
-from nemo_aapo.mcore.kernels import Libraries, fused_kernels
+from tests.doctor.contexts import check, context, distribution, failure, program, rank
 from tests.tiny_models import make_config
-
-ALONE = Place(rank=0, world_size=1, local_rank=0, local_world_size=1, host="here")
-B200 = Gpu("NVIDIA B200", (10, 0), 180 * 2**30)
-H100 = Gpu("NVIDIA H100", (9, 0), 80 * 2**30)
-A100 = Gpu("NVIDIA A100", (8, 0), 80 * 2**30)
-L40 = Gpu("NVIDIA L40S", (8, 9), 48 * 2**30)
-
-
-def context(config=None, place: Place = ALONE, token: str = "token") -> Context:
-    return Context(config, place, port=0, token=token)
-
-
-def rank(number: int, of: int) -> Place:
-    return Place(number, of, number, of, f"host{number}")
-
-
-def program(folder: Path, name: str, script: str) -> None:
-    path = folder / name
-    path.write_text(f"#!/bin/sh\n{script}\n")
-    path.chmod(0o755)
-
-
-def distribution(folder: Path, name: str, version: str) -> None:
-    """What an installer leaves behind."""
-    information = folder / f"{name}-{version}.dist-info"
-    information.mkdir()
-    (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-
-
-@pytest.fixture
-def config(tiny_models, tmp_path):
-    return make_config(tiny_models["qwen2"], run__dir=str(tmp_path / "run"))
-
-
-@pytest.fixture
-def only_on_path(tmp_path, monkeypatch) -> Path:
-    """A folder that is all of PATH but for the shell's own programs."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    monkeypatch.setenv("PATH", str(folder))
-    program(folder, "sleep", f'exec {shutil.which("sleep", path="/bin:/usr/bin")} "$@"')
-    return folder
-
 
 # ---------------------------------------------------------------- versions
 
@@ -85,158 +41,6 @@ def test_another_version_is_a_warning_and_a_missing_package_a_failure(tmp_path, 
     assert found.level == "failure"
     assert "no-such-package" in found.text
     assert "neither" not in found.text
-
-
-# ---------------------------------------------------------------- GPUs and what computes on them
-
-
-def test_a_machine_without_gpu_is_ok_unless_the_configuration_needs_one(config):
-    none = Gpus((), None, None)
-    assert gpu.judge_gpus(none, None, 1).level == "ok"
-    assert gpu.judge_gpus(none, config, 1).level == "ok"
-    assert gpu.judge_gpus(dataclasses.replace(none, cuda="13.0"), config, 1).level == "warning"
-    wanted = dataclasses.replace(config, precision=dataclasses.replace(config.precision, name="bf16"))
-    assert "precision=bf16 needs one" in gpu.judge_gpus(none, wanted, 1).text
-    hosted = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, engine="trtllm"))
-    assert "rollout.engine=trtllm needs one" in gpu.judge_gpus(none, hosted, 1).text
-
-
-def test_gpus_that_torch_does_not_see_are_a_failure(only_on_path):
-    program(only_on_path, "nvidia-smi", "echo 'GPU 0: NVIDIA H100 (UUID: GPU-1)'; echo 'GPU 1: NVIDIA H100'")
-    seen = dataclasses.replace(gpu.look(), devices=())
-    assert seen.listed == 2
-    assert "nvidia-smi lists 2, torch sees none" in gpu.judge_gpus(seen, None, 1).text
-
-
-def test_more_ranks_than_gpus_are_a_failure_and_mixed_gpus_a_warning():
-    assert gpu.judge_gpus(Gpus((H100, H100), "13.0", 2), None, 2).level == "ok"
-    assert (
-        "4 ranks on this machine, but only 2 x NVIDIA H100"
-        in gpu.judge_gpus(Gpus((H100,) * 2, "13.0", 2), None, 4).text
-    )
-    assert gpu.judge_gpus(Gpus((H100, A100), "13.0", 2), None, 2).level == "warning"
-
-
-@pytest.mark.parametrize(
-    ("devices", "cuda", "able", "reason"),
-    [
-        ((H100,), "13.0", {"fp8_tensorwise", "fp8_blockwise", "fp8_delayed"}, ""),
-        ((H100,), "12.8", {"fp8_tensorwise", "fp8_delayed"}, "fp8_blockwise needs CUDA 12.9, torch is built for 12.8"),
-        ((L40,), "13.0", {"fp8_tensorwise", "fp8_delayed"}, "needs compute capability 9.0, NVIDIA L40S has 8.9"),
-        ((H100, A100), "13.0", set(), "needs compute capability 8.9, NVIDIA A100 has 8.0"),
-        ((H100, B200), "13.0", {"fp8_tensorwise", "fp8_delayed"}, "NVIDIA B200 has newer formats"),
-        ((), None, set(), "no GPU, no FP8"),
-    ],
-)
-def test_fp8_depends_on_the_weakest_gpu_the_newest_one_and_cuda(config, devices, cuda, able, reason):
-    gpus = Gpus(devices, cuda, None)
-    found = gpu.judge_fp8(gpus, None)
-    assert found.level == "ok"
-    assert reason in found.text
-    for name in ("fp8_tensorwise", "fp8_blockwise", "fp8_delayed"):
-        chosen = dataclasses.replace(config, precision=dataclasses.replace(config.precision, name=name))
-        judged = gpu.judge_fp8(gpus, chosen)
-        assert (judged.level == "ok") == (name in able), name
-        assert judged.level == "ok" or (f"precision={'bf16' if devices else 'fp32'}" in judged.remedy)
-
-
-@pytest.mark.parametrize(
-    ("version", "body", "level", "text"),
-    [
-        ("2.11.0", "", "ok", "2.11.0 imports"),
-        ("2.11.0", "raise ImportError('undefined symbol: _ZN2at')", "failure", "does not import: undefined symbol"),
-        ("2.11.0", "import os; os.kill(os.getpid(), 11)", "failure", "died by SIGSEGV"),
-        ("1.13", "", "failure", "takes >= 2.9, < 2.12"),
-    ],
-)
-def test_a_library_that_does_not_import_is_a_failure_even_if_it_takes_the_process_along(
-    tmp_path, monkeypatch, version, body, level, text
-):
-    package = tmp_path / "transformer_engine"
-    package.mkdir()
-    (package / "__init__.py").touch()
-    (package / "pytorch.py").write_text(body)
-    distribution(tmp_path, "transformer_engine", version)
-    monkeypatch.syspath_prepend(tmp_path)
-    (found,) = run_guarded(check("transformer_engine"), context())
-    assert (found.level, text in found.text) == (level, True), found
-
-
-def test_a_broken_apex_is_a_failure_and_none_is_fine(tmp_path, monkeypatch):
-    assert gpu.apex(context()).level == "ok"
-    (tmp_path / "apex").mkdir()
-    (tmp_path / "apex" / "__init__.py").touch()
-    (tmp_path / "apex" / "optimizers.py").write_text("import amp_C_that_is_not_there")
-    distribution(tmp_path, "apex", "0.1")
-    monkeypatch.syspath_prepend(tmp_path)
-    (found,) = run_guarded(check("apex"), context())
-    assert found.level == "failure"
-    assert "No module named 'amp_C_that_is_not_there'" in found.text
-
-
-def test_transformer_engine_is_missed_where_the_precision_needs_it(config):
-    assert gpu.transformer_engine(context(config)).level == "ok"
-    wanted = dataclasses.replace(config, precision=dataclasses.replace(config.precision, name="bf16"))
-    assert gpu.transformer_engine(context(wanted)).level == "failure"
-
-
-def test_tensorrt_llm_is_held_against_its_contract(config, tmp_path, monkeypatch):
-    from tests.engines.trtllm.test_check import FILES
-
-    hosted = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, engine="trtllm"))
-    assert gpu.tensorrt_llm(context(config)).level == "ok"
-    assert gpu.tensorrt_llm(context(hosted)).level == "failure"
-    for name, text in FILES.items():
-        path = tmp_path / "tensorrt_llm" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    monkeypatch.syspath_prepend(tmp_path)
-    assert gpu.tensorrt_llm(context(hosted)).text == "version 1.2.1 is as the contract says"
-    path = tmp_path / "tensorrt_llm" / "_torch" / "async_llm.py"
-    path.write_text(path.read_text().replace("async def resume", "async def wake_up"))
-    found = gpu.tensorrt_llm(context(hosted))
-    assert found.level == "failure"
-    assert "async_llm.py" in found.text
-    assert gpu.tensorrt_llm(context(config)).level == "warning"
-
-
-GPU_FIELDS = {"bias_activation_fusion": True, "apply_rope_fusion": True}
-WITH_ALL = Libraries(True, "2.11.0", "transformer_engine", True, "2.8", "91002")
-
-
-def kernels(there: Libraries, **more) -> dict[str, tuple[bool, str]]:
-    from nemo_aapo.mcore import precision
-
-    fields = {**GPU_FIELDS, "transformer_layer_spec": precision.transformer_engine_layer_spec}
-    return {
-        kernel.name: (kernel.in_use, str(kernel) + kernel.remedy) for kernel in fused_kernels(fields, there, **more)
-    }
-
-
-def test_kernels_say_what_computes_and_why_no_fused_one_does():
-    found = kernels(WITH_ALL)
-    assert all(in_use for in_use, _ in found.values()), found
-    assert "flash-attn 2.8 or cuDNN 91002" in found["attention"][1]
-    found = kernels(WITH_ALL, environment={"NVTE_FLASH_ATTN": "0"})
-    assert "flash-attn" not in found["attention"][1]
-    off = {"NVTE_FLASH_ATTN": "0", "NVTE_FUSED_ATTN": "0"}
-    in_use, text = kernels(WITH_ALL, environment=off)["attention"]
-    assert not in_use
-    assert "NVTE_FLASH_ATTN=0 and NVTE_FUSED_ATTN=0" in text
-    assert "25% of it on the host" in kernels(WITH_ALL, offloaded=0.25)["Adam"][1]
-    bare = kernels(Libraries(True, None, "torch", False, None, "91002"))
-    assert {name for name, (in_use, _) in bare.items() if in_use} == {"SwiGLU"}  # torch compiles that one
-    assert all("install TransformerEngine" in text for name, (_, text) in bare.items() if name != "SwiGLU")
-
-
-def test_on_this_machine_the_kernels_are_what_mcore_decided(config):
-    import torch
-
-    if torch.cuda.is_available():
-        pytest.skip("the CPU's kernels are looked at")
-    found = run_guarded(check("kernels"), context(config))
-    assert [finding.name.removeprefix("kernel ") for finding in found] == list(kernels(WITH_ALL))
-    assert all(finding.level == "ok" and finding.text.endswith(": no GPU") for finding in found)
 
 
 # ---------------------------------------------------------------- Slurm and ports
@@ -428,17 +232,6 @@ def test_a_reward_that_prefers_the_wrong_answer_is_a_failure(tiny_models):
 
 
 # ---------------------------------------------------------------- the catalogue
-
-
-def check(name: str) -> Check:
-    return next(check for check in CHECKS if check.name == name)
-
-
-def failure(name: str, config) -> str:
-    """What a check says that fails."""
-    (found,) = run_guarded(check(name), context(config))
-    assert found.level == "failure", found
-    return found.text
 
 
 def test_checks_are_chosen_by_name():

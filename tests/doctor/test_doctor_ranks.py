@@ -31,7 +31,7 @@ class Listener:
     def begin(self, check: Check) -> None:
         self.begun.append(check.name)
 
-    def tell(self, finding: Finding) -> None:
+    def report(self, finding: Finding) -> None:
         self.found.append(finding)
 
 

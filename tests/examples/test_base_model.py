@@ -56,17 +56,17 @@ def digest(directory: Path) -> str:
 
 def test_the_same_seed_makes_the_same_model_and_a_second_call_finds_it(tmp_path):
     said = []
-    make_base_model(tmp_path / "a", QUICK, force=False, say=said.append)
-    make_base_model(tmp_path / "b", QUICK, force=False, say=said.append)
-    make_base_model(tmp_path / "c", replace(QUICK, seed=1), force=False, say=said.append)
+    make_base_model(tmp_path / "a", QUICK, force=False, log=said.append)
+    make_base_model(tmp_path / "b", QUICK, force=False, log=said.append)
+    make_base_model(tmp_path / "c", replace(QUICK, seed=1), force=False, log=said.append)
     assert digest(tmp_path / "a") == digest(tmp_path / "b") != digest(tmp_path / "c")
     before = (tmp_path / "a" / "model.safetensors").stat().st_mtime_ns
     said.clear()
-    make_base_model(tmp_path / "a", QUICK, force=False, say=said.append)
+    make_base_model(tmp_path / "a", QUICK, force=False, log=said.append)
     assert (tmp_path / "a" / "model.safetensors").stat().st_mtime_ns == before
     assert "there already" in said[0]
     with pytest.raises(BaseModelError, match="--force"):
-        make_base_model(tmp_path / "a", replace(QUICK, seed=1), force=False, say=said.append)
+        make_base_model(tmp_path / "a", replace(QUICK, seed=1), force=False, log=said.append)
 
 
 def test_an_interrupted_build_is_not_taken_for_a_model(tmp_path, monkeypatch):
@@ -76,9 +76,9 @@ def test_an_interrupted_build_is_not_taken_for_a_model(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(base_model, "accuracy", stop)  # everything but the stamp is written by then
         with pytest.raises(KeyboardInterrupt):
-            make_base_model(tmp_path / "model", QUICK, force=False, say=print)
+            make_base_model(tmp_path / "model", QUICK, force=False, log=print)
     assert not (tmp_path / "model").exists()
-    made = make_base_model(tmp_path / "model", QUICK, force=False, say=print)
+    made = make_base_model(tmp_path / "model", QUICK, force=False, log=print)
     assert json.loads((tmp_path / "model" / base_model.STAMP).read_text()) == made
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
@@ -89,28 +89,28 @@ def test_force_replaces_a_base_model_and_removes_nothing_else(tmp_path):
     (theirs / "notes.txt").write_text("years of work")
     for force in (False, True):
         with pytest.raises(BaseModelError, match="no base model"):
-            make_base_model(theirs, QUICK, force=force, say=print)
+            make_base_model(theirs, QUICK, force=force, log=print)
     assert (theirs / "notes.txt").read_text() == "years of work"
-    make_base_model(tmp_path / "ours", QUICK, force=False, say=print)
-    made = make_base_model(tmp_path / "ours", replace(QUICK, seed=1), force=True, say=print)
+    make_base_model(tmp_path / "ours", QUICK, force=False, log=print)
+    made = make_base_model(tmp_path / "ours", replace(QUICK, seed=1), force=True, log=print)
     assert made["recipe"]["seed"] == 1
 
 
 def test_the_right_answers_go_on_until_it_can_add(tmp_path):
     said = []
     recipe = replace(QUICK, clean_steps=50, clean_loss=100.0, noisy_steps=0)
-    make_base_model(tmp_path / "easy", recipe, force=False, say=said.append)
+    make_base_model(tmp_path / "easy", recipe, force=False, log=said.append)
     assert [line for line in said if "step" in line] == said[:1]
     assert said[0].startswith("base model: step 1 on right answers")
     said.clear()
-    make_base_model(tmp_path / "hard", replace(recipe, clean_loss=0.0), force=False, say=said.append)
+    make_base_model(tmp_path / "hard", replace(recipe, clean_loss=0.0), force=False, log=said.append)
     assert said[0].startswith("base model: step 50 on right answers")
 
 
 def test_plain_transformers_samples_from_the_whole_vocabulary(tmp_path):
     from transformers import AutoModelForCausalLM
 
-    make_base_model(tmp_path / "model", QUICK, force=False, say=print)
+    make_base_model(tmp_path / "model", QUICK, force=False, log=print)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").generation_config.top_k == 0
 
 

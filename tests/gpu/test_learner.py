@@ -99,7 +99,7 @@ def test_no_attention_leaks_between_packed_sequences(one_rank, model):
     """Other tokens in all sequences but one change nothing of that one, not even its last bit."""
     import torch
 
-    from nemo_aapo.learner.microbatch import collate
+    from nemo_aapo.learner.microbatch import PrefixGroup, collate
     from nemo_aapo.types import Sample
     from tests.policies import make_policy
     from tests.tiny_models import make_config
@@ -117,9 +117,7 @@ def test_no_attention_leaks_between_packed_sequences(one_rank, model):
     def score():
         others = [sample(length) for length in lengths]
         samples = [others[0], kept, *others[1:]]
-        batch = collate(
-            [(sample,) for sample in samples], [1.0] * 4, multiple=1, device=torch.device("cuda"), packed=True
-        )
+        batch = collate(PrefixGroup.separate(samples), [1.0] * 4, multiple=1, device=torch.device("cuda"), packed=True)
         return policy.score([batch])[0][125 : 125 + 72]
 
     first, second = score(), score()

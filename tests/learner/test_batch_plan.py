@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_aapo.learner.batch_plan import padding_fraction, plan, tokens_of
-from nemo_aapo.learner.microbatch import bundled, collate, length_of, pad_to, row_length_of
+from nemo_aapo.learner.batch_plan import padded_tokens, padding_fraction, plan
+from nemo_aapo.learner.microbatch import PrefixGroup, collate, pad_to
 from nemo_aapo.mcore.packing import SHORTEST_OF_BATCH, packed_sequences
 from nemo_aapo.types import Sample
 
@@ -22,26 +22,26 @@ def reasoning_lengths(count: int, seed: int = 0) -> list[int]:
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("seed", range(40))
-def test_every_sequence_is_dealt_once_within_the_budget_and_evenly(seed, packed):
+def test_every_sequence_is_assigned_once_within_the_budget_and_evenly(seed, packed):
     generator = np.random.default_rng(seed)
     lengths = generator.integers(1, 200, generator.integers(0, 60)).tolist()
     ranks, multiple = int(generator.integers(1, 5)), int(generator.choice([1, 2, 8]))
     budget = int(generator.integers(208, 1000))
-    dealt = plan(lengths, budget=budget, data_parallel_size=ranks, multiple=multiple, packed=packed)
-    assert sorted(i for rank in dealt for batch in rank for i in batch) == list(range(len(lengths)))
-    assert len({len(rank) for rank in dealt}) == 1
-    assert dealt[0]
-    for batch in (batch for rank in dealt for batch in rank if batch):
+    assigned = plan(lengths, budget=budget, data_parallel_size=ranks, multiple=multiple, packed=packed)
+    assert sorted(i for rank in assigned for batch in rank for i in batch) == list(range(len(lengths)))
+    assert len({len(rank) for rank in assigned}) == 1
+    assert assigned[0]
+    for batch in (batch for rank in assigned for batch in rank if batch):
         padded = len(batch) * pad_to(max(lengths[i] for i in batch), multiple)
         packs = pad_to(sum(lengths[i] for i in batch), multiple)
-        assert tokens_of([lengths[i] for i in batch], multiple, packed) == (packs if packed else padded) <= budget
+        assert padded_tokens([lengths[i] for i in batch], multiple, packed) == (packs if packed else padded) <= budget
 
 
 def test_sorting_removes_most_padding_of_reasoning_like_lengths():
     lengths = reasoning_lengths(512)
     budget = 8192
-    dealt = plan(lengths, budget=budget, data_parallel_size=4)
-    sorted_padding = padding_fraction([batch for rank in dealt for batch in rank], lengths)
+    assigned = plan(lengths, budget=budget, data_parallel_size=4)
+    sorted_padding = padding_fraction([batch for rank in assigned for batch in rank], lengths)
     in_order = [list(range(start, min(start + 8, 512))) for start in range(0, 512, 8)]
     assert padding_fraction(in_order, lengths) > 0.4
     assert sorted_padding < 0.12
@@ -60,8 +60,8 @@ def test_packing_leaves_hardly_any_padding_and_needs_fewer_micro_batches():
 @pytest.mark.parametrize("seed", range(5))
 def test_no_rank_has_much_more_to_do_than_the_average(seed):
     lengths = reasoning_lengths(512, seed)
-    dealt = plan(lengths, budget=4096, data_parallel_size=4)
-    longest = [[(len(batch), max(lengths[i] for i in batch)) for batch in rank] for rank in dealt]
+    assigned = plan(lengths, budget=4096, data_parallel_size=4)
+    longest = [[(len(batch), max(lengths[i] for i in batch)) for batch in rank] for rank in assigned]
     tokens = [sum(rows * length for rows, length in rank) for rank in longest]
     squares = [sum(rows * length**2 for rows, length in rank) for rank in longest]
     assert max(tokens) < 1.1 * np.mean(tokens)
@@ -78,7 +78,7 @@ def test_positions_select_the_state_that_predicts_each_completion_token():
         Sample(np.array([5, 6, 7], np.int32), np.array([8, 9], np.int32), np.zeros(2, np.float32), 1.0),
         Sample(np.array([3], np.int32), np.array([4], np.int32), np.zeros(1, np.float32), -1.0),
     ]
-    batch = collate([(sample,) for sample in samples], [0.5, 0.25], multiple=4, device=torch.device("cpu"))
+    batch = collate(PrefixGroup.separate(samples), [0.5, 0.25], multiple=4, device=torch.device("cpu"))
     assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 0, 0, 0], [3, 4, 0, 0, 0, 0, 0, 0]]
     states = torch.arange(8)[:, None] * 10 + torch.arange(2)  # [s, b]: ten times the position, plus the row
     assert states.flatten()[batch.positions].tolist() == [20, 30, 1]
@@ -92,7 +92,7 @@ def test_packed_sequences_stand_end_to_end_and_the_padding_is_one_of_its_own():
         Sample(np.array([5, 6, 7], np.int32), np.array([8, 9], np.int32), np.zeros(2, np.float32), 1.0),
         Sample(np.array([3], np.int32), np.array([4], np.int32), np.zeros(1, np.float32), -1.0),
     ]
-    batch = collate([(sample,) for sample in samples], [0.5, 0.25], multiple=4, device=torch.device("cpu"), packed=True)
+    batch = collate(PrefixGroup.separate(samples), [0.5, 0.25], multiple=4, device=torch.device("cpu"), packed=True)
     assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 3, 4, 0]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 0]]
     assert batch.cu_seqlens.tolist() == [0, 5, 7, 8]
@@ -100,7 +100,7 @@ def test_packed_sequences_stand_end_to_end_and_the_padding_is_one_of_its_own():
     assert batch.longest == 5
     assert batch.positions.tolist() == [2, 3, 5]
     assert batch.targets.tolist() == [8, 9, 4]
-    whole = collate([(sample,) for sample in samples], [0.5, 0.25], multiple=7, device=torch.device("cpu"), packed=True)
+    whole = collate(PrefixGroup.separate(samples), [0.5, 0.25], multiple=7, device=torch.device("cpu"), packed=True)
     assert whole.cu_seqlens.tolist() == [0, 5, 7]
 
 
@@ -120,31 +120,31 @@ def random_group(generator: np.random.Generator, prompt: int, count: int) -> lis
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_bundles_keep_every_sample_once_within_the_budget_and_as_few_as_their_order_allows(seed):
+def test_prefix_groups_keep_every_sample_once_within_the_budget_and_as_few_as_their_order_allows(seed):
     generator = np.random.default_rng(seed)
     samples = random_group(generator, int(generator.integers(1, 30)), int(generator.integers(0, 20)))
     budget = int(generator.integers(70, 400))
-    bundles = bundled(samples, budget)
-    assert sorted(map(id, (s for bundle in bundles for s in bundle))) == sorted(map(id, samples))
-    assert all(length_of(bundle) <= budget for bundle in bundles)
-    assert [len(b) for b in bundled(samples, 1)] == [1] * len(samples)  # too long, each: alone
-    for bundle, following in itertools.pairwise(bundles):
-        assert length_of(bundle) + following[0].length > budget
-    for bundle in bundles:
-        assert row_length_of(bundle) == len(bundle[0].prompt_ids) + sum(len(s.completion_ids) for s in bundle)
-    assert [s.length for bundle in bundles for s in bundle] == sorted((s.length for s in samples), reverse=True)
+    groups = PrefixGroup.split(samples, budget)
+    assert sorted(map(id, (s for group in groups for s in group.samples))) == sorted(map(id, samples))
+    assert all(group.sequence_tokens <= budget for group in groups)
+    assert [len(g.samples) for g in PrefixGroup.split(samples, 1)] == [1] * len(samples)  # each is too long: alone
+    for group, following in itertools.pairwise(groups):
+        assert group.sequence_tokens + following.samples[0].length > budget
+    for group in groups:
+        assert group.row_tokens == len(group.prompt_ids) + sum(len(s.completion_ids) for s in group.samples)
+    assert [s.length for group in groups for s in group.samples] == sorted((s.length for s in samples), reverse=True)
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_attention_sees_whole_sequences_of_a_row_whose_prompts_stand_there_once(seed):
     generator = np.random.default_rng(seed)
     groups = [random_group(generator, int(generator.integers(1, 20)), int(generator.integers(2, 7))) for _ in range(3)]
-    bundles = [bundle for group in groups for bundle in bundled(group, 150)]
-    samples = [sample for bundle in bundles for sample in bundle]
+    shared = [part for group in groups for part in PrefixGroup.split(group, 150)]
+    samples = [sample for part in shared for sample in part.samples]
     multiple = int(generator.choice([1, 4, 16]))
-    batch = collate(bundles, [1.0] * len(samples), multiple=multiple, device=torch.device("cpu"), packed=True)
+    batch = collate(shared, [1.0] * len(samples), multiple=multiple, device=torch.device("cpu"), packed=True)
     row, positions = batch.input_ids[0], batch.position_ids[0]
-    assert len(row) == pad_to(sum(map(row_length_of, bundles)), multiple)
+    assert len(row) == pad_to(sum(part.row_tokens for part in shared), multiple)
     bounds = batch.cu_seqlens.tolist()
     first = 0
     for (start, stop), sample in zip(itertools.pairwise(bounds), samples, strict=False):
@@ -164,9 +164,9 @@ def test_attention_sees_whole_sequences_of_a_row_whose_prompts_stand_there_once(
     assert padded <= sum(sample.length for sample in samples) / SHORTEST_OF_BATCH + multiple
 
 
-def test_bundles_of_one_are_sequences_as_any_other():
+def test_prefix_groups_of_one_are_ordinary_sequences():
     samples = random_group(np.random.default_rng(0), 5, 4)
-    batch = collate([(s,) for s in samples], [1.0] * 4, multiple=1, device=torch.device("cpu"), packed=True)
+    batch = collate(PrefixGroup.separate(samples), [1.0] * 4, multiple=1, device=torch.device("cpu"), packed=True)
     assert batch.expand is None
     assert batch.contract is None
     assert batch.input_ids.shape[1] == sum(sample.length for sample in samples)

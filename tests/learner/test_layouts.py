@@ -134,7 +134,7 @@ def scored_among_others(path, other_seed, share_prompts):
     """
     import torch
 
-    from nemo_aapo.learner.microbatch import collate
+    from nemo_aapo.learner.microbatch import PrefixGroup, collate
     from nemo_aapo.types import Sample
     from tests.policies import make_policy
 
@@ -147,8 +147,8 @@ def scored_among_others(path, other_seed, share_prompts):
         return Sample(prompt, tokens[5:], np.zeros(length - 5, np.float32), 1.0)
 
     samples = (sample(other_seed, 13), sample(1, 17), sample(other_seed + 1, 20))
-    bundles = [samples] if share_prompts else [(sample,) for sample in samples]
-    batch = collate(bundles, [1.0] * 3, multiple=8, device=torch.device("cpu"), packed=True)
+    groups = [PrefixGroup(tuple(samples))] if share_prompts else PrefixGroup.separate(samples)
+    batch = collate(groups, [1.0] * 3, multiple=8, device=torch.device("cpu"), packed=True)
     assert (batch.expand is not None) is share_prompts
     return policy.score([batch])[0][8 : 8 + 12]
 
@@ -203,14 +203,14 @@ def _learn_nan(path):
     import torch
 
     from nemo_aapo.errors import NonFiniteError
-    from nemo_aapo.learner.microbatch import collate
+    from nemo_aapo.learner.microbatch import PrefixGroup, collate
     from nemo_aapo.types import Sample
     from tests.policies import make_policy
 
     policy = make_policy(make_config(path, model__pipeline_model_parallel_size=2))
     before = [parameter.detach().clone() for parameter in policy.module.parameters()]
     sample = Sample(np.array([3, 4], np.int32), np.array([5], np.int32), np.zeros(1, np.float32), float("nan"))
-    batch = collate([(sample,)], [1.0], multiple=1, device=torch.device("cpu"))
+    batch = collate([PrefixGroup((sample,))], [1.0], multiple=1, device=torch.device("cpu"))
     try:
         policy.optimization.train_step([batch], lambda logprobs, entropy, b: ((b.advantages * logprobs).sum(), {}))
     except NonFiniteError as error:

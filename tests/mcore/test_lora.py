@@ -49,7 +49,7 @@ def _frozen(policy):
 def _rollout(policy):
     """The engine's log-probs of what it draws, and the learner's of the same tokens; None on ranks that get none."""
     from nemo_aapo.engines.megatron.engine import MegatronEngine
-    from nemo_aapo.learner.microbatch import collate
+    from nemo_aapo.learner.microbatch import PrefixGroup, collate
     from nemo_aapo.types import Sample, SamplingSpec
 
     engine = MegatronEngine(policy.module, 160, 512)
@@ -58,9 +58,7 @@ def _rollout(policy):
     completions = [row[0] for row in rows]
     samples = [Sample(p, c.token_ids, c.logprobs, 1.0) for p, c in zip(prompts, completions, strict=True)]
     multiple = policy.config.model.tensor_model_parallel_size
-    batch = collate(
-        [(sample,) for sample in samples], [1.0] * len(samples), multiple=multiple, device=torch.device("cpu")
-    )
+    batch = collate(PrefixGroup.separate(samples), [1.0] * len(samples), multiple=multiple, device=torch.device("cpu"))
     [learner] = policy.score([batch])
     return np.concatenate([c.logprobs for c in completions]), learner
 

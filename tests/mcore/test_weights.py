@@ -12,7 +12,7 @@ LAYOUTS = {"1x1": (1, 1, 1, False), "2x1": (2, 2, 1, False), "1x2": (2, 1, 2, Fa
 
 
 def _round_trip(path, tp, pp, sp):
-    from nemo_aapo.learner.microbatch import collate
+    from nemo_aapo.learner.microbatch import PrefixGroup, collate
     from nemo_aapo.types import Sample
     from tests.policies import make_policy
 
@@ -27,7 +27,7 @@ def _round_trip(path, tp, pp, sp):
     weights = {name: tensor.numpy().copy() for name, tensor in policy.named_weights()}
     samples = [Sample(p, c, np.zeros(len(c), np.float32), 1.0) for p, c in sequences()]
     batch = collate(
-        [(sample,) for sample in samples], [1.0] * len(samples), multiple=2 if sp else 1, device=torch.device("cpu")
+        PrefixGroup.separate(samples), [1.0] * len(samples), multiple=2 if sp else 1, device=torch.device("cpu")
     )
     return weights, policy.score([batch, batch])
 

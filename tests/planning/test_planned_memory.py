@@ -11,7 +11,7 @@ import pytest
 
 from nemo_aapo.config.schema import Lora
 from nemo_aapo.planning import activations, compute, memory, models, parameters
-from nemo_aapo.planning.inputs import Layout, Learner, inputs_of
+from nemo_aapo.planning.inputs import Layout, Learner, plan_inputs
 from tests.tiny_models import SIZES, make_config, save_character_tokenizer, save_model
 
 MICROBATCHES = 3
@@ -71,7 +71,7 @@ def prepare(path: str, length: int, rows: int, changes: dict, kind: str = "padde
     import numpy as np
     import torch
 
-    from nemo_aapo.learner.microbatch import collate
+    from nemo_aapo.learner.microbatch import PrefixGroup, collate
     from nemo_aapo.types import Sample
     from tests.policies import make_policy
 
@@ -80,9 +80,9 @@ def prepare(path: str, length: int, rows: int, changes: dict, kind: str = "padde
     completion = np.arange(length - PROMPT) % 90 + 2
     sample = Sample(prompt, completion, np.zeros(len(completion), np.float32), advantage=1.0)
     multiple = changes.get("model__tensor_model_parallel_size", 1)
-    bundles = [(sample,) * rows] if kind == "shared" else [(sample,)] * rows
+    groups = [PrefixGroup((sample,) * rows)] if kind == "shared" else PrefixGroup.separate([sample] * rows)
     device = torch.device("cpu")
-    batch = collate(bundles, [1e-3] * rows, multiple=multiple, device=device, packed=kind != "padded")
+    batch = collate(groups, [1e-3] * rows, multiple=multiple, device=device, packed=kind != "padded")
 
     def loss(logprobs, entropy, batch):
         return -(batch.weights * logprobs).sum(), {}
@@ -168,7 +168,7 @@ def plan_a_step(
     )
     found = []
     for stage in range(layout.pipeline):
-        count = parameters.on_rank(model, layout, stage, lora)
+        count = parameters.rank_parameters(model, layout, stage, lora)
         flying = activations.in_flight(layout, stage, MICROBATCHES)
         batch = activations.MicroBatch(rows, length)
         found.append(
@@ -176,7 +176,7 @@ def plan_a_step(
                 "weights": memory.weights(count, learner),
                 "gradients": memory.gradients(count),
                 "optimizer": memory.optimizer(count, learner, layout),
-                "activations": activations.of_stage(model, layout, learner, batch, stage, flying),
+                "activations": activations.stage_activations(model, layout, learner, batch, stage, flying),
             }
         )
     return found
@@ -315,7 +315,7 @@ def test_flops_of_a_step_are_those_that_torch_counts(ranks, wide, recompute):
             f"rollout.max_new_tokens={length - PROMPT}",
         ]
     )
-    inputs = inputs_of(config, question)
+    inputs = plan_inputs(config, question)
     planned = compute.train_flops(inputs)
     # attention on CPU multiplies all pairs, of which causality hides half: the plan has the other half only.
     hidden_half = compute.forward(inputs, 0, rows * length**2 / 2, 0).rest * (4 if recompute else 3)

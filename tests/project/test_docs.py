@@ -27,7 +27,7 @@ def workplace(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("docs")
     recipe = Recipe(clean_steps=30, noisy_steps=0)
-    make_base_model(folder / "results" / "quickstart_base", recipe, force=False, say=print)
+    make_base_model(folder / "results" / "quickstart_base", recipe, force=False, log=print)
     assert asdict(recipe)["seed"] == 0
     return folder
 

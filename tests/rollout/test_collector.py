@@ -10,7 +10,7 @@ import pytest
 from nemo_aapo.engines.base import RolloutStats
 from nemo_aapo.rollout.collector import engine_metrics
 from nemo_aapo.types import Prompt
-from tests.engines.megatron.test_engine import SEEDS, SPEC, TIGHT, VOCAB_SIZE, build, prompts
+from tests.engines.megatron.generation import SEEDS, SPEC, TIGHT, VOCAB_SIZE, build, prompts
 
 
 class Scores:

@@ -320,7 +320,7 @@ def test_over_many_draws_the_expected_margin_has_the_sampled_ones_mean_and_a_low
     expected, sampled = [], []
     for draw in range(draws):
         stored = stores[:, draw]
-        pairs = advantage.draw_pairs([1000 * draw + i for i in range(len(rewards))], rewards.shape[1], samples)
+        pairs = advantage.sample_pairs([1000 * draw + i for i in range(len(rewards))], rewards.shape[1], samples)
         expected.append(advantage.margin(rewards, stored, -0.2, 0.28, "expected"))
         sampled.append(advantage.margin(rewards, stored, -0.2, 0.28, "sampled", pairs))
     difference = np.array(expected) - np.array(sampled)

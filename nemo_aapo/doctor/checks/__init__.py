@@ -1,1 +1,3 @@
-"""The single checks of the doctor, each of one subject."""
+"""The checks of the doctor, one module for each subject; each returns its findings."""
+
+"""The checks of the doctor, one module for each subject; each returns its findings."""

@@ -1,4 +1,4 @@
-"""Whether the ranks can reach each other: all-reduces as training does them, over NCCL on GPUs, over gloo on CPUs."""
+"""Checks that the ranks can reach each other, by all-reduces as in training: NCCL on GPUs, gloo on CPUs."""
 
 from __future__ import annotations
 
@@ -7,21 +7,24 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING
 
 from nemo_aapo.doctor.checks.versions import has_gpu
 from nemo_aapo.doctor.finding import Context, Finding
 from nemo_aapo.errors import first_line
 
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
 WAIT_S = 60.0
-"""For the last rank to come, and for each collective."""
+"""Deadline for the last rank to come, and for each collective."""
 ELEMENTS = 2**24
-"""Of float32: 64 MiB, the size of a gradient bucket."""
+"""Numbers of an all-reduce: 64 MiB of float32, the size of a gradient bucket."""
 REPEATS = 3
 
 
 def all_reduce(context: Context, wait_s: float = WAIT_S) -> Finding:
-    """Sums what all ranks hold, and compares with what it must be."""
+    """Sum numbers of all ranks, and compare with the expected sum."""
     name, place = "all_reduce", context.place
     if place.world_size == 1:
         return Finding(name, "ok", "one rank, nobody to reach: start it by torchrun or srun to try the network")
@@ -47,13 +50,13 @@ def all_reduce(context: Context, wait_s: float = WAIT_S) -> Finding:
     if wrong:
         remedy = "this network or its driver gives wrong numbers: don't train on it"
         return Finding(name, "failure", "; ".join(wrong), remedy)
-    sent = 4 * ELEMENTS * 2 * (place.world_size - 1) / place.world_size / 1e9  # GB of each rank, in a ring
+    sent = 4 * ELEMENTS * 2 * (place.world_size - 1) / place.world_size / 1e9  # GB that each rank of a ring sends
     speeds = [f"{backend} {1e3 * seconds:.0f} ms ({sent / seconds:.1f} GB/s a rank)" for backend, _, seconds in found]
     return Finding(name, "ok", f"the sums of {place.world_size} ranks are right; 64 MiB: {', '.join(speeds)}")
 
 
-def _meet(context: Context, wait_s: float) -> Any:
-    """A store of this check's own on rank 0's machine, whatever the ranks were started by."""
+def _meet(context: Context, wait_s: float) -> Store:
+    """A store for this check alone, on rank 0's machine, however the ranks were started."""
     from torch.distributed import TCPStore
 
     place = context.place
@@ -68,9 +71,10 @@ def _meet(context: Context, wait_s: float) -> Any:
     return store
 
 
-def _missing(store: Any, world_size: int, wait_s: float) -> list[str]:
-    """Ranks that did not come: gloo's and NCCL's own errors don't say which."""
-    end, missing = time.monotonic() + wait_s, []
+def _missing(store: Store, world_size: int, wait_s: float) -> list[str]:
+    """The ranks that did not come, which the errors of gloo and NCCL don't name."""
+    end = time.monotonic() + wait_s
+    missing: list[str] = []
     for rank in range(world_size):
         try:
             store.wait([f"here/{rank}"], timedelta(seconds=max(0.01, end - time.monotonic())))
@@ -80,12 +84,12 @@ def _missing(store: Any, world_size: int, wait_s: float) -> list[str]:
 
 
 def _reduce(
-    store: Any, context: Context, devices: dict[str, str], wait_s: float
+    store: Store, context: Context, devices: dict[str, str], wait_s: float
 ) -> list[tuple[str, tuple[float, float], float]]:
     """Backend, lowest and highest sum, seconds of the fastest repeat.
 
     Args:
-        devices: backend -> where its tensors lie. Training has both on a GPU: gloo for what is no tensor.
+        devices: backend -> device of its tensors. On GPUs training uses both: gloo carries Python objects.
     """
     import torch
     import torch.distributed as dist

@@ -1,4 +1,4 @@
-"""The file system of the run directory: what checkpoints need of it, its speed and its space."""
+"""Checks the file system of the run directory: what checkpoints need of it, its speed and its space."""
 
 from __future__ import annotations
 
@@ -14,20 +14,22 @@ from nemo_aapo.doctor.checks.sizes import bytes_per_parameter, count_parameters,
 from nemo_aapo.doctor.finding import Context, Finding
 from nemo_aapo.planning import models
 from nemo_aapo.planning.inputs import Layout
-from nemo_aapo.planning.parameters import on_rank
+from nemo_aapo.planning.parameters import rank_parameters
 from nemo_aapo.run.directory import check_run_directory
 
 SIZE = 64 * 2**20
+"""Bytes that are written and read to measure the speed."""
 SLOW_BYTES_PER_S = 50e6
-"""Below this a checkpoint of a 7B model, 100 GB, takes more than half an hour."""
+"""A slower file system gets a warning: a checkpoint of a 7B model, 100 GB, would take more than half an hour."""
 SLOW_SYNC_S = 1.0
+"""A sync of a small file that takes longer gets a warning."""
 SEEN_S = 30.0
 """A shared file system may take so long to show a new file on all machines."""
 
 
 def file_system(context: Context) -> Finding:
     """Renames over an existing file, syncs, locks, writes and reads where the run directory is or will be."""
-    name, config = "file_system", on_this_machine(context.config)
+    name, config = "file_system", on_this_machine(context.run_config)
     check_run_directory(config)
     directory = nearest(Path(config.run.dir))
     try:
@@ -60,7 +62,7 @@ def nearest(path: Path) -> Path:
 
 
 def _speed(path: Path) -> tuple[float, float]:
-    """Bytes a second of writing to the disk and of reading back without the page cache."""
+    """Bytes per second of writing to the disk, and of reading back without the page cache."""
     block = os.urandom(2**20)
     start = time.perf_counter()
     with path.open("wb") as file:
@@ -78,7 +80,7 @@ def _speed(path: Path) -> tuple[float, float]:
 
 
 def _rename_is_atomic(folder: Path) -> bool:
-    """A file replaced by another one has the new content at once, and the old name is gone."""
+    """Whether a file that another one replaces has the new content at once, with the old name gone."""
     old, new = folder / "old", folder / "new"
     new.write_bytes(b"old")
     with new.open("rb") as reader:
@@ -88,7 +90,7 @@ def _rename_is_atomic(folder: Path) -> bool:
 
 
 def _sync_seconds(folder: Path) -> float:
-    """Of a small file and its directory, as a checkpoint's manifest is written."""
+    """Seconds to sync a small file and its directory, as for a checkpoint's manifest."""
     start = time.perf_counter()
     with (folder / "small").open("wb") as file:
         file.write(b"small")
@@ -115,18 +117,18 @@ def _locks(path: Path) -> bool:
 
 
 def shared_files(context: Context, wait_s: float = SEEN_S) -> Finding:
-    """Each rank leaves a file beside the run directory and looks for those of all others."""
+    """Have each rank make a file beside the run directory and look for those of all others."""
     name, place = "shared_files", context.place
     if place.world_size == 1:
         return Finding(name, "ok", "one rank, no files to share")
-    folder = nearest(Path(context.config.run.dir)) / f".aapo_doctor_{context.token}"
+    folder = nearest(Path(context.run_config.run.dir)) / f".aapo_doctor_{context.token}"
     mine = folder / f"rank_{place.rank}"
     try:
         folder.mkdir(exist_ok=True)
         mine.touch()
         unseen = _unseen(folder, "rank", place.world_size, wait_s)
         (folder / f"done_{place.rank}").touch()
-        _unseen(folder, "done", place.world_size, wait_s)  # none takes its file away before all have looked
+        _unseen(folder, "done", place.world_size, wait_s)  # no file is removed before all ranks have looked
     except OSError as error:
         return Finding(name, "failure", f"{folder.parent} can't be written: {error.strerror}", "name another run.dir")
     finally:
@@ -139,11 +141,12 @@ def shared_files(context: Context, wait_s: float = SEEN_S) -> Finding:
 
 
 def _unseen(folder: Path, what: str, world_size: int, wait_s: float) -> list[str]:
+    """Numbers of the ranks whose file ``WHAT_RANK`` is not seen in time."""
     wanted, end = set(range(world_size)), time.monotonic() + wait_s
     while wanted and time.monotonic() < end:
         try:
-            names = os.listdir(folder)  # so that network file systems look anew
-        except FileNotFoundError:  # another rank has seen all, and cleared up
+            names = os.listdir(folder)  # unlike a test of one path, it makes network file systems refresh their view
+        except FileNotFoundError:  # another rank has seen all files and removed the folder
             return []
         wanted = {rank for rank in wanted if f"{what}_{rank}" not in names}
         time.sleep(0.05 if wanted else 0)
@@ -151,8 +154,8 @@ def _unseen(folder: Path, what: str, world_size: int, wait_s: float) -> list[str
 
 
 def disk(context: Context) -> Finding:
-    """Space for the checkpoints that are kept, the one being written, and the export."""
-    config = on_this_machine(context.config)
+    """Compare the free space with the checkpoints that are kept, the one being written, and the export."""
+    config = on_this_machine(context.run_config)
     directory = nearest(Path(config.run.dir))
     free = shutil.disk_usage(directory).free
     need, text = disk_need(config)
@@ -163,12 +166,12 @@ def disk(context: Context) -> Finding:
 
 
 def disk_need(config: Config) -> tuple[int, str]:
-    """Bytes, and how they come about. Args: config: its precision is decided."""
+    """Bytes that the run needs, and an explanation. Args: config: without values that are left to the machine."""
     parameters = count_parameters(Path(config.model.path))
     size = bytes_per_parameter(config)
     checkpoints = config.checkpoint.keep_last + 1 + (config.checkpoint.keep_best is not None)
     lora = config.model.lora
-    adapters = on_rank(models.read(config.model.path), Layout(), 0, lora).adapters
+    adapters = rank_parameters(models.read(config.model.path), Layout(), 0, lora).adapters
     one = (parameters + adapters) * size.weight + (adapters if lora else parameters) * size.optimizer
     export = parameters * size.weight if config.export_hf_model else 0
     need = checkpoints * one + export

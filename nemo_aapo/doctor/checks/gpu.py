@@ -1,4 +1,4 @@
-"""GPUs, what they can do in FP8, and the libraries that compute on them."""
+"""Checks the GPUs, their FP8 formats, and the libraries that compute on them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from nemo_aapo.config import PRECISIONS, Config, PrecisionKind
 from nemo_aapo.doctor.checks.sizes import on_this_machine
 from nemo_aapo.doctor.checks.versions import cuda_of_torch, has_gpu, installed_version
-from nemo_aapo.doctor.finding import Context, Finding
+from nemo_aapo.doctor.finding import Context, Finding, Level
 from nemo_aapo.engines.trtllm import check as trtllm_check
 from nemo_aapo.engines.trtllm.package_source import Package
 
 TRANSFORMER_ENGINE = ((2, 9), (2, 12))
-"""What megatron-core 0.16 takes: from, and below."""
+"""The versions that megatron-core 0.16 takes: from the first, below the second."""
 DRIVER_TIMEOUT_S = 20.0
+"""nvidia-smi is given up after so long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,7 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True)
 class Gpus:
-    """What there is on this machine."""
+    """The GPUs of this machine."""
 
     devices: tuple[Gpu, ...]
     cuda: str | None
@@ -40,8 +41,8 @@ class Gpus:
     """GPUs that nvidia-smi lists; None: there is no nvidia-smi, or it fails."""
 
 
-def look() -> Gpus:
-    """Takes no memory on any device."""
+def find_gpus() -> Gpus:
+    """The GPUs of this machine; takes no memory on any of them."""
     devices: tuple[Gpu, ...] = ()
     if has_gpu():
         import torch
@@ -62,12 +63,12 @@ def _listed() -> int | None:
 
 
 def gpu(context: Context) -> Finding:
-    """Whether each rank of this machine has a GPU, or none needs one."""
-    return judge_gpus(look(), context.config, context.place.local_world_size)
+    """Check that each rank of this machine has a GPU, or that none needs one."""
+    return judge_gpus(find_gpus(), context.config, context.place.local_world_size)
 
 
 def judge_gpus(gpus: Gpus, config: Config | None, local_ranks: int) -> Finding:
-    """Args: local_ranks: of this machine, each of which takes the GPU of its own number."""
+    """As ``gpu``, of these GPUs. Args: local_ranks: ranks of this machine, each of which takes one GPU."""
     count = len(gpus.devices)
     if count == 0 and gpus.listed:
         why = "torch is a CPU build" if gpus.cuda is None else f"torch is built for CUDA {gpus.cuda}"
@@ -98,12 +99,12 @@ def _needs_gpu(config: Config) -> str:
 
 
 def fp8(context: Context) -> Finding:
-    """Which FP8 recipes the GPUs can do, and whether the chosen one is among them."""
-    return judge_fp8(look(), context.config)
+    """Check that the GPUs can compute in the chosen FP8 recipe, and list those that they can."""
+    return judge_fp8(find_gpus(), context.config)
 
 
 def judge_fp8(gpus: Gpus, config: Config | None) -> Finding:
-    """As ``fp8``, of what was seen."""
+    """As ``fp8``, of these GPUs."""
     reasons = {name: fp8_refusal(kind, gpus) for name, kind in PRECISIONS.items() if kind.fp8}
     chosen = config.precision.name if config is not None else ""
     if reason := reasons.get(chosen):
@@ -135,7 +136,7 @@ def fp8_refusal(kind: PrecisionKind, gpus: Gpus) -> str:
 
 
 def transformer_engine(context: Context) -> Finding:
-    """Imports it for real: a build for another torch fails there."""
+    """Check the version, and import the package, as a build for another torch fails only then."""
     name, version = "transformer_engine", installed_version("transformer_engine")
     remedy = "use the Dockerfile's image, or pip install transformer_engine[pytorch] built against this torch"
     if version is None:
@@ -147,7 +148,7 @@ def transformer_engine(context: Context) -> Finding:
 
 
 def apex(context: Context) -> Finding:
-    """Its fused kernels are an extra where TransformerEngine is there."""
+    """Check that it imports if it is installed; it is an extra, as TransformerEngine has the same kernels."""
     version, remedy = installed_version("apex"), "build it for this torch with --cpp_ext --cuda_ext, or uninstall it"
     if version is None:
         return Finding("apex", "ok", "not installed; TransformerEngine has all that it would be used for")
@@ -158,14 +159,14 @@ def _absent(name: str, context: Context, remedy: str) -> Finding:
     config = context.config
     if config is not None and config.precision.name not in ("fp32", "auto"):
         return Finding(name, "failure", f"not installed; precision={config.precision.name} needs it", remedy)
-    if look().devices:
-        level = "warning" if config is None else "failure"
+    if find_gpus().devices:
+        level: Level = "warning" if config is None else "failure"
         return Finding(name, level, "not installed, and every policy on a GPU needs its layers", remedy)
     return Finding(name, "ok", "not installed; on the CPU nothing needs it")
 
 
 def _imported(name: str, module: str, version: str, remedy: str) -> Finding:
-    import torch  # noqa: F401  (its libraries must be there first)
+    import torch  # noqa: F401  (loads libraries that the module needs)
 
     try:
         importlib.import_module(module)
@@ -176,7 +177,7 @@ def _imported(name: str, module: str, version: str, remedy: str) -> Finding:
 
 
 def tensorrt_llm(context: Context) -> Finding:
-    """The installed package against the adapter's contract, without importing it."""
+    """Compare the installed package with the adapter's contract, without importing it."""
     name, config = "tensorrt_llm", context.config
     wanted = config is not None and "trtllm" in (config.rollout.engine, _hosted(config))
     path = trtllm_check.installed()
@@ -199,11 +200,11 @@ def _hosted(config: Config) -> str:
 
 
 def kernels(context: Context) -> list[Finding]:
-    """A line for each kernel."""
+    """Report each fused kernel: whether it is in use, and why not."""
     from nemo_aapo.mcore import precision
     from nemo_aapo.mcore.kernels import fused_kernels, libraries
 
-    config, there = on_this_machine(context.config), libraries()
+    config, there = on_this_machine(context.run_config), libraries()
     offloaded = config.model.optim.cpu_offload_fraction
     return [
         Finding(

@@ -1,4 +1,4 @@
-"""Free memory against what the chosen configuration needs at least."""
+"""Checks that free memory covers what the chosen configuration needs at least."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from nemo_aapo.doctor.checks.sizes import on_this_machine, readable
 from nemo_aapo.doctor.checks.versions import has_gpu
 from nemo_aapo.doctor.finding import Context, Finding
 from nemo_aapo.planning import hardware, models
-from nemo_aapo.planning.inputs import Question, inputs_of
-from nemo_aapo.planning.memory import RankMemory, of_rank
+from nemo_aapo.planning.inputs import Question, plan_inputs
+from nemo_aapo.planning.memory import RankMemory, rank_memory
 
 CGROUPS = (
     ("memory.max", "memory.current"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
 )
-"""Limit and usage below /sys/fs/cgroup, version 2 and version 1."""
+"""Files with limit and usage below /sys/fs/cgroup, in version 2 and version 1."""
 DEVICE_PARTS = ("weights", "gradients", "optimizer")
+"""Parts of a plan that stay in memory as long as the run trains."""
 REMEDY = "raise the tensor- or pipeline-parallel size, or use machines with more memory"
 
 
 def memory(context: Context) -> list[Finding]:
-    """The host's memory for all ranks of this machine, and a GPU's for one."""
-    config, ranks, on_gpu = on_this_machine(context.config), ranks_here(context), has_gpu()
+    """Check the host's memory for all ranks of this machine, and a GPU's for one rank."""
+    config, ranks, on_gpu = on_this_machine(context.run_config), ranks_here(context), has_gpu()
     host = free_host_memory()
     free = _free_gpu_memory(context.place.local_rank) if on_gpu else host
     planned = plan(config, free)
@@ -42,22 +43,22 @@ def memory(context: Context) -> list[Finding]:
 
 
 def plan(config: Config, free: int) -> RankMemory:
-    """What ``scripts/plan.py`` reckons for the fullest rank.
+    """The planned memory of the fullest rank, as ``scripts/plan.py`` has it.
 
     Args:
-        config: its precision is decided.
-        free: bytes where the model computes.
+        config: without values that are left to the machine.
+        free: free bytes of the device that computes.
     """
     lengths = float(config.data.max_prompt_tokens), float(config.rollout.max_new_tokens)
-    gpu = replace(hardware.find("h100"), memory_bytes=free)  # of a GPU's other figures only times depend
+    gpu = replace(hardware.find("h100"), memory_bytes=free)  # its other figures decide times only
     question = Question(models.read(config.model.path), gpu, *lengths, dataset_prompts=None)
-    return of_rank(inputs_of(config, question))
+    return rank_memory(plan_inputs(config, question))
 
 
 def ranks_here(context: Context) -> int:
-    """Of this machine: those that were started, else those that the configuration will have started."""
+    """Number of ranks on this machine: those that were started, or those that the configuration asks for."""
     place = context.place
-    return place.local_world_size if place.world_size > 1 else context.config.trainer.devices
+    return place.local_world_size if place.world_size > 1 else context.run_config.trainer.devices
 
 
 def _free_gpu_memory(number: int) -> int:
@@ -67,7 +68,7 @@ def _free_gpu_memory(number: int) -> int:
 
 
 def judge(name: str, need: float, free: int, what: str, peak: float | None = None) -> Finding:
-    """Args: need: bytes, a lower bound. peak: what is reckoned with activations and caches; None: not known."""
+    """Compare bytes. Args: need: a lower bound. peak: the planned one with activations and caches; None: not known."""
     text = f"{readable(free)} free, at least {readable(need)} needed ({what})"
     if peak is not None:
         text += f", {readable(peak)} reckoned with activations and caches (scripts/plan.py)"
@@ -79,7 +80,7 @@ def judge(name: str, need: float, free: int, what: str, peak: float | None = Non
 
 
 def free_host_memory(root: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes, of the machine or of the container or job that this process is in."""
+    """Free bytes of the machine or, if that is less, of the container or job that this process is in."""
     import psutil
 
     free = [psutil.virtual_memory().available]

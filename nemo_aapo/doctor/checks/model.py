@@ -1,4 +1,4 @@
-"""The model directory, its layout over the ranks, and its tokenizer."""
+"""Checks the model directory, its layout over the ranks, and its tokenizer."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from nemo_aapo.models.directory import read_model_dir
 
 
 def model(context: Context) -> Finding:
-    """Every file is there and whole, and the layout divides the model."""
-    config, place = context.config, context.place
+    """Check that every file is complete and that the layout divides the model."""
+    config, place = context.run_config, context.place
     shape = read_model_dir(config.model.path)
     asked = config.trainer.num_nodes * config.trainer.devices
     derive(config, shape, place.world_size if place.world_size > 1 else asked)
@@ -24,8 +24,8 @@ def model(context: Context) -> Finding:
 
 
 def tokenizer(context: Context) -> Finding:
-    """It loads, ends sequences, renders a prompt, and knows no token that the model has no row for."""
-    config = context.config
+    """Check that it loads, has an end token, renders a prompt, and has no more tokens than the model's vocabulary."""
+    config = context.run_config
     loaded = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
     eos = require_eos(loaded, config.model.path)
     vocabulary = read_model_dir(config.model.path).vocab_size

@@ -1,4 +1,4 @@
-"""The parity gate before anything is trained: engine and learner on the real model, a few prompts, the real layout."""
+"""The parity gate before a run: compares engine and learner on the real model and layout, with a few prompts."""
 
 from __future__ import annotations
 
@@ -6,30 +6,38 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from nemo_aapo.config import Config
 from nemo_aapo.doctor.finding import Context, Finding
+from nemo_aapo.types import Completion, Group, Prompt
+
+if TYPE_CHECKING:
+    from nemo_aapo.engines.base import RolloutEngine
+    from nemo_aapo.learner.policy import MegatronPolicy
 
 PROMPTS = 8
 COMPLETIONS = 4
-"""Of each prompt."""
+"""Completions of each prompt."""
 NEW_TOKENS = 32
-"""Of each completion, at most."""
+"""Most tokens of a completion."""
 
 
 def parity(context: Context) -> Finding:
-    """Collective. Log-probs of the same tokens by engine and learner, against the configuration's limits."""
-    config, place = context.config, context.place
+    """Compare the log-probs that engine and learner give the same tokens with the limits of the configuration.
+
+    Collective.
+    """
+    config, place = context.run_config, context.place
     asked = config.trainer.num_nodes * config.trainer.devices
     if config.rollout.engine == "remote":
         return Finding("parity", "skipped", "rollout.engine=remote: needs the servers; the run's own gate will compare")
     if asked != place.world_size:
         how = f"start it as the run's {asked} ranks: torchrun or srun"
         return Finding("parity", "skipped", f"{place.world_size} rank here, the configuration has {asked}; {how}")
-    if "RANK" in os.environ:  # the ranks meet at a place of this check's own
+    if "RANK" in os.environ:  # the ranks of this check meet at a port of their own
         os.environ["MASTER_PORT"] = str(context.port)
         os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
     figures = measure(config)
@@ -52,7 +60,7 @@ def judge(config: Config, figures: dict[str, float]) -> Finding:
     )
 
 
-def measure(config: Config, engine: Callable[[Any], Any] | None = None) -> dict[str, float]:
+def measure(config: Config, engine: Callable[[MegatronPolicy], RolloutEngine] | None = None) -> dict[str, float]:
     """Collective: builds policy, learner and engine as training does, but no optimizer, and generates.
 
     Args:
@@ -100,8 +108,6 @@ def measure(config: Config, engine: Callable[[Any], Any] | None = None) -> dict[
         return {**figures, "tokens": float(tokens), "prompts": float(len(prompts))}
 
 
-def _group(prompt: Any, completions: list[Any]) -> Any:
-    from nemo_aapo.types import Group
-
+def _group(prompt: Prompt, completions: list[Completion]) -> Group:
     nothing = np.zeros(len(completions))
     return Group(prompt, tuple(completions), (), nothing, {}, nothing.astype(bool))

@@ -1,4 +1,4 @@
-"""The reward workers: they start, tell right from wrong, and are killed when they hang."""
+"""Checks that reward workers start, tell right from wrong, and are killed when they hang."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ TEXTS = {
     "exact": ("4", "5"),
     "format": ("<think>2 + 2</think><answer>4</answer>", "4"),
 }
-"""Kind of a reward -> a completion that it must value more than the second."""
+"""Kind of a reward -> two completions, of which it must give the first a higher value."""
 BOXED = ("\\boxed{4}", "\\boxed{5}")
-"""The same for all other kinds; of a custom one nothing is known."""
+"""The two completions for all other kinds; a custom reward may value them as it likes."""
 HOSTILE_LIMIT_S = 1.0
+"""Time limit of the reward that never ends."""
 KILLED_WITHIN_S = 10.0
 """How much longer than its limit an item may take on a busy machine."""
 
 
 def rewards(context: Context) -> Finding:
-    """The configured rewards through the very runner of training, then one that never ends."""
+    """Score by the configured rewards in training's own runner, then by one that never ends."""
     name = "rewards"
     try:
-        told, problem = score_right_and_wrong(context.config)
+        told, problem = score_right_and_wrong(context.run_config)
     except ConfigError as error:
         return Finding(name, "failure", str(error))
     except ValueError as error:
@@ -46,10 +47,10 @@ def rewards(context: Context) -> Finding:
 
 
 def score_right_and_wrong(config: Config) -> tuple[str, str]:
-    """Each reward's values, and what is wrong with them (empty if nothing is).
+    """Each reward's values as text, and what is wrong with them (empty if nothing is).
 
     Raises:
-        ConfigError, ValueError: an impossible reward, or runner.
+        ConfigError, ValueError: an impossible reward or setting of the runner.
         RewardError: a worker does not start.
     """
     rewards = [reward_of(entry) for entry in config.rewards]
@@ -85,9 +86,10 @@ def texts_of(judge: Reward) -> tuple[str, str]:
 
 
 def hostile_survives() -> str:
-    """What is wrong with the end of a reward that never ends; empty if it is killed in time."""
+    """What went wrong when a reward that never ends should be killed; empty if it was killed in time."""
     hostile = build_reward({"name": "custom", "function": "nemo_aapo.doctor.checks.hostile:never_ends"})
     with RewardRunner([(hostile, 1.0)], workers=1, timeout_s=HOSTILE_LIMIT_S) as runner:
+        assert runner.pool is not None, "a runner with workers has a pool"
         (pid,) = runner.pool.pids
         start = time.monotonic()
         runner.submit(0, _prompt(), "", _completion())

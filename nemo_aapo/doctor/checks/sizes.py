@@ -1,4 +1,4 @@
-"""How large a model and its checkpoints are, from the headers of its files: no weight is read."""
+"""Sizes of a model and its checkpoints, from the headers of its files: no weight is read."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from nemo_aapo.models.directory import tensor_headers
 
 @dataclass(frozen=True, slots=True)
 class Bytes:
-    """Of one parameter."""
+    """Bytes of one parameter in a checkpoint."""
 
     weight: int
     optimizer: int
-    """Adam's two moments in float32, and a float32 copy of a weight that is not."""
+    """Adam's two moments in float32, and a float32 copy of a weight of another dtype."""
 
 
 def bytes_per_parameter(config: Config) -> Bytes:
-    """Args: config: its precision is decided. FP8 keeps its weights in bf16."""
+    """Bytes of a parameter; FP8 keeps its weights in bf16. Args: config: its precision is not ``auto``."""
     return Bytes(2, 12) if kind_of(config).bf16 else Bytes(4, 8)
 
 
 def on_this_machine(config: Config) -> Config:
-    """With what it leaves to the machine (``precision=auto``, nulls) decided."""
+    """The configuration with values for what it leaves to the machine (``precision=auto``, nulls)."""
     return with_machine_defaults(config, on_gpu=has_gpu())
 
 
 def tensor_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of all tensors of a model directory."""
+    """Name of a tensor -> its shape, for all tensors of a model directory."""
     return {name: header.shape for name, header in tensor_headers(directory).items()}
 
 
 def count_parameters(directory: Path) -> int:
-    """Of the whole model."""
+    """Number of parameters of the whole model."""
     return sum(math.prod(shape) for shape in tensor_shapes(directory).values())
 
 
 def readable(size: float) -> str:
-    """Bytes in GiB, or in MiB where it is less."""
+    """Bytes as text, in GiB, or in MiB if it is less than one."""
     return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"

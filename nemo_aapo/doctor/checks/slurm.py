@@ -1,4 +1,4 @@
-"""Slurm's commands and the ports that a run listens on."""
+"""Checks Slurm's commands and the ports that a run listens on."""
 
 from __future__ import annotations
 
@@ -18,20 +18,22 @@ QUESTIONS = {
     "scontrol": ("scontrol", "ping"),
     "sacct": ("sacct", "--noheader", "--allocations"),
 }
-"""What each command is asked; all but the first two ask the controller or the accounting."""
+"""Command -> its arguments in this check; all but the first two ask the controller or the accounting."""
 NEEDED = ("sbatch", "srun", "squeue", "scontrol")
-"""sacct is asked for jobs that the controller has forgotten; many clusters have no accounting."""
+"""Without one of these no job can run. sacct only knows jobs that the controller has forgotten, and many clusters have
+no accounting."""
 ANSWER_S = 15.0
+"""A command that takes longer counts as one that does not answer."""
 
 
 def slurm_tools(context: Context) -> Finding:
-    """Whether they are there and answer."""
+    """Check that Slurm's commands are installed and answer."""
     name, config = "slurm", context.config
-    wanted = config is not None and config.cluster.kind != "local"
+    wanted = "" if config is None or config.cluster.kind == "local" else config.cluster.kind
     if not any(shutil.which(tool) for tool in QUESTIONS):
         if wanted:
             remedy = "run this on a login node, or use cluster=local"
-            return Finding(name, "failure", f"no command of Slurm here, but cluster.kind={config.cluster.kind}", remedy)
+            return Finding(name, "failure", f"no command of Slurm here, but cluster.kind={wanted}", remedy)
         return Finding(name, "ok", "no command of Slurm here; cluster=local needs none")
     with ThreadPoolExecutor(len(QUESTIONS)) as pool:
         wrong = dict(zip(QUESTIONS, pool.map(_ask, QUESTIONS.values()), strict=True))
@@ -40,7 +42,7 @@ def slurm_tools(context: Context) -> Finding:
         return Finding(name, "ok", f"{', '.join(QUESTIONS)} answer")
     same = {what: [tool for tool in wrong if wrong[tool] == what] for what in dict.fromkeys(wrong.values())}
     text = "; ".join(f"{', '.join(tools)}: {what}" for what, tools in same.items())
-    failed = wanted and any(tool in NEEDED for tool in wrong)
+    failed = bool(wanted) and any(tool in NEEDED for tool in wrong)
     remedy = "ask those who run the cluster"
     if set(wrong) == {"sacct"}:
         remedy = "none is needed: without accounting only the end of jobs that Slurm has forgotten stays unknown"
@@ -52,13 +54,13 @@ def _ask(words: tuple[str, ...]) -> str:
     try:
         slurm(*words, timeout_s=ANSWER_S)
     except SlurmError as error:
-        last = str(error).splitlines()[-1]  # what it gave up for; before stands what it tried
+        last = str(error).splitlines()[-1]  # the reason; the lines before it are about the attempts
         return last.removeprefix(f"{words[0]}: ")
     return ""
 
 
 def ports(context: Context) -> Finding:
-    """Whether the ports that are named can be listened on; those that are not named are picked when they are needed."""
+    """Check that the configured ports can be listened on; others are picked when they are needed."""
     name, config = "ports", context.config
     wanted: dict[str, tuple[str, int]] = {}
     meeting = ""
@@ -85,4 +87,5 @@ def _taken(host: str, port: int) -> str:
         with socket.create_server((host, port)):
             return ""
     except OSError as error:
-        return (error.strerror or str(error)).partition(" (while")[0]  # socket adds the address, which is said already
+        # socket adds the address, which the finding names anyway
+        return (error.strerror or str(error)).partition(" (while")[0]

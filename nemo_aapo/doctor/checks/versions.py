@@ -1,4 +1,4 @@
-"""Installed versions against those that were tested together (requirements/)."""
+"""Compares installed versions with those that were tested together (requirements/)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from nemo_aapo.doctor.finding import Context, Finding
 REQUIREMENTS = Path(__file__).resolve().parents[3] / "requirements"
 CPU, GPU = ("cpu.txt", "bridge.txt"), ("gpu.txt",)
 TESTED_PYTHON = {CPU: ("3.11",), GPU: ("3.12",)}
-"""GPU: the one of TensorRT-LLM's release image."""
+"""Versions of Python; on GPUs that of TensorRT-LLM's release image."""
 SHOWN = 6
+"""Number of packages that a finding names."""
 
 
 def versions(context: Context) -> Finding:
-    """What is missing, or not as it was tested."""
+    """Report packages that are missing or of another version than the tested one."""
     files = CPU if cuda_of_torch() is None else GPU
     names = ", ".join(f"requirements/{name}" for name in files)
     if not REQUIREMENTS.is_dir():
@@ -42,7 +43,7 @@ def versions(context: Context) -> Finding:
 
 
 def read_pins(path: Path) -> dict[str, str]:
-    """Package -> version of a requirement file, without what only tests need."""
+    """Package -> version in a requirement file, without packages that only tests need."""
     pins: dict[str, str] = {}
     section = ""
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -54,7 +55,7 @@ def read_pins(path: Path) -> dict[str, str]:
 
 
 def installed_version(package: str) -> str | None:
-    """Without a local part such as ``+cpu``; None: not installed."""
+    """The version without a local part such as ``+cpu``; None: not installed."""
     try:
         return importlib.metadata.version(package).partition("+")[0]
     except importlib.metadata.PackageNotFoundError:
@@ -72,7 +73,7 @@ def cuda_of_torch() -> str | None:
 
 
 def has_gpu() -> bool:
-    """Whether torch can compute on one here. Imports torch only if it is built for CUDA."""
+    """Whether torch can compute on a GPU here. Imports torch only if it is built for CUDA."""
     if cuda_of_torch() is None:
         return False
     import torch

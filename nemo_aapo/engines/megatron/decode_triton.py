@@ -1,4 +1,4 @@
-"""What a decoding step needs between its matrix products on a GPU, each in one kernel or two.
+"""The operations of a decoding step between its matrix products on a GPU, each in one kernel or two.
 
     rotate_and_store    rotary embedding of queries and keys; keys and values go straight into the cache
     attend              one query a row against that row's own length, no mask and no padding
@@ -20,10 +20,10 @@ BLOCK_TOKENS = 64
 """Cached tokens that a program takes at a time."""
 
 PROGRAMS = 528
-"""Aim at so many programs, four for each of an H100's 132 multiprocessors."""
+"""Number of programs to aim at, four for each of an H100's 132 multiprocessors."""
 
 MAX_SPLITS = 16
-"""Parts of a row at most; a power of two."""
+"""Most parts that a row is split into; a power of two."""
 
 
 def rotate_and_store(
@@ -32,7 +32,7 @@ def rotate_and_store(
     """Rotate one token of each row, and write its key and value behind what the row has in the cache.
 
     Args:
-        mixed: [R, heads, queries per key + 2, s], of each key-value head its queries, its key, its value; contiguous.
+        mixed: [R, heads, queries per key + 2, s]: for each key-value head its queries, its key, its value; contiguous.
         lengths: int64 [R], tokens that the rows have; the new one goes to position ``lengths``.
         cos, sin: float32 [length, s], any stride between positions; the first half of ``sin`` is negated.
         cache: one layer's [rows, length, heads, 2, s] with rows >= R, contiguous; written in place.
@@ -67,7 +67,7 @@ def attend(queries: torch.Tensor, cache: torch.Tensor, lengths: torch.Tensor, sc
         queries: [R, heads, queries per key, s], contiguous; s is a power of two, 16 or more.
         cache: one layer's [rows, length, heads, 2, s] with rows >= R, contiguous.
         lengths: int64 [R].
-        scale: of the scores.
+        scale: factor on the attention scores.
 
     Returns:
         [R, heads * queries per key * s] in the queries' dtype. Scores and sums are float32; probabilities are rounded
@@ -104,7 +104,7 @@ def attend(queries: torch.Tensor, cache: torch.Tensor, lengths: torch.Tensor, sc
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
     """x / rms(x) * weight over the last dimension [..., h], contiguous, in float32 and rounded once.
 
-    A row a program: with the few rows of a decoding step torch's kernel takes three times as long.
+    One program for each row: with the few rows of a decoding step torch's kernel takes three times as long.
     """
     x = x.contiguous()
     out, width = torch.empty_like(x), x.shape[-1]
@@ -174,13 +174,13 @@ def _attend_split(
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """Program (row, head, split): maximum, sum and unnormalised result of its share of the row's blocks."""
+    """Program (row, head, split): maximum, sum and unnormalised result of the split's part of the row."""
     row, head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     pair = row * tl.num_programs(1) + head
     length = tl.load(lengths_ptr + row).to(tl.int32) + 1
-    share = tl.cdiv(tl.cdiv(length, BLOCK), SPLITS) * BLOCK
-    first = split * share
-    last = tl.minimum(first + share, length)
+    split_tokens = tl.cdiv(tl.cdiv(length, BLOCK), SPLITS) * BLOCK
+    first = split * split_tokens
+    last = tl.minimum(first + split_tokens, length)
 
     member, column = tl.arange(0, PADDED), tl.arange(0, SIZE)
     token = tl.arange(0, BLOCK)
@@ -188,7 +188,7 @@ def _attend_split(
     query = tl.load(queries_ptr + pair * GROUP * SIZE + member[:, None] * SIZE + column[None, :], mask=real, other=0.0)
     keys = cache_ptr + row * row_stride + head * 2 * SIZE
 
-    # a finite number stands for the maximum of nothing: shares beyond a short row's end merge with weight 0
+    # The maximum of no tokens is a finite number, so that splits beyond a short row's end merge with weight 0.
     maximum = tl.full((PADDED,), -1.0e30, tl.float32)
     total = tl.zeros((PADDED,), tl.float32)
     result = tl.zeros((PADDED, SIZE), tl.float32)

@@ -1,15 +1,15 @@
 """A forward pass of an mcore GPTModel's weights as rollouts need it: no gradients, no modules, a packed batch.
 
 mcore's own forward pass is made for training: it wraps each projection and each residual into an autograd function,
-switches random states, adds biases and offsets that are zero. On a large batch that is lost in the noise; a decoding
-step of 64 tokens of a small model spends more than half of its time there. And it would have to be called in
-evaluation mode with sequence parallelism off, on a model that the learner trains. ``Decoder`` reads the weights, where
-the learner keeps them, and leaves everything else alone.
+switches random states, adds biases and offsets that are zero. A large batch hides that cost, but a decoding step of 64
+tokens of a small model spends more than half of its time there. It would also have to be called in evaluation mode with
+sequence parallelism off, on a model that the learner trains. ``Decoder`` reads the weights where the learner keeps them
+and leaves everything else alone.
 
-Where the learner's products are in FP8, rollouts are in bf16 all the same: FP8 kernels want row counts that a decoding
-step doesn't have. The parity gate says what that costs.
+Where the learner computes in FP8, rollouts are in bf16 all the same: FP8 kernels want row counts that a decoding step
+doesn't have. The parity gate measures how far that moves the log-probs.
 
-It knows one kind of layer, that of Qwen2, Qwen2.5, Qwen3 and Llama, and refuses others by name.
+``Decoder`` knows one kind of layer, that of Qwen2, Qwen2.5, Qwen3 and Llama, and refuses others by name.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nemo_aapo.distributed import parallel
-from nemo_aapo.engines.megatron.kv_cache import SlotCache
-from nemo_aapo.engines.megatron.matmul import add_linear_, arranged, linear
+from nemo_aapo.engines.megatron.kv_cache import Attention, KVCache
+from nemo_aapo.engines.megatron.matmul import add_linear_, linear, pack_weight
 from nemo_aapo.mcore.bridge.lora import base_layer, merged_weight
 from nemo_aapo.mcore.groups import gather_columns
 from nemo_aapo.mcore.model import GPTModel, output_weight
@@ -34,13 +34,13 @@ from nemo_aapo.mcore.model import GPTModel, output_weight
 class _Layer:
     """This rank's part of one layer's weights: h hidden, f feed-forward units, s head size.
 
-    The projections' are as ``products`` takes them.
+    Projections may be packed (``matmul.pack_weight``).
     """
 
     attention_norm: Tensor
     """[h]"""
     qkv: Tensor
-    """[key-value heads * (queries per key + 2) * s, h]: group by group its queries, its key, its value"""
+    """[key-value heads * (queries per key + 2) * s, h]: for each key-value head its queries, its key, its value"""
     qkv_bias: Tensor | None
     query_norm: Tensor | None
     """[s]"""
@@ -57,27 +57,27 @@ class _Layer:
 
 
 class Decoder:
-    """One pipeline stage of a model. Built anew for each rollout: it holds references to the weights.
+    """The forward pass of one pipeline stage, built for one ``generate`` call: it holds references to the weights.
 
-    It holds copies, for as long as the rollout takes, of layers with a LoRA adapter, whose weights it merges, and of
-    large weights where ``copy``.
+    For as long as the call takes, it also holds copies: merged weights of layers with a LoRA adapter, and packed ones
+    of large weights with ``pack``.
     """
 
-    def __init__(self, model: GPTModel, copy: bool = False) -> None:
+    def __init__(self, model: GPTModel, pack: bool = False) -> None:
         """
         Args:
             model: this rank's stage, unwrapped.
-            copy: copy the large weights into the order that products on a CPU are fast with (products.py).
-                It takes as much memory as they do, and the time of a few decoding steps.
+            pack: copy the large weights into the layout that products on a CPU are fast with (``matmul``). It takes as
+                much memory as they do, and the time of a few decoding steps.
 
         Raises:
-            ValueError: a kind of model that isn't known here; see ``check_supported``.
+            ValueError: a kind of model that ``check_supported`` refuses.
         """
         check_supported(model)
         self._model, self._config = model, model.config
-        own = arranged if copy else lambda weight: weight
-        self._layers = [_weights(layer, own) for layer in model.decoder.layers]
-        self._output = own(output_weight(model)) if model.post_process else None
+        convert = pack_weight if pack else _as_it_is
+        self._layers = [_layer_weights(layer, convert) for layer in model.decoder.layers]
+        self._output = convert(output_weight(model)) if model.post_process else None
         attention = model.decoder.layers[0].self_attention
         self.key_value_heads = attention.num_query_groups_per_partition
         self.queries_per_key = attention.num_attention_heads_per_partition // self.key_value_heads
@@ -86,9 +86,9 @@ class Decoder:
         self._tp_group = parallel.groups().tensor
         self._tp_size = dist.get_world_size(self._tp_group)
 
-    def new_cache(self, rows: int, length: int) -> SlotCache:
+    def new_cache(self, rows: int, length: int) -> KVCache:
         """An empty cache for this stage. rows: sequences at a time. length: tokens that one of them may have."""
-        return SlotCache(
+        return KVCache(
             layers=len(self._layers),
             rows=rows,
             length=length,
@@ -110,12 +110,12 @@ class Decoder:
         dist.all_reduce(hidden, group=self._tp_group)
         return hidden
 
-    def layers(self, hidden: Tensor, cache: SlotCache) -> Tensor:
-        """This stage's layers.
+    def layers(self, hidden: Tensor, cache: Attention) -> Tensor:
+        """Pass hidden states through this stage's layers.
 
         Args:
             hidden: [T, h], overwritten.
-            cache: laid out for these tokens by ``SlotCache.begin``.
+            cache: laid out for these tokens by ``KVCache.begin``.
 
         Returns:
             [T, h]; on the last stage [rows, h], only the tokens whose logits are wanted.
@@ -123,12 +123,13 @@ class Decoder:
         for index, layer in enumerate(self._layers):
             mixed = linear(self._norm(hidden, layer.attention_norm), layer.qkv, layer.qkv_bias)
             mixed = mixed.view(len(hidden), self.key_value_heads, -1, self.head_size)
-            if layer.query_norm is not None:
+            if layer.query_norm is not None and layer.key_norm is not None:
                 query, key, value = mixed.split((self.queries_per_key, 1, 1), dim=2)
                 mixed = torch.cat((self._norm(query, layer.query_norm), self._norm(key, layer.key_norm), value), dim=2)
             context = cache.attend(index, mixed)
             if index == len(self._layers) - 1 and self._model.post_process and cache.logits_at is not None:
-                hidden, context = hidden[cache.logits_at], context[cache.logits_at]  # nothing reads the others any more
+                # After the last attention only the tokens whose logits are wanted are read any more.
+                hidden, context = hidden[cache.logits_at], context[cache.logits_at]
             hidden = self._add(hidden, context, layer.projection)
             units = _swiglu(linear(self._norm(hidden, layer.mlp_norm), layer.gate_and_up))
             hidden = self._add(hidden, units, layer.down)
@@ -137,11 +138,12 @@ class Decoder:
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [rows, h] -> logits [rows, padded vocabulary]; last stage only.
 
-        On a GPU they are float32, as the learner's are (learner/logprobs.py): rounded to bfloat16, they would part the
-        log-probs of the two by more than all else together.
+        On a GPU they are float32, as the learner's are (learner/logprobs.py): rounding them to bfloat16 would move the
+        engine's log-probs away from the learner's by more than all else together.
         """
         normed = self._norm(hidden, self._model.decoder.final_layernorm.weight)
         weight = self._output
+        assert weight is not None, "only the last stage has an output layer"
         if normed.is_cuda and normed.dtype != torch.float32:
             logits = torch.mm(normed, weight.t(), out_dtype=torch.float32)
         else:
@@ -149,7 +151,7 @@ class Decoder:
         return logits if self._tp_size == 1 else gather_columns(logits)
 
     def addresses(self) -> tuple[int, ...]:
-        """Where the weights of a whole model lie on its device: what a CUDA graph of it remembers of them."""
+        """Addresses of a whole model's weights on its device. A CUDA graph is valid as long as they don't change."""
         model = self._model
         weights = [getattr(layer, field.name) for layer in self._layers for field in fields(layer)]
         weights += [model.embedding.word_embeddings.weight, model.decoder.final_layernorm.weight, self._output]
@@ -165,7 +167,7 @@ class Decoder:
         return F.rms_norm(x, weight.shape, weight, self._config.layernorm_epsilon)
 
     def _add(self, hidden: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        """``hidden + x weight^T``, in place; ``x`` and ``weight`` are cut over the tensor-parallel ranks."""
+        """``hidden + x weight^T``, in place; ``x`` and ``weight`` are sharded over the tensor-parallel ranks."""
         if self._tp_size == 1:
             return add_linear_(hidden, x, weight)
         part = linear(x, weight)
@@ -174,7 +176,7 @@ class Decoder:
 
 
 def _rms_norm(x: Tensor, weight: Tensor, root_epsilon: Tensor) -> Tensor:
-    """``F.rms_norm`` of float32 in fewer operations. root_epsilon: of epsilon, without axes."""
+    """``F.rms_norm`` of float32 in fewer operations. root_epsilon: the square root of epsilon, a tensor of shape []."""
     root_mean = torch.linalg.vector_norm(x, dim=-1, keepdim=True).mul_(weight.numel() ** -0.5)
     return x.div(torch.hypot(root_mean, root_epsilon)).mul_(weight)
 
@@ -189,35 +191,44 @@ def _swiglu(gate_and_up: Tensor) -> Tensor:
     return F.silu(gate).mul_(up)
 
 
-def _weights(layer: torch.nn.Module, own: Callable[[Tensor], Tensor]) -> _Layer:
-    """Weights of an mcore TransformerLayer. TransformerEngine keeps the norms' in the projections that follow them."""
-    attention, mlp = layer.self_attention, layer.mlp
-    qkv, fc1 = base_layer(attention.linear_qkv), base_layer(mlp.linear_fc1)
-    fused = hasattr(qkv, "layer_norm_weight")
-    query_norm, key_norm = attention.q_layernorm, attention.k_layernorm
+def _as_it_is(weight: Tensor) -> Tensor:
+    return weight
+
+
+def _layer_weights(layer: torch.nn.Module, convert: Callable[[Tensor], Tensor]) -> _Layer:
+    """References to the weights of an mcore TransformerLayer, the projections' after ``convert``."""
+    part = layer.get_submodule
+    qkv, fc1 = (base_layer(part(name)) for name in ("self_attention.linear_qkv", "mlp.linear_fc1"))
     return _Layer(
-        attention_norm=qkv.layer_norm_weight if fused else layer.input_layernorm.weight,
-        qkv=own(merged_weight(attention.linear_qkv)),
-        qkv_bias=_present(qkv.bias),
-        query_norm=getattr(query_norm, "weight", None),
-        key_norm=getattr(key_norm, "weight", None),
-        projection=own(merged_weight(attention.linear_proj)),
-        mlp_norm=fc1.layer_norm_weight if fused else layer.pre_mlp_layernorm.weight,
-        gate_and_up=own(merged_weight(mlp.linear_fc1)),
-        down=own(merged_weight(mlp.linear_fc2)),
+        attention_norm=_norm_weight(qkv, part("input_layernorm")),
+        qkv=convert(merged_weight(part("self_attention.linear_qkv"))),
+        qkv_bias=_bias(qkv),
+        query_norm=getattr(part("self_attention.q_layernorm"), "weight", None),
+        key_norm=getattr(part("self_attention.k_layernorm"), "weight", None),
+        projection=convert(merged_weight(part("self_attention.linear_proj"))),
+        mlp_norm=_norm_weight(fc1, part("pre_mlp_layernorm")),
+        gate_and_up=convert(merged_weight(part("mlp.linear_fc1"))),
+        down=convert(merged_weight(part("mlp.linear_fc2"))),
     )
 
 
-def _present(bias: Tensor | None) -> Tensor | None:
-    """TransformerEngine's layers without a bias have an empty one."""
+def _norm_weight(linear: torch.nn.Module, norm: torch.nn.Module) -> Tensor:
+    """The weight of the norm before a projection; TransformerEngine keeps it in the projection itself."""
+    fused = getattr(linear, "layer_norm_weight", None)
+    return norm.get_parameter("weight") if fused is None else fused
+
+
+def _bias(linear: torch.nn.Module) -> Tensor | None:
+    """The layer's bias; None where it has none, which TransformerEngine marks by an empty tensor."""
+    bias = getattr(linear, "bias", None)
     return bias if bias is not None and bias.numel() else None
 
 
 def check_supported(model: GPTModel) -> None:
-    """Refuse models that do something else than ``Decoder`` does.
+    """Refuse models that compute something else than ``Decoder`` does.
 
     Raises:
-        ValueError: which setting, and what it is.
+        ValueError: names each setting of the model that is not supported, with its value.
     """
     config = model.config
     found = {

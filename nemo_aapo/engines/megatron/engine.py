@@ -1,10 +1,10 @@
 """The in-process rollout engine: completions from the learner's own weights, on the learner's own ranks.
 
-There is nothing to refit, on any tensor x pipeline layout, on CPU and GPU alike. Each
-data-parallel rank generates for itself: no collective leaves the model-parallel group.
+There is nothing to refit, on any tensor x pipeline layout, on CPU and GPU alike. Each data-parallel rank generates for
+itself: no collective leaves the model-parallel group.
 
-The ranks of a model-parallel group keep the same books (slots.py). What they learn of a step is one small broadcast
-from the rank that draws: token ids and log-probs.
+Every rank of a model-parallel group runs the same scheduler. To keep in step they need one small broadcast in each
+decoding step, of token ids and log-probs from the rank that samples.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import torch.distributed as dist
 
 from nemo_aapo.distributed import parallel
 from nemo_aapo.engines.base import OnFinish, RolloutStats
-from nemo_aapo.engines.megatron import sampling as sampler
 from nemo_aapo.engines.megatron.cuda_graphs import DecodingGraphs, can_be_captured
 from nemo_aapo.engines.megatron.decoder import Decoder, check_supported
-from nemo_aapo.engines.megatron.scheduler import Admission, Slots, capacity
+from nemo_aapo.engines.megatron.sampling import sample
+from nemo_aapo.engines.megatron.scheduler import Admission, Scheduler, capacity
 from nemo_aapo.engines.megatron.stop_strings import StopStrings
 from nemo_aapo.mcore.model import GPTModel
 from nemo_aapo.types import Completion, SamplingSpec
@@ -40,14 +40,14 @@ class MegatronEngine:
     ) -> None:
         """
         Args:
-            model: this rank's stage, unwrapped (no DDP). It is only borrowed during ``generate``.
-            vocab_size: the tokenizer's; Megatron pads the model's, and padding is never drawn.
+            model: this rank's stage, unwrapped (no DDP). It is only read, and only during ``generate``.
+            vocab_size: the tokenizer's; Megatron pads the model's, and padding is never sampled.
             max_concurrent_tokens: size of the KV cache in tokens; decides how many sequences run at a time.
-            policy_version: of the weights that the model holds now.
+            policy_version: optimizer steps behind the weights that the model holds now.
             decode: token ids -> text, the same on all ranks; only stop strings need it.
 
         Raises:
-            ValueError: the model's attention is of a kind that the engine doesn't know.
+            ValueError: a kind of model that the decoder doesn't know; names the settings in question.
         """
         check_supported(model)
         self.model = model
@@ -57,17 +57,17 @@ class MegatronEngine:
         self.decode = decode
         self.shares_weights = True
         self.stats: RolloutStats | None = None
-        self._stop_strings: StopStrings | None = None  # kept, as it learns what each token says
+        self._stop_strings: StopStrings | None = None  # kept from call to call, as it learns the text of each token
         self.group = parallel.groups().model
         ranks = dist.get_process_group_ranks(self.group)
         self.group_size = len(ranks)
-        # Tensor ranks are neighbours: the last pipeline stage's are the last of the group, and its first one draws.
-        self.drawing_rank = ranks[-parallel.tensor_parallel_size()]
-        self.draws = dist.get_rank() == self.drawing_rank
+        # Tensor ranks are neighbours: the last pipeline stage's are the last of the group, and its first one samples.
+        self.sampling_rank = ranks[-parallel.tensor_parallel_size()]
+        self.is_sampling_rank = dist.get_rank() == self.sampling_rank
         self.cuda_graphs = self.group_size == 1 and can_be_captured(model)
-        """Steps without a prefill are CUDA graphs (decoding_graphs.py). False: kernel by kernel, for comparisons."""
+        """True: steps without a prefill run as CUDA graphs. False: kernel by kernel; set it for comparisons."""
         self.graphs: DecodingGraphs | None = None
-        """Of the last ``generate`` call, with its KV cache; kept for the next one until ``sleep``."""
+        """The last ``generate`` call's graphs, with its KV cache; kept for the next call until ``sleep``."""
 
     def generate(
         self,
@@ -76,7 +76,7 @@ class MegatronEngine:
         seeds: Sequence[Sequence[int]],
         on_finish: OnFinish | None = None,
     ) -> list[list[Completion]]:
-        """See ``RolloutEngine.generate``.
+        """Sample completions; arguments and result as in ``RolloutEngine.generate``.
 
         Raises:
             ValueError: an empty prompt, ``seeds`` of another length than ``prompts``, a stop token outside the
@@ -86,13 +86,13 @@ class MegatronEngine:
         """
         self._check(prompts, sampling, seeds)
         began = time.perf_counter()
-        rollout = _Rollout(self, prompts, sampling, seeds, on_finish)
+        batch = _Batch(self, prompts, sampling, seeds, on_finish)
         with torch.inference_mode():
-            while rollout.step():
+            while batch.step():
                 pass
-        self.graphs = rollout.graphs  # only if all went well: an overflow may have left NaN in the cache
-        self.stats = rollout.stats(time.perf_counter() - began)
-        return rollout.completions
+        self.graphs = batch.graphs  # only if all went well: an overflow may have left NaN in the cache
+        self.stats = batch.stats(time.perf_counter() - began)
+        return batch.ordered()
 
     def _check(self, prompts: Sequence[np.ndarray], sampling: SamplingSpec, seeds: Sequence[Sequence[int]]) -> None:
         if len(seeds) != len(prompts):
@@ -105,7 +105,7 @@ class MegatronEngine:
             raise ValueError(f"stop token {outside[0]} lies outside the vocabulary of {self.vocab_size}")
 
     def stop_strings(self, sampling: SamplingSpec) -> StopStrings | None:
-        """What looks for the spec's stop strings; None if it has none."""
+        """The finder of the spec's stop strings; None if it has none."""
         if not sampling.stop_strings:
             return None
         if self.decode is None:
@@ -115,15 +115,15 @@ class MegatronEngine:
         return self._stop_strings
 
     def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Take the version. The weights are the learner's own, hence new already; ``named_tensors`` stays unread."""
+        """Take the version. The weights are the learner's own, hence up to date; ``named_tensors`` stays unread."""
         self.policy_version = version
 
     def sleep(self) -> None:
-        """Give back the KV cache and the graphs, where CUDA graphs keep them beyond a ``generate`` call."""
+        """Free the KV cache and the graphs, which outlive a ``generate`` call where there are CUDA graphs."""
         self.graphs = None
 
     def wake(self) -> None:
-        """Nothing to take."""
+        """Do nothing: the next ``generate`` call allocates what it needs."""
 
     def close(self) -> None:
         """Let go of the model."""
@@ -131,8 +131,8 @@ class MegatronEngine:
         del self.model
 
 
-class _Rollout:
-    """One ``generate`` call: its books, its cache, and what has come out so far."""
+class _Batch:
+    """The sequences of one ``generate`` call: their scheduler, their KV cache, and the finished completions."""
 
     def __init__(
         self,
@@ -144,11 +144,12 @@ class _Rollout:
     ) -> None:
         self._engine, self._model, self._prompts = engine, engine.model, prompts
         self._sampling, self._on_finish = sampling, on_finish
-        self.completions: list[list[Completion]] = [[None] * len(row) for row in seeds]
+        self._seeds = seeds
+        self._finished: dict[tuple[int, int], Completion] = {}
         length = max((len(prompt) for prompt in prompts), default=0) + sampling.max_new_tokens
         rows = capacity(engine.max_concurrent_tokens, length, sequences=sum(map(len, seeds)))
-        self._slots = Slots(prompts, seeds, sampling.max_new_tokens, rows)
-        self._decoder = Decoder(engine.model, copy=_copy_pays(engine.model, rows, sampling.max_new_tokens))
+        self._scheduler = Scheduler(prompts, seeds, sampling.max_new_tokens, rows)
+        self._decoder = Decoder(engine.model, pack=_packing_pays(engine.model, rows, sampling.max_new_tokens))
         self.graphs = self._reusable_graphs(rows, length)
         self._cache = self.graphs.cache if self.graphs else self._decoder.new_cache(rows, length)
         if self.graphs is None and engine.cuda_graphs and rows:
@@ -159,7 +160,7 @@ class _Rollout:
         self._steps = self._idle = 0
 
     def _reusable_graphs(self, rows: int, length: int) -> DecodingGraphs | None:
-        """The last call's graphs, with its cache, if they suit this one. Otherwise its memory is given back first."""
+        """The last call's graphs, with its cache, if they suit this call. Otherwise their memory is freed."""
         engine = self._engine
         kept, engine.graphs = engine.graphs, None
         if kept and engine.cuda_graphs and kept.fits(self._decoder, rows, length, self._sampling, engine.vocab_size):
@@ -167,45 +168,46 @@ class _Rollout:
         return None
 
     def step(self) -> bool:
-        """Let sequences in, draw a token for each row, let finished ones out; False when there was nothing to do."""
-        slots, cache = self._slots, self._cache
-        entered = slots.admit()
-        if not slots.live:
+        """Admit sequences, sample a token of each running one, retire the finished; False when none was left."""
+        scheduler, cache = self._scheduler, self._cache
+        admitted = scheduler.admit()
+        if not scheduler.running:
             return False
-        fresh = [admission for admission in entered if admission.prefill]
-        for admission in entered[: len(entered) - len(fresh)]:
+        prefills = [admission for admission in admitted if admission.prefill]
+        for admission in admitted[: len(admitted) - len(prefills)]:
             cache.restore(admission.start, admission.stop)
-        decoding_rows = fresh[0].start if fresh else slots.live
-        if self.graphs and not fresh:
-            drawn = self.graphs.step(slots)
+        decoding_rows = prefills[0].start if prefills else scheduler.running
+        if self.graphs and not prefills:
+            sampled = self.graphs.step(scheduler)
         else:
-            logits = self._forward(decoding_rows, fresh)
-            if fresh and fresh[-1].keep:
-                cache.keep(fresh[-1].start, len(self._prompts[fresh[-1].prompt]))
-            drawn = self._draw(logits)
-        tokens, logprobs = self._finite(drawn)
-        slots.record(tokens, logprobs, decoding_rows)
-        self._steps, self._idle = self._steps + 1, self._idle + slots.rows - slots.live
-        self._let_out(self._stopped(tokens))
+            logits = self._forward(decoding_rows, prefills)
+            if prefills and prefills[-1].keep:
+                cache.keep(prefills[-1].start, len(self._prompts[prefills[-1].prompt]))
+            sampled = self._sample(logits)
+        tokens, logprobs = self._finite(sampled)
+        scheduler.record(tokens, logprobs, decoding_rows)
+        self._steps, self._idle = self._steps + 1, self._idle + scheduler.rows - scheduler.running
+        self._retire(self._stopped(tokens))
         return True
 
     def _stopped(self, tokens: np.ndarray) -> np.ndarray:
-        """bool [live], which rows the new tokens [live] end by what they say."""
-        slots, live = self._slots, slice(self._slots.live)
+        """bool [running], the rows that a stop token or stop string ends; ``tokens`` [running] are this step's."""
+        scheduler, running = self._scheduler, slice(self._scheduler.running)
         stopped = self._is_stop[tokens]
         if self._stop_strings is not None:
-            long_enough = slots.drawn[live] >= self._sampling.min_new_tokens
-            stopped = stopped | self._stop_strings.found(slots.tokens[live], slots.drawn[live], tokens) & long_enough
+            lengths = scheduler.sampled[running]
+            found = self._stop_strings.found(scheduler.tokens[running], lengths, tokens)
+            stopped = stopped | found & (lengths >= self._sampling.min_new_tokens)
         return stopped
 
-    def _forward(self, decoding_rows: int, fresh: Sequence[Admission]) -> torch.Tensor | None:
-        """One pass over all live rows: logits [live, padded vocabulary] on the last stage, None on the others."""
-        slots, model, decoder = self._slots, self._model, self._decoder
+    def _forward(self, decoding_rows: int, prefills: Sequence[Admission]) -> torch.Tensor | None:
+        """One pass over all running rows: logits [running, padded vocabulary] on the last stage, None on the others."""
+        scheduler, model, decoder = self._scheduler, self._model, self._decoder
         pipeline = parallel.groups().pipeline
-        prompts = [self._prompts[admission.prompt] for admission in fresh]
-        shares = [admission.stop - admission.start for admission in fresh]
+        prompts = [self._prompts[admission.prompt] for admission in prefills]
+        rows_per_prompt = [admission.stop - admission.start for admission in prefills]
         decode = slice(decoding_rows)
-        tokens = self._cache.begin(slots.token[decode], slots.length[decode], prompts, shares)
+        tokens = self._cache.begin(scheduler.token[decode], scheduler.length[decode], prompts, rows_per_prompt)
         if model.pre_process:
             hidden = decoder.embed(tokens)
         else:
@@ -217,23 +219,22 @@ class _Rollout:
         dist.send(hidden, parallel.rank_of_neighbour_stage(1), group=pipeline)
         return None
 
-    def _draw(self, logits: torch.Tensor | None) -> np.ndarray:
-        """Tokens and log-probs of this step, float64 [2, live], the same on every rank of the group."""
-        slots, engine = self._slots, self._engine
+    def _sample(self, logits: torch.Tensor | None) -> np.ndarray:
+        """Tokens and log-probs of this step, float64 [2, running], the same on every rank of the group."""
+        scheduler, engine = self._scheduler, self._engine
         # float64 holds token ids and float32 numbers alike, so that one broadcast carries both
-        drawn = torch.empty(2, slots.live, dtype=torch.float64, device=self._cache.kv.device)
-        if engine.draws:
-            seeds, steps = (
-                torch.from_numpy(column[: slots.live]).to(logits.device) for column in (slots.seed, slots.drawn)
-            )
-            drawn[0], drawn[1] = sampler.draw(logits, self._sampling, seeds, steps, engine.vocab_size)
+        sampled = torch.empty(2, scheduler.running, dtype=torch.float64, device=self._cache.kv.device)
+        if logits is not None and engine.is_sampling_rank:
+            columns = (scheduler.seed[: scheduler.running], scheduler.sampled[: scheduler.running])
+            seeds, steps = (torch.from_numpy(column).to(logits.device) for column in columns)
+            sampled[0], sampled[1] = sample(logits, self._sampling, seeds, steps, engine.vocab_size)
         if engine.group_size > 1:
-            dist.broadcast(drawn, engine.drawing_rank, group=engine.group)
-        return drawn.cpu().numpy()
+            dist.broadcast(sampled, engine.sampling_rank, group=engine.group)
+        return sampled.cpu().numpy()
 
-    def _finite(self, drawn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens int64 and log-probs of float64 [2, live]."""
-        tokens, logprobs = drawn
+    def _finite(self, sampled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Split float64 [2, running] into tokens int64 and log-probs; refuse log-probs that are not finite."""
+        tokens, logprobs = sampled
         if not np.isfinite(logprobs).all():
             raise FloatingPointError(
                 f"policy version {self._engine.policy_version} gives log-probs that are not finite: the weights or the "
@@ -241,42 +242,46 @@ class _Rollout:
             )
         return tokens.astype(np.int64), logprobs
 
-    def _let_out(self, stopped: np.ndarray) -> None:
-        """Hand over the sequences that ended, and close the gaps that they leave."""
-        slots = self._slots
-        done = np.flatnonzero(stopped | (slots.drawn[: slots.live] == self._sampling.max_new_tokens))
+    def _retire(self, stopped: np.ndarray) -> None:
+        """Hand over the sequences that finished, and close the gaps that they leave."""
+        scheduler = self._scheduler
+        done = np.flatnonzero(stopped | (scheduler.sampled[: scheduler.running] == self._sampling.max_new_tokens))
         for row in done:
-            i, j, length = slots.prompt[row], slots.completion[row], slots.drawn[row]
+            i, j, length = int(scheduler.prompt[row]), int(scheduler.completion[row]), scheduler.sampled[row]
             completion = Completion(
-                token_ids=slots.tokens[row, :length].copy(),
-                logprobs=slots.logprobs[row, :length].copy(),
+                token_ids=scheduler.tokens[row, :length].copy(),
+                logprobs=scheduler.logprobs[row, :length].copy(),
                 finish_reason="stop" if stopped[row] else "length",
                 policy_version=self._engine.policy_version,
             )
-            self.completions[i][j] = completion
+            self._finished[i, j] = completion
             if self._on_finish:
-                self._on_finish(int(i), int(j), completion)
-        source, target = slots.retire(done)
+                self._on_finish(i, j, completion)
+        source, target = scheduler.retire(done)
         if len(target):
-            self._cache.move(source, target, int(slots.length[target].max()))
+            self._cache.move(source, target, int(scheduler.length[target].max()))
+
+    def ordered(self) -> list[list[Completion]]:
+        """All completions, ``[i][j]`` in the order of prompts and seeds, once ``step`` has returned False."""
+        return [[self._finished[i, j] for j in range(len(row))] for i, row in enumerate(self._seeds)]
 
     def stats(self, seconds: float) -> RolloutStats:
-        """Figures of the whole call."""
-        lengths = [len(completion.token_ids) for group in self.completions for completion in group]
+        """Figures of the whole call, which took so many seconds."""
+        lengths = [len(completion.token_ids) for completion in self._finished.values()]
         return RolloutStats(
             tokens=sum(lengths),
             seconds=seconds,
             steps=self._steps,
             tail_factor=max(lengths) * len(lengths) / sum(lengths) if lengths else 1.0,
-            idle_fraction=self._idle / (self._steps * self._slots.rows) if lengths else 0.0,
+            idle_fraction=self._idle / (self._steps * self._scheduler.rows) if lengths else 0.0,
         )
 
 
-def _copy_pays(model: GPTModel, rows: int, new_tokens: int) -> bool:
-    """Whether a rollout of so many rows and new tokens is worth a copy of the large weights (products.py).
+def _packing_pays(model: GPTModel, rows: int, new_tokens: int) -> bool:
+    """Whether a rollout of so many rows and new tokens is worth packed copies of the large weights (``matmul``).
 
-    The copy takes about as long as two decoding steps of 32 rows, and each step then gains about a tenth. A rollout
-    that might have been long but stops at its first tokens loses those two steps.
+    Packing takes about as long as two decoding steps of 32 rows, and each step then gains about a tenth. A rollout that
+    might have been long but stops at its first tokens loses those two steps.
     """
     weight = next(model.parameters())
     return not weight.is_cuda and weight.dtype == torch.float32 and rows >= 4 and new_tokens >= 32

@@ -2,7 +2,7 @@
 
 mcore 0.16 offers two inference contexts. The static one keeps one offset for the whole batch, rotates all cached keys
 anew in each step, and hides padding by a mask that TransformerEngine's attention ignores when it decodes. The dynamic
-one is for CUDA and flash-attn only. In ``SlotCache`` rows are independent, each sequence has positions 0, 1, 2, ... of
+one is for CUDA and flash-attn only. In ``KVCache`` rows are independent, each sequence has positions 0, 1, 2, ... of
 its own, and keys are stored rotated.
 
 One forward pass takes a packed batch of T tokens: first one token for each decoding row, then whole prompts, one after
@@ -12,6 +12,7 @@ the other. Everything but the attention treats them alike; it alone pads the pro
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,7 +20,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-class SlotCache:
+class Attention(Protocol):
+    """What a decoder's layers need of a cache whose forward pass is laid out."""
+
+    @property
+    def logits_at(self) -> Tensor | None:
+        """int64 [rows], which of the T tokens each running row's logits come from; None: token i is row i's."""
+
+    def attend(self, layer: int, mixed: Tensor) -> Tensor:
+        """See ``KVCache.attend``."""
+        ...
+
+
+class KVCache:
     """Keys and values of this rank's layers, and the layout of the forward pass that is under way."""
 
     def __init__(
@@ -36,18 +49,19 @@ class SlotCache:
     ) -> None:
         """
         Args:
-            layers: of this stage.
+            layers: number of layers of this stage.
             rows: sequences at a time. length: tokens that one of them may have.
             heads: key-value heads of this rank, each with ``queries_per_key`` query heads.
             angles: rotary angles float32 [length, head size]; the cache lives on their device.
-            scale: of the scores, before the softmax.
-            dtype: of keys and values.
+            scale: factor on the attention scores, before the softmax.
+            dtype: the dtype of keys and values.
         """
         size = angles.shape[-1]
-        # A token's keys and values lie side by side, so that one copy writes them. Zeros, as a masked NaN is a NaN.
+        # A token's keys and values lie side by side, so that one copy writes them. The memory starts as zeros because
+        # attention multiplies masked entries by 0, and 0 * NaN would be NaN.
         self.kv = torch.zeros(layers, rows, length, heads, 2, size, dtype=dtype, device=angles.device)
         self.logits_at: Tensor | None = None
-        """int64 [rows], which of the T tokens each live row's logits come from; None: token i is row i's."""
+        """int64 [rows], which of the T tokens each running row's logits come from; None: token i is row i's."""
         self._queries, self._scale = queries_per_key, scale
         # [length, 1, queries per key + 2, head size]: queries and key turn, the value stays as it is
         self._cos = torch.ones(length, 1, queries_per_key + 2, size, device=angles.device)
@@ -58,7 +72,7 @@ class SlotCache:
         self._kept: Tensor | None = None
 
     def begin(
-        self, tokens: np.ndarray, lengths: np.ndarray, prompts: Sequence[np.ndarray], shares: Sequence[int]
+        self, tokens: np.ndarray, lengths: np.ndarray, prompts: Sequence[np.ndarray], rows_per_prompt: Sequence[int]
     ) -> Tensor:
         """Lay out one forward pass.
 
@@ -66,7 +80,7 @@ class SlotCache:
             tokens: int64 [D], what the decoding rows 0 .. D-1 feed.
             lengths: int64 [D], how many tokens they have in the cache.
             prompts: token ids of the N prompts to prefill.
-            shares: [N], how many of the rows from D on each prompt fills.
+            rows_per_prompt: [N], how many of the rows from D on each prompt fills.
 
         Returns:
             int64 [T] token ids. T = D + the prompts' lengths.
@@ -79,15 +93,15 @@ class SlotCache:
         positions = lengths
         self.logits_at = None
         if prompts:
-            self._lay_out_prefill([len(prompt) for prompt in prompts], shares)
+            self._lay_out_prefill(np.array([len(prompt) for prompt in prompts]), rows_per_prompt)
             tokens = np.concatenate([tokens, *prompts])
             positions = np.concatenate([lengths, *(np.arange(len(prompt)) for prompt in prompts)])
-        positions = torch.from_numpy(positions).to(device)
-        self._cos_now, self._sin_now = self._cos[positions], self._sin[positions]
+        at = torch.from_numpy(positions).to(device)
+        self._cos_now, self._sin_now = self._cos[at], self._sin[at]
         return torch.from_numpy(tokens).to(device)
 
     def _lay_out_decoding(self, lengths: np.ndarray) -> None:
-        """Where the decoding rows write, how far they read, and a mask if they don't all read equally far."""
+        """Work out where the decoding rows write, how far they read, and a mask if they don't all read equally far."""
         row_length = self.kv.shape[2]
         self._write_at = torch.from_numpy(np.arange(len(lengths)) * row_length + lengths).to(self.kv.device)
         self._extent = int(lengths.max()) + 1
@@ -97,13 +111,17 @@ class SlotCache:
             mask = torch.from_numpy(np.where(beyond, np.float32(-np.inf), np.float32(0)))
             self._mask = mask[:, None, None].to(self.kv)
 
-    def _lay_out_prefill(self, lengths: Sequence[int], shares: Sequence[int]) -> None:
-        """Where the prompts stand in the packed batch, and how they stand side by side in the attention."""
-        device, width, lengths = self.kv.device, max(lengths), np.array(lengths)
+    def _lay_out_prefill(self, lengths: np.ndarray, rows_per_prompt: Sequence[int]) -> None:
+        """Work out where the prompts lie in the packed batch, and how attention pads them to a common width.
+
+        Args:
+            lengths: int64 [N], the prompts' tokens.
+        """
+        device, width = self.kv.device, int(lengths.max())
         starts = np.cumsum(lengths) - lengths
-        at = np.concatenate([np.arange(self._decoding), self._decoding + np.repeat(starts + lengths - 1, shares)])
-        self.logits_at = torch.from_numpy(at).to(device)
-        self._prompt_of_row = torch.from_numpy(np.repeat(np.arange(len(lengths)), shares)).to(device)
+        ends = np.repeat(starts + lengths - 1, rows_per_prompt)
+        self.logits_at = torch.from_numpy(np.concatenate([np.arange(self._decoding), self._decoding + ends])).to(device)
+        self._prompt_of_row = torch.from_numpy(np.repeat(np.arange(len(lengths)), rows_per_prompt)).to(device)
         # [N, width]: which packed token; a prompt's last one stands in for its padding
         columns = np.minimum(np.arange(width), lengths[:, None] - 1)
         self._padded = torch.from_numpy(starts[:, None] + columns).to(device)
@@ -114,7 +132,7 @@ class SlotCache:
 
         Args:
             layer: index on this rank.
-            mixed: [T, heads, queries per key + 2, head size], of each key-value head its queries, its key, its value.
+            mixed: [T, heads, queries per key + 2, head size]: for each key-value head its queries, its key, its value.
 
         Returns:
             [T, heads * queries per key * head size]
@@ -152,18 +170,18 @@ class SlotCache:
         return (x * self._cos_now).addcmul_(x.roll(x.shape[-1] // 2, dims=-1), self._sin_now).to(mixed.dtype)
 
     def _decode(self, layer: int, mixed: Tensor) -> Tensor:
-        """One token a row, against everything before it."""
+        """Attention of one token of each decoding row over everything before it in the row."""
         cache = self.kv[layer]
         cache.flatten(0, 1).index_copy_(0, self._write_at, mixed[:, :, self._queries :])
         keys, values = cache[: self._decoding, : self._extent].transpose(1, 2).unbind(3)
-        # heads that share a key stand in for the query's length
+        # Query heads that share a key take the place of query positions, so that one call serves them all.
         out = F.scaled_dot_product_attention(
             mixed[:, :, : self._queries], keys, values, attn_mask=self._mask, scale=self._scale
         )
         return out.flatten(1)
 
     def _prefill(self, layer: int, mixed: Tensor) -> Tensor:
-        """Whole prompts, padded at the end: causality alone hides the padding."""
+        """Attention within whole prompts. They are padded at the end, where the causal mask hides the padding."""
         mixed = mixed[self._padded]  # [N, width, heads, queries per key + 2, head size]
         rows = slice(self._decoding, self._decoding + len(self._prompt_of_row))
         new = mixed[:, :, :, self._queries :]
@@ -176,13 +194,13 @@ class SlotCache:
 
     def move(self, source: np.ndarray, target: np.ndarray, length: int) -> None:
         """Copy the first ``length`` tokens of the source rows to the target rows."""
-        source, target = torch.from_numpy(source), torch.from_numpy(target)
-        self.kv[:, target, :length] = self.kv[:, source, :length]
+        self.kv[:, torch.from_numpy(target), :length] = self.kv[:, torch.from_numpy(source), :length]
 
     def keep(self, row: int, length: int) -> None:
-        """Put a prompt's keys and values aside for those of its completions that have no row yet."""
+        """Keep a copy of a prompt's keys and values for those of its completions that have no row yet."""
         self._kept = self.kv[:, row, :length].clone()
 
     def restore(self, start: int, stop: int) -> None:
-        """Fill rows with the prompt that was put aside."""
+        """Fill rows with the prompt that ``keep`` copied."""
+        assert self._kept is not None, "restore without keep"
         self.kv[:, start:stop, : self._kept.shape[1]] = self._kept[:, None]

@@ -1,13 +1,13 @@
-"""Drawing tokens from logits with counter-based random streams.
+"""Sampling tokens from logits with counter-based random streams.
 
 A stream is named by its seed, and the random numbers of its t-th token are a hash of (seed, t, vocabulary index).
-Nothing is carried from one draw to the next, so a token depends on the sequence's own past, its seed and the weights,
+Nothing is carried from one token to the next, so a token depends on the sequence's own past, its seed and the weights,
 whatever else is in the batch and wherever the sequence sits in it.
 
-Tokens are drawn by an exponential race, ``argmax_k p_k / E_k`` with independent E_k ~ Exp(1), which is Gumbel-max
+Tokens are sampled by an exponential race, ``argmax_k p_k / E_k`` with independent E_k ~ Exp(1), which is Gumbel-max
 without its last logarithm. Inverting the CDF would need one uniform number instead of one a vocabulary entry, but
 each boundary between two tokens then moves with the rounding errors of all logits before it. With errors of size e
-the drawn token changes with a probability of about ``e`` in the race and ``e * sqrt(vocabulary) / 2`` with the CDF
+the sampled token changes with a probability of about ``e`` in the race and ``e * sqrt(vocabulary) / 2`` with the CDF
 (measured at 500 and 20,000 entries). Layouts (TP, PP, batch sizes) differ by such errors and should give the same
 tokens.
 """
@@ -21,11 +21,11 @@ import torch
 from nemo_aapo.types import SamplingSpec
 
 BLOCK_ENTRIES = 1 << 20
-"""Rows are taken in blocks of about so many logits: it bounds the noise's memory, and large vocabularies stay within
-reach of a CPU's caches (three times faster than 64 x 151,936 at once)."""
+"""Rows are sampled in blocks of about so many logits. That bounds the noise's memory, and a block of a large vocabulary
+stays within a CPU's caches (three times faster than 64 x 151,936 at once)."""
 
 CUDA_BLOCK_ENTRIES = 1 << 26
-"""The same on a GPU, which wants few large kernels: 441 rows of 151,936 logits, 256 MiB of noise."""
+"""Logits of a block on a GPU, which wants few large kernels: 441 rows of 151,936 logits, 256 MiB of noise."""
 
 _GOLDEN = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as a signed integer: splitmix64's step
 _MIX_1 = -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
@@ -51,7 +51,7 @@ def exponential_noise(seeds: torch.Tensor, steps: torch.Tensor, vocab_size: int)
 
     Args:
         seeds: int64 [B], the name of each row's stream.
-        steps: int64 [B], index of the token that is to be drawn, counted from the first of the completion.
+        steps: int64 [B], index of the token that is to be sampled, counted from the first of the completion.
         vocab_size: V.
 
     Returns:
@@ -67,10 +67,10 @@ def exponential_noise(seeds: torch.Tensor, steps: torch.Tensor, vocab_size: int)
     return u.neg_().log1p_().neg_()
 
 
-def draw(
+def sample(
     logits: torch.Tensor, sampling: SamplingSpec, seeds: torch.Tensor, steps: torch.Tensor, vocab_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One token for each row.
+    """Sample one token for each row.
 
     Args:
         logits: [B, padded vocabulary], any float dtype; columns from ``vocab_size`` on are padding and ignored.
@@ -82,24 +82,24 @@ def draw(
     Returns:
         tokens int64 [B], and their log-probs float32 [B]: ``log_softmax(logits / temperature)`` over the true
         vocabulary (temperature 1 when greedy). Before ``min_new_tokens`` stop tokens count as impossible there too.
-        ``top_p`` narrows what is drawn, not what is reported.
+        ``top_p`` narrows what is sampled, not what is reported.
     """
     if logits.is_cuda and not sampling.greedy and sampling.top_p >= 1.0:
         from nemo_aapo.engines.megatron import sampling_triton  # triton comes with torch's CUDA builds only
 
         stops = early_stops(sampling, vocab_size, logits.device)
         minimum = sampling.min_new_tokens
-        return sampling_triton.draw(logits, 1 / sampling.temperature, seeds, steps, vocab_size, stops, minimum)
+        return sampling_triton.sample(logits, 1 / sampling.temperature, seeds, steps, vocab_size, stops, minimum)
     size = max(1, (CUDA_BLOCK_ENTRIES if logits.is_cuda else BLOCK_ENTRIES) // vocab_size)
     blocks = zip(logits[:, :vocab_size].split(size), seeds.split(size), steps.split(size), strict=True)
-    tokens, logprobs = zip(*(_draw_block(*block, sampling) for block in blocks), strict=True)
+    tokens, logprobs = zip(*(_sample_block(*block, sampling) for block in blocks), strict=True)
     return torch.cat(tokens), torch.cat(logprobs)
 
 
-def _draw_block(
+def _sample_block(
     logits: torch.Tensor, seeds: torch.Tensor, steps: torch.Tensor, sampling: SamplingSpec
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``draw`` for a few rows, without padding columns."""
+    """``sample`` for a few rows, without padding columns."""
     logits = logits.float()
     if not sampling.greedy and sampling.temperature != 1.0:
         logits = logits / sampling.temperature
@@ -117,7 +117,7 @@ def _draw_block(
 
 
 def _argmax(x: torch.Tensor) -> torch.Tensor:
-    """``x.argmax(-1)``. On a CPU numpy is ten times faster; both take the first of equals, and NaN for the largest."""
+    """``x.argmax(-1)``. On a CPU numpy's is ten times faster; both take the first of equals, and NaN as largest."""
     return x.argmax(-1) if x.is_cuda else torch.from_numpy(x.numpy().argmax(-1))
 
 

@@ -1,7 +1,7 @@
-"""``sampling.draw`` on a GPU in two kernels: the logits are read once, and no tensor of noise or probabilities exists.
+"""``sampling.sample`` on a GPU in two kernels: logits are read once, and no tensor of noise or probabilities exists.
 
-Each program takes one row's share of the vocabulary block by block and keeps five numbers: the softmax's running
-maximum and sum, the leading racer's ``exp(z - maximum) / E``, and who that is. A second kernel merges the shares. The
+Each program takes one part of a row's vocabulary block by block and keeps five numbers: the softmax's running
+maximum and sum, the leading racer's ``exp(z - maximum) / E``, and who that is. A second kernel merges the parts. The
 random bits are those of ``sampling.exponential_noise``, so the tokens are the same but for ties within rounding errors.
 """
 
@@ -12,16 +12,17 @@ import triton
 import triton.language as tl
 
 BLOCK = 2048
-"""Vocabulary entries that a program takes at a time; even, as one hash serves two entries."""
+"""Vocabulary entries that a program takes at a time. An even number, as one hash serves two entries."""
 
 PROGRAMS = 1056
-"""Aim at so many programs, eight for each of an H100's 132 multiprocessors: small batches split the vocabulary more."""
+"""Number of programs to aim at, eight for each of an H100's 132 multiprocessors; small batches split the vocabulary
+more."""
 
 LEAST = tl.constexpr(-3.4028234663852886e38)
-"""Stands for the maximum of nothing: -inf would turn into NaN where maxima are subtracted."""
+"""The maximum of no entries at all: the least finite float32, as differences of maxima that are -inf would be NaN."""
 
 
-def draw(
+def sample(
     logits: torch.Tensor,
     inverse_temperature: float,
     seeds: torch.Tensor,
@@ -30,7 +31,7 @@ def draw(
     early_stops: torch.Tensor | None,
     min_new_tokens: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One token for each row by the exponential race over the whole softmax. See ``sampling.draw``.
+    """One token for each row by the exponential race over the whole softmax. See ``sampling.sample``.
 
     Args:
         logits: [B, padded vocabulary], float32, bfloat16 or float16; neighbours in a row are neighbours in memory.
@@ -45,8 +46,8 @@ def draw(
     """
     rows, device = len(logits), logits.device
     blocks = triton.cdiv(vocab_size, BLOCK)
-    share = triton.cdiv(blocks, max(1, min(blocks, PROGRAMS // max(rows, 1))))
-    splits = triton.cdiv(blocks, share)
+    split_blocks = triton.cdiv(blocks, max(1, min(blocks, PROGRAMS // max(rows, 1))))
+    splits = triton.cdiv(blocks, split_blocks)
     numbers = torch.empty(3, rows, splits, dtype=torch.float32, device=device)
     leaders = torch.empty(rows, splits, dtype=torch.int32, device=device)
     tokens = torch.empty(rows, dtype=torch.int64, device=device)
@@ -65,7 +66,7 @@ def draw(
         numbers,
         leaders,
         vocab_size,
-        share,
+        split_blocks,
         HAS_STOPS=early_stops is not None,
         BLOCK=BLOCK,
     )
@@ -119,11 +120,11 @@ def _race(
     numbers_ptr,
     leaders_ptr,
     vocab_size,
-    share,
+    split_blocks,
     HAS_STOPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Program (row, split): maximum, sum, best ratio and leader of ``share`` blocks, from ``split * share`` on."""
+    """Program (row, split): maximum, sum, best ratio and leader of the split's ``split_blocks`` blocks."""
     row, split = tl.program_id(0), tl.program_id(1)
     rows, splits = tl.num_programs(0), tl.num_programs(1)
     step = tl.load(steps_ptr + row)
@@ -134,8 +135,8 @@ def _race(
     total = tl.full((), 0.0, tl.float32)
     best = tl.full((), 0.0, tl.float32)
     leader = tl.full((), 0, tl.int32)
-    for index in range(share):
-        start = (split * share + index) * BLOCK
+    for index in range(split_blocks):
+        start = (split * split_blocks + index) * BLOCK
         entries = start + tl.arange(0, BLOCK)
         inside = entries < vocab_size
         z = tl.load(row_ptr + entries, mask=inside, other=float("-inf")).to(tl.float32) * inverse_temperature

@@ -1,10 +1,22 @@
-"""Which sequence sits in which row of the KV cache: continuous batching as plain bookkeeping, without a model.
+"""Continuous batching as plain bookkeeping, without a model: which sequence has which row of the KV cache.
 
-Rows ``0 .. live-1`` are always taken and the others free, so that no step computes a dead row: ``retire`` fills the
-gaps with rows from the end and says which keys and values have to move along, ``admit`` appends. Each row holds its
-own sequence from position 0 on, and rows know nothing of each other.
+The life of a sequence (one completion of one prompt):
 
-    admit  ->  forward pass  ->  draw  ->  record  ->  retire  ->  admit ...
+    waiting    It has no row yet. Prompts wait in the order in which they came, and so do completions of a prompt.
+    admitted   ``admit`` gives it a row. In that step its prompt is prefilled, once for all completions of the prompt
+               that enter together. Completions for which no row was free enter later and decode the prompt's last
+               token again, on the keys and values that the cache kept.
+    running    Each step samples one token of it (``record``) and, from its second step on, feeds the one before.
+    finished   It sampled a stop token, completed a stop string or reached ``max_new_tokens``; the engine decides.
+               ``retire`` frees its row at once for the next waiting sequence.
+
+There is no preemption: a row has room for the longest sequence of the call, so a running sequence always finishes.
+
+Invariant: rows ``0 .. running-1`` are taken and the others free, so that no step computes a row for nothing. ``retire``
+fills gaps with rows from the end and says which keys and values have to move along; ``admit`` appends. Each row holds
+its own sequence from position 0 on, and rows know nothing of each other.
+
+    admit  ->  forward pass  ->  sample  ->  record  ->  retire  ->  admit ...
 """
 
 from __future__ import annotations
@@ -20,12 +32,12 @@ MAX_PREFILL_TOKENS = 16384
 
 
 def capacity(max_concurrent_tokens: int, longest: int, sequences: int) -> int:
-    """Number of rows: what the budget pays for, and no more than there are sequences.
+    """Number of rows of the KV cache: what the budget pays for, and no more than there are sequences.
 
     Args:
         max_concurrent_tokens: the KV cache's size in tokens.
         longest: tokens of the longest possible sequence, prompt and completion.
-        sequences: how many there are to draw.
+        sequences: how many there are to generate.
 
     Raises:
         ValueError: the budget doesn't hold even one sequence.
@@ -41,7 +53,12 @@ def capacity(max_concurrent_tokens: int, longest: int, sequences: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """Completions of one prompt that enter together, in rows ``start .. stop-1``."""
+    """Completions of one prompt that are admitted together, in rows ``start .. stop-1``.
+
+    Example:
+        Prompt 3 has 8 completions and 5 rows are free: ``Admission(prompt=3, start=11, stop=16, prefill=True,
+        keep=True)``. When 3 more rows are free, ``Admission(3, start=13, stop=16, prefill=False, keep=False)``.
+    """
 
     prompt: int
     start: int
@@ -49,18 +66,18 @@ class Admission:
     prefill: bool
     """True: the prompt goes through the model now. False: it did before, and its keys and values were kept."""
     keep: bool
-    """More completions of the prompt wait for a row: keep its keys and values."""
+    """More completions of the prompt are waiting, so the cache has to keep its keys and values."""
 
 
-class Slots:
-    """Rows of the cache and the sequences in them.
+class Scheduler:
+    """Waiting and running sequences of one ``generate`` call.
 
-    Per row, ``live`` of them in use:
-        ``prompt``, ``completion``: int64 [rows], which completion of which prompt sits there.
+    Per row, ``running`` of them in use:
+        ``prompt``, ``completion``: int64 [rows], which completion of which prompt the row holds.
         ``seed``: int64 [rows], the name of its random stream.
         ``length``: int64 [rows], tokens whose keys and values are in the cache.
-        ``token``: int64 [rows], the token that comes next, at position ``length``.
-        ``drawn``: int64 [rows], tokens drawn so far.
+        ``token``: int64 [rows], the token to feed next, at position ``length``.
+        ``sampled``: int64 [rows], tokens sampled so far.
         ``inputs``: int64 [4, rows], the last four in one piece.
         ``tokens`` int32 and ``logprobs`` float32 [rows, max_new_tokens]: the completion so far.
     """
@@ -70,76 +87,76 @@ class Slots:
     ) -> None:
         """
         Args:
-            prompts: token ids of each, in the order in which they enter.
-            seeds: one for each completion of each.
+            prompts: token ids of each, in the order in which they are admitted.
+            seeds: one for each completion of each prompt.
             rows: see ``capacity``.
         """
         self.rows = rows
-        self.live = 0
-        self._numbers = numbers = np.zeros((6, rows), dtype=np.int64)
-        self.prompt, self.completion, self.seed, self.length, self.token, self.drawn = numbers
-        self.inputs = numbers[2:]
+        self.running = 0
+        self._columns = columns = np.zeros((6, rows), dtype=np.int64)
+        self.prompt, self.completion, self.seed, self.length, self.token, self.sampled = columns
+        self.inputs = columns[2:]
         self.tokens = np.zeros((rows, max_new_tokens), dtype=np.int32)
         self.logprobs = np.zeros((rows, max_new_tokens), dtype=np.float32)
         self._prompts = prompts
         self._seeds = seeds
         self._waiting = deque(i for i in range(len(prompts)) if len(seeds[i]))
-        self._entered = 0  # completions of the first waiting prompt that have a row already
+        self._admitted = 0  # completions of the first waiting prompt that have a row already
 
     def admit(self) -> list[Admission]:
         """Give the free rows to waiting sequences.
 
-        Rows whose prompt was kept come first: together with the rows that were live before they decode in this
-        step. The others, at the end, are prefilled in it.
+        Rows whose prompt was kept come first: like the rows that were running before, they decode in this step. The
+        others, at the end, are prefilled in it.
         """
         admissions: list[Admission] = []
         padded = prefilled = 0
-        while self._waiting and self.live < self.rows:
+        while self._waiting and self.running < self.rows:
             i = self._waiting[0]
-            prefill = self._entered == 0
+            prefill = self._admitted == 0
             if prefill:
                 padded = max(padded, len(self._prompts[i]))
                 prefilled += 1
                 if prefilled > 1 and prefilled * padded > MAX_PREFILL_TOKENS:
                     break
-            start, stop = self.live, min(self.live + len(self._seeds[i]) - self._entered, self.rows)
-            self._seat(i, start, stop, prefill)
-            self._entered += stop - start
-            keep = self._entered < len(self._seeds[i])
+            start, stop = self.running, min(self.running + len(self._seeds[i]) - self._admitted, self.rows)
+            self._fill_rows(i, start, stop, prefill)
+            self._admitted += stop - start
+            keep = self._admitted < len(self._seeds[i])
             if not keep:
                 self._waiting.popleft()
-                self._entered = 0
+                self._admitted = 0
             admissions.append(Admission(i, start, stop, prefill, keep))
         return admissions
 
-    def _seat(self, i: int, start: int, stop: int, prefill: bool) -> None:
+    def _fill_rows(self, i: int, start: int, stop: int, prefill: bool) -> None:
         prompt = self._prompts[i]
         self.prompt[start:stop] = i
-        completions = range(self._entered, self._entered + stop - start)
+        completions = range(self._admitted, self._admitted + stop - start)
         self.completion[start:stop] = completions
         self.seed[start:stop] = [self._seeds[i][j] for j in completions]
-        # A kept prompt decodes its last token again, for the logits: they aren't kept.
+        # A kept prompt decodes its last token again: its keys and values were kept, its logits were not.
         self.length[start:stop] = len(prompt) if prefill else len(prompt) - 1
         self.token[start:stop] = prompt[-1]
-        self.drawn[start:stop] = 0
-        self.live = stop
+        self.sampled[start:stop] = 0
+        self.running = stop
 
     def record(self, tokens: np.ndarray, logprobs: np.ndarray, decoded: int) -> None:
-        """Take in what was drawn.
+        """Append this step's tokens to the running sequences.
 
         Args:
-            tokens: int [live]. logprobs: float [live].
+            tokens: int [running]. logprobs: float [running].
             decoded: number of rows, from the first, that fed a token in this step; the rest were prefilled.
         """
-        live = slice(self.live)
-        at = np.arange(self.live), self.drawn[live]
-        self.tokens[at] = self.token[live] = tokens
+        rows = slice(self.running)
+        at = np.arange(self.running), self.sampled[rows]
+        self.tokens[at] = self.token[rows] = tokens
         self.logprobs[at] = logprobs
-        self.drawn[live] += 1
+        self.sampled[rows] += 1
         self.length[:decoded] += 1
 
     def retire(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Free rows, and close the gaps with live rows from the end.
+        """Free the rows of finished sequences, and close the gaps with running rows from the end.
 
         Args:
             rows: int64, ascending.
@@ -147,10 +164,10 @@ class Slots:
         Returns:
             source, target: int64 of equal length, the rows whose keys and values have to be copied.
         """
-        staying = np.delete(np.arange(self.live), rows)
-        self.live = len(staying)
-        source = staying[staying >= self.live]
-        target = rows[rows < self.live]
-        for column in (*self._numbers, self.tokens, self.logprobs):
+        staying = np.delete(np.arange(self.running), rows)
+        self.running = len(staying)
+        source = staying[staying >= self.running]
+        target = rows[rows < self.running]
+        for column in (*self._columns, self.tokens, self.logprobs):
             column[target] = column[source]
         return source, target

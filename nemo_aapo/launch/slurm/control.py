@@ -9,7 +9,7 @@ from nemo_aapo.launch.slurm.attempts import History, read_history, summary, writ
 from nemo_aapo.launch.slurm.commands import JobState, job_states, slurm
 from nemo_aapo.launch.slurm.paths import Places, add_jobs, read_jobs
 from nemo_aapo.launch.slurm.submit import sbatch
-from nemo_aapo.run.state import RunState, look
+from nemo_aapo.run.state import RunState, read_state
 
 SHOWN_ATTEMPTS = 5
 
@@ -20,7 +20,7 @@ def status(places: Places) -> str:
     Raises:
         RunError: nothing was submitted from this run directory.
     """
-    lines = describe(states_of(places), look(places.run_dir), read_history(places.history))
+    lines = describe(states_of(places), read_state(places.run_dir), read_history(places.history))
     return "\n".join([f"run         {places.run_dir}", *lines])
 
 
@@ -69,7 +69,7 @@ def requeue(places: Places) -> str:
         RunError: nothing was submitted from this run directory, or the run is finished.
     """
     states = states_of(places)
-    if look(places.run_dir).finished:
+    if read_state(places.run_dir).finished:
         raise RunError(f"{places.run_dir}: the run is finished")
     running = [state.id for state in states if state.state == "RUNNING"]
     if running:

@@ -31,7 +31,7 @@ from nemo_aapo.launch.slurm.paths import Places
 from nemo_aapo.launch.slurm.rank import ADDRESSES
 from nemo_aapo.launch.slurm.roles import Ended, Roles, Signals
 from nemo_aapo.launch.slurm.script import SEPARATOR
-from nemo_aapo.run.state import look
+from nemo_aapo.run.state import read_state
 from nemo_aapo.run.stop import STOP_FILE
 from nemo_aapo.utils.files import LOCK
 
@@ -92,7 +92,7 @@ class Supervisor:
     def attempt(self, max_requeues: int) -> int:
         """Run as a batch job: keep the history, sum up, requeue. Returns the exit code unless it is requeued."""
         history = read_history(self.places.history)
-        state = look(self.places.run_dir)
+        state = read_state(self.places.run_dir)
         if state.finished:
             say("the run is finished: nothing to do")
             return 0
@@ -123,7 +123,7 @@ class Supervisor:
         return {"finished": 0, "cancelled": 0, "refused": REFUSED}.get(end, FAILED)
 
     def _close(self, attempt: Attempt, end: End, why: str) -> Attempt:
-        state = look(self.places.run_dir)
+        state = read_state(self.places.run_dir)
         return replace(
             attempt,
             end=end,
@@ -136,7 +136,7 @@ class Supervisor:
 
     def _judge(self, ended: Ended) -> tuple[End, str]:
         """How the trainer's end is to be understood."""
-        if look(self.places.run_dir).finished:
+        if read_state(self.places.run_dir).finished:
             return "finished", "the run is complete"
         if self.asked == CANCELLED:
             return "cancelled", "SIGTERM from Slurm (scancel, or the time limit before the trainer could save)"

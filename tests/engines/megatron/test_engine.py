@@ -3,81 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from nemo_aapo.types import SamplingSpec
-from tests.tiny_models import make_config
-
-VOCAB_SIZE = 150  # of the model's 160: the rest plays Megatron's padding
-SPEC = SamplingSpec(temperature=0.8, max_new_tokens=24, stop_token_ids=(3, 7, 20, 41, 90, 111), min_new_tokens=2)
-GREEDY = dataclasses.replace(SPEC, temperature=0.0)
-TIGHT, ROOMY = 5 * 43, 100 * 43  # 43 tokens a row at most: 5 rows for 25 sequences, and a row for each
-LAYOUTS = {"2x1": (2, 1, False), "1x2": (1, 2, False), "2x2": (2, 2, False), "2x1+sp": (2, 1, True)}
-
-
-def prompts() -> list[np.ndarray]:
-    generator = np.random.default_rng(0)
-    return [generator.integers(2, VOCAB_SIZE, n).astype(np.int32) for n in (3, 19, 1, 8, 8, 13)]
-
-
-SEEDS = [[1000 * i + j for j in range(size)] for i, size in enumerate((6, 4, 7, 1, 0, 7))]
-
-
-def build(path: Path, tp: int = 1, pp: int = 1, sp: bool = False):
-    """This rank's stage, with the weights of a Hugging Face directory."""
-    import torch
-    from megatron.core import parallel_state
-
-    from nemo_aapo.launch.world import Machine, decide
-    from nemo_aapo.mcore import precision
-    from nemo_aapo.mcore.bridge.weights import WeightMap
-
-    weights = WeightMap(str(path), torch.float32)
-    provider = weights.provider()
-    for name, value in {
-        **precision.model_fields(decide(make_config(path), Machine.present())),
-        "tensor_model_parallel_size": tp,
-        "pipeline_model_parallel_size": pp,
-        "sequence_parallel": sp,
-        "hidden_dropout": 0.0,
-        "attention_dropout": 0.0,
-    }.items():
-        setattr(provider, name, value)
-    provider.finalize()
-    model = provider.provide(
-        pre_process=parallel_state.is_pipeline_first_stage(), post_process=parallel_state.is_pipeline_last_stage()
-    )
-    weights.load(model)
-    return model
-
-
-def generate(path, calls, tp=1, pp=1, sp=False):
-    """On each rank: for each call (prompts, seeds, spec, budget) the completions, the order they came in, the stats."""
-    from nemo_aapo.engines.base import RolloutEngine
-    from nemo_aapo.engines.megatron.engine import MegatronEngine
-
-    model, results = build(path, tp, pp, sp), []
-    for texts, seeds, spec, budget in calls:
-        engine = MegatronEngine(model, VOCAB_SIZE, budget, policy_version=4)
-        assert isinstance(engine, RolloutEngine)
-        told: list[tuple] = []
-        out = engine.generate(texts, spec, seeds, lambda *news, told=told: told.append(news))
-        assert all(out[i][j] is completion for i, j, completion in told)
-        order = [(i, j) for i, j, _ in told]
-        assert sorted(order) == [(i, j) for i, row in enumerate(seeds) for j in range(len(row))]
-        results.append((out, order, engine.stats))
-    return results
-
-
-def one_rank(ranks, path, *calls):
-    return ranks.run(generate, path, calls)[0]
-
-
-def flat(completions) -> list[list[int]]:
-    return [completion.token_ids.tolist() for row in completions for completion in row]
+from tests.engines.megatron.generation import (
+    GREEDY,
+    LAYOUTS,
+    ROOMY,
+    SEEDS,
+    SPEC,
+    TIGHT,
+    VOCAB_SIZE,
+    build,
+    flat,
+    generate,
+    one_rank,
+    prompts,
+)
 
 
 def plain_logprobs(model, prompt: np.ndarray, completion: np.ndarray, spec: SamplingSpec) -> np.ndarray:
@@ -232,41 +176,6 @@ def test_data_parallel_ranks_do_not_wait_for_each_other(ranks, tiny_models):
     assert idle == [[], []]
 
 
-def _gradient_around_generate(path, tp, sp):
-    """Gradients of one training pass before and after a rollout, and what else the rollout might leave behind."""
-    import torch
-
-    from nemo_aapo.engines.megatron.engine import MegatronEngine
-
-    model = build(path, tp, sp=sp)
-    tokens = torch.arange(2, 34).view(2, 16)
-
-    def traces():
-        model.zero_grad()
-        model(tokens, torch.arange(16).expand(2, 16), None, labels=tokens.roll(-1, 1)).mean().backward()
-        switches = [
-            (name, key, value)
-            for name, module in model.named_modules()
-            for holder in (module, getattr(module, "config", None))
-            for key, value in vars(holder or module).items()
-            if isinstance(value, bool) or key == "forward"
-        ]
-        return [parameter.grad.numpy().copy() for parameter in model.parameters()], switches, model.decoder.input_tensor
-
-    before = traces()
-    MegatronEngine(model, VOCAB_SIZE, ROOMY).generate(prompts(), SPEC, SEEDS)
-    after = traces()
-    return before, after
-
-
-@pytest.mark.parametrize(("tp", "sp"), [(1, False), (2, True)])
-def test_the_learner_finds_its_model_as_it_left_it(ranks, tiny_models, tp, sp):
-    for before, after in ranks.run(_gradient_around_generate, tiny_models["qwen3"], tp, sp, world=tp, tp=tp):
-        assert before[1:] == after[1:]
-        assert any(key == "sequence_parallel" and value for _, key, value in before[1]) == sp
-        assert all(np.array_equal(a, b) and np.abs(a).max() > 0 for a, b in zip(before[0], after[0], strict=True))
-
-
 def _refusals(path):
     import torch
 
@@ -304,100 +213,3 @@ def test_what_cannot_work_is_refused_by_name(ranks, tiny_models):
     assert "stop token 150" in stop
     assert "without ``decode``" in strings
     assert "policy version 0" in nan
-
-
-def _generate_with_fused_norms(path):
-    """TransformerEngine's projections hold the norm before them; mcore's local ones made to look like that."""
-    import torch
-
-    from nemo_aapo.engines.megatron.engine import MegatronEngine
-
-    model = build(path)
-    expected = flat(MegatronEngine(model, VOCAB_SIZE, ROOMY).generate(prompts(), SPEC, SEEDS))
-    for layer in model.decoder.layers:
-        for norm, linear in (
-            (layer.input_layernorm, layer.self_attention.linear_qkv),
-            (layer.pre_mlp_layernorm, layer.mlp.linear_fc1),
-        ):
-            linear.layer_norm_weight = torch.nn.Parameter(norm.weight.detach().clone())
-            norm.weight.data.zero_()
-    return expected, flat(MegatronEngine(model, VOCAB_SIZE, ROOMY).generate(prompts(), SPEC, SEEDS))
-
-
-def test_norms_are_found_where_transformer_engine_keeps_them(ranks, tiny_models):
-    ((expected, found),) = ranks.run(_generate_with_fused_norms, tiny_models["qwen3"])
-    assert found == expected
-
-
-def _rollouts_around_a_change(path, tp):
-    """Long enough for copies: before and after the weights changed in place, with and without; what copies were."""
-    import weakref
-
-    import torch
-
-    from nemo_aapo.engines.megatron import decoder
-    from nemo_aapo.engines.megatron import engine as megatron_engine
-    from nemo_aapo.engines.megatron import matmul as products
-
-    model, copies, shapes, results = build(path, tp), [], [], []
-    long, engine = (
-        dataclasses.replace(SPEC, max_new_tokens=40),
-        megatron_engine.MegatronEngine(model, VOCAB_SIZE, ROOMY),
-    )
-
-    def watched(weight):
-        copy = products.arranged(weight)
-        shapes.append(copy.dim())
-        if copy is not weight:
-            copies.append(weakref.ref(copy))
-        return copy
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(products, "SMALL_WEIGHT", 1 << 12)  # of which a tiny model has large ones
-        patch.setattr(products, "WIDEST_PANEL", 64)
-        patch.setattr(decoder, "arranged", watched)
-        pays = megatron_engine._copy_pays
-        for _ in range(2):
-            for rule in (pays, lambda *_: False):
-                patch.setattr(megatron_engine, "_copy_pays", rule)
-                made = len(copies)
-                results.append(engine.generate(prompts(), long, SEEDS))
-                assert (len(copies) > made) == (rule is pays)
-                assert not any(copy() is not None for copy in copies)
-            with torch.no_grad():
-                for weight in model.parameters():
-                    weight.mul_(1.25)
-    return results, set(shapes)
-
-
-@pytest.mark.parametrize("tp", [1, 2])
-def test_copies_of_weights_are_as_new_as_the_weights_and_do_not_outlive_the_rollout(ranks, tiny_models, tp):
-    for results, shapes in ranks.run(_rollouts_around_a_change, tiny_models["qwen2"], tp, world=tp, tp=tp):
-        assert 3 in shapes
-        before, plain_before, after, plain_after = results
-        assert flat(before) != flat(after)
-        for ours, plain in ((before, plain_before), (after, plain_after)):
-            assert flat(ours) == flat(plain)
-            for row, expected in zip(ours, plain, strict=True):
-                for a, b in zip(row, expected, strict=True):
-                    np.testing.assert_allclose(a.logprobs, b.logprobs, atol=2e-5)
-
-
-def _versions(path):
-    from nemo_aapo.engines.megatron.engine import MegatronEngine
-
-    engine = MegatronEngine(build(path), VOCAB_SIZE, ROOMY)
-
-    def unread():
-        raise AssertionError("the engine has no use for weights")
-        yield
-
-    before = engine.generate(prompts()[:1], SPEC, [[1]])[0][0].policy_version
-    engine.update_weights(unread(), version=7)
-    engine.sleep()
-    engine.wake()
-    return before, engine.generate(prompts()[:1], SPEC, [[1]])[0][0].policy_version
-
-
-def test_a_refit_is_a_new_version_of_the_same_weights(ranks, tiny_models):
-    assert ranks.run(_versions, tiny_models["qwen2"]) == [(0, 7)]

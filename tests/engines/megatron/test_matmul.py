@@ -1,35 +1,35 @@
-"""Products with arranged weights are those with the weights."""
+"""Products with packed weights are those with the weights."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from nemo_aapo.engines.megatron.matmul import SMALL_WEIGHT, WIDEST_PANEL, add_linear_, arranged, linear
+from nemo_aapo.engines.megatron.matmul import MAX_BLOCK_COLUMNS, SMALL_WEIGHT, add_linear_, linear, pack_weight
 
 
 @pytest.mark.parametrize(
-    ("outputs", "inputs", "panels"),
+    ("outputs", "inputs", "blocks"),
     [
         (48, 16, None),  # small
         (256, 512, 1),
         (1024, 512, 4),
-        (1152, 896, 6),  # panels of 192
+        (1152, 896, 6),  # blocks of 192
         (1187 * 128, 8, 1187),
         (1187, 512, None),  # a prime
-        (2 * 1187, 512, None),  # panels would be two numbers wide
+        (2 * 1187, 512, None),  # blocks would be two numbers wide
     ],
 )
 @pytest.mark.parametrize("rows", [1, 7, 33])
-def test_a_weight_multiplies_the_same_however_it_is_arranged(outputs, inputs, panels, rows):
+def test_a_weight_multiplies_the_same_however_it_is_pack_weight(outputs, inputs, blocks, rows):
     generator = torch.Generator().manual_seed(0)
     weight, x = (torch.randn(n, inputs, generator=generator) for n in (outputs, rows))
     bias, y = torch.randn(outputs, generator=generator), torch.randn(rows, outputs, generator=generator)
-    copy = arranged(weight)
-    if panels:
+    copy = pack_weight(weight)
+    if blocks:
         assert weight.numel() >= SMALL_WEIGHT
-        assert copy.shape == (panels, inputs, outputs // panels)
-        assert copy.shape[-1] <= WIDEST_PANEL
+        assert copy.shape == (blocks, inputs, outputs // blocks)
+        assert copy.shape[-1] <= MAX_BLOCK_COLUMNS
         assert copy.untyped_storage().nbytes() == weight.untyped_storage().nbytes()
     else:
         assert copy is weight

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_aapo.engines.megatron.sampling import draw, exponential_noise, mix64_
+from nemo_aapo.engines.megatron.sampling import exponential_noise, mix64_, sample
 from nemo_aapo.types import SamplingSpec
 
 SAMPLED = SamplingSpec(temperature=1.0, max_new_tokens=8, stop_token_ids=())
@@ -48,7 +48,7 @@ def test_drawn_tokens_are_distributed_as_the_softmax(temperature):
     spec = SamplingSpec(temperature=temperature, max_new_tokens=8, stop_token_ids=())
     expected = torch.softmax(logits.double() / temperature, -1).numpy()
     for seeds, steps in (streams(40_000), streams(1, 40_000), streams(200, 200)):
-        tokens, logprobs = draw(logits.expand(len(seeds), -1), spec, seeds, steps, 31)
+        tokens, logprobs = sample(logits.expand(len(seeds), -1), spec, seeds, steps, 31)
         counts = np.bincount(tokens.numpy(), minlength=31)
         rare = expected * len(seeds) < 5  # the chi-square test wants at least five expected in each cell
         observed = np.append(counts[~rare], counts[rare].sum())
@@ -61,13 +61,13 @@ def test_drawn_tokens_are_distributed_as_the_softmax(temperature):
 def test_a_token_depends_on_its_own_row_only():
     generator = torch.Generator().manual_seed(2)
     logits, (seeds, steps) = torch.randn(60, 37, generator=generator), streams(12, 5)
-    tokens, logprobs = draw(logits, SAMPLED, seeds, steps, 37)
+    tokens, logprobs = sample(logits, SAMPLED, seeds, steps, 37)
     order = torch.randperm(60, generator=generator)
-    shuffled, _ = draw(logits[order], SAMPLED, seeds[order], steps[order], 37)
+    shuffled, _ = sample(logits[order], SAMPLED, seeds[order], steps[order], 37)
     assert torch.equal(shuffled, tokens[order])
     for row in (0, 17, 59):
         one = slice(row, row + 1)
-        alone = draw(logits[one], SAMPLED, seeds[one], steps[one], 37)
+        alone = sample(logits[one], SAMPLED, seeds[one], steps[one], 37)
         assert alone[0] == tokens[row]
         assert alone[1] == pytest.approx(float(logprobs[row]), abs=1e-6)
 
@@ -77,19 +77,19 @@ def test_rounding_errors_of_the_logits_hardly_ever_change_a_token():
     seeds, steps = streams(20, 250)
     logits = torch.randn(len(seeds), 500, generator=generator)
     wobble = torch.randn(logits.shape, generator=generator) * 1e-3
-    tokens, _ = draw(logits, SAMPLED, seeds, steps, 500)
-    others, _ = draw(logits + wobble, SAMPLED, seeds, steps, 500)
+    tokens, _ = sample(logits, SAMPLED, seeds, steps, 500)
+    others, _ = sample(logits + wobble, SAMPLED, seeds, steps, 500)
     assert (tokens != others).float().mean() < 2e-3  # about 0.8e-3; inverting the CDF gives 11e-3
 
 
 def test_different_seeds_and_steps_give_different_tokens():
     seeds, steps = streams(1000, 2)
-    tokens, _ = draw(torch.zeros(len(seeds), 5000), SAMPLED, seeds, steps, 5000)
+    tokens, _ = sample(torch.zeros(len(seeds), 5000), SAMPLED, seeds, steps, 5000)
     first, second = tokens.view(1000, 2).T
     assert len(first.unique()) > 850  # 906 expected of 1000 draws from 5000
     assert (first == second).sum() < 5
     huge = torch.tensor([2**63 - 1, 2**63 - 2, 0])
-    assert len(draw(torch.zeros(3, 10**6), SAMPLED, huge, torch.zeros_like(huge), 10**6)[0].unique()) == 3
+    assert len(sample(torch.zeros(3, 10**6), SAMPLED, huge, torch.zeros_like(huge), 10**6)[0].unique()) == 3
 
 
 def test_no_rounding_of_the_noise_makes_an_impossible_token_win():
@@ -99,7 +99,7 @@ def test_no_rounding_of_the_noise_makes_an_impossible_token_win():
         assert exponential_noise(stream, step, 64)[0, index].isinf()
         logits = torch.zeros(1, 64)
         logits[0, index] = -30.0
-        tokens, _ = draw(logits, SAMPLED, stream, step, 64)
+        tokens, _ = sample(logits, SAMPLED, stream, step, 64)
         assert tokens[0] != index
 
 
@@ -109,7 +109,7 @@ def test_padding_of_the_vocabulary_is_neither_drawn_nor_counted(temperature):
     logits[:, 20:] = 50.0
     spec = SamplingSpec(temperature=temperature, max_new_tokens=8, stop_token_ids=())
     seeds, steps = streams(300)
-    tokens, logprobs = draw(logits, spec, seeds, steps, 20)
+    tokens, logprobs = sample(logits, spec, seeds, steps, 20)
     assert tokens.max() < 20
     expected = torch.log_softmax(logits[:, :20] / (temperature or 1.0), -1).gather(1, tokens[:, None])[:, 0]
     torch.testing.assert_close(logprobs, expected, atol=1e-6, rtol=0)
@@ -119,7 +119,7 @@ def test_greedy_takes_the_likeliest_and_reports_its_logprob_at_temperature_one()
     logits = torch.randn(50, 30, generator=torch.Generator().manual_seed(5), dtype=torch.bfloat16)
     seeds, steps = streams(50)
     spec = SamplingSpec(temperature=0.0, max_new_tokens=8, stop_token_ids=())
-    tokens, logprobs = draw(logits, spec, seeds, steps, 30)
+    tokens, logprobs = sample(logits, spec, seeds, steps, 30)
     assert torch.equal(tokens, logits.argmax(-1))
     torch.testing.assert_close(logprobs, torch.log_softmax(logits.float(), -1).max(-1).values)
 
@@ -130,7 +130,7 @@ def test_stop_tokens_are_impossible_before_min_new_tokens_and_only_then(temperat
     logits[:, [3, 7]] = 8.0
     seeds, steps = streams(100, 4)
     spec = SamplingSpec(temperature=temperature, max_new_tokens=8, stop_token_ids=(3, 7), min_new_tokens=2)
-    tokens, logprobs = draw(logits, spec, seeds, steps, 10)
+    tokens, logprobs = sample(logits, spec, seeds, steps, 10)
     stops = (tokens == 3) | (tokens == 7)
     assert not stops[steps < 2].any()
     assert stops[steps >= 2].float().mean() > 0.9
@@ -143,7 +143,7 @@ def test_top_p_draws_from_the_smallest_set_that_reaches_it():
     seeds, steps = streams(20_000)
     for top_p, kept in ((0.3, [1]), (0.5, [1, 3]), (0.75, [1, 2, 3]), (0.99, [0, 1, 2, 3, 4])):
         spec = SamplingSpec(temperature=1.0, max_new_tokens=8, stop_token_ids=(), top_p=top_p)
-        tokens, logprobs = draw(probabilities.log().expand(20_000, -1), spec, seeds, steps, 5)
+        tokens, logprobs = sample(probabilities.log().expand(20_000, -1), spec, seeds, steps, 5)
         counts = np.bincount(tokens.numpy(), minlength=5)
         assert np.flatnonzero(counts).tolist() == kept
         wanted = probabilities[kept] / probabilities[kept].sum()

@@ -1,17 +1,17 @@
-"""Slot bookkeeping, driven by a stand-in for the model that lets a row see nothing but what its cache holds."""
+"""The scheduler, driven by a stand-in for the model that lets a row see nothing but what its cache holds."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from nemo_aapo.engines.megatron import scheduler as slots_module
-from nemo_aapo.engines.megatron.scheduler import Slots, capacity
+from nemo_aapo.engines.megatron import scheduler as scheduler_module
+from nemo_aapo.engines.megatron.scheduler import Scheduler, capacity
 
 
-def next_token(context: list[int], seed: int, drawn: int) -> int:
-    """What the stand-in draws: a pure function of the row's whole context, its seed and the step. 0 stops."""
-    return hash((tuple(context), seed, drawn)) % 7
+def next_token(context: list[int], seed: int, step: int) -> int:
+    """What the stand-in samples: a pure function of the row's whole context, its seed and the step. 0 stops."""
+    return hash((tuple(context), seed, step)) % 7
 
 
 def one_at_a_time(prompt: np.ndarray, seed: int, max_new_tokens: int) -> list[int]:
@@ -22,52 +22,52 @@ def one_at_a_time(prompt: np.ndarray, seed: int, max_new_tokens: int) -> list[in
 
 
 class Simulation:
-    """The engine's loop over ``Slots``, with lists of tokens in place of keys and values."""
+    """The engine's loop over ``Scheduler``, with lists of tokens in place of keys and values."""
 
     def __init__(self, prompts, seeds, max_new_tokens: int, rows: int) -> None:
-        self.slots = Slots(prompts, seeds, max_new_tokens, rows)
+        self.scheduler = Scheduler(prompts, seeds, max_new_tokens, rows)
         self.prompts, self.max_new_tokens = prompts, max_new_tokens
         self.cache: list[list[int]] = [[] for _ in range(rows)]
         self.kept: list[int] = []
         self.finished: dict[tuple[int, int], list[int]] = {}
         self.prefills: list[list[int]] = []  # prompts prefilled, step by step
-        self.live: list[int] = []
+        self.running: list[int] = []
 
     def run(self) -> None:
         while self.step():
             pass
 
     def step(self) -> bool:
-        slots = self.slots
-        entered = slots.admit()
-        if not slots.live:
+        scheduler = self.scheduler
+        admitted = scheduler.admit()
+        if not scheduler.running:
             return False
-        fresh = [admission for admission in entered if admission.prefill]
-        decoding = fresh[0].start if fresh else slots.live
-        for admission in entered:
+        prefills = [admission for admission in admitted if admission.prefill]
+        decoding = prefills[0].start if prefills else scheduler.running
+        for admission in admitted:
             for row in range(admission.start, admission.stop):
                 prompt = self.prompts[admission.prompt].tolist()
                 self.cache[row] = list(prompt) if admission.prefill else list(self.kept)
                 assert admission.prefill == (row >= decoding)
         for row in range(decoding):
-            del self.cache[row][slots.length[row] :]
-            assert len(self.cache[row]) == slots.length[row]
-            self.cache[row].append(int(slots.token[row]))
-        if fresh and fresh[-1].keep:
-            self.kept = self.prompts[fresh[-1].prompt].tolist()
-        self.prefills.append([admission.prompt for admission in fresh])
-        self.live.append(slots.live)
-        rows = range(slots.live)
-        tokens = np.array([next_token(self.cache[r], int(slots.seed[r]), int(slots.drawn[r])) for r in rows])
-        slots.record(tokens, -tokens.astype(float), decoding)
-        done = np.flatnonzero((tokens == 0) | (slots.drawn[: slots.live] == self.max_new_tokens))
+            del self.cache[row][scheduler.length[row] :]
+            assert len(self.cache[row]) == scheduler.length[row]
+            self.cache[row].append(int(scheduler.token[row]))
+        if prefills and prefills[-1].keep:
+            self.kept = self.prompts[prefills[-1].prompt].tolist()
+        self.prefills.append([admission.prompt for admission in prefills])
+        self.running.append(scheduler.running)
+        rows = range(scheduler.running)
+        tokens = np.array([next_token(self.cache[r], int(scheduler.seed[r]), int(scheduler.sampled[r])) for r in rows])
+        scheduler.record(tokens, -tokens.astype(float), decoding)
+        done = np.flatnonzero((tokens == 0) | (scheduler.sampled[: scheduler.running] == self.max_new_tokens))
         for row in done:
-            out = slots.tokens[row, : slots.drawn[row]]
-            assert (slots.logprobs[row, : slots.drawn[row]] == -out).all()
-            key = int(slots.prompt[row]), int(slots.completion[row])
+            out = scheduler.tokens[row, : scheduler.sampled[row]]
+            assert (scheduler.logprobs[row, : scheduler.sampled[row]] == -out).all()
+            key = int(scheduler.prompt[row]), int(scheduler.completion[row])
             assert key not in self.finished
             self.finished[key] = out.tolist()
-        for source, target in zip(*slots.retire(done), strict=True):
+        for source, target in zip(*scheduler.retire(done), strict=True):
             self.cache[target] = list(self.cache[source])
         return True
 
@@ -83,7 +83,7 @@ def workload(seed: int):
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 100])
 @pytest.mark.parametrize("seed", range(12))
-def test_batched_sequences_come_out_as_if_drawn_one_at_a_time(seed, rows):
+def test_batched_sequences_come_out_as_if_generated_one_at_a_time(seed, rows):
     prompts, seeds, max_new_tokens = workload(seed)
     simulation = Simulation(prompts, seeds, max_new_tokens, rows)
     simulation.run()
@@ -93,7 +93,7 @@ def test_batched_sequences_come_out_as_if_drawn_one_at_a_time(seed, rows):
         for j, name in enumerate(row)
     }
     assert simulation.finished == expected
-    assert max(simulation.live, default=0) <= rows
+    assert max(simulation.running, default=0) <= rows
 
 
 @pytest.mark.parametrize("rows", [1, 3, 100])
@@ -110,14 +110,14 @@ def test_rows_are_refilled_at_once_and_closed_up_when_nothing_waits():
     simulation = Simulation(prompts, seeds, max_new_tokens=9, rows=5)
     simulation.run()
     waiting_until = max(step for step, prefilled in enumerate(simulation.prefills) if prefilled)
-    assert all(live == 5 for live in simulation.live[: waiting_until + 1])
-    tail = simulation.live[waiting_until:]
-    assert tail == sorted(tail, reverse=True)  # dead rows are not computed
-    assert sum(simulation.live) == sum(map(len, simulation.finished.values()))
+    assert all(running == 5 for running in simulation.running[: waiting_until + 1])
+    tail = simulation.running[waiting_until:]
+    assert tail == sorted(tail, reverse=True)  # empty rows are not computed
+    assert sum(simulation.running) == sum(map(len, simulation.finished.values()))
 
 
 def test_a_prefill_pass_is_bounded_but_never_empty(monkeypatch):
-    monkeypatch.setattr(slots_module, "MAX_PREFILL_TOKENS", 20)
+    monkeypatch.setattr(scheduler_module, "MAX_PREFILL_TOKENS", 20)
     prompts = [np.zeros(length, np.int32) for length in (30, 9, 8, 8, 1)]
     simulation = Simulation(prompts, [[1], [2], [3], [4], [5]], max_new_tokens=3, rows=8)
     simulation.run()
@@ -134,11 +134,11 @@ def test_the_budget_decides_the_number_of_rows():
         capacity(96, longest=97, sequences=1)
 
 
-def test_a_graphs_rows_hold_the_live_ones_and_no_more_than_the_cache_has():
+def test_a_graphs_rows_hold_the_running_ones_and_no_more_than_the_cache_has():
     from nemo_aapo.engines.megatron.cuda_graphs import padded_rows
 
     for rows in (1, 7, 40, 100, 256):
-        sizes = [padded_rows(live, rows) for live in range(1, rows + 1)]
-        assert all(live <= size <= rows for live, size in enumerate(sizes, 1))
+        sizes = [padded_rows(running, rows) for running in range(1, rows + 1)]
+        assert all(running <= size <= rows for running, size in enumerate(sizes, 1))
         assert sizes == sorted(sizes)
     assert len(set(sizes)) == 5  # of 256 rows: few graphs to capture

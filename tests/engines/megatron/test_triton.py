@@ -51,7 +51,7 @@ def test_the_fused_race_draws_the_same_tokens(rows, vocab_size, padding, dtype, 
     seeds = torch.randint(0, 2**63 - 1, (rows,), device=DEVICE)
     steps = torch.randint(0, 6, (rows,), device=DEVICE)
     spec = SamplingSpec(temperature=temperature, max_new_tokens=8, stop_token_ids=stops, min_new_tokens=3)
-    tokens, logprobs = sampling_triton.draw(
+    tokens, logprobs = sampling_triton.sample(
         logits,
         1 / temperature,
         seeds,
@@ -60,7 +60,7 @@ def test_the_fused_race_draws_the_same_tokens(rows, vocab_size, padding, dtype, 
         sampling.early_stops(spec, vocab_size, logits.device),
         spec.min_new_tokens,
     )
-    expected, _ = sampling._draw_block(logits[:, :vocab_size], seeds, steps, spec)
+    expected, _ = sampling._sample_block(logits[:, :vocab_size], seeds, steps, spec)
     assert (tokens != expected).sum() <= rows // 64  # ties within rounding errors: none in most runs
     z = logits[:, :vocab_size].double() / temperature
     z[:, list(stops)] = z[:, list(stops)].masked_fill((steps < 3)[:, None], -torch.inf)
@@ -86,7 +86,7 @@ def test_the_fused_race_shows_logits_that_are_not_finite():
     logits = torch.zeros(3, 3000, device=DEVICE)
     logits[0, 2999], logits[1, 5] = torch.nan, torch.inf
     rows = torch.arange(3, device=DEVICE)
-    tokens, logprobs = sampling_triton.draw(logits, 1.0, rows, rows, 3000, None, 0)
+    tokens, logprobs = sampling_triton.sample(logits, 1.0, rows, rows, 3000, None, 0)
     assert logprobs.isfinite().tolist() == [False, False, True]
     assert ((tokens >= 0) & (tokens < 3000)).all()
 
@@ -108,11 +108,11 @@ if not INTERPRETED:
 
 @pytest.mark.parametrize(("rows", "capacity", "heads", "group", "size", "length", "dtype"), ATTENTION_CASES)
 def test_attention_over_rows_of_different_lengths(rows, capacity, heads, group, size, length, dtype):
-    from nemo_aapo.engines.megatron.kv_cache import SlotCache
+    from nemo_aapo.engines.megatron.kv_cache import KVCache
 
     angles = torch.outer(torch.arange(length).float(), 10_000 ** -(torch.arange(0, size, 2) / size)).repeat(1, 2)
     ours, theirs = (
-        SlotCache(
+        KVCache(
             layers=2,
             rows=capacity,
             length=length,

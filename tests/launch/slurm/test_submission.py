@@ -26,7 +26,7 @@ def quickstart(cluster: Cluster, tmp_path_factory) -> Run:
 
     folder = tmp_path_factory.mktemp("quickstart")
     base = folder / "base"
-    make_base_model(base, Recipe(clean_steps=20, noisy_steps=0), force=False, say=print)
+    make_base_model(base, Recipe(clean_steps=20, noisy_steps=0), force=False, log=print)
     data = [f"data.{split}={base}/data/{split}.jsonl" for split in ("train", "validation")]
     layout = ["model.tensor_model_parallel_size=2", "model.pipeline_model_parallel_size=2"]
     words = ["experiment=quickstart", f"model.path={base}", *data, *layout, "trainer.max_steps=4"]
