@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from nemo_aapo.config.build import build
 from nemo_aapo.config.schema import Config, Data
 from nemo_aapo.errors import ConfigError
 
@@ -78,8 +79,6 @@ def sources_of(data: Data, what: Literal["train", "validation"]) -> tuple[Source
 
 
 def _source(entry: dict[str, Any], defaults: dict[str, Any], where: str) -> Source:
-    from nemo_aapo.config.parse import build  # it imports this module for its checks
-
     filled = {f.name: _default(f) for f in dataclasses.fields(Source) if f.name != "path"}
     source = build(Source, {**filled, **defaults, **entry}, where)
     if source.task is None:
@@ -97,8 +96,10 @@ def _source(entry: dict[str, Any], defaults: dict[str, Any], where: str) -> Sour
     return source
 
 
-def _default(item: dataclasses.Field) -> Any:
-    return item.default_factory() if item.default is dataclasses.MISSING else item.default
+def _default(item: dataclasses.Field[Any]) -> Any:
+    if item.default_factory is not dataclasses.MISSING:
+        return item.default_factory()
+    return item.default
 
 
 def check_data(config: Config) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from nemo_aapo.algorithms import Algorithm
 from nemo_aapo.checkpoint.checkpointer import Checkpointer
-from nemo_aapo.config import Config, ModelShape, digest, pad_multiple
+from nemo_aapo.config import Config, ModelShape, digests_of_run, pad_multiple
 from nemo_aapo.data.loading import attach_endless, build_sampler, load_data
 from nemo_aapo.data.prompts import PromptSet
 from nemo_aapo.data.tokenizer import load_tokenizer, require_eos, text_decoder
@@ -35,6 +35,7 @@ from nemo_aapo.rollout.collector import Collector, RewardScorer
 from nemo_aapo.rollout.pipeline import RolloutSource
 from nemo_aapo.run import summary as report
 from nemo_aapo.run.experiment import open_experiment
+from nemo_aapo.run.identity import identity_of
 from nemo_aapo.run.progress import Progress
 from nemo_aapo.run.reporter import RunReporter
 from nemo_aapo.run.stop import StopSignal
@@ -190,7 +191,7 @@ def build_policy_and_learner(config: Config, shape: ModelShape, algorithm: Algor
 def _checkpointer(config: Config) -> Checkpointer:
     return Checkpointer(
         Path(config.run.dir) / "checkpoints",
-        digest(config),
+        digests_of_run(config, identity_of(config)),
         keep_last=config.checkpoint.keep_last,
         keep_best=config.checkpoint.keep_best,
         background=config.checkpoint.async_save,
