@@ -85,14 +85,15 @@ def _differences(record: Record, config: Config, identity: Identity) -> list[str
     """A line for each setting whose value differs from the record's: changed ones before new ones."""
     there, now = _flat(record["settings"]), _flat(json.loads(to_json(decisive_settings(config))))
     contents = record.get("contents", {})  # unknown of a run from before they were recorded: paths stand for them
-    lines = {}
-    for key in {*there, *now}:
-        if key in contents:
-            if contents[key] != identity[key]:
-                lines[key] = f"  {key}: {_show(there, key)} there, {_show(now, key)} now, which hold different things"
-        elif (key in there, there.get(key)) != (key in now, now.get(key)):
-            lines[key] = f"  {key}: {_show(there, key)} there, {_show(now, key)} now"
-    return [lines[key] for key in sorted(lines, key=lambda key: (key not in there or key not in now, key))]
+    lines = []
+    for key in sorted({*there, *now}, key=lambda key: (key not in there or key not in now, key)):
+        same_value = (key in there, there.get(key)) == (key in now, now.get(key))
+        same_contents = key in contents and contents[key] == identity[key]
+        if not same_value and not same_contents:
+            lines.append(f"  {key}: {_show(there, key)} there, {_show(now, key)} now")
+        elif key in contents and not same_contents:
+            lines.append(f"  {key}: {_show(now, key)} holds something else than it did")
+    return lines
 
 
 def claim(config: Config, tree: Mapping[str, Any], world_size: int) -> tuple[TextIO, str]:
