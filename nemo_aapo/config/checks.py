@@ -64,13 +64,15 @@ def _check_layout(config: Config) -> None:
     if model.expert_model_parallel_size > 1:
         raise ConfigError(
             f"model.expert_model_parallel_size={model.expert_model_parallel_size}: the models that train here (Qwen2, "
-            "Qwen3, Llama) have no experts to deal out; models with experts are refused, as the in-process rollout "
+            "Qwen3, Llama) have no experts to distribute; models with experts are refused, as the in-process rollout "
             "engine has no such layers"
         )
     if model.recompute_granularity == "selective" and not model.recompute_modules:
         raise ConfigError("model.recompute_granularity=selective recomputes model.recompute_modules, which is empty")
     if config.rollout.offload_learner and config.rollout.engine == "remote":
-        raise ConfigError("rollout.offload_learner=true has no effect with rollout.engine=remote: it draws elsewhere")
+        raise ConfigError(
+            "rollout.offload_learner=true has no effect with rollout.engine=remote, which generates elsewhere"
+        )
     if config.rollout.offload_learner and model.optim.cpu_offload_fraction:
         raise ConfigError(
             f"rollout.offload_learner=true with model.optim.cpu_offload_fraction={model.optim.cpu_offload_fraction}: "
@@ -112,7 +114,7 @@ def _check_sampling(config: Config) -> None:
     rollout = config.rollout
     if rollout.top_p != 1 or rollout.top_k != 0:
         raise ConfigError(
-            f"rollout.top_p={rollout.top_p}, rollout.top_k={rollout.top_k}: truncated sampling draws from another "
+            f"rollout.top_p={rollout.top_p}, rollout.top_k={rollout.top_k}: truncated sampling has another "
             "distribution than the loss trains. Keep top_p=1 and top_k=0 (validation.top_p is free)"
         )
     if "" in rollout.stop_strings:
@@ -129,7 +131,7 @@ def _check_trtllm(config: Config) -> None:
     if config.rollout.temperature != 1:
         raise ConfigError(
             f"rollout.temperature={config.rollout.temperature}: rollout.engine=trtllm reports log-probs before "
-            "temperature, which are those of the draw at 1 only (validation.temperature is free)"
+            "temperature, which are those of sampling at 1 only (validation.temperature is free)"
         )
     if config.rollout.stop_strings or config.validation.min_new_tokens:
         raise ConfigError(
@@ -174,7 +176,7 @@ def _check_algorithm(config: Config) -> None:
             raise ConfigError(f"algorithm.reference_samples={samples}: at least group_size={config.group_size} needed")
         if algorithm.reference == "online" and samples != config.group_size:
             raise ConfigError(
-                f"algorithm.reference_samples={samples}: online reference rewards are drawn group_size="
+                f"algorithm.reference_samples={samples}: online reference rewards are sampled group_size="
                 f"{config.group_size} at a time"
             )
         if algorithm.reference == "cached" and algorithm.reference_store is None:
@@ -198,11 +200,11 @@ def _check_async(config: Config) -> None:
     if depth == 0:
         return
     if depth > 1:
-        raise ConfigError(f"rollout.async_depth={depth}: 0 or 1; rollouts older than one step are not drawn")
+        raise ConfigError(f"rollout.async_depth={depth}: 0 or 1; rollouts older than one step are not supported")
     if config.rollout.engine != "remote":
         raise ConfigError(
             f"rollout.async_depth=1 needs rollout.engine=remote: with {config.rollout.engine} the learner's own ranks "
-            "draw, so nothing would overlap"
+            "generate, so nothing would overlap"
         )
     if algorithm.importance_weight_cap is None:
         raise ConfigError(
@@ -211,7 +213,7 @@ def _check_async(config: Config) -> None:
         )
     if algorithm.reference == "online":
         raise ConfigError(
-            "rollout.async_depth=1 with algorithm.reference=online: the servers can't draw from the reference and the "
+            "rollout.async_depth=1 with algorithm.reference=online: the servers can't sample from reference and "
             "policy at a time. Use algorithm.reference=cached"
         )
 

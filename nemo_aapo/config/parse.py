@@ -10,8 +10,8 @@ from typing import Any
 
 from nemo_aapo.config.build import build, nearest
 from nemo_aapo.config.checks import check_alone
-from nemo_aapo.config.evaluation import EvaluationConfig, check_evaluation
-from nemo_aapo.config.schema import Config
+from nemo_aapo.config.evaluation import check_evaluation
+from nemo_aapo.config.schema import Config, EvaluationConfig
 from nemo_aapo.config.schema.facts import settings_of
 from nemo_aapo.errors import ConfigError
 

@@ -45,7 +45,7 @@ PRECISIONS = {
 
 
 def kind_of(config: Config) -> PrecisionKind:
-    """Of a configuration whose precision is decided (``with_machine_defaults``)."""
+    """What a configuration's precision means, once it is decided (``with_machine_defaults``)."""
     return PRECISIONS[config.precision.name]
 
 

@@ -32,14 +32,14 @@ class Source:
     path: str
     """A file, a directory, a name on the Hugging Face hub (``org/name``), or ``reasoning_gym:TASK``."""
     prompt_field: str = "question"
-    """Of the question: text, or a list of chat messages. Dots lead into nested rows, as in ``reward_model.x``."""
+    """Field with the question: text, or a list of chat messages. Dots lead into nested rows, as in ``reward_model.x``."""
     answer_field: str = "answer"
-    """Of the gold answer."""
+    """Field with the gold answer."""
     answer_form: AnswerForm = "auto"
     subset: str | None = None
-    """Of a hub data set with several configurations, such as ``main``."""
+    """Which configuration of a hub data set that has several, such as ``main``."""
     split: str | None = None
-    """Of a data set with several; None: ``train`` for training, ``test`` or ``validation`` for validation."""
+    """Which split of a data set that has several; None: ``train`` for training, ``test`` or ``validation`` for validation."""
     weight: float = 1.0
     """Share of a step's prompts, relative to the other sources."""
     size: int | None = None
@@ -140,4 +140,4 @@ def check_data(config: Config) -> None:
             "new ones for ever: set its size, or data.sampling=uniform"
         )
     if data.sampling != "uniform" and not data.shuffle:
-        raise ConfigError(f"data.shuffle=false has no effect with data.sampling={data.sampling}, which draws at random")
+        raise ConfigError(f"data.shuffle=false has no effect with data.sampling={data.sampling}, which picks at random")

@@ -43,7 +43,7 @@ class Record(TypedDict):
     id: str
     """8 hex digits, the same over all starts; loggers go on under it."""
     digest: str
-    """Of what decides the result (``config.digests_of_run``); checkpoints have it too."""
+    """Digest of what decides the result (``config.digests_of_run``); checkpoints have it too."""
     settings: dict[str, Any]
     """What decides the result (``config.decisive_settings``), with the paths of the last start."""
     contents: NotRequired[Identity]

@@ -1,7 +1,17 @@
-"""The schema of a run: the type of every setting and the facts that are known of it."""
+"""The schemas of training and evaluation: the type of every setting and the facts that are known of it."""
 
 from nemo_aapo.config.schema.algorithm import AlgorithmConfig, Clip, Margin
 from nemo_aapo.config.schema.cluster import Cluster, Container, Servers
+from nemo_aapo.config.schema.evaluation import (
+    EvaluatedModel,
+    EvaluationConfig,
+    EvaluationFields,
+    EvaluationPrecision,
+    EvaluationRanks,
+    EvaluationRun,
+    EvaluationRunner,
+    Sampling,
+)
 from nemo_aapo.config.schema.model import Lora, Model, Optim, Sched
 from nemo_aapo.config.schema.rollout import (
     Data,
@@ -22,6 +32,13 @@ __all__ = [
     "Config",
     "Container",
     "Data",
+    "EvaluatedModel",
+    "EvaluationConfig",
+    "EvaluationFields",
+    "EvaluationPrecision",
+    "EvaluationRanks",
+    "EvaluationRun",
+    "EvaluationRunner",
     "ExpManager",
     "Lora",
     "Margin",
@@ -32,6 +49,7 @@ __all__ = [
     "RewardRunnerConfig",
     "Rollout",
     "Run",
+    "Sampling",
     "Sched",
     "Server",
     "Servers",

@@ -33,7 +33,7 @@ class AlgorithmConfig:
     name: str = setting("aapo | gpg | grpo: what the settings below amount to, for logs", decides=True)
     scale_rewards: bool = setting("divide the centred reward by the group's standard deviation", decides=True)
     reference: Literal["cached", "online"] | None = setting(
-        "rewards of the frozen base model: cached (stored once) | online (drawn every step) | null", decides=True
+        "rewards of the frozen base model: cached (stored once) | online (sampled every step) | null", decides=True
     )
     reference_samples: int | None = setting(
         "K: stored reference completions per prompt (cached: K >= G, online: K = G)", decides=True

@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from nemo_aapo.config.evaluation import EvaluationConfig
-from nemo_aapo.config.schema import Config
+from nemo_aapo.config.schema import Config, EvaluationConfig
 from nemo_aapo.config.schema.config_file import Entry, entries_of, with_comments
 from nemo_aapo.config.schema.facts import Facts, Setting, settings_of, without_null
 
@@ -27,23 +26,23 @@ Written by `python -m nemo_aapo.config.schema.reference` from the schema (`nemo_
 
 ## How to add a setting
 
-1. Declare it in the section where it belongs, in `nemo_aapo/config/schema/` (of an evaluation: `config/evaluation.py`),
-   with all that is known of it. There is no default for `decides`: ask whether a run may go on with another value.
+1. Declare it in the section where it belongs, in `nemo_aapo/config/schema/`, with all that is known of it. There is no
+   default for `decides`: ask whether a run may go on with another value.
 
        prompts_per_step: int = setting("prompts of one training step", decides=True, minimum=1, main=True)
 
 2. Give it its default value in `conf/train_aapo.yaml` (`conf/evaluate.yaml`).
-3. Run the command above: it writes the comments of `conf/` and this page. `--help` shows it if it is `main`.
+3. Run the command above: it writes the comments of `conf/` and this reference. `--help` shows it if it is `main`.
 4. Refuse in `nemo_aapo/config/checks.py` what can't work together with other settings; limits of its own are facts.
 
-A setting that decides the result and is new makes runs of before it start anew; `tests/config/test_decisive.py` has a
-record of an old run that has to stay readable.
+A new setting that decides the result changes the digest of every run, so that runs from before it can't go on;
+`tests/config/test_decisive.py` holds a digest that version 0.1.0 wrote, and fails.
 
 ## How to read the tables
 
-*Decides*: whether the setting decides the result, so that a run directory can't go on with another value. What else
-changes, layout and machines among it, may change at every start. A model and data count as what they hold: they may be
-moved and renamed.
+*Decides*: whether the setting decides the result of a run, so that a run can't go on with another value. All others,
+layout and machines among them, may change at every start. Model and data count as what they hold, not by their paths:
+they may be moved and renamed, and what was swapped is refused.
 """
 
 

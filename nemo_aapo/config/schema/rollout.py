@@ -58,7 +58,7 @@ class Server:
 
 @section
 class Rollout:
-    """How completions are drawn, and how well engine and learner must agree."""
+    """How completions are sampled, and how well engine and learner must agree."""
 
     engine: Literal["megatron", "trtllm", "remote"] = setting(
         "megatron: in process, on the learner's own weights | trtllm: TensorRT-LLM in the learner's GPUs | "
@@ -165,7 +165,7 @@ class Validation:
     temperature: float = setting("temperature of the sampled ones", decides=True)
     top_p: float = setting("nucleus truncation of the sampled ones", decides=True, above=0, maximum=1)
     min_new_tokens: int = setting(
-        "no end of sequence before so many tokens; training has none, it would draw from another distribution",
+        "no end of sequence before so many tokens; training has none, as it would sample from another distribution",
         decides=True,
         minimum=0,
     )
