@@ -32,14 +32,14 @@ class Source:
     path: str
     """A file, a directory, a name on the Hugging Face hub (``org/name``), or ``reasoning_gym:TASK``."""
     prompt_field: str = "question"
-    """Field with the question: text, or a list of chat messages. Dots lead into nested rows, as in ``reward_model.x``."""
+    """Field with the question: text, or a list of chat messages. Dots lead into nested rows: ``reward_model.x``."""
     answer_field: str = "answer"
     """Field with the gold answer."""
     answer_form: AnswerForm = "auto"
     subset: str | None = None
     """Which configuration of a hub data set that has several, such as ``main``."""
     split: str | None = None
-    """Which split of a data set that has several; None: ``train`` for training, ``test`` or ``validation`` for validation."""
+    """Which split of a data set that has several; None: ``train``, of held-out prompts ``test`` or ``validation``."""
     weight: float = 1.0
     """Share of a step's prompts, relative to the other sources."""
     size: int | None = None
