@@ -35,7 +35,7 @@ def make_policy(model: Path, tp: int = 1, pp: int = 1, distributed_optimizer: bo
 def make_checkpointer(directory: Path, keep_last: int = 2, digest: str = DIGEST, background: bool = False):
     from nemo_aapo.checkpoint.checkpointer import Checkpointer
 
-    return Checkpointer(directory, digest, keep_last, background=background, timeout_s=60)
+    return Checkpointer(directory, (digest,), keep_last, background=background, timeout_s=60)
 
 
 def train(policy: Any, step: int) -> None:

@@ -17,7 +17,7 @@ import functools
 import os
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -62,7 +62,7 @@ class Checkpointer:
     def __init__(
         self,
         directory: Path | str,
-        config_digest: str,
+        config_digests: Sequence[str],
         keep_last: int,
         keep_best: str | None = None,
         *,
@@ -73,7 +73,8 @@ class Checkpointer:
 
         Args:
             directory: holds the checkpoints; made at the first save. All ranks see the same one.
-            config_digest: of this run (``config.digest``); checkpoints of another are refused.
+            config_digests: of this run (``config.digests_of_run``): the first is written into its checkpoints, and
+                those with none of them are refused.
             keep_last: how many checkpoints stay, at least one.
             keep_best: the checkpoint with the highest value of this stays too: a key of ``trainer_state["metrics"]``.
             background: write while training goes on; costs a copy of this rank's shard of the state.
@@ -82,7 +83,7 @@ class Checkpointer:
         if keep_last < 1:
             raise ValueError(f"keep_last={keep_last}: at least one checkpoint has to stay")
         self.directory = CheckpointDirectory(directory, keep_last, keep_best)
-        self.config_digest = config_digest
+        self.config_digests = tuple(config_digests)
         self.seconds = 0.0
         """Wall-clock seconds of the last finished save, from its beginning to its name."""
         self.resumed_from: Path | None = None
@@ -166,7 +167,7 @@ class Checkpointer:
             torch_dist.write(content, partial, group)
             sealed = on_all_ranks(lambda: seal_own_files(partial), group)
             files = {name: record for part in sealed for name, record in part.items()}
-            whole = Manifest(step, self.config_digest, trainer_state, layout(), versions(), files)
+            whole = Manifest(step, self.config_digests[0], trainer_state, layout(), versions(), files)
             on_first_rank(lambda: directory.commit(whole), group)
         except CheckpointError as error:
             if parallel.rank() == 0:
@@ -237,10 +238,10 @@ class Checkpointer:
     def _verify(self, path: Path) -> Manifest:
         """Check whose the checkpoint is and then every file; the ranks share the reading."""
         content = on_first_rank(lambda: manifest.read(path))
-        if content.config_digest != self.config_digest:
+        if content.config_digest not in self.config_digests:
             raise CheckpointError(
                 f"{path} belongs to another configuration: its digest is {content.config_digest}, this run's "
-                f"{self.config_digest}. Resume with the settings it was saved under, or use another run.dir"
+                f"{self.config_digests[0]}. Resume with the settings it was saved under, or use another run.dir"
             )
         if step_of(path.name) not in (None, content.step):
             raise DamagedCheckpointError(f"{path} was renamed: its manifest says step {content.step}")

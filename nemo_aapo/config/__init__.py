@@ -4,17 +4,19 @@ A configuration passes three gates before anything expensive happens: ``check_ov
 command line), ``parse`` (the composed tree by itself), ``derive`` (against the model and the number of ranks).
 """
 
+from nemo_aapo.config.build import build
 from nemo_aapo.config.cluster import without_secrets
-from nemo_aapo.config.evaluation import EvaluationConfig
-from nemo_aapo.config.parse import build, check_overrides, parse, parse_evaluation
+from nemo_aapo.config.decisive import Identity, decisive_settings, digest, digests_of_run
+from nemo_aapo.config.parse import check_overrides, parse, parse_evaluation
 from nemo_aapo.config.precision import PRECISIONS, PrecisionKind, kind_of, pad_multiple, with_machine_defaults
-from nemo_aapo.config.schema import Config
-from nemo_aapo.config.sizes import ModelShape, Sizes, decisive_settings, derive, digest
+from nemo_aapo.config.schema import Config, EvaluationConfig
+from nemo_aapo.config.sizes import ModelShape, Sizes, derive
 
 __all__ = [
     "PRECISIONS",
     "Config",
     "EvaluationConfig",
+    "Identity",
     "ModelShape",
     "PrecisionKind",
     "Sizes",
@@ -23,6 +25,7 @@ __all__ = [
     "decisive_settings",
     "derive",
     "digest",
+    "digests_of_run",
     "kind_of",
     "pad_multiple",
     "parse",

@@ -6,6 +6,7 @@ import importlib.util
 import math
 from typing import Any
 
+from nemo_aapo.config.build import check_limits
 from nemo_aapo.config.cluster import check_cluster
 from nemo_aapo.config.precision import check_optimizer, check_precision
 from nemo_aapo.config.schema import Config
@@ -19,13 +20,7 @@ def check_alone(config: Config) -> None:
     Raises:
         ConfigError: names the key, its value and the reason.
     """
-    for path, minimum in _MINIMA.items():
-        value = _get(config, path)
-        if value is not None and value < minimum:
-            raise ConfigError(f"{path}={value}: must be at least {minimum}")
-    for path in _ABOVE_ZERO:
-        if _get(config, path) <= 0:
-            raise ConfigError(f"{path}={_get(config, path)}: must be above 0")
+    check_limits(config)
     if len(config.model.optim.betas) != 2:
         raise ConfigError(f"model.optim.betas={list(config.model.optim.betas)}: two numbers are needed")
     _check_sampling(config)
@@ -57,69 +52,6 @@ def check_alone(config: Config) -> None:
             )
 
 
-_ABOVE_ZERO = (
-    "model.optim.lr",
-    "model.optim.clip_grad",
-    "trainer.distributed_timeout_s",
-    "trainer.fault_timeout_s",
-    "reward_runner.timeout_s",
-    "rollout.remote.wait_s",
-    "rollout.remote.timeout_s",
-)
-_MINIMA = {
-    "prompts_per_step": 1,
-    "group_size": 1,
-    "seed": 0,
-    "trainer.num_nodes": 1,
-    "trainer.devices": 1,
-    "trainer.max_steps": 0,
-    "trainer.val_check_interval": 0,
-    "model.tensor_model_parallel_size": 1,
-    "model.pipeline_model_parallel_size": 1,
-    "model.context_parallel_size": 1,
-    "model.expert_model_parallel_size": 1,
-    "model.logprob_chunk_tokens": 1,
-    "precision.num_layers_at_start_in_bf16": 0,
-    "precision.num_layers_at_end_in_bf16": 0,
-    "model.optim.sched.warmup_steps": 0,
-    "model.optim.weight_decay": 0,
-    "algorithm.updates_per_rollout": 1,
-    "algorithm.reference_fill_steps": 1,
-    "algorithm.kl_coefficient": 0,
-    "algorithm.importance_weight_cap": 1,
-    "rollout.max_new_tokens": 1,
-    "data.max_prompt_tokens": 1,
-    "reward_runner.workers": 0,
-    "validation.samples": 0,
-    "validation.min_new_tokens": 0,
-    "validation.max_prompts": 1,
-    "validation.console_samples": 0,
-    "checkpoint.save_interval": 1,
-    "checkpoint.keep_last": 1,
-    "checkpoint.save_interval_s": 1,
-    "checkpoint.max_time_s": 1,
-    "rollout.max_parity_error": 1,
-    "rollout.max_gen_kl": 0,
-    "rollout.async_depth": 0,
-    "rollout.trtllm.tensor_parallel_size": 1,
-    "rollout.trtllm.refit_bucket_bytes": 1,
-    "rollout.remote.servers": 1,
-    "rollout.remote.retries": 0,
-    "rollout.server.index": 0,
-    "rollout.server.port": 0,
-    "rollout.server.max_request_bytes": 1024,
-    "cluster.gpus_per_node": 0,
-    "cluster.cpus_per_task": 1,
-    "cluster.chain": 1,
-    "cluster.signal_s": 1,
-    "cluster.max_requeues": 0,
-    "cluster.fill_jobs": 1,
-    "cluster.servers.nodes": 0,
-    "cluster.servers.per_node": 1,
-    "cluster.servers.gpus_per_node": 0,
-}
-
-
 def _check_layout(config: Config) -> None:
     """What megatron-core could do and is not wired here, and settings without effect."""
     model = config.model
@@ -132,13 +64,15 @@ def _check_layout(config: Config) -> None:
     if model.expert_model_parallel_size > 1:
         raise ConfigError(
             f"model.expert_model_parallel_size={model.expert_model_parallel_size}: the models that train here (Qwen2, "
-            "Qwen3, Llama) have no experts to deal out; models with experts are refused, as the in-process rollout "
+            "Qwen3, Llama) have no experts to distribute; models with experts are refused, as the in-process rollout "
             "engine has no such layers"
         )
     if model.recompute_granularity == "selective" and not model.recompute_modules:
         raise ConfigError("model.recompute_granularity=selective recomputes model.recompute_modules, which is empty")
     if config.rollout.offload_learner and config.rollout.engine == "remote":
-        raise ConfigError("rollout.offload_learner=true has no effect with rollout.engine=remote: it draws elsewhere")
+        raise ConfigError(
+            "rollout.offload_learner=true has no effect with rollout.engine=remote, which generates elsewhere"
+        )
     if config.rollout.offload_learner and model.optim.cpu_offload_fraction:
         raise ConfigError(
             f"rollout.offload_learner=true with model.optim.cpu_offload_fraction={model.optim.cpu_offload_fraction}: "
@@ -154,8 +88,6 @@ def _check_lora(config: Config) -> None:
     lora, tp = config.model.lora, config.model.tensor_model_parallel_size
     if lora is None:
         return
-    if lora.rank < 1 or lora.alpha < 1:
-        raise ConfigError(f"model.lora: rank={lora.rank}, alpha={lora.alpha}: both must be at least 1")
     if lora.rank % tp:
         raise ConfigError(
             f"model.lora.rank={lora.rank} is not divisible by model.tensor_model_parallel_size={tp}: adapters are cut "
@@ -180,15 +112,11 @@ def _check_lora(config: Config) -> None:
 
 def _check_sampling(config: Config) -> None:
     rollout = config.rollout
-    if rollout.temperature <= 0:
-        raise ConfigError(f"rollout.temperature={rollout.temperature}: must be above 0, greedy rollouts teach nothing")
     if rollout.top_p != 1 or rollout.top_k != 0:
         raise ConfigError(
-            f"rollout.top_p={rollout.top_p}, rollout.top_k={rollout.top_k}: truncated sampling draws from another "
+            f"rollout.top_p={rollout.top_p}, rollout.top_k={rollout.top_k}: truncated sampling has another "
             "distribution than the loss trains. Keep top_p=1 and top_k=0 (validation.top_p is free)"
         )
-    if not 0 < config.validation.top_p <= 1:
-        raise ConfigError(f"validation.top_p={config.validation.top_p}: must lie in (0, 1]")
     if "" in rollout.stop_strings:
         raise ConfigError("rollout.stop_strings holds an empty string, which would end every completion at once")
     if config.validation.min_new_tokens > rollout.max_new_tokens:
@@ -203,7 +131,7 @@ def _check_trtllm(config: Config) -> None:
     if config.rollout.temperature != 1:
         raise ConfigError(
             f"rollout.temperature={config.rollout.temperature}: rollout.engine=trtllm reports log-probs before "
-            "temperature, which are those of the draw at 1 only (validation.temperature is free)"
+            "temperature, which are those of sampling at 1 only (validation.temperature is free)"
         )
     if config.rollout.stop_strings or config.validation.min_new_tokens:
         raise ConfigError(
@@ -211,9 +139,6 @@ def _check_trtllm(config: Config) -> None:
             f"{config.validation.min_new_tokens}: rollout.engine=trtllm has neither, since it runs without a tokenizer "
             "and holds back its own end token only. Use rollout.engine=megatron, or [] and 0"
         )
-    fraction = config.rollout.trtllm.kv_cache_fraction
-    if not 0 < fraction < 1:
-        raise ConfigError(f"rollout.trtllm.kv_cache_fraction={fraction}: must lie between 0 and 1")
 
 
 def _check_trtllm_colocated(config: Config) -> None:
@@ -251,7 +176,7 @@ def _check_algorithm(config: Config) -> None:
             raise ConfigError(f"algorithm.reference_samples={samples}: at least group_size={config.group_size} needed")
         if algorithm.reference == "online" and samples != config.group_size:
             raise ConfigError(
-                f"algorithm.reference_samples={samples}: online reference rewards are drawn group_size="
+                f"algorithm.reference_samples={samples}: online reference rewards are sampled group_size="
                 f"{config.group_size} at a time"
             )
         if algorithm.reference == "cached" and algorithm.reference_store is None:
@@ -264,8 +189,6 @@ def _check_algorithm(config: Config) -> None:
         raise ConfigError("algorithm.clip is what algorithm.loss=ratio_clip needs and nothing else uses")
     if algorithm.kl_coefficient and algorithm.loss != "ratio_clip":
         raise ConfigError("algorithm.kl_coefficient has an effect with algorithm.loss=ratio_clip only")
-    if algorithm.clip is not None and not 0 < algorithm.clip.low < 1:
-        raise ConfigError(f"algorithm.clip.low={algorithm.clip.low}: must lie in (0, 1)")
     if config.group_size == 1 and algorithm.margin is None:
         raise ConfigError(
             f"group_size=1: algorithm={algorithm.name} compares completions of a group; at least 2 needed"
@@ -277,11 +200,11 @@ def _check_async(config: Config) -> None:
     if depth == 0:
         return
     if depth > 1:
-        raise ConfigError(f"rollout.async_depth={depth}: 0 or 1; rollouts older than one step are not drawn")
+        raise ConfigError(f"rollout.async_depth={depth}: 0 or 1; rollouts older than one step are not supported")
     if config.rollout.engine != "remote":
         raise ConfigError(
             f"rollout.async_depth=1 needs rollout.engine=remote: with {config.rollout.engine} the learner's own ranks "
-            "draw, so nothing would overlap"
+            "generate, so nothing would overlap"
         )
     if algorithm.importance_weight_cap is None:
         raise ConfigError(
@@ -290,7 +213,7 @@ def _check_async(config: Config) -> None:
         )
     if algorithm.reference == "online":
         raise ConfigError(
-            "rollout.async_depth=1 with algorithm.reference=online: the servers can't draw from the reference and the "
+            "rollout.async_depth=1 with algorithm.reference=online: the servers can't sample from reference and "
             "policy at a time. Use algorithm.reference=cached"
         )
 

@@ -1,97 +1,10 @@
-"""The schema of an evaluation: field for field what ``conf/evaluate.yaml`` says (a test holds the two together).
-
-Names that an evaluation shares with training mean the same.
-"""
+"""What an evaluation can be refused for by itself, before model and ranks are known."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
-
-from nemo_aapo.config.schema import Run
+from nemo_aapo.config.build import check_limits
+from nemo_aapo.config.schema import EvaluationConfig
 from nemo_aapo.errors import ConfigError
-
-
-@dataclass(frozen=True)
-class EvaluatedModel:
-    """What is measured, and its layout over the ranks."""
-
-    path: str
-    base: str | None
-    trust_remote_code: bool
-    tensor_model_parallel_size: int
-    pipeline_model_parallel_size: int
-
-
-@dataclass(frozen=True)
-class EvaluationRanks:
-    """Ranks and deadlines."""
-
-    num_nodes: int
-    devices: int
-    distributed_timeout_s: float
-    fault_timeout_s: float
-
-
-@dataclass(frozen=True)
-class EvaluationFields:
-    """Columns of a source of one's own."""
-
-    question: str
-    answer: str
-    level: str | None
-    subject: str | None
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How completions are drawn."""
-
-    temperature: float
-    top_p: float
-    max_new_tokens: int
-    stop_strings: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class EvaluationRunner:
-    """The processes that judge completions."""
-
-    workers: int
-    timeout_s: float
-
-
-@dataclass(frozen=True)
-class EvaluationPrecision:
-    """Numbers and kernels: training's names, without FP8, which an engine does not decode in."""
-
-    name: Literal["auto", "fp32", "bf16"]
-
-
-@dataclass(frozen=True)
-class EvaluationConfig:
-    """A whole evaluation."""
-
-    run: Run
-    seed: int
-    model: EvaluatedModel
-    benchmarks: tuple[str, ...]
-    sources: dict[str, Any]
-    fields: EvaluationFields
-    prompt_template: str
-    system_prompt: str | None
-    chat_template: Literal["auto", "none"]
-    max_prompt_tokens: int
-    max_problems: int | None
-    on_bad_answer: Literal["error", "wrong"]
-    samples: int
-    sampling: Sampling
-    rewards: tuple[dict[str, Any], ...]
-    reward_runner: EvaluationRunner
-    problems_per_batch: int
-    max_concurrent_tokens: int
-    trainer: EvaluationRanks
-    precision: EvaluationPrecision
 
 
 def check_evaluation(config: EvaluationConfig) -> None:
@@ -100,25 +13,8 @@ def check_evaluation(config: EvaluationConfig) -> None:
     Raises:
         ConfigError: names the key, its value and the reason.
     """
+    check_limits(config)
     sampling = config.sampling
-    for path, value, minimum in (
-        ("samples", config.samples, 1),
-        ("problems_per_batch", config.problems_per_batch, 1),
-        ("max_problems", config.max_problems, 1),
-        ("max_prompt_tokens", config.max_prompt_tokens, 1),
-        ("sampling.max_new_tokens", sampling.max_new_tokens, 1),
-        ("sampling.temperature", sampling.temperature, 0),
-        ("seed", config.seed, 0),
-        ("reward_runner.workers", config.reward_runner.workers, 0),
-        ("trainer.num_nodes", config.trainer.num_nodes, 1),
-        ("trainer.devices", config.trainer.devices, 1),
-        ("model.tensor_model_parallel_size", config.model.tensor_model_parallel_size, 1),
-        ("model.pipeline_model_parallel_size", config.model.pipeline_model_parallel_size, 1),
-    ):
-        if value is not None and value < minimum:
-            raise ConfigError(f"{path}={value}: must be at least {minimum}")
-    if not 0 < sampling.top_p <= 1:
-        raise ConfigError(f"sampling.top_p={sampling.top_p}: must lie in (0, 1]")
     if sampling.temperature == 0 and config.samples > 1:
         raise ConfigError(f"samples={config.samples} with sampling.temperature=0: all of a problem would be the same")
     if "" in sampling.stop_strings:

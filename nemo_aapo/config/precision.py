@@ -45,7 +45,7 @@ PRECISIONS = {
 
 
 def kind_of(config: Config) -> PrecisionKind:
-    """Of a configuration whose precision is decided (``with_machine_defaults``)."""
+    """What a configuration's precision means, once it is decided (``with_machine_defaults``)."""
     return PRECISIONS[config.precision.name]
 
 
@@ -97,7 +97,7 @@ def check_precision(config: Config) -> None:
     for key, number in edges.items():
         if number and (kind is None or kind.fp8 is None):
             raise ConfigError(f"{key}={number} has no effect with precision={settings.name}: only FP8 has other layers")
-        if number and kind.fp8_recipe == "delayed":
+        if number and kind is not None and kind.fp8_recipe == "delayed":
             raise ConfigError(
                 f"{key}={number}: precision=fp8_delayed keeps its maxima over all layers and can't leave some out. "
                 "Set it to 0, or use precision=fp8_tensorwise"
@@ -137,8 +137,6 @@ def check_optimizer(model: Model) -> None:
         ConfigError: which, and what to change.
     """
     optim = model.optim
-    if not 0 <= optim.cpu_offload_fraction <= 1:
-        raise ConfigError(f"model.optim.cpu_offload_fraction={optim.cpu_offload_fraction}: must lie in [0, 1]")
     if optim.use_distributed_optimizer is False:
         for key in ("overlap_param_gather", "cpu_offload_fraction"):
             if getattr(optim, key):

@@ -1,12 +1,8 @@
-"""What depends on the model and on the number of ranks: the derived sizes; and the digest of what decides a result."""
+"""What depends on the model and on the number of ranks: the derived sizes."""
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 from dataclasses import dataclass, field
-from typing import Any
 
 from nemo_aapo.config.precision import check_widths, pad_multiple
 from nemo_aapo.config.schema import Config
@@ -130,54 +126,3 @@ def undivided(shape: ModelShape, tensor_parallel_size: int, pipeline_parallel_si
         if parts % number:
             return f"{key}={number} does not divide the model's {parts} {what}"
     return None
-
-
-def decisive_settings(config: Config) -> dict[str, Any]:
-    """The settings that decide the result of a run, as a plain tree.
-
-    Left out is what may change between the parts of one run: where it runs and is cut up, how long it goes on, how
-    often it validates and saves, and where it logs.
-    """
-    tree = dataclasses.asdict(config)
-    for section in ("run", "cluster", "exp_manager", "checkpoint", "export_hf_model", "reward_runner", "dry_run"):
-        tree.pop(section)
-    tree.pop("max_tokens_per_microbatch")
-    for key in ("num_nodes", "devices", "val_check_interval", "distributed_timeout_s", "fault_timeout_s"):
-        tree["trainer"].pop(key)
-    if config.model.optim.sched.name == "constant":
-        tree["trainer"].pop("max_steps")  # a cosine schedule ends there; a constant one may go on
-    for key in (
-        "tensor_model_parallel_size",
-        "pipeline_model_parallel_size",
-        "context_parallel_size",
-        "expert_model_parallel_size",
-        "sequence_parallel",
-        "sequence_packing",
-        "share_prompts",
-        "recompute_granularity",
-        "recompute_modules",
-        "logprob_chunk_tokens",
-    ):
-        tree["model"].pop(key)
-    for key in ("overlap_grad_reduce", "overlap_param_gather"):
-        tree["model"]["optim"].pop(key)
-    for key in (
-        "max_concurrent_tokens",
-        "offload_learner",
-        "max_parity_error",
-        "max_gen_kl",
-        "on_parity_error",
-        "trtllm",
-        "remote",
-        "server",
-    ):
-        tree["rollout"].pop(key)
-    for key in ("reference_store", "reference_fill_steps"):
-        tree["algorithm"].pop(key)
-    tree["validation"].pop("console_samples")
-    return tree
-
-
-def digest(config: Config) -> str:
-    """Digest of what decides the result of a run (``decisive_settings``): 16 hex digits."""
-    return hashlib.sha256(json.dumps(decisive_settings(config), sort_keys=True).encode()).hexdigest()[:16]

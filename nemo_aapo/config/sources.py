@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from nemo_aapo.config.build import build
 from nemo_aapo.config.schema import Config, Data
 from nemo_aapo.errors import ConfigError
 
@@ -31,14 +32,14 @@ class Source:
     path: str
     """A file, a directory, a name on the Hugging Face hub (``org/name``), or ``reasoning_gym:TASK``."""
     prompt_field: str = "question"
-    """Of the question: text, or a list of chat messages. Dots lead into nested rows, as in ``reward_model.x``."""
+    """Field with the question: text, or a list of chat messages. Dots lead into nested rows: ``reward_model.x``."""
     answer_field: str = "answer"
-    """Of the gold answer."""
+    """Field with the gold answer."""
     answer_form: AnswerForm = "auto"
     subset: str | None = None
-    """Of a hub data set with several configurations, such as ``main``."""
+    """Which configuration of a hub data set that has several, such as ``main``."""
     split: str | None = None
-    """Of a data set with several; None: ``train`` for training, ``test`` or ``validation`` for validation."""
+    """Which split of a data set that has several; None: ``train``, of held-out prompts ``test`` or ``validation``."""
     weight: float = 1.0
     """Share of a step's prompts, relative to the other sources."""
     size: int | None = None
@@ -78,8 +79,6 @@ def sources_of(data: Data, what: Literal["train", "validation"]) -> tuple[Source
 
 
 def _source(entry: dict[str, Any], defaults: dict[str, Any], where: str) -> Source:
-    from nemo_aapo.config.parse import build  # it imports this module for its checks
-
     filled = {f.name: _default(f) for f in dataclasses.fields(Source) if f.name != "path"}
     source = build(Source, {**filled, **defaults, **entry}, where)
     if source.task is None:
@@ -97,8 +96,10 @@ def _source(entry: dict[str, Any], defaults: dict[str, Any], where: str) -> Sour
     return source
 
 
-def _default(item: dataclasses.Field) -> Any:
-    return item.default_factory() if item.default is dataclasses.MISSING else item.default
+def _default(item: dataclasses.Field[Any]) -> Any:
+    if item.default_factory is not dataclasses.MISSING:
+        return item.default_factory()
+    return item.default
 
 
 def check_data(config: Config) -> None:
@@ -139,4 +140,4 @@ def check_data(config: Config) -> None:
             "new ones for ever: set its size, or data.sampling=uniform"
         )
     if data.sampling != "uniform" and not data.shuffle:
-        raise ConfigError(f"data.shuffle=false has no effect with data.sampling={data.sampling}, which draws at random")
+        raise ConfigError(f"data.shuffle=false has no effect with data.sampling={data.sampling}, which picks at random")

@@ -178,12 +178,12 @@ class PromptSampler:
         """Take over the cursor.
 
         Raises:
-            ValueError: the state belongs to another order of prompts; every difference is named.
+            DataError: the state belongs to another order of prompts; every difference is named.
         """
         wanted = self._identity()
         differences = [f"{k} was {state.get(k)!r}, is {v!r}" for k, v in wanted.items() if state.get(k) != v]
         if differences:
-            raise ValueError(
+            raise DataError(
                 f"can't resume the order of prompts: {'; '.join(differences)}; "
                 "restore these settings and the data, or start a new run"
             )

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_aapo.config.evaluation import EvaluationFields
+from nemo_aapo.config.schema import EvaluationFields
 from nemo_aapo.config.sources import Source
 from nemo_aapo.data.records import Record, read_records
 from nemo_aapo.data.rows import HELD_OUT_SPLITS, closing_brace, gold_answer, shorten

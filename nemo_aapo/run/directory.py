@@ -11,24 +11,49 @@ import os
 import platform
 import socket
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypedDict
 
 import yaml
+from typing_extensions import NotRequired
 
-from nemo_aapo.config import Config, decisive_settings, digest, with_machine_defaults
+from nemo_aapo.config import (
+    Config,
+    Identity,
+    decisive_settings,
+    digest,
+    digests_of_run,
+    with_machine_defaults,
+)
 from nemo_aapo.errors import ConfigError
+from nemo_aapo.run.identity import identity_of
 from nemo_aapo.utils.files import LOCK, to_json, write_atomic
 
 RECORD = "run.json"
-"""What the directory belongs to: digest and settings of the configuration, and every start with its versions."""
+"""What the directory belongs to: digest, settings and what model and data hold; and every start with its versions."""
 VERSIONS_OF = ("torch", "megatron-core", "megatron-bridge", "transformers", "nemo-toolkit", "math-verify")
 SHOWN_DIFFERENCES = 12
 _NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
+class Record(TypedDict):
+    """The content of ``run.json``."""
+
+    id: str
+    """8 hex digits, the same over all starts; loggers go on under it."""
+    digest: str
+    """Digest of what decides the result (``config.digests_of_run``); checkpoints have it too."""
+    settings: dict[str, Any]
+    """What decides the result (``config.decisive_settings``), with the paths of the last start."""
+    contents: NotRequired[Identity]
+    """What model and data hold; a run that was last started before this was recorded has none."""
+    starts: list[dict[str, Any]]
+    """Time, host, ranks and versions of each start."""
+
+
 def check_run_directory(config: Config) -> None:
-    """Refuse a run directory that holds a run with another configuration. Reads one small file, writes nothing.
+    """Refuse a run directory that holds a run with another configuration. Writes nothing; milliseconds.
 
     A start that was refused, for its data say, leaves nothing to protect: the mended configuration may go on there.
 
@@ -39,13 +64,15 @@ def check_run_directory(config: Config) -> None:
     if directory.exists() and not directory.is_dir():
         raise ConfigError(f"run.dir={config.run.dir}: is a file; name a directory")
     record = read_record(directory)
+    if record is None or not _has_begun(directory):
+        return
     # what is left to the machine is not decided yet where this is asked early: either answer will do
     answers = [config, *(with_machine_defaults(config, on_gpu=on_gpu) for on_gpu in (False, True))]
-    if record is None or not _has_begun(directory) or record["digest"] in map(digest, answers):
+    identity = identity_of(config)
+    if any(record["digest"] in digests_of_run(answer, identity) for answer in answers):
         return
-    there = _flat(record["settings"])
-    now, different = min((_differences(there, answer) for answer in answers), key=lambda found: len(found[1]))
-    shown = [f"  {key}: {_show(there, key)} there, {_show(now, key)} now" for key in different[:SHOWN_DIFFERENCES]]
+    different = min((_differences(record, answer, identity) for answer in answers), key=len)
+    shown = different[:SHOWN_DIFFERENCES]
     if len(different) > SHOWN_DIFFERENCES:
         shown.append(f"  and {len(different) - SHOWN_DIFFERENCES} more")
     raise ConfigError(
@@ -54,14 +81,22 @@ def check_run_directory(config: Config) -> None:
     )
 
 
-def _differences(there: dict[str, Any], config: Config) -> tuple[dict[str, Any], list[str]]:
-    """The configuration's settings by dotted key, and the keys whose values differ: changed ones before new ones."""
-    now = _flat(json.loads(to_json(decisive_settings(config))))
-    different = [key for key in {*there, *now} if (key in there, there.get(key)) != (key in now, now.get(key))]
-    return now, sorted(different, key=lambda key: (key not in there or key not in now, key))
+def _differences(record: Record, config: Config, identity: Identity) -> list[str]:
+    """A line for each setting whose value differs from the record's: changed ones before new ones."""
+    there, now = _flat(record["settings"]), _flat(json.loads(to_json(decisive_settings(config))))
+    contents = record.get("contents", {})  # unknown of a run from before they were recorded: paths stand for them
+    lines = []
+    for key in sorted({*there, *now}, key=lambda key: (key not in there or key not in now, key)):
+        same_value = (key in there, there.get(key)) == (key in now, now.get(key))
+        same_contents = key in contents and contents[key] == identity[key]
+        if not same_value and not same_contents:
+            lines.append(f"  {key}: {_show(there, key)} there, {_show(now, key)} now")
+        elif key in contents and not same_contents:
+            lines.append(f"  {key}: {_show(now, key)} holds something else than it did")
+    return lines
 
 
-def claim(config: Config, tree: dict[str, Any], world_size: int) -> tuple[TextIO, str]:
+def claim(config: Config, tree: Mapping[str, Any], world_size: int) -> tuple[TextIO, str]:
     """Make the run directory this process's own: lock it, check it, write ``run.json`` and ``config.yaml``.
 
     Args:
@@ -86,21 +121,23 @@ def claim(config: Config, tree: dict[str, Any], world_size: int) -> tuple[TextIO
     except ConfigError:
         lock.close()
         raise
-    record = read_record(directory)
-    if record is None or record["digest"] != digest(config):  # nothing came of that one, or the check had refused
-        record = {
-            "id": uuid.uuid4().hex[:8],
-            "digest": digest(config),
-            "settings": decisive_settings(config),
-            "starts": [],
-        }
-    record["starts"].append(_this_start(world_size))
+    identity = identity_of(config)
+    before = read_record(directory)
+    if before is not None and before["digest"] not in digests_of_run(config, identity):
+        before = None  # nothing came of that one, or the check had refused
+    record: Record = {
+        "id": before["id"] if before else uuid.uuid4().hex[:8],
+        "digest": digest(config, identity),
+        "settings": decisive_settings(config),
+        "contents": identity,
+        "starts": [*(before["starts"] if before else ()), _this_start(world_size)],
+    }
     write_atomic(directory / RECORD, to_json(record) + "\n")
-    write_atomic(directory / "config.yaml", yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
+    write_atomic(directory / "config.yaml", yaml.safe_dump(dict(tree), sort_keys=False, allow_unicode=True))
     return lock, record["id"]
 
 
-def read_record(directory: Path) -> dict[str, Any] | None:
+def read_record(directory: Path) -> Record | None:
     """What ``run.json`` says; None where there is no run yet.
 
     Raises:

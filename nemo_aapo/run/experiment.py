@@ -22,7 +22,7 @@ from nemo_aapo.utils.libraries import import_nemo, importing
 
 
 def open_experiment(
-    config: Config, tree: dict[str, Any], *, rank: int, world_size: int
+    config: Config, tree: Mapping[str, Any], *, rank: int, world_size: int
 ) -> Experiment | SilentExperiment:
     """The record of this run, on rank 0; on other ranks one that takes every call and writes nothing.
 
@@ -38,7 +38,7 @@ def open_experiment(
 class Experiment:
     """Writes the run directory. Call ``resume_at`` once before the first line is logged."""
 
-    def __init__(self, config: Config, tree: dict[str, Any], world_size: int) -> None:
+    def __init__(self, config: Config, tree: Mapping[str, Any], world_size: int) -> None:
         self.directory = Path(config.run.dir)
         self._lock, run_id = claim(config, tree, world_size)
         (self.directory / STOP_FILE).unlink(missing_ok=True)  # it asked an earlier part of the run to stop

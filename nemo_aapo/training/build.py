@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 from nemo_aapo.algorithms import Algorithm
 from nemo_aapo.checkpoint.checkpointer import Checkpointer
-from nemo_aapo.config import Config, digest, pad_multiple
+from nemo_aapo.config import Config, digests_of_run, pad_multiple
 from nemo_aapo.config.schema import RewardRunnerConfig
 from nemo_aapo.data.loading import attach_endless, build_sampler, load_data
 from nemo_aapo.data.prompts import PromptSet
@@ -35,6 +35,7 @@ from nemo_aapo.rewards.base import Reward
 from nemo_aapo.rewards.workers.runner import RewardRunner
 from nemo_aapo.rollout.collector import ChecksAnswers, Collector, RewardScorer
 from nemo_aapo.rollout.pipeline import RolloutPipeline
+from nemo_aapo.run.identity import identity_of
 from nemo_aapo.run.reporter import Notes, Reporter
 from nemo_aapo.training.build_reference import build_reference, open_reference_store
 from nemo_aapo.training.trainer import AAPOTrainer
@@ -252,7 +253,7 @@ def _validator(config: Config, collector: Collector, data: PromptSet, eos: int) 
 def _checkpointer(config: Config) -> Checkpointer:
     return Checkpointer(
         Path(config.run.dir) / "checkpoints",
-        digest(config),
+        digests_of_run(config, identity_of(config)),
         keep_last=config.checkpoint.keep_last,
         keep_best=config.checkpoint.keep_best,
         background=config.checkpoint.async_save,

@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from nemo_aapo.config.evaluation import EvaluationFields
+from nemo_aapo.config.schema import EvaluationFields
 from nemo_aapo.data.records import Record
 from nemo_aapo.errors import ConfigError, DataError
 from nemo_aapo.evaluation.benchmarks import BENCHMARKS, last_boxed, load_problems, read_problems

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from nemo_aapo.config import EvaluationConfig
-from nemo_aapo.config.command_line import EVALUATION, config_directory, read_page
+from nemo_aapo.config.command_line import EVALUATION, read_command_line
+from nemo_aapo.config.compose import compose
+from nemo_aapo.config.schema.facts import settings_of
 from nemo_aapo.errors import ConfigError, RecordsError
 from nemo_aapo.evaluation import compare, report
 from nemo_aapo.evaluation.records import Record, Records, claim_identity
-from tests.config.test_config import schema_keys
 from tests.scripts import exit_code_and_heavy_imports, load_script
 from tests.tiny_models import save_empty_model
 
@@ -47,14 +47,14 @@ def keep(directory: Path, benchmark: str, rows: list[Record], identity: dict | N
 # ---------------------------------------------------------------- page and script
 
 
-def test_the_page_has_exactly_the_settings_of_the_schema_each_with_a_comment():
-    page = read_page(config_directory() / "evaluate.yaml")
-    known = schema_keys(EvaluationConfig)
-    sections = {key.rsplit(".", depth)[0] for key in known for depth in range(1, key.count(".") + 1)}
-    on_page = {key for key in page if key not in sections | {"defaults"} and not key.startswith("sources.")}
-    assert on_page == known
-    assert not [key for key in page if key not in sections | {"defaults"} and not page[key][1]]
-    assert set(EVALUATION.main_keys) <= set(page)
+def test_what_decides_an_evaluation_is_what_its_record_compares(tmp_path):
+    from nemo_aapo.jobs.evaluate import _identity
+
+    tree = compose(read_command_line([f"model.path={tmp_path}"], EVALUATION))
+    config = EVALUATION.parse(tree)
+    compared = set(_identity(config, config, "weights"))
+    parts = {setting.key.split(".")[0] for setting in settings_of(EVALUATION.schema) if setting.facts.decides}
+    assert parts == {"rewards" if name == "reward" else name for name in compared}
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_the_page_has_exactly_the_settings_of_the_schema_each_with_a_comment():
         (["prompt_template=openrs"], "known are open_rs"),
         (["samples=0"], "samples=0: must be at least 1"),
         (["samples=4", "sampling.temperature=0"], "all of a problem would be the same"),
-        (["sampling.top_p=0"], "must lie in (0, 1]"),
+        (["sampling.top_p=0"], "must be in (0, 1]"),
         (["sampling.max_new_tokens=40000"], "max_new_tokens=40000 = 42048 exceeds the 40960 positions"),
         (["max_concurrent_tokens=100"], "can't hold one sequence"),
         (["rewards=[]"], "one that says right or wrong"),

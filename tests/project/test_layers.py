@@ -107,3 +107,23 @@ def test_no_folder_holds_more_than_a_dozen_files():
 def test_help_imports_nothing_heavy(script):
     said = exit_code_and_heavy_imports(script, ["--help"])
     assert said.splitlines()[-1] == "0 []", said
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    modules = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
+    named = {name.removesuffix(".__init__"): name for name in modules}
+    left = {
+        module: {named[name] for name in imported_modules(path) if name in named} for module, path in modules.items()
+    }
+    while free := {module for module, needs in left.items() if not needs & left.keys()}:
+        left = {module: needs for module, needs in left.items() if module not in free}
+    assert not left, "these import each other in a circle, or import such"
+
+
+def imported_modules(path: Path) -> Iterator[str]:
+    """Names that may be modules of the package, of everything that a module imports, inside functions too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("nemo_aapo"):
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                yield whole if (PACKAGE.parent / whole.replace(".", "/")).with_suffix(".py").exists() else node.module

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
+from nemo_aapo.checkpoint import manifest
+from nemo_aapo.config import digest, parse
 from tests.tiny_models import SIZES, save_character_tokenizer, save_model
 from tests.training_runs import exported, make_input, metrics, run, settings
 
@@ -75,6 +80,41 @@ def test_a_stopped_run_goes_on_to_the_same_bits(ranks, folder, uninterrupted):
     assert expected_lengths(run_dir) == expected_lengths(uninterrupted) != {}
 
 
+def test_a_run_that_was_moved_with_its_model_and_data_goes_on_to_the_same_bits(ranks, folder, uninterrupted, tmp_path):
+    assert ranks.run(run, settings(folder, tmp_path / "here"), IN_THE_THIRD_STEP, tp=None) == [0]
+    there, moved = tmp_path / "there", (tmp_path / "here").rename(tmp_path / "moved")
+    shutil.copytree(folder / "model", there / "model")
+    for name in ("train.jsonl", "validation.jsonl"):
+        shutil.copy(folder / name, there / name)
+    assert ranks.run(run, settings(there, moved), tp=None) == [0]
+    assert metrics(moved) == metrics(uninterrupted)
+    assert exported(moved) == exported(uninterrupted)
+
+
+def test_a_run_from_before_contents_were_recorded_goes_on_to_the_same_bits(ranks, folder, uninterrupted):
+    """Its record and its checkpoints have the digest in which paths stand for what they hold."""
+    run_dir = folder / "of_before"
+    assert ranks.run(run, settings(folder, run_dir), IN_THE_THIRD_STEP, tp=None) == [0]
+    before = make_old(run_dir)
+    assert ranks.run(run, settings(folder, run_dir), tp=None) == [0]
+    assert metrics(run_dir) == metrics(uninterrupted)
+    assert exported(run_dir) == exported(uninterrupted)
+    newest = max((run_dir / "checkpoints").iterdir())
+    assert manifest.read(newest).config_digest == json.loads((run_dir / "run.json").read_text())["digest"] != before
+
+
+def make_old(run_dir: Path) -> str:
+    """Rewrite a run's record and manifests as they were without contents; returns their digest."""
+    config = parse(yaml.safe_load((run_dir / "config.yaml").read_text()))
+    record = json.loads((run_dir / "run.json").read_text())
+    record["digest"] = digest(config)
+    del record["contents"]
+    (run_dir / "run.json").write_text(json.dumps(record))
+    for path in (run_dir / "checkpoints").iterdir():
+        manifest.write(dataclasses.replace(manifest.read(path), config_digest=digest(config)), path)
+    return digest(config)
+
+
 def test_a_stopped_run_whose_prompts_go_by_accuracy_goes_on_to_the_same_run(ranks, folder):
     """Of a mixture: the prompts of steps 4 to 6 depend on what came of those before, also on another layout."""
     sources = f"data.train=[{{path: {folder}/train.jsonl}}, {{path: {folder}/validation.jsonl, weight: 0.5}}]"
@@ -94,8 +134,6 @@ def test_a_stopped_run_whose_prompts_go_by_accuracy_goes_on_to_the_same_run(rank
 
 def sampler_of(run_dir):
     """What the next step's prompts would depend on."""
-    from nemo_aapo.checkpoint import manifest
-
     newest = max((run_dir / "checkpoints").iterdir())
     state = manifest.read(newest).trainer_state["sampler"]
     assert any(stream["epoch"] >= 2 for stream in state["streams"])
@@ -104,8 +142,6 @@ def sampler_of(run_dir):
 
 def expected_lengths(run_dir):
     """What the order of the next rollout would depend on."""
-    from nemo_aapo.checkpoint import manifest
-
     newest = max((run_dir / "checkpoints").iterdir())
     return manifest.read(newest).trainer_state["completion_lengths"]
 

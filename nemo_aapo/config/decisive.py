@@ -1,0 +1,69 @@
+"""What decides the result of a run: the settings whose facts say so, with model and data as what they hold."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from nemo_aapo.config.schema import Config
+from nemo_aapo.config.schema.facts import Facts, settings_of
+
+Identity = Mapping[str, Any]
+"""Dotted key of a setting that names files -> a plain value in which digests of their contents stand for the paths."""
+
+
+def decisive_settings(config: Config, identity: Identity | None = None) -> dict[str, Any]:
+    """The settings that decide the result of a run, as a plain tree.
+
+    Left out is what may change between the parts of one run: where it runs and is cut up, how long it goes on, how
+    often it validates and saves, and where it logs.
+
+    Args:
+        identity: of model and data; None leaves their paths.
+    """
+    facts = {setting.key: setting.facts for setting in settings_of(Config)}
+    tree = _decisive(dataclasses.asdict(config), config, facts, "")
+    for key, value in (identity or {}).items():
+        *sections, name = key.split(".")
+        inner = tree
+        for section in sections:
+            inner = inner[section]
+        inner[name] = value
+    return tree
+
+
+def digest(config: Config, identity: Identity | None = None) -> str:
+    """Digest of what decides the result of a run (``decisive_settings``): 16 hex digits."""
+    text = json.dumps(decisive_settings(config, identity), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def digests_of_run(config: Config, identity: Identity) -> tuple[str, str]:
+    """The digest that a run and its checkpoints get, and the one that they got when paths stood for what they hold."""
+    return digest(config, identity), digest(config)
+
+
+def _decisive(tree: dict[str, Any], config: Config, facts: Mapping[str, Facts], prefix: str) -> dict[str, Any]:
+    """The part of a section that decides; a section of which something could decide stays, be it empty."""
+    found = {}
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if key in facts and (value is None or not any(other.startswith(f"{key}.") for other in facts)):
+            if _decides(facts[key], config):
+                found[name] = value
+        elif any(fact.decides for other, fact in facts.items() if other.startswith(f"{key}.")):
+            found[name] = _decisive(value, config, facts, f"{key}.")
+    return found
+
+
+def _decides(facts: Facts, config: Config) -> bool:
+    if isinstance(facts.decides, bool):
+        return facts.decides
+    value: Any = config
+    key, wanted = facts.decides
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value == wanted

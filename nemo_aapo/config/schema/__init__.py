@@ -1,0 +1,59 @@
+"""The schemas of training and evaluation: the type of every setting and the facts that are known of it."""
+
+from nemo_aapo.config.schema.algorithm import AlgorithmConfig, Clip, Margin
+from nemo_aapo.config.schema.cluster import Cluster, Container, Servers
+from nemo_aapo.config.schema.evaluation import (
+    EvaluatedModel,
+    EvaluationConfig,
+    EvaluationFields,
+    EvaluationPrecision,
+    EvaluationRanks,
+    EvaluationRun,
+    EvaluationRunner,
+    Sampling,
+)
+from nemo_aapo.config.schema.model import Lora, Model, Optim, Sched
+from nemo_aapo.config.schema.rollout import (
+    Data,
+    Remote,
+    RewardRunnerConfig,
+    Rollout,
+    Server,
+    Trtllm,
+    Validation,
+)
+from nemo_aapo.config.schema.training import Checkpoint, Config, ExpManager, Precision, Run, Trainer
+
+__all__ = [
+    "AlgorithmConfig",
+    "Checkpoint",
+    "Clip",
+    "Cluster",
+    "Config",
+    "Container",
+    "Data",
+    "EvaluatedModel",
+    "EvaluationConfig",
+    "EvaluationFields",
+    "EvaluationPrecision",
+    "EvaluationRanks",
+    "EvaluationRun",
+    "EvaluationRunner",
+    "ExpManager",
+    "Lora",
+    "Margin",
+    "Model",
+    "Optim",
+    "Precision",
+    "Remote",
+    "RewardRunnerConfig",
+    "Rollout",
+    "Run",
+    "Sampling",
+    "Sched",
+    "Server",
+    "Servers",
+    "Trainer",
+    "Trtllm",
+    "Validation",
+]

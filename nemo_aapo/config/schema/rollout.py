@@ -1,0 +1,173 @@
+"""Settings of completions: how they are generated, what prompts and rewards they have, how they are validated."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from nemo_aapo.config.schema.facts import section, setting
+
+
+@section
+class Trtllm:
+    """An engine of TensorRT-LLM."""
+
+    tensor_parallel_size: int | None = setting(
+        "GPUs of one engine; null: TP x PP, all those of a model-parallel group, as it must be in the learner's GPUs",
+        decides=False,
+        minimum=1,
+    )
+    kv_cache_fraction: float = setting(
+        "its KV cache takes at most this share of the memory that is free when it starts (and max_concurrent_tokens)",
+        decides=False,
+        above=0,
+        below=1,
+    )
+    refit_bucket_bytes: int = setting(
+        "weights are handed over so many bytes at a time, held twice meanwhile", decides=False, minimum=1
+    )
+
+
+@section
+class Remote:
+    """The trainer's side of rollout servers."""
+
+    directory: str = setting(
+        "where servers announce themselves and find token and weights; both sides must see it", decides=False
+    )
+    servers: int = setting("how many servers are waited for at the start", decides=False, minimum=1)
+    wait_s: float = setting(
+        "seconds that the start waits for them; later, that a step waits for at least one", decides=False, above=0
+    )
+    timeout_s: float = setting(
+        "a server that says nothing for so many seconds is taken for dead", decides=False, above=0
+    )
+    retries: int = setting("a prompt whose server fails is sent again so often", decides=False, minimum=0)
+
+
+@section
+class Server:
+    """One rollout server."""
+
+    engine: Literal["megatron", "trtllm"] = setting("what it hosts: megatron | trtllm", decides=False)
+    index: int = setting("which of the servers it is", decides=False, minimum=0)
+    host: str = setting("address to listen on; any but loopback can be reached by others", decides=False)
+    port: int = setting("port to listen on; 0: any free one", decides=False, minimum=0)
+    directory: str = setting("the trainer's rollout.remote.directory", decides=False)
+    max_request_bytes: int = setting("larger requests are refused (413)", decides=False, minimum=1024)
+
+
+@section
+class Rollout:
+    """How completions are sampled, and how well engine and learner must agree."""
+
+    engine: Literal["megatron", "trtllm", "remote"] = setting(
+        "megatron: in process, on the learner's own weights | trtllm: TensorRT-LLM in the learner's GPUs | "
+        "remote: on rollout servers",
+        decides=True,
+    )
+    temperature: float = setting("logits are divided by it, in sampling and in training alike", decides=True, above=0)
+    top_p: float = setting(
+        "must stay 1 in training: a truncated sampler is another policy than the one trained", decides=True
+    )
+    top_k: int = setting("must stay 0 in training, for the same reason", decides=True)
+    max_new_tokens: int = setting("completions are cut here", decides=True, minimum=1, main=True)
+    stop_strings: tuple[str, ...] = setting(
+        "a completion also ends once its text contains one of these, in validation too", decides=True
+    )
+    max_concurrent_tokens: int = setting(
+        "KV-cache budget of one model-parallel group: sequences at a time x longest sequence", decides=False
+    )
+    offload_learner: bool = setting(
+        "while an engine in the learner's GPUs generates, gradients and optimizer state leave GPU memory", decides=False
+    )
+    async_depth: int = setting(
+        "1: servers generate the next step's completions while the learner trains; one step off-policy",
+        decides=True,
+        minimum=0,
+    )
+    max_parity_error: float = setting(
+        "engine against learner on the same tokens: limit of exp(mean |difference of log-probs|)",
+        decides=False,
+        minimum=1,
+    )
+    max_gen_kl: float = setting(
+        "engine against learner on the same tokens: limit of the estimated KL(engine, learner)",
+        decides=False,
+        minimum=0,
+    )
+    on_parity_error: Literal["warn", "stop"] = setting(
+        "over one of the two limits after the first step: warn | stop; before it, it is always an error", decides=False
+    )
+    trtllm: Trtllm
+    remote: Remote
+    server: Server
+
+
+@section
+class Data:
+    """Prompts and how they are rendered."""
+
+    train: str | tuple[dict[str, Any], ...] = setting(
+        "JSONL, Parquet or Arrow file, saved data set, hub name, reasoning_gym:TASK; or a list [{path: ..., "
+        "weight: ...}, ...]",
+        decides=True,
+        main=True,
+    )
+    validation: str | tuple[dict[str, Any], ...] = setting(
+        "held-out prompts, in the same forms", decides=True, main=True
+    )
+    prompt_field: str = setting(
+        "the field with the question, or with chat messages; dots lead inside: prompt.0.content", decides=True
+    )
+    answer_field: str = setting('the field with the gold answer (GSM8K\'s "#### N" is understood)', decides=True)
+    answer_form: Literal["auto", "boxed"] = setting(
+        "auto: the answer itself | boxed: a worked solution whose last \\boxed{} holds it", decides=True
+    )
+    system_prompt: str | None = setting(
+        "put before each question by the chat template, or where prompt_template has {system_prompt}", decides=True
+    )
+    chat_template: Literal["auto", "none"] = setting(
+        "auto: the tokenizer's, if it has one | none: plain text", decides=True
+    )
+    prompt_template: str = setting(
+        "what is said around the question; as plain text it may hold {system_prompt}, too", decides=True
+    )
+    max_prompt_tokens: int = setting("longest prompt in tokens", decides=True, minimum=1)
+    on_long_prompt: Literal["error", "drop"] = setting("a longer prompt: error | drop (and count)", decides=True)
+    on_bad_line: Literal["error", "skip"] = setting("a line that can't be used: error | skip (and count)", decides=True)
+    on_contamination: Literal["report", "drop", "error"] = setting(
+        "a training prompt that is among the held-out ones, by normalised text: report | drop (and count) | error",
+        decides=True,
+    )
+    sampling: Literal["uniform", "hard", "medium"] = setting(
+        "uniform | hard | medium: after the first epoch by each prompt's running accuracy, as GPG", decides=True
+    )
+    shuffle: bool = setting("a new order each epoch, decided by the seed", decides=True)
+
+
+@section
+class RewardRunnerConfig:
+    """The processes that score completions."""
+
+    workers: int = setting(
+        "processes that score, on each model-parallel group; 0: in the trainer itself", decides=False, minimum=0
+    )
+    timeout_s: float = setting("seconds for one completion; then its worker is killed", decides=False, above=0)
+    score_on_failure: float = setting("the reward of a completion whose scoring failed or timed out", decides=False)
+
+
+@section
+class Validation:
+    """What is measured on held-out prompts."""
+
+    reward: str = setting("which of the rewards counts as right (at 1) or wrong", decides=True)
+    samples: int = setting("sampled completions per prompt, besides the greedy one", decides=True, minimum=0)
+    temperature: float = setting("temperature of the sampled ones", decides=True)
+    top_p: float = setting("nucleus truncation of the sampled ones", decides=True, above=0, maximum=1)
+    min_new_tokens: int = setting(
+        "no end of sequence before so many tokens; training has none, as it would sample from another distribution",
+        decides=True,
+        minimum=0,
+    )
+    max_prompts: int | None = setting("validate on the first so many prompts only", decides=True, minimum=1)
+    console_samples: int = setting("completions shown on the console at each validation", decides=False, minimum=0)

@@ -1,0 +1,99 @@
+"""What model and data of a run are, whatever their directories and files are called: digests of what they hold.
+
+A digest is found in milliseconds, on every rank and on a login node, without torch. Of large files only a part counts:
+a piece of every tensor of a model, and evenly spaced pieces of data. Training changes tensors throughout, so another
+fine-tune of a model is found. What this could miss, single values of a large file, is found where it would matter:
+reference rewards are stored under a digest of all weights, and checkpoints keep one of all training prompts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from nemo_aapo.config import Config, Identity
+from nemo_aapo.errors import ConfigError
+
+PIECE = 64 * 1024
+"""Bytes that count of each tensor, from its middle, and at each place of a data file."""
+PLACES = 1024
+"""Places of a data file that count; up to 64 MiB that is all of it."""
+
+
+def identity_of(config: Config) -> Identity:
+    """What ``model.path``, ``data.train`` and ``data.validation`` hold, in the form of these settings.
+
+    What is no file or directory here (a data set of the hub, a task, what is handed over as objects) keeps its name.
+
+    Raises:
+        ConfigError: a file of weights is not whole.
+    """
+    return {
+        "model.path": _model(config.model.path),
+        "data.train": _data(config.data.train),
+        "data.validation": _data(config.data.validation),
+    }
+
+
+def _model(path: str) -> str:
+    """16 hex digits of ``config.json`` and weights."""
+    directory = Path(path)
+    weights = sorted(directory.glob("*.safetensors"))
+    if not weights:
+        return path
+    total = hashlib.sha256()
+    for file in (directory / "config.json", *weights):
+        if file.exists():
+            total.update(_weights(file) if file in weights else file.read_bytes())
+    return total.hexdigest()[:16]
+
+
+def _weights(path: Path) -> bytes:
+    total = hashlib.sha256(path.name.encode())
+    with path.open("rb") as file:
+        try:
+            (size,) = struct.unpack("<Q", file.read(8))
+            header = file.read(min(size, path.stat().st_size))
+            tensors = [entry["data_offsets"] for name, entry in json.loads(header).items() if name != "__metadata__"]
+            total.update(header)
+            for start, stop in tensors:
+                middle = max(start, (start + stop - PIECE) // 2)
+                total.update(_piece(file, 8 + size + middle, min(PIECE, stop - start)))
+        except (struct.error, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path}: not a whole safetensors file ({error}). Half-written?") from None
+    return total.digest()
+
+
+def _data(value: str | tuple[dict[str, Any], ...]) -> Any:
+    if isinstance(value, str):
+        return _content(value)
+    return [{**source, "path": _content(str(source.get("path")))} for source in value]
+
+
+def _content(path: str) -> str:
+    """16 hex digits of a file, or of all files of a directory with their names there."""
+    root = Path(path)
+    if root.is_file():
+        return _file(root)[:16]
+    if not root.is_dir():
+        return path
+    files = sorted(file for file in root.rglob("*") if file.is_file())
+    listed = [(str(file.relative_to(root)), _file(file)) for file in files]
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]
+
+
+def _file(path: Path) -> str:
+    size = path.stat().st_size
+    total = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for start in range(0, size, max(PIECE, size // PLACES)):
+            total.update(_piece(file, start, PIECE))
+    return total.hexdigest()
+
+
+def _piece(file: BinaryIO, start: int, size: int) -> bytes:
+    file.seek(start)
+    return file.read(size)

@@ -1,0 +1,93 @@
+"""A setting's facts stand once, in its field: config files, ``--help``, refusals and the reference follow them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_aapo.config.command_line import EVALUATION, TRAINING, config_directory, read_command_line, usage
+from nemo_aapo.config.schema.config_file import entries_of, with_comments
+from nemo_aapo.config.schema.facts import Facts, section, setting, settings_of
+from nemo_aapo.config.schema.reference import REFERENCE, SCHEMAS, reference, type_in_words
+
+ROOT = Path(__file__).resolve().parents[2]
+FILES = {name: (config_directory() / f"{name}.yaml").read_text() for name in SCHEMAS}
+NULL_THERE = ("algorithm.clip.", "model.lora.")  # these sections are null by default
+FREE = ("rewards.", "sources.", "exp_manager.wandb_logger_kwargs.")  # what these take is not ours to list
+REMEDY = "python -m nemo_aapo.config.schema.reference writes it"
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_a_config_file_has_exactly_the_settings_of_its_schema(name):
+    known = [item.key for item in settings_of(SCHEMAS[name]) if not item.key.startswith(NULL_THERE)]
+    sections = {key.rsplit(".", depth)[0] for key in known for depth in range(1, key.count(".") + 1)}
+    on_page = {key for key in entries_of(FILES[name]) if not key.startswith(FREE)}
+    assert on_page - sections - {"defaults"} == set(known) - sections
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_the_comments_of_a_config_file_are_the_meanings_of_its_settings(name):
+    assert with_comments(FILES[name], SCHEMAS[name]) == FILES[name], REMEDY
+
+
+def test_the_settings_reference_is_that_of_the_schema():
+    assert (ROOT / REFERENCE).read_text() == reference(FILES), REMEDY
+
+
+@pytest.mark.parametrize("kind", [TRAINING, EVALUATION])
+def test_help_shows_the_main_settings_with_default_and_meaning(kind):
+    text = usage("What it does.", read_command_line([], kind))
+    for item in settings_of(kind.schema):
+        assert (f" {item.key}=" in text) == item.facts.main
+        assert item.facts.meaning in text or not item.facts.main
+    assert " seed=1234 " in text
+
+
+def test_every_meaning_is_a_line_that_says_something():
+    for schema in SCHEMAS.values():
+        for item in settings_of(schema):
+            assert len(item.facts.meaning) > 10, item.key
+            assert "\n" not in item.facts.meaning, item.key
+
+
+def test_a_setting_without_facts_fails_when_its_section_is_declared():
+    with pytest.raises(TypeError, match=r"Forgotten\.steps: write its facts"):
+
+        @section
+        class Forgotten:
+            steps: int
+
+    with pytest.raises(TypeError, match="decides"):
+        setting("nobody thought of whether it decides")  # type: ignore[call-arg]  # what is tested
+
+
+@pytest.mark.parametrize(
+    ("limits", "said", "inside", "outside"),
+    [
+        ({"minimum": 1}, "at least 1", (1, 7), (0,)),
+        ({"above": 0}, "above 0", (1e-9,), (0, -1)),
+        ({"maximum": 2}, "at most 2", (2,), (3,)),
+        ({"below": 2}, "below 2", (1.9,), (2,)),
+        ({"above": 0, "maximum": 1}, "in (0, 1]", (0.1, 1), (0, 1.1)),
+        ({"minimum": 0, "below": 1}, "in [0, 1)", (0, 0.9), (-0.1, 1)),
+        ({}, "", (-math.inf, math.inf), ()),
+    ],
+)
+def test_limits_in_words_are_those_that_are_kept(limits, said, inside, outside):
+    facts = Facts(meaning="m", decides=False, **limits)
+    assert facts.limits == said
+    assert all(facts.allow(value) for value in inside)
+    assert not any(facts.allow(value) for value in outside)
+
+
+def test_types_in_words():
+    keys = {item.key: type_in_words(item.annotation) for item in settings_of(SCHEMAS["train_aapo"])}
+    assert keys["seed"] == "integer"
+    assert keys["data.train"] == "text or list of mapping"
+    assert keys["model.lora"] == "mapping or null"
+    assert keys["rollout.stop_strings"] == "list of text"
+    assert keys["model.recompute_granularity"] == "`full`, `selective` or null"
+    assert type_in_words(dict[str, Any]) == "mapping"
