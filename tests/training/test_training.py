@@ -228,8 +228,8 @@ def test_every_algorithm_runs_with_its_papers_settings(ranks, folder, algorithm)
 
 
 def test_numbers_that_are_not_finite_end_the_run_on_every_rank_and_leave_the_checkpoints(ranks, folder):
-    """Which part meets the overflow first, the engine that samples or the learner that trains, is the processor's choice:
-    how a sum of huge terms is cut into vectors decides where it becomes infinite."""
+    """Whether engine or learner meets the overflow first is the processor's choice: how a sum of huge terms is cut
+    into vectors decides where it becomes infinite."""
     from nemo_aapo.checkpoint import manifest
 
     run_dir = folder / "overflow"
@@ -237,7 +237,7 @@ def test_numbers_that_are_not_finite_end_the_run_on_every_rank_and_leave_the_che
     config += ["checkpoint.save_interval=1", "trainer.val_check_interval=0"]
     with pytest.raises(AssertionError) as raised:
         ranks.run(run, config, world=2, tp=None)
-    ends = re.findall(r"^nemo_aapo\.errors\.NonFiniteError: step (\d+).*[Nn]o checkpoint", str(raised.value), re.MULTILINE)
+    ends = re.findall(r"(?m)^nemo_aapo\.errors\.NonFiniteError: step (\d+).*[Nn]o checkpoint", str(raised.value))
     assert len(ends) == 2, raised.value  # both ranks say so
     done = [line["step"] for line in metrics(run_dir)]
     assert ends == [str(len(done) + 1)] * 2
