@@ -21,7 +21,8 @@ from nemo_aapo.rewards.workers.runner import RewardRunner
 from tests.rewards.test_rewards import completion, mutate, prompt
 
 LIMIT_S = 1.0
-SLACK_S = 10.0
+SLACK_S = 60.0
+"""For a machine that is busy with other things; what is waited for here comes in a moment, or never."""
 """What a busy machine may add before a test calls a wait too long."""
 
 HOSTILE_MATH = [
@@ -176,13 +177,14 @@ def test_a_failure_in_process_costs_its_item_only():
     assert results["good"].score == 1.0
 
 
-def test_submitting_does_not_wait_for_scores(custom):
-    reward = custom("time.sleep(1.0); return 1.0")
-    with RewardRunner([(reward, 1.0)], workers=1, timeout_s=30) as runner:
-        start = time.monotonic()
+def test_submitting_does_not_wait_for_scores(custom, tmp_path):
+    """The rewards wait for what comes after the submissions."""
+    submitted = tmp_path / "submitted"
+    reward = custom(f"while not os.path.exists({str(submitted)!r}): time.sleep(0.01)\nreturn 1.0")
+    with RewardRunner([(reward, 1.0)], workers=1, timeout_s=600) as runner:
         for n in range(2):
             runner.submit(n, prompt(), "x" * 1_000_000, completion())
-        assert time.monotonic() - start < 1.0
+        submitted.touch()
         assert all(result.score == 1.0 for result in runner.collect().values())
         assert runner.collect() == {}
 
