@@ -7,6 +7,8 @@ import pytest
 
 from tests.tiny_models import make_config
 
+pytestmark = pytest.mark.exact
+
 PACKED = {"model__sequence_packing": True}
 SHARED = {**PACKED, "model__share_prompts": True}
 SEQUENCE_PARALLEL = {"model__sequence_parallel": True}

@@ -15,6 +15,8 @@ from torch.utils._pytree import tree_leaves
 from nemo_aapo.learner import logprobs as logprob
 from nemo_aapo.learner.logprobs import selected_logprobs
 
+pytestmark = pytest.mark.exact
+
 LARGE_VOCAB = 151_936
 
 

@@ -217,16 +217,39 @@ def test_the_peers_are_installed_beside_the_environment_once(checkout):
     assert len(checkout.run("peers.sh")[2]) == 2
 
 
-def test_peers_that_cannot_be_installed_are_named_and_do_not_stop_the_tests(checkout):
+@pytest.fixture
+def tested(checkout) -> Checkout:
+    """A checkout with its environment, and stand-ins of what test.sh runs in it."""
     checkout.run("environment.sh")
-    for name in ("ruff", "python"):  # what test.sh runs after them
+    for name in ("ruff", "mypy", "python"):
         path = checkout.root / ".venv" / "bin" / name
         path.write_text(FAKE_PYTHON)
         path.chmod(0o755)
-    status, output, calls = checkout.run("test.sh", REFUSE="requirements/peers.txt")
+    return checkout
+
+
+def test_peers_that_cannot_be_installed_are_named_and_do_not_stop_the_tests(tested):
+    status, output, calls = tested.run("test.sh", REFUSE="requirements/peers.txt")
     assert status == 0, output
     assert "pip could not install requirements/peers.txt" in output
     assert "going on without .venv-peers" in output
-    assert "-m pytest" in calls[-1]
-    assert not (checkout.root / ".venv-peers").exists()
-    assert checkout.run("peers.sh", REFUSE="requirements/peers.txt")[0] != 0
+    everything, numbers = [call for call in calls if "-m pytest" in call]
+    assert "-m exact" not in everything
+    assert numbers.endswith("-m exact")
+    assert not (tested.root / ".venv-peers").exists()
+    assert tested.run("peers.sh", REFUSE="requirements/peers.txt")[0] != 0
+
+
+def test_the_quick_tests_install_nothing_else_and_style_types_and_tests_can_each_fail(tested):
+    status, output, calls = tested.run("test.sh", "--quick", "-x")
+    assert status == 0, output
+    [pytest_call] = [call for call in calls if "-m pytest" in call]
+    assert pytest_call.endswith("-m unit -x")
+    assert {*calls} - {pytest_call} == {"''", "check .", "format --check ."}  # mypy without a word, and ruff
+    for refused in ("check .", "-m pytest"):
+        assert tested.run("test.sh", "--quick", REFUSE=refused)[0] != 0
+    (tested.root / ".venv" / "bin" / "mypy").write_text("#!/usr/bin/env bash\necho 'error: a type'; exit 1\n")
+    status, output, calls = tested.run("test.sh", "--quick")
+    assert status == 1
+    assert "error: a type" in output
+    assert calls[-1].endswith("-m unit")

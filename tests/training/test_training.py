@@ -12,6 +12,8 @@ import pytest
 from tests.tiny_models import SIZES, save_character_tokenizer, save_model
 from tests.training_runs import exported, make_input, metrics, run, settings
 
+pytestmark = pytest.mark.exact
+
 SHARED = Path(__file__).parents[3] / "shared"
 STEP_KEYS = {
     "step", "reward/mean", "reward/std", "reference_reward/mean", "advantage/abs_mean", "groups/zero_std",

@@ -11,6 +11,8 @@ import pytest
 from nemo_aapo.types import SamplingSpec
 from tests.tiny_models import make_config
 
+pytestmark = pytest.mark.exact
+
 VOCAB_SIZE = 150  # of the model's 160: the rest plays Megatron's padding
 SPEC = SamplingSpec(temperature=0.8, max_new_tokens=24, stop_token_ids=(3, 7, 20, 41, 90, 111), min_new_tokens=2)
 GREEDY = dataclasses.replace(SPEC, temperature=0.0)

@@ -7,6 +7,8 @@ import torch
 
 from nemo_aapo.engines.megatron.matmul import SMALL_WEIGHT, WIDEST_PANEL, add_linear_, arranged, linear
 
+pytestmark = pytest.mark.exact
+
 
 @pytest.mark.parametrize(
     ("outputs", "inputs", "panels"),
