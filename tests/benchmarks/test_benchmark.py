@@ -19,6 +19,7 @@ from nemo_aapo.utils.tables import plain
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_the_rollout_benchmark_prints_two_whole_tables(tmp_path):
     command = [sys.executable, "-W", "ignore", "scripts/benchmark.py", "rollout", "--quick"]
     done = subprocess.run(
@@ -47,6 +48,7 @@ def test_the_rollout_benchmark_prints_two_whole_tables(tmp_path):
         assert len({len(line) for line in (header, rule, *rows)}) == 1, block
 
 
+@pytest.mark.slow
 def test_the_rewards_benchmark_prints_speeds_and_what_hostile_completions_cost(tmp_path):
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "scripts/benchmark.py", "rewards", "--quick", "--json", tmp_path / "f.json"],
@@ -93,6 +95,7 @@ def test_a_section_of_a_page_is_replaced_between_its_markers_and_nothing_else(tm
         write_section(page, "three", "new")
 
 
+@pytest.mark.slow
 def test_the_scaling_benchmark_says_how_costs_grow_what_ranks_say_to_each_other_and_what_a_start_costs(tmp_path):
     page = (ROOT / "docs" / "benchmarks.md").read_text()
     done = subprocess.run(

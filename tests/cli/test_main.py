@@ -186,6 +186,7 @@ sys.modules["nemo_aapo.training.build"] = stub
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(280)
 def test_a_launched_run_has_one_configuration_on_all_ranks_and_leaves_what_it_should(given, tmp_path):
     """The one test that imports NeMo, on rank 0: launch.py, train.py, hydra_runner, exp_manager, its loggers."""

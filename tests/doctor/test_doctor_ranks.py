@@ -145,6 +145,7 @@ def as_dict(value) -> dict:
     return asdict(value)
 
 
+@pytest.mark.slow
 def test_late_broken_and_lost_ranks_are_named_and_the_rest_goes_on():
     command = [sys.executable, "-c", "from tests.doctor.test_doctor_ranks import run_scenario; run_scenario()"]
     job = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}

@@ -68,6 +68,7 @@ def wait_until(condition, seconds: float) -> bool:
     return condition()
 
 
+@pytest.mark.slow
 def test_hostile_mathematics_costs_its_limit_and_leaves_the_others_alone():
     rewards = [(build_reward({"name": "accuracy"}), 1.0)]
     begin = time.monotonic()
@@ -107,6 +108,7 @@ HOSTILE_CODE = {
 }
 
 
+@pytest.mark.slow
 def test_hostile_functions_cost_their_own_item_and_are_counted(custom):
     cases = "".join(f"if completion == {code!r}:\n    {code}\n" for code in HOSTILE_CODE)
     reward = custom(cases + "print('noise'); return len(completion) / 100")
@@ -274,6 +276,7 @@ def test_workers_die_with_a_killed_parent_whatever_they_are_doing(custom, tmp_pa
     assert wait_until(lambda: not any(map(running, pids)), LIMIT_S + SLACK_S)
 
 
+@pytest.mark.slow
 def test_what_a_worker_cant_load_is_said_before_anything_is_scored(custom, monkeypatch):
     good = custom("return 1.0", name="score")
     path = good.function.removesuffix(":score")
@@ -339,6 +342,7 @@ def test_impossible_arguments_are_refused():
             RewardRunner(rewards, **{"workers": 0, "timeout_s": 1.0, **options})
 
 
+@pytest.mark.slow
 def test_mutated_completions_through_accuracy_cost_no_other_item():
     rng = random.Random(5)
     seeds = ["So it is \\boxed{\\frac{1}{2}}.", "It is $x = 3$, 72 or \\boxed{72}", "The answer is 1,234.5\\%."]
