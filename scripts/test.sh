@@ -1,16 +1,24 @@
 #!/usr/bin/env bash
-# All checks: environment, style, tests; ends with the slowest tests and where the time went.
+# All checks: environment, style, types, tests; ends with the slowest tests and where the time went.
 #
-#   bash scripts/test.sh [pytest arguments]        for example: tests/test_loss.py, -k resume, -x
+#   bash scripts/test.sh [--quick] [pytest arguments]        for example: tests/test_loss.py, -k resume, -x
+#
+# --quick leaves all but the tier `unit` out (pyproject.toml names the tiers), and installs neither peers nor Slurm.
+# Without arguments, the tests of numbers run a second time, by narrower vector instructions.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 readonly SESSION_TIMEOUT_S=3600 # of all tests together; pyproject.toml has the one for each
 
+chosen=("$@")
 bash scripts/environment.sh
-bash scripts/peers.sh || echo "test.sh: going on without .venv-peers: the tests that need it are skipped" >&2
-bash scripts/nemo_run.sh || echo "test.sh: going on without .venv-nemo-run: the test that needs it is skipped" >&2
-bash tests/launch/slurm/start_slurm.sh install || echo "test.sh: going on without Slurm: the tests that need it are skipped" >&2
+if [[ ${1:-} == --quick ]]; then
+    chosen=(-m unit "${@:2}")
+else
+    bash scripts/peers.sh || echo "test.sh: going on without .venv-peers: the tests that need it are skipped" >&2
+    bash scripts/nemo_run.sh || echo "test.sh: going on without .venv-nemo-run: the test that needs it is skipped" >&2
+    bash tests/launch/slurm/start_slurm.sh install || echo "test.sh: going on without Slurm: the tests that need it are skipped" >&2
+fi
 environment_s=$SECONDS
 export PATH="$PWD/.venv/bin:$PATH"
 export OMP_NUM_THREADS=1 # many tests start several ranks: more threads would only fight over the cores
@@ -20,5 +28,21 @@ unset PYTHONDONTWRITEBYTECODE # dozens of ranks are started: compile their modul
 ruff check .
 ruff format --check .
 
-trap 'echo "test.sh: environment $environment_s s, style and tests $((SECONDS - environment_s)) s"' EXIT
-python -m pytest --session-timeout="$SESSION_TIMEOUT_S" --durations=10 --durations-min=1 "$@"
+said_of_types=$(mktemp)
+trap 'rm -f "$said_of_types"
+    echo "test.sh: environment $environment_s s, style, types and tests $((SECONDS - environment_s)) s"' EXIT
+mypy >"$said_of_types" 2>&1 & # reads all of torch, for a minute: on the core that most tests leave free
+types=$!
+
+status=0
+run_tests() {
+    python -m pytest --session-timeout="$SESSION_TIMEOUT_S" --durations=10 --durations-min=1 "$@" || status=$?
+}
+run_tests ${chosen[@]+"${chosen[@]}"}
+if (($# == 0 && status == 0)); then
+    echo "test.sh: the tests of numbers again, by narrower instructions"
+    ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 run_tests -m exact
+fi
+wait "$types" || status=$?
+cat "$said_of_types"
+exit "$status"

@@ -1,12 +1,52 @@
-"""Fixtures that many tests share: worker ranks, tiny models."""
+"""What all tests share: worker ranks, tiny models, and the tier that each test belongs to."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.pool import RankPool
+
+TIERS = ("unit", "ranks", "slow", "slurm", "peers", "gpu")
+TIER_OF_FOLDER = {"gpu": "gpu", "launch/slurm": "slurm", "peers": "peers"}
+TIERS_OF_TESTS = pytest.StashKey[dict[str, list[str]]]()
+"""The tiers of every collected test by its id, also of those that ``-m`` and ``-k`` leave out."""
+TESTS = Path(__file__).parent
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Give each test the tier that follows from where it lies and from what it uses."""
+    for item in items:
+        folder = item.path.relative_to(TESTS).parent.as_posix()
+        if tier := TIER_OF_FOLDER.get(folder) or _tier_by_use(item):
+            item.add_marker(tier)
+    config.stash[TIERS_OF_TESTS] = {item.nodeid: tiers(item) for item in items}
+
+
+def tiers(item: pytest.Item) -> list[str]:
+    """All tiers that a test is marked with; it should be one."""
+    return sorted({mark.name for mark in item.iter_markers()} & set(TIERS))
+
+
+def _tier_by_use(item: pytest.Item) -> str | None:
+    """None: the test says so itself."""
+    if tiers(item):
+        return None
+    return "ranks" if "ranks" in getattr(item, "fixturenames", ()) else "unit"
+
+
+@pytest.fixture(autouse=True)
+def unit_tests_start_no_process_group(request, monkeypatch):
+    """A test that needs one takes the fixture ``ranks``."""
+    if tiers(request.node) == ["unit"] and "torch.distributed" in sys.modules:
+
+        def refuse(*arguments: object, **more: object) -> None:
+            pytest.fail("a unit test started a process group: use the fixture `ranks`, or mark the test as slow")
+
+        monkeypatch.setattr("torch.distributed.init_process_group", refuse)
 
 
 @pytest.fixture(scope="session")

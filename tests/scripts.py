@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
-HEAVY = ("torch", "transformers", "megatron", "nemo")
+HEAVY = ("torch", "transformers", "megatron", "nemo", "lightning")
 
 
 def load_script(name: str) -> ModuleType:

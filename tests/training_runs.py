@@ -18,13 +18,15 @@ class Parity:
     kind = name = "parity"
     in_process = True
 
-    def __init__(self, signal_at: int | None = None) -> None:
-        self.calls, self.signal_at = 0, signal_at
+    def __init__(self, run_dir: Path | None = None, stop_in_step: int | None = None) -> None:
+        """In the middle of that step's rollout, which begins after the validation of the step before, SIGTERM comes."""
+        self.run_dir, self.stop_in_step, self.calls = run_dir, stop_in_step, 0
 
     def __call__(self, prompt, text, completion):
-        self.calls += 1
-        if self.calls == self.signal_at:
-            os.kill(os.getpid(), signal.SIGTERM)
+        if self.stop_in_step is not None and validated(self.run_dir) == self.stop_in_step - 1:
+            self.calls += 1
+            if self.calls == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
         total = int(completion.token_ids.sum())
         return 0.5 * (total % 2 == 0) + 0.5 * (total % 3 == 0)
 
@@ -33,12 +35,23 @@ class Parity:
     def load(self): ...
 
 
-def run(overrides, signal_at=None, own_reward=True):
+def validated(run_dir: Path) -> int | None:
+    """The step after which weights were validated, if that is the last that the run has logged."""
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    last = json.loads(lines[-1]) if lines else {}
+    return last["step"] if "validation/accuracy_greedy" in last else None
+
+
+def run(overrides, stop_in_step=None, own_reward=True):
     """One rank of a whole run."""
     from nemo_aapo import RewardRunner, load_config, train
 
-    parts = {"rewards": RewardRunner([(Parity(signal_at), 1.0)], workers=0, timeout_s=10.0)} if own_reward else {}
-    return train(load_config(overrides), **parts)
+    config, parts = load_config(overrides), {}
+    if own_reward:
+        reward = Parity(Path(config.run.dir), stop_in_step)
+        parts["rewards"] = RewardRunner([(reward, 1.0)], workers=0, timeout_s=10.0)
+    return train(config, **parts)
 
 
 def make_input(folder: Path) -> Path:

@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import socket
 import uuid
 from collections.abc import Mapping
@@ -34,6 +35,7 @@ RECORD = "run.json"
 """What the directory belongs to: digest, settings and what model and data hold; and every start with its versions."""
 VERSIONS_OF = ("torch", "megatron-core", "megatron-bridge", "transformers", "nemo-toolkit", "math-verify")
 SHOWN_DIFFERENCES = 12
+_CPU_FACTS = Path("/proc/cpuinfo")
 _NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -137,6 +139,18 @@ def claim(config: Config, tree: Mapping[str, Any], world_size: int) -> tuple[Tex
     return lock, record["id"]
 
 
+def change_of_instruction_set(directory: Path) -> str | None:
+    """What to tell whoever resumes on another kind of processor than the start before; None on the same kind."""
+    record = read_record(directory)
+    sets = [start.get("instruction_set") for start in record["starts"][-2:]] if record else []
+    if None in sets or len(set(sets)) < 2:  # earlier versions did not record it
+        return None
+    return (
+        f"the start before this one computed by {sets[0]}, this machine computes by {sets[1]}: "
+        "the run goes on, but not to the same bits"
+    )
+
+
 def read_record(directory: Path) -> Record | None:
     """What ``run.json`` says; None where there is no run yet.
 
@@ -202,8 +216,20 @@ def _this_start(world_size: int) -> dict[str, Any]:
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "host": socket.gethostname(),
         "world_size": world_size,
+        "instruction_set": instruction_set(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in VERSIONS_OF}},
     }
+
+
+def instruction_set() -> str:
+    """The kind of processor, as far as it decides the last bits of sums: ``AVX512, GenuineIntel`` or ``sm_90``."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "sm_{}{}".format(*torch.cuda.get_device_capability())
+    maker = re.search(r"^vendor_id\s*:\s*(\S+)", _CPU_FACTS.read_text(), re.MULTILINE) if _CPU_FACTS.exists() else None
+    # matrix products are a vendor's library, which chooses its kernels by the maker too
+    return ", ".join([torch.backends.cpu.get_cpu_capability(), *([maker[1]] if maker else [])])
 
 
 def _version(package: str) -> str | None:

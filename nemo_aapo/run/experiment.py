@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_aapo.config import Config
-from nemo_aapo.run.directory import claim
+from nemo_aapo.run.directory import change_of_instruction_set, claim
 from nemo_aapo.run.metrics_file import MetricsFile
 from nemo_aapo.run.stop import STOP_FILE
 from nemo_aapo.types import Group
@@ -41,6 +41,8 @@ class Experiment:
     def __init__(self, config: Config, tree: Mapping[str, Any], world_size: int) -> None:
         self.directory = Path(config.run.dir)
         self._lock, run_id = claim(config, tree, world_size)
+        self.warning = change_of_instruction_set(self.directory)
+        """What a resumed run is told about this machine."""
         (self.directory / STOP_FILE).unlink(missing_ok=True)  # it asked an earlier part of the run to stop
         self._metrics = MetricsFile(self.directory / "metrics.jsonl")
         self._loggers = nemo_loggers(config, run_id)
@@ -116,6 +118,8 @@ class Experiment:
 
 class SilentExperiment:
     """What ranks other than 0 hold: the methods of ``Experiment``, without effect."""
+
+    warning: str | None = None
 
     def __enter__(self) -> SilentExperiment:
         return self

@@ -17,6 +17,8 @@ from nemo_aapo.config.schema import AlgorithmConfig, Clip, Margin
 from tests.equations import GROUPS, LIMIT, Batch, G, K, advantages_by_equation, loss_by_equation, make_batch
 from tests.tiny_models import make_config
 
+pytestmark = pytest.mark.exact
+
 
 def preset(name: str) -> AlgorithmConfig:
     """The algorithm as ``conf/algorithm/`` ships it."""

@@ -90,6 +90,7 @@ def test_inspect_reads_no_weights(convert, tiny_models, tmp_path, capsys):
     assert "158,784 in 50 tensors of F32" in text
 
 
+@pytest.mark.slow
 def test_ranks_are_started_where_a_layout_has_several(tiny_models, tmp_path):
     words = ["verify", str(tiny_models["qwen3"]), "--tensor-model-parallel-size", "2"]
     command = [sys.executable, "-W", "ignore", str(ROOT / "scripts" / "convert.py"), *words]

@@ -9,6 +9,7 @@ import pytest
 from nemo_aapo.doctor.checks import gpu
 from nemo_aapo.doctor.checks.gpu import Gpu, Gpus
 from nemo_aapo.doctor.guard import run_guarded
+from nemo_aapo.engines.trtllm import contract
 from nemo_aapo.mcore.kernels import Libraries, fused_kernels
 from tests.doctor.contexts import check, context, distribution, program
 
@@ -119,7 +120,7 @@ def test_tensorrt_llm_is_held_against_its_contract(config, tmp_path, monkeypatch
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
-    assert gpu.tensorrt_llm(context(hosted)).text == "version 1.2.1 is as the contract says"
+    assert gpu.tensorrt_llm(context(hosted)).text == f"version {contract.VERSION} is as the contract says"
     path = tmp_path / "tensorrt_llm" / "_torch" / "async_llm.py"
     path.write_text(path.read_text().replace("async def resume", "async def wake_up"))
     found = gpu.tensorrt_llm(context(hosted))

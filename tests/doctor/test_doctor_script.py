@@ -40,6 +40,7 @@ def levels(output: str) -> dict[str, str]:
     return {text[:23].strip(): level for level, text in lines}
 
 
+@pytest.mark.slow
 def test_the_whole_examination_of_the_quickstart_as_json(quickstart):
     done = doctor("--json", "--skip", "slurm", *quickstart)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -53,6 +54,7 @@ def test_the_whole_examination_of_the_quickstart_as_json(quickstart):
     assert not Path(quickstart[2].partition("=")[2]).exists()
 
 
+@pytest.mark.slow
 def test_a_configuration_that_cannot_run_here_says_why_line_by_line(quickstart):
     only = ("--only", "gpu,model,tokenizer,disk,ports")
     done = doctor(*only, *quickstart, "model.path=/none", "run.dir=/proc/run", "precision=bf16")
@@ -64,6 +66,7 @@ def test_a_configuration_that_cannot_run_here_says_why_line_by_line(quickstart):
     assert done.stdout.splitlines()[-1].startswith("1 ok, 0 warning, 3 failure, 1 skipped; ")
 
 
+@pytest.mark.slow
 def test_without_settings_the_machine_is_looked_at_and_the_rest_is_named_as_skipped():
     done = doctor("--skip", "slurm,all_reduce,gpu,fp8,transformer_engine")
     assert done.returncode == 0, done.stdout
@@ -72,6 +75,7 @@ def test_without_settings_the_machine_is_looked_at_and_the_rest_is_named_as_skip
     assert "pass KEY=VALUE as to train.py" in done.stdout
 
 
+@pytest.mark.slow
 def test_ranks_under_torchrun_report_once_and_reach_each_other(quickstart):
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
     words = ("--only", "ports,all_reduce,shared_files", *quickstart)

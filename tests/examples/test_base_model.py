@@ -54,6 +54,7 @@ def digest(directory: Path) -> str:
     return hashlib.sha256((directory / "model.safetensors").read_bytes()).hexdigest()
 
 
+@pytest.mark.slow
 def test_the_same_seed_makes_the_same_model_and_a_second_call_finds_it(tmp_path):
     said = []
     make_base_model(tmp_path / "a", QUICK, force=False, log=said.append)
@@ -128,6 +129,7 @@ print(sum(text.strip() == row["answer"] for text, row in zip(texts, rows)) / len
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(800)
 def test_the_quickstart_doubles_the_accuracy_and_plain_transformers_reproduces_it(tmp_path):
     root = Path(__file__).parents[2]

@@ -7,26 +7,35 @@ import pytest
 
 from tests.tiny_models import make_config
 
-LAYOUTS = {  # TP, PP, DP, sequence parallel, micro-batch budget; packed and with the distributed optimizer where named
-    "2x1x1": (2, 1, 1, False, 128),
-    "1x2x1": (1, 2, 1, False, 128),
-    "2x2x1": (2, 2, 1, False, 128),
-    "1x1x2": (1, 1, 2, False, 128),
-    "2x1x2+sp": (2, 1, 2, True, 128),
-    "1x1x1, small micro-batches": (1, 1, 1, False, 48),
-    "1x1x1, packed": (1, 1, 1, False, 128),
-    "2x2x1+sp, packed": (2, 2, 1, True, 64),
-    "1x1x2, packed, distributed optimizer": (1, 1, 2, False, 128),
-    "2x1x2+sp, distributed optimizer": (2, 1, 2, True, 128),
-    "1x2x2, packed, distributed optimizer, overlap": (1, 2, 2, False, 128),
-    "1x1x1, full recompute": (1, 1, 1, False, 128),
-    "2x1x1+sp, packed, selective recompute": (2, 1, 1, True, 128),
-    "1x1x1, packed, shared prompts": (1, 1, 1, False, 128),
-    "1x1x1, packed, shared prompts, whole groups": (1, 1, 1, False, 1024),
-    "2x2x1+sp, packed, shared prompts": (2, 2, 1, True, 64),
-    "1x2x2, packed, shared prompts, distributed optimizer": (1, 2, 2, False, 128),
-    "2x1x1+sp, packed, shared prompts, full recompute": (2, 1, 1, True, 128),
-    "1x1x1, packed, shared prompts, selective recompute": (1, 1, 1, False, 256),
+pytestmark = pytest.mark.exact
+
+PACKED = {"model__sequence_packing": True}
+SHARED = {**PACKED, "model__share_prompts": True}
+SEQUENCE_PARALLEL = {"model__sequence_parallel": True}
+DISTRIBUTED_OPTIMIZER = {"model__optim__use_distributed_optimizer": True}
+OVERLAP = {"model__optim__overlap_grad_reduce": True, "model__optim__overlap_param_gather": True}
+FULL_RECOMPUTE = {"model__recompute_granularity": "full"}
+SELECTIVE_RECOMPUTE = {"model__recompute_granularity": "selective", "model__recompute_modules": ["core_attn", "mlp"]}
+LAYOUTS = {  # TP, PP, DP; micro-batch budget; what else is set
+    "2x1x1": ((2, 1, 1), 128, {}),
+    "1x2x1": ((1, 2, 1), 128, {}),
+    "2x2x1": ((2, 2, 1), 128, {}),
+    "1x1x2": ((1, 1, 2), 128, {}),
+    "2x1x2+sp": ((2, 1, 2), 128, SEQUENCE_PARALLEL),
+    "1x1x1, small micro-batches": ((1, 1, 1), 48, {}),
+    "1x1x1, packed": ((1, 1, 1), 128, PACKED),
+    "2x2x1+sp, packed": ((2, 2, 1), 64, SEQUENCE_PARALLEL | PACKED),
+    "1x1x2, packed, distributed optimizer": ((1, 1, 2), 128, PACKED | DISTRIBUTED_OPTIMIZER),
+    "2x1x2+sp, distributed optimizer": ((2, 1, 2), 128, SEQUENCE_PARALLEL | DISTRIBUTED_OPTIMIZER),
+    "1x2x2, packed, distributed optimizer, overlap": ((1, 2, 2), 128, PACKED | DISTRIBUTED_OPTIMIZER | OVERLAP),
+    "1x1x1, full recompute": ((1, 1, 1), 128, FULL_RECOMPUTE),
+    "2x1x1+sp, packed, selective recompute": ((2, 1, 1), 128, SEQUENCE_PARALLEL | PACKED | SELECTIVE_RECOMPUTE),
+    "1x1x1, packed, shared prompts": ((1, 1, 1), 128, SHARED),
+    "1x1x1, packed, shared prompts, whole groups": ((1, 1, 1), 1024, SHARED),
+    "2x2x1+sp, packed, shared prompts": ((2, 2, 1), 64, SEQUENCE_PARALLEL | SHARED),
+    "1x2x2, packed, shared prompts, distributed optimizer": ((1, 2, 2), 128, SHARED | DISTRIBUTED_OPTIMIZER),
+    "2x1x1+sp, packed, shared prompts, full recompute": ((2, 1, 1), 128, SEQUENCE_PARALLEL | SHARED | FULL_RECOMPUTE),
+    "1x1x1, packed, shared prompts, selective recompute": ((1, 1, 1), 256, SHARED | SELECTIVE_RECOMPUTE),
 }
 
 
@@ -57,8 +66,8 @@ def saved_groups(count: int = 6, size: int = 4, seed: int = 3):
     return groups
 
 
-def learn(path, algorithm, tp, pp, sp, budget, updates=1, lr=1e-3, how=""):
-    """Loss, gradient norm and the weights after the update, on this rank."""
+def learn(path, tp, pp, budget, more, updates=1):
+    """Metrics and the weights after the updates, on this rank."""
     from nemo_aapo.algorithms import Algorithm
     from nemo_aapo.config import pad_multiple
     from nemo_aapo.learner.learner import Learner
@@ -69,18 +78,10 @@ def learn(path, algorithm, tp, pp, sp, budget, updates=1, lr=1e-3, how=""):
         path,
         model__tensor_model_parallel_size=tp,
         model__pipeline_model_parallel_size=pp,
-        model__sequence_parallel=sp,
-        model__optim__lr=lr,
+        model__optim__lr=1e-3,
         model__optim__eps=1e-3,  # with 1e-8 Adam's first update is the gradient's sign, noise included
         max_tokens_per_microbatch=budget,
-        model__sequence_packing="packed" in how,
-        model__share_prompts="shared prompts" in how,
-        model__recompute_granularity=next((kind for kind in ("full", "selective") if f"{kind} recompute" in how), None),
-        model__recompute_modules=["core_attn", "mlp"],
-        model__optim__use_distributed_optimizer="distributed optimizer" in how,
-        model__optim__overlap_grad_reduce="overlap" in how,
-        model__optim__overlap_param_gather="overlap" in how,
-        **algorithm,
+        **more,
     )
     policy = make_policy(config)
     if config.algorithm.kl_coefficient:
@@ -91,8 +92,8 @@ def learn(path, algorithm, tp, pp, sp, budget, updates=1, lr=1e-3, how=""):
         budget,
         updates,
         pad_multiple(policy.config),
-        packed="packed" in how,
-        share_prompts="shared prompts" in how,
+        packed=config.model.sequence_packing,
+        share_prompts=config.model.share_prompts,
     )
     groups = saved_groups()
     metrics = learner.update(groups[own_shard(len(groups))])
@@ -112,14 +113,19 @@ GRPO = {
 }
 
 
+@pytest.fixture(scope="module")
+def alone(ranks, tiny_models):
+    """What one process learns from one micro-batch."""
+    [learned] = ranks.run(learn, tiny_models["qwen2_tied"], 1, 1, 1024, {})
+    return learned
+
+
 @pytest.mark.parametrize("layout", list(LAYOUTS))
-def test_loss_and_gradient_are_those_of_one_process(ranks, tiny_models, layout):
-    tp, pp, dp, sp, budget = LAYOUTS[layout]
-    path = tiny_models["qwen2_tied"]
-    (expected, weights), *_ = ranks.run(learn, path, {}, 1, 1, False, 1024)
-    for metrics, updated in ranks.run(
-        learn, path, {}, tp, pp, sp, budget, 1, 1e-3, layout, world=tp * pp * dp, tp=tp, pp=pp
-    ):
+def test_loss_and_gradient_are_those_of_one_process(ranks, tiny_models, alone, layout):
+    (tp, pp, dp), budget, more = LAYOUTS[layout]
+    expected, weights = alone
+    answers = ranks.run(learn, tiny_models["qwen2_tied"], tp, pp, budget, more, world=tp * pp * dp, tp=tp, pp=pp)
+    for metrics, updated in answers:
         assert metrics["loss"] == pytest.approx(expected["loss"], rel=1e-6, abs=1e-7)
         assert metrics["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
         assert metrics["entropy"] == pytest.approx(expected["entropy"], rel=1e-5)
@@ -185,10 +191,10 @@ def test_a_single_group_with_a_shared_prompt_is_spread_over_the_ranks(ranks, tin
 
 def test_several_grpo_updates_with_kl_agree_between_layouts(ranks, tiny_models):
     path = tiny_models["qwen3"]
-    ((expected, weights),) = ranks.run(learn, path, GRPO, 1, 1, False, 1024, 3)
+    ((expected, weights),) = ranks.run(learn, path, 1, 1, 1024, GRPO, 3)
     assert expected["kl"] == 0.0  # the first update starts at the reference
     assert expected["ratio/mean"] == pytest.approx(1.0, abs=1e-6)
-    for metrics, updated in ranks.run(learn, path, GRPO, 2, 2, False, 128, 3, world=4, tp=2, pp=2):
+    for metrics, updated in ranks.run(learn, path, 2, 2, 128, GRPO, 3, world=4, tp=2, pp=2):
         assert metrics["loss"] == pytest.approx(expected["loss"], rel=1e-4)
         for name, tensor in updated.items():
             np.testing.assert_allclose(tensor, weights[name], atol=1e-5, err_msg=name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 from nemo_aapo.learner import logprobs as logprob
 from nemo_aapo.learner.logprobs import selected_logprobs
+
+pytestmark = pytest.mark.exact
 
 LARGE_VOCAB = 151_936
 
@@ -183,11 +186,11 @@ def test_scoring_holds_two_tiles_and_nothing_else():
     assert counter.peak < 2 * 4 * LARGE_VOCAB * 4 * 1.1
 
 
+@mock.patch.multiple(logprob, MIN_TILE_LOGITS=1, TILE_ALIGNMENT=1)  # and back: the rank goes on to other tests
 def _on_a_rank(problem, vocab_size, temperature):
     """Log-probs, entropies, this rank's part of the hidden states' gradient and its shard's gradient."""
     hidden, weight, targets, grad = problem
     rank, size = dist.get_rank(), dist.get_world_size()
-    logprob.MIN_TILE_LOGITS = logprob.TILE_ALIGNMENT = 1
     hidden = hidden.detach().requires_grad_()
     shard = weight.detach().chunk(size)[rank].clone().requires_grad_()
     logprobs, entropy = selected_logprobs(

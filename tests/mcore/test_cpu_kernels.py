@@ -8,6 +8,8 @@ import torch.nn.functional as F
 
 from nemo_aapo.mcore.cpu.kernels import rms_norm, rotary, swiglu
 
+pytestmark = pytest.mark.exact
+
 SHAPES = [(7, 3, 16), (5, 2, 4, 6), (1, 1, 2)]
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+pytestmark = pytest.mark.exact
+
 CONFIGS = {
     "plain": {},
     "one group": {"num_query_groups": 1},

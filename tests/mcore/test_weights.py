@@ -8,6 +8,8 @@ import torch
 
 from tests.tiny_models import make_config
 
+pytestmark = pytest.mark.exact
+
 LAYOUTS = {"1x1": (1, 1, 1, False), "2x1": (2, 2, 1, False), "1x2": (2, 1, 2, False), "2x2+sp": (4, 2, 2, True)}
 
 

@@ -38,8 +38,9 @@ def test_training_steps_beside_trls_on_the_same_checkpoint(tmp_path):
             assert step["cpu"] > 0
             assert QUICK.sequences <= step["tokens"] <= QUICK.sequences * QUICK.new_tokens
             assert step["longest_over_mean"] > 1.0
-            assert sum(step["phases"].values()) == pytest.approx(step["wall"], rel=0.25)
-            assert (step["phases"]["reference"] > 1e-3) == (cell["contestant"] in ("trl_twice", "ours_fresh"))
+            assert 0.5 * step["wall"] < sum(step["phases"].values()) < 1.01 * step["wall"]
+            draws_twice = cell["contestant"] in ("trl_twice", "ours_fresh")
+            assert (step["phases"]["reference"] > 0.1 * step["phases"]["rollout"]) == draws_twice
     (agreement,) = figures["agreements"]
     assert agreement["gradient_norm"] == pytest.approx(agreement["trl_gradient_norm"], rel=1e-4)
     assert abs(agreement["loss"]) > 1e-3  # lengths differ, so the loss says something

@@ -32,6 +32,7 @@ def workplace(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["custom_reward", "custom_data"])
 def test_an_example_of_the_docs_runs_and_is_short(workplace, name):
     code = examples()[name]

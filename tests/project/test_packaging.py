@@ -16,6 +16,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import nemo_aapo
+from nemo_aapo.engines.trtllm import contract
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -52,6 +53,13 @@ def read_pins(name: str) -> dict[str, Version]:
             assert package not in pins, f"{name}: {package} is there twice"
             pins[package] = Version(match[2])
     return pins
+
+
+def read_image() -> dict[str, Version | None]:
+    """Canonical package name -> version, or None where only its presence is known, of ``requirements/image.txt``."""
+    lines = (ROOT / "requirements" / "image.txt").read_text().splitlines()
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    return {canonicalize_name(r.name): next((Version(s.version) for s in r.specifier), None) for r in pins}
 
 
 def declared_by(package: str) -> list[Requirement]:
@@ -172,28 +180,13 @@ def test_the_gpu_pins_differ_only_in_transformers_and_leave_the_images_torch_alo
     assert {name for name in gpu if gpu[name] != pins[name]} == {"transformers"}
 
 
-IMAGE = {  # TensorRT-LLM 1.2.1's own requirements, where they name a version, and the Python of its image
-    "torch": "2.9.1",
-    "numpy": "1.26.4",
-    "triton": "3.5.0",
-    "datasets": "3.1.0",
-    "setuptools": "79.0.1",
-    "onnx": "1.19.1",
-    "transformer-engine": "2.9.0",
-}
-IMAGE_HAS = """absl-py accelerate aiohttp annotated-types certifi charset-normalizer click einops filelock fsspec grpcio
-    huggingface-hub idna iniconfig jinja2 markdown markdown-it-py markupsafe mpmath multidict networkx packaging pandas
-    peft pillow pluggy prometheus-client propcache protobuf psutil pyarrow pydantic pydantic-core pygments
-    python-dateutil pyyaml regex requests rich safetensors sentencepiece six sympy tokenizers tqdm typing-extensions
-    typing-inspection tzdata urllib3 werkzeug xxhash yarl""".split()  # noqa: SIM905
-"""What it brings in versions of its own; what is in neither list has to be in gpu.txt."""
 FOR_PYTHON_312 = {"python_version": "3.12", "python_full_version": "3.12.3", "extra": ""}
 
 
 def test_the_gpu_pins_resolve_against_each_other_and_the_image(pins):
     """By what the installed packages declare: the versions are the same but for transformers, which the image pins."""
-    gpu = read_pins("gpu.txt")
-    versions = {**{name: Version(text) for name, text in IMAGE.items()}, **gpu}
+    gpu, image = read_pins("gpu.txt"), read_image()
+    versions = {**{name: version for name, version in image.items() if version}, **gpu}
     for package in gpu:
         for text in importlib.metadata.requires(package) or []:
             requirement = Requirement(text)
@@ -202,7 +195,7 @@ def test_the_gpu_pins_resolve_against_each_other_and_the_image(pins):
                 continue
             if name in NEVER_IMPORTED.get(package, set()):
                 continue
-            assert name in versions or name in IMAGE_HAS, f"{package} needs {name}"
+            assert name in versions or name in image, f"{package} needs {name}"
             if name in versions:
                 assert requirement.specifier.contains(versions[name], prereleases=True), (package, requirement)
 
@@ -210,7 +203,7 @@ def test_the_gpu_pins_resolve_against_each_other_and_the_image(pins):
 def test_the_dockerfile_is_built_on_the_matching_image_without_root_or_missing_files():
     text = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
     steps = [line.split(maxsplit=1) for line in text.splitlines() if re.match(r"[A-Z]+ ", line)]
-    assert steps[0] == ["FROM", "nvcr.io/nvidia/tensorrt-llm/release:1.2.1"]
+    assert steps[0] == ["FROM", f"nvcr.io/nvidia/tensorrt-llm/release:{contract.VERSION}"]
     for words in (arguments.split() for step, arguments in steps if step == "COPY"):
         assert all((ROOT / source).exists() for source in words[:-1])
     for command in (arguments for step, arguments in steps if step == "RUN" and "pip install" in arguments):

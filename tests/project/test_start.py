@@ -42,6 +42,7 @@ def python(code: str, *words: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_rank_of_a_job_imports_one_family_of_models_and_neither_nemo_nor_a_compiler(tmp_path):
     given = make_input(tmp_path)
     words = ["rewards=[{name: integer, weight: 1.0}]", "validation.reward=integer", "reward_runner.workers=0"]
@@ -70,6 +71,7 @@ def test_of_another_release_of_the_bridge_all_is_imported(monkeypatch):
     assert loader.bridge_module(ARCHITECTURES[0]) is None
 
 
+@pytest.mark.slow
 def test_a_package_whose_init_was_put_off_gives_all_that_it_defines_once_it_is_asked():
     code = """
 import sys
@@ -104,6 +106,7 @@ def test_stand_ins_are_there_inside_only_and_never_instead_of_what_is_imported()
         importlib.import_module("no_such_package")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["training.build", "learner.policy", "checkpoint.checkpointer", "mcore.groups"])
 def test_transformer_engine_reads_its_switches_after_they_are_set(tmp_path, first):
     """megatron-core imports it in passing, long before a precision is decided."""

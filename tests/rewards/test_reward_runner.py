@@ -21,7 +21,8 @@ from nemo_aapo.rewards.workers.runner import RewardRunner
 from tests.rewards.test_rewards import completion, mutate, prompt
 
 LIMIT_S = 1.0
-SLACK_S = 10.0
+SLACK_S = 60.0
+"""For a machine that is busy with other things; what is waited for here comes in a moment, or never."""
 """What a busy machine may add before a test calls a wait too long."""
 
 HOSTILE_MATH = [
@@ -67,6 +68,7 @@ def wait_until(condition, seconds: float) -> bool:
     return condition()
 
 
+@pytest.mark.slow
 def test_hostile_mathematics_costs_its_limit_and_leaves_the_others_alone():
     rewards = [(build_reward({"name": "accuracy"}), 1.0)]
     begin = time.monotonic()
@@ -106,6 +108,7 @@ HOSTILE_CODE = {
 }
 
 
+@pytest.mark.slow
 def test_hostile_functions_cost_their_own_item_and_are_counted(custom):
     cases = "".join(f"if completion == {code!r}:\n    {code}\n" for code in HOSTILE_CODE)
     reward = custom(cases + "print('noise'); return len(completion) / 100")
@@ -176,13 +179,14 @@ def test_a_failure_in_process_costs_its_item_only():
     assert results["good"].score == 1.0
 
 
-def test_submitting_does_not_wait_for_scores(custom):
-    reward = custom("time.sleep(1.0); return 1.0")
-    with RewardRunner([(reward, 1.0)], workers=1, timeout_s=30) as runner:
-        start = time.monotonic()
+def test_submitting_does_not_wait_for_scores(custom, tmp_path):
+    """The rewards wait for what comes after the submissions."""
+    submitted = tmp_path / "submitted"
+    reward = custom(f"while not os.path.exists({str(submitted)!r}): time.sleep(0.01)\nreturn 1.0")
+    with RewardRunner([(reward, 1.0)], workers=1, timeout_s=600) as runner:
         for n in range(2):
             runner.submit(n, prompt(), "x" * 1_000_000, completion())
-        assert time.monotonic() - start < 1.0
+        submitted.touch()
         assert all(result.score == 1.0 for result in runner.collect().values())
         assert runner.collect() == {}
 
@@ -272,6 +276,7 @@ def test_workers_die_with_a_killed_parent_whatever_they_are_doing(custom, tmp_pa
     assert wait_until(lambda: not any(map(running, pids)), LIMIT_S + SLACK_S)
 
 
+@pytest.mark.slow
 def test_what_a_worker_cant_load_is_said_before_anything_is_scored(custom, monkeypatch):
     good = custom("return 1.0", name="score")
     path = good.function.removesuffix(":score")
@@ -337,6 +342,7 @@ def test_impossible_arguments_are_refused():
             RewardRunner(rewards, **{"workers": 0, "timeout_s": 1.0, **options})
 
 
+@pytest.mark.slow
 def test_mutated_completions_through_accuracy_cost_no_other_item():
     rng = random.Random(5)
     seeds = ["So it is \\boxed{\\frac{1}{2}}.", "It is $x = 3$, 72 or \\boxed{72}", "The answer is 1,234.5\\%."]

@@ -12,6 +12,8 @@ from nemo_aapo.rollout.collector import engine_metrics
 from nemo_aapo.types import Prompt
 from tests.engines.megatron.generation import SEEDS, SPEC, TIGHT, VOCAB_SIZE, build, prompts
 
+pytestmark = pytest.mark.exact
+
 
 class Scores:
     """The sum of the tokens; remembers which prompt each item was handed in with."""

@@ -21,10 +21,12 @@ from nemo_aapo.config import parse, with_machine_defaults
 from nemo_aapo.config.command_line import read_command_line
 from nemo_aapo.config.compose import compose
 from nemo_aapo.errors import ConfigError
+from nemo_aapo.run import directory as directory_module
 from nemo_aapo.run import experiment as experiment_module
 from nemo_aapo.run.directory import check_run_directory, claim
 from nemo_aapo.run.experiment import Experiment, SilentExperiment, open_experiment, rollout_rows
 from nemo_aapo.run.metrics_file import MetricsFile, read_metrics
+from nemo_aapo.run.reporter import RunReporter
 from nemo_aapo.types import Completion, Group, Prompt
 from nemo_aapo.utils.files import to_json, write_atomic
 
@@ -320,3 +322,25 @@ def test_rollout_rows_say_everything_of_each_completion(tmp_path):
     ]
     assert rollout_rows([group.replace(advantages=None)])[0]["advantage"] is None
     assert rollout_rows([group.replace(texts=())]) == []  # a rank without the texts
+
+
+def test_a_run_that_goes_on_by_another_instruction_set_says_so(settings, monkeypatch):
+    said = []
+    progress = type("Progress", (), {"note": lambda self, text: said.append(text)})()
+    for chip, step in (("AVX512", -1), ("AVX512", 2), ("AVX2", 2), ("AVX2", 4), ("sm_90", -1)):
+        monkeypatch.setattr(directory_module, "instruction_set", lambda chip=chip: chip)
+        with opened(settings) as run:
+            RunReporter(run, progress, stop=None, console_samples=0).begin(step)
+    starts = json.loads((Path(settings[0].run.dir) / "run.json").read_text())["starts"]
+    assert [start["instruction_set"] for start in starts] == ["AVX512", "AVX512", "AVX2", "AVX2", "sm_90"]
+    assert [text for text in said if "going on from" not in text] == [
+        "warning: the start before this one computed by AVX512, this machine computes by AVX2: "
+        "the run goes on, but not to the same bits"
+    ]
+
+
+def test_the_instruction_set_is_that_by_which_torch_computes():
+    code = "from nemo_aapo.run.directory import instruction_set; print(instruction_set())"
+    narrow = {**os.environ, "ATEN_CPU_CAPABILITY": "default", "CUDA_VISIBLE_DEVICES": ""}
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=narrow, stdout=subprocess.PIPE, text=True).stdout
+    assert said.split(",")[0].strip() == "DEFAULT"

@@ -6,12 +6,19 @@ import io
 
 import pytest
 
+from nemo_aapo.run import progress as progress_module
 from nemo_aapo.run.progress import Progress
 
 
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
+
+
+@pytest.fixture(autouse=True)
+def a_clock_that_stands_still(monkeypatch):
+    """How often a phase speaks depends on the time that has passed."""
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: 1000.0)
 
 
 def run(progress: Progress) -> None:

@@ -13,7 +13,7 @@ from tests import chaos as chaos_module
 from tests.chaos import FULL_DISK, ROOT, Chaos, Kill, Layout
 
 TWO = Layout(pp=2)
-pytestmark = pytest.mark.timeout(400)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 
 @pytest.fixture(scope="module")

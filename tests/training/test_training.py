@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from nemo_aapo.config import digest, parse
 from tests.tiny_models import SIZES, save_character_tokenizer, save_model
 from tests.training_runs import exported, make_input, metrics, run, settings
 
+pytestmark = pytest.mark.exact
+
 SHARED = Path(__file__).parents[3] / "shared"
 STEP_KEYS = {
     "step", "reward/mean", "reward/std", "reference_reward/mean", "advantage/abs_mean", "groups/zero_std",
@@ -24,9 +27,8 @@ STEP_KEYS = {
     "rollout/tail_factor", "rollout/idle_fraction", "rollout/tokens_per_second",
 }  # fmt: skip
 
-IN_THE_THIRD_STEP = 18 + 40 + 32 + 18 + 5
-"""Reward calls: 6 x 3 in a validation, 10 x 4 reference completions, 16 a step. An epoch ends within the third step,
-and a checkpoint of the second is there."""
+IN_THE_THIRD_STEP = 3
+"""An epoch ends within it, and a checkpoint of the second is there."""
 
 
 @pytest.fixture(scope="module")
@@ -119,12 +121,12 @@ def test_a_stopped_run_whose_prompts_go_by_accuracy_goes_on_to_the_same_run(rank
     """Of a mixture: the prompts of steps 4 to 6 depend on what came of those before, also on another layout."""
     sources = f"data.train=[{{path: {folder}/train.jsonl}}, {{path: {folder}/validation.jsonl, weight: 0.5}}]"
     runs = {}
-    for name, signal_at, layout in (("whole", None, {}), ("parts", 18 + 64 + 32 + 18 + 5, {"world": 2})):
+    for name, stop_in_step, layout in (("whole", None, {}), ("parts", IN_THE_THIRD_STEP, {"world": 2})):
         run_dir = folder / f"hard_{name}"
         more = [sources, "data.sampling=hard", "trainer.max_steps=8"]
-        if signal_at:
-            assert ranks.run(run, settings(folder, run_dir, *more), signal_at, tp=None) == [0]
-            assert metrics(run_dir)[-1]["step"] < 8
+        if stop_in_step:
+            assert ranks.run(run, settings(folder, run_dir, *more), stop_in_step, tp=None) == [0]
+            assert metrics(run_dir)[-1]["step"] == stop_in_step
         config = settings(folder, run_dir, *more, **layout)
         assert ranks.run(run, config, tp=None, **layout) == [0] * layout.get("world", 1)
         runs[name] = run_dir
@@ -263,12 +265,20 @@ def test_every_algorithm_runs_with_its_papers_settings(ranks, folder, algorithm)
 
 
 def test_numbers_that_are_not_finite_end_the_run_on_every_rank_and_leave_the_checkpoints(ranks, folder):
+    """Whether engine or learner meets the overflow first is the processor's choice: how a sum of huge terms is cut
+    into vectors decides where it becomes infinite."""
+    from nemo_aapo.checkpoint import manifest
+
     run_dir = folder / "overflow"
     config = settings(folder, run_dir, "model.optim.sched.warmup_steps=3", "model.optim.lr=1e30", world=2, pp=2)
     config += ["checkpoint.save_interval=1", "trainer.val_check_interval=0"]
     with pytest.raises(AssertionError) as raised:
         ranks.run(run, config, world=2, tp=None)
-    assert str(raised.value).count("not finite") >= 2, raised.value  # both ranks say so
+    ends = re.findall(r"(?m)^nemo_aapo\.errors\.NonFiniteError: step (\d+).*[Nn]o checkpoint", str(raised.value))
+    assert len(ends) == 2, raised.value  # both ranks say so
+    done = [line["step"] for line in metrics(run_dir)]
+    assert ends == [str(len(done) + 1)] * 2
+    assert [manifest.read(path).step for path in sorted((run_dir / "checkpoints").iterdir())] == done != []
     assert not (run_dir / "finished").exists()
 
 

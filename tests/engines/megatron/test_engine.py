@@ -23,6 +23,8 @@ from tests.engines.megatron.generation import (
     prompts,
 )
 
+pytestmark = pytest.mark.exact
+
 
 def plain_logprobs(model, prompt: np.ndarray, completion: np.ndarray, spec: SamplingSpec) -> np.ndarray:
     """Log-probs [T, V] before each token of a completion: no cache, no padding, no batch."""

@@ -9,6 +9,8 @@ import pytest
 
 from tests.engines.megatron.generation import ROOMY, SEEDS, SPEC, VOCAB_SIZE, build, flat, prompts
 
+pytestmark = pytest.mark.exact
+
 
 def _gradient_around_generate(path, tp, sp):
     """Gradients of one training pass before and after a rollout, and what else the rollout might leave behind."""

@@ -7,6 +7,8 @@ import torch
 
 from nemo_aapo.engines.megatron.matmul import MAX_BLOCK_COLUMNS, SMALL_WEIGHT, add_linear_, linear, pack_weight
 
+pytestmark = pytest.mark.exact
+
 
 @pytest.mark.parametrize(
     ("outputs", "inputs", "blocks"),

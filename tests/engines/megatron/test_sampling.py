@@ -9,6 +9,8 @@ import torch
 from nemo_aapo.engines.megatron.sampling import exponential_noise, mix64_, sample
 from nemo_aapo.types import SamplingSpec
 
+pytestmark = pytest.mark.exact
+
 SAMPLED = SamplingSpec(temperature=1.0, max_new_tokens=8, stop_token_ids=())
 
 

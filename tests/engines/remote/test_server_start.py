@@ -51,6 +51,7 @@ def refused(words: list[str], **more: str) -> str:
     return done.stderr
 
 
+@pytest.mark.slow
 def test_a_server_that_can_t_start_says_why_in_one_line(words, taken_port, tmp_path):
     assert "no such directory" in refused([*words, "model.path=/none"])
     assert "did you mean 'rollout.server.index'" in refused([*words, "rollout.server.indx=1"])
@@ -64,6 +65,7 @@ def test_a_server_that_can_t_start_says_why_in_one_line(words, taken_port, tmp_p
     assert read_servers(tmp_path / "run" / "servers") == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["SIGTERM", "SIGINT", "parent"])
 def test_it_starts_from_a_frozen_page_and_ends_with_a_signal_or_with_its_parent(words, tmp_path, end):
     """While its model is still being loaded, which is when launchers lose patience."""

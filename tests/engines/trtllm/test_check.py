@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from nemo_aapo.engines.trtllm import check as trtllm_check
-from nemo_aapo.engines.trtllm.contract import CLASSES
+from nemo_aapo.engines.trtllm import contract
 
 ARGS = '''
 from pydantic import BaseModel as PydanticBaseModel, Field as PydanticField
@@ -65,7 +65,7 @@ class TorchLlmArgs(BaseLlmArgs):
 '''
 FILES = {
     "__init__.py": "raise ImportError('libcuda')\n",
-    "version.py": '__version__ = "1.2.1"\n',
+    "version.py": f'__version__ = "{contract.VERSION}"\n',
     "_utils.py": 'def mpi_disabled() -> bool:\n    return os.environ.get("TLLM_DISABLE_MPI") == "1"\n',
     "_torch/__init__.py": "",
     "_torch/async_llm.py": """
@@ -272,7 +272,7 @@ def write_package(folder: Path, files: dict[str, str]) -> Path:
 
 
 def as_wheel(folder: Path) -> Path:
-    wheel = folder / "tensorrt_llm-1.2.1-py3-none-any.whl"
+    wheel = folder / f"tensorrt_llm-{contract.VERSION}-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         for path in sorted(folder.rglob("*.py")):
             archive.write(path, path.relative_to(folder))
@@ -289,7 +289,7 @@ def test_a_package_that_keeps_the_contract_passes_as_a_directory_and_as_a_wheel(
     for path in (folder, folder / "tensorrt_llm", as_wheel(folder)):
         assert run(capsys, path) == (
             0,
-            [f"{path}, version 1.2.1: no differences from the contract with version 1.2.1"],
+            [f"{path}, version {contract.VERSION}: no differences from the contract with version {contract.VERSION}"],
         )
 
 
@@ -319,8 +319,8 @@ def test_every_name_of_the_contract_is_held_by_the_check(tmp_path):
     """Without its class each entry is missed: none is there that nobody looks at."""
     empty = dict.fromkeys(FILES, "")
     found = trtllm_check.compare(trtllm_check.Package(write_package(tmp_path, empty), "tensorrt_llm"))
-    assert {f"no class {cls.name}" for cls in CLASSES} <= {difference.text for difference in found}
-    assert len(found) == len(CLASSES) + len(trtllm_check.contract.ENVIRONMENT_READERS)
+    assert {f"no class {cls.name}" for cls in contract.CLASSES} <= {difference.text for difference in found}
+    assert len(found) == len(contract.CLASSES) + len(contract.ENVIRONMENT_READERS)
 
 
 def test_where_there_is_no_package_the_command_says_so(tmp_path, capsys):
