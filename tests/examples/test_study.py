@@ -132,7 +132,7 @@ def test_the_interval_covers_the_mean_as_often_as_it_says():
 
 
 def test_the_committed_picture_and_tables_are_those_of_one_study():
-    text = (Path(__file__).parents[2] / "docs" / "results.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "results" / "results.md").read_text()
     assert "images/learning_curves.svg" in text
     assert all(f"| `{algorithm}` " in text for algorithm in ("aapo", "gpg", "grpo"))
     xml.dom.minidom.parse(str(Path(__file__).parents[2] / "docs" / "images" / "learning_curves.svg"))

@@ -1,4 +1,4 @@
-"""The examples of docs/extending.md run as they stand; what README and docs name is there."""
+"""The examples of docs/guide/extending.md run as they stand; what README and docs name is there."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def examples() -> dict[str, str]:
-    text = (ROOT / "docs" / "extending.md").read_text()
+    text = (ROOT / "docs" / "guide" / "extending.md").read_text()
     return dict(re.findall(r"<!-- runs: (\w+) -->\n```python\n(.*?)```", text, re.DOTALL))
 
 
@@ -59,7 +59,7 @@ def test_the_readmes_tree_names_what_is_there_and_all_of_it():
 
 
 def test_each_promise_names_tests_that_are_there():
-    text = (ROOT / "docs" / "guarantees.md").read_text()
+    text = (ROOT / "docs" / "design" / "guarantees.md").read_text()
     rows = [line for line in text.splitlines() if line.startswith("|")][2:]
     for row in rows:
         tests = re.findall(r"`([\w/.*]+\.py)`", row.rsplit("|", 2)[1])
