@@ -1,24 +1,50 @@
-"""The study as an SVG picture: learning curves on the left, differences paired by seed on the right."""
+"""The study as an SVG picture: learning curves on the left, differences paired by seed on the right.
+
+Lines differ in colour, dash and marker, so that they can be told apart without colours and where they overlap.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 from xml.sax.saxutils import escape
 
 import numpy as np
 
 from examples.study.analysis import Interval, Runs
 
-WIDTH, HEIGHT = 980, 420
-TOP, BOTTOM = 56, 58
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-"""Okabe and Ito's, which colour-blind readers tell apart."""
+WIDTH, HEIGHT = 980, 440
+TOP, BOTTOM = 84, 58
+TASK = "sums of two-digit numbers"
+ALGORITHMS = {"aapo": "AAPO", "aapo_paper": "AAPO, as published", "gpg": "GPG", "grpo": "GRPO"}
+"""Names for readers who know no setting."""
+
+
+class Style(NamedTuple):
+    """How a line is drawn."""
+
+    colour: str
+    dash: str
+    """SVG's ``stroke-dasharray``; ``none`` is a solid line."""
+    marker: str
+    """Points of a polygon around (0, 0), at most 5 pixels away."""
+
+
+STYLES = (
+    Style("#0072b2", "none", "-3,-3 3,-3 3,3 -3,3"),
+    Style("#d55e00", "8 4", "0,-5 5,4 -5,4"),
+    Style("#009e73", "2 3", "0,-5 5,0 0,5 -5,0"),
+    Style("#cc79a7", "10 3 2 3", "0,5 5,-4 -5,-4"),
+    Style("#e69f00", "5 2", "-4,-1 -1,-4 4,1 1,4"),
+    Style("#56b4e9", "1 2", "-1,-4 1,-4 1,4 -1,4"),
+)
+"""Okabe and Ito's colours, which colour-blind readers tell apart."""
 FONT = "font-family: Helvetica, Arial, sans-serif; font-size: 13px; fill: #222"
 
-Line = tuple[str, str, Sequence[int], Sequence[Interval]]
-"""Name, colour, steps, and an interval at each."""
+Line = tuple[str, Style, Sequence[int], Sequence[Interval]]
+"""Name, style, steps, and an interval at each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,17 +74,25 @@ def learning_curves(runs: Mapping[str, Runs]) -> str:
     """
     first, *others = runs
     seeds = len(runs[first].sampled)
-    colours = dict(zip(runs, COLOURS, strict=False))
+    names = {name: ALGORITHMS.get(name, name) for name in runs}
+    styles = dict(zip(runs, STYLES, strict=False))
     steps = runs[first].steps
-    curves = [(name, colours[name], steps, _intervals(found.sampled)) for name, found in runs.items()]
+    curves = [(names[name], styles[name], steps, _intervals(found.sampled)) for name, found in runs.items()]
     differences = [
-        (f"{first} - {other}", colours[other], steps, _intervals(runs[first].sampled - runs[other].sampled))
+        (
+            f"{names[first]} minus {names[other]}",
+            styles[other],
+            steps,
+            _intervals(runs[first].sampled - runs[other].sampled),
+        )
         for other in others
     ]
-    parts = [panel(curves, 64, 470 if others else WIDTH - 20, "accuracy on held-out prompts, sampled", upper=1.0)]
+    right = 470 if others else WIDTH - 20
+    parts = [panel(curves, 64, right, "accuracy on held-out prompts", upper=1.0, title="Accuracy of sampled answers")]
     if differences:
-        parts.append(panel(differences, 566, WIDTH - 20, "difference, paired by seed"))
-    return svg(f"mean over {seeds} seeds and its 95 % interval", parts)
+        title = f"How much higher {names[first]}'s accuracy is"
+        parts.append(panel(differences, 566, WIDTH - 20, "difference of runs with the same seed", title=title))
+    return svg(f"Learning {TASK}: mean of {seeds} seeds, shaded: its 95 % interval", parts)
 
 
 def svg(title: str, parts: Sequence[str]) -> str:
@@ -86,6 +120,7 @@ def panel(
     over: str = "training step",
     marks: int = 5,
     legend: str = "bottom right",
+    title: str = "",
 ) -> str:
     """Lines with their intervals between two places of the picture.
 
@@ -94,6 +129,7 @@ def panel(
         upper: where the vertical axis ends; by default above the highest interval.
         marks: parts that the horizontal axis is cut into.
         legend: ``bottom right`` or ``top left``.
+        title: what stands above.
     """
     last = lines[0][2][-1]
     low = min(i.mean - i.half for line in lines for i in line[3])
@@ -102,12 +138,22 @@ def panel(
     axes = Panel(left, right, last, math.floor(low / tick) * tick, math.ceil(high / tick) * tick, tick)
     parts = [_axes(axes, what, over, marks)]
     parts += [_band(axes, line) for line in lines]
-    parts += [
-        f'<polyline points="{_points([axes.at(s, i.mean) for s, i in zip(steps, intervals, strict=True)])}" '
-        f'fill="none" stroke="{colour}" stroke-width="2"/>'
-        for _, colour, steps, intervals in lines
-    ]
-    return "\n".join([*parts, _legend(axes, lines, legend)])
+    parts += [_curve(axes, line) for line in lines]
+    heading = f'<text x="{(left + right) / 2}" y="{TOP - 18}" text-anchor="middle">{escape(title)}</text>'
+    return "\n".join([heading, *parts, _legend(axes, lines, legend)])
+
+
+def _curve(panel: Panel, line: Line) -> str:
+    """The means: a line, and a marker at each."""
+    _, style, steps, intervals = line
+    points = [panel.at(step, i.mean) for step, i in zip(steps, intervals, strict=True)]
+    stroke = f'stroke="{style.colour}" stroke-width="2" stroke-dasharray="{style.dash}"'
+    markers = [_marker(style, x, y) for x, y in points]
+    return "\n".join([f'<polyline points="{_points(points)}" fill="none" {stroke}/>', *markers])
+
+
+def _marker(style: Style, x: float, y: float) -> str:
+    return f'<polygon points="{style.marker}" transform="translate({x:.1f} {y:.1f})" fill="{style.colour}"/>'
 
 
 def _tick(span: float) -> float:
@@ -144,21 +190,23 @@ def grid(panel: Panel, what: str) -> str:
 
 
 def _band(panel: Panel, line: Line) -> str:
-    _, colour, steps, intervals = line
+    _, style, steps, intervals = line
     upper = [panel.at(step, min(i.mean + i.half, panel.high)) for step, i in zip(steps, intervals, strict=True)]
     lower = [panel.at(step, max(i.mean - i.half, panel.low)) for step, i in zip(steps, intervals, strict=True)]
-    return f'<polygon points="{_points([*upper, *lower[::-1]])}" fill="{colour}" fill-opacity="0.15"/>'
+    return f'<polygon points="{_points([*upper, *lower[::-1]])}" fill="{style.colour}" fill-opacity="0.15"/>'
 
 
 def _legend(panel: Panel, lines: Sequence[Line], place: str) -> str:
     parts = []
-    for i, (name, colour, _, _) in enumerate(lines):
+    for i, (name, style, _, _) in enumerate(lines):
         if place == "top left":
             x, y = panel.left + 24, TOP + 18 + 20 * i
         else:
-            x, y = panel.right - 130, HEIGHT - BOTTOM - 18 - 20 * (len(lines) - 1 - i)
-        parts.append(f'<line x1="{x}" y1="{y}" x2="{x + 24}" y2="{y}" stroke="{colour}" stroke-width="3"/>')
-        parts.append(f'<text x="{x + 32}" y="{y + 4}">{escape(name)}</text>')
+            x, y = panel.right - 170, HEIGHT - BOTTOM - 18 - 20 * (len(lines) - 1 - i)
+        stroke = f'stroke="{style.colour}" stroke-width="2" stroke-dasharray="{style.dash}"'
+        parts.append(f'<line x1="{x}" y1="{y}" x2="{x + 30}" y2="{y}" {stroke}/>')
+        parts.append(_marker(style, x + 15, y))
+        parts.append(f'<text x="{x + 38}" y="{y + 4}">{escape(name)}</text>')
     return "\n".join(parts)
 
 
