@@ -32,6 +32,7 @@ PAGES = [
 ]
 """Not those of results/, whose commands measure for minutes or need a GPU."""
 TIMEOUT_S = 120
+pytestmark = pytest.mark.timeout(600)
 
 SMALL = """trainer.max_steps=1 trainer.val_check_interval=1 prompts_per_step=2 group_size=2 rollout.max_new_tokens=4
     rollout.max_concurrent_tokens=4096 data.max_prompt_tokens=64 validation.max_prompts=2 validation.samples=1
@@ -232,7 +233,7 @@ def make_inputs(folder: Path) -> None:
     from tests.tiny_models import SIZES, save_character_tokenizer, save_model
 
     tiny = folder / "tiny"
-    sizes = {**SIZES, "num_hidden_layers": 2, "num_key_value_heads": 4, "max_position_embeddings": 1024}
+    sizes = {**SIZES, "num_hidden_layers": 2, "num_key_value_heads": 4, "max_position_embeddings": 2048}
     save_model(Qwen2Config(**sizes, tie_word_embeddings=True), tiny)
     save_character_tokenizer(tiny)
     (folder / "models").mkdir()
@@ -285,3 +286,12 @@ def test_the_commands_of_a_page_run(page, workplace):
                 workplace.run(command.text, rule)
             except AssertionError as error:
                 raise AssertionError(f"{command.page.relative_to(ROOT)}:{command.line}: {error}") from error
+
+
+def test_the_python_of_the_conversion_page_runs(workplace):
+    page = (ROOT / "docs" / "guide" / "conversion.md").read_text()
+    (code,) = re.findall(r"<!-- runs: convert_from_python -->\n```python\n(.*?)```", page, re.DOTALL)
+    script = workplace.folder / "convert_from_python.py"
+    script.write_text(code)
+    workplace.run(f"python {script}", Run())
+    assert (workplace.folder / "from_python" / "model.safetensors").exists()
