@@ -277,6 +277,7 @@ def test_every_command_has_a_rule_and_every_rule_a_command():
             assert rule.words in (ROOT / rule.test).read_text(), rule
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_commands_of_a_page_run(page, workplace):
     for command in commands(page):
@@ -288,6 +289,7 @@ def test_the_commands_of_a_page_run(page, workplace):
                 raise AssertionError(f"{command.page.relative_to(ROOT)}:{command.line}: {error}") from error
 
 
+@pytest.mark.slow
 def test_the_python_of_the_conversion_page_runs(workplace):
     page = (ROOT / "docs" / "guide" / "conversion.md").read_text()
     (code,) = re.findall(r"<!-- runs: convert_from_python -->\n```python\n(.*?)```", page, re.DOTALL)
