@@ -272,7 +272,7 @@ def disagreement(limits: Rollout, parity: Mapping[str, float]) -> str:
         f"engine and learner disagree on the same tokens: multiplicative probability error {error:.4f} "
         f"(rollout.max_parity_error={limits.max_parity_error}), KL {kl:.2e} (rollout.max_gen_kl={limits.max_gen_kl}). "
         "Look at: rollout.temperature (the same in both?), the model's dtype, stale weights in the engine, the "
-        "padded vocabulary; with an FP8 learner, whose engine draws in bf16: docs/guide/gpu.md"
+        "padded vocabulary; with an FP8 learner, whose engine draws in bf16: docs/gpu.md"
     )
 
 
