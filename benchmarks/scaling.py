@@ -303,18 +303,17 @@ def picture(rows: Sequence[Row]) -> str:
     def lines(per_token: bool) -> list[Any]:
         names = [name for name in dict.fromkeys(row.dimension for row in rows) if (name in PER_TOKEN) == per_token]
         drawn = []
-        for name, style in zip(names, drawing.STYLES, strict=False):
+        for name, colour in zip(names, drawing.COLOURS, strict=False):
             mine = [row for row in rows if row.dimension == name]
             spread = [
                 Interval(r.ratio.median, max(r.ratio.high - r.ratio.median, r.ratio.median - r.ratio.low)) for r in mine
             ]
-            drawn.append((name, style, [row.factor for row in mine], spread))
+            drawn.append((name, colour, [row.factor for row in mine], spread))
         return drawn
 
     what, over = "cost of a token over the smallest size's", "times the size"
-    place: dict[str, Any] = {"marks": 4, "legend": "top left"}
     parts = [
-        drawing.panel(lines(True), 64, 470, what, upper=1.2, over=over, title="more tokens a step", **place),
-        drawing.panel(lines(False), 566, drawing.WIDTH - 20, what, over=over, title="a larger model", **place),
+        drawing.panel(lines(True), 64, 470, what, upper=1.2, over=over, marks=4, legend="top left"),
+        drawing.panel(lines(False), 566, drawing.WIDTH - 20, what, over=over, marks=4, legend="top left"),
     ]
-    return drawing.svg("CPU time of a completion token in a training step, shaded: its spread", parts)
+    return drawing.svg("CPU time of a completion token: median and spread", parts)

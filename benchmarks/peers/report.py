@@ -1,4 +1,4 @@
-"""The figures as Markdown tables, and docs/results/benchmarks.md's."""
+"""The figures as Markdown tables, and docs/benchmarks.md's."""
 
 from __future__ import annotations
 

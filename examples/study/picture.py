@@ -23,28 +23,28 @@ ALGORITHMS = {"aapo": "AAPO", "aapo_paper": "AAPO, as published", "gpg": "GPG", 
 
 
 class Style(NamedTuple):
-    """How a line is drawn."""
+    """What tells a line of one colour from the others, besides the colour."""
 
-    colour: str
     dash: str
     """SVG's ``stroke-dasharray``; ``none`` is a solid line."""
     marker: str
     """Points of a polygon around (0, 0), at most 5 pixels away."""
 
 
-STYLES = (
-    Style("#0072b2", "none", "-3,-3 3,-3 3,3 -3,3"),
-    Style("#d55e00", "8 4", "0,-5 5,4 -5,4"),
-    Style("#009e73", "2 3", "0,-5 5,0 0,5 -5,0"),
-    Style("#cc79a7", "10 3 2 3", "0,5 5,-4 -5,-4"),
-    Style("#e69f00", "5 2", "-4,-1 -1,-4 4,1 1,4"),
-    Style("#56b4e9", "1 2", "-1,-4 1,-4 1,4 -1,4"),
-)
-"""Okabe and Ito's colours, which colour-blind readers tell apart."""
+STYLES = {
+    "#0072b2": Style("none", "-3,-3 3,-3 3,3 -3,3"),
+    "#d55e00": Style("8 4", "0,-5 5,4 -5,4"),
+    "#009e73": Style("2 3", "0,-5 5,0 0,5 -5,0"),
+    "#cc79a7": Style("10 3 2 3", "0,5 5,-4 -5,-4"),
+    "#e69f00": Style("5 2", "-4,-1 -1,-4 4,1 1,4"),
+    "#56b4e9": Style("1 2", "-1,-4 1,-4 1,4 -1,4"),
+}
+"""By colour: Okabe and Ito's, which colour-blind readers tell apart."""
+COLOURS = tuple(STYLES)
 FONT = "font-family: Helvetica, Arial, sans-serif; font-size: 13px; fill: #222"
 
-Line = tuple[str, Style, Sequence[int], Sequence[Interval]]
-"""Name, style, steps, and an interval at each."""
+Line = tuple[str, str, Sequence[int], Sequence[Interval]]
+"""Name, colour (of ``STYLES``), steps, and an interval at each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +75,13 @@ def learning_curves(runs: Mapping[str, Runs]) -> str:
     first, *others = runs
     seeds = len(runs[first].sampled)
     names = {name: ALGORITHMS.get(name, name) for name in runs}
-    styles = dict(zip(runs, STYLES, strict=False))
+    colours = dict(zip(runs, COLOURS, strict=False))
     steps = runs[first].steps
-    curves = [(names[name], styles[name], steps, _intervals(found.sampled)) for name, found in runs.items()]
+    curves = [(names[name], colours[name], steps, _intervals(found.sampled)) for name, found in runs.items()]
     differences = [
         (
             f"{names[first]} minus {names[other]}",
-            styles[other],
+            colours[other],
             steps,
             _intervals(runs[first].sampled - runs[other].sampled),
         )
@@ -139,21 +139,25 @@ def panel(
     parts = [_axes(axes, what, over, marks)]
     parts += [_band(axes, line) for line in lines]
     parts += [_curve(axes, line) for line in lines]
-    heading = f'<text x="{(left + right) / 2}" y="{TOP - 18}" text-anchor="middle">{escape(title)}</text>'
-    return "\n".join([heading, *parts, _legend(axes, lines, legend)])
+    if title:
+        parts.append(f'<text x="{(left + right) / 2}" y="{TOP - 18}" text-anchor="middle">{escape(title)}</text>')
+    return "\n".join([*parts, _legend(axes, lines, legend)])
 
 
 def _curve(panel: Panel, line: Line) -> str:
     """The means: a line, and a marker at each."""
-    _, style, steps, intervals = line
+    _, colour, steps, intervals = line
     points = [panel.at(step, i.mean) for step, i in zip(steps, intervals, strict=True)]
-    stroke = f'stroke="{style.colour}" stroke-width="2" stroke-dasharray="{style.dash}"'
-    markers = [_marker(style, x, y) for x, y in points]
-    return "\n".join([f'<polyline points="{_points(points)}" fill="none" {stroke}/>', *markers])
+    markers = [_marker(colour, x, y) for x, y in points]
+    return "\n".join([f'<polyline points="{_points(points)}" fill="none" {_stroke(colour)}/>', *markers])
 
 
-def _marker(style: Style, x: float, y: float) -> str:
-    return f'<polygon points="{style.marker}" transform="translate({x:.1f} {y:.1f})" fill="{style.colour}"/>'
+def _stroke(colour: str) -> str:
+    return f'stroke="{colour}" stroke-width="2" stroke-dasharray="{STYLES[colour].dash}"'
+
+
+def _marker(colour: str, x: float, y: float) -> str:
+    return f'<polygon points="{STYLES[colour].marker}" transform="translate({x:.1f} {y:.1f})" fill="{colour}"/>'
 
 
 def _tick(span: float) -> float:
@@ -190,22 +194,21 @@ def grid(panel: Panel, what: str) -> str:
 
 
 def _band(panel: Panel, line: Line) -> str:
-    _, style, steps, intervals = line
+    _, colour, steps, intervals = line
     upper = [panel.at(step, min(i.mean + i.half, panel.high)) for step, i in zip(steps, intervals, strict=True)]
     lower = [panel.at(step, max(i.mean - i.half, panel.low)) for step, i in zip(steps, intervals, strict=True)]
-    return f'<polygon points="{_points([*upper, *lower[::-1]])}" fill="{style.colour}" fill-opacity="0.15"/>'
+    return f'<polygon points="{_points([*upper, *lower[::-1]])}" fill="{colour}" fill-opacity="0.15"/>'
 
 
 def _legend(panel: Panel, lines: Sequence[Line], place: str) -> str:
     parts = []
-    for i, (name, style, _, _) in enumerate(lines):
+    for i, (name, colour, _, _) in enumerate(lines):
         if place == "top left":
             x, y = panel.left + 24, TOP + 18 + 20 * i
         else:
             x, y = panel.right - 170, HEIGHT - BOTTOM - 18 - 20 * (len(lines) - 1 - i)
-        stroke = f'stroke="{style.colour}" stroke-width="2" stroke-dasharray="{style.dash}"'
-        parts.append(f'<line x1="{x}" y1="{y}" x2="{x + 30}" y2="{y}" {stroke}/>')
-        parts.append(_marker(style, x + 15, y))
+        parts.append(f'<line x1="{x}" y1="{y}" x2="{x + 30}" y2="{y}" {_stroke(colour)}/>')
+        parts.append(_marker(colour, x + 15, y))
         parts.append(f'<text x="{x + 38}" y="{y + 4}">{escape(name)}</text>')
     return "\n".join(parts)
 
