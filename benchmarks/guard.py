@@ -175,6 +175,6 @@ def complaint(grown: Sequence[Row]) -> str:
     named = "".join(f"  {row.place}: {row.what} {row.before:,} -> {row.now:,}\n" for row in grown)
     return (
         f"a training step does more than before:\n{named}If the change means it, python scripts/benchmark.py guard "
-        "--update writes the file anew: commit it with the change, and say why. If not, docs/benchmarks.md says how to "
-        "find the cause"
+        "--update writes the file anew: commit it with the change, and say why. If not, "
+        "docs/results/benchmarks.md says how to find the cause"
     )

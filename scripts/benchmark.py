@@ -82,7 +82,7 @@ def rewards(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def peers(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Training steps beside TRL's: seven minutes. Needs scripts/peers.sh, writes docs/benchmarks.md."""
+    """Training steps beside TRL's: seven minutes. Needs scripts/peers.sh, writes docs/results/benchmarks.md."""
     from benchmarks.page import write_section
     from benchmarks.peers import compare, picture, plan, report
     from nemo_aapo.utils.libraries import quiet
@@ -99,7 +99,7 @@ def peers(arguments: argparse.Namespace) -> dict[str, Any]:
             write_atomic(folder / "figures.json", json.dumps(asdict(found), indent=1) + "\n")
     print(f"\n{tables}", flush=True)
     if not arguments.quick:
-        write_section(DOCS / "benchmarks.md", "peers", tables)
+        write_section(DOCS / "results" / "benchmarks.md", "peers", tables)
     picture.draw(report.ratios(found), folder / "ratios.png")
     if not arguments.quick:
         shutil.copy(folder / "ratios.png", DOCS / "images" / "peers.png")
@@ -135,7 +135,7 @@ def guard(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def scaling(arguments: argparse.Namespace) -> dict[str, Any]:
-    """How a step's cost grows; what layouts and a run's start cost; writes its part of docs/benchmarks.md."""
+    """How a step's cost grows; what layouts and a run's start cost; writes its part of docs/results/benchmarks.md."""
     os.environ |= PROFILER_QUIET
     from nemo_aapo.utils.libraries import quiet
 
@@ -162,7 +162,7 @@ def scaling(arguments: argparse.Namespace) -> dict[str, Any]:
     tables = scaling.report(rows, layouts, start)
     print(f"{scaling.as_text(tables)}\n\n{scaling.load_line()}", flush=True)
     if not arguments.quick:
-        write_section(DOCS / "benchmarks.md", "scaling", scaling.as_markdown(tables))
+        write_section(DOCS / "results" / "benchmarks.md", "scaling", scaling.as_markdown(tables))
         write_atomic(DOCS / "images" / "scaling.svg", scaling.picture(rows))
     return {
         "growth": [asdict(row) for row in rows],

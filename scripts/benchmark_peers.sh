@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From a fresh checkout to a training step beside TRL's: environment, TRL in a folder of its own, the benchmark, which
-# writes docs/benchmarks.md and results/peers.
+# writes docs/results/benchmarks.md and results/peers.
 #
 #   bash scripts/benchmark_peers.sh [--quick] [--json FILE]
 set -euo pipefail

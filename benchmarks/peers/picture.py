@@ -17,6 +17,14 @@ from typing import Any
 from nemo_aapo.errors import RunError
 
 TIMEOUT_S = 120
+SUBJECTS = {
+    ("ours", "trl"): "GRPO's loss,\nlike for like",
+    ("ours_stored", "trl"): "AAPO, stored reference\nrewards, beside GRPO",
+    ("ours_stored", "trl_twice"): "AAPO, stored reference\nrewards, beside TRL\ngenerating twice",
+    ("ours_fresh", "trl_twice"): "AAPO, fresh reference\nrewards, beside TRL\ngenerating twice",
+}
+"""What is compared, by contestants, in words that need no text beside the picture."""
+LENGTHS = {"fixed": "all completions\nequally long", "variable": "lengths vary"}
 
 
 def draw(ratios: Sequence[Any], path: Path) -> None:
@@ -48,7 +56,7 @@ def bars(ratios: Sequence[dict[str, Any]]) -> Any:
     """matplotlib's figure of ratios, each as ``dataclasses.asdict`` gives it."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 5), layout="constrained")
+    figure = Figure(figsize=(11, 5.5), layout="constrained")
     axes = figure.subplots()
     arms = {r["comparison"]["arm"]: r["comparison"] for r in ratios}
     kinds = list(dict.fromkeys((r["model"], r["threads"]) for r in ratios))
@@ -70,12 +78,17 @@ def bars(ratios: Sequence[dict[str, Any]]) -> Any:
         if comparison["target"] is not None:
             axes.hlines(comparison["target"], i - 0.45, i + 0.45, colors="black", linestyles="dashed")
     axes.axhline(1.0, color="grey", lw=0.8)
-    axes.set_xticks(range(len(arms)), [f"({arm})" for arm in arms])
-    axes.set_ylabel("CPU seconds of a step, ours / TRL's")
-    axes.set_title("A training step beside TRL's (lines: single turns; dashed: targets; 1: as fast as TRL)")
+    axes.set_xticks(range(len(arms)), [_label(comparison) for comparison in arms.values()], fontsize=9)
+    axes.set_ylabel("CPU seconds of a step: nemo_aapo / TRL")
+    axes.set_title("A training step on a CPU beside TRL's GRPOTrainer: 1 is as fast, less is faster")
+    axes.text(0.99, 0.85, "thin lines: range of single steps; dashed: target", transform=axes.transAxes, ha="right")
     axes.set_ylim(top=1.15 * max(1.0, axes.get_ylim()[1]))
     axes.legend(ncols=len(kinds), fontsize=8, loc="upper right")
     return figure
+
+
+def _label(comparison: dict[str, Any]) -> str:
+    return f"{SUBJECTS[comparison['ours'], comparison['theirs']]}\n({LENGTHS[comparison['lengths']]})"
 
 
 if __name__ == "__main__":

@@ -1,24 +1,50 @@
-"""The study as an SVG picture: learning curves on the left, differences paired by seed on the right."""
+"""The study as an SVG picture: learning curves on the left, differences paired by seed on the right.
+
+Lines differ in colour, dash and marker, so that they can be told apart without colours and where they overlap.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 from xml.sax.saxutils import escape
 
 import numpy as np
 
 from examples.study.analysis import Interval, Runs
 
-WIDTH, HEIGHT = 980, 420
-TOP, BOTTOM = 56, 58
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-"""Okabe and Ito's, which colour-blind readers tell apart."""
+WIDTH, HEIGHT = 980, 440
+TOP, BOTTOM = 84, 58
+TASK = "sums of two-digit numbers"
+ALGORITHMS = {"aapo": "AAPO", "aapo_paper": "AAPO, as published", "gpg": "GPG", "grpo": "GRPO"}
+"""Names for readers who know no setting."""
+
+
+class Style(NamedTuple):
+    """What tells a line of one colour from the others, besides the colour."""
+
+    dash: str
+    """SVG's ``stroke-dasharray``; ``none`` is a solid line."""
+    marker: str
+    """Points of a polygon around (0, 0), at most 5 pixels away."""
+
+
+STYLES = {
+    "#0072b2": Style("none", "-3,-3 3,-3 3,3 -3,3"),
+    "#d55e00": Style("8 4", "0,-5 5,4 -5,4"),
+    "#009e73": Style("2 3", "0,-5 5,0 0,5 -5,0"),
+    "#cc79a7": Style("10 3 2 3", "0,5 5,-4 -5,-4"),
+    "#e69f00": Style("5 2", "-4,-1 -1,-4 4,1 1,4"),
+    "#56b4e9": Style("1 2", "-1,-4 1,-4 1,4 -1,4"),
+}
+"""By colour: Okabe and Ito's, which colour-blind readers tell apart."""
+COLOURS = tuple(STYLES)
 FONT = "font-family: Helvetica, Arial, sans-serif; font-size: 13px; fill: #222"
 
 Line = tuple[str, str, Sequence[int], Sequence[Interval]]
-"""Name, colour, steps, and an interval at each."""
+"""Name, colour (of ``STYLES``), steps, and an interval at each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,17 +74,25 @@ def learning_curves(runs: Mapping[str, Runs]) -> str:
     """
     first, *others = runs
     seeds = len(runs[first].sampled)
+    names = {name: ALGORITHMS.get(name, name) for name in runs}
     colours = dict(zip(runs, COLOURS, strict=False))
     steps = runs[first].steps
-    curves = [(name, colours[name], steps, _intervals(found.sampled)) for name, found in runs.items()]
+    curves = [(names[name], colours[name], steps, _intervals(found.sampled)) for name, found in runs.items()]
     differences = [
-        (f"{first} - {other}", colours[other], steps, _intervals(runs[first].sampled - runs[other].sampled))
+        (
+            f"{names[first]} minus {names[other]}",
+            colours[other],
+            steps,
+            _intervals(runs[first].sampled - runs[other].sampled),
+        )
         for other in others
     ]
-    parts = [panel(curves, 64, 470 if others else WIDTH - 20, "accuracy on held-out prompts, sampled", upper=1.0)]
+    right = 470 if others else WIDTH - 20
+    parts = [panel(curves, 64, right, "accuracy on held-out prompts", upper=1.0, title="Accuracy of sampled answers")]
     if differences:
-        parts.append(panel(differences, 566, WIDTH - 20, "difference, paired by seed"))
-    return svg(f"mean over {seeds} seeds and its 95 % interval", parts)
+        title = f"How much higher {names[first]}'s accuracy is"
+        parts.append(panel(differences, 566, WIDTH - 20, "difference of runs with the same seed", title=title))
+    return svg(f"Learning {TASK}: mean of {seeds} seeds, shaded: its 95 % interval", parts)
 
 
 def svg(title: str, parts: Sequence[str]) -> str:
@@ -86,6 +120,7 @@ def panel(
     over: str = "training step",
     marks: int = 5,
     legend: str = "bottom right",
+    title: str = "",
 ) -> str:
     """Lines with their intervals between two places of the picture.
 
@@ -94,6 +129,7 @@ def panel(
         upper: where the vertical axis ends; by default above the highest interval.
         marks: parts that the horizontal axis is cut into.
         legend: ``bottom right`` or ``top left``.
+        title: what stands above.
     """
     last = lines[0][2][-1]
     low = min(i.mean - i.half for line in lines for i in line[3])
@@ -102,12 +138,26 @@ def panel(
     axes = Panel(left, right, last, math.floor(low / tick) * tick, math.ceil(high / tick) * tick, tick)
     parts = [_axes(axes, what, over, marks)]
     parts += [_band(axes, line) for line in lines]
-    parts += [
-        f'<polyline points="{_points([axes.at(s, i.mean) for s, i in zip(steps, intervals, strict=True)])}" '
-        f'fill="none" stroke="{colour}" stroke-width="2"/>'
-        for _, colour, steps, intervals in lines
-    ]
+    parts += [_curve(axes, line) for line in lines]
+    if title:
+        parts.append(f'<text x="{(left + right) / 2}" y="{TOP - 18}" text-anchor="middle">{escape(title)}</text>')
     return "\n".join([*parts, _legend(axes, lines, legend)])
+
+
+def _curve(panel: Panel, line: Line) -> str:
+    """The means: a line, and a marker at each."""
+    _, colour, steps, intervals = line
+    points = [panel.at(step, i.mean) for step, i in zip(steps, intervals, strict=True)]
+    markers = [_marker(colour, x, y) for x, y in points]
+    return "\n".join([f'<polyline points="{_points(points)}" fill="none" {_stroke(colour)}/>', *markers])
+
+
+def _stroke(colour: str) -> str:
+    return f'stroke="{colour}" stroke-width="2" stroke-dasharray="{STYLES[colour].dash}"'
+
+
+def _marker(colour: str, x: float, y: float) -> str:
+    return f'<polygon points="{STYLES[colour].marker}" transform="translate({x:.1f} {y:.1f})" fill="{colour}"/>'
 
 
 def _tick(span: float) -> float:
@@ -156,9 +206,10 @@ def _legend(panel: Panel, lines: Sequence[Line], place: str) -> str:
         if place == "top left":
             x, y = panel.left + 24, TOP + 18 + 20 * i
         else:
-            x, y = panel.right - 130, HEIGHT - BOTTOM - 18 - 20 * (len(lines) - 1 - i)
-        parts.append(f'<line x1="{x}" y1="{y}" x2="{x + 24}" y2="{y}" stroke="{colour}" stroke-width="3"/>')
-        parts.append(f'<text x="{x + 32}" y="{y + 4}">{escape(name)}</text>')
+            x, y = panel.right - 170, HEIGHT - BOTTOM - 18 - 20 * (len(lines) - 1 - i)
+        parts.append(f'<line x1="{x}" y1="{y}" x2="{x + 30}" y2="{y}" {_stroke(colour)}/>')
+        parts.append(_marker(colour, x + 15, y))
+        parts.append(f'<text x="{x + 38}" y="{y + 4}">{escape(name)}</text>')
     return "\n".join(parts)
 
 

@@ -1,7 +1,7 @@
 """Benchmarks of mathematics: a row of any published form -> ``Problem``.
 
-Column names were looked up on the data sets' own pages and in code that reads them (docs/evaluation.md lists both).
-Nothing here knows a model or a tokenizer.
+Column names were looked up on the data sets' own pages and in code that reads them (listed in
+docs/guide/evaluation.md). Nothing here knows a model or a tokenizer.
 """
 
 from __future__ import annotations

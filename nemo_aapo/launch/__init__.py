@@ -1,0 +1,1 @@
+"""Starting a job's ranks: on this machine, or by Slurm."""

@@ -15,7 +15,7 @@ GIB = 2**30
 MOST_LAYOUTS = 12
 NOT_MODELLED = (
     "Not modelled: rewards, validation, checkpoints, kernel launches, latency of collectives, padding, temporaries of\n"
-    "one layer, fragmentation. docs/planning.md has the formulas, their sources, and what was checked."
+    "one layer, fragmentation. docs/design/planning.md has the formulas, their sources, and what was checked."
 )
 
 

@@ -97,7 +97,7 @@ def test_a_section_of_a_page_is_replaced_between_its_markers_and_nothing_else(tm
 
 @pytest.mark.slow
 def test_the_scaling_benchmark_says_how_costs_grow_what_ranks_say_to_each_other_and_what_a_start_costs(tmp_path):
-    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    page = (ROOT / "docs" / "results" / "benchmarks.md").read_text()
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "scripts/benchmark.py", "scaling", "--quick", "--json", tmp_path / "f.json"],
         cwd=ROOT,
@@ -118,7 +118,7 @@ def test_the_scaling_benchmark_says_how_costs_grow_what_ranks_say_to_each_other_
     assert abs(parts - start["total"]["median"]) < 0.01  # nothing is counted twice, nothing forgotten
     assert start["imports"]["torch"] > 0
     assert min(start["before"], start["step"]) > 0
-    assert (ROOT / "docs" / "benchmarks.md").read_text() == page
+    assert (ROOT / "docs" / "results" / "benchmarks.md").read_text() == page
 
 
 def growing(dimension, ratios):

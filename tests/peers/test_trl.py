@@ -1,7 +1,7 @@
 """GRPO, Dr. GRPO and DAPO as TRL's GRPOTrainer trains them: the same losses, gradients and advantages as ours.
 
 TRL runs in a process of its own (``trl_run``), two updates on one batch for each of ``CASES``. Ours are computed from
-the same rewards, completions and weights. docs/algorithms.md says which switch is which.
+the same rewards, completions and weights. docs/guide/algorithms.md says which switch is which.
 """
 
 from __future__ import annotations

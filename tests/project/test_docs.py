@@ -1,7 +1,8 @@
-"""The examples of docs/extending.md run as they stand; what README and docs name is there."""
+"""The examples of docs/guide/extending.md run as they stand; what README and pages name is there."""
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -13,10 +14,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+TRACKED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+PAGES = [ROOT / path for path in TRACKED if path.endswith(".md")]
 
 
 def examples() -> dict[str, str]:
-    text = (ROOT / "docs" / "extending.md").read_text()
+    text = (ROOT / "docs" / "guide" / "extending.md").read_text()
     return dict(re.findall(r"<!-- runs: (\w+) -->\n```python\n(.*?)```", text, re.DOTALL))
 
 
@@ -46,21 +49,46 @@ def test_an_example_of_the_docs_runs_and_is_short(workplace, name):
     assert [json.loads(line)["step"] for line in lines] == [0, 1, 2, 2]
 
 
-def test_the_readmes_tree_names_what_is_there_and_all_of_it():
-    text = (ROOT / "README.md").read_text()
-    tree = text.split("## The tree", 1)[1]
-    named = set(re.findall(r"^\s*([\w./-]+\.(?:py|sh|yaml|md|svg|png))\s", tree, re.MULTILINE))
-    there = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    wanted = {
-        Path(path).name
-        for path in there
-        if path.startswith(("nemo_aapo/", "scripts/", "conf/", "docs/")) and Path(path).name != "__init__.py"
-    }
-    assert {Path(name).name for name in named} >= wanted, sorted(wanted - {Path(name).name for name in named})
+def test_the_readme_is_a_page():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def test_the_readmes_map_of_the_code_names_files_and_what_is_in_them():
+    text = (ROOT / "README.md").read_text().split("## Read the code in this order", 1)[1].split("## ", 1)[0]
+    rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("|")][2:]
+    assert len(rows) >= 8
+    for question, files, names in rows:
+        paths = [ROOT / name for name in re.findall(r"`([\w/.]+)`", files)]
+        assert all(path.exists() for path in paths), question
+        defined = {name for path in paths if path.suffix == ".py" for name in definitions(path)}
+        wanted = re.findall(r"`([\w.]+)`", names)
+        assert wanted, question
+        assert set(wanted) <= defined, f"{question}: {sorted(set(wanted) - defined)} is not in {files}"
+
+
+def definitions(path: Path) -> set[str]:
+    """Functions, classes and constants of a module; methods by their own name and as ``Class.method``."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}.{part.name}" for part in node.body if isinstance(part, ast.FunctionDef)}
+        if isinstance(node, ast.AnnAssign | ast.Assign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return found
+
+
+def test_each_folder_of_the_package_says_in_a_sentence_what_it_holds():
+    for path in sorted((ROOT / "nemo_aapo").rglob("__init__.py")):
+        first = (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]
+        assert first[:1].isupper(), f"{path}: {first!r}"
+        assert first.endswith("."), f"{path}: {first!r}"
 
 
 def test_each_promise_names_tests_that_are_there():
-    text = (ROOT / "docs" / "guarantees.md").read_text()
+    text = (ROOT / "docs" / "design" / "guarantees.md").read_text()
     rows = [line for line in text.splitlines() if line.startswith("|")][2:]
     for row in rows:
         tests = re.findall(r"`([\w/.*]+\.py)`", row.rsplit("|", 2)[1])
@@ -68,7 +96,39 @@ def test_each_promise_names_tests_that_are_there():
         assert not [name for name in tests if not (ROOT / name).is_file()], row
 
 
-def test_links_between_the_pages_lead_somewhere():
-    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
-        links = re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", page.read_text())
-        assert not [link for link in links if not (page.parent / link).exists()], page.name
+def test_links_of_the_pages_lead_somewhere():
+    for page in PAGES:
+        for link, anchor in re.findall(r"\]\(([^)#:\s]*)(?:#([^)\s]*))?\)", page.read_text()):
+            target = page.parent / link if link else page
+            assert target.exists(), f"{page.relative_to(ROOT)}: {link}"
+            if anchor:
+                assert anchor in anchors(target), f"{page.relative_to(ROOT)}: {link}#{anchor}"
+
+
+def anchors(page: Path) -> set[str]:
+    """What a link to one of the page's headings ends in, as GitHub has it."""
+    text = page.read_text()
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    return slugs | set(re.findall(r'<a id="([^"]+)">', text))
+
+
+def test_every_page_and_picture_that_code_and_settings_name_is_there():
+    for path in TRACKED:
+        if path.endswith((".py", ".sh", ".yaml", ".toml", "Dockerfile", ".md")) and path != "CHANGELOG.md":
+            text = (ROOT / path).read_text()
+            missing = [name for name in re.findall(r"docs/[\w/]+\.(?:md|svg|png)", text) if not (ROOT / name).is_file()]
+            assert not missing, f"{path} names {missing}"
+
+
+def test_modules_that_pages_name_are_there():
+    elsewhere = {"module/base.py"}  # TransformerEngine's
+    for page in PAGES:
+        for name in set(re.findall(r"`([\w]+/[\w/]+\.py)`", page.read_text())) - elsewhere:
+            assert (ROOT / name).is_file() or (ROOT / "nemo_aapo" / name).is_file(), f"{page.relative_to(ROOT)}: {name}"
+
+
+def test_the_index_lists_every_page():
+    index = (ROOT / "docs" / "README.md").read_text()
+    pages = {str(page.relative_to(ROOT / "docs")) for page in PAGES if page.parent.parent == ROOT / "docs"}
+    assert pages == set(re.findall(r"^\| \[[^]]+\]\(([\w/]+\.md)\)", index, re.MULTILINE))

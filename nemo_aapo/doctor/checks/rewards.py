@@ -39,7 +39,7 @@ def rewards(context: Context) -> Finding:
     except ValueError as error:
         return Finding(name, "failure", f"rewards, reward_runner: {error}")
     if problem:
-        return Finding(name, "failure", problem, "look at the reward's own code and libraries; docs/extending.md")
+        return Finding(name, "failure", problem, "look at the reward's own code and libraries; docs/guide/extending.md")
     if problem := hostile_survives():
         remedy = "without the kill one bad completion stops the run: look at what is allowed to processes here"
         return Finding(name, "failure", problem, remedy)

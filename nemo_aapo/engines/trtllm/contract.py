@@ -3,7 +3,7 @@
 Only what is used stands here. ``check.py`` compares it with a real package without importing it, and the
 tests' stand-in for the library is made of it: the adapter can't use an argument that isn't on this page.
 
-The facts were read in the library's public sources around that release (docs/tensorrt_llm.md says which).
+The facts were read in the library's public sources around that release (docs/guide/tensorrt_llm.md says which).
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ Colocated, the engine sleeps while the learner trains. One step, as the trainer 
     sleep       empty the prefix cache, release KV cache and weights
     update      resume the weights, hand over buckets, finalize (which empties the prefix cache); KV cache still out
 
-Never run on hardware here: docs/tensorrt_llm.md says what holds this code instead. It is the only module that imports
-tensorrt_llm.
+Never run on hardware here: docs/guide/tensorrt_llm.md says what holds this code instead. It is the only module that
+imports tensorrt_llm.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The pointwise parts of a layer on a CPU in few passes over memory, forward and backward.
 
 A CPU spends on each torch operation the time to read and write its tensors, so what counts is how many there are.
-Autograd's own chains for these three take 1.2 to 3.4 times as long (docs/performance.md has the figures), and save
+Autograd's own chains for these three take 1.2 to 3.4 times as long (docs/results/notebook.md has the figures), and save
 more tensors than they need.
 """
 

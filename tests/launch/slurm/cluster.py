@@ -32,7 +32,7 @@ def missing() -> str:
     if not absent:
         return ""
     script = START_SLURM.relative_to(ROOT)
-    return f"no {', '.join(absent)}: bash {script} install (Debian, as root), or see docs/slurm.md"
+    return f"no {', '.join(absent)}: bash {script} install (Debian, as root), or see docs/guide/slurm.md"
 
 
 class Cluster:
