@@ -183,7 +183,8 @@ def on_first_rank(action: Callable[[], T]) -> T:
 
     For checkpoints, ``agreement.on_first_rank`` makes every error a ``CheckpointError``.
     """
-    return broadcast_from_first_rank(agree(lambda: action() if rank() == 0 else None))
+    result: Any = agree(lambda: action() if rank() == 0 else None)
+    return broadcast_from_first_rank(result)
 
 
 def gather_data_parallel(value: T) -> list[T]:
