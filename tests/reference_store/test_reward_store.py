@@ -353,7 +353,7 @@ def test_a_merge_takes_every_shard_once_and_refuses_one_of_another_key_before_it
     assert not path.exists()
     Shard(2, 3).path(path).unlink()
     with open_store(Shard(2, 3).path(path)) as shard:
-        shard.write({prompt.id: values(10)[prompt.id] for prompt in Shard(2, 3).share(prompts(10))})
+        shard.write({prompt.id: values(10)[prompt.id] for prompt in Shard(2, 3).select(prompts(10))})
     assert len(shard_files(path)) == 3
     for _ in range(2):
         assert list(merge_shards(path, key()).values()) == [4, 3, 3]
