@@ -343,7 +343,7 @@ def test_a_merge_takes_every_shard_once_and_refuses_one_of_another_key_before_it
     (tmp_path / "s.sqlite.shard-note").touch()  # not one of ours
     for index in range(2):
         with open_store(Shard(index, 3).path(path)) as shard:
-            shard.write({prompt.id: values(10)[prompt.id] for prompt in Shard(index, 3).share(prompts(10))})
+            shard.write({prompt.id: values(10)[prompt.id] for prompt in Shard(index, 3).select(prompts(10))})
     assert list(merge_shards(path, key()).values()) == [4, 3]
     with open_store(Shard(2, 3).path(path), key("other")) as shard:
         shard.write(values(1))
@@ -353,7 +353,7 @@ def test_a_merge_takes_every_shard_once_and_refuses_one_of_another_key_before_it
     assert not path.exists()
     Shard(2, 3).path(path).unlink()
     with open_store(Shard(2, 3).path(path)) as shard:
-        shard.write({prompt.id: values(10)[prompt.id] for prompt in Shard(2, 3).share(prompts(10))})
+        shard.write({prompt.id: values(10)[prompt.id] for prompt in Shard(2, 3).select(prompts(10))})
     assert len(shard_files(path)) == 3
     for _ in range(2):
         assert list(merge_shards(path, key()).values()) == [4, 3, 3]
