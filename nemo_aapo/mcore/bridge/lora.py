@@ -10,7 +10,7 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol, TypeGuard
+from typing import Protocol, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -50,7 +50,7 @@ class Adapter(Protocol):
 class AdaptedLinear(Protocol):
     """A linear layer with an adapter, as Megatron-Bridge wraps it."""
 
-    to_wrap: Linear
+    to_wrap: torch.nn.Module
     adapter: Adapter
 
 
@@ -73,15 +73,15 @@ def is_adapted(linear: object) -> TypeGuard[AdaptedLinear]:
     return hasattr(linear, "to_wrap") and hasattr(linear, "adapter")
 
 
-def base_layer(linear: Linear | AdaptedLinear) -> Any:  # mcore has no types
+def base_layer(linear: torch.nn.Module) -> torch.nn.Module:
     """A linear layer without its adapter, if it has one."""
     return linear.to_wrap if is_adapted(linear) else linear
 
 
 @torch.no_grad()
-def merged_weight(linear: Linear | AdaptedLinear) -> torch.Tensor:
+def merged_weight(linear: torch.nn.Module) -> torch.Tensor:
     """W of a linear layer; with an adapter W + (alpha / rank) B A, as a new tensor. This rank's part. Collective."""
-    base = base_layer(linear).weight
+    base = base_layer(linear).get_parameter("weight")
     if not is_adapted(linear):
         return base
     adapter = linear.adapter
