@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from nemo_aapo.config import Config, ModelShape, Sizes, derive
 from nemo_aapo.errors import ConfigError
+from nemo_aapo.utils.safetensors import read_header
 
 ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM")
 """What is trained; ``models/families.py`` has what is only converted."""
@@ -41,7 +41,7 @@ def read_model_dir(path: str, architectures: Sequence[str] = ARCHITECTURES) -> M
     if problem := twin_problem(config):
         raise ConfigError(f"model.path={path}: {problem}")
     for name in weight_files(directory):
-        _check_safetensors(directory / name)
+        read_header(directory / name)  # cut off or damaged?
     return shape_of(config)
 
 
@@ -156,20 +156,3 @@ def _read_json(path: Path, hint: str) -> dict[str, Any]:
         raise ConfigError(f"{path}: missing ({hint})") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not JSON ({error}). Half-written?") from None
-
-
-def _check_safetensors(path: Path) -> None:
-    """Compare the file's size with what its header promises."""
-    size = path.stat().st_size
-    try:
-        with path.open("rb") as file:
-            (header_size,) = struct.unpack("<Q", file.read(8))
-            if header_size > size:
-                raise ValueError("header cut off")
-            header = json.loads(file.read(header_size))
-            tensors = [entry for name, entry in header.items() if name != "__metadata__"]
-            promised = 8 + header_size + max((entry["data_offsets"][1] for entry in tensors), default=0)
-    except (struct.error, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path}: not a whole safetensors file ({error}). Half-written?") from None
-    if size != promised:
-        raise ConfigError(f"{path}: has {size} bytes where its header promises {promised}. Half-written?")
