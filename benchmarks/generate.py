@@ -72,8 +72,8 @@ def compare(plan: Plan, folder: Path) -> list[Row]:
     from transformers.utils import logging
 
     from nemo_aapo.engines.megatron.engine import MegatronEngine
+    from nemo_aapo.launch.world import Machine, decide
     from nemo_aapo.learner.policy import MegatronPolicy
-    from nemo_aapo.mcore.precision import decide
     from nemo_aapo.models.directory import read_model_dir
 
     logging.set_verbosity_error()  # otherwise it warns for each model that it isn't sharded over ranks
@@ -81,7 +81,7 @@ def compare(plan: Plan, folder: Path) -> list[Row]:
     for hidden_size in plan.hidden_sizes:
         path = _random_model(plan, hidden_size, folder / f"d{hidden_size}")
         transformers_model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-        policy = MegatronPolicy(decide(_config(path)), read_model_dir(str(path)))
+        policy = MegatronPolicy(decide(_config(path), Machine.present()), read_model_dir(str(path)))
         budget = plan.rows * (plan.prompt_tokens + plan.new_tokens)
         engine = MegatronEngine(policy.module, VOCABULARY, budget)
         for shared in (True, False):

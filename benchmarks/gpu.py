@@ -54,8 +54,8 @@ def measure(plan: Plan, folder: Path) -> dict[str, Any]:
     Raises:
         ConfigError: the GPU can't compute in bf16, or TransformerEngine is not installed.
     """
+    from nemo_aapo.launch.world import Machine, decide
     from nemo_aapo.learner.policy import MegatronPolicy
-    from nemo_aapo.mcore.precision import decide
     from nemo_aapo.models.directory import read_model_dir
 
     usable = usable_precisions(PRECISIONS)
@@ -72,7 +72,7 @@ def measure(plan: Plan, folder: Path) -> dict[str, Any]:
         sized = dataclasses.replace(plan, micro_batch_tokens=tokens)
         for precision in usable:
             config = config_of(path, precision, tokens, plan.sequence)
-            policy = MegatronPolicy(decide(config), read_model_dir(str(path)))
+            policy = MegatronPolicy(decide(config, Machine.present()), read_model_dir(str(path)))
             policy.prepare_training()
             found["learner"].append({"model": name, "precision": precision, **learner(policy, sized)})
             found["parity"].append({"model": name, "precision": precision, **parity(policy, sized)})

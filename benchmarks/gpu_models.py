@@ -13,9 +13,9 @@ import torch
 from nemo_aapo.config import Config, pad_multiple, with_machine_defaults
 from nemo_aapo.config.compose import load_config
 from nemo_aapo.errors import ConfigError
+from nemo_aapo.launch.world import Machine, refusal
 from nemo_aapo.learner.microbatch import PrefixGroup, collate
 from nemo_aapo.mcore.micro_batch import MicroBatch
-from nemo_aapo.mcore.precision import Machine, refusal
 from nemo_aapo.planning import hardware, models
 from nemo_aapo.planning.inputs import Question, plan_inputs
 from nemo_aapo.planning.memory import rank_memory

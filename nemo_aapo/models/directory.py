@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from nemo_aapo.config import Config, ModelShape, Sizes, derive
 from nemo_aapo.errors import ConfigError
+from nemo_aapo.utils.safetensors import read_header
 
 ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM")
 """Architectures that can be trained; ``models/families.py`` has those that are only converted."""
@@ -181,7 +181,7 @@ def tensor_headers(directory: Path) -> dict[str, TensorHeader]:
     return {
         name: TensorHeader(file, tuple(entry["shape"]), entry["dtype"])
         for file in weight_files(directory)
-        for name, entry in _read_header(directory / file).items()
+        for name, entry in read_header(directory / file)[0].items()
     }
 
 
@@ -201,21 +201,3 @@ def _read_json(path: Path, hint: str) -> dict[str, Any]:
         raise ConfigError(f"{path}: missing ({hint})") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not JSON ({error}). Half-written?") from None
-
-
-def _read_header(path: Path) -> dict[str, Any]:
-    """The header of a safetensors file, whose size is what the header promises."""
-    size = path.stat().st_size
-    try:
-        with path.open("rb") as file:
-            (header_size,) = struct.unpack("<Q", file.read(8))
-            if header_size > size:
-                raise ValueError("header cut off")
-            header = json.loads(file.read(header_size))
-            header.pop("__metadata__", None)
-            promised = 8 + header_size + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path}: not a whole safetensors file ({error}). Half-written?") from None
-    if size != promised:
-        raise ConfigError(f"{path}: has {size} bytes where its header promises {promised}. Half-written?")
-    return header

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from nemo_aapo.config import Config, Identity
-from nemo_aapo.errors import ConfigError
+from nemo_aapo.utils.safetensors import read_header
 
 PIECE = 64 * 1024
 """Bytes that count of each tensor, from its middle, and at each place of a data file."""
@@ -52,18 +51,13 @@ def _model(path: str) -> str:
 
 
 def _weights(path: Path) -> bytes:
-    total = hashlib.sha256(path.name.encode())
+    header, begin = read_header(path)
+    total = hashlib.sha256(json.dumps([path.name, header], sort_keys=True).encode())
     with path.open("rb") as file:
-        try:
-            (size,) = struct.unpack("<Q", file.read(8))
-            header = file.read(min(size, path.stat().st_size))
-            tensors = [entry["data_offsets"] for name, entry in json.loads(header).items() if name != "__metadata__"]
-            total.update(header)
-            for start, stop in tensors:
-                middle = max(start, (start + stop - PIECE) // 2)
-                total.update(_piece(file, 8 + size + middle, min(PIECE, stop - start)))
-        except (struct.error, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{path}: not a whole safetensors file ({error}). Half-written?") from None
+        for name in sorted(header):
+            start, stop = header[name]["data_offsets"]
+            middle = max(start, (start + stop - PIECE) // 2)
+            total.update(_piece(file, begin + middle, min(PIECE, stop - start)))
     return total.digest()
 
 

@@ -13,6 +13,7 @@ import torch
 from benchmarks import gpu, gpu_models, gpu_report
 from nemo_aapo.config import with_machine_defaults
 from nemo_aapo.errors import ConfigError
+from nemo_aapo.launch import world
 from nemo_aapo.mcore import precision
 from tests.tiny_models import save_empty_model
 
@@ -70,17 +71,17 @@ def _measured(folder):
     )
     vocabulary = 160
     tiny = {"hidden": 64, "ffn": 128, "layers": 2, "heads": 4, "groups": 2}
-    machine = precision.Machine("NVIDIA L40", (8, 9), (12, 8), transformer_engine=True)
+    machine = world.Machine("NVIDIA L40", (8, 9), (12, 8), transformer_engine=True)
     with pytest.MonkeyPatch.context() as patch:
         for module in (gpu, gpu_models):
             patch.setattr(module, "torch", stand_in)
             patch.setattr(module, "VOCABULARY", vocabulary)
         patch.setitem(gpu_models.SHAPES, "tiny", tiny)
         patch.setattr(gpu, "ceilings", lambda: {"bytes_per_s": 4e12, "flops_per_s": 8e14})
-        patch.setattr(precision.Machine, "present", lambda: machine)
+        patch.setattr(world.Machine, "present", lambda: machine)
         patch.setattr(precision, "model_fields", lambda config: precision.machine_fields(torch.float32))
         patch.setattr(precision, "dtype", lambda config: torch.float32)
-        patch.setattr(precision, "decide", _in_fp32)
+        patch.setattr(world, "decide", lambda config, _: _in_fp32(config))
         sizes = {"decode_rows": (4,), "decode_prompt": 16, "decode_tokens": 8, "sequence": 256}
         plan = dataclasses.replace(gpu.QUICK, shapes=("tiny",), micro_batch_tokens=512, **sizes)
         found = gpu.measure(plan, folder)
@@ -112,6 +113,6 @@ def test_the_whole_benchmark_runs_and_leaves_out_what_the_gpu_cannot_do(ranks, t
 
 
 def test_without_bf16_nothing_is_measured_in_vain(tmp_path, monkeypatch):
-    monkeypatch.setattr(precision.Machine, "present", lambda: precision.Machine("NVIDIA H200", (9, 0), (13, 0)))
+    monkeypatch.setattr(world.Machine, "present", lambda: world.Machine("NVIDIA H200", (9, 0), (13, 0)))
     with pytest.raises(ConfigError, match="needs TransformerEngine"):
         gpu.measure(gpu.QUICK, tmp_path)

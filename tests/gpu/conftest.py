@@ -23,7 +23,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def machine_can(request):
     """A precision that this GPU can't do is skipped, with the reason that a run is refused for."""
-    from nemo_aapo.mcore.precision import Machine, refusal
+    from nemo_aapo.launch.world import Machine, refusal
     from tests.tiny_models import make_config
 
     call = getattr(request.node, "callspec", None)
