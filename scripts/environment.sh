@@ -97,7 +97,7 @@ pip_install() {
 first_import() {
     env --unset=PYTHONDONTWRITEBYTECODE .venv/bin/python -W ignore - <<'PYTHON'
 from nemo_aapo.utils.libraries import import_nemo, quiet
-from nemo_aapo.mcore.bridge import auto_bridge_class
+from nemo_aapo.mcore.bridge.loader import auto_bridge_class
 
 quiet()
 import_nemo()
