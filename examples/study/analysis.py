@@ -1,4 +1,4 @@
-"""From the runs' metrics to tables: means over seeds with Student's intervals, and differences paired by seed."""
+"""The runs' metrics -> tables: means over seeds with Student's intervals, and differences paired by seed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From rewards to advantages: A_i, delta_i and A*_i of AAPO (arXiv 2505.14264).
+"""Rewards -> advantages: A_i, delta_i and A*_i of AAPO (arXiv 2505.14264).
 
     A_i     = (r_i - mean r) / (std r + eps)      group_advantage
     delta_i = clip(r_i - r'_i, low, high)         margin

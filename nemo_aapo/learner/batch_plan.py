@@ -1,4 +1,4 @@
-"""From sequences to micro-batches under one token budget, balanced over the data-parallel ranks.
+"""Sequences -> micro-batches under one token budget, balanced over the data-parallel ranks.
 
 ``max_tokens_per_microbatch`` alone decides. The plan is a pure function of the sequences' lengths, so that every rank
 works out the same one; only then do sequences move to the rank that trains on them.

@@ -128,7 +128,7 @@ class _Rows:
     position_ids: np.ndarray
     """int64 [b, s]"""
     predictions: Sequence[np.ndarray]
-    """For each sequence: where its completion tokens are predicted, in the flattened hidden states [s * b, h]."""
+    """Indices, for each sequence, of the flattened hidden states [s * b, h] that predict its completion tokens."""
     bounds: tuple[int, ...] | None = None
     """``MicroBatch.cu_seqlens``"""
     expand: np.ndarray | None = None

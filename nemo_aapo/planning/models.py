@@ -47,7 +47,7 @@ class PlannedModel:
         return self.groups * self.head_size
 
     def shape(self) -> ModelShape:
-        """As ``config.derive`` takes it."""
+        """The shape in the form that ``config.derive`` takes."""
         return ModelShape(
             architecture=self.architecture,
             num_layers=self.layers,

@@ -165,7 +165,7 @@ def _table(rows: list[list[str]], left: tuple[int, ...] = (0,)) -> str:
 
 
 def tree(plan: Plan) -> dict[str, Any]:
-    """For ``--json``: bytes, seconds, FLOPs and counts, unrounded."""
+    """The plan as a tree for ``--json``: bytes, seconds, FLOPs and counts, unrounded."""
     inputs, count = plan.inputs, parameters.whole(plan.inputs.model)
     return {
         "model": vars(inputs.model),

@@ -68,7 +68,7 @@ def gpu(context: Context) -> Finding:
 
 
 def judge_gpus(gpus: Gpus, config: Config | None, local_ranks: int) -> Finding:
-    """As ``gpu``, of these GPUs. Args: local_ranks: ranks of this machine, each of which takes one GPU."""
+    """Judge these GPUs as ``gpu`` does. Args: local_ranks: ranks of this machine, each of which takes one GPU."""
     count = len(gpus.devices)
     if count == 0 and gpus.listed:
         why = "torch is a CPU build" if gpus.cuda is None else f"torch is built for CUDA {gpus.cuda}"
@@ -104,7 +104,7 @@ def fp8(context: Context) -> Finding:
 
 
 def judge_fp8(gpus: Gpus, config: Config | None) -> Finding:
-    """As ``fp8``, of these GPUs."""
+    """Judge these GPUs as ``fp8`` does."""
     reasons = {name: fp8_refusal(kind, gpus) for name, kind in PRECISIONS.items() if kind.fp8}
     chosen = config.precision.name if config is not None else ""
     if reason := reasons.get(chosen):
