@@ -60,6 +60,7 @@ setup(
         "numpy>=1.26",
         "psutil",  # mcore's checkpoint writer imports it without declaring it
         "tqdm",
+        "typing_extensions",  # Python 3.10's typing lacks Unpack and NotRequired
     ],
     extras_require={
         # All that training imports but Megatron-Bridge: what it declares can't be had without CUDA's toolchain, and an

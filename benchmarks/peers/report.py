@@ -1,4 +1,4 @@
-"""The figures as Markdown tables, as docs/benchmarks.md has them."""
+"""The figures as Markdown tables, as docs/results/benchmarks.md has them."""
 
 from __future__ import annotations
 

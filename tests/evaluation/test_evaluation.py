@@ -103,12 +103,12 @@ def test_help_names_the_commands_and_the_settings(script, capsys):
 
 def test_several_devices_are_started_as_ranks_of_the_same_command(script, model, monkeypatch, tmp_path):
     started = []
-    monkeypatch.setattr(script.local, "run_ranks", lambda *what, **limits: started.append(what) or 7)
+    monkeypatch.setattr("nemo_aapo.launch.local.run_ranks", lambda *what, **limits: started.append(what) or 7)
     monkeypatch.delenv("RANK", raising=False)
     words = [f"model.path={model}", f"run.dir={tmp_path / 'out'}", "trainer.devices=2"]
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *words])
     assert script.main(words) == 7
-    assert [(command[1:], count) for command, count, _ in started] == [([str(SCRIPT), *words], 2)]
+    assert [(command[1:], count) for command, count, _ in started] == [(["-m", "nemo_aapo.cli", "evaluate", *words], 2)]
 
 
 # ---------------------------------------------------------------- what is kept

@@ -3,7 +3,7 @@
 MKL is slow at such products with ``[out, in]`` as the learner keeps it: it reorders the weight each time. Transposed it
 needs no reordering, but then walks down columns whose neighbours lie kilobytes apart, which costs what it saved unless
 the weight is in the core's caches already. ``pack_weight`` cuts the transpose into blocks of at most 256 columns, each
-contiguous: no reordering, and reads that are nearly sequential (docs/performance.md has the measurements).
+contiguous: no reordering, and reads that are nearly sequential (docs/results/notebook.md has the measurements).
 
 ``linear`` and ``add_linear_`` take a weight either way: ``[out, in]``, or packed as ``[blocks, in, width]``.
 """
