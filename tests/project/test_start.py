@@ -104,7 +104,7 @@ def test_stand_ins_are_there_inside_only_and_never_instead_of_what_is_imported()
         importlib.import_module("no_such_package")
 
 
-@pytest.mark.parametrize("first", ["assemble", "policy.megatron", "checkpoint"])
+@pytest.mark.parametrize("first", ["training.build", "learner.policy", "checkpoint.checkpointer"])
 def test_transformer_engine_reads_its_switches_after_they_are_set(tmp_path, first):
     """megatron-core imports it in passing, long before a precision is decided."""
     stand_in = "import os\nprint(os.environ['NVTE_FP8_BLOCK_SCALING_FP32_SCALES'])\nraise ModuleNotFoundError\n"
