@@ -29,7 +29,9 @@ def script():
 
 @pytest.fixture
 def model(tmp_path) -> Path:
-    return save_empty_model(tmp_path / "model", max_position_embeddings=40960)
+    directory = save_empty_model(tmp_path / "model", max_position_embeddings=40960)
+    (directory / "tokenizer_config.json").write_text("{}")  # by its name a tokenizer, which is not loaded
+    return directory
 
 
 def record(problem: str, sample: int, correct: bool, **more) -> Record:

@@ -66,7 +66,7 @@ class ModelParallelRanks:
     """The ranks of this model-parallel group of the learner."""
 
     def __init__(self) -> None:
-        from nemo_aapo.distributed import parallel  # Megatron: the engine's own processes do without
+        from nemo_aapo.distributed import parallel  # torch.distributed: the engine's own processes do without
 
         self._parallel = parallel
         self.owner = parallel.is_model_parallel_source()
