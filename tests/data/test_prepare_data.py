@@ -32,6 +32,7 @@ def script(*words: object) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_a_worked_data_set_becomes_the_projects_jsonl_with_a_report(tmp_path):
     rows = [{"problem": f"What is {n}+1?", "solution": f"So \\boxed{{{n + 1}}}."} for n in range(10)]
     rows += [rows[0], {"problem": "What  is 1 + 1", "solution": "\\boxed{3}"}]  # a repeat; another answer to a question

@@ -73,6 +73,7 @@ def items_of(seed: int, indices: list[int], hash_seed: str) -> list[list[str]]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.peers
 @needs_gym
 def test_an_item_is_decided_by_seed_and_index_in_every_process(gym):
     first = items_of(5, [3, 0, 5000], "1")
@@ -82,6 +83,7 @@ def test_an_item_is_decided_by_seed_and_index_in_every_process(gym):
     assert items_of(6, [3, 0, 5000], "1") != first
 
 
+@pytest.mark.peers
 @needs_gym
 def test_training_takes_new_prompts_for_ever_and_its_own_verifier_judges(gym, tokenizer):
     config = config_of()
@@ -110,6 +112,7 @@ def test_training_takes_new_prompts_for_ever_and_its_own_verifier_judges(gym, to
         assert (result.failure, result.score == 1.0) == (None, kind != "wrong"), (n, kind, result)
 
 
+@pytest.mark.peers
 @needs_gym
 def test_items_over_the_limit_are_an_error_or_replaced(gym, tokenizer):
     config = config_of(data__max_prompt_tokens=70, data__on_long_prompt="drop")
@@ -121,6 +124,7 @@ def test_items_over_the_limit_are_an_error_or_replaced(gym, tokenizer):
         load_data(config_of(data__max_prompt_tokens=70).data, tokenizer)
 
 
+@pytest.mark.peers
 @needs_gym
 @pytest.mark.parametrize(
     ("task", "parameters", "message"),
