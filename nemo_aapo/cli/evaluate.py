@@ -27,7 +27,7 @@ def main(words: Sequence[str] | None = None) -> int:
     if words and words[0] == "compare":
         return exit_code(lambda: compare(words[1:]))
     task = functools.partial(evaluate, words=words)
-    return run_command(prepare_evaluation, task, description=DESCRIPTION, words=words, page=EVALUATION)
+    return run_command(prepare_evaluation, task, description=DESCRIPTION, words=words, kind=EVALUATION)
 
 
 def evaluate(job: EvaluationJob, words: Sequence[str]) -> int:

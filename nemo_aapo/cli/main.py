@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from nemo_aapo.config import without_secrets
-from nemo_aapo.config.command_line import TRAINING, CommandLine, Page, read_command_line, usage
+from nemo_aapo.config.command_line import TRAINING, CommandLine, ConfigFile, read_command_line, usage
 from nemo_aapo.config.compose import compose
 from nemo_aapo.errors import INTERRUPTED, REFUSED, ConfigError, RunError
 from nemo_aapo.utils.libraries import quiet
@@ -26,7 +26,7 @@ def run_command(
     *,
     description: str,
     words: Sequence[str],
-    page: Page = TRAINING,
+    kind: ConfigFile = TRAINING,
 ) -> int:
     """Prepare what the words ask for, then do it.
 
@@ -35,7 +35,7 @@ def run_command(
         task: does the job; returns the exit code.
         description: what the command does, for ``--help``.
         words: what was typed after the command's name.
-        page: what kind of settings the words are.
+        kind: of config file that the words are settings of.
 
     Returns:
         The task's exit code, or 2 where the job is refused: one message on stderr, no traceback.
@@ -43,7 +43,7 @@ def run_command(
     rank = int(os.environ.get("RANK", "0"))
     quiet()
     try:
-        command = read_command_line(list(words), page)
+        command = read_command_line(list(words), kind)
         if command.show == "help":
             return _say(usage(description, command), rank)
         if command.show == "config":

@@ -19,7 +19,7 @@ FROZEN = "frozen"
 
 
 @dataclass(frozen=True)
-class Page:
+class ConfigFile:
     """A kind of config file in ``conf/``, and what it may hold."""
 
     name: str
@@ -31,8 +31,8 @@ class Page:
     """The folders beside it that it takes choices from; None: all."""
 
 
-TRAINING = Page("train_aapo", Config, parse, None)
-EVALUATION = Page("evaluate", EvaluationConfig, parse_evaluation, ("precision",))
+TRAINING = ConfigFile("train_aapo", Config, parse, None)
+EVALUATION = ConfigFile("evaluate", EvaluationConfig, parse_evaluation, ("precision",))
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,11 @@ class CommandLine:
     """``KEY=VALUE`` arguments, in Hydra's grammar."""
     directory: Path
     """Holds the config file, and the folders of choices beside it; absolute."""
-    page: str
+    config_file: str
     """Name of the config file, without ``.yaml``."""
     show: Literal["help", "config"] | None
     """Say something instead of running."""
-    kind: Page = TRAINING
+    kind: ConfigFile = TRAINING
 
     def groups(self) -> dict[str, list[str]]:
         """Folder beside the config file -> the choices that it offers."""
@@ -72,7 +72,7 @@ def config_directory() -> Path:
     )
 
 
-def read_command_line(argv: list[str], kind: Page = TRAINING) -> CommandLine:
+def read_command_line(argv: list[str], kind: ConfigFile = TRAINING) -> CommandLine:
     """Split the arguments into settings and the few options that Hydra's scripts have.
 
     Args:
@@ -89,16 +89,16 @@ def read_command_line(argv: list[str], kind: Page = TRAINING) -> CommandLine:
     parser.add_argument("--config-name", "-cn", default=kind.name)
     given = parser.parse_intermixed_args(argv)
     directory = Path(given.config_path).resolve() if given.config_path else config_directory()
-    page = given.config_name.removesuffix(".yaml")
-    if not (directory / f"{page}.yaml").is_file():
-        raise ConfigError(f"--config-path, --config-name: there is no {directory / page}.yaml")
+    config_file = given.config_name.removesuffix(".yaml")
+    if not (directory / f"{config_file}.yaml").is_file():
+        raise ConfigError(f"--config-path, --config-name: there is no {directory / config_file}.yaml")
     show: Literal["help", "config"] | None = "help" if given.help else "config" if given.cfg else None
-    return CommandLine(given.overrides, directory, page, show, kind)
+    return CommandLine(given.overrides, directory, config_file, show, kind)
 
 
 def usage(description: str, command: CommandLine) -> str:
     """The text of ``--help``: the main settings with their meaning and their defaults in the config file."""
-    file = command.directory / f"{command.page}.yaml"
+    file = command.directory / f"{command.config_file}.yaml"
     entries = entries_of(file.read_text(encoding="utf-8"))
     lines = [
         f"usage: {Path(sys.argv[0]).name} [--cfg job] [--config-path DIR] [--config-name NAME] KEY=VALUE ...",

@@ -39,7 +39,7 @@ def compose(command: CommandLine) -> dict[str, Any]:
     register_resolvers()
     try:
         with hydra.initialize_config_dir(str(command.directory), version_base=None):
-            return resolved(hydra.compose(command.page, overrides=command.overrides))
+            return resolved(hydra.compose(command.config_file, overrides=command.overrides))
     except (HydraException, OmegaConfBaseException) as error:
         if without_effect := re.match(r"Could not override '([^']+)'", str(error)):
             raise ConfigError(_no_effect(without_effect[1])) from None

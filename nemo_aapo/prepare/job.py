@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nemo_aapo.config import Config, ModelShape, Sizes, parse, without_secrets
-from nemo_aapo.config.command_line import TRAINING, CommandLine, Page, read_command_line
+from nemo_aapo.config.command_line import TRAINING, CommandLine, ConfigFile, read_command_line
 from nemo_aapo.config.compose import compose, resolved
 from nemo_aapo.engines.trtllm import settings as trtllm_settings
 from nemo_aapo.errors import ConfigError
@@ -98,9 +98,9 @@ def settings_of(words: Words) -> tuple[Config, dict[str, Any]]:
     return config, without_secrets(tree)
 
 
-def command_line(words: Words, page: Page = TRAINING) -> CommandLine:
+def command_line(words: Words, kind: ConfigFile = TRAINING) -> CommandLine:
     """The words split, unless a command has done so."""
-    return words if isinstance(words, CommandLine) else read_command_line(list(words), page)
+    return words if isinstance(words, CommandLine) else read_command_line(list(words), kind)
 
 
 def rewards_of(config: Config) -> tuple[tuple[Reward, float], ...]:

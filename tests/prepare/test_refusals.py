@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -220,13 +219,10 @@ def test_a_package_that_was_left_out_is_named_with_the_way_to_get_it(given, bloc
         assert said in capsys.readouterr().err
 
 
-def test_what_can_work_is_prepared_in_well_under_a_second(given, blocker):
+def test_what_can_work_is_prepared_without_torch_and_wholly_resolved(given, blocker):
     from nemo_aapo.prepare import prepare
 
-    prepare(given.words)  # Hydra is imported
-    start = time.process_time()
     job = prepare(given.words)
-    assert time.process_time() - start < 0.5
     assert not blocker.asked
     assert job.config.precision.name == job.tree["precision"]["name"] == "fp32"
     assert job.config.model.share_prompts is True

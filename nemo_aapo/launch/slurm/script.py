@@ -73,7 +73,7 @@ def render_training(config: Config, site: Site) -> str:
 def render_fill(config: Config, site: Site) -> str:
     """The script of the array that fills the reference store, each task a share of the prompts."""
     words = (*COMMANDS, "fill", "--shard", "{task}", "--shards", "{tasks}")
-    role = replace(_trainer_role(config, (*words, *frozen_page(config, site))), log="fill_%a_rank_%t")
+    role = replace(_trainer_role(config, (*words, *frozen_config_file(config, site))), log="fill_%a_rank_%t")
     block = _flags(config, site, role, job_name(config, "fill", 1))
     block |= {"array": f"0-{config.cluster.fill_jobs - 1}", "output": _log(config, site, "fill_%A_%a")}
     return _script(config, site, [block], supervisor_words(config, site, [role], ["task"]))
@@ -81,7 +81,7 @@ def render_fill(config: Config, site: Site) -> str:
 
 def render_merge(config: Config, site: Site, after: str) -> str:
     """The script of the job that joins what the array ``after`` has drawn."""
-    words = (*COMMANDS, "fill", "--merge", *frozen_page(config, site))
+    words = (*COMMANDS, "fill", "--merge", *frozen_config_file(config, site))
     role = Role("train", 1, 1, 0, words, "merge")
     block = _flags(config, site, role, job_name(config, "merge", 1))
     # without the second flag the job would wait for ever once a task of the array has failed
@@ -91,12 +91,12 @@ def render_merge(config: Config, site: Site, after: str) -> str:
 
 def training_roles(config: Config, site: Site) -> list[Role]:
     """The trainer first: its first node runs the script."""
-    page = frozen_page(config, site)
-    roles = [_trainer_role(config, (*COMMANDS, "train", *page))]
+    config_file = frozen_config_file(config, site)
+    roles = [_trainer_role(config, (*COMMANDS, "train", *config_file))]
     servers = config.cluster.servers
     if servers.nodes:
         own = ("rollout.server.index={rank}", "rollout.server.host={address}")
-        words = (*COMMANDS, "serve", *page, *own)
+        words = (*COMMANDS, "serve", *config_file, *own)
         roles.append(Role("servers", servers.nodes, servers.per_node, servers.gpus_per_node, words, "server_%t"))
     return roles
 
@@ -123,7 +123,7 @@ def places_of(config: Config, site: Site) -> Places:
     return Places(site.directory / config.run.dir)
 
 
-def frozen_page(config: Config, site: Site) -> tuple[str, ...]:
+def frozen_config_file(config: Config, site: Site) -> tuple[str, ...]:
     """The words that make a script read the frozen configuration."""
     return ("--config-path", str(places_of(config, site).folder), "--config-name", FROZEN)
 
