@@ -50,6 +50,7 @@ def save_empty_model(directory: Path, **changes: Any) -> Path:
     directory.mkdir(exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config))
     (directory / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    (directory / "tokenizer_config.json").write_text("{}")  # by its name a tokenizer, which is not loaded
     return directory
 
 
@@ -59,7 +60,6 @@ def save_empty_input(folder: Path) -> list[str]:
     Their order: ``model.path``, ``data.train``, ``data.validation``, ``run.dir``.
     """
     model = save_empty_model(folder / "model")
-    (model / "tokenizer_config.json").write_text("{}")  # by its name a tokenizer, which is not loaded
     for name in ("train", "validation"):
         (folder / f"{name}.jsonl").write_text(json.dumps({"question": f"{name}?", "answer": "1"}) + "\n")
     data = [f"data.{name}={folder}/{name}.jsonl" for name in ("train", "validation")]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,8 +16,6 @@ from nemo_aapo.evaluation.records import Record, Records, claim_identity
 from tests.scripts import exit_code_and_heavy_imports, load_script
 from tests.tiny_models import save_empty_model
 
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "scripts" / "evaluate.py"
 IDENTITY = {"model": "a", "seed": 1, "sampling": {"temperature": 0.6}}
 
 
@@ -108,7 +105,6 @@ def test_several_devices_are_started_as_ranks_of_the_same_command(script, model,
     monkeypatch.setattr("nemo_aapo.launch.local.run_ranks", lambda *what, **limits: started.append(what) or 7)
     monkeypatch.delenv("RANK", raising=False)
     words = [f"model.path={model}", f"run.dir={tmp_path / 'out'}", "trainer.devices=2"]
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *words])
     assert script.main(words) == 7
     assert [(command[1:], count) for command, count, _ in started] == [(["-m", "nemo_aapo.cli", "evaluate", *words], 2)]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from nemo_aapo.launch.world import Machine
-from tests.tiny_models import save_empty_input
+from tests.tiny_models import save_empty_input, save_empty_model
 
 HEAVY = ("torch", "transformers", "megatron", "nemo", "lightning")
 SLURM = ("cluster=slurm", "dry_run=true")
@@ -49,6 +49,7 @@ def given(tmp_path, monkeypatch) -> Iterator[Given]:
     folder.mkdir()
     words = save_empty_input(folder)
     (folder / "no_data").mkdir()
+    (save_empty_model(folder / "bare") / "tokenizer_config.json").unlink()
     (folder / "truncated").mkdir()
     (folder / "truncated" / "config.json").write_text('{"architectures"')
     (folder / "a_file").touch()
@@ -96,6 +97,7 @@ FILES = [
     (["model.path=FOLDER/gone"], "no such directory"),
     (["model.path=FOLDER/truncated"], "not JSON"),
     (["model.path=FOLDER/no_data"], "config.json: missing"),
+    (["model.path=FOLDER/bare"], "no tokenizer here"),
     (["model.tensor_model_parallel_size=3"], "does not divide"),
     (["data.max_prompt_tokens=4000", "max_tokens_per_microbatch=9000"], "exceeds the 4096 positions"),
     (["data.train=FOLDER/trian.jsonl"], "data.train: FOLDER/trian.jsonl: no such file; did you mean"),
