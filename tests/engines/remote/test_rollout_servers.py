@@ -24,6 +24,8 @@ from nemo_aapo.types import SamplingSpec
 from tests.servers import Servers, ask, wait_until_ready
 from tests.training_runs import make_input, settings
 
+pytestmark = pytest.mark.ranks  # the servers are ranks too
+
 SPEC = SamplingSpec(temperature=0.9, max_new_tokens=48, stop_token_ids=(3, 7), min_new_tokens=2)
 PROMPTS = [np.random.default_rng(n).integers(2, 150, n).astype(np.int32) for n in (3, 19, 1, 8, 8, 13)]
 SEEDS = [[1000 * i + j for j in range(size)] for i, size in enumerate((6, 4, 7, 1, 0, 7))]
