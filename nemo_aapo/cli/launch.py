@@ -20,7 +20,7 @@ from nemo_aapo.config.compose import compose
 from nemo_aapo.errors import ConfigError
 from nemo_aapo.launch import local
 from nemo_aapo.launch.slurm import control, logs, submit
-from nemo_aapo.launch.slurm.paths import Places
+from nemo_aapo.launch.slurm.paths import RunPaths
 from nemo_aapo.launch.slurm.script import Site
 from nemo_aapo.launch.world import World, of_launcher
 from nemo_aapo.prepare import Job, prepare, prepare_fill
@@ -84,23 +84,23 @@ def control_run(action: str, words: Sequence[str]) -> int:
     """One of the actions on a run that was submitted."""
     follow = "--follow" in words and action == "logs"
     words = [word for word in words if not (follow and word == "--follow")]
-    places = run_directory(words)
+    paths = run_directory(words)
     if action == "logs":
-        print(show_logs(places, follow))
+        print(show_logs(paths, follow))
     else:
-        print({"status": control.status, "cancel": control.cancel, "requeue": control.requeue}[action](places))
+        print({"status": control.status, "cancel": control.cancel, "requeue": control.requeue}[action](paths))
     return 0
 
 
-def run_directory(words: Sequence[str]) -> Places:
+def run_directory(words: Sequence[str]) -> RunPaths:
     """Where the run is that the words name; they need not say all that a start needs."""
-    return Places(Path(compose(read_command_line(list(words)))["run"]["dir"]).absolute())
+    return RunPaths(Path(compose(read_command_line(list(words)))["run"]["dir"]).absolute())
 
 
-def show_logs(places: Places, follow: bool) -> str:
+def show_logs(paths: RunPaths, follow: bool) -> str:
     """The end of all logs; with ``follow`` also what is added, until no job of the run is left."""
-    tail = logs.Tail(places.logs, from_end=True)
-    text = "\n".join(logs.last_lines(places.logs))
+    tail = logs.Tail(paths.logs, from_end=True)
+    text = "\n".join(logs.last_lines(paths.logs))
     if not follow:
         return text
     print(text)
@@ -110,6 +110,6 @@ def show_logs(places: Places, follow: bool) -> str:
             print(line, flush=True)
         if time.monotonic() - asked > ASK_SLURM_S:
             asked = time.monotonic()
-            if all(state.is_over for state in control.states_of(places)):
+            if all(state.is_over for state in control.states_of(paths)):
                 return "\n".join([*tail.lines(), "no job of this run is left; `status` says how it ended"])
         time.sleep(FOLLOW_S)

@@ -19,7 +19,7 @@ from nemo_aapo.config import Config, parse, without_secrets
 from nemo_aapo.config.command_line import read_command_line
 from nemo_aapo.config.compose import compose
 from nemo_aapo.errors import ConfigError
-from nemo_aapo.launch.slurm.paths import Places
+from nemo_aapo.launch.slurm.paths import RunPaths
 from nemo_aapo.launch.slurm.script import (
     Site,
     environment_file,
@@ -102,19 +102,19 @@ def test_bash_hands_on_every_word_as_it_is_whatever_the_names(name, tmp_path):
     tree["run"] |= {"name": name, "dir": f"runs/{name}"}
     tree["cluster"] |= {"env": {"TOKEN": f"{name}\n2"}, "servers": {"nodes": 1, "per_node": 1, "gpus_per_node": 0}}
     config = parse(tree)
-    places = Places(tmp_path / "runs" / name)
-    places.make()
-    places.environment.write_text(environment_file(config.cluster.env))
+    paths = RunPaths(tmp_path / "runs" / name)
+    paths.make()
+    paths.environment.write_text(environment_file(config.cluster.env))
     script = render_training(config, site)
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=30, cwd=tmp_path)
     words = supervisor_words(config, site, training_roles(config, site), ["job", "--max-requeues=20"])
     assert json.loads(done.stdout) == words[1:]
     options, commands = split_roles(json.loads(done.stdout))
-    assert options[-1] == str(places.run_dir)
+    assert options[-1] == str(paths.run_dir)
     assert list(commands) == ["train", "servers"]
     shown = subprocess.run(
-        ["bash", "-c", f"source {places.environment.name}; printf %s \"$TOKEN\""],
-        cwd=places.folder, capture_output=True, text=True, timeout=10,
+        ["bash", "-c", f"source {paths.environment.name}; printf %s \"$TOKEN\""],
+        cwd=paths.folder, capture_output=True, text=True, timeout=10,
     )  # fmt: skip
     assert shown.stdout == f"{name}\n2"
     assert not (tmp_path / "pwned").exists()

@@ -7,21 +7,21 @@ from collections.abc import Sequence
 from nemo_aapo.errors import RunError
 from nemo_aapo.launch.slurm.attempts import History, read_history, summary, write_history
 from nemo_aapo.launch.slurm.commands import JobState, job_states, slurm
-from nemo_aapo.launch.slurm.paths import Places, add_jobs, read_jobs
+from nemo_aapo.launch.slurm.paths import RunPaths, add_jobs, read_jobs
 from nemo_aapo.launch.slurm.submit import sbatch
 from nemo_aapo.run.state import RunState, read_state
 
 SHOWN_ATTEMPTS = 5
 
 
-def status(places: Places) -> str:
+def status(paths: RunPaths) -> str:
     """How a run fares: its jobs, its step and reward, its last checkpoint, the time left, how attempts ended.
 
     Raises:
         RunError: nothing was submitted from this run directory.
     """
-    lines = describe(states_of(places), read_state(places.run_dir), read_history(places.history))
-    return "\n".join([f"run         {places.run_dir}", *lines])
+    lines = describe(states_of(paths), read_state(paths.run_dir), read_history(paths.history))
+    return "\n".join([f"run         {paths.run_dir}", *lines])
 
 
 def describe(states: Sequence[JobState], run: RunState, history: History) -> list[str]:
@@ -48,13 +48,13 @@ def describe(states: Sequence[JobState], run: RunState, history: History) -> lis
     return lines
 
 
-def cancel(places: Places) -> str:
+def cancel(paths: RunPaths) -> str:
     """Cancel all jobs of the run; those that wait first, or one of them would begin.
 
     Raises:
         RunError: nothing was submitted from this run directory.
     """
-    active = [state for state in states_of(places) if not state.is_over]
+    active = [state for state in states_of(paths) if not state.is_over]
     if not active:
         return "no job of this run waits or runs"
     ids = [state.id for state in sorted(active, key=lambda state: state.state == "RUNNING")]
@@ -62,15 +62,15 @@ def cancel(places: Places) -> str:
     return f"cancelled {', '.join(ids)}"
 
 
-def requeue(places: Places) -> str:
+def requeue(paths: RunPaths) -> str:
     """Have a run go on: a running job saves and starts anew; one that has ended is submitted again.
 
     Raises:
         RunError: nothing was submitted from this run directory, or the run is finished.
     """
-    states = states_of(places)
-    if read_state(places.run_dir).finished:
-        raise RunError(f"{places.run_dir}: the run is finished")
+    states = states_of(paths)
+    if read_state(paths.run_dir).finished:
+        raise RunError(f"{paths.run_dir}: the run is finished")
     running = [state.id for state in states if state.state == "RUNNING"]
     if running:
         slurm("scancel", "--batch", "--signal=USR1", running[0])
@@ -78,21 +78,21 @@ def requeue(places: Places) -> str:
     waiting = [state.id for state in states if not state.is_over]
     if waiting:
         return f"job {waiting[0]} waits already"
-    write_history(places.history, read_history(places.history).submitted_again())
-    job = sbatch(places.script)
-    add_jobs(places, [{"id": job, "what": "train"}])
-    return f"submitted {job}: {places.script}"
+    write_history(paths.history, read_history(paths.history).submitted_again())
+    job = sbatch(paths.script)
+    add_jobs(paths, [{"id": job, "what": "train"}])
+    return f"submitted {job}: {paths.script}"
 
 
-def states_of(places: Places) -> list[JobState]:
+def states_of(paths: RunPaths) -> list[JobState]:
     """Slurm's view of all jobs of the run, oldest first.
 
     Raises:
         RunError: there are none.
     """
-    jobs = read_jobs(places)
+    jobs = read_jobs(paths)
     if not jobs:
-        raise RunError(f"{places.run_dir}: nothing was submitted to Slurm from here; is it the run's directory?")
+        raise RunError(f"{paths.run_dir}: nothing was submitted to Slurm from here; is it the run's directory?")
     return job_states([job["id"] for job in jobs])
 
 

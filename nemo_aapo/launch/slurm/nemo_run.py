@@ -15,7 +15,7 @@ from typing import Any
 from nemo_aapo.config import Config
 from nemo_aapo.config.cluster import time_in_seconds
 from nemo_aapo.errors import ConfigError
-from nemo_aapo.launch.slurm.script import Role, Site, job_name, places_of, python_path, rank_words, training_roles
+from nemo_aapo.launch.slurm.script import Role, Site, job_name, paths_of, python_path, rank_words, training_roles
 
 _REMEDY = "scripts/nemo_run.sh makes an environment that it works in; or leave it to cluster.launcher=sbatch"
 _ADDRESSES = (
@@ -37,7 +37,7 @@ def home(config: Config, site: Site) -> Path:
     Raises:
         ConfigError: nemo-run 0.11.1 replaces every ``/nemo_run`` in its script by a directory of its own, in paths too.
     """
-    found = places_of(config, site).folder / "nemo-run"
+    found = paths_of(config, site).folder / "nemo-run"
     for path in (found, site.checkout or found, site.directory):
         if "/nemo_run" in str(path):
             raise ConfigError(f"{path}: nemo-run can't have /nemo_run in a path; use another run.dir or directory")
@@ -80,11 +80,11 @@ def submit(config: Config, site: Site) -> str:
 def _executor(nemo_run: Any, config: Config, site: Site, role: Role) -> Any:
     from nemo_run.core.execution.slurm import SlurmJobDetails
 
-    cluster, places = config.cluster, places_of(config, site)
-    logs = str(places.logs).replace("%", "%%")
+    cluster, paths = config.cluster, paths_of(config, site)
+    logs = str(paths.logs).replace("%", "%%")
     srun = [f"--chdir={site.directory}", "--open-mode=append", f"--output={logs}/rank_%t.log"]
     dependency = {"dependency": cluster.dependency} if cluster.dependency else {}
-    environment = shlex.quote(str(places.environment))
+    environment = shlex.quote(str(paths.environment))
     setup = [
         *python_path(site),
         *cluster.setup,
@@ -103,11 +103,11 @@ def _executor(nemo_run: Any, config: Config, site: Site, role: Role) -> Any:
         cpus_per_task=cluster.cpus_per_task,
         exclusive=cluster.exclusive or None,
         container_image=cluster.container.image,
-        container_mounts=[*cluster.container.mounts, f"{places.run_dir}:{places.run_dir}"],
+        container_mounts=[*cluster.container.mounts, f"{paths.run_dir}:{paths.run_dir}"],
         additional_parameters={**dependency, **{k.replace("-", "_"): v for k, v in cluster.sbatch_args.items()}},
         srun_args=[*srun, *cluster.srun_args],
         setup_lines="\n".join(setup),
-        job_details=SlurmJobDetails(job_name=job_name(config, "train", 1), folder=str(places.folder)),
+        job_details=SlurmJobDetails(job_name=job_name(config, "train", 1), folder=str(paths.folder)),
         packager=nemo_run.Packager(),
         tunnel=nemo_run.LocalTunnel(job_dir=str(home(config, site) / "experiments")),
         poll_estimated_start_time=False,

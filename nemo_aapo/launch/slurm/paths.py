@@ -26,7 +26,7 @@ from nemo_aapo.utils.token import make_token
 
 
 @dataclass(frozen=True)
-class Places:
+class RunPaths:
     """The paths in one run directory."""
 
     run_dir: Path
@@ -77,14 +77,14 @@ class Places:
         make_token(self.servers)
 
 
-def read_jobs(places: Places) -> list[dict[str, Any]]:
+def read_jobs(paths: RunPaths) -> list[dict[str, Any]]:
     """What was submitted for the run, oldest first: ``{"id": "41", "what": "train" | "fill" | "merge"}``."""
     try:
-        return json.loads(places.jobs.read_text(encoding="utf-8"))
+        return json.loads(paths.jobs.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return []
 
 
-def add_jobs(places: Places, jobs: Sequence[dict[str, Any]]) -> None:
+def add_jobs(paths: RunPaths, jobs: Sequence[dict[str, Any]]) -> None:
     """Remember submitted jobs."""
-    write_atomic(places.jobs, to_json([*read_jobs(places), *jobs]) + "\n")
+    write_atomic(paths.jobs, to_json([*read_jobs(paths), *jobs]) + "\n")

@@ -17,7 +17,7 @@ from typing import Any
 
 from nemo_aapo.config import Config
 from nemo_aapo.config.command_line import config_directory
-from nemo_aapo.launch.slurm.paths import FROZEN, Places
+from nemo_aapo.launch.slurm.paths import FROZEN, RunPaths
 
 SEPARATOR = "::"
 """Begins the command of a role on the supervisor's command line."""
@@ -104,7 +104,7 @@ def training_roles(config: Config, site: Site) -> list[Role]:
 def supervisor_words(config: Config, site: Site, roles: Sequence[Role], mode: Sequence[str]) -> list[str]:
     """The call of the supervisor, with the ``srun`` of every role."""
     words = [site.python, "-u", "-m", "nemo_aapo.launch.slurm.supervisor", *mode]
-    words += [f"--fault-timeout={config.trainer.fault_timeout_s:g}", str(places_of(config, site).run_dir)]
+    words += [f"--fault-timeout={config.trainer.fault_timeout_s:g}", str(paths_of(config, site).run_dir)]
     for number, role in enumerate(roles):
         group = [f"--het-group={number}"] if len(roles) > 1 else []
         words += [SEPARATOR, role.name, "srun", *group, *_srun_flags(config, site, role), "--"]
@@ -118,14 +118,14 @@ def rank_words(config: Config, site: Site, role: Role) -> list[str]:
     return [python, "-m", "nemo_aapo.launch.slurm.rank", role.name, *role.words]
 
 
-def places_of(config: Config, site: Site) -> Places:
+def paths_of(config: Config, site: Site) -> RunPaths:
     """The run directory's files; ``run.dir`` is taken from the site's working directory."""
-    return Places(site.directory / config.run.dir)
+    return RunPaths(site.directory / config.run.dir)
 
 
 def frozen_config_file(config: Config, site: Site) -> tuple[str, ...]:
     """The words that make a script read the frozen configuration."""
-    return ("--config-path", str(places_of(config, site).folder), "--config-name", FROZEN)
+    return ("--config-path", str(paths_of(config, site).folder), "--config-name", FROZEN)
 
 
 def _trainer_role(config: Config, words: tuple[str, ...]) -> Role:
@@ -143,7 +143,7 @@ def job_name(config: Config, role: str, roles: int) -> str:
 
 def _log(config: Config, site: Site, name: str) -> str:
     """A path as Slurm takes it, where ``%`` begins a placeholder."""
-    return str(places_of(config, site).logs).replace("%", "%%") + f"/{name}.log"
+    return str(paths_of(config, site).logs).replace("%", "%%") + f"/{name}.log"
 
 
 def _flags(config: Config, site: Site, role: Role, job_name: str) -> dict[str, Any]:
@@ -175,7 +175,7 @@ def _srun_flags(config: Config, site: Site, role: Role) -> list[str]:
         flags.append(f"--cpus-per-task={cluster.cpus_per_task}")
     flags += ["--open-mode=append", f"--output={_log(config, site, role.log)}"]
     if container.image is not None:
-        run_dir = places_of(config, site).run_dir
+        run_dir = paths_of(config, site).run_dir
         mounts = ",".join([*container.mounts, f"{run_dir}:{run_dir}"])
         flags += [f"--container-image={container.image}", f"--container-mounts={mounts}", "--no-container-mount-home"]
         flags += [f"--container-workdir={container.workdir}"] if container.workdir else []
@@ -195,7 +195,7 @@ def _script(config: Config, site: Site, blocks: Sequence[Mapping[str, Any]], com
         *config.cluster.setup,
     ]
     if config.cluster.env:
-        lines += ["# shellcheck source=/dev/null", f"source {shlex.quote(str(places_of(config, site).environment))}"]
+        lines += ["# shellcheck source=/dev/null", f"source {shlex.quote(str(paths_of(config, site).environment))}"]
     return "\n".join([*lines, "", _wrapped(["exec", *command])]) + "\n"
 
 

@@ -14,11 +14,11 @@ from nemo_aapo.errors import ConfigError, SlurmError
 from nemo_aapo.launch.slurm import nemo_run
 from nemo_aapo.launch.slurm.attempts import read_history, write_history
 from nemo_aapo.launch.slurm.commands import job_states, slurm
-from nemo_aapo.launch.slurm.paths import Places, add_jobs, read_jobs
+from nemo_aapo.launch.slurm.paths import RunPaths, add_jobs, read_jobs
 from nemo_aapo.launch.slurm.script import (
     Site,
     environment_file,
-    places_of,
+    paths_of,
     render_fill,
     render_merge,
     render_training,
@@ -65,14 +65,14 @@ def submit_training(config: Config, tree: dict[str, Any], site: Site) -> int:
         print(script, end="")
         return 0
     through_nemo_run = config.cluster.launcher == "nemo_run"
-    places = freeze(config, nemo_run.with_time_limit(config, tree) if through_nemo_run else tree, site)
-    write_atomic(places.script, script)
+    paths = freeze(config, nemo_run.with_time_limit(config, tree) if through_nemo_run else tree, site)
+    write_atomic(paths.script, script)
     ids = []
     for _ in range(config.cluster.chain):
-        ids.append(nemo_run.submit(config, site) if through_nemo_run else sbatch(places.script))
-        add_jobs(places, [{"id": ids[-1], "what": "train"}])
-    write_history(places.history, read_history(places.history).submitted_again())
-    print(f"submitted {', '.join(ids)}: {places.script}")
+        ids.append(nemo_run.submit(config, site) if through_nemo_run else sbatch(paths.script))
+        add_jobs(paths, [{"id": ids[-1], "what": "train"}])
+    write_history(paths.history, read_history(paths.history).submitted_again())
+    print(f"submitted {', '.join(ids)}: {paths.script}")
     print(f"how it fares: python scripts/launch.py status run.dir={config.run.dir}")
     return 0
 
@@ -87,13 +87,13 @@ def submit_fill(config: Config, tree: dict[str, Any], site: Site) -> int:
         print(render_fill(config, site), end="")
         print(render_merge(config, site, after="ARRAY"), end="")
         return 0
-    places = freeze(config, tree, site)
+    paths = freeze(config, tree, site)
     ids = {}
-    write_atomic(places.folder / "fill.sbatch", render_fill(config, site))
-    ids["fill"] = sbatch(places.folder / "fill.sbatch")
-    write_atomic(places.folder / "merge.sbatch", render_merge(config, site, after=ids["fill"]))
-    ids["merge"] = sbatch(places.folder / "merge.sbatch")
-    add_jobs(places, [{"id": job, "what": what} for what, job in ids.items()])
+    write_atomic(paths.folder / "fill.sbatch", render_fill(config, site))
+    ids["fill"] = sbatch(paths.folder / "fill.sbatch")
+    write_atomic(paths.folder / "merge.sbatch", render_merge(config, site, after=ids["fill"]))
+    ids["merge"] = sbatch(paths.folder / "merge.sbatch")
+    add_jobs(paths, [{"id": job, "what": what} for what, job in ids.items()])
     print(f"submitted {ids['fill']} (array of {config.cluster.fill_jobs}), then {ids['merge']}, which joins its parts")
     print(f"train after it: cluster.dependency=afterok:{ids['merge']}")
     return 0
@@ -113,30 +113,30 @@ def run_interactively(config: Config, tree: dict[str, Any], site: Site) -> int:
     os.execve(words[0], words, environment)
 
 
-def freeze(config: Config, tree: dict[str, Any], site: Site) -> Places:
+def freeze(config: Config, tree: dict[str, Any], site: Site) -> RunPaths:
     """Write what the job reads: the frozen configuration, the variables, the servers' token.
 
     Raises:
         ConfigError: jobs of this run still go by another configuration.
     """
-    places = places_of(config, site)
+    paths = paths_of(config, site)
     frozen = yaml.safe_dump({**tree, "dry_run": False}, sort_keys=False, allow_unicode=True)
-    if places.frozen.exists() and places.frozen.read_text(encoding="utf-8") != frozen:
-        active = [state.id for state in job_states([job["id"] for job in read_jobs(places)]) if not state.is_over]
+    if paths.frozen.exists() and paths.frozen.read_text(encoding="utf-8") != frozen:
+        active = [state.id for state in job_states([job["id"] for job in read_jobs(paths)]) if not state.is_over]
         if active:
             raise ConfigError(
                 f"run.dir={config.run.dir}: job {', '.join(active)} of this run waits or runs with other settings, and "
                 "would go on with these: scripts/launch.py cancel first, or give this run another name (run.name=NAME)"
             )
     try:
-        places.make()
+        paths.make()
     except OSError as error:
         raise ConfigError(f"run.dir={config.run.dir}: can't be made ({error.strerror})") from None
     if config.cluster.servers.nodes:
-        places.make_token()
-    write_atomic(places.frozen, frozen)
-    write_atomic(places.environment, environment_file(config.cluster.env), mode=0o600)
-    return places
+        paths.make_token()
+    write_atomic(paths.frozen, frozen)
+    write_atomic(paths.environment, environment_file(config.cluster.env), mode=0o600)
+    return paths
 
 
 def sbatch(script: Any) -> str:

@@ -27,7 +27,7 @@ from nemo_aapo.errors import FAILED, INTERRUPTED, REFUSED, RunError, SlurmError
 from nemo_aapo.launch.slurm.attempts import Attempt, End, decide, read_history, summary, write_history
 from nemo_aapo.launch.slurm.commands import node_addresses, parse_scontrol, slurm
 from nemo_aapo.launch.slurm.logs import Tail
-from nemo_aapo.launch.slurm.paths import Places
+from nemo_aapo.launch.slurm.paths import RunPaths
 from nemo_aapo.launch.slurm.rank import ADDRESSES
 from nemo_aapo.launch.slurm.roles import Ended, Roles, Signals
 from nemo_aapo.launch.slurm.script import SEPARATOR
@@ -48,9 +48,9 @@ CANCELLED, LOST = "cancelled", "requeued by Slurm"
 class Supervisor:
     """One start of a job."""
 
-    def __init__(self, places: Places, commands: Mapping[str, Sequence[str]], *, fault_timeout_s: float) -> None:
+    def __init__(self, paths: RunPaths, commands: Mapping[str, Sequence[str]], *, fault_timeout_s: float) -> None:
         """Args: commands: role -> ``srun`` and all its words, the trainer first."""
-        self.places, self.commands, self.fault_timeout_s = places, commands, fault_timeout_s
+        self.paths, self.commands, self.fault_timeout_s = paths, commands, fault_timeout_s
         self.job, self.restart = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         self.asked: str | None = None
         """What asked the trainer to stop: USR1, INT, or what TERM stood for."""
@@ -65,12 +65,12 @@ class Supervisor:
         Raises:
             RunError: a node does not see the run directory, or another process still uses it.
         """
-        (self.places.run_dir / STOP_FILE).unlink(missing_ok=True)
-        for address in self.places.servers.glob("server_*.json"):  # of servers that are gone
+        (self.paths.run_dir / STOP_FILE).unlink(missing_ok=True)
+        for address in self.paths.servers.glob("server_*.json"):  # of servers that are gone
             address.unlink()
         self._see_run_directory_everywhere()
-        wait_for_lock(self.places.run_dir / LOCK, LOCK_WAIT_S)
-        tail = Tail(self.places.logs, from_end=True) if follow else None
+        wait_for_lock(self.paths.run_dir / LOCK, LOCK_WAIT_S)
+        tail = Tail(self.paths.logs, from_end=True) if follow else None
 
         def each() -> None:
             self._hear()
@@ -81,18 +81,18 @@ class Supervisor:
             ended = self.run(each)
             each()  # a signal that came at the very end still decides whether the job comes back
         finally:
-            (self.places.run_dir / STOP_FILE).unlink(missing_ok=True)
+            (self.paths.run_dir / STOP_FILE).unlink(missing_ok=True)
         return ended
 
     def run(self, each: Callable[[], None]) -> Ended:
         """Start all roles and see them off; ``each`` is called several times a second."""
-        roles = Roles(self.commands, self._environment(), self.places.logs, fault_timeout_s=self.fault_timeout_s)
+        roles = Roles(self.commands, self._environment(), self.paths.logs, fault_timeout_s=self.fault_timeout_s)
         return roles.wait(each)
 
     def attempt(self, max_requeues: int) -> int:
         """Run as a batch job: keep the history, sum up, requeue. Returns the exit code unless it is requeued."""
-        history = read_history(self.places.history)
-        state = read_state(self.places.run_dir)
+        history = read_history(self.paths.history)
+        state = read_state(self.paths.run_dir)
         if state.finished:
             say("the run is finished: nothing to do")
             return 0
@@ -101,7 +101,7 @@ class Supervisor:
             return FAILED
         attempt = Attempt(self.job, self.restart, time.time(), state.checkpoint)
         history = history.begin(attempt)
-        write_history(self.places.history, history)
+        write_history(self.paths.history, history)
         say(f"attempt {self.restart} of job {self.job} begins after step {state.checkpoint}")
         try:
             ended = self.run_training()
@@ -115,7 +115,7 @@ class Supervisor:
         decision = decide(history.attempts[history.counts_from :], max_requeues)
         if end in ("failed", "refused", "saved", "lost") and not decision.requeue:
             history = replace(history, stopped=decision.why)
-        write_history(self.places.history, history)
+        write_history(self.paths.history, history)
         say(summary(attempt))
         say(decision.why)
         if decision.requeue and end != "lost":  # then Slurm does it
@@ -123,7 +123,7 @@ class Supervisor:
         return {"finished": 0, "cancelled": 0, "refused": REFUSED}.get(end, FAILED)
 
     def _close(self, attempt: Attempt, end: End, why: str) -> Attempt:
-        state = read_state(self.places.run_dir)
+        state = read_state(self.paths.run_dir)
         return replace(
             attempt,
             end=end,
@@ -136,7 +136,7 @@ class Supervisor:
 
     def _judge(self, ended: Ended) -> tuple[End, str]:
         """How the trainer's end is to be understood."""
-        if read_state(self.places.run_dir).finished:
+        if read_state(self.paths.run_dir).finished:
             return "finished", "the run is complete"
         if self.asked == CANCELLED:
             return "cancelled", "SIGTERM from Slurm (scancel, or the time limit before the trainer could save)"
@@ -147,7 +147,7 @@ class Supervisor:
         if ended.code == 0:
             return "saved", f"{self.asked or 'the trainer was asked to stop, or checkpoint.max_time_s was reached'}"
         if ended.code == REFUSED:
-            return "refused", f"the trainer refused its configuration; see {self.places.logs / 'rank_0.log'}"
+            return "refused", f"the trainer refused its configuration; see {self.paths.logs / 'rank_0.log'}"
         return "failed", ended.fault or f"exit code {ended.code}"
 
     def _hear(self) -> None:
@@ -161,7 +161,7 @@ class Supervisor:
                 self.asked = reason
                 say(f"{reason}: asking the trainer to finish its step, save and end")
         if self.asked is not None:  # again and again: a trainer that is just starting removes an old stop file
-            (self.places.run_dir / STOP_FILE).touch()
+            (self.paths.run_dir / STOP_FILE).touch()
 
     def _why_term(self) -> str:
         """TERM comes with ``scancel`` and at the time limit, but also when Slurm takes a job back: a node was lost, or
@@ -182,7 +182,7 @@ class Supervisor:
 
     def _see_run_directory_everywhere(self) -> None:
         """A run directory on a local disk looks well until the other nodes begin to write."""
-        mark = self.places.folder / f"seen_by_{self.job}"
+        mark = self.paths.folder / f"seen_by_{self.job}"
         mark.touch()
         look_for = f'for _ in {{1..{SEEN_WAIT_S}}}; do [[ -e $1 ]] && exit; sleep 1; done; echo "$SLURMD_NODENAME"'
         try:
@@ -196,7 +196,7 @@ class Supervisor:
             mark.unlink(missing_ok=True)
         if blind:
             raise RunError(
-                f"run.dir={self.places.run_dir}: {', '.join(sorted(blind))} can't see it. Put it on a file system that "
+                f"run.dir={self.paths.run_dir}: {', '.join(sorted(blind))} can't see it. Put it on a file system that "
                 "all nodes share (run.dir=DIR)"
             )
 
@@ -255,7 +255,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--max-requeues", type=int, default=0)
     parser.add_argument("--fault-timeout", type=float, required=True)
     given = parser.parse_args(options)
-    supervisor = Supervisor(Places(given.run_dir), commands, fault_timeout_s=given.fault_timeout)
+    supervisor = Supervisor(RunPaths(given.run_dir), commands, fault_timeout_s=given.fault_timeout)
     try:
         if given.mode == "job":
             return supervisor.attempt(given.max_requeues)

@@ -16,7 +16,7 @@ from typing import Any
 
 from nemo_aapo.launch.slurm.attempts import Attempt, read_history
 from nemo_aapo.launch.slurm.commands import parse_scontrol
-from nemo_aapo.launch.slurm.paths import Places
+from nemo_aapo.launch.slurm.paths import RunPaths
 from tests.training_runs import exported, metrics, settings
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -100,8 +100,8 @@ class Run:
     job: str = ""
 
     @property
-    def places(self) -> Places:
-        return Places(self.directory)
+    def paths(self) -> RunPaths:
+        return RunPaths(self.directory)
 
     def submit(self, *more: str) -> list[str]:
         """Submit it; the ids."""
@@ -114,11 +114,11 @@ class Run:
 
     def attempts(self) -> tuple[Attempt, ...]:
         """What the run's history says."""
-        return read_history(self.places.history).attempts
+        return read_history(self.paths.history).attempts
 
     def log(self) -> str:
         """What the jobs' scripts said."""
-        return "".join(path.read_text() for path in sorted(self.places.logs.glob("slurm_*.log")))
+        return "".join(path.read_text() for path in sorted(self.paths.logs.glob("slurm_*.log")))
 
     def wait_until_held(self, attempt: int) -> None:
         """Until the reward holds this attempt up."""
@@ -191,7 +191,7 @@ def wait_for(condition: Callable[[], Any], what: str, story: Callable[[], str], 
 
 def jobs_of(run: Run) -> list[dict[str, Any]]:
     """What the run remembers of its jobs."""
-    return json.loads(run.places.jobs.read_text())
+    return json.loads(run.paths.jobs.read_text())
 
 
 def assert_equal(run: Run, expected: Run) -> None:

@@ -25,11 +25,11 @@ def test_nemo_run_submits_the_frozen_configuration_and_the_trainer_stops_before_
     job = re.search(r"^submitted (\d+): ", said, re.MULTILINE)[1]
     run.wait_until(job, "COMPLETED")
     assert (run.directory / "finished").exists()
-    assert yaml.safe_load(run.places.frozen.read_text())["checkpoint"]["max_time_s"] == 20 * 60 - 10
-    assert "train 0 of 1 on node" in (run.places.logs / "rank_0.log").read_text()
+    assert yaml.safe_load(run.paths.frozen.read_text())["checkpoint"]["max_time_s"] == 20 * 60 - 10
+    assert "train 0 of 1 on node" in (run.paths.logs / "rank_0.log").read_text()
     assert f"job         {job} COMPLETED" in run.say("status")
     holding = [path for path in run.directory.rglob("*") if path.is_file() and b"s3cret" in path.read_bytes()]
-    assert holding == [run.places.environment]
+    assert holding == [run.paths.environment]
 
 
 def test_without_nemo_run_its_choice_is_refused_with_the_remedy(cluster, given):

@@ -23,17 +23,17 @@ def test_a_dead_server_ends_the_attempt_with_a_clear_message_and_the_next_one_co
     job = run.submit()[0]
     run.wait_until_held(0)
 
-    assert {path.name: stat.S_IMODE(path.stat().st_mode) for path in run.places.servers.glob("[st]*.json")} == {
+    assert {path.name: stat.S_IMODE(path.stat().st_mode) for path in run.paths.servers.glob("[st]*.json")} == {
         "server_0.json": 0o600
     }
-    token = (run.places.servers / "token").read_text().strip()
-    assert stat.S_IMODE((run.places.servers / "token").stat().st_mode) == 0o600
-    assert stat.S_IMODE(run.places.servers.stat().st_mode) == 0o700
+    token = (run.paths.servers / "token").read_text().strip()
+    assert stat.S_IMODE((run.paths.servers / "token").stat().st_mode) == 0o600
+    assert stat.S_IMODE(run.paths.servers.stat().st_mode) == 0o700
     assert not_shown(token)
     nodes = cluster.run("squeue", "--noheader", f"--job={job}", "--format=%N").split()
     assert len(set(nodes)) == 2
 
-    server = json.loads((run.places.servers / "server_0.json").read_text())
+    server = json.loads((run.paths.servers / "server_0.json").read_text())
     os.kill(server["pid"], signal.SIGKILL)
     run.wait_until(job, "COMPLETED")
     assert [attempt.end for attempt in run.attempts()] == ["failed", "finished"], run.log()

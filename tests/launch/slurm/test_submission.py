@@ -53,7 +53,7 @@ def test_the_quickstart_on_two_nodes_under_tp2_pp2_completes_as_it_does_on_one_m
     assert quickstart.attempts()[-1].tokens > 0
     assert "finished: the run is complete" in quickstart.log()
     for rank in range(4):
-        assert f"train {rank} of 4 on node" in (quickstart.places.logs / f"rank_{rank}.log").read_text()
+        assert f"train {rank} of 4 on node" in (quickstart.paths.logs / f"rank_{rank}.log").read_text()
         assert re.search(rf"^rank_{rank} +\| ====", followed, re.MULTILINE)
     assert re.search(r"^rank_0 +\| step 4/4 ", followed, re.MULTILINE)
     assert "no job of this run is left" in followed
@@ -70,11 +70,11 @@ def test_a_queued_copy_of_a_finished_run_ends_at_once(cluster, quickstart):
 
 
 def test_secrets_reach_the_ranks_and_no_other_file_than_one_that_only_the_owner_reads(quickstart):
-    places = quickstart.places
+    paths = quickstart.paths
     holding = [path for path in quickstart.directory.rglob("*") if path.is_file() and b"s3cret" in path.read_bytes()]
-    assert holding == [places.environment]
-    assert stat.S_IMODE(places.environment.stat().st_mode) == 0o600
-    assert stat.S_IMODE(places.folder.stat().st_mode) == 0o700
+    assert holding == [paths.environment]
+    assert stat.S_IMODE(paths.environment.stat().st_mode) == 0o600
+    assert stat.S_IMODE(paths.folder.stat().st_mode) == 0o700
     shown = quickstart.cluster.launch(*quickstart.words, "--cfg", "job")
     assert "SECRET_TOKEN: <hidden>" in shown
     assert "s3cret" not in shown
@@ -146,7 +146,7 @@ def test_a_run_directory_that_a_node_does_not_see_is_refused_before_any_rank_sta
         show_to_node(cluster, 6)
     assert "node6 can't see it. Put it on a file system that all nodes share" in run.log()
     assert "the run stops: it would be refused again" in run.log()
-    assert not list(run.places.logs.glob("rank_*"))
+    assert not list(run.paths.logs.glob("rank_*"))
 
 
 def hide_from_node(cluster: Cluster, node: int, directory: Path) -> None:
@@ -195,7 +195,7 @@ def test_an_array_job_fills_the_reference_store_and_another_joins_it(cluster, gi
     assert {cluster.job(f"{array}_{task}")["JobState"] for task in range(2)} == {"COMPLETED"}
     assert (run.directory / "reference_rewards.sqlite").exists()
     assert "10 of 10 prompts have their 4 reference rewards" in "".join(
-        path.read_text() for path in run.places.logs.rglob("*") if path.is_file()
+        path.read_text() for path in run.paths.logs.rglob("*") if path.is_file()
     )
 
 

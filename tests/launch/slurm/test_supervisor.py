@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nemo_aapo.launch.slurm.attempts import read_history
-from nemo_aapo.launch.slurm.paths import Places
+from nemo_aapo.launch.slurm.paths import RunPaths
 from tests.launch.slurm.cluster import ROOT, Cluster, missing, wait_for
 
 pytestmark = pytest.mark.timeout(300)
@@ -29,7 +29,7 @@ fi
 
 def submit(cluster: Cluster, run_dir: Path, *flags: str, trainer: str = TRAINER) -> str:
     """A job whose script is the supervisor."""
-    Places(run_dir).make()
+    RunPaths(run_dir).make()
     words = [sys.executable, "-m", "nemo_aapo.launch.slurm.supervisor", "job", "--fault-timeout=2", "--max-requeues=2"]
     words += [str(run_dir), "::", "train", "srun", "--nodes=1", "bash", "-c", trainer, "bash", str(run_dir)]
     script = run_dir / "job.sbatch"
@@ -44,7 +44,7 @@ def see_through(cluster: Cluster, job: str, run_dir: Path, state: str = "COMPLET
         return (run_dir / "log").read_text()
 
     wait_for(lambda: cluster.job(job)["JobState"] == state, f"end of job {job}", story, 120)
-    return [f"{attempt.end}: {attempt.why}" for attempt in read_history(Places(run_dir).history).attempts]
+    return [f"{attempt.end}: {attempt.why}" for attempt in read_history(RunPaths(run_dir).history).attempts]
 
 
 def test_a_preemption_that_only_the_ranks_are_told_of_by_sigterm_is_not_taken_for_a_cancellation(tmp_path):
