@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+import nemo_aapo
 from tests.scripts import SCRIPTS, exit_code_and_heavy_imports
 
 PACKAGE = SCRIPTS.parent / "nemo_aapo"
@@ -48,7 +51,7 @@ def imports(path: Path) -> Iterator[tuple[int, str]]:
     """Line and first part below the package of everything that a module imports of it, inside functions too."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module == "nemo_aapo":
-            yield from ((node.lineno, alias.name) for alias in node.names if alias.name in HEIGHT)
+            yield from ((node.lineno, nemo_aapo._EXPORTS.get(a.name, a.name).split(".")[0]) for a in node.names)
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("nemo_aapo."):
             yield node.lineno, node.module.split(".")[1]
         elif isinstance(node, ast.Import):
@@ -73,6 +76,32 @@ def test_no_module_imports_what_stands_above_or_beside_its_layer():
             if name != part and HEIGHT[name] >= HEIGHT[part]:
                 upward.append(f"{path.relative_to(PACKAGE)}:{line} imports {name}")
     assert not upward
+
+
+@pytest.mark.slow
+def test_each_layer_is_imported_without_any_above_it():
+    """What runs when a layer's modules are imported, from the ground up, in one new process."""
+    code = f"""
+import importlib, sys
+layers = {modules_of_layers()!r}
+for layer, names in layers:
+    for name in names:
+        importlib.import_module(name)
+    above = {{part for other, modules in layers if other > layer for part in modules}}
+    assert not above & sys.modules.keys(), (layer, sorted(above & sys.modules.keys()))
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+
+
+def modules_of_layers() -> list[tuple[int, list[str]]]:
+    """Each layer's modules, but for those that need a GPU's packages at once."""
+    found: dict[int, list[str]] = {height: [] for height in HEIGHT.values()}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        names = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        if names[1] in HEIGHT and not names[-1].endswith(("_triton", "__main__")):
+            found[HEIGHT[names[1]]].append(".".join(names).removesuffix(".__init__"))
+    return sorted(found.items())
 
 
 def modules_named(path: Path) -> Iterator[tuple[int, str]]:
