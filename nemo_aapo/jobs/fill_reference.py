@@ -177,7 +177,7 @@ def _report(path: str, samples: int, key: StoreKey, prompts: Sequence[Prompt]) -
                 print(f"{path}: holds rewards for other settings: {'; '.join(key.differences(parts))}")
     print(f"{path}: {count} of {len(prompts)} prompts have their {samples} reference rewards (key {key.digest})")
     if count < len(prompts):
-        print(f"missing: {len(prompts) - count} prompts; fill again with the same settings, which draws only those")
+        print(f"missing: {len(prompts) - count} prompts; fill again with the same settings, which samples only those")
     return 0 if count == len(prompts) else INCOMPLETE
 
 

@@ -32,7 +32,7 @@ class Function:
     name: str
     """``module:qualified name``."""
     sha256: str
-    """Of its source text (``sha256_of``)."""
+    """The digest of its source text (``sha256_of``)."""
     why: str
     """What is replaced in it, or given to it, and for what reason."""
 

@@ -37,7 +37,7 @@ class EvaluationJob:
     settings: Config
     """The parts that evaluation shares with training (ranks, layout, precision, rewards, engine), decided."""
     shape: ModelShape
-    """Of the model."""
+    """The shape of the model that is measured."""
     reward: Reward
     """What tells right from wrong."""
 

@@ -38,7 +38,7 @@ class Job:
     tree: Mapping[str, Any]
     """The configuration as a plain tree without secrets: what ``config.yaml`` of the run directory shows."""
     shape: ModelShape
-    """Of the model at ``config.model.path``."""
+    """The shape of the model at ``config.model.path``."""
     sizes: Sizes
     """Data-parallel size, sequences a step and the like, with the arithmetic that led to them."""
     rewards: tuple[tuple[Reward, float], ...]

@@ -21,7 +21,7 @@ class ServerJob:
     config: Config
     """The trainer's, with what it leaves to the machine decided for this one."""
     shape: ModelShape
-    """Of the model at ``config.model.path``."""
+    """The shape of the model at ``config.model.path``."""
 
 
 def prepare_server(words: Words) -> ServerJob:

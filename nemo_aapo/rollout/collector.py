@@ -62,7 +62,7 @@ class _Shard:
     prompts: Sequence[Prompt]
     seeds: Sequence[Sequence[int]]
     texts: dict[tuple[int, int], str] = field(default_factory=dict)
-    """By prompt and completion, on the model-parallel source rank, as completions end."""
+    """The texts of the completions that have ended, by prompt and completion, on the model-parallel source rank."""
 
     @property
     def token_ids(self) -> list[np.ndarray]:
@@ -84,7 +84,7 @@ class Collector:
 
     engine: RolloutEngine
     rewards: RewardScorer | None
-    """On the model-parallel source rank; None elsewhere."""
+    """The scorer, on the model-parallel source rank; None elsewhere."""
     decode: Callable[[np.ndarray], str]
     """Token ids -> text, without special tokens."""
     offload: Callable[[], AbstractContextManager[None]] = nullcontext

@@ -17,7 +17,7 @@ class Entry:
     """One key of a config file."""
 
     value: str
-    """As it stands there; empty for what goes on below the key."""
+    """The value as it stands in the file; empty for what goes on below the key."""
     line: int
     """Where the key stands, from 0."""
     end: int

@@ -99,10 +99,10 @@ def measure(config: Config, engine: Callable[[MegatronPolicy], RolloutEngine] | 
         numbers = range(len(prompts))[mine]
         seeds = [[stream_seed(config.seed, "doctor", i, j) for j in range(COMPLETIONS)] for i in numbers]
         made.wake()
-        drawn = made.generate([prompt.token_ids for prompt in prompts[mine]], sampling, seeds)
+        sampled = made.generate([prompt.token_ids for prompt in prompts[mine]], sampling, seeds)
         made.sleep()
-        groups = [_group(prompt, completions) for prompt, completions in zip(prompts[mine], drawn, strict=True)]
-        tokens = sum(parallel.gather_data_parallel(sum(len(c.token_ids) for row in drawn for c in row)))
+        groups = [_group(prompt, completions) for prompt, completions in zip(prompts[mine], sampled, strict=True)]
+        tokens = sum(parallel.gather_data_parallel(sum(len(c.token_ids) for row in sampled for c in row)))
         figures = learner.parity(groups)
         parallel.barrier()  # no rank leaves before the others are done with it
         return {**figures, "tokens": float(tokens), "prompts": float(len(prompts))}

@@ -34,7 +34,7 @@ class Attempt:
     tokens: int = 0
     """Completion tokens of this attempt's steps."""
     why: str = ""
-    """For people, in one line."""
+    """What happened, for people, in one line."""
 
     @property
     def made_progress(self) -> bool:
@@ -48,7 +48,7 @@ class Decision:
 
     requeue: bool
     why: str
-    """For people; why a run that is not requeued stops."""
+    """Why a run that is not requeued stops, for people."""
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ class Ended:
     """How the trainer ended."""
 
     code: int
-    """Of the rank that failed first; srun's own is the highest of all, those included that it ended for that."""
+    """The exit code of the rank that failed first. srun's own is the highest of all, those included that it ended."""
     fault: str
     """What srun says of that rank, such as ``node2: task 3: Killed``; empty if none failed."""
     lost_server: str
