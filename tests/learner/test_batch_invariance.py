@@ -9,8 +9,6 @@ import pytest
 
 from tests.tiny_models import make_config
 
-pytestmark = pytest.mark.exact
-
 AGGREGATIONS = ("token", "sequence", "fixed_length")
 SEEDS = range(6)
 MAX_NEW_TOKENS = 16

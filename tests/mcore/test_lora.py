@@ -9,8 +9,6 @@ import torch
 from tests.checkpoint_runs import make_checkpointer, same, state_of, train, weights
 from tests.tiny_models import make_config
 
-pytestmark = pytest.mark.exact
-
 LAYOUTS = {"2x1+sp": (2, 2, 1, True), "1x2": (2, 1, 2, False), "2x2": (4, 2, 2, False)}
 TARGETS = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 

@@ -17,8 +17,6 @@ from nemo_aapo.config import digest, parse
 from tests.tiny_models import SIZES, save_character_tokenizer, save_model
 from tests.training_runs import exported, make_input, metrics, run, settings
 
-pytestmark = pytest.mark.exact
-
 SHARED = Path(__file__).parents[3] / "shared"
 STEP_KEYS = {
     "step", "reward/mean", "reward/std", "reference_reward/mean", "advantage/abs_mean", "groups/zero_std",
@@ -45,6 +43,7 @@ def uninterrupted(ranks, folder):
     return run_dir
 
 
+@pytest.mark.exact
 def test_a_run_leaves_what_its_contract_says(uninterrupted):
     for name in (
         "config.yaml",
@@ -70,6 +69,7 @@ def test_a_run_leaves_what_its_contract_says(uninterrupted):
     assert set(rows[0]) >= {"prompt", "completion", "answer", "reward", "finish_reason"}
 
 
+@pytest.mark.exact
 def test_a_stopped_run_goes_on_to_the_same_bits(ranks, folder, uninterrupted):
     run_dir = folder / "stopped"
     assert ranks.run(run, settings(folder, run_dir), IN_THE_THIRD_STEP, tp=None) == [0]
@@ -148,6 +148,7 @@ def expected_lengths(run_dir):
     return manifest.read(newest).trainer_state["completion_lengths"]
 
 
+@pytest.mark.exact
 def test_another_layout_takes_over_the_checkpoint_and_ends_in_the_same_weights(ranks, folder, uninterrupted):
     run_dir = folder / "moved"
     assert ranks.run(run, settings(folder, run_dir), IN_THE_THIRD_STEP, tp=None) == [0]
@@ -232,6 +233,7 @@ def test_a_time_limit_ends_a_run_with_a_checkpoint_and_the_best_one_stays(ranks,
     assert left == {best, max(rewards)}
 
 
+@pytest.mark.exact
 def test_a_disagreement_of_engine_and_learner_stops_the_run_before_the_first_step(ranks, folder):
     strict = settings(folder, folder / "strict", "rollout.max_parity_error=1", "rollout.max_gen_kl=0")
     with pytest.raises(
@@ -264,6 +266,7 @@ def test_every_algorithm_runs_with_its_papers_settings(ranks, folder, algorithm)
     assert all(line["grad_norm"] > 0 for line in steps)
 
 
+@pytest.mark.exact
 def test_numbers_that_are_not_finite_end_the_run_on_every_rank_and_leave_the_checkpoints(ranks, folder):
     """Whether engine or learner meets the overflow first is the processor's choice: how a sum of huge terms is cut
     into vectors decides where it becomes infinite."""
