@@ -163,12 +163,12 @@ class Checkpointer:
         directory, group = self.directory, self._group
         partial = directory.partial(step)
         try:
-            on_first_rank(lambda: directory.begin(step, extra), group)
+            on_first_rank(lambda: directory.begin(step, extra), group, CheckpointError)
             torch_dist.write(content, partial, group)
-            sealed = on_all_ranks(lambda: seal_own_files(partial), group)
+            sealed = on_all_ranks(lambda: seal_own_files(partial), group, CheckpointError)
             files = {name: record for part in sealed for name, record in part.items()}
             whole = Manifest(step, self.config_digests[0], trainer_state, layout(), versions(), files)
-            on_first_rank(lambda: directory.commit(whole), group)
+            on_first_rank(lambda: directory.commit(whole), group, CheckpointError)
         except CheckpointError as error:
             if parallel.rank() == 0:
                 remove_directory(partial)
@@ -177,7 +177,7 @@ class Checkpointer:
                 f"earlier ones are as they were: {error}"
             ) from error
         self.seconds = time.monotonic() - start
-        on_first_rank(lambda: directory.prune(directory.of(step)), group)
+        on_first_rank(lambda: directory.prune(directory.of(step)), group, CheckpointError)
 
     # ------------------------------------------------------------------ loading
 
@@ -198,7 +198,7 @@ class Checkpointer:
         """
         path = Path(path)
         content = self._verify(path)
-        header = on_first_rank(lambda: torch_dist.read_header(path))
+        header = on_first_rank(lambda: torch_dist.read_header(path), failure=CheckpointError)
         policy.load_state_dict(torch_dist.read(policy.sharded_state_dict(is_loading=True), path, header))
         return content.trainer_state
 
@@ -216,7 +216,7 @@ class Checkpointer:
             CheckpointError: on all ranks. With anything there that looks like a checkpoint, None is never returned.
         """
         damaged: dict[Path, str] = {}
-        for path in reversed(on_first_rank(self.directory.at_start)):
+        for path in reversed(on_first_rank(self.directory.at_start, failure=CheckpointError)):
             try:
                 state = self.load(path, policy)
             except DamagedCheckpointError as error:
@@ -227,7 +227,7 @@ class Checkpointer:
                     ) from error
                 damaged[path] = str(error)
                 continue
-            on_first_rank(functools.partial(self.directory.loaded, path, damaged))
+            on_first_rank(functools.partial(self.directory.loaded, path, damaged), failure=CheckpointError)
             self.resumed_from = path
             return state
         if damaged:
@@ -237,7 +237,7 @@ class Checkpointer:
 
     def _verify(self, path: Path) -> Manifest:
         """Check whose the checkpoint is and then every file; the ranks share the reading."""
-        content = on_first_rank(lambda: manifest.read(path))
+        content = on_first_rank(lambda: manifest.read(path), failure=CheckpointError)
         if content.config_digest not in self.config_digests:
             raise CheckpointError(
                 f"{path} belongs to another configuration: its digest is {content.config_digest}, this run's "
@@ -256,7 +256,9 @@ def check_files(path: Path, content: Manifest) -> None:
         DamagedCheckpointError: on all ranks: which files are missing, truncated or altered.
     """
     own = manifest.shard_of(content.files, parallel.rank(), dist.get_world_size())
-    checked = on_all_ranks(lambda: [manifest.problem_with(path, name, content.files[name]) for name in own])
+    checked = on_all_ranks(
+        lambda: [manifest.problem_with(path, name, content.files[name]) for name in own], failure=CheckpointError
+    )
     problems = [problem for part in checked for problem in part if problem]
     if problems:
         raise DamagedCheckpointError("; ".join(problems))

@@ -19,8 +19,7 @@ from nemo_aapo.config.schema import Lora
 from nemo_aapo.conversion import megatron_model
 from nemo_aapo.conversion.card import model_card
 from nemo_aapo.conversion.source import ModelSource, lora_of
-from nemo_aapo.distributed import parallel
-from nemo_aapo.distributed.agreement import on_first_rank
+from nemo_aapo.distributed.agreement import agree, on_first_rank
 from nemo_aapo.errors import CheckpointError, ConfigError
 from nemo_aapo.mcore.bridge.lora import save_peft
 from nemo_aapo.models import directory as model_dir
@@ -71,11 +70,11 @@ def checkpoint_to_hf(
             raise ConfigError(f"{source.path} has no adapters: its run did not train with model.lora")
         return lora
 
-    lora = parallel.agree(check)
+    lora = agree(check)
     dtype = dtype or stored_dtype(source)
     weight_map, module = megatron_model.build(source.base, dtype, lora)
     content = megatron_model.load_checkpoint(source, module, log)
-    card = parallel.agree(lambda: model_card(source, content, hf_directory.dtype_name(dtype), adapter))
+    card = agree(lambda: model_card(source, content, hf_directory.dtype_name(dtype), adapter))
     if adapter and lora is not None:
         save_peft(weight_map.export_adapters(module), lora, target, str(source.base), {"README.md": card})
         return content
@@ -103,11 +102,11 @@ def hf_to_megatron(path: Path, target: Path, *, dtype: torch.dtype | None = None
         model_dir.read_model_dir(str(path), CONVERTS)
         _require_absent(target)
 
-    parallel.agree(check)
+    agree(check)
     dtype = dtype or hf_dtype(path)
     weight_map, module = megatron_model.build(path, dtype)
     megatron_model.load_hf(weight_map, module)
-    digest = parallel.on_first_rank(lambda: model_dir.digest(str(path)))
+    digest = on_first_rank(lambda: model_dir.digest(str(path)))
     about = {"converted_from": path.name, "model_digest": digest, "dtype": hf_directory.dtype_name(dtype)}
     megatron_model.write(module, target, path, about)
 
@@ -139,7 +138,7 @@ def stored_dtype(source: ModelSource) -> torch.dtype:
         names = ", ".join(path.name for path in candidates)
         raise CheckpointError(f"{source.path}: no checkpoint that can be read; damaged or half-written: {names}")
 
-    return on_first_rank(read)
+    return on_first_rank(read, failure=CheckpointError)
 
 
 def _widest(dtypes: set[torch.dtype]) -> torch.dtype:

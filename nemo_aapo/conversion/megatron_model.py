@@ -87,13 +87,13 @@ def load_checkpoint(source: ModelSource, module: GPTModel, log: Callable[[str], 
     problems: dict[str, str] = {}
     for _ in range(LOOKS):
         gone = False
-        for path in on_first_rank(source.candidates):
+        for path in on_first_rank(source.candidates, failure=CheckpointError):
             if path.name in problems:
                 continue
             try:
                 content = load_one(path, module)
             except CheckpointError as error:
-                gone = not on_first_rank(path.exists)
+                gone = not on_first_rank(path.exists, failure=CheckpointError)
                 if gone and source.kind == "run":
                     break  # look again
                 if source.kind != "run" or not isinstance(error, DamagedCheckpointError):
@@ -115,9 +115,9 @@ def load_one(path: Path, module: GPTModel) -> Manifest:
     Raises:
         DamagedCheckpointError, CheckpointError: on all ranks alike.
     """
-    content = on_first_rank(lambda: manifest.read(path))
+    content = on_first_rank(lambda: manifest.read(path), failure=CheckpointError)
     checkpoint.check_files(path, content)
-    header = on_first_rank(lambda: torch_dist.read_header(path))
+    header = on_first_rank(lambda: torch_dist.read_header(path), failure=CheckpointError)
     expected = sharded_model_state(module)
     if has_adapters(header.metadata.state_dict_metadata) and not has_adapters(expected):
         raise CheckpointError(f"{path} holds LoRA adapters, but no config.yaml of its run says which: name the run")
@@ -147,13 +147,13 @@ def write(module: GPTModel, target: Path, base: Path, about: dict[str, Any]) -> 
         commit_directory(partial, target)
 
     try:
-        on_first_rank(begin)
+        on_first_rank(begin, failure=CheckpointError)
         replicas = parallel.groups().data
         torch_dist.write(torch_dist.snapshot({"model": sharded_model_state(module)}, replicas, copied=False), partial)
-        sealed = on_all_ranks(lambda: checkpoint.seal_own_files(partial))
+        sealed = on_all_ranks(lambda: checkpoint.seal_own_files(partial), failure=CheckpointError)
         records = {name: record for part in sealed for name, record in part.items()}
         whole = Manifest(0, "", about, checkpoint.layout(), checkpoint.versions(), records)
-        on_first_rank(commit)
+        on_first_rank(commit, failure=CheckpointError)
     except CheckpointError:
         if parallel.rank() == 0:
             remove_directory(partial)

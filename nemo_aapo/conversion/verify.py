@@ -19,6 +19,7 @@ from nemo_aapo.conversion import megatron_model
 from nemo_aapo.conversion.source import ModelSource, lora_of
 from nemo_aapo.data.tokenizer import load_tokenizer, render_prompts
 from nemo_aapo.distributed import parallel
+from nemo_aapo.distributed.agreement import agree
 from nemo_aapo.distributed.device import device
 from nemo_aapo.errors import ConfigError
 from nemo_aapo.mcore import passes
@@ -85,7 +86,7 @@ def verify(
         ConfigError, DataError: a model or tokenizer that can't be read.
         CheckpointError: no whole checkpoint.
     """
-    parallel.agree(lambda: _check(source, directory))
+    agree(lambda: _check(source, directory))
     weight_map, module = megatron_model.build(source.base, torch.float32, lora_of(source))
     if source.kind == "hf":
         megatron_model.load_hf(weight_map, module)

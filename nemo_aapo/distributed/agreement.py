@@ -1,59 +1,97 @@
 """One outcome for all ranks: what one of them does, or all, ends well everywhere or in the same error everywhere.
 
-A rank that raised alone would leave the others waiting in their next collective. Collectives take a group of their own
+A rank that raised alone would leave the others waiting in their next collective. Errors cross as their class and
+message: those of ``errors.py`` come out as they are, any other as a RuntimeError. Collectives take a group of their own
 where another thread of the process may be in the midst of one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
-from nemo_aapo.errors import CheckpointError, ConfigError
+from nemo_aapo.errors import ConfigError, RunError
 
 T = TypeVar("T")
 Group = dist.ProcessGroup | None
 """None: the group of all ranks that everybody uses. Any other holds all ranks too."""
+Failure = type[RunError] | None
+"""What errors of other classes become, but for a ConfigError; None: they stay what they are."""
 
 
-def on_first_rank(action: Callable[[], T], group: Group = None) -> T:
+def agree(action: Callable[[], T]) -> T:
+    """Run something on every rank; if it raises on one of them, raise on all of them instead of waiting for it.
+
+    Raises:
+        Whatever it raised here; on ranks where it went well, the first failing rank's error.
+    """
+    result, error = _attempt(action, None)
+    if dist.get_world_size() > 1:
+        told: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(told, _told(error))
+        failed = [entry for entry in told if entry is not None]
+        if error is None and failed:
+            error = _again(*failed[0])
+    if error is not None:
+        raise error
+    return cast(T, result)  # it did not fail
+
+
+def on_first_rank(action: Callable[[], T], group: Group = None, failure: Failure = None) -> T:
     """Rank 0 acts; all ranks get its result, or raise its error.
 
-    Raises:
-        CheckpointError, ConfigError: what ``action`` raised; any other error as the cause of a CheckpointError.
+    Args:
+        failure: what an error of any other class becomes on all ranks.
     """
-    box: list[Any] = [_outcome(action) if dist.get_rank() == 0 else None]
+    result: T | None = None
+    error: Exception | None = None
+    if dist.get_rank() == 0:
+        result, error = _attempt(action, failure)
     if dist.get_world_size() > 1:
+        box: list[Any] = [(result, _told(error))]
         dist.broadcast_object_list(box, src=0, group=group)
-    if isinstance(box[0], CheckpointError | ConfigError):
-        raise box[0]
-    return box[0]
+        result, told = box[0]
+        if error is None and told is not None:
+            error = _again(*told)
+    if error is not None:
+        raise error
+    return cast(T, result)  # it did not fail
 
 
-def on_all_ranks(action: Callable[[], T], group: Group = None) -> list[T]:
+def on_all_ranks(action: Callable[[], T], group: Group = None, failure: Failure = None) -> list[T]:
     """All ranks act; each gets all results in rank order, or raises the first error.
 
-    Raises:
-        CheckpointError, ConfigError: as ``on_first_rank``; the message of the former begins with the rank.
+    The message of an error that is no ConfigError begins with the rank.
+
+    Args:
+        failure: what an error of any other class becomes on all ranks.
     """
+    result, error = _attempt(action, failure)
     outcomes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(outcomes, _outcome(action), group=group)
-    for rank, outcome in enumerate(outcomes):
-        if isinstance(outcome, ConfigError):
-            raise outcome
-        if isinstance(outcome, CheckpointError):
-            raise CheckpointError(f"rank {rank}: {outcome}") from outcome
-    return outcomes
+    dist.all_gather_object(outcomes, (result, _told(error)), group=group)
+    for rank, (_, told) in enumerate(outcomes):
+        if told is not None:
+            kind, message = told
+            raise _again(kind, message if issubclass(kind, ConfigError) else f"rank {rank}: {message}") from error
+    return [value for value, _ in outcomes]
 
 
-def _outcome(action: Callable[[], T]) -> T | CheckpointError | ConfigError:
+def _attempt(action: Callable[[], T], failure: Failure) -> tuple[T | None, Exception | None]:
     try:
-        return action()
-    except (CheckpointError, ConfigError) as error:
-        return error
+        return action(), None
     except Exception as error:
-        failure = CheckpointError(f"{type(error).__name__}: {error}")
-        failure.__cause__ = error
-        return failure
+        if failure is None or isinstance(error, failure | ConfigError):
+            return None, error
+        wrapped = failure(f"{type(error).__name__}: {error}")
+        wrapped.__cause__ = error
+        return None, wrapped
+
+
+def _told(error: Exception | None) -> tuple[type[Exception], str] | None:
+    return None if error is None else (type(error), str(error))
+
+
+def _again(kind: type[Exception], message: str) -> Exception:
+    return kind(message) if issubclass(kind, ValueError | RunError) else RuntimeError(message)

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from nemo_aapo.errors import LostRankError, RunError
+from nemo_aapo.errors import LostRankError
 
 T = TypeVar("T")
 
@@ -178,15 +178,6 @@ def broadcast_from_first_rank(value: T) -> T:
     return box[0]
 
 
-def on_first_rank(action: Callable[[], T]) -> T:
-    """Rank 0 acts; all ranks get its result, or its error as ``agree`` raises it.
-
-    For checkpoints, ``agreement.on_first_rank`` makes every error a ``CheckpointError``.
-    """
-    result: Any = agree(lambda: action() if rank() == 0 else None)
-    return broadcast_from_first_rank(result)
-
-
 def gather_data_parallel(value: T) -> list[T]:
     """Every data-parallel rank's object, in rank order, on all of them. For small objects: numbers, not sequences."""
     group = groups().data
@@ -217,29 +208,6 @@ def exchange_data_parallel(outgoing: Sequence[list[T]]) -> list[T]:
     for part in received.split(sizes_in.tolist()):
         items += pickle.loads(part.numpy().tobytes())
     return items
-
-
-def agree(action: Callable[[], T]) -> T:
-    """Run something on every rank; if it raises on one of them, raise on all of them instead of waiting for it.
-
-    Raises:
-        Whatever it raised here; on ranks where it went well, the first failing rank's message as the same class.
-    """
-    failure: Exception | None = None
-    try:
-        result = action()
-    except Exception as error:
-        failure = error
-    if dist.get_world_size() > 1:
-        found: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(found, None if failure is None else (type(failure), str(failure)))
-        others = [entry for entry in found if entry is not None]
-        if failure is None and others:
-            kind, message = others[0]
-            failure = kind(message) if issubclass(kind, ValueError | RunError) else RuntimeError(message)
-    if failure is not None:
-        raise failure
-    return result  # bound: nothing failed here
 
 
 @contextmanager

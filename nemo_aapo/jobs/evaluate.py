@@ -19,6 +19,7 @@ from nemo_aapo.config import Config, EvaluationConfig
 from nemo_aapo.conversion.source import lora_of
 from nemo_aapo.data.tokenizer import load_tokenizer, text_decoder
 from nemo_aapo.distributed import parallel
+from nemo_aapo.distributed.agreement import agree, on_first_rank
 from nemo_aapo.engines.base import RolloutEngine
 from nemo_aapo.evaluation import report
 from nemo_aapo.evaluation.benchmarks import Problem
@@ -66,21 +67,21 @@ def evaluate(job: EvaluationJob) -> int:
             StopSignal(speak=first, ending="keeping this batch, then stopping") as stop,
             parallel.lost_ranks_reported(lambda: "the evaluation"),
         ):
-            parallel.agree(lambda: stack.enter_context(_claimed(directory)) if first else None)
+            agree(lambda: stack.enter_context(_claimed(directory)) if first else None)
             scorer = build_scorer([(job.reward, 1.0)], settings.reward_runner, stack)
             tokenizer = load_tokenizer(str(source.base), trust_remote_code=config.model.trust_remote_code)
             tasks = _load_tasks(config, tokenizer, scorer)
             decode = text_decoder(tokenizer)
             engine, weights = _build_engine(job, decode)
             identity = _identity(config, settings, weights)
-            parallel.agree(lambda: _begin(directory, dict(job.tree), identity) if first else None)
+            agree(lambda: _begin(directory, dict(job.tree), identity) if first else None)
             collector = Collector(engine, scorer, decode)
             sampling = sampling_of(config, source.base, tokenizer)
             for task in tasks:
                 if not _measure(config, task, collector, sampling, stop):
                     _say(f"{directory}: stopped; the same command goes on from there")
                     return 0
-            parallel.agree(lambda: _finish(config, tasks, identity) if first else None)
+            agree(lambda: _finish(config, tasks, identity) if first else None)
         return 0
     finally:
         destroy_model_parallel()
@@ -98,7 +99,7 @@ def _load_tasks(
         assert isinstance(scorer, ChecksAnswers), "rank 0 has a RewardRunner"
         return [load_task(config, name, tokenizer, scorer.check_answer, _say) for name in config.benchmarks]
 
-    return parallel.on_first_rank(load)
+    return on_first_rank(load)
 
 
 def _build_engine(job: EvaluationJob, decode: Callable[[np.ndarray], str]) -> tuple[RolloutEngine, str]:
@@ -111,7 +112,7 @@ def _build_engine(job: EvaluationJob, decode: Callable[[np.ndarray], str]) -> tu
     _say(f"loading {source.path}")
     if source.kind == "hf":
         weight_map.load(module)
-        digest = parallel.on_first_rank(lambda: model_dir.digest(str(source.base)))
+        digest = on_first_rank(lambda: model_dir.digest(str(source.base)))
     else:
         content = megatron_model.load_checkpoint(source, module, _say)
         sums = repr(sorted((name, record.sha256) for name, record in content.files.items()))
@@ -148,7 +149,7 @@ def _measure(
         records.mend(kept.values())
         return [[k for k in range(config.samples) if (p.id, k) not in kept] for p in task.problems]
 
-    samples = parallel.on_first_rank(missing)
+    samples = on_first_rank(missing)
     wanted = [i for i, row in enumerate(samples) if row]
     total = len(task.problems) * config.samples
     with _bar(task.name, total, total - sum(map(len, samples))) as bar:
@@ -164,7 +165,7 @@ def _measure(
             problems = {task.problems[i].id: (task.problems[i], samples[i]) for i in batch}
             mine = [row for group in groups for row in _records(group, *problems[group.prompt.id], reward)]
             everyone = [row for part in parallel.gather_data_parallel(mine) for row in part]
-            parallel.agree(functools.partial(_keep, records, everyone))
+            agree(functools.partial(_keep, records, everyone))
             bar.update(len(everyone))
     return True
 

@@ -16,6 +16,7 @@ from nemo_aapo.data.loading import build_sampler
 from nemo_aapo.data.sampler import PromptSampler
 from nemo_aapo.data.tokenizer import load_tokenizer, require_eos
 from nemo_aapo.distributed import parallel
+from nemo_aapo.distributed.agreement import on_first_rank
 from nemo_aapo.errors import ConfigError
 from nemo_aapo.mcore.groups import destroy_model_parallel
 from nemo_aapo.prepare.job import Job
@@ -147,7 +148,7 @@ def _not_in(store: str, key: StoreKey, prompts: Sequence[Prompt], samples: int) 
             found = opened.read([prompt.id for prompt in prompts], samples)
         return [i for i, p in enumerate(prompts) if len(found.get(p.id, ())) < samples]
 
-    return [prompts[i] for i in parallel.on_first_rank(missing)]
+    return [prompts[i] for i in on_first_rank(missing)]
 
 
 def _needed(job: Job) -> tuple[StoreKey, list[Prompt]]:

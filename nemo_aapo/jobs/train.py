@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from nemo_aapo.config import Config
 from nemo_aapo.distributed import parallel
+from nemo_aapo.distributed.agreement import agree
 from nemo_aapo.launch.local import world_size_of_job
 from nemo_aapo.mcore.groups import destroy_model_parallel
 from nemo_aapo.prepare.job import Job, resolve
@@ -43,7 +44,7 @@ def train(job: Job | Config, **parts: Unpack[Parts]) -> int:
     rank = parallel.rank()
     try:
         with (
-            parallel.agree(
+            agree(
                 lambda: open_experiment(config, dict(job.tree), rank=rank, world_size=job.sizes.world_size)
             ) as experiment,
             StopSignal(Path(config.run.dir), speak=rank == 0) as stop,

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from nemo_aapo.distributed import parallel
+from nemo_aapo.distributed.agreement import agree
 from nemo_aapo.errors import RunError
 from nemo_aapo.reference_store.key import StoreKey
 from nemo_aapo.reference_store.store import RewardStore
@@ -139,7 +140,7 @@ class ReferenceRewards:
         if not ids:
             return {}
         store = self.store
-        read = parallel.agree(lambda: {} if store is None else store.read(ids, self.samples))
+        read = agree(lambda: {} if store is None else store.read(ids, self.samples))
         found = parallel.broadcast_from_first_rank(read)
         self._known.update({prompt: rewards for prompt, rewards in found.items() if len(rewards) == self.samples})
         return found
@@ -158,7 +159,7 @@ class ReferenceRewards:
         sampled = self._sample(wanted, seeds)
         whole = {p.id: np.concatenate([have, sampled[p.id]]) for p, have in zip(wanted, stored, strict=True)}
         store = self.store
-        kept = parallel.agree(lambda: {} if store is None else store.write(whole))
+        kept = agree(lambda: {} if store is None else store.write(whole))
         self._known.update(parallel.broadcast_from_first_rank(kept))
 
     def _sample(self, prompts: Sequence[Prompt], seeds: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:

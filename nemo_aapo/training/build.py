@@ -22,6 +22,7 @@ from nemo_aapo.data.loading import attach_endless, build_sampler, load_data
 from nemo_aapo.data.prompts import PromptSet
 from nemo_aapo.data.tokenizer import load_tokenizer, require_eos, text_decoder
 from nemo_aapo.distributed import parallel
+from nemo_aapo.distributed.agreement import agree, on_first_rank
 from nemo_aapo.engines.base import RolloutEngine
 from nemo_aapo.engines.build import build_engine
 from nemo_aapo.errors import ConfigError
@@ -202,7 +203,7 @@ def build_scorer(
             raise ConfigError(f"rewards, reward_runner: {error}") from error
         return stack.enter_context(made)
 
-    return parallel.agree(make)
+    return agree(make)
 
 
 def read_data(
@@ -224,9 +225,9 @@ def read_data(
         verify = scorer.check_answer if isinstance(scorer, ChecksAnswers) else None
         return load_data(config.data, tokenizer, verify, train=train, held_out=validation)
 
-    read, held_out = parallel.on_first_rank(load)
+    read, held_out = on_first_rank(load)
     if train is None:
-        read = parallel.agree(lambda: attach_endless(read, config.data, tokenizer))
+        read = agree(lambda: attach_endless(read, config.data, tokenizer))
     return read, held_out
 
 

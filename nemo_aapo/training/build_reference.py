@@ -7,6 +7,7 @@ from pathlib import Path
 
 from nemo_aapo.config import Config
 from nemo_aapo.distributed import parallel
+from nemo_aapo.distributed.agreement import agree
 from nemo_aapo.models import directory as model_dir
 from nemo_aapo.reference_store.key import StoreKey, store_key
 from nemo_aapo.reference_store.store import RewardStore, other_rewards
@@ -60,7 +61,7 @@ def open_reference_store(
             reporter.note(note)
         return key, store
 
-    key, store = parallel.agree(open_store)
+    key, store = agree(open_store)
     return parallel.broadcast_from_first_rank(key), store
 
 

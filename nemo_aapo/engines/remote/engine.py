@@ -19,6 +19,7 @@ import torch
 
 from nemo_aapo.config import Config
 from nemo_aapo.distributed import parallel
+from nemo_aapo.distributed.agreement import agree, on_first_rank
 from nemo_aapo.engines.base import OnFinish, PendingCompletions, RolloutStats
 from nemo_aapo.engines.elsewhere import Finished, arranged, stats_of
 from nemo_aapo.engines.remote.dispatch import Call, Fleet
@@ -55,7 +56,7 @@ class RemoteEngine:
             ConfigError: directory or token are open to others.
         """
         remote, path = config.rollout.remote, config.model.path
-        fleet = parallel.agree(
+        fleet = agree(
             lambda: Fleet(
                 remote.directory,
                 servers=remote.servers,
@@ -64,7 +65,7 @@ class RemoteEngine:
                 retries=remote.retries,
             )
         )
-        base = Weights(WeightsId(0, parallel.on_first_rank(lambda: model_dir.digest(path))), None)
+        base = Weights(WeightsId(0, on_first_rank(lambda: model_dir.digest(path))), None)
         return cls(fleet, WeightStore(Path(remote.directory), path), base)
 
     def generate(
@@ -157,9 +158,9 @@ class RemoteEngine:
             return self._weights  # rank 0's come in its place
 
         if version not in self._versions:
-            self._versions[version] = parallel.broadcast_from_first_rank(parallel.agree(write))
+            self._versions[version] = parallel.broadcast_from_first_rank(agree(write))
         self._weights = self._versions[version]
-        parallel.agree(lambda: self.fleet.prepare(self._weights) if first else None)
+        agree(lambda: self.fleet.prepare(self._weights) if first else None)
         # The base model, which is the reference, comes back; older ones of the policy's don't.
         self._versions = {v: weights for v, weights in self._versions.items() if v == 0 or v >= version}
         if first:
