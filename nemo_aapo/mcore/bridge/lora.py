@@ -81,10 +81,9 @@ def base_layer(linear: torch.nn.Module) -> torch.nn.Module:
 @torch.no_grad()
 def merged_weight(linear: torch.nn.Module) -> torch.Tensor:
     """W of a linear layer; with an adapter W + (alpha / rank) B A, as a new tensor. This rank's part. Collective."""
-    base = base_layer(linear).get_parameter("weight")
     if not is_adapted(linear):
-        return base
-    adapter = linear.adapter
+        return linear.get_parameter("weight")
+    base, adapter = linear.to_wrap.get_parameter("weight"), linear.adapter
     a, b = adapter.linear_in.weight, adapter.linear_out.weight
     if adapter.input_is_parallel:  # W is cut along its input as A is; B along the rows that W has all of
         b = _gather_rows(b)
