@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from nemo_aapo.config import EvaluationConfig
 from nemo_aapo.data.tokenizer import render_prompts, require_eos
@@ -14,6 +14,9 @@ from nemo_aapo.errors import DataError
 from nemo_aapo.evaluation.benchmarks import Problem, load_problems
 from nemo_aapo.evaluation.prompts import template_text
 from nemo_aapo.types import Prompt, SamplingSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SHOWN_ANSWERS = 3
 """Number of unusable gold answers that a message names."""
@@ -32,7 +35,7 @@ class Task:
 def load_task(
     config: EvaluationConfig,
     name: str,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     check_answer: Callable[[str], None],
     log: Callable[[str], None],
 ) -> Task:
@@ -94,7 +97,7 @@ def _check_answers(
     log(f"WARNING: {name}: {len(bad)} of {len(problems)} problems count as wrong whatever is answered:\n  {shown}")
 
 
-def sampling_of(config: EvaluationConfig, base: Path, tokenizer: Any) -> SamplingSpec:
+def sampling_of(config: EvaluationConfig, base: Path, tokenizer: PreTrainedTokenizerBase) -> SamplingSpec:
     """How completions are sampled.
 
     Args:

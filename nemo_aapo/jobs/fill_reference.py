@@ -7,7 +7,6 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -192,7 +191,7 @@ class _Screen:
 
     def __init__(self, enabled: bool) -> None:
         self._enabled = enabled
-        self._bar: Any = None
+        self._bar: tqdm | None = None
 
     def __enter__(self) -> _Screen:
         return self

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -139,7 +140,7 @@ def freeze(config: Config, tree: dict[str, Any], site: Site) -> RunPaths:
     return paths
 
 
-def sbatch(script: Any) -> str:
+def sbatch(script: Path) -> str:
     """Submit; the job's id.
 
     Raises:
