@@ -77,11 +77,12 @@ def serve(overrides):
 
     from nemo_aapo import load_config
     from nemo_aapo.engines.build import build_hosted_engine
+    from nemo_aapo.launch.world import Machine, decide
     from nemo_aapo.mcore.groups import destroy_model_parallel
     from nemo_aapo.models.directory import read_model_dir
     from nemo_aapo.types import SamplingSpec
 
-    config = load_config(overrides)
+    config = decide(load_config(overrides), Machine.present())
     hosted = build_hosted_engine(config, read_model_dir(config.model.path))
     for version in (0, 1):
         hosted.engine.generate([np.array([5, 6], np.int32)], SamplingSpec(1.0, 4, (1,)), [[1, 2]])

@@ -129,7 +129,7 @@ class TrtllmEngine:
         check(config)
         settings = TrtllmSettings.from_config(config)
         if colocated:
-            gpus = [placement.visible_gpu(torch.cuda.current_device())]
+            gpus = [placement.visible_gpu()]
             return cls(settings, placement.ModelParallelRanks(), gpus, colocated=True, policy_version=policy_version)
         visible = torch.cuda.device_count()
         if visible < settings.tensor_parallel_size:

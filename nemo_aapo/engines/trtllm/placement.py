@@ -95,14 +95,15 @@ class Gpu:
     """Its number in the process that reports it: ``cuda:<device>``."""
 
 
-def visible_gpu(device: int) -> Gpu:
-    """The GPU that this process knows as ``cuda:<device>``.
+def visible_gpu(device: int | None = None) -> Gpu:
+    """The GPU that this process knows as ``cuda:<device>``; None: the one that it computes on.
 
     Raises:
         RunError: ``CUDA_VISIBLE_DEVICES`` doesn't count.
     """
     import torch
 
+    device = torch.cuda.current_device() if device is None else device
     number, visible = device, os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible:
         entry = visible.split(",")[device].strip()

@@ -20,6 +20,7 @@ from nemo_aapo.config.compose import load_config
 from nemo_aapo.engines.base import BackgroundEngine
 from nemo_aapo.engines.remote import wire
 from nemo_aapo.errors import RunError
+from nemo_aapo.launch.world import Machine, decide
 from nemo_aapo.types import SamplingSpec
 from tests.servers import Servers, ask, wait_until_ready
 from tests.training_runs import make_input, settings
@@ -78,7 +79,7 @@ class Engines:
         from nemo_aapo.engines.remote.engine import RemoteEngine
         from nemo_aapo.models import directory as model_dir
 
-        config = load_config([*words, *more])
+        config = decide(load_config([*words, *more]), Machine.present())
         hosted = build_hosted_engine(config, model_dir.read_model_dir(config.model.path))
         self.local: MegatronEngine = hosted.engine
         self.remote = RemoteEngine.from_config(config)

@@ -37,7 +37,7 @@ def _rollout(path, tp, pp):
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(trtllm_refit, "export_to_ipc", export_on_cpu)
         monkeypatch.setattr(trtllm_settings, "_has_gpu", lambda: True)
-        monkeypatch.setattr(trtllm_placement, "visible_gpu", lambda device: gpu)
+        monkeypatch.setattr(trtllm_placement, "visible_gpu", lambda: gpu)
         fake = fake_trtllm.install(monkeypatch)
         fake.device_ids = ["GPU-0", "GPU-1"]
         engine = build_engine(config, types.SimpleNamespace(version=0), None, str)
