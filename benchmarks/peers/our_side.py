@@ -91,6 +91,7 @@ def agree(trainer: Any, recorded: dict[str, Any]) -> dict[str, float]:
     # exp of the mean absolute difference of the log-probs
     logprobs = math.log(trainer.learner.parity(groups)["parity/mult_prob_error"])
     metrics = trainer.learner.update(groups)
+    trainer.rollouts.refit()
     return {
         "logprobs": logprobs,
         "loss": metrics["loss"],
