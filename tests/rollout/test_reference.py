@@ -188,21 +188,32 @@ def reference_seeds(reference, prompts):
     return [[stream_seed(reference.seed, "reference", p.id, k) for k in range(reference.samples)] for p in prompts]
 
 
-def test_a_checkpoint_is_not_resumed_with_the_rewards_of_another_reference(ranks, folder, tmp_path):
-    from transformers import Qwen2Config
+def by_few_bytes(overrides, what):
+    """``with_trainer`` where eight bytes of each tensor tell a model from others, as 64 KiB do of a large one."""
+    from nemo_aapo.run import identity
 
-    from tests.tiny_models import SIZES, save_model
+    piece, identity.PIECE = identity.PIECE, 8
+    try:
+        return with_trainer(overrides, what)
+    finally:
+        identity.PIECE = piece
+
+
+def test_a_checkpoint_is_not_resumed_with_the_rewards_of_another_reference(ranks, folder, tmp_path):
+    """Of a model that differs in a number which the run's own identity of it does not look at."""
+    from safetensors.torch import load_file, save_file
 
     for name in ("model", "train.jsonl", "validation.jsonl"):
         (shutil.copytree if name == "model" else shutil.copy)(folder / name, tmp_path / name)
     half = settings(tmp_path, tmp_path / "run", *SHORT, "trainer.max_steps=2")
-    ranks.run(with_trainer, half, fit, tp=None)
-    save_model(
-        Qwen2Config(**{**SIZES, "num_hidden_layers": 2, "tie_word_embeddings": True}), tmp_path / "model", seed=5
-    )
+    ranks.run(by_few_bytes, half, fit, tp=None)
+    weights = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.layers.0.mlp.down_proj.weight"][0, 0] += 1
+    save_file(tensors, weights, metadata={"format": "pt"})
     resumed = settings(tmp_path, tmp_path / "run", *SHORT, tp=2, world=2)
     with pytest.raises(AssertionError) as raised:
-        ranks.run(with_trainer, resumed, fit, world=2, tp=None)
+        ranks.run(by_few_bytes, resumed, fit, world=2, tp=None)
     assert str(raised.value).count("RunError: this run began with other reference rewards") == 2  # on both ranks
     assert "model: " in str(raised.value)
 
