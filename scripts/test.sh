@@ -28,8 +28,8 @@ unset PYTHONDONTWRITEBYTECODE # dozens of ranks are started: compile their modul
 ruff check .
 ruff format --check .
 
-said_of_types=$(mktemp) said_on_slurm=$(mktemp)
-trap 'rm -f "$said_of_types" "$said_on_slurm"
+said_of_types=$(mktemp) said_beside=$(mktemp)
+trap 'rm -f "$said_of_types" "$said_beside"
     echo "test.sh: environment $environment_s s, style, types and tests $((SECONDS - environment_s)) s"' EXIT
 mypy >"$said_of_types" 2>&1 & # reads all of torch, for a minute: on the core that most tests leave free
 types=$!
@@ -40,12 +40,12 @@ run_tests() {
 }
 if (($#)); then
     run_tests "${chosen[@]}"
-else # the tests on Slurm mostly wait: they run beside the others
-    python -m pytest --session-timeout="$SESSION_TIMEOUT_S" -m slurm >"$said_on_slurm" 2>&1 &
-    on_slurm=$!
-    run_tests -m "not slurm"
-    wait "$on_slurm" || status=$?
-    cat "$said_on_slurm"
+else # the tests on Slurm mostly wait, and unit tests take one core: they run beside the others
+    python -m pytest --session-timeout="$SESSION_TIMEOUT_S" -m "slurm or unit" >"$said_beside" 2>&1 &
+    beside=$!
+    run_tests -m "not slurm and not unit"
+    wait "$beside" || status=$?
+    cat "$said_beside"
     echo "test.sh: the tests of numbers again, by narrower instructions"
     ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 run_tests -m exact
 fi
