@@ -150,12 +150,14 @@ def size(text: str) -> int:
 
 
 def positive(text: str) -> int:
+    """An option's value: a number of at least 1."""
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of at least 1")
     return int(text)
 
 
 def read_arguments(argv: list[str]) -> argparse.Namespace:
+    """The command and its options; argparse ends the process for what it does not know."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 

@@ -36,6 +36,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def read_arguments(words: Sequence[str] | None) -> argparse.Namespace:
+    """The command's options; None: the words of this process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", nargs="?", help="what to read; may be left out with --preset")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the JSONL to write")
@@ -89,6 +90,7 @@ def read_arguments(words: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Read, check and write what the options ask for; the exit code."""
     from nemo_aapo.data import prepare
 
     source = source_of(arguments)
@@ -112,6 +114,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def source_of(arguments: argparse.Namespace) -> Source:
+    """The source that the options or the preset name."""
     from nemo_aapo.data.prepare import preset_source
 
     names = (*_FIELDS_OF_FILES, *_SETTINGS_OF_TASKS)
@@ -123,6 +126,7 @@ def source_of(arguments: argparse.Namespace) -> Source:
 
 
 def held_out_source(name: str) -> Source:
+    """The source of held-out questions, which may be a preset's."""
     from nemo_aapo.data.prepare import preset_source
 
     prefix, colon, preset = name.partition("preset:")
@@ -142,6 +146,7 @@ def _settings(text: str) -> dict[str, Any]:
 
 
 def token_counter(tokenizer: str | None) -> Callable[[str], int] | None:
+    """Text -> its number of tokens; None without a tokenizer."""
     if tokenizer is None:
         return None
     from nemo_aapo.data.tokenizer import load_tokenizer
@@ -151,6 +156,7 @@ def token_counter(tokenizer: str | None) -> Callable[[str], int] | None:
 
 
 def verifier(reward: str, source: Source, stack: contextlib.ExitStack) -> Callable[[str], None] | None:
+    """The reward's check of a gold answer, which raises ValueError; None where nothing is to be checked."""
     if reward == "none" or source.task:
         return None
     from nemo_aapo.rewards import build_reward
