@@ -108,7 +108,7 @@ ON_CPU = (
     Function(
         "megatron.core.optimizer.clip_grads:get_grad_norm_fp32",
         "7fa2ba2493d43f1d3693ee62b5558ffccf3b0b2976bf746613187ff3bbc8b86f",
-        "it is given mcore's own norm, where TransformerEngine or apex is installed without a GPU",
+        "it is given a norm that is right at any size, also where TransformerEngine or apex is installed without a GPU",
     ),
     Function(
         "megatron.core.optimizer.optimizer:_multi_tensor_copy_this_to_that",

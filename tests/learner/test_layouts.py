@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.tiny_models import make_config
+from tests.tiny_models import SIZES, make_config, save_character_tokenizer, save_model
 
 pytestmark = pytest.mark.exact
 
@@ -131,6 +131,31 @@ def test_loss_and_gradient_are_those_of_one_process(ranks, tiny_models, alone, l
         assert metrics["entropy"] == pytest.approx(expected["entropy"], rel=1e-5)
         for name, tensor in updated.items():
             np.testing.assert_allclose(tensor, weights[name], atol=2e-6, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def large_embedding(tmp_path_factory):
+    """A model of two layers with an embedding of 30 million entries, which three ranks can share."""
+    from transformers import Qwen2Config
+
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 3}
+    width = {"hidden_size": 384, "intermediate_size": 192, "vocab_size": 78_336}
+    folder = tmp_path_factory.mktemp("large_embedding")
+    save_model(Qwen2Config(**SIZES | width | heads | {"num_hidden_layers": 2}, tie_word_embeddings=True), folder)
+    save_character_tokenizer(folder)
+    return folder
+
+
+def test_the_gradient_norm_of_a_large_embedding_is_that_of_one_process(ranks, large_embedding):
+    """A norm that loses digits with a tensor's size differs where the tensor is cut."""
+    [expected], *cut = (
+        [metrics for metrics, _ in ranks.run(learn, large_embedding, tp, pp, 1024, {}, world=tp * pp, tp=tp, pp=pp)]
+        for tp, pp in ((1, 1), (1, 2), (3, 1))
+    )
+    for metrics in (metrics for answers in cut for metrics in answers):
+        # log-probs of some 16 nats, half of them with a negative weight, add up to a loss of 0.6
+        assert metrics["loss"] == pytest.approx(expected["loss"], abs=16e-7)
+        assert metrics["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-6)
 
 
 def scored_among_others(path, other_seed, share_prompts):

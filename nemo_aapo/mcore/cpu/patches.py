@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from nemo_aapo.mcore import replaced
 from nemo_aapo.mcore.cpu import fake_torch
-from nemo_aapo.mcore.cpu.kernels import rotary
+from nemo_aapo.mcore.cpu.kernels import l2_norm, rotary
 
 _installed = False
 
@@ -110,10 +110,10 @@ def patch_gradient_clipping() -> None:
 
 
 def patch_optimizer_kernels() -> None:
-    """Where TransformerEngine or apex is installed without a GPU, mcore takes their Adam and norms, which want one.
+    """Where TransformerEngine or apex is installed without a GPU, mcore takes their Adam and copies, which want one.
 
     All is set to what it is without those packages (optimizer/__init__.py:34, distrib_optimizer.py:36,
-    clip_grads.py:40, optimizer.py:36).
+    clip_grads.py:40, optimizer.py:36), but for the norm: mcore's own loses digits with the size of a tensor.
     """
     from megatron.core import optimizer, utils
     from megatron.core.optimizer import clip_grads, distrib_optimizer
@@ -121,7 +121,7 @@ def patch_optimizer_kernels() -> None:
 
     optimizer.USING_PYTORCH_OPTIMIZER = True
     distrib_optimizer.HAVE_APEX_OR_TE = False
-    clip_grads.l2_norm_impl = utils.local_multi_tensor_l2_norm
+    clip_grads.l2_norm_impl = lambda chunk_size, noop_flag, tensors, per_tensor: (l2_norm(tensors[0]), None)
     for module in (clip_grads, base):
         module.multi_tensor_applier = utils.local_multi_tensor_applier
         module.multi_tensor_scale_impl = utils.local_multi_tensor_scale
