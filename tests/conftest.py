@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing.process
+import subprocess
 import sys
 from pathlib import Path
 
@@ -39,13 +41,17 @@ def _tier_by_use(item: pytest.Item) -> str | None:
 
 
 @pytest.fixture(autouse=True)
-def unit_tests_start_no_process_group(request, monkeypatch):
-    """A test that needs one takes the fixture ``ranks``."""
-    if tiers(request.node) == ["unit"] and "torch.distributed" in sys.modules:
+def unit_tests_start_no_process(request, monkeypatch):
+    """Neither one of their own nor a group of ranks: that is what keeps them quick."""
+    if tiers(request.node) != ["unit"]:
+        return
 
-        def refuse(*arguments: object, **more: object) -> None:
-            pytest.fail("a unit test started a process group: use the fixture `ranks`, or mark the test as slow")
+    def refuse(*arguments: object, **more: object) -> None:
+        pytest.fail("a unit test started a process: use the fixture `ranks`, or mark the test as slow")
 
+    monkeypatch.setattr(subprocess.Popen, "__init__", refuse)
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", refuse)
+    if "torch.distributed" in sys.modules:
         monkeypatch.setattr("torch.distributed.init_process_group", refuse)
 
 

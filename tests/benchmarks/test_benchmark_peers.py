@@ -108,6 +108,7 @@ print(json.dumps([heights, lines]))
 """
 
 
+@pytest.mark.slow
 def test_the_picture_has_a_bar_for_each_ratio_and_a_line_for_each_target():
     """In a process of its own: matplotlib lies beside TRL."""
     if not compare.PEERS.is_dir():
@@ -141,6 +142,7 @@ def test_without_trl_the_message_says_how_to_get_it(monkeypatch, tmp_path):
         next(compare.measure(QUICK, tmp_path, print))
 
 
+@pytest.mark.slow
 def test_a_contestant_that_ends_is_named_with_the_end_of_its_output(tmp_path):
     worker = Worker("ours", "no_such_module_anywhere", {}, tmp_path, dict(os.environ))
     try:

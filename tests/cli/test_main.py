@@ -50,6 +50,7 @@ def run(words: list[str], task=lambda job: 1, description: str = "") -> int:
     return run_command(settings_of, task, description=description, words=words)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["train.py", "launch.py"])
 def test_a_mistyped_key_is_refused_in_one_line_before_anything_heavy_is_imported(script):
     done = run_script(script, "traner.devices=4")
@@ -58,6 +59,7 @@ def test_a_mistyped_key_is_refused_in_one_line_before_anything_heavy_is_imported
     assert exit_code_and_heavy_imports(script.removesuffix(".py"), ["traner.devices=4"]) == "2 []"
 
 
+@pytest.mark.slow
 def test_nothing_heavy_is_imported_before_every_early_check_has_passed(given):
     """As far as a run directory that holds another run, the last of them."""
     code = f"""
@@ -140,6 +142,7 @@ def test_another_page_from_the_working_directory(tmp_path, monkeypatch, given):
     assert compose(command) == {**tree, "group_size": 4}
 
 
+@pytest.mark.slow
 def test_an_installed_package_brings_its_pages_along(tmp_path):
     """setup.py puts conf/ inside the package, where a checkout has it beside."""
     no_caches = shutil.ignore_patterns("__pycache__")

@@ -66,6 +66,7 @@ def test_a_worked_data_set_becomes_the_projects_jsonl_with_a_report(tmp_path):
     assert [prompt.answer for prompt in loaded.prompts] == ["1", "2", "3", *map(str, range(5, 11)), "3"]
 
 
+@pytest.mark.slow
 def test_chat_messages_survive_and_a_gold_answer_that_no_reward_can_use_is_counted(tmp_path):
     chat = [{"role": "system", "content": "S"}, {"role": "user", "content": "Q?"}]
     rows = [{"prompt": chat, "reward_model": {"ground_truth": answer}} for answer in ("7", "seven")]
@@ -77,6 +78,7 @@ def test_chat_messages_survive_and_a_gold_answer_that_no_reward_can_use_is_count
     assert "dropped, gold answer that can't be verified: 1" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [

@@ -52,6 +52,7 @@ def test_no_slurm_is_fine_unless_the_run_is_for_one(only_on_path, config):
     assert slurm.slurm_tools(context(there)).level == "failure"
 
 
+@pytest.mark.slow
 def test_a_command_of_slurm_that_hangs_or_fails_is_named(only_on_path, config, monkeypatch):
     monkeypatch.setattr(slurm, "ANSWER_S", 1.0)
     there = context(dataclasses.replace(config, cluster=dataclasses.replace(config.cluster, kind="slurm")))
@@ -100,6 +101,7 @@ def test_a_directory_that_cannot_be_written_is_a_failure(config):
     assert found.text.startswith("/proc can't be written")
 
 
+@pytest.mark.slow
 def test_a_run_directory_of_another_run_is_a_failure(config, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text(json.dumps({"digest": "other", "settings": {}}))
@@ -125,6 +127,7 @@ def seen_by(folders: list[Path], config) -> dict[int, str]:
     return found
 
 
+@pytest.mark.slow
 def test_ranks_on_file_systems_of_their_own_are_found_out(config, tmp_path):
     shared = seen_by([tmp_path, tmp_path], config)
     assert all("all 2 ranks see each other's files" in text for text in shared.values())
@@ -173,6 +176,7 @@ def test_memory_of_a_container_counts_and_too_little_is_a_failure(config, tmp_pa
 # ---------------------------------------------------------------- model, tokenizer, rewards
 
 
+@pytest.mark.slow
 def test_a_whole_model_directory_is_ok_and_a_broken_one_is_named(config, tiny_models, tmp_path):
     assert "Qwen2ForCausalLM, 4 layers" in model.model(context(config)).text
     assert "no chat template" in model.tokenizer(context(config)).text
@@ -187,6 +191,7 @@ def test_a_whole_model_directory_is_ok_and_a_broken_one_is_named(config, tiny_mo
     assert "no tokenizer here" in failure("tokenizer", broken)
 
 
+@pytest.mark.slow
 def test_a_layout_that_does_not_divide_the_model_is_a_failure(config):
     cut = dataclasses.replace(config, model=dataclasses.replace(config.model, tensor_model_parallel_size=3))
     assert "tensor_model_parallel_size=3 does not divide" in failure("model", cut)
@@ -201,6 +206,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_has_rows_is_a_failure(confi
     assert model.tokenizer(context(other)).text == "has 97 tokens, the model's vocabulary 90"
 
 
+@pytest.mark.slow
 def test_reward_workers_tell_right_from_wrong_and_a_hostile_one_is_killed(tiny_models, tmp_path):
     every = [{"name": name, "weight": 1.0} for name in ("accuracy", "integer", "exact", "format")]
     config = make_config(tiny_models["qwen2"], rewards=[*every, {"name": "cosine", "max_tokens": 8}])
@@ -210,6 +216,7 @@ def test_reward_workers_tell_right_from_wrong_and_a_hostile_one_is_killed(tiny_m
     assert found.text.endswith("(1 worker); one that never ends is killed in time")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("body", "text"),
     [
@@ -225,6 +232,7 @@ def test_a_reward_that_hangs_or_raises_is_a_failure(tiny_models, tmp_path, body,
     assert text in failure("rewards", config)
 
 
+@pytest.mark.slow
 def test_a_reward_that_prefers_the_wrong_answer_is_a_failure(tiny_models):
     upside_down = {"name": "cosine", "max_tokens": 8, "correct_short": -1.0, "verifier": "integer"}
     config = make_config(tiny_models["qwen2"], rewards=[upside_down], validation__reward="cosine")

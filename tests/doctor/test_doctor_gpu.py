@@ -30,6 +30,7 @@ def test_a_machine_without_gpu_is_ok_unless_the_configuration_needs_one(config):
     assert "rollout.engine=trtllm needs one" in gpu.judge_gpus(none, hosted, 1).text
 
 
+@pytest.mark.slow
 def test_gpus_that_torch_does_not_see_are_a_failure(only_on_path):
     program(only_on_path, "nvidia-smi", "echo 'GPU 0: NVIDIA H100 (UUID: GPU-1)'; echo 'GPU 1: NVIDIA H100'")
     seen = dataclasses.replace(gpu.find_gpus(), devices=())
@@ -69,6 +70,7 @@ def test_fp8_depends_on_the_weakest_gpu_the_newest_one_and_cuda(config, devices,
         assert judged.level == "ok" or (f"precision={'bf16' if devices else 'fp32'}" in judged.remedy)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("version", "body", "level", "text"),
     [
@@ -91,6 +93,7 @@ def test_a_library_that_does_not_import_is_a_failure_even_if_it_takes_the_proces
     assert (found.level, text in found.text) == (level, True), found
 
 
+@pytest.mark.slow
 def test_a_broken_apex_is_a_failure_and_none_is_fine(tmp_path, monkeypatch):
     assert gpu.apex(context()).level == "ok"
     (tmp_path / "apex").mkdir()
@@ -158,6 +161,7 @@ def test_kernels_say_what_computes_and_why_no_fused_one_does():
     assert all("install TransformerEngine" in text for name, (_, text) in bare.items() if name != "SwiGLU")
 
 
+@pytest.mark.slow
 def test_on_this_machine_the_kernels_are_what_mcore_decided(config):
     import torch
 

@@ -67,6 +67,7 @@ def refuses(context: Context) -> Finding:
     raise RunError("the disk is full\nfree some of it")
 
 
+@pytest.mark.slow
 def test_a_check_that_hangs_crashes_or_raises_costs_its_own_line(capfd):
     checks = [Check(f.__name__, f, 1.0 if f is hangs else 200.0) for f in (hangs, crashes, raises, refuses, fine)]
     found = examined(checks)
@@ -82,6 +83,7 @@ def test_a_check_that_hangs_crashes_or_raises_costs_its_own_line(capfd):
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 def test_a_check_that_builds_on_a_failed_one_is_skipped():
     checks = [Check("raises", raises, 20), Check("later", fine, 20, after=("raises",)), Check("fine", fine, 20)]
     found = examined([*checks, Check("run", fine, 20, needs_config=True)])
@@ -179,6 +181,7 @@ def first_of_two(monkeypatch) -> Place:
     return Place(rank=0, world_size=2, local_rank=0, local_world_size=2, host="here")
 
 
+@pytest.mark.slow
 def test_a_rank_that_never_comes_is_named_and_the_machine_is_still_looked_at(first_of_two):
     checks = [Check("together", fine, 5, on="rank", together=True), Check("fine", fine, 20)]
     found = examined(checks, first_of_two, start_s=1)
@@ -186,6 +189,7 @@ def test_a_rank_that_never_comes_is_named_and_the_machine_is_still_looked_at(fir
     assert found[0].text == "rank 1 of 2 did not come within 1 s; there are 1, on here"
 
 
+@pytest.mark.slow
 def test_a_taken_master_port_is_a_failure_and_other_ranks_do_not_wait_for_ever(first_of_two, monkeypatch):
     import socket
 
@@ -237,6 +241,7 @@ def test_the_report_counts_and_json_holds_the_same():
     assert json.loads(report.to_json(failed, ALONE, 1.0))["ok"] is False
 
 
+@pytest.mark.slow
 def test_a_check_runs_where_it_is_needed():
     second_on_its_machine = Place(rank=3, world_size=4, local_rank=1, local_world_size=2, host="b")
     first_on_its_machine = Place(rank=2, world_size=4, local_rank=0, local_world_size=2, host="b")

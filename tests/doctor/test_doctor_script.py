@@ -85,6 +85,7 @@ def test_ranks_under_torchrun_report_once_and_reach_each_other(quickstart):
     assert "the sums of 2 ranks are right" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -103,6 +104,7 @@ def test_what_it_cannot_make_sense_of_is_one_line_and_exit_code_2(words, message
     assert done.stdout == ""
 
 
+@pytest.mark.slow
 def test_help_names_options_and_checks():
     done = doctor("--help")
     assert done.returncode == 0

@@ -89,6 +89,7 @@ def test_what_cannot_work_is_refused_in_one_message(script, model, capsys, monke
     assert told.out == ""
 
 
+@pytest.mark.slow
 def test_a_refusal_comes_before_torch_is_imported(model):
     assert exit_code_and_heavy_imports("evaluate", [f"model.path={model}", "max_concurrent_tokens=1"]) == "2 []"
 

@@ -70,6 +70,7 @@ def test_the_same_seed_makes_the_same_model_and_a_second_call_finds_it(tmp_path)
         make_base_model(tmp_path / "a", replace(QUICK, seed=1), force=False, log=said.append)
 
 
+@pytest.mark.slow
 def test_an_interrupted_build_is_not_taken_for_a_model(tmp_path, monkeypatch):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
@@ -84,6 +85,7 @@ def test_an_interrupted_build_is_not_taken_for_a_model(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.slow
 def test_force_replaces_a_base_model_and_removes_nothing_else(tmp_path):
     theirs = tmp_path / "theirs"
     theirs.mkdir()
@@ -97,6 +99,7 @@ def test_force_replaces_a_base_model_and_removes_nothing_else(tmp_path):
     assert made["recipe"]["seed"] == 1
 
 
+@pytest.mark.slow
 def test_the_right_answers_go_on_until_it_can_add(tmp_path):
     said = []
     recipe = replace(QUICK, clean_steps=50, clean_loss=100.0, noisy_steps=0)

@@ -48,6 +48,7 @@ def calls(study: Study) -> list[str]:
     return (study.directory / "calls").read_text().split("\n")[:-1]
 
 
+@pytest.mark.slow
 def test_every_run_is_made_once_seed_by_seed_and_goes_on_after_a_failure(study):
     study.directory.mkdir()
     fail = study.directory / "fail"
@@ -99,6 +100,7 @@ def test_a_run_with_other_settings_is_not_taken_for_one_of_the_study(study):
     assert not (study.directory / "calls").exists()
 
 
+@pytest.mark.slow
 def test_tables_and_picture_say_what_the_runs_did(study):
     run_all(study, print)
     found = analysis.read_runs(study)

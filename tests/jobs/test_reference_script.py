@@ -39,6 +39,7 @@ def test_what_cannot_work_is_refused_in_one_message(words, capsys, options, mess
     assert told.out == ""
 
 
+@pytest.mark.slow
 def test_a_refusal_comes_before_torch_is_imported(words):
     assert exit_code_and_heavy_imports("reference_rewards", [*words, "algorithm=gpg"]) == "2 []"
 

@@ -23,7 +23,7 @@ from nemo_aapo.launch.local import launch, run_ranks
 from nemo_aapo.launch.world import of_launcher
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.timeout(60)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(60)]
 
 
 def python(code: str) -> list[str]:

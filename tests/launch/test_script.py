@@ -63,6 +63,7 @@ def script_of(name: str) -> str:
     return render_merge(config, SITE, after="41") if name == "merge" else render_training(config, SITE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_the_script_is_the_approved_one_and_shellcheck_finds_nothing(name):
     path, script = APPROVED / f"{name}.sbatch", script_of(name)
@@ -83,6 +84,7 @@ def test_the_script_of_an_installed_package_names_no_checkout():
     assert Site.here().checkout == Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 def test_shell_scripts_of_the_slurm_tests_are_clean_too():
     if shutil.which("shellcheck") is None:
         pytest.skip("shellcheck is not installed (apt-get install shellcheck)")
@@ -92,6 +94,7 @@ def test_shell_scripts_of_the_slurm_tests_are_clean_too():
     assert found.returncode == 0, found.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a b", "it's", 'say "hi"', "$(touch pwned)", "back\\slash", "100%", "ünï;&|*"])
 def test_bash_hands_on_every_word_as_it_is_whatever_the_names(name, tmp_path):
     recorder = tmp_path / name

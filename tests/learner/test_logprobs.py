@@ -168,6 +168,7 @@ def peak_bytes(function, hidden, weight, targets) -> int:
     return counter.peak
 
 
+@pytest.mark.slow
 def test_peak_memory_at_a_large_vocabulary_is_an_eighth_of_the_plain_way_or_less():
     n, h = 256, 64
     hidden, weight, targets, _ = make_problem(n, LARGE_VOCAB, LARGE_VOCAB, h=h)

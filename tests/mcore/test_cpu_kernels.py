@@ -56,6 +56,7 @@ def test_values_and_gradients_are_those_of_autograds_own_chain(shape, strided):
         torch.testing.assert_close(found, right, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_norm_of_thirty_million_entries_is_that_of_float64():
     """torch's own is off by 1.7e-3 there."""
     generator = torch.Generator().manual_seed(1)

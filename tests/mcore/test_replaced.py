@@ -55,6 +55,7 @@ def test_another_source_is_refused_by_name_and_version(ranks, name):
     assert re.match(version + "(is gone|has another source) .*requirements/", gone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "name", "install"),
     [

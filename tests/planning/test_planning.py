@@ -111,6 +111,7 @@ def run(*words: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd="/")
 
 
+@pytest.mark.slow
 def test_the_command_needs_no_torch_and_little_time():
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = run("model=Qwen2.5-7B", "hardware=b200", "trainer.devices=8", "--json")
@@ -122,6 +123,7 @@ def test_the_command_needs_no_torch_and_little_time():
     assert subprocess.run([sys.executable, "-c", code], timeout=60, cwd=ROOT).returncode == 0
 
 
+@pytest.mark.slow
 def test_the_exit_code_says_whether_it_fits():
     assert run("model=Qwen2.5-72B").returncode == 1
     assert "DOES NOT FIT" in run("model=Qwen2.5-72B").stdout
@@ -160,6 +162,7 @@ def test_what_cannot_be_planned_is_refused_by_name(words, message):
     assert message in str(refused.value)
 
 
+@pytest.mark.slow
 def test_a_refusal_is_one_message_and_exit_code_2():
     done = run("model=nothing")
     assert done.returncode == 2

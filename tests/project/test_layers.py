@@ -132,6 +132,7 @@ def test_no_folder_holds_more_than_a_dozen_files():
     assert not {str(folder): count for folder, count in counts.items() if count > MOST_FILES}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", sorted(path.stem for path in SCRIPTS.glob("*.py") if path.stem != "stress"))
 def test_help_imports_nothing_heavy(script):
     said = exit_code_and_heavy_imports(script, ["--help"])

@@ -17,6 +17,8 @@ import pytest
 from nemo_aapo.cli.__main__ import COMMANDS
 from tests.training_runs import make_input, settings
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("nemo_aapo", "conf", "setup.py", "pyproject.toml", "LICENSE", "README.md")
 BESIDE = ("benchmarks", "examples", "scripts", "tests", "docs")

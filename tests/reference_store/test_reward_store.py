@@ -88,6 +88,7 @@ def _write_batches(path, pipe):
             pipe.send(batch)
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_moment_loses_the_batch_at_hand_and_no_other(tmp_path):
     path, told = tmp_path / "s.sqlite", -1
     for delay in (0.0, 0.003, 0.006, 0.01, 0.013, 0.02):
@@ -117,6 +118,7 @@ def _write_own(path, start, barrier, pipe):
         )
 
 
+@pytest.mark.slow
 def test_processes_that_write_at_the_same_time_all_get_what_stands(tmp_path):
     path, barrier, pipes = tmp_path / "s.sqlite", FORK.Barrier(4), []
     for number in range(4):
@@ -198,6 +200,7 @@ def _use_read_only(path, pipe):
             pipe.send((found, str(error)))
 
 
+@pytest.mark.slow
 def test_a_read_only_store_serves_what_it_has_and_says_what_it_lacks():
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "s.sqlite"

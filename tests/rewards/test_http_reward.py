@@ -38,7 +38,7 @@ class Server:
             def log_message(self, *arguments): ...
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}/score?task=math"
 
     def close(self) -> None:
@@ -106,6 +106,7 @@ def test_no_server_and_a_slow_one_cost_their_time_and_no_more(server):
         ask(server, timeout_s=0.5)
 
 
+@pytest.mark.slow
 def test_a_token_comes_from_a_variable_and_is_in_no_message(server, monkeypatch, caplog):
     reward = build_reward({"name": "http", "url": server.url, "token_env": "REWARD_TOKEN", "timeout_s": 20.0})
     with pytest.raises(ValueError, match="the variable REWARD_TOKEN is not set"):

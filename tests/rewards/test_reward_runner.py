@@ -137,6 +137,7 @@ def test_hostile_functions_cost_their_own_item_and_are_counted(custom):
         assert detail in results[code].detail
 
 
+@pytest.mark.slow
 def test_results_do_not_depend_on_which_is_done_first_nor_on_the_number_of_workers(custom):
     reward = custom("time.sleep(int(completion) % 5 * 0.01); return int(completion) + info['num_tokens'] / 64")
     tables = []
@@ -148,6 +149,7 @@ def test_results_do_not_depend_on_which_is_done_first_nor_on_the_number_of_worke
     assert tables[0] == tables[1] == [(n, n * 7 % 40 + n / 64) for n in range(40)]
 
 
+@pytest.mark.slow
 def test_cheap_rewards_score_the_same_in_process_and_in_a_worker():
     cosine = build_reward({"name": "cosine", "max_tokens": 50, "verifier": "integer"})
     cheap = [(build_reward({"name": name}), weight) for name, weight in (("integer", 1.0), ("format", 0.3))]
@@ -179,6 +181,7 @@ def test_a_failure_in_process_costs_its_item_only():
     assert results["good"].score == 1.0
 
 
+@pytest.mark.slow
 def test_submitting_does_not_wait_for_scores(custom, tmp_path):
     """The rewards wait for what comes after the submissions."""
     submitted = tmp_path / "submitted"
@@ -191,6 +194,7 @@ def test_submitting_does_not_wait_for_scores(custom, tmp_path):
         assert runner.collect() == {}
 
 
+@pytest.mark.slow
 def test_an_index_is_taken_until_it_is_collected_and_a_late_item_is_named(custom):
     with RewardRunner([(custom("time.sleep(float(completion)); return 1.0"), 1.0)], 1, timeout_s=60) as runner:
         runner.submit((0, 1), prompt(), "0", completion())
@@ -202,6 +206,7 @@ def test_an_index_is_taken_until_it_is_collected_and_a_late_item_is_named(custom
             runner.collect(timeout_s=0.2)
 
 
+@pytest.mark.slow
 def test_a_worker_imports_no_torch_and_knows_what_the_completion_was(custom):
     body = """
         assert "torch" not in sys.modules
@@ -216,6 +221,7 @@ def test_a_worker_imports_no_torch_and_knows_what_the_completion_was(custom):
     assert result.score == 1.0, result
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_between_items_or_gets_a_schedulers_signal_hurts_no_item(custom):
     with RewardRunner([(custom("time.sleep(0.3); return 1.0"), 1.0)], workers=1, timeout_s=30) as runner:
         (pid,) = runner.pool.pids
@@ -229,6 +235,7 @@ def test_a_worker_that_dies_between_items_or_gets_a_schedulers_signal_hurts_no_i
         assert runner.collect()["under signals"].score == 1.0
 
 
+@pytest.mark.slow
 def test_a_kill_takes_along_what_the_reward_started(custom, tmp_path):
     child = tmp_path / "pid"
     code = f"p = subprocess.Popen(['sleep', '600']); open({str(child)!r}, 'w').write(str(p.pid)); time.sleep(600)"
@@ -238,6 +245,7 @@ def test_a_kill_takes_along_what_the_reward_started(custom, tmp_path):
         assert wait_until(lambda: not running(int(child.read_text())), SLACK_S)
 
 
+@pytest.mark.slow
 def test_closing_kills_busy_workers_at_once(custom):
     runner = RewardRunner([(custom("while True: pass"), 1.0)], workers=2, timeout_s=600)
     pids = runner.pool.pids
@@ -253,6 +261,7 @@ def test_closing_kills_busy_workers_at_once(custom):
         runner.submit(9, prompt(), "", completion())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 def test_workers_die_with_a_killed_parent_whatever_they_are_doing(custom, tmp_path):
     reward = custom("while completion == 'python': pass\nreturn 7**7**7**7 if completion == 'c' else 1.0")
@@ -301,6 +310,7 @@ def test_what_a_worker_cant_load_is_said_before_anything_is_scored(custom, monke
         RewardRunner([(good, 1.0)], workers=1, timeout_s=1)
 
 
+@pytest.mark.slow
 def test_a_worker_that_cant_be_replaced_stops_the_run_instead_of_scoring_nothing(custom):
     reward = custom("os._exit(1)")
     with RewardRunner([(reward, 1.0)], workers=1, timeout_s=30) as runner:
@@ -311,6 +321,7 @@ def test_a_worker_that_cant_be_replaced_stops_the_run_instead_of_scoring_nothing
             runner.collect()
 
 
+@pytest.mark.slow
 def test_gold_answers_are_checked_under_the_limit_too():
     with RewardRunner([(build_reward({"name": "accuracy"}), 1.0)], workers=1, timeout_s=LIMIT_S) as runner:
         runner.check_answer("\\frac{1}{2}")

@@ -236,6 +236,7 @@ def test_a_start_that_nothing_came_of_does_not_keep_its_directory(settings):
         check_run_directory(config)
 
 
+@pytest.mark.slow
 def test_a_directory_that_a_live_process_uses_is_refused_and_free_once_it_is_dead(settings):
     config, tree = settings
     holder = start_holder(config.run.dir, "print(flush=True); time.sleep(50)")
@@ -248,6 +249,7 @@ def test_a_directory_that_a_live_process_uses_is_refused_and_free_once_it_is_dea
         claim(config, tree, 1)
 
 
+@pytest.mark.slow
 def test_a_forked_worker_that_outlives_the_run_does_not_keep_the_directory(settings):
     config, tree = settings
     parent = start_holder(config.run.dir, "child = os.fork(); print(child, flush=True) if child else time.sleep(50)")
@@ -339,6 +341,7 @@ def test_a_run_that_goes_on_by_another_instruction_set_says_so(settings, monkeyp
     ]
 
 
+@pytest.mark.slow
 def test_the_instruction_set_is_that_by_which_torch_computes():
     code = "from nemo_aapo.run.directory import instruction_set; print(instruction_set())"
     narrow = {**os.environ, "ATEN_CPU_CAPABILITY": "default", "CUDA_VISIBLE_DEVICES": ""}

@@ -11,6 +11,8 @@ import pytest
 from nemo_aapo.utils import files
 from nemo_aapo.utils.files import begin_directory, remove_directory, whole_directory, write_atomic
 
+pytestmark = pytest.mark.slow
+
 CALLS = ("fsync", "link", "mkdir", "open", "rename", "replace", "rmdir", "unlink")
 """System calls that make, change or remove what a file system holds, or bring it to the disk, as ``os`` names them."""
 OLD = {"config.json": "old", "data/train.jsonl": "old", "tokenizer.json": "old"}

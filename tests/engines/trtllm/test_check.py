@@ -335,6 +335,7 @@ def test_where_there_is_no_package_the_command_says_so(tmp_path, capsys):
         )
 
 
+@pytest.mark.slow
 def test_the_command_finds_an_installed_package_without_importing_it(tmp_path):
     folder = write_package(tmp_path, FILES)  # its __init__ raises
     root = Path(trtllm_check.__file__).parents[3]
