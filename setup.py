@@ -79,7 +79,7 @@ setup(
         "reasoning_gym": ["reasoning-gym==0.1.25", "six", "matplotlib"],  # what it imports without declaring it
         "wandb": ["wandb>=0.25"],
         "nemo_run": ["nemo-run==0.11.1", "leptonai==0.26.6"],  # with a later leptonai nemo-run does not import
-        "dev": ["mypy", "pytest", "pytest-timeout", "ruff", "types-PyYAML"],
+        "dev": ["mypy", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "types-PyYAML"],
     },
     classifiers=[
         "Development Status :: 3 - Alpha",

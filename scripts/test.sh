@@ -3,7 +3,8 @@
 #
 #   bash scripts/test.sh [--quick] [pytest arguments]        for example: tests/test_loss.py, -k resume, -x
 #
-# --quick leaves all but the tier `unit` out (pyproject.toml names the tiers), and installs neither peers nor Slurm.
+# --quick is style and the tier `unit` (pyproject.toml names the tiers); it installs neither peers nor Slurm, and leaves
+# types to `mypy`, which reads all of torch for a minute when it runs for the first time.
 # Without arguments, the tests of numbers run a second time, by narrower vector instructions.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -13,7 +14,7 @@ readonly SESSION_TIMEOUT_S=3600 # of all tests together; pyproject.toml has the 
 chosen=("$@")
 bash scripts/environment.sh
 if [[ ${1:-} == --quick ]]; then
-    chosen=(-m unit "${@:2}")
+    chosen=(-m unit --numprocesses 2 "${@:2}")
 else
     bash scripts/peers.sh || echo "test.sh: going on without .venv-peers: the tests that need it are skipped" >&2
     bash scripts/nemo_run.sh || echo "test.sh: going on without .venv-nemo-run: the test that needs it is skipped" >&2
@@ -30,9 +31,11 @@ ruff format --check .
 
 said_of_types=$(mktemp) said_beside=$(mktemp)
 trap 'rm -f "$said_of_types" "$said_beside"
-    echo "test.sh: environment $environment_s s, style, types and tests $((SECONDS - environment_s)) s"' EXIT
-mypy >"$said_of_types" 2>&1 & # reads all of torch, for a minute: on the core that most tests leave free
-types=$!
+    echo "test.sh: environment $environment_s s, checks $((SECONDS - environment_s)) s"' EXIT
+if [[ ${1:-} != --quick ]]; then
+    mypy >"$said_of_types" 2>&1 & # on the core that most tests leave free
+    types=$!
+fi
 
 status=0
 run_tests() {
@@ -49,6 +52,8 @@ else # the tests on Slurm mostly wait, and unit tests take one core: they run be
     echo "test.sh: the tests of numbers again, by narrower instructions"
     ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 run_tests -m exact
 fi
-wait "$types" || status=$?
-cat "$said_of_types"
+if [[ -n ${types:-} ]]; then
+    wait "$types" || status=$?
+    cat "$said_of_types"
+fi
 exit "$status"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -101,8 +103,7 @@ def make_config(
 
     from nemo_aapo.config import parse
 
-    tree = OmegaConf.load(Path(__file__).parents[1] / "conf" / "train_aapo.yaml")
-    tree.pop("defaults")
+    tree = copy.deepcopy(_page())
     for key, value in {
         "model.path": str(model),
         "data.train": str(train),
@@ -119,3 +120,13 @@ def make_config(
     }.items():
         OmegaConf.update(tree, key, value, force_add=True)
     return parse(OmegaConf.to_container(tree, resolve=True))
+
+
+@functools.cache
+def _page() -> Any:
+    """The main page, read once: there are hundreds of configurations to make."""
+    from omegaconf import OmegaConf
+
+    tree = OmegaConf.load(Path(__file__).parents[1] / "conf" / "train_aapo.yaml")
+    tree.pop("defaults")
+    return tree

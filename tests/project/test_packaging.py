@@ -142,7 +142,7 @@ def test_the_extra_for_a_cpu_brings_all_that_was_seen_training_but_the_bridge(pi
     found: set[tuple[str, frozenset[str]]] = set()
     for text in [*setup_py().install_requires, *setup_py().extras_require["cpu"]]:
         add_needed(Requirement(text), found)
-    tools = {"ruff", "mypy", "pytest", "pytest-timeout", "setuptools", "types-pyyaml"}
+    tools = {"ruff", "mypy", "pytest", "pytest-timeout", "pytest-xdist", "setuptools", "types-pyyaml"}
     for tool in tools - {"setuptools"}:
         add_needed(Requirement(tool), found)
     assert set(pins) - {name for name, _ in found} == {"megatron-bridge"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import random
 
@@ -97,6 +98,16 @@ def test_a_missing_field_is_refused_by_its_name(field):
         wire.decode_request(body, LIMITS)
 
 
+@pytest.fixture
+def nothing_is_finalized_at_the_recursion_limit():
+    """What other tests left behind would be, when the collector runs within a deep text, and say so."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("nothing_is_finalized_at_the_recursion_limit")
 def test_whatever_bytes_come_they_are_a_request_or_a_wire_error():
     whole, rng = json.dumps(BODY).encode(), random.Random(0)
     texts = [b"", b"null", b"[]", b"1e999", b"NaN", b"[" * 100_000, b"\xff\xfe", b"9" * 5000, b'{"a":' * 50_000]
