@@ -63,7 +63,7 @@ def build_hosted_engine(config: Config, shape: ModelShape) -> HostedEngine:
 def _hosted_trtllm(config: Config) -> HostedEngine:
     from nemo_aapo.engines.remote.weight_store import read_tensors
     from nemo_aapo.engines.trtllm.engine import TrtllmEngine
-    from nemo_aapo.models.directory import tensor_headers
+    from nemo_aapo.utils.safetensors import tensor_headers
 
     engine = TrtllmEngine.from_config(config)
 
