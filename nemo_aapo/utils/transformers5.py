@@ -8,8 +8,10 @@ of tokenizers without one of their own.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +75,25 @@ def translated_config(directory: Path, config: Mapping[str, Any]) -> PretrainedC
     return made
 
 
+@contextlib.contextmanager
+def readable_directory(directory: Path) -> Iterator[Path]:
+    """A directory that 4.57 reads rightly by itself, for programs that are only given its path.
+
+    That is the directory itself, or one of links to its files with a ``config.json`` of its own, which is there inside.
+    """
+    config = _read(directory / "config.json")
+    if not translation(config):
+        yield directory
+        return
+    with tempfile.TemporaryDirectory(prefix="model_") as folder:
+        for file in directory.absolute().iterdir():
+            (Path(folder) / file.name).symlink_to(file)
+        (Path(folder) / "config.json").unlink()
+        kept = {key: value for key, value in config.items() if key != ROPE}
+        (Path(folder) / "config.json").write_text(json.dumps({**kept, **translation(config)}), encoding="utf-8")
+        yield Path(folder)
+
+
 # ---------------------------------------------------------------- tokenizer_config.json
 
 
@@ -122,6 +143,6 @@ def said(directory: Path) -> str:
     """A phrase on what of a model directory is read otherwise than it is written; empty if nothing is."""
     words = [f"{key}={value}" for key, value in translation(_read(directory / "config.json")).items()]
     settings = _read(directory / "tokenizer_config.json")
-    words += ["PreTrainedTokenizerFast"] if settings.get("tokenizer_class") == BACKEND else []
+    words += ["tokenizer_class=PreTrainedTokenizerFast"] if settings.get("tokenizer_class") == BACKEND else []
     words += ["additional_special_tokens"] if isinstance(settings.get("extra_special_tokens"), list) else []
-    return f"; written by transformers 5, in whose place 4.57 reads {', '.join(words)}" if words else ""
+    return f"; written by transformers 5 and read with {', '.join(words)}" if words else ""

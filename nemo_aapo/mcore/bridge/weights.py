@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ import torch.distributed as dist
 
 from nemo_aapo.mcore.bridge.loader import auto_bridge_class
 from nemo_aapo.models import writer as hf_directory
-from nemo_aapo.models.directory import first_architecture, read_config_json
+from nemo_aapo.models.directory import first_architecture, read_config_json, shape_of
+from nemo_aapo.models.weights import expected_tensors
 from nemo_aapo.utils import transformers5
 from nemo_aapo.utils.files import whole_directory
 from nemo_aapo.utils.safetensors import has_weights, tensor_headers
@@ -41,7 +42,7 @@ class WeightMap:
         pretrained = self.auto_bridge.hf_pretrained
         pretrained.config = transformers5.translated_config(Path(path), config)
         if has_weights(Path(path)):
-            _locate_tensors(pretrained, Path(path))
+            _locate_tensors(pretrained, Path(path), expected_tensors(shape_of(config)))
         else:
             _name_tensors_by_architecture(pretrained)
 
@@ -75,12 +76,6 @@ class WeightMap:
         """(Hugging Face name, full tensor on CPU) of the adapters alone; ``export`` merges them. Collective."""
         for name, tensor in self.auto_bridge.export_adapter_weights([model], cpu=True, show_progress=False):
             yield name, tensor.detach()
-
-    def names(self, model: torch.nn.Module) -> set[str]:
-        """The Hugging Face names of all tensors that the map covers. Collective."""
-        tasks = self.auto_bridge.get_conversion_tasks([model])
-        covered = [task.mapping.hf_param for task in tasks if task is not None]
-        return {name for part in covered for name in ([part] if isinstance(part, str) else part.values())}
 
     def save(
         self,
@@ -116,12 +111,17 @@ class WeightMap:
         dist.barrier()
 
 
-def _locate_tensors(pretrained: Any, directory: Path) -> None:
-    """Tell the Bridge which file holds which tensor: without an index it would take any ``*.safetensors`` there."""
+def _locate_tensors(pretrained: Any, directory: Path, wanted: Container[str]) -> None:
+    """Tell the Bridge which file holds which of these tensors.
+
+    Without an index it would take any ``*.safetensors`` there; and it would export what is left out when it is read,
+    such as a copy of tied embeddings.
+    """
     from megatron.bridge.models.hf_pretrained.state import SafeTensorsStateSource, StateDict
 
     source = SafeTensorsStateSource(directory)
-    source._key_to_filename_map_cache = {name: header.file for name, header in tensor_headers(directory).items()}
+    headers = tensor_headers(directory)
+    source._key_to_filename_map_cache = {name: header.file for name, header in headers.items() if name in wanted}
     pretrained._state_dict_accessor = StateDict(source)
 
 
