@@ -7,7 +7,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from nemo_aapo.conversion.source import ModelSource, find_source
+from nemo_aapo.conversion.source import ModelSource, check_base, find_source
 from nemo_aapo.errors import ConfigError
 from nemo_aapo.models import families
 from nemo_aapo.models.directory import read_model_dir
@@ -84,6 +84,7 @@ def _require_whole(directory: Path) -> None:
 def _require_source(source: ModelSource, layout: Layout) -> None:
     tp, pp = layout.tensor_parallel_size, layout.pipeline_parallel_size
     families.require_layout(source.base, tp, pp)
+    check_base(source)
     if source.kind == "hf":
         _require_whole(source.path)
     if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) != layout.ranks:

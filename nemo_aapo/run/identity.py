@@ -31,7 +31,7 @@ def identity_of(config: Config) -> Identity:
         ConfigError: a file of weights is not whole.
     """
     return {
-        "model.path": _model(config.model.path),
+        "model.path": model_identity(config.model.path),
         "data.train": _data(config.data.train),
         "data.validation": _data(config.data.validation),
     }
@@ -51,8 +51,8 @@ def reference_of(config: Config) -> str | None:
     return model_digest(config.model.path) if compares and has_weights(Path(config.model.path)) else None
 
 
-def _model(path: str) -> str:
-    """16 hex digits of ``config.json`` and weights."""
+def model_identity(path: str) -> str:
+    """16 hex digits of ``config.json`` and weights; the path where there are none."""
     directory = Path(path)
     if not has_weights(directory):
         return path

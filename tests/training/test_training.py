@@ -15,6 +15,8 @@ from transformers import Qwen2Config
 
 from nemo_aapo.checkpoint import manifest
 from nemo_aapo.config import digest, parse
+from nemo_aapo.errors import ConfigError
+from nemo_aapo.prepare.conversion import Layout, prepare_megatron_to_hf
 from nemo_aapo.utils.safetensors import model_digest
 from tests.tiny_models import SIZES, save_character_tokenizer, save_model
 from tests.training_runs import exported, make_input, metrics, run, settings
@@ -305,6 +307,8 @@ def test_a_run_with_kl_does_not_go_on_with_another_base_model(ranks, folder, tmp
     save_model(Qwen2Config(**{**SIZES, "num_hidden_layers": 2, "tie_word_embeddings": True}), model, seed=7)
     save_character_tokenizer(model)
     before = metrics(tmp_path / "run")
+    with pytest.raises(ConfigError, match="holds another model than the one that the run was trained from"):
+        prepare_megatron_to_hf(tmp_path / "run", None, tmp_path / "out", Layout())
     with pytest.raises(AssertionError, match=r"model.path: \S+ holds something else than it did"):
         ranks.run(run, [*words, "trainer.max_steps=2"], tp=None)
     assert metrics(tmp_path / "run") == before
