@@ -28,7 +28,7 @@ from nemo_aapo.mcore.micro_batch import MicroBatch
 from nemo_aapo.mcore.model import GPTModel, output_weight
 from nemo_aapo.models.directory import read_config_json, read_model_dir, shape_of
 from nemo_aapo.models.families import CONVERTS, require_convertible
-from nemo_aapo.models.weights import DERIVED_BUFFERS, OUTPUT
+from nemo_aapo.models.weights import own_tensors
 from nemo_aapo.utils.safetensors import tensor_headers, weight_files
 from nemo_aapo.utils.transformers5 import translated_config
 
@@ -132,7 +132,7 @@ def _compare_bytes(exported: Iterable[tuple[str, torch.Tensor]], directory: Path
         for _ in exported:
             pass
         return [], 0
-    headers = tensor_headers(directory)
+    headers = own_tensors(tensor_headers(directory), shape_of(read_config_json(directory)))
     files = {name: safe_open(directory / name, framework="pt") for name in weight_files(directory)}
     different, left = [], set(headers)
     for name, tensor in exported:
@@ -140,8 +140,6 @@ def _compare_bytes(exported: Iterable[tuple[str, torch.Tensor]], directory: Path
         stored = files[headers[name].file].get_tensor(name) if name in headers else None
         if stored is None or not _same_bytes(tensor.to(stored.dtype), stored):
             different.append(name)
-    tied = {OUTPUT} if shape_of(read_config_json(directory)).tied_embeddings else set()
-    left = {name for name in left - tied if not name.endswith(DERIVED_BUFFERS)}
     return [*different, *sorted(left)], len(headers)
 
 

@@ -26,8 +26,9 @@ SHOWN = 3
 
 
 def check_weights(directory: Path, config: Mapping[str, Any], shape: ModelShape) -> None:
-    """Refuse a directory whose weights are not what the weight map takes. Reads headers only, but for a second copy of
-    tied embeddings, of which it reads 4 MiB.
+    """Refuse a directory whose weights are not what the weight map takes.
+
+    Reads headers only, but for a second copy of tied embeddings, of which it reads 4 MiB.
 
     Args:
         config: of ``config.json``.
@@ -36,7 +37,8 @@ def check_weights(directory: Path, config: Mapping[str, Any], shape: ModelShape)
     Raises:
         ConfigError: as ``tensor_headers``; or the names that are missing, have no place, or another shape or dtype.
     """
-    headers = {name: h for name, h in tensor_headers(directory).items() if not name.endswith(DERIVED_BUFFERS)}
+    every = tensor_headers(directory)
+    headers = own_tensors(every, shape)
     if codes := {header.dtype for header in headers.values()} - set(FLOATS):
         coded = [name for name, header in headers.items() if header.dtype in codes]
         raise ConfigError(
@@ -44,9 +46,19 @@ def check_weights(directory: Path, config: Mapping[str, Any], shape: ModelShape)
             f"converted{_quantized(config)}: take the model in {', '.join(FLOATS)}"
         )
     expected = expected_tensors(shape)
-    if shape.tied_embeddings and OUTPUT in headers and EMBEDDING in headers:
-        _require_same(directory, headers)
-        headers.pop(OUTPUT)
+    if OUTPUT in every and OUTPUT not in headers and EMBEDDING in headers:
+        _require_same(directory, every)
+    if problem := _misfit(headers, expected, shape):
+        raise ConfigError(
+            f"model.path={directory}: the weights are not those of a {shape.architecture} of {shape.num_layers} layers "
+            f"as config.json describes it; {problem}"
+        )
+
+
+def _misfit(
+    headers: Mapping[str, TensorHeader], expected: Mapping[str, tuple[int, ...]], shape: ModelShape
+) -> str | None:
+    """Which tensors are missing, have no place or another shape; None: they fit."""
     missing, extra = expected.keys() - headers.keys(), headers.keys() - expected.keys()
     different = [
         f"{name} is {list(headers[name].shape)} where config.json makes it {list(wanted)}"
@@ -58,11 +70,7 @@ def check_weights(directory: Path, config: Mapping[str, Any], shape: ModelShape)
         *([f"without a place: {_some(extra)}"] if extra else ()),
         *([_some(different)] if different else ()),
     ]
-    if problems:
-        raise ConfigError(
-            f"model.path={directory}: the weights are not those of a {shape.architecture} of {shape.num_layers} layers "
-            f"as config.json describes it; {'; '.join(problems)}{_hint(missing, extra, shape)}"
-        )
+    return "; ".join(problems) + _hint(missing, extra, shape) if problems else None
 
 
 def expected_tensors(shape: ModelShape) -> dict[str, tuple[int, ...]]:
@@ -89,6 +97,14 @@ def expected_tensors(shape: ModelShape) -> dict[str, tuple[int, ...]]:
         **{f"model.layers.{i}.{name}": size for i in range(shape.num_layers) for name, size in layer.items()},
         "model.norm.weight": (hidden,),
         **({} if shape.tied_embeddings else {OUTPUT: (shape.vocab_size, hidden)}),
+    }
+
+
+def own_tensors(headers: Mapping[str, TensorHeader], shape: ModelShape) -> dict[str, TensorHeader]:
+    """The tensors of the files that are weights: no derived buffers, and no second copy of tied embeddings."""
+    second = {OUTPUT} if shape.tied_embeddings else set()
+    return {
+        name: header for name, header in headers.items() if name not in second and not name.endswith(DERIVED_BUFFERS)
     }
 
 

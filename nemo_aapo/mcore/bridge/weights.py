@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch.distributed as dist
 from nemo_aapo.mcore.bridge.loader import auto_bridge_class
 from nemo_aapo.models import writer as hf_directory
 from nemo_aapo.models.directory import first_architecture, read_config_json, shape_of
-from nemo_aapo.models.weights import expected_tensors
+from nemo_aapo.models.weights import own_tensors
 from nemo_aapo.utils import transformers5
 from nemo_aapo.utils.files import whole_directory
 from nemo_aapo.utils.safetensors import has_weights, tensor_headers
@@ -42,7 +42,8 @@ class WeightMap:
         pretrained = self.auto_bridge.hf_pretrained
         pretrained.config = transformers5.translated_config(Path(path), config)
         if has_weights(Path(path)):
-            _locate_tensors(pretrained, Path(path), expected_tensors(shape_of(config)))
+            own = own_tensors(tensor_headers(Path(path)), shape_of(config))
+            _locate_tensors(pretrained, Path(path), {name: header.file for name, header in own.items()})
         else:
             _name_tensors_by_architecture(pretrained)
 
@@ -111,8 +112,8 @@ class WeightMap:
         dist.barrier()
 
 
-def _locate_tensors(pretrained: Any, directory: Path, wanted: Container[str]) -> None:
-    """Tell the Bridge which file holds which of these tensors.
+def _locate_tensors(pretrained: Any, directory: Path, files: dict[str, str]) -> None:
+    """Tell the Bridge which file holds which tensor.
 
     Without an index it would take any ``*.safetensors`` there; and it would export what is left out when it is read,
     such as a copy of tied embeddings.
@@ -120,8 +121,7 @@ def _locate_tensors(pretrained: Any, directory: Path, wanted: Container[str]) ->
     from megatron.bridge.models.hf_pretrained.state import SafeTensorsStateSource, StateDict
 
     source = SafeTensorsStateSource(directory)
-    headers = tensor_headers(directory)
-    source._key_to_filename_map_cache = {name: header.file for name, header in headers.items() if name in wanted}
+    source._key_to_filename_map_cache = files
     pretrained._state_dict_accessor = StateDict(source)
 
 
