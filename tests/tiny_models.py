@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,23 +43,47 @@ def make_tiny_models(folder: Path) -> dict[str, Path]:
 
 
 def save_empty_model(directory: Path, **changes: Any) -> Path:
-    """A Qwen2 directory without tensors: enough for every check before the weights are read.
+    """A Qwen2 directory whose weights are holes in a file: enough for every check before they are read.
 
     Args:
         changes: of ``config.json``.
     """
+    from nemo_aapo.models.directory import shape_of
+    from nemo_aapo.models.weights import expected_tensors
+
     shape = {"num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 128, "vocab_size": 100}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096}
     config = {"architectures": ["Qwen2ForCausalLM"], **shape, **heads, **changes}
     directory.mkdir(exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config))
-    (directory / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    save_headers(directory / "model.safetensors", expected_tensors(shape_of(config)))
     (directory / "tokenizer_config.json").write_text("{}")  # by its name a tokenizer, which is not loaded
     return directory
 
 
+BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I32": 4, "I8": 1, "U8": 1, "F8_E4M3": 1}
+
+
+def save_headers(path: Path, shapes: Mapping[str, Sequence[int]], dtype: str = "BF16", **dtypes: str) -> None:
+    """A whole safetensors file of zeros, which take no space on the disk.
+
+    Args:
+        shapes: by name of the tensor.
+        dtypes: of single tensors, by name with ``.`` written as ``__``.
+    """
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        kind = dtypes.get(name.replace(".", "__"), dtype)
+        begin, end = end, end + math.prod(shape) * BYTES[kind]
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+
+
 def save_empty_input(folder: Path) -> list[str]:
-    """The settings without a default, for a model without tensors and data of one question: nothing is left to refuse.
+    """The settings without a default, for a model of zeros and data of one question: nothing is left to refuse.
 
     Their order: ``model.path``, ``data.train``, ``data.validation``, ``run.dir``.
     """

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import datetime
 import functools
-import os
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -266,7 +265,8 @@ def check_files(path: Path, content: Manifest) -> None:
 
 def seal_own_files(directory: Path) -> dict[str, manifest.FileRecord]:
     """Bring the files to the disk that this rank wrote, and record them."""
-    own = manifest.shard_of(os.listdir(directory), parallel.rank(), dist.get_world_size())
+    names = (str(file.relative_to(directory)) for file in directory.rglob("*") if file.is_file())
+    own = manifest.shard_of(names, parallel.rank(), dist.get_world_size())
     return {name: manifest.seal(directory / name) for name in own}
 
 

@@ -62,7 +62,7 @@ class Manifest:
     versions: dict[str, str]
     """Versions of the libraries that wrote it; for people."""
     files: dict[str, FileRecord]
-    """Every file of the checkpoint but the manifest, by name."""
+    """Every file of the checkpoint but the manifest, by its path from there."""
 
 
 def write(manifest: Manifest, directory: Path) -> None:
@@ -120,7 +120,7 @@ def seal(path: Path) -> FileRecord:
 def problem_with(directory: Path, name: str, record: FileRecord) -> str | None:
     """What is wrong with a file of a checkpoint; None if it is as it was written."""
     path = directory / name
-    if path.name != name:
+    if Path(name).is_absolute() or ".." in Path(name).parts:
         return f"{name!r} is not a file name"
     try:
         with open(path, "rb") as file:

@@ -31,6 +31,7 @@ from nemo_aapo.prepare.conversion import (
     prepare_verification,
 )
 from nemo_aapo.utils.libraries import quiet
+from nemo_aapo.utils.transformers5 import said
 
 DIFFERENT = 1
 """Exit code of a verification that found a difference."""
@@ -47,7 +48,7 @@ def hf_to_megatron(arguments: argparse.Namespace) -> int:
 
     with session(job):
         convert.hf_to_megatron(job.source.path, job.target, dtype=convert.DTYPES.get(arguments.dtype))
-    return say(f"{arguments.out}: Megatron checkpoint of {job.source.path}")
+    return say(f"{arguments.out}: Megatron checkpoint of {job.source.path}{said(job.source.path)}")
 
 
 def megatron_to_hf(arguments: argparse.Namespace) -> int:
@@ -94,6 +95,8 @@ def verify(arguments: argparse.Namespace) -> int:
         verdict = verification.verify(job.source, job.target, questions)
     if verdict is None:
         return 0
+    if note := said(job.target):
+        say(f"{job.target}{note}")
     say("\n".join(verification.report(verdict, arguments.tolerance)))
     return 0 if verdict.ok(arguments.tolerance) else DIFFERENT
 

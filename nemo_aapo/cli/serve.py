@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 from nemo_aapo.cli.main import run_command
 from nemo_aapo.engines.remote.directory import ServerRecord, open_directory, open_token, publish, withdraw
 from nemo_aapo.errors import ConfigError
-from nemo_aapo.models import directory as model_dir
 from nemo_aapo.prepare.server import ServerJob, prepare_server
+from nemo_aapo.utils.safetensors import model_digest
+from nemo_aapo.utils.transformers5 import said
 
 if TYPE_CHECKING:
     from nemo_aapo.engines.build import HostedEngine
@@ -88,6 +89,8 @@ async def _serve(job: ServerJob, directory: Path, token: str, listener: socket.s
     record = ServerRecord(index, address, os.getpid(), uuid.uuid4().hex)
     publish(directory, record)
     _say(index, f"listens on {address}")
+    if note := said(Path(config.model.path)):
+        _say(index, f"{config.model.path}{note}")
     try:
         built = asyncio.wrap_future(worker.built)
         either: set[asyncio.Future[Any]] = {built, stop}
@@ -114,7 +117,7 @@ def _worker(job: ServerJob, directory: Path) -> EngineWorker:
 
     @functools.cache
     def base() -> WeightsId:
-        return WeightsId(0, model_dir.digest(path))
+        return WeightsId(0, model_digest(path))
 
     def build() -> HostedEngine:
         from nemo_aapo.engines.build import build_hosted_engine

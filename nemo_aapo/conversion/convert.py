@@ -22,12 +22,12 @@ from nemo_aapo.conversion.source import ModelSource, lora_of
 from nemo_aapo.distributed.agreement import agree, on_first_rank
 from nemo_aapo.errors import CheckpointError, ConfigError
 from nemo_aapo.mcore.bridge.lora import save_peft
-from nemo_aapo.models import directory as model_dir
 from nemo_aapo.models import writer as hf_directory
+from nemo_aapo.models.directory import read_model_dir
 from nemo_aapo.models.families import CONVERTS, require_convertible
+from nemo_aapo.utils.safetensors import model_digest
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
-_SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def checkpoint_to_hf(
@@ -48,7 +48,7 @@ def checkpoint_to_hf(
         source: a checkpoint, a run (its newest whole checkpoint, also while it trains), or what ``hf_to_megatron``
             wrote.
         target: must not exist; appears whole or not at all.
-        dtype: of the written weights; None: as they are stored.
+        dtype: of the written weights; None: that of the base model's. Adapters keep theirs.
         max_shard_bytes: a larger model is written in several files with an index.
         adapter: of a run that trains LoRA adapters, write these alone, as a directory that ``peft`` loads; otherwise
             they are merged into the weights.
@@ -71,8 +71,9 @@ def checkpoint_to_hf(
         return lora
 
     lora = agree(check)
-    dtype = dtype or stored_dtype(source)
-    weight_map, module = megatron_model.build(source.base, dtype, lora)
+    stored = stored_dtype(source)
+    dtype = stored if adapter else dtype or agree(lambda: hf_directory.weights_dtype(source.base)) or stored
+    weight_map, module = megatron_model.build(source.base, stored, lora)
     content = megatron_model.load_checkpoint(source, module, log)
     card = agree(lambda: model_card(source, content, hf_directory.dtype_name(dtype), adapter))
     if adapter and lora is not None:
@@ -99,29 +100,16 @@ def hf_to_megatron(path: Path, target: Path, *, dtype: torch.dtype | None = None
 
     def check() -> None:
         require_convertible(path)
-        model_dir.read_model_dir(str(path), CONVERTS)
+        read_model_dir(str(path), CONVERTS)
         _require_absent(target)
 
     agree(check)
-    dtype = dtype or hf_dtype(path)
+    dtype = dtype or agree(lambda: hf_directory.weights_dtype(path)) or torch.float32
     weight_map, module = megatron_model.build(path, dtype)
-    megatron_model.load_hf(weight_map, module)
-    digest = on_first_rank(lambda: model_dir.digest(str(path)))
+    weight_map.load(module)
+    digest = on_first_rank(lambda: model_digest(str(path)))
     about = {"converted_from": path.name, "model_digest": digest, "dtype": hf_directory.dtype_name(dtype)}
     megatron_model.write(module, target, path, about)
-
-
-def hf_dtype(directory: Path) -> torch.dtype:
-    """The dtype that a model directory's weights are stored in: the widest, if they differ.
-
-    Raises:
-        ConfigError: quantised or otherwise unusual weights.
-    """
-    stored = {header.dtype for header in model_dir.tensor_headers(directory).values()}
-    unknown = stored - set(_SAFETENSORS_DTYPES)
-    if unknown:
-        raise ConfigError(f"{directory}: weights of dtype {', '.join(sorted(unknown))} can't be converted")
-    return _widest({_SAFETENSORS_DTYPES[name] for name in stored})
 
 
 def stored_dtype(source: ModelSource) -> torch.dtype:
@@ -134,15 +122,12 @@ def stored_dtype(source: ModelSource) -> torch.dtype:
                 tensors = torch_dist.weights(torch_dist.read_header(path))
             except Exception:  # gone, or damaged in whatever way: loading says which
                 continue
-            return _widest({entry.properties.dtype for entry in tensors.values()})
+            dtypes = {entry.properties.dtype for entry in tensors.values()}
+            return dtypes.pop() if len(dtypes) == 1 else torch.float32
         names = ", ".join(path.name for path in candidates)
         raise CheckpointError(f"{source.path}: no checkpoint that can be read; damaged or half-written: {names}")
 
     return on_first_rank(read, failure=CheckpointError)
-
-
-def _widest(dtypes: set[torch.dtype]) -> torch.dtype:
-    return next(iter(dtypes)) if len(dtypes) == 1 else torch.float32
 
 
 def _require_absent(target: Path) -> None:

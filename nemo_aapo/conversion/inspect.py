@@ -13,6 +13,7 @@ from nemo_aapo.models import directory as model_dir
 from nemo_aapo.models import writer as hf_directory
 from nemo_aapo.models.families import CONVERTS, TRAINS
 from nemo_aapo.run.state import read_state
+from nemo_aapo.utils.safetensors import tensor_headers
 
 
 def describe(source: ModelSource) -> list[str]:
@@ -29,7 +30,12 @@ def describe(source: ModelSource) -> list[str]:
 
 
 def _hf(path: Path) -> list[str]:
-    return [f"Hugging Face model   {path}", *_architecture(path), *_weights(path), *_companions(path)]
+    lines = [f"Hugging Face model   {path}", *_architecture(path), *_weights(path), *_companions(path)]
+    try:
+        model_dir.read_model_dir(str(path), CONVERTS)
+    except ConfigError as error:
+        return [*lines, f"REFUSED              {error}"]
+    return lines
 
 
 def _architecture(path: Path) -> list[str]:
@@ -49,7 +55,7 @@ def _architecture(path: Path) -> list[str]:
 
 
 def _weights(path: Path) -> list[str]:
-    headers = model_dir.tensor_headers(path)
+    headers = tensor_headers(path)
     parameters = sum(prod(header.shape) for header in headers.values())
     dtypes = {header.dtype for header in headers.values()}
     files = {header.file for header in headers.values()}
@@ -61,7 +67,7 @@ def _weights(path: Path) -> list[str]:
 
 
 def _companions(path: Path) -> list[str]:
-    names = [file.name for file in hf_directory.companions(path)]
+    names = [str(file.relative_to(path)) for file in hf_directory.companions(path)]
     return [f"beside them          {', '.join(names)}"]
 
 

@@ -19,20 +19,17 @@ from nemo_aapo.config.schema import Lora
 from nemo_aapo.conversion.source import ModelSource
 from nemo_aapo.distributed import parallel
 from nemo_aapo.distributed.agreement import on_all_ranks, on_first_rank
-from nemo_aapo.errors import CheckpointError, ConfigError, DamagedCheckpointError
+from nemo_aapo.errors import CheckpointError, DamagedCheckpointError
 from nemo_aapo.mcore import precision
 from nemo_aapo.mcore.bridge.lora import add_adapters, has_adapters
 from nemo_aapo.mcore.bridge.weights import WeightMap
 from nemo_aapo.mcore.model import GPTModel, build_stage
 from nemo_aapo.mcore.state import load_model_state, sharded_model_state
 from nemo_aapo.models import writer as hf_directory
-from nemo_aapo.models.directory import tensor_headers
 from nemo_aapo.utils.files import begin_directory, commit_directory, partial_of, remove_directory
 
 LOOKS = 5
 """How often a run's newest checkpoint is looked for, where the one that was being read went away."""
-DERIVED_BUFFERS = ("rotary_emb.inv_freq",)
-"""Last parts of names in old weight files that are no weights: they follow from ``config.json``."""
 
 
 def build(base: Path, dtype: torch.dtype, lora: Lora | None = None) -> tuple[WeightMap, GPTModel]:
@@ -52,24 +49,6 @@ def build(base: Path, dtype: torch.dtype, lora: Lora | None = None) -> tuple[Wei
     if lora is not None:
         add_adapters(module, lora, seed=0)  # drawn, and then overwritten
     return weight_map, module.to(dtype).requires_grad_(False)  # torch's norms begin in float32
-
-
-def load_hf(weight_map: WeightMap, module: GPTModel) -> None:
-    """Fill the module with the model directory's weights.
-
-    Raises:
-        ConfigError: the directory has weights that the map leaves out, or lacks some that it needs.
-    """
-    there, covered = tensor_headers(Path(weight_map.path)).keys(), weight_map.names(module)
-    tied = {"lm_head.weight"} if module.share_embeddings_and_output_weights else set()
-    extra = {name for name in there - covered - tied if not name.endswith(DERIVED_BUFFERS)}
-    missing = covered - there - tied
-    if extra or missing:
-        raise ConfigError(
-            f"{weight_map.path}: weights do not fit the architecture; without a place: {_some(extra)}; "
-            f"missing: {_some(missing)}"
-        )
-    weight_map.load(module)
 
 
 def load_checkpoint(source: ModelSource, module: GPTModel, log: Callable[[str], None] = print) -> Manifest:
@@ -140,7 +119,8 @@ def write(module: GPTModel, target: Path, base: Path, about: dict[str, Any]) -> 
 
     def begin() -> None:
         begin_directory(target)
-        hf_directory.copy_companions(base, partial, module.config.params_dtype)
+        hf_directory.copy_companions(base, partial)
+        hf_directory.state_dtype(partial, module.config.params_dtype)
 
     def commit() -> None:
         manifest.write(whole, partial)
@@ -158,8 +138,3 @@ def write(module: GPTModel, target: Path, base: Path, about: dict[str, Any]) -> 
         if parallel.rank() == 0:
             remove_directory(partial)
         raise
-
-
-def _some(names: set[str], count: int = 3) -> str:
-    shown = ", ".join(sorted(names)[:count])
-    return f"{shown} and {len(names) - count} more" if len(names) > count else shown or "none"

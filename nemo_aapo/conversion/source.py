@@ -13,7 +13,10 @@ from nemo_aapo.checkpoint.directory import CheckpointDirectory
 from nemo_aapo.config import build
 from nemo_aapo.config.schema import Lora
 from nemo_aapo.errors import ConfigError
+from nemo_aapo.run.directory import read_record
+from nemo_aapo.run.identity import model_identity
 from nemo_aapo.run.names import CHECKPOINTS, step_of
+from nemo_aapo.utils.safetensors import has_weights
 
 Kind = Literal["hf", "megatron", "checkpoint", "run"]
 
@@ -99,6 +102,23 @@ def find_source(path: Path | str, base: Path | str | None = None, base_option: s
         f"{path}: neither a Hugging Face model (config.json), nor a Megatron checkpoint (manifest.json), nor a run "
         "directory (config.yaml, checkpoints/)"
     )
+
+
+def check_base(source: ModelSource) -> None:
+    """Refuse another base model than the one that the run began with: configuration and tokenizer come from it.
+
+    One without weights is taken as it is.
+
+    Raises:
+        ConfigError: it is another one, unknown or not there.
+    """
+    base, record = str(source.base), None if source.run is None else read_record(source.run)
+    was = (record or {}).get("contents", {}).get("model.path")
+    if was is not None and has_weights(source.base) and model_identity(base) != was:
+        raise ConfigError(
+            f"{source.path}: {base} holds another model than the one that the run was trained from; name that one by "
+            f"{source.base_option}DIR"
+        )
 
 
 def run_settings(run: Path | None) -> dict[str, Any]:

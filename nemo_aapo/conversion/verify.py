@@ -26,8 +26,11 @@ from nemo_aapo.mcore import passes
 from nemo_aapo.mcore.groups import gather_columns
 from nemo_aapo.mcore.micro_batch import MicroBatch
 from nemo_aapo.mcore.model import GPTModel, output_weight
-from nemo_aapo.models import directory as model_dir
-from nemo_aapo.models.families import require_convertible
+from nemo_aapo.models.directory import read_config_json, read_model_dir, shape_of
+from nemo_aapo.models.families import CONVERTS, require_convertible
+from nemo_aapo.models.weights import own_tensors
+from nemo_aapo.utils.safetensors import tensor_headers, weight_files
+from nemo_aapo.utils.transformers5 import translated_config
 
 PROMPTS = (
     "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. How many clips did "
@@ -89,7 +92,7 @@ def verify(
     agree(lambda: _check(source, directory))
     weight_map, module = megatron_model.build(source.base, torch.float32, lora_of(source))
     if source.kind == "hf":
-        megatron_model.load_hf(weight_map, module)
+        weight_map.load(module)
     else:
         megatron_model.load_checkpoint(source, module, log)
     different, tensors = _compare_bytes(weight_map.export(module), directory)
@@ -117,7 +120,8 @@ def report(verdict: Verdict, tolerance: float, shown: int = 5) -> list[str]:
 
 def _check(source: ModelSource, directory: Path) -> None:
     require_convertible(source.base)
-    model_dir.read_model_dir(str(directory), (require_convertible(directory)["architectures"][0],))
+    require_convertible(directory)
+    read_model_dir(str(directory), CONVERTS)
 
 
 def _compare_bytes(exported: Iterable[tuple[str, torch.Tensor]], directory: Path) -> tuple[list[str], int]:
@@ -128,16 +132,14 @@ def _compare_bytes(exported: Iterable[tuple[str, torch.Tensor]], directory: Path
         for _ in exported:
             pass
         return [], 0
-    headers = model_dir.tensor_headers(directory)
-    files = {name: safe_open(directory / name, framework="pt") for name in model_dir.weight_files(directory)}
+    headers = own_tensors(tensor_headers(directory), shape_of(read_config_json(directory)))
+    files = {name: safe_open(directory / name, framework="pt") for name in weight_files(directory)}
     different, left = [], set(headers)
     for name, tensor in exported:
         left.discard(name)
         stored = files[headers[name].file].get_tensor(name) if name in headers else None
         if stored is None or not _same_bytes(tensor.to(stored.dtype), stored):
             different.append(name)
-    tied = {"lm_head.weight"} if require_convertible(directory).get("tie_word_embeddings", True) else set()
-    left = {name for name in left - tied if not name.endswith(megatron_model.DERIVED_BUFFERS)}
     return [*different, *sorted(left)], len(headers)
 
 
@@ -168,7 +170,8 @@ def _distances(
     """The largest difference of logits and of log-probs to transformers', and the fraction of equal choices."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    config = translated_config(directory, read_config_json(directory))
+    model = AutoModelForCausalLM.from_pretrained(directory, config=config, dtype=torch.float32).eval()
     raw, logprob, same = [], [], []
     for ids, ours in zip(prompts, logits, strict=True):
         theirs = model(torch.as_tensor(ids, dtype=torch.int64)[None]).logits[0]

@@ -10,6 +10,7 @@ import numpy as np
 
 from nemo_aapo.errors import DataError
 from nemo_aapo.utils.libraries import importing
+from nemo_aapo.utils.transformers5 import tokenizer_arguments, tokenizer_class
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,10 +43,9 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
         require_tokenizer_files(directory)
         path = str(directory)
     with importing():
-        from transformers import AutoTokenizer
-
+        loader = tokenizer_class(directory)
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        return loader.from_pretrained(path, trust_remote_code=trust_remote_code, **tokenizer_arguments(directory))
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
         hint = " Set trust_remote_code=true only after reading that code." if "trust_remote_code" in str(error) else ""
         raise DataError(f"{path}: transformers can't load a tokenizer from here: {error}{hint}") from error

@@ -57,20 +57,23 @@ class HostedEngine:
 
 def build_hosted_engine(config: Config, shape: ModelShape) -> HostedEngine:
     """A server's engine with the base model's weights; in this process alone, whatever the trainer's layout."""
-    return _hosted_trtllm(config) if config.rollout.server.engine == "trtllm" else _hosted_megatron(config, shape)
+    build = _hosted_trtllm if config.rollout.server.engine == "trtllm" else _hosted_megatron
+    return build(config, shape)
 
 
-def _hosted_trtllm(config: Config) -> HostedEngine:
+def _hosted_trtllm(config: Config, shape: ModelShape) -> HostedEngine:
     from nemo_aapo.engines.remote.weight_store import read_tensors
     from nemo_aapo.engines.trtllm.engine import TrtllmEngine
-    from nemo_aapo.models.directory import tensor_headers
+    from nemo_aapo.models.weights import own_tensors
+    from nemo_aapo.utils.safetensors import tensor_headers
 
     engine = TrtllmEngine.from_config(config)
 
     def load(directory: Path, version: int) -> None:
         engine.update_weights(read_tensors(directory), version)
 
-    return HostedEngine(engine, load, frozenset(tensor_headers(Path(config.model.path))), can_break_off=False)
+    tensors = own_tensors(tensor_headers(Path(config.model.path)), shape)
+    return HostedEngine(engine, load, frozenset(tensors), can_break_off=False)
 
 
 def _hosted_megatron(config: Config, shape: ModelShape) -> HostedEngine:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from nemo_aapo.config import Config, EvaluationConfig, derive, parse
 from nemo_aapo.config.command_line import read_command_line
 from nemo_aapo.config.compose import compose
-from nemo_aapo.conversion.source import ModelSource, find_source
+from nemo_aapo.conversion.source import ModelSource, check_base, find_source
 from nemo_aapo.errors import ConfigError
 from nemo_aapo.models.directory import read_model_dir
 from nemo_aapo.rewards import reward_of
@@ -65,6 +65,7 @@ def check_model(config: EvaluationConfig, source: ModelSource, world_size: int) 
             has positions.
     """
     shape = read_model_dir(str(source.base))
+    check_base(source)
     longest = config.max_prompt_tokens + config.sampling.max_new_tokens
     if longest > shape.max_position_embeddings:
         raise ConfigError(

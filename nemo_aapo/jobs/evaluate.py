@@ -30,7 +30,6 @@ from nemo_aapo.evaluation.tasks import Task, load_task, sampling_of
 from nemo_aapo.evaluation.votes import answer_of
 from nemo_aapo.mcore import precision
 from nemo_aapo.mcore.groups import destroy_model_parallel
-from nemo_aapo.models import directory as model_dir
 from nemo_aapo.prepare.evaluation import EvaluationJob
 from nemo_aapo.rollout.collector import ChecksAnswers, Collector, RewardScorer
 from nemo_aapo.run.directory import lock_directory
@@ -39,6 +38,8 @@ from nemo_aapo.seeds import stream_seed
 from nemo_aapo.training.build import build_scorer, initialize
 from nemo_aapo.types import Group, SamplingSpec
 from nemo_aapo.utils.files import FINISHED, to_json, write_atomic
+from nemo_aapo.utils.safetensors import model_digest
+from nemo_aapo.utils.transformers5 import said
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -109,10 +110,10 @@ def _build_engine(job: EvaluationJob, decode: Callable[[np.ndarray], str]) -> tu
 
     source, settings = job.source, job.settings
     weight_map, module = megatron_model.build(source.base, precision.dtype(settings), lora_of(source))
-    _say(f"loading {source.path}")
+    _say(f"loading {source.path}{said(source.base)}")
     if source.kind == "hf":
         weight_map.load(module)
-        digest = on_first_rank(lambda: model_dir.digest(str(source.base)))
+        digest = on_first_rank(lambda: model_digest(str(source.base)))
     else:
         content = megatron_model.load_checkpoint(source, module, _say)
         sums = repr(sorted((name, record.sha256) for name, record in content.files.items()))

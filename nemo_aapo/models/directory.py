@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nemo_aapo.config import Config, ModelShape, Sizes, derive
 from nemo_aapo.errors import ConfigError
-from nemo_aapo.utils.safetensors import read_header
+from nemo_aapo.models.weights import check_weights
+from nemo_aapo.utils import transformers5
 
 ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM")
 """Architectures that can be trained; ``models/families.py`` has those that are only converted."""
-WEIGHTS = "model.safetensors"
-"""The file of all weights, where one is enough."""
-INDEX = "model.safetensors.index.json"
-"""Says which of several files holds which tensor."""
 
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """The values of ``rope_scaling`` that mcore's rotary embedding takes for granted; Llama 3.1, 3.2 and 3.3 have them."""
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "Qwen2ForCausalLM": {"num_key_value_heads": 32},
+    "Qwen3ForCausalLM": {"num_key_value_heads": 32, "head_dim": 128},
+    "MistralForCausalLM": {"num_key_value_heads": 8},
+    "GemmaForCausalLM": {"num_key_value_heads": 16, "head_dim": 256, "tie_word_embeddings": True},
+}
+"""What transformers 4.57 takes for a size that ``config.json`` leaves out, where it differs from ``shape_of``'s."""
 
 
 def read_model_dir(path: str, architectures: Sequence[str] = ARCHITECTURES) -> ModelShape:
@@ -30,8 +33,8 @@ def read_model_dir(path: str, architectures: Sequence[str] = ARCHITECTURES) -> M
     Only headers are read: a 70B model takes milliseconds.
 
     Raises:
-        ConfigError: missing directory or file, half-written weights, unknown architecture, or a setting of the model
-            that megatron-core computes otherwise; what to do about it.
+        ConfigError: missing directory or file, half-written weights or others than the model's, unknown architecture,
+            or a setting of the model that megatron-core computes otherwise; what to do about it.
     """
     directory = Path(path)
     if not directory.is_dir():
@@ -45,8 +48,9 @@ def read_model_dir(path: str, architectures: Sequence[str] = ARCHITECTURES) -> M
         raise ConfigError(f"model.path={path}: architecture {architecture}; supported are {', '.join(architectures)}")
     if problem := twin_problem(config):
         raise ConfigError(f"model.path={path}: {problem}")
-    tensor_headers(directory)
-    return shape_of(config)
+    shape = shape_of(config)
+    check_weights(directory, config, shape)
+    return shape
 
 
 def twin_problem(config: dict[str, Any]) -> str | None:
@@ -55,19 +59,21 @@ def twin_problem(config: dict[str, Any]) -> str | None:
     Args:
         config: of an architecture that the Bridge has a map for.
     """
+    if problem := transformers5.problem(config):
+        return problem
+    config = {**config, **transformers5.translation(config)}
     return _rope_problem(config) or _window_problem(config)
 
 
 def _rope_problem(config: dict[str, Any]) -> str | None:
-    if "rope_parameters" in config:
-        return (
-            "config.json has rope_parameters, which transformers 5 writes and 4.57, used here, ignores: put what they "
-            "say into rope_theta and rope_scaling"
-        )
+    if config.get("partial_rotary_factor") not in (None, 1):
+        return "partial_rotary_factor gets lost in Megatron-Bridge 0.3.1: the Megatron model would differ"
     scaling = config.get("rope_scaling")
     if not scaling:
         return None
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if not isinstance(scaling, dict):
+        return f"rope_scaling={scaling!r} is not what transformers writes there: a JSON object"
+    kind = transformers5.rope_type(scaling)
     if kind == "default":
         return None
     if kind != "llama3" or "LlamaForCausalLM" not in config["architectures"]:
@@ -85,43 +91,59 @@ def _window_problem(config: dict[str, Any]) -> str | None:
 
 
 def shape_of(config: dict[str, Any]) -> ModelShape:
-    """The shape of the model that a ``config.json`` describes."""
-    heads = config["num_attention_heads"]
+    """The shape of the model that a ``config.json`` describes.
+
+    Raises:
+        ConfigError: a size is missing, or is no number.
+    """
+    architecture = first_architecture(config)
+    config = {**DEFAULTS.get(architecture, {}), **config}
+    heads, hidden = _size(config, "num_attention_heads"), _size(config, "hidden_size")
     return ModelShape(
-        architecture=config["architectures"][0],
-        num_layers=config["num_hidden_layers"],
-        hidden_size=config["hidden_size"],
-        ffn_hidden_size=config["intermediate_size"],
+        architecture=architecture,
+        num_layers=_size(config, "num_hidden_layers"),
+        hidden_size=hidden,
+        ffn_hidden_size=_size(config, "intermediate_size"),
         num_attention_heads=heads,
-        num_query_groups=config.get("num_key_value_heads") or heads,
-        head_size=config.get("head_dim") or config["hidden_size"] // heads,
-        vocab_size=config["vocab_size"],
+        num_query_groups=_size(config, "num_key_value_heads", heads),
+        head_size=_size(config, "head_dim", hidden // heads),
+        vocab_size=_size(config, "vocab_size"),
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-        max_position_embeddings=config.get("max_position_embeddings", 2**31),
+        max_position_embeddings=_size(config, "max_position_embeddings", 2**31),
     )
 
 
-def architecture_of(path: str) -> str:
-    """The first of the architectures that ``config.json`` names.
-
-    Raises:
-        ConfigError: no such file, or not JSON.
-    """
-    return first_architecture(read_config_json(Path(path)))
+def _size(config: dict[str, Any], key: str, default: int | None = None) -> int:
+    value = default if config.get(key) is None else config[key]
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"config.json has {key}={value!r}, where a number of at least 1 is needed")
+    return value
 
 
 def first_architecture(config: dict[str, Any]) -> str:
     """The first architecture of a ``config.json``, or ``none named``."""
-    return (config.get("architectures") or ["none named"])[0]
+    named = config.get("architectures")
+    return str(named[0]) if isinstance(named, list) and named else "none named"
 
 
 def read_config_json(directory: Path) -> dict[str, Any]:
-    """A model directory's ``config.json``.
+    """A model directory's ``config.json``, as it is written.
 
     Raises:
         ConfigError: missing or damaged.
     """
-    return _read_json(directory / "config.json", "is this a Hugging Face model directory?")
+    path = directory / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: missing (is this a Hugging Face model directory?)") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: can't be read ({error.strerror})") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: not JSON ({error}). Half-written?") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path}: not a model's configuration, which is a JSON object")
+    return config
 
 
 def check_model(config: Config, world_size: int) -> tuple[ModelShape, Sizes]:
@@ -132,72 +154,3 @@ def check_model(config: Config, world_size: int) -> tuple[ModelShape, Sizes]:
     """
     shape = read_model_dir(config.model.path)
     return shape, derive(config, shape, world_size)
-
-
-def weight_files(directory: Path) -> list[str]:
-    """Names of the safetensors files that make up the model.
-
-    Raises:
-        ConfigError: none there, or a file that the index names is missing.
-    """
-    index = directory / INDEX
-    if index.exists():
-        names = sorted(set(_read_json(index, "the index of the weights").get("weight_map", {}).values()))
-        missing = [name for name in names if not (directory / name).exists()]
-        if missing or not names:
-            raise ConfigError(
-                f"{index}: names files that are not there: {', '.join(missing) or 'none at all'}. Half downloaded?"
-            )
-        return names
-    if (directory / WEIGHTS).exists():
-        return [WEIGHTS]
-    raise ConfigError(
-        f"model.path={directory}: no {WEIGHTS} and no index of several. Pickled weights (*.bin) are not read: "
-        "convert them with transformers' save_pretrained(safe_serialization=True)"
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class TensorHeader:
-    """One tensor as a weight file announces it.
-
-    Example: ``TensorHeader("model-00001-of-00002.safetensors", (151936, 896), "BF16")``
-    """
-
-    file: str
-    """Name of the file that holds the tensor."""
-    shape: tuple[int, ...]
-    """The whole tensor's shape."""
-    dtype: str
-    """The dtype as safetensors spells it: ``F32``, ``BF16``, ``F16``."""
-
-
-def tensor_headers(directory: Path) -> dict[str, TensorHeader]:
-    """All tensors of a model directory by name. Only headers are read: a 70B model takes milliseconds.
-
-    Raises:
-        ConfigError: as ``weight_files``; or a file is cut off or damaged.
-    """
-    return {
-        name: TensorHeader(file, tuple(entry["shape"]), entry["dtype"])
-        for file in weight_files(directory)
-        for name, entry in read_header(directory / file)[0].items()
-    }
-
-
-def digest(path: str) -> str:
-    """A digest of the model's weights and configuration, 16 hex digits, which reference rewards are stored under."""
-    directory, total = Path(path), hashlib.sha256()
-    for name in ["config.json", *weight_files(directory)]:
-        with (directory / name).open("rb") as file:
-            total.update(hashlib.file_digest(file, "sha256").digest())
-    return total.hexdigest()[:16]
-
-
-def _read_json(path: Path, hint: str) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: missing ({hint})") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not JSON ({error}). Half-written?") from None

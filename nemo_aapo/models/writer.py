@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 import torch
 
-from nemo_aapo.models.directory import INDEX, WEIGHTS
 from nemo_aapo.utils.buckets import tensor_buckets
+from nemo_aapo.utils.safetensors import INDEX, WEIGHTS, has_weights, tensor_headers
 
 MAX_SHARD_BYTES = 5_000_000_000
 """A file of weights grows no larger than this, unless one tensor alone does; what transformers writes by default."""
@@ -22,13 +22,21 @@ COMPANION_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "spiece.model",
+    "vocab*",
+    "merges*",
+    "*.model",
+    "*.tiktoken",
     "chat_template*",
+    "additional_chat_templates/*",
+    "*.py",
     "LICENSE*",
+    "NOTICE*",
 )
-"""Files that an exported model takes over from its base model, as patterns."""
+"""Files that an exported model takes over from its base model, as patterns; code may be its tokenizer's."""
+OF_QUANTIZED_WEIGHTS = ("quantization_config", "compression_config")
+"""Keys of ``config.json`` that are not true of weights that are written here."""
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""The dtypes that weights may have, by the names of safetensors."""
 
 
 def write_texts(texts: Mapping[str, str], directory: Path) -> None:
@@ -38,20 +46,41 @@ def write_texts(texts: Mapping[str, str], directory: Path) -> None:
 
 
 def companions(directory: Path) -> list[Path]:
-    """The files of configuration, tokenizer, chat template and licence in a model directory."""
+    """The files of configuration, tokenizer with its code, chat templates and licence in a model directory."""
     found = {file for pattern in COMPANION_FILES for file in directory.glob(pattern) if file.is_file()}
     return sorted(found)
 
 
-def copy_companions(source: Path, target: Path, dtype: torch.dtype | None = None) -> None:
-    """Copy the ``companions`` byte for byte; with ``dtype``, ``config.json`` names that one as the weights'."""
+def copy_companions(source: Path, target: Path, leave_out: Collection[str] = ()) -> None:
+    """Copy the ``companions`` byte for byte, but for those of these names."""
     for file in companions(source):
-        shutil.copyfile(file, target / file.name)
-    if dtype is not None:
-        path = target / "config.json"
-        config = json.loads(path.read_text(encoding="utf-8"))
-        key = "torch_dtype" if "torch_dtype" in config else "dtype"
-        path.write_text(json.dumps({**config, key: dtype_name(dtype)}, indent=2) + "\n", encoding="utf-8")
+        if file.name not in leave_out:
+            copy = target / file.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copy)
+
+
+def state_dtype(directory: Path, dtype: torch.dtype) -> None:
+    """Make ``config.json`` true of weights in this dtype; one that is true stays as it is, byte for byte."""
+    path = directory / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    true = {key: value for key, value in config.items() if key not in OF_QUANTIZED_WEIGHTS}
+    true |= {key: dtype_name(dtype) for key in ("dtype", "torch_dtype") if key in config}
+    if true != config:
+        path.write_text(json.dumps(true, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def weights_dtype(directory: Path) -> torch.dtype | None:
+    """The dtype that a model directory's weights are stored in: the widest, if they differ.
+
+    Where there are no weights the one that ``config.json`` names, if it does.
+    """
+    if has_weights(directory):
+        stored = {DTYPES[header.dtype] for header in tensor_headers(directory).values()}
+        return stored.pop() if len(stored) == 1 else torch.float32
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    named = config.get("dtype", config.get("torch_dtype"))
+    return next((dtype for dtype in DTYPES.values() if dtype_name(dtype) == named), None)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

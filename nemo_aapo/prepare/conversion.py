@@ -7,9 +7,10 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from nemo_aapo.conversion.source import ModelSource, find_source
+from nemo_aapo.conversion.source import ModelSource, check_base, find_source
 from nemo_aapo.errors import ConfigError
 from nemo_aapo.models import families
+from nemo_aapo.models.directory import read_model_dir
 from nemo_aapo.prepare.packages import MEGATRON, check_packages
 
 
@@ -42,8 +43,9 @@ def prepare_hf_to_megatron(path: Path, out: Path, layout: Layout) -> ConversionJ
     Raises:
         ConfigError: a model that is not converted, a layout that does not divide it, an output that can't be made.
     """
-    _require_layout(path.absolute(), layout)
-    return ConversionJob(ModelSource("hf", path.absolute(), path.absolute()), layout, _require_new(out))
+    source = ModelSource("hf", path.absolute(), path.absolute())
+    _require_source(source, layout)
+    return ConversionJob(source, layout, _require_new(out))
 
 
 def prepare_megatron_to_hf(path: Path, base: Path | None, out: Path, layout: Layout) -> ConversionJob:
@@ -55,7 +57,7 @@ def prepare_megatron_to_hf(path: Path, base: Path | None, out: Path, layout: Lay
     found = find_source(path, base)
     if found.kind == "hf":
         raise ConfigError(f"{found.path} is a Hugging Face model already")
-    _require_layout(found.base, layout)
+    _require_source(found, layout)
     return ConversionJob(found, layout, _require_new(out))
 
 
@@ -68,13 +70,23 @@ def prepare_verification(path: Path, base: Path | None, hf: Path | None, layout:
     found = find_source(path, base)
     if (found.kind == "hf") != (hf is None):
         raise ConfigError("verify HF_DIR converts in memory; verify MEGATRON HF_DIR compares the two")
-    _require_layout(found.base, layout)
+    _require_source(found, layout)
+    if hf is not None:
+        _require_whole(hf.absolute())
     return ConversionJob(found, layout, found.path if hf is None else hf.absolute())
 
 
-def _require_layout(base: Path, layout: Layout) -> None:
+def _require_whole(directory: Path) -> None:
+    families.require_convertible(directory)
+    read_model_dir(str(directory), families.CONVERTS)
+
+
+def _require_source(source: ModelSource, layout: Layout) -> None:
     tp, pp = layout.tensor_parallel_size, layout.pipeline_parallel_size
-    families.require_layout(base, tp, pp)
+    families.require_layout(source.base, tp, pp)
+    check_base(source)
+    if source.kind == "hf":
+        _require_whole(source.path)
     if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) != layout.ranks:
         raise ConfigError(
             f"{os.environ['WORLD_SIZE']} ranks were started, but tensor {tp} x pipeline {pp} = {layout.ranks}: leave "

@@ -52,7 +52,7 @@ def store_key(model_digest: str, sampling: SamplingSpec, rewards: Sequence[dict[
     """The key of a run.
 
     Args:
-        model_digest: digest of the reference's weights (``models.directory.digest``).
+        model_digest: digest of the reference's weights (``utils.safetensors.model_digest``).
         sampling: how policy and reference are sampled.
         rewards: their definitions (``RewardRunner.definition``).
         seed: the run's; it names the random streams of the reference completions.

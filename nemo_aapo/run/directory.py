@@ -28,7 +28,7 @@ from nemo_aapo.config import (
     with_machine_defaults,
 )
 from nemo_aapo.errors import ConfigError
-from nemo_aapo.run.identity import identity_of
+from nemo_aapo.run.identity import identity_of, reference_of
 from nemo_aapo.utils.files import LOCK, to_json, write_atomic
 
 RECORD = "run.json"
@@ -50,6 +50,8 @@ class Record(TypedDict):
     """What decides the result (``config.decisive_settings``), with the paths of the last start."""
     contents: NotRequired[Identity]
     """What model and data hold; a run that was last started before this was recorded has none."""
+    reference: NotRequired[str | None]
+    """Digest of all weights of the base model, where the run compares with them (``identity.reference_of``)."""
     starts: list[dict[str, Any]]
     """Time, host, ranks and versions of each start."""
 
@@ -110,7 +112,8 @@ def claim(config: Config, tree: Mapping[str, Any], world_size: int) -> tuple[Tex
         the same over resumes.
 
     Raises:
-        ConfigError: another process uses the directory, or it holds a run with another configuration.
+        ConfigError: another process uses the directory, it holds a run with another configuration, or a run that
+            compares with another base model.
     """
     directory = Path(config.run.dir)
     try:
@@ -120,6 +123,7 @@ def claim(config: Config, tree: Mapping[str, Any], world_size: int) -> tuple[Tex
     lock = lock_directory(directory, config.run.dir)
     try:
         check_run_directory(config)
+        reference = _require_reference(config, directory)
     except ConfigError:
         lock.close()
         raise
@@ -132,11 +136,24 @@ def claim(config: Config, tree: Mapping[str, Any], world_size: int) -> tuple[Tex
         "digest": digest(config, identity),
         "settings": decisive_settings(config),
         "contents": identity,
+        "reference": reference,
         "starts": [*(before["starts"] if before else ()), _this_start(world_size)],
     }
     write_atomic(directory / RECORD, to_json(record) + "\n")
     write_atomic(directory / "config.yaml", yaml.safe_dump(dict(tree), sort_keys=False, allow_unicode=True))
     return lock, record["id"]
+
+
+def _require_reference(config: Config, directory: Path) -> str | None:
+    """The digest of the base model that the run compares with, which is the one that it has begun with."""
+    reference, record = reference_of(config), read_record(directory)
+    if record is not None and _has_begun(directory) and record.get("reference", reference) != reference:
+        raise ConfigError(
+            f"model.path={config.model.path}: some of its weights are others than at the last start of {directory}, "
+            "which compares with them (KL, margin): the rest of the run would have another reference. Put the model "
+            "back, or give this run another name (run.name=NAME or run.dir=DIR)"
+        )
+    return reference
 
 
 def change_of_instruction_set(directory: Path) -> str | None:

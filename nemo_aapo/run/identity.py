@@ -2,8 +2,8 @@
 
 A digest is found in milliseconds, on every rank and on a login node, without torch. Of large files only a part counts:
 a piece of every tensor of a model, and evenly spaced pieces of data. Training changes tensors throughout, so another
-fine-tune of a model is found. What this could miss, single values of a large file, is found where it would matter:
-reference rewards are stored under a digest of all weights, and checkpoints keep one of all training prompts.
+fine-tune of a model is found. What this could miss, single values of a large file, is found where it would matter: a
+run whose reference is the base model keeps a digest of all weights, and checkpoints keep one of all training prompts.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from nemo_aapo.config import Config, Identity
-from nemo_aapo.utils.safetensors import read_header
+from nemo_aapo.utils.safetensors import has_weights, model_digest, read_header, weight_files
 
 PIECE = 64 * 1024
 """Bytes that count of each tensor, from its middle, and at each place of a data file."""
@@ -31,18 +31,32 @@ def identity_of(config: Config) -> Identity:
         ConfigError: a file of weights is not whole.
     """
     return {
-        "model.path": _model(config.model.path),
+        "model.path": model_identity(config.model.path),
         "data.train": _data(config.data.train),
         "data.validation": _data(config.data.validation),
     }
 
 
-def _model(path: str) -> str:
-    """16 hex digits of ``config.json`` and weights."""
+def reference_of(config: Config) -> str | None:
+    """The digest of all weights of the model at ``model.path``, where the run compares with it; None elsewhere.
+
+    Every start loads the reference from there anew: with another model in its place the run would go on in silence.
+    Reads every byte of the weights.
+
+    Raises:
+        ConfigError: weights that are not there, or not whole.
+    """
+    algorithm = config.algorithm
+    compares = algorithm.kl_coefficient > 0 or algorithm.reference is not None
+    return model_digest(config.model.path) if compares and has_weights(Path(config.model.path)) else None
+
+
+def model_identity(path: str) -> str:
+    """16 hex digits of ``config.json`` and weights; the path where there are none."""
     directory = Path(path)
-    weights = sorted(directory.glob("*.safetensors"))
-    if not weights:
+    if not has_weights(directory):
         return path
+    weights = [directory / name for name in weight_files(directory)]
     total = hashlib.sha256()
     for file in (directory / "config.json", *weights):
         if file.exists():

@@ -41,6 +41,7 @@ from nemo_aapo.run.reporter import Notes, Reporter
 from nemo_aapo.training.build_reference import build_reference, open_reference_store
 from nemo_aapo.training.trainer import AAPOTrainer
 from nemo_aapo.types import SamplingSpec
+from nemo_aapo.utils.transformers5 import said
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -130,7 +131,9 @@ def build_rollouts(
     sampler = build_sampler(config, data)
     sampling = sampling_of(config, eos)
     key, store = open_reference_store(config, sampling, scorer, reporter, stack, new_store_key)
-    reporter.note(f"loading {config.model.path} ({job.shape.architecture}) into Megatron")
+    reporter.note(
+        f"loading {config.model.path} ({job.shape.architecture}) into Megatron{said(Path(config.model.path))}"
+    )
     policy = build_policy(job, trains=trains)
     decode = text_decoder(tokenizer)
     make_engine = parts.get("engine")

@@ -8,7 +8,6 @@ from pathlib import Path
 from nemo_aapo.config import Config
 from nemo_aapo.distributed import parallel
 from nemo_aapo.distributed.agreement import agree
-from nemo_aapo.models import directory as model_dir
 from nemo_aapo.reference_store.key import StoreKey, store_key
 from nemo_aapo.reference_store.store import RewardStore, other_rewards
 from nemo_aapo.rollout.collector import Collector, Defined, RewardScorer
@@ -16,6 +15,7 @@ from nemo_aapo.rollout.reference import FILL_BATCH, ReferenceRewards
 from nemo_aapo.run.reporter import Notes
 from nemo_aapo.seeds import stream_seed
 from nemo_aapo.types import SamplingSpec
+from nemo_aapo.utils.safetensors import model_digest
 
 
 def reference_key(config: Config, sampling: SamplingSpec, scorer: RewardScorer | None) -> StoreKey:
@@ -28,7 +28,7 @@ def reference_key(config: Config, sampling: SamplingSpec, scorer: RewardScorer |
         ConfigError: a part of it can't be found.
     """
     definition = scorer.definition() if isinstance(scorer, Defined) else list(config.rewards)
-    return store_key(model_dir.digest(config.model.path), sampling, definition, config.seed)
+    return store_key(model_digest(config.model.path), sampling, definition, config.seed)
 
 
 def open_reference_store(

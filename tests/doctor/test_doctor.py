@@ -18,7 +18,7 @@ from nemo_aapo.doctor.finding import Place
 from nemo_aapo.doctor.guard import run_guarded
 from nemo_aapo.errors import ConfigError
 from tests.doctor.contexts import check, context, distribution, failure, program, rank
-from tests.tiny_models import make_config
+from tests.tiny_models import make_config, save_headers
 
 # ---------------------------------------------------------------- versions
 
@@ -186,6 +186,8 @@ def test_a_whole_model_directory_is_ok_and_a_broken_one_is_named(config, tiny_mo
     weights = copy / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     assert "where its header promises" in failure("model", broken)
+    save_headers(weights, {"model.norm.weight": (64,)}, "F8_E4M3")
+    assert "weights of dtype F8_E4M3 (model.norm.weight)" in failure("model", broken)
     for file in copy.glob("*token*"):
         file.unlink()
     assert "no tokenizer here" in failure("tokenizer", broken)

@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 
 from nemo_aapo.launch.world import Machine
-from tests.tiny_models import save_empty_input, save_empty_model
+from nemo_aapo.models.directory import read_model_dir
+from nemo_aapo.models.weights import expected_tensors
+from nemo_aapo.utils.safetensors import INDEX, WEIGHTS
+from tests.tiny_models import save_empty_input, save_empty_model, save_headers
 
 HEAVY = ("torch", "transformers", "megatron", "nemo", "lightning")
 SLURM = ("cluster=slurm", "dry_run=true")
@@ -50,6 +53,9 @@ def given(tmp_path, monkeypatch) -> Iterator[Given]:
     words = save_empty_input(folder)
     (folder / "no_data").mkdir()
     (save_empty_model(folder / "bare") / "tokenizer_config.json").unlink()
+    expected = expected_tensors(read_model_dir(str(folder / "model")))
+    save_headers(save_empty_model(folder / "codes") / WEIGHTS, expected, "F8_E4M3")
+    (save_empty_model(folder / "two_sets") / INDEX).write_text('{"weight_map": {"model.norm.weight": "a.safetensors"}}')
     (folder / "truncated").mkdir()
     (folder / "truncated" / "config.json").write_text('{"architectures"')
     (folder / "a_file").touch()
@@ -186,6 +192,24 @@ def test_an_evaluation_that_cannot_work_is_refused_before_torch_is_imported(give
 def test_a_conversion_that_cannot_work_is_refused_before_torch_is_imported(given, blocker, capsys, words, said):
     before = sorted(given.folder.rglob("*"))
     assert command("convert")([given.fill_in(word) for word in words]) == 2
+    assert_refused(given, blocker, capsys.readouterr(), said, before)
+
+
+@pytest.mark.parametrize(
+    ("model", "said"), [("codes", "weights of dtype F8_E4M3"), ("two_sets", "two sets of weights")]
+)
+@pytest.mark.parametrize("name", ["train", "launch", "fill", "serve", "evaluate", "hf-to-megatron", "verify"])
+def test_weights_that_do_not_fit_are_refused_by_every_command_alike(
+    given, blocker, capsys, monkeypatch, name, model, said
+):
+    monkeypatch.setenv("PATH", "/nowhere")
+    path = f"{given.folder}/{model}"
+    before = sorted(given.folder.rglob("*"))
+    if name in ("hf-to-megatron", "verify"):
+        name, words = "convert", [name, path, *(["--out", f"{given.folder}/out"] if name == "hf-to-megatron" else [])]
+    else:
+        words = [f"model.path={path}"] if name == "evaluate" else [*given.words, f"model.path={path}"]
+    assert command(name)(words) == 2
     assert_refused(given, blocker, capsys.readouterr(), said, before)
 
 

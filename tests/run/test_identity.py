@@ -9,14 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from safetensors.numpy import load_file, save_file
 
 from nemo_aapo.config import decisive_settings, digest
 from nemo_aapo.errors import ConfigError
 from nemo_aapo.run.directory import RECORD, check_run_directory, claim
 from nemo_aapo.run.identity import PIECE, PLACES, identity_of
+from nemo_aapo.utils.safetensors import model_digest
 from tests.tiny_models import make_config
 
+CONF = Path(__file__).parents[2] / "conf"
 LARGE = PIECE * 10  # bytes of a tensor of which only the middle counts
 
 
@@ -119,6 +122,27 @@ def test_a_run_of_before_contents_were_recorded_goes_on_and_is_known_by_them_fro
     claim(config, {}, 1)[0].close()
     assert record_of(config) == {**record, "starts": [*record["starts"], record_of(config)["starts"][-1]]}
     check_run_directory(moved)
+
+
+@pytest.mark.parametrize(("algorithm", "compares"), [("grpo", True), ("aapo", True), ("gpg", False)])
+def test_where_a_run_compares_with_its_base_model_every_number_of_it_counts(files, tmp_path, algorithm, compares):
+    chosen = yaml.safe_load((CONF / "algorithm" / f"{algorithm}.yaml").read_text())
+    changes = {f"algorithm__{key}": value for key, value in chosen.items()}
+    config = config_of(files, tmp_path / "run", **changes)
+    record = begin(config)
+    assert record["reference"] == (model_digest(str(files / "model")) if compares else None)
+    change_tensor(files, "large", 0)
+    check_run_directory(config)  # by pieces of the tensors it is the same model
+    if not compares:
+        claim(config, {}, 1)[0].close()
+        return
+    with pytest.raises(ConfigError, match=r"some of its weights are others than at the last start"):
+        claim(config, {}, 1)
+    assert record_of(config) == record
+    change_tensor(files, "small", 0)  # nothing came of the run: another model may take its place
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    claim(config, {}, 1)[0].close()
+    assert record_of(config)["reference"] == model_digest(str(files / "model"))
 
 
 def test_data_counts_by_its_files_and_what_is_no_file_by_its_name(files, tmp_path):

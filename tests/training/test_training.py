@@ -11,9 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from transformers import Qwen2Config
 
 from nemo_aapo.checkpoint import manifest
 from nemo_aapo.config import digest, parse
+from nemo_aapo.errors import ConfigError
+from nemo_aapo.prepare.conversion import Layout, prepare_megatron_to_hf
+from nemo_aapo.utils.safetensors import model_digest
 from tests.tiny_models import SIZES, save_character_tokenizer, save_model
 from tests.training_runs import exported, make_input, metrics, run, settings
 
@@ -290,6 +294,26 @@ def test_a_directory_with_another_configuration_is_refused(ranks, folder, uninte
     with pytest.raises(AssertionError, match=r"(?s)another configuration.*model\.optim\.lr: 0\.001 there, 0\.5 now"):
         ranks.run(run, settings(folder, uninterrupted, "model.optim.lr=0.5"), tp=None)
     assert before == {path: path.read_bytes() for path in uninterrupted.rglob("*.json*")}
+
+
+def test_a_run_with_kl_does_not_go_on_with_another_base_model(ranks, folder, tmp_path):
+    model = shutil.copytree(folder / "model", tmp_path / "model")
+    kl = ["algorithm=grpo", "algorithm.kl_coefficient=0.1", f"model.path={model}", "export_hf_model=false"]
+    words = settings(folder, tmp_path / "run", *kl, "trainer.val_check_interval=0", "checkpoint.save_interval=1")
+    assert ranks.run(run, [*words, "trainer.max_steps=1"], tp=None) == [0]
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["reference"] == model_digest(str(model))
+    original = model.rename(tmp_path / "original")
+    save_model(Qwen2Config(**{**SIZES, "num_hidden_layers": 2, "tie_word_embeddings": True}), model, seed=7)
+    save_character_tokenizer(model)
+    before = metrics(tmp_path / "run")
+    with pytest.raises(ConfigError, match="holds another model than the one that the run was trained from"):
+        prepare_megatron_to_hf(tmp_path / "run", None, tmp_path / "out", Layout())
+    with pytest.raises(AssertionError, match=r"model.path: \S+ holds something else than it did"):
+        ranks.run(run, [*words, "trainer.max_steps=2"], tp=None)
+    assert metrics(tmp_path / "run") == before
+    assert ranks.run(run, [*words, "trainer.max_steps=2", f"model.path={original}"], tp=None) == [0]
+    assert len(metrics(tmp_path / "run")) == len(before) + 1
 
 
 def test_real_text_with_the_real_vocabulary_flows_through_every_stage(ranks, tmp_path):

@@ -9,18 +9,21 @@ from nemo_aapo.data.tokenizer import load_tokenizer, render_prompts, require_eos
 from nemo_aapo.doctor.checks.sizes import count_parameters
 from nemo_aapo.doctor.finding import Context, Finding
 from nemo_aapo.models.directory import read_model_dir
+from nemo_aapo.utils.transformers5 import said
 
 
 def model(context: Context) -> Finding:
-    """Check that every file is complete and that the layout divides the model."""
+    """Check that every file is complete, the weights are the model's, and the layout divides it."""
     config, place = context.run_config, context.place
     shape = read_model_dir(config.model.path)
     asked = config.trainer.num_nodes * config.trainer.devices
     derive(config, shape, place.world_size if place.world_size > 1 else asked)
     count = count_parameters(Path(config.model.path))
     tp, pp = config.model.tensor_model_parallel_size, config.model.pipeline_model_parallel_size
-    text = f"{shape.architecture}, {shape.num_layers} layers, {count:,} parameters; all files whole"
-    return Finding("model", "ok", f"{text}; tensor {tp} x pipeline {pp} on {asked} ranks divides it")
+    text = f"{shape.architecture}, {shape.num_layers} layers, {count:,} parameters; all files whole, the weights fit"
+    return Finding(
+        "model", "ok", f"{text}; tensor {tp} x pipeline {pp} on {asked} ranks divides it{said(Path(config.model.path))}"
+    )
 
 
 def tokenizer(context: Context) -> Finding:

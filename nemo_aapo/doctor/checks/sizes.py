@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nemo_aapo.config import Config, kind_of, with_machine_defaults
 from nemo_aapo.doctor.checks.versions import has_gpu
-from nemo_aapo.models.directory import tensor_headers
+from nemo_aapo.utils.safetensors import tensor_headers
 
 
 @dataclass(frozen=True, slots=True)

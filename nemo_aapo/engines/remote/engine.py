@@ -25,8 +25,8 @@ from nemo_aapo.engines.elsewhere import Finished, arranged, stats_of
 from nemo_aapo.engines.remote.dispatch import Call, Fleet
 from nemo_aapo.engines.remote.weight_store import WeightStore
 from nemo_aapo.engines.remote.wire import Weights, WeightsId
-from nemo_aapo.models import directory as model_dir
 from nemo_aapo.types import Completion, SamplingSpec
+from nemo_aapo.utils.safetensors import model_digest
 
 Outcome = Finished | Exception
 """What came of a call to the servers: the completions, or the error."""
@@ -65,7 +65,7 @@ class RemoteEngine:
                 retries=remote.retries,
             )
         )
-        base = Weights(WeightsId(0, on_first_rank(lambda: model_dir.digest(path))), None)
+        base = Weights(WeightsId(0, on_first_rank(lambda: model_digest(path))), None)
         return cls(fleet, WeightStore(Path(remote.directory), path), base)
 
     def generate(

@@ -28,9 +28,9 @@ import torch
 from nemo_aapo.checkpoint.manifest import FileRecord, problem_with
 from nemo_aapo.engines.remote.wire import Weights, WeightsId
 from nemo_aapo.errors import RunError, WeightsError, WireError
-from nemo_aapo.models.directory import INDEX, weight_files
 from nemo_aapo.utils.buckets import tensor_buckets
 from nemo_aapo.utils.files import begin_directory, commit_directory, free_space, partial_of, to_json
+from nemo_aapo.utils.safetensors import INDEX, weight_files
 
 FOLDER = "weights"
 MANIFEST = "manifest.json"

@@ -36,7 +36,7 @@ class WeightsId:
     policy_version: int
     """Number of optimizer steps behind them."""
     digest: str
-    """The SHA-256 of their manifest, which holds that of each file; for the base model, ``models.directory.digest``."""
+    """The SHA-256 of their manifest, which holds that of each file; for the base model, its ``model_digest``."""
 
     def __str__(self) -> str:
         return f"policy version {self.policy_version} ({self.digest[:8]})"

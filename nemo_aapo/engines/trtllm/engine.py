@@ -14,10 +14,12 @@ imports tensorrt_llm.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar, cast
 
@@ -36,6 +38,7 @@ from nemo_aapo.engines.trtllm.settings import TrtllmSettings, check, llm_argumen
 from nemo_aapo.errors import ConfigError, RunError
 from nemo_aapo.types import Completion, SamplingSpec
 from nemo_aapo.utils.buckets import tensor_buckets
+from nemo_aapo.utils.transformers5 import readable_directory
 
 T = TypeVar("T")
 
@@ -103,6 +106,7 @@ class TrtllmEngine:
         self.stats: RolloutStats | None = None
         self._ranks, self._gpus, self._colocated = ranks, gpus, colocated
         self._started: EngineClient | None = None
+        self._model = contextlib.ExitStack()
         self._calls = threading.Lock()
         self._broken = ""
         self._weights_in = self._cache_in = True
@@ -153,8 +157,9 @@ class TrtllmEngine:
         placement.check_gpus(gpus, self.settings.tensor_parallel_size)
         with placement.engine_environment(gpus):
             library = _library()
+            directory = self._model.enter_context(readable_directory(Path(self.settings.model_path)))
             arguments = llm_arguments(
-                self.settings,
+                dataclasses.replace(self.settings, model_path=str(directory)),
                 colocated=self._colocated,
                 worker_extension=f"{__name__}.WorkerExtension",
                 kv_cache_config=library.KvCacheConfig,
@@ -192,6 +197,7 @@ class TrtllmEngine:
         if self._started is not None:
             self._started.close()
             self._started = None
+        self._model.close()
         self._broken = self._broken or "it is closed"
 
     # ------------------------------------------------------------------ memory

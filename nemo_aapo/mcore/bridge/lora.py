@@ -7,7 +7,6 @@ ranks. Who reads weights instead of calling the module (the in-process rollout e
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol, TypeGuard
@@ -149,7 +148,5 @@ def save_peft(
         with whole_directory(target) as partial:
             save_file(named, partial / "adapter_model.safetensors", metadata={"format": "pt"})
             hf_directory.write_texts(texts, partial)
-            for file in hf_directory.companions(Path(base)):
-                if file.name not in ("config.json", "generation_config.json"):
-                    shutil.copyfile(file, partial / file.name)
+            hf_directory.copy_companions(Path(base), partial, leave_out=("config.json", "generation_config.json"))
     dist.barrier()

@@ -18,8 +18,11 @@ import torch.distributed as dist
 
 from nemo_aapo.mcore.bridge.loader import auto_bridge_class
 from nemo_aapo.models import writer as hf_directory
-from nemo_aapo.models.directory import architecture_of
+from nemo_aapo.models.directory import first_architecture, read_config_json, shape_of
+from nemo_aapo.models.weights import own_tensors
+from nemo_aapo.utils import transformers5
 from nemo_aapo.utils.files import whole_directory
+from nemo_aapo.utils.safetensors import has_weights, tensor_headers
 
 
 class WeightMap:
@@ -33,9 +36,16 @@ class WeightMap:
             dtype: of the Megatron side.
         """
         self.path, self.dtype = path, dtype
-        self.auto_bridge = auto_bridge_class(architecture_of(path)).from_hf_pretrained(path, torch_dtype=dtype)
-        if not any(Path(path).glob("*.safetensors")):
-            _name_tensors_by_architecture(self.auto_bridge.hf_pretrained)
+        config = read_config_json(Path(path))
+        architecture = first_architecture(config)
+        self.auto_bridge = auto_bridge_class(architecture).from_hf_pretrained(path, torch_dtype=dtype)
+        pretrained = self.auto_bridge.hf_pretrained
+        pretrained.config = transformers5.translated_config(Path(path), config)
+        if has_weights(Path(path)):
+            own = own_tensors(tensor_headers(Path(path)), shape_of(config))
+            _locate_tensors(pretrained, Path(path), {name: header.file for name, header in own.items()})
+        else:
+            _name_tensors_by_architecture(pretrained)
 
     def provider(self) -> Any:
         """Megatron-Bridge's GPTModelProvider for the architecture, without weights."""
@@ -50,11 +60,13 @@ class WeightMap:
         """Fill the Megatron model (this rank's part), tensor by tensor. Collective.
 
         Args:
-            directory: weights of the same architecture, with a ``config.json``; None: the model directory's own.
+            directory: weights of the same architecture, with a ``config.json`` and an index; None: the model
+                directory's own.
                 The Bridge remembers which tensor is in which file, so a directory must not change once it was read.
         """
         with contextlib.redirect_stdout(io.StringIO()):  # the Bridge draws a bar of its own
-            self.auto_bridge.load_hf_weights([model], None if directory is None else str(directory))
+            own = directory is None or Path(directory) == Path(self.path)
+            self.auto_bridge.load_hf_weights([model], None if own else str(directory))
 
     def export(self, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face name, full tensor on CPU), vocabulary padding stripped. Collective; all ranks get all."""
@@ -65,12 +77,6 @@ class WeightMap:
         """(Hugging Face name, full tensor on CPU) of the adapters alone; ``export`` merges them. Collective."""
         for name, tensor in self.auto_bridge.export_adapter_weights([model], cpu=True, show_progress=False):
             yield name, tensor.detach()
-
-    def names(self, model: torch.nn.Module) -> set[str]:
-        """The Hugging Face names of all tensors that the map covers. Collective."""
-        tasks = self.auto_bridge.get_conversion_tasks([model])
-        covered = [task.mapping.hf_param for task in tasks if task is not None]
-        return {name for part in covered for name in ([part] if isinstance(part, str) else part.values())}
 
     def save(
         self,
@@ -83,23 +89,40 @@ class WeightMap:
     ) -> None:
         """Write a Hugging Face directory that plain transformers loads; appears whole or not at all. Collective.
 
-        Tokenizer, chat template and generation settings are those of the base model, byte for byte.
+        Configuration, tokenizer, chat templates and generation settings are those of the base model, byte for byte,
+        but that ``config.json`` names the written dtype and no quantization.
 
         Args:
-            dtype: of the tensors, and named by ``config.json``; None: the model's, and ``config.json`` as it is.
+            dtype: of the tensors; None: that of the base model's, whatever the Megatron side computes in.
             max_shard_bytes: a larger model is written in several files with an index.
             more_files: text by file name; rank 0's are written.
         """
-        tensors = ((name, tensor if dtype is None else tensor.to(dtype)) for name, tensor in self.export(model))
+        tensors = self.export(model)
         if dist.get_rank() == 0:
+            written = dtype or hf_directory.weights_dtype(Path(self.path)) or self.dtype
             with whole_directory(Path(directory)) as partial:
-                hf_directory.write_shards(tensors, partial, max_shard_bytes)
-                hf_directory.copy_companions(Path(self.path), partial, dtype)
+                cast = ((name, tensor.to(written)) for name, tensor in tensors)
+                hf_directory.write_shards(cast, partial, max_shard_bytes)
+                hf_directory.copy_companions(Path(self.path), partial)
+                hf_directory.state_dtype(partial, written)
                 hf_directory.write_texts(more_files or {}, partial)
         else:
             for _ in tensors:  # the other ranks' part in the collectives
                 pass
         dist.barrier()
+
+
+def _locate_tensors(pretrained: Any, directory: Path, files: dict[str, str]) -> None:
+    """Tell the Bridge which file holds which tensor.
+
+    Without an index it would take any ``*.safetensors`` there; and it would export what is left out when it is read,
+    such as a copy of tied embeddings.
+    """
+    from megatron.bridge.models.hf_pretrained.state import SafeTensorsStateSource, StateDict
+
+    source = SafeTensorsStateSource(directory)
+    source._key_to_filename_map_cache = files
+    pretrained._state_dict_accessor = StateDict(source)
 
 
 def _name_tensors_by_architecture(pretrained: Any) -> None:

@@ -15,7 +15,7 @@ from nemo_aapo.engines.remote import weight_store
 from nemo_aapo.engines.remote.weight_store import WeightStore
 from nemo_aapo.engines.remote.wire import Weights
 from nemo_aapo.errors import RunError, WeightsError, WireError
-from nemo_aapo.models.directory import weight_files
+from nemo_aapo.utils.safetensors import weight_files
 
 BUCKET = 3000
 
