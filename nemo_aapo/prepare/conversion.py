@@ -10,7 +10,9 @@ from pathlib import Path
 from nemo_aapo.conversion.source import ModelSource, find_source
 from nemo_aapo.errors import ConfigError
 from nemo_aapo.models import families
+from nemo_aapo.models.directory import read_config_json
 from nemo_aapo.prepare.packages import MEGATRON, check_packages
+from nemo_aapo.text.files import check_vocabulary
 
 
 @dataclass(frozen=True)
@@ -75,12 +77,19 @@ def prepare_verification(path: Path, base: Path | None, hf: Path | None, layout:
 def _require_layout(base: Path, layout: Layout) -> None:
     tp, pp = layout.tensor_parallel_size, layout.pipeline_parallel_size
     families.require_layout(base, tp, pp)
+    _require_rows(base)
     if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) != layout.ranks:
         raise ConfigError(
             f"{os.environ['WORLD_SIZE']} ranks were started, but tensor {tp} x pipeline {pp} = {layout.ranks}: leave "
             "torchrun away, or start as many"
         )
     check_packages(MEGATRON)
+
+
+def _require_rows(base: Path) -> None:
+    """Refuse a tokenizer that gives ids which the model has no row for; a model may come without one."""
+    if isinstance(rows := read_config_json(base).get("vocab_size"), int):
+        check_vocabulary(base, rows)
 
 
 def _require_new(out: Path) -> Path:
