@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 from pathlib import Path
 
 from nemo_aapo.config import Config, EvaluationConfig
@@ -14,6 +13,7 @@ from nemo_aapo.evaluation.records import IDENTITY
 from nemo_aapo.reference_store.shards import shard_files
 from nemo_aapo.reference_store.store import keys_of
 from nemo_aapo.run.directory import read_record
+from nemo_aapo.text import chat_template
 from nemo_aapo.text.chat_template import ChatTemplate, read_chat_template
 from nemo_aapo.text.checks import prepared_template
 from nemo_aapo.text.end_tokens import stated_end_tokens
@@ -48,7 +48,7 @@ def with_date(config: Config, vocab_size: int) -> Config:
     template = _template(
         Path(config.model.path), data.chat_template, data.system_prompt, data.prompt_template, data.template_arguments
     )
-    date = data.date or _kept_date(config) or _today() if template and template.writes_date else None
+    date = data.date or _kept_date(config) or chat_template.today() if template and template.writes_date else None
     return dataclasses.replace(config, data=dataclasses.replace(data, date=date))
 
 
@@ -65,7 +65,7 @@ def with_evaluation_date(config: EvaluationConfig, source: ModelSource, vocab_si
         return dataclasses.replace(config, date=None)
     begun = read_settings(Path(config.run.dir) / IDENTITY).get("date")
     run = source.run or source.path.parent  # a run's export lies in its directory
-    return dataclasses.replace(config, date=config.date or begun or _date_of_run(run) or _today())
+    return dataclasses.replace(config, date=config.date or begun or _date_of_run(run) or chat_template.today())
 
 
 def _template(
@@ -92,7 +92,3 @@ def _date_of_store(store: str | None) -> str | None:
     """The latest day in the store or in parts of it that are still to be merged."""
     files = [] if store is None else [Path(store), *shard_files(store)]
     return max((parts["date"] for file in files for parts in keys_of(file) if parts.get("date")), default=None)
-
-
-def _today() -> str:
-    return datetime.date.today().isoformat()

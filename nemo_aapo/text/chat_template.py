@@ -113,8 +113,13 @@ class ChatTemplate:
             ) from error
 
     def _strftime(self, form: str) -> str:
-        day = datetime.date.fromisoformat(self.date) if self.date else datetime.date.today()
+        day = datetime.date.fromisoformat(self.date or today())
         return datetime.datetime.combine(day, datetime.time()).strftime(form)
+
+
+def today() -> str:
+    """``YYYY-MM-DD`` by this machine's clock."""
+    return datetime.date.today().isoformat()
 
 
 def read_chat_template(directory: Path) -> ChatTemplate | None:

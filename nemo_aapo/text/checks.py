@@ -95,23 +95,28 @@ def _missing_opening(template: ChatTemplate, system_prompt: str | None, prompt_t
     prompt = _rendered(template, system_prompt, prompt_template)
     if prompt != _rendered(template, system_prompt, prompt_template, opens=False):
         return None
-    try:
-        whole = _rendered(template, system_prompt, prompt_template, answer=_ANSWERED)
-    except DataError:  # it takes no answers
+    answered, said_on = (_with_answer(template, system_prompt, prompt_template, role) for role in ("assistant", "user"))
+    if answered is None or answered == said_on or _ANSWERED not in answered:  # it takes none, or knows no roles
         return None
-    before = whole.partition(_ANSWERED)[0]
-    between = before[len(prompt) :].strip()
-    return between if between and before.startswith(prompt) and before != whole else None
+    before = answered.partition(_ANSWERED)[0]
+    return before[len(prompt) :].strip() or None if before.startswith(prompt) else None
+
+
+def _with_answer(template: ChatTemplate, system_prompt: str | None, prompt_template: str, role: str) -> str | None:
+    """The conversation with an answer of this role; None where the template refuses it."""
+    try:
+        return _rendered(template, system_prompt, prompt_template, {"role": role, "content": _ANSWERED})
+    except DataError:
+        return None
 
 
 def _rendered(
     template: ChatTemplate,
     system_prompt: str | None,
     prompt_template: str,
-    answer: str | None = None,
+    *answers: dict[str, str],
     opens: bool = True,
 ) -> str:
     system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
     question = {"role": "user", "content": prompt_template.replace(QUESTION, _ASKED)}
-    answered = [] if answer is None else [{"role": "assistant", "content": answer}]
-    return template.render([*system, question, *answered], add_generation_prompt=opens and answer is None)
+    return template.render([*system, question, *answers], add_generation_prompt=opens and not answers)
