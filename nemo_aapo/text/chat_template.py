@@ -95,9 +95,7 @@ class ChatTemplate:
         for name in arguments or ():
             if name not in takes:
                 hint = nearest(name, takes) or f"; it reads {', '.join(takes) or 'none'}"
-                raise DataError(
-                    f"{self.where}: the chat template reads no argument {name!r} (template_arguments){hint}"
-                )
+                raise DataError(f"{self.where}: the chat template reads no argument {name!r}{hint}")
         return dataclasses.replace(self, variables={**self.variables, **(arguments or {})}, date=date)
 
     @property
