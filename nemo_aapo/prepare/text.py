@@ -85,7 +85,7 @@ def _kept_date(config: Config) -> str | None:
 
 def _date_of_run(directory: Path) -> str | None:
     record = read_record(directory)
-    return record["settings"].get("data", {}).get("date") if record else None
+    return record.get("settings", {}).get("data", {}).get("date") if record else None
 
 
 def _date_of_store(store: str | None) -> str | None:

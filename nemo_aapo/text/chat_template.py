@@ -178,7 +178,7 @@ def _environment() -> jinja2.Environment:
     class Generation(Extension):
         """``{% generation %}`` marks what an assistant says, for those who train on given answers."""
 
-        tags = frozenset({"generation"})
+        tags = {"generation"}  # noqa: RUF012, as Jinja declares it
 
         def parse(self, parser: Parser) -> list[Node]:
             next(parser.stream)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,17 @@ def read_settings(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def _tokenizer(directory: Path) -> dict[str, Any]:
+    """``tokenizer.json``, parsed once: a large one has 10 MB, which take a third of a second."""
+    path = directory / TOKENIZER
+    return _parsed(path, path.stat().st_mtime_ns) if path.is_file() else {}
+
+
+@functools.lru_cache(maxsize=1)
+def _parsed(path: Path, changed: int) -> dict[str, Any]:
+    return read_settings(path)
+
+
 def special_tokens(directory: Path) -> dict[str, str]:
     """``bos_token``, ``eos_token`` and the like -> the token's text, for those that the files name."""
     settings = read_settings(directory / TOKENIZER_CONFIG)
@@ -33,7 +45,7 @@ def special_tokens(directory: Path) -> dict[str, str]:
 
 def token_ids(directory: Path) -> dict[str, int]:
     """Token -> id, added tokens too; empty where no file of a known form lists them (``tokenizer.model`` alone)."""
-    whole = read_settings(directory / TOKENIZER)
+    whole = _tokenizer(directory)
     vocabulary = whole.get("model", {}).get("vocab") or read_settings(directory / "vocab.json")
     if isinstance(vocabulary, list):  # Unigram: [token, log-prob] by id
         vocabulary = {token: number for number, (token, *_) in enumerate(vocabulary)}
@@ -77,7 +89,7 @@ def appended_token(directory: Path) -> str | None:
     settings = read_settings(directory / TOKENIZER_CONFIG)
     if settings.get("add_eos_token") is True:
         return special_tokens(directory).get("eos_token")
-    return _appended(read_settings(directory / TOKENIZER).get("post_processor"))
+    return _appended(_tokenizer(directory).get("post_processor"))
 
 
 def _appended(processor: Any) -> str | None:
