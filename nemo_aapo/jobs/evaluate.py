@@ -71,6 +71,8 @@ def evaluate(job: EvaluationJob) -> int:
             scorer = build_scorer([(job.reward, 1.0)], settings.reward_runner, stack)
             vocab_size, trusted = job.shape.vocab_size, config.model.trust_remote_code
             text = load_text(str(source.base), vocab_size, trust_remote_code=trusted)
+            if len(text.end_tokens) > 1:
+                _say(f"completions end with one of {text}")
             tasks = _load_tasks(config, text.tokenizer, scorer)
             engine, weights = _build_engine(job, text.decode)
             identity = _identity(config, settings, weights, text.end_tokens)

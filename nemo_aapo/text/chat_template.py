@@ -106,8 +106,8 @@ class ChatTemplate:
             return _compile(self.source)
         except TemplateSyntaxError as error:
             raise DataError(
-                f"{self.where}: the chat template has a syntax error in its line {error.lineno}: {error.message}; "
-                f"mend it, {PLAIN}"
+                f"{self.where}: the chat template has a syntax error in its line {error.lineno}: {error.message} "
+                f"Mend it, {PLAIN}"
             ) from error
 
     def _strftime(self, form: str) -> str:

@@ -11,9 +11,13 @@ from pathlib import Path
 import pytest
 
 from nemo_aapo.config import digests_of_run
+from nemo_aapo.config.command_line import EVALUATION, read_command_line
+from nemo_aapo.config.compose import compose
+from nemo_aapo.conversion.source import ModelSource
 from nemo_aapo.errors import ConfigError, DataError
+from nemo_aapo.evaluation.records import claim_identity
 from nemo_aapo.prepare.conversion import Layout, prepare_hf_to_megatron
-from nemo_aapo.prepare.text import with_date
+from nemo_aapo.prepare.text import with_date, with_evaluation_date
 from nemo_aapo.reference_store.key import store_key
 from nemo_aapo.reference_store.shards import Shard
 from nemo_aapo.reference_store.store import RewardStore
@@ -139,6 +143,24 @@ def test_a_run_takes_the_day_that_its_store_was_filled_on(model, monkeypatch, sh
         opened.write({"prompt": [0.0]})
     assert day_of(config) == "2025-01-31"
     assert day_of(dataclasses.replace(config, data=dataclasses.replace(config.data, date="2024-12-24"))) == "2024-12-24"
+
+
+def test_an_evaluation_takes_the_day_of_the_run_that_it_measures_or_of_its_own_first_start(model, monkeypatch):
+    (model / "chat_template.jinja").write_text(DATED)
+    words = [f"model.path={model}", f"run.dir={model.parent / 'evaluation'}"]
+    config = EVALUATION.parse(compose(read_command_line(words, EVALUATION)))
+    own, of_run = (ModelSource("hf", model, model, run) for run in (None, model.parent / "run"))
+    monkeypatch.setattr(chat_template, "today", lambda: "2025-01-31")
+    claim(with_date(of_model(model), ROWS), {}, 1)[0].close()
+    monkeypatch.setattr(chat_template, "today", lambda: "2025-02-01")
+    assert with_evaluation_date(config, of_run, ROWS).date == "2025-01-31"
+    begun = with_evaluation_date(config, own, ROWS)
+    assert begun.date == "2025-02-01"
+    Path(config.run.dir).mkdir()
+    claim_identity(Path(config.run.dir), {"date": begun.date})
+    monkeypatch.setattr(chat_template, "today", lambda: "2025-02-02")
+    assert with_evaluation_date(config, own, ROWS) == begun
+    assert with_evaluation_date(dataclasses.replace(config, date="2024-12-24"), own, ROWS).date == "2024-12-24"
 
 
 def test_other_end_tokens_are_another_run_and_runs_from_before_they_counted_go_on(model):
