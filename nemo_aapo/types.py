@@ -76,7 +76,7 @@ class SamplingSpec:
     """Nucleus truncation; evaluation only, as training needs the full softmax."""
     stop_strings: tuple[str, ...] = ()
     """A completion of ``min_new_tokens`` or more whose text contains one of these strings ends with the token that
-    completed the string, which it keeps. Special tokens are no text."""
+    completed the string, which it keeps. Padding is no text."""
 
     @property
     def greedy(self) -> bool:

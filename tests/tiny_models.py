@@ -109,8 +109,38 @@ def save_model(config: Any, directory: Path, seed: int = 0) -> None:
     model.save_pretrained(directory)
 
 
-def save_character_tokenizer(directory: Path) -> None:
-    """One token per printable ASCII character; <pad> is 0 and <eos> is 1."""
+def save_scripted_model(directory: Path, says: Sequence[str], **generation: Any) -> None:
+    """A Qwen2 that says these tokens one after the other whatever it is asked, the last for ever, and a tokenizer.
+
+    Its layers are zero, so that the embedding of a token alone decides which follows; no token may be said twice.
+
+    Args:
+        says: each a character that no prompt ends with, or a special token: ``<eos>``, or one in angle brackets of
+            one's own.
+        generation: changes of ``generation_config.json``.
+    """
+    import torch
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    tags = [token for token in says if len(token) > 1 and token != "<eos>"]
+    save_character_tokenizer(directory, tags)
+    ids = AutoTokenizer.from_pretrained(directory).convert_tokens_to_ids(list(says))
+    model = Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=False)).float()
+    with torch.no_grad():
+        for parameter in model.model.layers.parameters():
+            parameter.zero_()
+        embedding, head = model.model.embed_tokens.weight.zero_(), model.lm_head.weight.zero_()
+        embedding[:, 0] = 1.0  # of any other token: the first follows
+        for place, (token, following) in enumerate(zip(ids, [*ids[1:], ids[-1]], strict=True), start=1):
+            embedding[token] = torch.eye(SIZES["hidden_size"])[place]
+            head[following, place] += 10.0
+        head[ids[0], 0] = 10.0
+    model.generation_config.update(**generation)
+    model.save_pretrained(directory)
+
+
+def save_character_tokenizer(directory: Path, tags: Sequence[str] = ()) -> None:
+    """One token per printable ASCII character; <pad> is 0 and <eos> is 1, special tokens of one's own from 97 on."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -118,7 +148,9 @@ def save_character_tokenizer(directory: Path) -> None:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>").save_pretrained(directory)
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+    made.add_special_tokens({"additional_special_tokens": list(tags)})
+    made.save_pretrained(directory)
 
 
 def make_config(

@@ -6,13 +6,14 @@ command line), ``parse`` (the composed tree by itself), ``derive`` (against the 
 
 from nemo_aapo.config.build import build
 from nemo_aapo.config.cluster import without_secrets
-from nemo_aapo.config.decisive import Identity, decisive_settings, digest, digests_of_run
+from nemo_aapo.config.decisive import END_TOKENS, Identity, decisive_settings, digest, digests_of_run
 from nemo_aapo.config.parse import check_overrides, parse, parse_evaluation
 from nemo_aapo.config.precision import PRECISIONS, PrecisionKind, kind_of, pad_multiple, with_machine_defaults
 from nemo_aapo.config.schema import Config, EvaluationConfig
 from nemo_aapo.config.sizes import ModelShape, Sizes, derive
 
 __all__ = [
+    "END_TOKENS",
     "PRECISIONS",
     "Config",
     "EvaluationConfig",

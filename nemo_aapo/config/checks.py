@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import importlib.util
 import math
 from typing import Any
@@ -34,6 +35,7 @@ def check_alone(config: Config) -> None:
     _check_lora(config)
     _check_rewards(config)
     check_data(config)
+    check_date("data.date", config.data.date)
     _check_loggers(config)
     check_cluster(config)
     check_precision(config)
@@ -108,6 +110,16 @@ def _check_lora(config: Config) -> None:
         raise ConfigError(
             f"model.lora.target_modules={list(lora.target_modules)}: some of {', '.join(LORA_TARGETS)} are needed"
         )
+
+
+def check_date(key: str, date: str | None) -> None:
+    """Raise ConfigError unless it is a day as ``YYYY-MM-DD``, or none."""
+    try:
+        if date is not None and len(date) != len("YYYY-MM-DD"):
+            raise ValueError
+        datetime.date.fromisoformat(date or "2000-01-01")
+    except ValueError:
+        raise ConfigError(f"{key}={date}: a day is needed, as 2025-01-31, or null") from None
 
 
 def _check_sampling(config: Config) -> None:

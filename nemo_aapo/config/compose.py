@@ -10,7 +10,7 @@ from nemo_aapo.config import Config, check_overrides, parse
 from nemo_aapo.config.command_line import CommandLine, read_command_line
 from nemo_aapo.errors import ConfigError, one_line
 
-OPEN_MAPPINGS = ("cluster.env", "cluster.sbatch_args", "sources")
+OPEN_MAPPINGS = ("cluster.env", "cluster.sbatch_args", "data.template_arguments", "sources", "template_arguments")
 """Settings that take names of the user's own."""
 _CHANGING = re.compile(r"\$\{\s*now\s*:")
 """The one resolver of Hydra whose value differs each time, and so between the ranks of a job."""

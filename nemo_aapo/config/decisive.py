@@ -12,7 +12,9 @@ from nemo_aapo.config.schema import Config
 from nemo_aapo.config.schema.facts import Facts, settings_of
 
 Identity = Mapping[str, Any]
-"""Dotted key of a setting that names files -> a plain value in which digests of their contents stand for the paths."""
+"""Dotted key of a setting that names files -> a plain value in which digests of their contents stand for the paths.
+``END_TOKENS`` is no setting, but decides like one."""
+END_TOKENS = "model.end_tokens"
 
 
 def decisive_settings(config: Config, identity: Identity | None = None) -> dict[str, Any]:
@@ -41,9 +43,13 @@ def digest(config: Config, identity: Identity | None = None) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def digests_of_run(config: Config, identity: Identity) -> tuple[str, str]:
-    """The digest that a run and its checkpoints get, and the one that they got when paths stood for what they hold."""
-    return digest(config, identity), digest(config)
+def digests_of_run(config: Config, identity: Identity) -> tuple[str, ...]:
+    """The digest that a run and its checkpoints get, and those that they got before.
+
+    That was when paths stood for what they hold, and later without what ends completions.
+    """
+    contents = {key: value for key, value in identity.items() if key != END_TOKENS}
+    return tuple(dict.fromkeys([digest(config, identity), digest(config), digest(config, contents)]))
 
 
 def _decisive(tree: dict[str, Any], config: Config, facts: Mapping[str, Facts], prefix: str) -> dict[str, Any]:
@@ -52,18 +58,20 @@ def _decisive(tree: dict[str, Any], config: Config, facts: Mapping[str, Facts], 
     for name, value in tree.items():
         key = f"{prefix}{name}"
         if key in facts and (value is None or not any(other.startswith(f"{key}.") for other in facts)):
-            if _decides(facts[key], config):
+            if _decides(facts[key], value, config):
                 found[name] = value
         elif any(fact.decides for other, fact in facts.items() if other.startswith(f"{key}.")):
             found[name] = _decisive(value, config, facts, f"{key}.")
     return found
 
 
-def _decides(facts: Facts, config: Config) -> bool:
+def _decides(facts: Facts, value: Any, config: Config) -> bool:
     if isinstance(facts.decides, bool):
         return facts.decides
-    value: Any = config
+    if facts.decides == "set":
+        return value not in (None, {})
+    other: Any = config
     key, wanted = facts.decides
     for part in key.split("."):
-        value = getattr(value, part)
-    return value == wanted
+        other = getattr(other, part)
+    return other == wanted

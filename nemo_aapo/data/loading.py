@@ -126,7 +126,8 @@ def _gym(source: Source, data: Data, tokenizer: PreTrainedTokenizerBase) -> GymP
 
 def _rendering(data: Data) -> dict[str, Any]:
     """The settings by which ``tokenizer.render_prompts`` turns a question into a prompt."""
-    return {name: getattr(data, name) for name in ("system_prompt", "chat_template", "prompt_template")}
+    names = ("system_prompt", "chat_template", "prompt_template", "template_arguments", "date")
+    return {name: getattr(data, name) for name in names}
 
 
 def join(sources: Sequence[Source], parts: Sequence[PromptSet | None]) -> PromptSet:

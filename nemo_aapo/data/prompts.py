@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,8 +13,9 @@ import numpy as np
 
 from nemo_aapo.config.sources import Source
 from nemo_aapo.data.rows import TRAIN_SPLITS, Row, gold_answer, read_rows
-from nemo_aapo.data.tokenizer import QUESTION, ChatTemplate, render_prompts
+from nemo_aapo.data.tokenizer import ChatTemplate, render_prompts
 from nemo_aapo.errors import DataError
+from nemo_aapo.text.checks import QUESTION
 from nemo_aapo.types import Prompt
 
 if TYPE_CHECKING:
@@ -61,6 +62,8 @@ def load_prompts(
     system_prompt: str | None = None,
     chat_template: ChatTemplate = "auto",
     prompt_template: str = QUESTION,
+    template_arguments: Mapping[str, Any] | None = None,
+    date: str | None = None,
     on_bad_line: Literal["error", "skip"] = "error",
     on_long_prompt: Literal["error", "drop"] = "error",
     verify_answer: Callable[[str], None] | None = None,
@@ -77,6 +80,7 @@ def load_prompts(
         system_prompt: put before each question; needs a place, see ``tokenizer.render_prompts``.
         chat_template: ``"auto"`` or ``"none"``.
         prompt_template: the text around the question.
+        template_arguments, date: what the chat template reads, and the day that it writes; None: today.
         on_bad_line: ``"skip"`` leaves out lines that can't be used and counts them.
         on_long_prompt: ``"drop"`` leaves out prompts over the limit and counts them.
         verify_answer: raises ValueError for a gold answer that the reward can't work with; called once for each
@@ -103,6 +107,8 @@ def load_prompts(
         system_prompt=system_prompt,
         chat_template=chat_template,
         prompt_template=prompt_template,
+        template_arguments=template_arguments,
+        date=date,
         before=[row.before for row in unique],
     )
     long = {
@@ -125,6 +131,8 @@ def make_prompts(
     system_prompt: str | None = None,
     chat_template: ChatTemplate = "auto",
     prompt_template: str = QUESTION,
+    template_arguments: Mapping[str, Any] | None = None,
+    date: str | None = None,
 ) -> PromptSet:
     """Prompts from (question, gold answer) pairs of your own; other arguments as in ``load_prompts``.
 
@@ -143,6 +151,8 @@ def make_prompts(
         system_prompt=system_prompt,
         chat_template=chat_template,
         prompt_template=prompt_template,
+        template_arguments=template_arguments,
+        date=date,
     )
     return _prompt_set(source, rows, texts, ids, bad=0, long=(), repeats=0)
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
 from nemo_aapo.errors import DataError
+from nemo_aapo.text.chat_template import ChatTemplate as Template
+from nemo_aapo.text.chat_template import default_of
+from nemo_aapo.text.checks import QUESTION, SYSTEM, prepared_template
+from nemo_aapo.text.end_tokens import end_tokens
+from nemo_aapo.text.files import check_vocabulary, refuse_appended
 from nemo_aapo.utils.libraries import importing
 from nemo_aapo.utils.transformers5 import tokenizer_arguments, tokenizer_class
 
@@ -64,26 +70,44 @@ def require_tokenizer_files(directory: Path) -> None:
         )
 
 
-def require_eos(tokenizer: PreTrainedTokenizerBase, where: str) -> int:
-    """The id of the end-of-sequence token, without which no completion ever ends by itself.
+@dataclass(frozen=True)
+class ModelText:
+    """A model's tokenizer, and what tells its answers from what only surrounds them."""
+
+    tokenizer: PreTrainedTokenizerBase
+    end_tokens: tuple[int, ...]
+    """Sampling one of these ends a completion (``text.end_tokens``); the tokenizer's own first."""
+
+    def decode(self, token_ids: np.ndarray) -> str:
+        """Token ids [T] -> the text that rewards and people see, with the tokens' own spaces.
+
+        Padding and the token that ended the completion are no text. Other special tokens are: tags that a reward looks
+        for may be such.
+        """
+        ended = len(token_ids) > 0 and int(token_ids[-1]) in self.end_tokens
+        kept = [int(token) for token in token_ids[: len(token_ids) - ended] if token != self.tokenizer.pad_token_id]
+        return self.tokenizer.decode(
+            kept, skip_special_tokens=False, clean_up_tokenization_spaces=False, spaces_between_special_tokens=False
+        )
+
+    def __str__(self) -> str:
+        """What ends completions, for people: ``<|im_end|> (151645), <|endoftext|> (151643)``."""
+        return ", ".join(f"{self.tokenizer.convert_ids_to_tokens(token)} ({token})" for token in self.end_tokens)
+
+
+def load_text(path: str, vocab_size: int, *, trust_remote_code: bool = False) -> ModelText:
+    """The tokenizer of a model directory with the model's end tokens.
 
     Args:
-        tokenizer: any transformers tokenizer.
-        where: the tokenizer's path or config key, for the message.
+        path: the model's Hugging Face directory.
+        vocab_size: rows of the model's embedding.
 
     Raises:
-        DataError: the tokenizer names no such token.
+        DataError: as ``load_tokenizer``, ``end_tokens``, ``check_vocabulary``.
     """
-    if tokenizer.eos_token_id is None:
-        raise DataError(
-            f"{where}: the tokenizer has no end-of-sequence token, so every completion would run to the length limit; "
-            'set "eos_token" in its tokenizer_config.json'
-        )
-    return int(tokenizer.eos_token_id)
-
-
-QUESTION, SYSTEM = "{question}", "{system_prompt}"
-"""Placeholders in a prompt template."""
+    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+    check_vocabulary(Path(path), vocab_size, tokenizer.get_vocab())
+    return ModelText(tokenizer, end_tokens(Path(path), tokenizer.eos_token_id, vocab_size))
 
 
 def render_prompts(
@@ -93,6 +117,8 @@ def render_prompts(
     system_prompt: str | None = None,
     chat_template: ChatTemplate = "auto",
     prompt_template: str = QUESTION,
+    template_arguments: Mapping[str, Any] | None = None,
+    date: str | None = None,
     before: Sequence[Sequence[dict[str, str]]] | None = None,
 ) -> tuple[list[str], list[np.ndarray]]:
     """The text and the token ids that an engine gets for each question.
@@ -103,6 +129,8 @@ def render_prompts(
     Args:
         prompt_template: the user's message with ``{question}`` in it; without a chat template the whole text, where
             ``{system_prompt}`` may stand, too.
+        template_arguments: what the chat template reads besides the messages, such as ``{"enable_thinking": False}``.
+        date: the day that a chat template writes, ``YYYY-MM-DD``; None: today.
         before: chat messages before each question.
 
     Returns:
@@ -110,77 +138,49 @@ def render_prompts(
 
     Raises:
         DataError: a system prompt without a place to put it, a place without a system prompt, chat messages without a
-            chat template, a template that refuses the messages, or an unknown ``chat_template``.
+            chat template, a template that refuses the messages or loses them, a tokenizer that ends each prompt, or an
+            unknown ``chat_template``.
     """
     if chat_template not in get_args(ChatTemplate):
         raise DataError(f"chat_template must be one of {', '.join(get_args(ChatTemplate))}, not {chat_template!r}")
-    templated = chat_template == "auto" and bool(tokenizer.chat_template)
-    check_system_prompt(system_prompt, prompt_template, templated)
+    template = own_template(tokenizer) if chat_template == "auto" else None
+    template = prepared_template(template, system_prompt, prompt_template, template_arguments, date)
     before = before or [()] * len(questions)
-    if not templated and any(before):
+    if template is None and any(before):
         raise DataError(
             "prompts hold several chat messages, which only a chat template can render (the tokenizer has none, or "
             "chat_template is 'none'); name one message, as in data.prompt_field=prompt.0.content"
         )
     filled = prompt_template.replace(SYSTEM, system_prompt or "")
     said = [filled.replace(QUESTION, question) for question in questions]
-    texts = _apply_template(tokenizer, said, system_prompt, before) if templated else said
-    encoded = tokenizer(texts, add_special_tokens=not templated, return_attention_mask=False, verbose=False)
+    if template is None:
+        _refuse_appending(tokenizer)
+    texts = said if template is None else _apply_template(template, said, system_prompt, before)
+    encoded = tokenizer(texts, add_special_tokens=template is None, return_attention_mask=False, verbose=False)
     return texts, [np.asarray(ids, dtype=np.int32) for ids in encoded["input_ids"]]
 
 
-def check_system_prompt(system_prompt: str | None, prompt_template: str, templated: bool) -> None:
-    """Refuse a system prompt without a place, and a place without one.
-
-    Args:
-        templated: a chat template renders the prompts.
-
-    Raises:
-        DataError: what to leave out, or where to put it.
-    """
-    place = SYSTEM in prompt_template
-    if templated and place:
-        raise DataError(
-            f"prompt_template holds {SYSTEM}, but the tokenizer's chat template has a place for the system prompt; "
-            "leave it out, or set chat_template to 'none'"
-        )
-    if system_prompt is not None and not templated and not place:
-        raise DataError(
-            "system_prompt is set, but prompts are rendered as plain text, which has no place for it "
-            "(the tokenizer has no chat template, or chat_template is 'none'); unset it, or write "
-            f"{SYSTEM} into prompt_template"
-        )
-    if system_prompt is None and place:
-        raise DataError(f"prompt_template holds {SYSTEM}, but system_prompt is not set")
-
-
 def _apply_template(
-    tokenizer: PreTrainedTokenizerBase,
-    said: Sequence[str],
-    system_prompt: str | None,
-    before: Sequence[Sequence[dict[str, str]]],
+    template: Template, said: Sequence[str], system_prompt: str | None, before: Sequence[Sequence[dict[str, str]]]
 ) -> list[str]:
-    from jinja2 import TemplateError
-
     system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
     if system and any(message["role"] == "system" for messages in before for message in messages):
         raise DataError("system_prompt is set, but prompts bring a system message of their own; unset it")
-    chats = [
-        [*system, *messages, {"role": "user", "content": text}] for messages, text in zip(before, said, strict=True)
+    return [
+        template.render([*system, *messages, {"role": "user", "content": text}])
+        for messages, text in zip(before, said, strict=True)
     ]
-    try:
-        return [str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)) for chat in chats]
-    except TemplateError as error:
-        raise DataError(
-            f"the tokenizer's chat template refuses the messages: {error}; unset system_prompt if it is the system "
-            "role that is refused, or set chat_template to 'none'"
-        ) from error
 
 
-def text_decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[np.ndarray], str]:
-    """A function token ids -> text, without special tokens and with the tokens' own spaces."""
+def own_template(tokenizer: PreTrainedTokenizerBase) -> Template | None:
+    """The tokenizer's chat template; None where it has none."""
+    where = tokenizer.name_or_path or type(tokenizer).__name__
+    source = default_of(tokenizer.chat_template, where)
+    return None if source is None else Template(source, where, tokenizer.special_tokens_map)
 
-    def decode(token_ids: np.ndarray) -> str:
-        return tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    return decode
+def _refuse_appending(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer that puts something behind plain text by itself."""
+    bare, whole = (tokenizer("1", add_special_tokens=special)["input_ids"] for special in (False, True))
+    if bare and whole[-1] != bare[-1]:
+        refuse_appended(tokenizer.convert_ids_to_tokens(whole[-1]), tokenizer.name_or_path)

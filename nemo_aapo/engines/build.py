@@ -78,7 +78,7 @@ def _hosted_trtllm(config: Config, shape: ModelShape) -> HostedEngine:
 
 def _hosted_megatron(config: Config, shape: ModelShape) -> HostedEngine:
     with importing():
-        from nemo_aapo.data.tokenizer import load_tokenizer, text_decoder
+        from nemo_aapo.data.tokenizer import load_text
         from nemo_aapo.engines.megatron.engine import MegatronEngine
         from nemo_aapo.mcore import precision
         from nemo_aapo.mcore.bridge.weights import WeightMap
@@ -101,8 +101,8 @@ def _hosted_megatron(config: Config, shape: ModelShape) -> HostedEngine:
     config = dataclasses.replace(config, model=model)
     weight_map = WeightMap(config.model.path, precision.dtype(config))
     module = build_module(config, weight_map)
-    decode = text_decoder(load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code))
-    engine = MegatronEngine(module, shape.vocab_size, config.rollout.max_concurrent_tokens, decode=decode)
+    text = load_text(config.model.path, shape.vocab_size, trust_remote_code=config.model.trust_remote_code)
+    engine = MegatronEngine(module, shape.vocab_size, config.rollout.max_concurrent_tokens, decode=text.decode)
 
     def load(directory: Path, version: int) -> None:
         weight_map.load(module, directory)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from nemo_aapo.data.tokenizer import QUESTION
 from nemo_aapo.errors import ConfigError
+from nemo_aapo.text.checks import QUESTION
 
 TEMPLATES = {
     # The paper's Qwen models: from its authors' evaluate.py (github JianxXiong/AAPO), which has it from open-r1.

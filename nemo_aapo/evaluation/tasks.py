@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_aapo.config import EvaluationConfig
-from nemo_aapo.data.tokenizer import render_prompts, require_eos
+from nemo_aapo.data.tokenizer import render_prompts
 from nemo_aapo.errors import DataError
 from nemo_aapo.evaluation.benchmarks import Problem, load_problems
 from nemo_aapo.evaluation.prompts import template_text
@@ -58,6 +56,8 @@ def load_task(
         system_prompt=config.system_prompt,
         chat_template=config.chat_template,
         prompt_template=template_text(config.prompt_template),
+        template_arguments=config.template_arguments,
+        date=config.date,
     )
     long = [p.source for p, tokens in zip(problems, ids, strict=True) if len(tokens) > config.max_prompt_tokens]
     if long:
@@ -97,30 +97,13 @@ def _check_answers(
     log(f"WARNING: {name}: {len(bad)} of {len(problems)} problems count as wrong whatever is answered:\n  {shown}")
 
 
-def sampling_of(config: EvaluationConfig, base: Path, tokenizer: PreTrainedTokenizerBase) -> SamplingSpec:
-    """How completions are sampled.
-
-    Args:
-        base: the model's Hugging Face directory.
-    """
+def sampling_of(config: EvaluationConfig, end_tokens: tuple[int, ...]) -> SamplingSpec:
+    """How completions are sampled."""
     sampling = config.sampling
     return SamplingSpec(
         temperature=sampling.temperature,
         max_new_tokens=sampling.max_new_tokens,
-        stop_token_ids=stop_tokens(base, require_eos(tokenizer, str(base))),
+        stop_token_ids=end_tokens,
         top_p=sampling.top_p if sampling.temperature else 1.0,
         stop_strings=sampling.stop_strings,
     )
-
-
-def stop_tokens(base: Path, eos: int) -> tuple[int, ...]:
-    """The tokenizer's end token and those that the model's ``generation_config.json`` names, as in vLLM.
-
-    A chat model may end its turns with another token than its tokenizer's.
-    """
-    try:
-        named = json.loads((base / "generation_config.json").read_text(encoding="utf-8")).get("eos_token_id")
-    except (OSError, ValueError):
-        named = None
-    more = named if isinstance(named, list) else [named]
-    return tuple(dict.fromkeys([eos, *(token for token in more if isinstance(token, int))]))

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from nemo_aapo.config import Config, EvaluationConfig
 from nemo_aapo.conversion.source import lora_of
-from nemo_aapo.data.tokenizer import load_tokenizer, text_decoder
+from nemo_aapo.data.tokenizer import load_text
 from nemo_aapo.distributed import parallel
 from nemo_aapo.distributed.agreement import agree, on_first_rank
 from nemo_aapo.engines.base import RolloutEngine
@@ -70,14 +70,16 @@ def evaluate(job: EvaluationJob) -> int:
         ):
             agree(lambda: stack.enter_context(_claimed(directory)) if first else None)
             scorer = build_scorer([(job.reward, 1.0)], settings.reward_runner, stack)
-            tokenizer = load_tokenizer(str(source.base), trust_remote_code=config.model.trust_remote_code)
-            tasks = _load_tasks(config, tokenizer, scorer)
-            decode = text_decoder(tokenizer)
-            engine, weights = _build_engine(job, decode)
-            identity = _identity(config, settings, weights)
+            vocab_size, trusted = job.shape.vocab_size, config.model.trust_remote_code
+            text = load_text(str(source.base), vocab_size, trust_remote_code=trusted)
+            if len(text.end_tokens) > 1:
+                _say(f"completions end with one of {text}")
+            tasks = _load_tasks(config, text.tokenizer, scorer)
+            engine, weights = _build_engine(job, text.decode)
+            identity = _identity(config, settings, weights, text.end_tokens)
             agree(lambda: _begin(directory, dict(job.tree), identity) if first else None)
-            collector = Collector(engine, scorer, decode)
-            sampling = sampling_of(config, source.base, tokenizer)
+            collector = Collector(engine, scorer, text.decode)
+            sampling = sampling_of(config, text.end_tokens)
             for task in tasks:
                 if not _measure(config, task, collector, sampling, stop):
                     _say(f"{directory}: stopped; the same command goes on from there")
@@ -122,15 +124,20 @@ def _build_engine(job: EvaluationJob, decode: Callable[[np.ndarray], str]) -> tu
     return MegatronEngine(module, job.shape.vocab_size, budget, decode=decode), digest
 
 
-def _identity(config: EvaluationConfig, settings: Config, weights: str) -> dict[str, Any]:
+def _identity(
+    config: EvaluationConfig, settings: Config, weights: str, end_tokens: Sequence[int] = ()
+) -> dict[str, Any]:
     """What decides the completions of a problem and their verdicts. Which problems, and how many samples, may grow."""
+    more_ends = {"end_tokens": list(end_tokens)} if len(end_tokens) > 1 else {}  # one: the tokenizer's, as ever
     return {
         "model": weights,
         "seed": config.seed,
         "prompt_template": config.prompt_template,
         "system_prompt": config.system_prompt,
         "chat_template": config.chat_template,
-        "sampling": asdict(config.sampling),
+        "template_arguments": config.template_arguments,
+        "date": config.date,
+        "sampling": asdict(config.sampling) | more_ends,
         "reward": config.rewards[0],
         "precision": settings.precision.name,
     }

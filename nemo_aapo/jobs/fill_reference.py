@@ -13,7 +13,7 @@ from tqdm import tqdm
 from nemo_aapo.config import Config
 from nemo_aapo.data.loading import build_sampler
 from nemo_aapo.data.sampler import PromptSampler
-from nemo_aapo.data.tokenizer import load_tokenizer, require_eos
+from nemo_aapo.data.tokenizer import load_text
 from nemo_aapo.distributed import parallel
 from nemo_aapo.distributed.agreement import on_first_rank
 from nemo_aapo.errors import ConfigError
@@ -29,6 +29,7 @@ from nemo_aapo.training.build import (
     initialize,
     read_data,
     sampling_of,
+    with_first_ranks_date,
 )
 from nemo_aapo.training.build_reference import reference_key
 from nemo_aapo.types import Prompt
@@ -56,6 +57,7 @@ def fill(job: Job, shard: Shard | None = None) -> int:
     initialize(job.config)
     speaks = parallel.rank() == 0
     try:
+        job = with_first_ranks_date(job)
         with (
             StopSignal(speak=speaks, ending="storing this batch, then stopping") as stop,
             contextlib.ExitStack() as stack,
@@ -157,10 +159,11 @@ def _needed(job: Job) -> tuple[StoreKey, list[Prompt]]:
     initialize(dataclasses.replace(config, model=one_rank))
     try:
         with contextlib.ExitStack() as stack:
-            tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
+            model = config.model
+            text = load_text(model.path, job.shape.vocab_size, trust_remote_code=model.trust_remote_code)
             scorer = build_scorer(job.rewards, config.reward_runner, stack)
-            data, _ = read_data(config, tokenizer, scorer)
-            sampling = sampling_of(config, require_eos(tokenizer, config.model.path))
+            data, _ = read_data(config, text.tokenizer, scorer)
+            sampling = sampling_of(config, text.end_tokens)
             key = reference_key(config, sampling, scorer)
         return key, needed_prompts(data.prompts, build_sampler(config, data), config.trainer.max_steps)
     finally:

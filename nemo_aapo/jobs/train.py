@@ -17,7 +17,7 @@ from nemo_aapo.run.progress import Progress
 from nemo_aapo.run.reporter import RunReporter
 from nemo_aapo.run.stop import StopSignal
 from nemo_aapo.run.summary import summary_table
-from nemo_aapo.training.build import Parts, build_training, initialize
+from nemo_aapo.training.build import Parts, build_training, initialize, with_first_ranks_date
 from nemo_aapo.training.trainer import AAPOTrainer
 
 if TYPE_CHECKING:
@@ -39,10 +39,11 @@ def train(job: Job | Config, **parts: Unpack[Parts]) -> int:
     """
     if isinstance(job, Config):
         job = resolve(job, world_size_of_job(), given=parts)
-    config = job.config
-    initialize(config)
+    initialize(job.config)
     rank = parallel.rank()
     try:
+        job = with_first_ranks_date(job)
+        config = job.config
         with (
             agree(
                 lambda: open_experiment(config, dict(job.tree), rank=rank, world_size=job.sizes.world_size)

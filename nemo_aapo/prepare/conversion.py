@@ -10,8 +10,9 @@ from pathlib import Path
 from nemo_aapo.conversion.source import ModelSource, check_base, find_source
 from nemo_aapo.errors import ConfigError
 from nemo_aapo.models import families
-from nemo_aapo.models.directory import read_model_dir
+from nemo_aapo.models.directory import read_config_json, read_model_dir
 from nemo_aapo.prepare.packages import MEGATRON, check_packages
+from nemo_aapo.text.files import check_vocabulary
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ def _require_source(source: ModelSource, layout: Layout) -> None:
     tp, pp = layout.tensor_parallel_size, layout.pipeline_parallel_size
     families.require_layout(source.base, tp, pp)
     check_base(source)
+    _require_rows(source.base)
     if source.kind == "hf":
         _require_whole(source.path)
     if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) != layout.ranks:
@@ -93,6 +95,12 @@ def _require_source(source: ModelSource, layout: Layout) -> None:
             "torchrun away, or start as many"
         )
     check_packages(MEGATRON)
+
+
+def _require_rows(base: Path) -> None:
+    """Refuse a tokenizer that gives ids which the model has no row for; a model may come without one."""
+    if isinstance(rows := read_config_json(base).get("vocab_size"), int):
+        check_vocabulary(base, rows)
 
 
 def _require_new(out: Path) -> Path:

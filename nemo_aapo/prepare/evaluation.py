@@ -11,16 +11,15 @@ from nemo_aapo.config.command_line import EVALUATION
 from nemo_aapo.config.compose import compose
 from nemo_aapo.conversion.source import ModelSource
 from nemo_aapo.data.records import check_source
-from nemo_aapo.data.tokenizer import check_system_prompt, require_tokenizer_files
 from nemo_aapo.errors import DataError
 from nemo_aapo.evaluation.benchmarks import source_of
-from nemo_aapo.evaluation.prompts import check_template, template_text
+from nemo_aapo.evaluation.prompts import check_template
 from nemo_aapo.evaluation.settings import check_model, engine_settings, find_model
 from nemo_aapo.launch.world import Machine, decide, of_starter
 from nemo_aapo.models.directory import read_model_dir
-from nemo_aapo.prepare.files import has_chat_template
 from nemo_aapo.prepare.job import Words, command_line
 from nemo_aapo.prepare.packages import MEGATRON, check_packages, rewards_need, source_needs
+from nemo_aapo.prepare.text import with_evaluation_date
 from nemo_aapo.rewards import reward_of
 from nemo_aapo.rewards.base import Reward
 
@@ -59,17 +58,12 @@ def resolve_evaluation(config: EvaluationConfig, tree: Mapping[str, Any]) -> Eva
     world = of_starter(config)
     source = find_model(config)
     check_model(config, source, world.size)
-    _check_prompts(config, source)
+    shape = read_model_dir(str(source.base))
+    config = with_evaluation_date(config, source, shape.vocab_size)
     _check_benchmarks(config)
     settings = decide(engine_settings(config, source), world.machine or Machine.present())
     check_packages([*MEGATRON, *rewards_need(config.rewards)])
-    return EvaluationJob(config, tree, source, settings, read_model_dir(str(source.base)), reward)
-
-
-def _check_prompts(config: EvaluationConfig, source: ModelSource) -> None:
-    require_tokenizer_files(source.base)
-    templated = config.chat_template == "auto" and has_chat_template(source.base)
-    check_system_prompt(config.system_prompt, template_text(config.prompt_template), templated)
+    return EvaluationJob(config, {**tree, "date": config.date}, source, settings, shape, reward)
 
 
 def _check_benchmarks(config: EvaluationConfig) -> None:

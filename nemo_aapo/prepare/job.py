@@ -15,8 +15,9 @@ from nemo_aapo.engines.trtllm import settings as trtllm_settings
 from nemo_aapo.errors import ConfigError
 from nemo_aapo.launch.world import Machine, World, decide, of_rank
 from nemo_aapo.models.directory import check_model
-from nemo_aapo.prepare.files import check_data, check_tokenizer
+from nemo_aapo.prepare.files import check_data
 from nemo_aapo.prepare.packages import check_packages, packages_of
+from nemo_aapo.prepare.text import with_date
 from nemo_aapo.rewards import reward_of
 from nemo_aapo.rewards.base import Reward
 from nemo_aapo.run.directory import check_run_directory
@@ -138,7 +139,7 @@ def _job(
             trtllm_settings.check(config)
         config = decide(config, world.machine)
     shape, sizes = check_model(config, world.size)
-    check_tokenizer(config.model.path, config.data)
+    config = with_date(config, shape.vocab_size)
     check_data(config.data, given)
     if world.machine is not None:
         check_packages(packages_of(config, given))
@@ -146,9 +147,10 @@ def _job(
 
 
 def _with_decisions(tree: Mapping[str, Any], config: Config) -> dict[str, Any]:
-    """The tree with what was left to the machine, which concerns two of its sections."""
+    """The tree with what was left to the machine or to the day of the first start."""
     decided = _plain(config)
-    return {**tree, "precision": decided["precision"], "model": decided["model"]}
+    data = {**tree["data"], "date": config.data.date}
+    return {**tree, "precision": decided["precision"], "model": decided["model"], "data": data}
 
 
 def _plain(config: Config) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from nemo_aapo.config import Config, ModelShape, parse, with_machine_defaults
 from nemo_aapo.config.compose import compose
@@ -12,6 +13,7 @@ from nemo_aapo.launch.world import World, decide, of_rank
 from nemo_aapo.models.directory import read_model_dir
 from nemo_aapo.prepare.job import Words, command_line
 from nemo_aapo.prepare.packages import MEGATRON, SERVERS, check_packages
+from nemo_aapo.prepare.text import check_tokenizer
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ def prepare_server(words: Words) -> ServerJob:
         trtllm_settings.check(config)
     config = _decided(config, world, hosts_trtllm)
     shape = read_model_dir(config.model.path)
+    check_tokenizer(Path(config.model.path), shape.vocab_size)
     check_packages([SERVERS] if hosts_trtllm else [SERVERS, *MEGATRON])
     return ServerJob(config, shape)
 

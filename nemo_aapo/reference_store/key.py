@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,8 @@ class StoreKey:
     """
 
     parts: dict[str, Any]
-    """``model`` (digest of its weights), ``sampling``, ``rewards``, ``seed``, as plain JSON values."""
+    """``model`` (digest of its weights), ``sampling``, ``rewards``, ``seed``, and where prompts have them ``date`` and
+    ``template_arguments``, as plain JSON values."""
 
     @functools.cached_property
     def digest(self) -> str:
@@ -48,7 +49,14 @@ class StoreKey:
         return min((self.differences(parts) for parts in others), key=len)
 
 
-def store_key(model_digest: str, sampling: SamplingSpec, rewards: Sequence[dict[str, Any]], seed: int) -> StoreKey:
+def store_key(
+    model_digest: str,
+    sampling: SamplingSpec,
+    rewards: Sequence[dict[str, Any]],
+    seed: int,
+    date: str | None = None,
+    template_arguments: Mapping[str, Any] | None = None,
+) -> StoreKey:
     """The key of a run.
 
     Args:
@@ -56,12 +64,17 @@ def store_key(model_digest: str, sampling: SamplingSpec, rewards: Sequence[dict[
         sampling: how policy and reference are sampled.
         rewards: their definitions (``RewardRunner.definition``).
         seed: the run's; it names the random streams of the reference completions.
+        date: the day that the prompts write, ``YYYY-MM-DD``; None where they write none.
+        template_arguments: of the chat template. Like the date they are in the prompts, whose digests would differ
+            without a word of why.
     """
     parts = {
         "model": model_digest,
         "sampling": dataclasses.asdict(sampling),
         "rewards": list(rewards),
         "seed": seed,
+        **({"date": date} if date else {}),
+        **({"template_arguments": dict(template_arguments)} if template_arguments else {}),
     }
     return StoreKey(json.loads(json.dumps(parts)))  # as it comes back from the store: lists for tuples
 

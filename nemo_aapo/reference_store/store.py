@@ -203,6 +203,15 @@ class RewardStore:
         return "Look at the disk and the file's permissions, or name another file (algorithm.reference_store)"
 
 
+def keys_of(path: Path) -> list[dict[str, Any]]:
+    """The parts of all keys in a file of rewards; empty where it can't be read, which whoever opens it will say."""
+    try:
+        with contextlib.closing(sqlite3.connect(f"file:{quote(str(path.absolute()))}?mode=ro", uri=True)) as opened:
+            return [json.loads(parts) for (parts,) in opened.execute("SELECT parts FROM keys ORDER BY number")]
+    except (sqlite3.Error, ValueError):
+        return []
+
+
 def other_rewards(store: RewardStore, *, own: bool) -> str:
     """What there is to say of a store without rewards for this run but with other runs'; empty where there is nothing.
 

@@ -86,7 +86,7 @@ class Collector:
     rewards: RewardScorer | None
     """The scorer, on the model-parallel source rank; None elsewhere."""
     decode: Callable[[np.ndarray], str]
-    """Token ids -> text, without special tokens."""
+    """Token ids -> text, without padding and the token that ended the completion."""
     offload: Callable[[], AbstractContextManager[None]] = nullcontext
     """Entered while the engine generates: what only the learner needs leaves GPU memory for so long."""
     seconds: dict[str, float] = field(default_factory=dict)

@@ -20,6 +20,7 @@ import yaml
 from typing_extensions import NotRequired
 
 from nemo_aapo.config import (
+    END_TOKENS,
     Config,
     Identity,
     decisive_settings,
@@ -89,10 +90,12 @@ def _differences(record: Record, config: Config, identity: Identity) -> list[str
     """A line for each setting whose value differs from the record's: changed ones before new ones."""
     there, now = _flat(record["settings"]), _flat(json.loads(to_json(decisive_settings(config))))
     contents = record.get("contents", {})  # unknown of a run from before they were recorded: paths stand for them
+    if END_TOKENS in contents:
+        there[END_TOKENS], now[END_TOKENS] = contents[END_TOKENS], identity[END_TOKENS]
     lines = []
     for key in sorted({*there, *now}, key=lambda key: (key not in there or key not in now, key)):
         same_value = (key in there, there.get(key)) == (key in now, now.get(key))
-        same_contents = key in contents and contents[key] == identity[key]
+        same_contents = key in contents and contents[key] == identity.get(key)
         if not same_value and not same_contents:
             lines.append(f"  {key}: {_show(there, key)} there, {_show(now, key)} now")
         elif key in contents and not same_contents:

@@ -13,7 +13,8 @@ import json
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from nemo_aapo.config import Config, Identity
+from nemo_aapo.config import END_TOKENS, Config, Identity
+from nemo_aapo.text.end_tokens import what_ends
 from nemo_aapo.utils.safetensors import has_weights, model_digest, read_header, weight_files
 
 PIECE = 64 * 1024
@@ -23,7 +24,8 @@ PLACES = 1024
 
 
 def identity_of(config: Config) -> Identity:
-    """What ``model.path``, ``data.train`` and ``data.validation`` hold, in the form of these settings.
+    """What ``model.path``, ``data.train`` and ``data.validation`` hold, in the form of these settings, and what ends
+    the model's completions by the files beside its weights.
 
     What is no file or directory here (a data set of the hub, a task, what is handed over as objects) keeps its name.
 
@@ -34,6 +36,7 @@ def identity_of(config: Config) -> Identity:
         "model.path": model_identity(config.model.path),
         "data.train": _data(config.data.train),
         "data.validation": _data(config.data.validation),
+        END_TOKENS: what_ends(Path(config.model.path)),
     }
 
 

@@ -20,7 +20,7 @@ from nemo_aapo.config import Config, digests_of_run, pad_multiple
 from nemo_aapo.config.schema import RewardRunnerConfig
 from nemo_aapo.data.loading import attach_endless, build_sampler, load_data
 from nemo_aapo.data.prompts import PromptSet
-from nemo_aapo.data.tokenizer import load_tokenizer, require_eos, text_decoder
+from nemo_aapo.data.tokenizer import load_text
 from nemo_aapo.distributed import parallel
 from nemo_aapo.distributed.agreement import agree, on_first_rank
 from nemo_aapo.engines.base import RolloutEngine
@@ -78,6 +78,13 @@ def initialize(config: Config) -> None:
     )
 
 
+def with_first_ranks_date(job: Job) -> Job:
+    """The job with the day that rank 0 renders prompts with: clocks differ between ranks. Collective."""
+    date = parallel.broadcast_from_first_rank(job.config.data.date)
+    data = dataclasses.replace(job.config.data, date=date)
+    return dataclasses.replace(job, config=dataclasses.replace(job.config, data=data))
+
+
 def build_training(job: Job, *, reporter: Reporter, stack: contextlib.ExitStack, **parts: Unpack[Parts]) -> AAPOTrainer:
     """A trainer of the job's parts, but for those that are given. Collective.
 
@@ -122,24 +129,24 @@ def build_rollouts(
         new_store_key: take a named reference store even if it holds nothing but other runs' rewards.
     """
     config = job.config
-    tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
-    eos = require_eos(tokenizer, config.model.path)
+    text = load_text(config.model.path, job.shape.vocab_size, trust_remote_code=config.model.trust_remote_code)
     scorer = build_scorer(job.rewards, config.reward_runner, stack, parts.get("rewards"))
-    data, validation_data = read_data(config, tokenizer, scorer, parts.get("data"), parts.get("validation_data"))
+    data, validation_data = read_data(config, text.tokenizer, scorer, parts.get("data"), parts.get("validation_data"))
     for name, prompts in (("training", data), ("validation", validation_data)):
         reporter.note(f"{_count(prompts)} {name} prompts from {prompts.path}{_left_out(config, prompts)}")
     sampler = build_sampler(config, data)
-    sampling = sampling_of(config, eos)
+    sampling = sampling_of(config, text.end_tokens)
+    if len(text.end_tokens) > 1:
+        reporter.note(f"completions end with one of {text}")
     key, store = open_reference_store(config, sampling, scorer, reporter, stack, new_store_key)
     reporter.note(
         f"loading {config.model.path} ({job.shape.architecture}) into Megatron{said(Path(config.model.path))}"
     )
     policy = build_policy(job, trains=trains)
-    decode = text_decoder(tokenizer)
     make_engine = parts.get("engine")
-    engine = make_engine(policy) if make_engine else build_engine(config, policy, job.shape, decode)
+    engine = make_engine(policy) if make_engine else build_engine(config, policy, job.shape, text.decode)
     stack.callback(engine.close)
-    collector = Collector(engine, scorer, decode)
+    collector = Collector(engine, scorer, text.decode)
     if config.rollout.offload_learner and trains:
         optimization = policy.optimization
         collector.offload = LearnerOffload(optimization.model, optimization.optimizer, reporter.note)
@@ -152,7 +159,7 @@ def build_rollouts(
         sampler=sampler,
         reference=build_reference(config, collector, sampling, key, store),
     )
-    return Rollouts(policy, pipeline, _validator(config, collector, validation_data, eos))
+    return Rollouts(policy, pipeline, _validator(config, collector, validation_data, sampling))
 
 
 # ---------------------------------------------------------------- parts
@@ -234,15 +241,15 @@ def read_data(
     return read, held_out
 
 
-def sampling_of(config: Config, eos: int) -> SamplingSpec:
+def sampling_of(config: Config, end_tokens: tuple[int, ...]) -> SamplingSpec:
     """How policy and reference are sampled in training."""
     rollout = config.rollout
-    return SamplingSpec(rollout.temperature, rollout.max_new_tokens, (eos,), stop_strings=rollout.stop_strings)
+    return SamplingSpec(rollout.temperature, rollout.max_new_tokens, end_tokens, stop_strings=rollout.stop_strings)
 
 
-def _validator(config: Config, collector: Collector, data: PromptSet, eos: int) -> Validator:
+def _validator(config: Config, collector: Collector, data: PromptSet, sampling: SamplingSpec) -> Validator:
     validation = config.validation
-    spec = dataclasses.replace(sampling_of(config, eos), min_new_tokens=validation.min_new_tokens)
+    spec = dataclasses.replace(sampling, min_new_tokens=validation.min_new_tokens)
     return Validator(
         collector=collector,
         prompts=data.prompts[: validation.max_prompts],

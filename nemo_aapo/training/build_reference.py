@@ -28,7 +28,8 @@ def reference_key(config: Config, sampling: SamplingSpec, scorer: RewardScorer |
         ConfigError: a part of it can't be found.
     """
     definition = scorer.definition() if isinstance(scorer, Defined) else list(config.rewards)
-    return store_key(model_digest(config.model.path), sampling, definition, config.seed)
+    digest, data = model_digest(config.model.path), config.data
+    return store_key(digest, sampling, definition, config.seed, data.date, data.template_arguments)
 
 
 def open_reference_store(

@@ -18,6 +18,7 @@ LAYERS = (
     {"errors", "types", "seeds"},
     {"utils"},
     {"config"},
+    {"text"},
     {"reference_store"},
     {"run"},
     {"distributed"},

@@ -129,6 +129,14 @@ class EvaluationConfig:
     chat_template: Literal["auto", "none"] = setting(
         "auto: the tokenizer's, if it has one | none: the prompt as it stands", decides=True, main=True
     )
+    template_arguments: dict[str, Any] | None = setting(
+        "what the chat template reads besides the messages: {enable_thinking: false}", decides=True
+    )
+    date: str | None = setting(
+        "YYYY-MM-DD, for chat templates that write the date; null: that of the run that is measured, or of the first "
+        "start",
+        decides=True,
+    )
     max_prompt_tokens: int = setting("longest prompt in tokens", decides=False, minimum=1)
     max_problems: int | None = setting(
         "measure on the first so many problems of each benchmark only", decides=False, minimum=1

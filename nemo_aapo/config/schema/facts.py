@@ -11,7 +11,7 @@ import types
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from typing_extensions import dataclass_transform
 
@@ -25,9 +25,10 @@ class Facts:
 
     meaning: str
     """What people read in ``conf/``, in ``--help`` and in the reference; one line."""
-    decides: bool | tuple[str, str]
+    decides: bool | tuple[str, str] | Literal["set"]
     """Whether it decides the result of a run, so that a run can't go on with another value. ``(key, value)``: only
-    where that other setting has that value."""
+    where that other setting has that value. ``"set"``: only where it is neither null nor empty,
+    so that runs from before there was such a setting go on."""
     minimum: float | None = None
     """The smallest value."""
     above: float | None = None
@@ -76,7 +77,7 @@ class Setting:
         return _section(self.annotation)
 
 
-def setting(meaning: str, *, decides: bool | tuple[str, str], **more: Any) -> Any:
+def setting(meaning: str, *, decides: bool | tuple[str, str] | Literal["set"], **more: Any) -> Any:
     """A field of a schema class, with the facts of the setting. It has no default value: ``conf/`` has.
 
     Args:

@@ -108,7 +108,7 @@ def _default(value: str | None) -> str:
 def _decides(facts: Facts) -> str:
     if isinstance(facts.decides, tuple):
         return f"with `{'='.join(facts.decides)}`"
-    return "yes" if facts.decides else ""
+    return "where set" if facts.decides == "set" else "yes" if facts.decides else ""
 
 
 def main() -> None:

@@ -129,6 +129,13 @@ class Data:
     chat_template: Literal["auto", "none"] = setting(
         "auto: the tokenizer's, if it has one | none: plain text", decides=True
     )
+    template_arguments: dict[str, Any] | None = setting(
+        "what the chat template reads besides the messages: {enable_thinking: false}", decides="set"
+    )
+    date: str | None = setting(
+        "YYYY-MM-DD, for chat templates that write the date; null: the day of the run's first start, or of its store",
+        decides="set",
+    )
     prompt_template: str = setting(
         "what is said around the question; as plain text it may hold {system_prompt}, too", decides=True
     )

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from nemo_aapo.config import derive
-from nemo_aapo.data.tokenizer import load_tokenizer, render_prompts, require_eos
+from nemo_aapo.data.tokenizer import load_text, render_prompts
 from nemo_aapo.doctor.checks.sizes import count_parameters
 from nemo_aapo.doctor.finding import Context, Finding
-from nemo_aapo.models.directory import read_model_dir
+from nemo_aapo.models.directory import read_config_json, read_model_dir, shape_of
 from nemo_aapo.utils.transformers5 import said
 
 
@@ -29,15 +29,17 @@ def model(context: Context) -> Finding:
 def tokenizer(context: Context) -> Finding:
     """Check that it loads, has an end token, renders a prompt, and has no more tokens than the model's vocabulary."""
     config = context.run_config
-    loaded = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
-    eos = require_eos(loaded, config.model.path)
-    vocabulary = read_model_dir(config.model.path).vocab_size
-    if len(loaded) > vocabulary:
-        remedy = "take the tokenizer that came with these weights"
-        text = f"has {len(loaded)} tokens, the model's vocabulary {vocabulary}"
-        return Finding("tokenizer", "failure", text, remedy)
-    data = config.data
-    render_prompts(loaded, ["What is 2 + 2?"], system_prompt=data.system_prompt, chat_template=data.chat_template)
+    vocabulary, data = shape_of(read_config_json(Path(config.model.path))).vocab_size, config.data
+    text = load_text(config.model.path, vocabulary, trust_remote_code=config.model.trust_remote_code)
+    loaded = text.tokenizer
+    render_prompts(
+        loaded,
+        ["What is 2 + 2?"],
+        system_prompt=data.system_prompt,
+        chat_template=data.chat_template,
+        prompt_template=data.prompt_template,
+        template_arguments=data.template_arguments,
+    )
     templated = data.chat_template == "auto" and bool(loaded.chat_template)
-    text = f"{len(loaded)} tokens in a vocabulary of {vocabulary}, ends with {loaded.convert_ids_to_tokens(eos)}"
-    return Finding("tokenizer", "ok", f"{text}, {'with its' if templated else 'no'} chat template")
+    facts = f"{len(loaded)} tokens in a vocabulary of {vocabulary}, ends with {text}"
+    return Finding("tokenizer", "ok", f"{facts}, {'with its' if templated else 'no'} chat template")

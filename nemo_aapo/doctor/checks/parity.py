@@ -70,7 +70,7 @@ def measure(config: Config, engine: Callable[[MegatronPolicy], RolloutEngine] | 
         ``parity/mult_prob_error``, ``parity/gen_kl``, and how many ``tokens`` and ``prompts`` they are of.
     """
     from nemo_aapo.algorithms import Algorithm
-    from nemo_aapo.data.tokenizer import load_tokenizer, require_eos, text_decoder
+    from nemo_aapo.data.tokenizer import load_text
     from nemo_aapo.distributed import parallel
     from nemo_aapo.engines.build import build_engine
     from nemo_aapo.mcore.groups import destroy_model_parallel
@@ -84,16 +84,17 @@ def measure(config: Config, engine: Callable[[MegatronPolicy], RolloutEngine] | 
     build.initialize(config)
     with contextlib.ExitStack() as stack:
         stack.callback(destroy_model_parallel)
-        tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
-        train, held_out = build.read_data(config, tokenizer, None)
+        model = config.model
+        text = load_text(model.path, job.shape.vocab_size, trust_remote_code=model.trust_remote_code)
+        train, held_out = build.read_data(config, text.tokenizer, None)
         data = train.prompts if len(train.prompts) else held_out.prompts  # a source without end has none yet
         prompts = [data[i % len(data)] for i in range(max(PROMPTS, parallel.data_parallel_size()))]
         algorithm = Algorithm(config.algorithm, config.rollout.max_new_tokens)
         policy = build.build_policy(job, trains=False)
         learner = build.build_learner(policy, algorithm)
-        made = engine(policy) if engine else build_engine(config, policy, job.shape, text_decoder(tokenizer))
+        made = engine(policy) if engine else build_engine(config, policy, job.shape, text.decode)
         stack.callback(made.close)
-        sampling = build.sampling_of(config, require_eos(tokenizer, config.model.path))
+        sampling = build.sampling_of(config, text.end_tokens)
         sampling = dataclasses.replace(sampling, max_new_tokens=min(NEW_TOKENS, sampling.max_new_tokens))
         mine = own_shard(len(prompts))
         numbers = range(len(prompts))[mine]

@@ -37,7 +37,7 @@ class StopStrings:
             raise ValueError(f"stop_strings {list(strings)}: an empty string would end every completion at once")
         self.strings = tuple(strings)
         self._decode = decode
-        # Each token but the special ones stands for at least one byte of text.
+        # Each token but padding stands for at least one byte of text.
         self._tail = max(len(string.encode()) for string in strings) + _MARGIN
         self._last_characters = {string[-1] for string in strings}
         self._kind = np.full(vocab_size, _UNKNOWN, dtype=np.int8)
