@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from nemo_aapo.algorithms import Algorithm
-from nemo_aapo.algorithms.advantage import scored, zero_advantage
+from nemo_aapo.algorithms.advantage import zero_advantage
 from nemo_aapo.distributed import parallel
 from nemo_aapo.distributed.device import device
 from nemo_aapo.learner.batch_plan import padding_fraction, plan
@@ -85,8 +85,7 @@ class Learner:
         """This rank's micro-batches of the whole optimizer batch, weighted by the global denominator; and metrics."""
         # What could not be scored is as if it had never been sampled: it has no part in any count.
         samples = [_samples(group) for group in groups]
-        advantages = np.stack([group.final_advantages for group in groups]) if groups else np.zeros((0, 1))
-        dead = zero_advantage(advantages)
+        dead = [bool(zero_advantage(group.final_advantages[None])[0]) for group in groups]
         # A completion without a gradient still counts in the denominator: leaving it out must not change the loss.
         kept = [
             [sample for sample in row if len(sample.completion_ids)]
@@ -97,8 +96,8 @@ class Learner:
             (
                 sum(len(sample.completion_ids) for row in samples for sample in row),
                 sum(map(len, samples)),
-                int(scored(advantages).sum()),
-                int(dead.sum()),
+                sum(map(bool, samples)),
+                sum(dead),
                 sum(sample.length for row in kept for sample in row),
             )
         )
