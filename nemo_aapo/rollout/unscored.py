@@ -43,17 +43,20 @@ class Tally:
     scored: dict[str, int] = field(default_factory=dict)
     """By the name of the reward, and ``TOTAL``."""
     detail: str = ""
-    """Why the first of the failed ones failed."""
+    """Why the first of those failed to which a reward gave no value."""
 
     @classmethod
     def of(cls, scores: Sequence[Score]) -> Tally:
         """Of the scores of this rank."""
         scored: dict[str, int] = {}
+        detail = ""
         for score in scores:
             values = {**score.parts, TOTAL: math.nan if score.failure else score.score}
             for name, value in values.items():
                 scored[name] = scored.get(name, 0) + math.isfinite(value)
-        return cls(len(scores), scored, next((score.detail for score in scores if score.failure), ""))
+            if not detail and not all(map(math.isfinite, values.values())):
+                detail = score.detail
+        return cls(len(scores), scored, detail)
 
     def __add__(self, other: Tally) -> Tally:
         names = {**self.scored, **other.scored}

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from nemo_aapo.errors import RewardError
+from nemo_aapo.rewards.workers.runner import RewardRunner
 from nemo_aapo.rollout.unscored import IN_A_ROW, TOTAL, ScoringWatch, Tally
 from nemo_aapo.run.step_metrics import GroupNumbers, step_metrics
 from tests.pool import RankError
 from tests.training_runs import Parity, make_input, metrics, settings
 
-pytestmark = pytest.mark.exact
 SHORT = ["trainer.max_steps=2", "trainer.val_check_interval=1", "checkpoint.save_interval=9", "export_hf_model=false"]
 
 
@@ -38,6 +39,14 @@ def test_a_reward_that_never_worked_ends_the_first_rollout_and_the_sum_ends_it_a
     ScoringWatch(proven=True).check(tally(8, a=0, b=0), "what an earlier process has left over")
     with pytest.raises(RewardError, match="validation"):
         ScoringWatch(needed="b", proven=True).check(tally(IN_A_ROW, a=1, b=0), "the validation")
+
+
+def test_a_tally_counts_by_reward_and_says_why_the_first_had_no_value():
+    good = SimpleNamespace(score=1.0, parts={"a": 1.0, "b": 0.0}, failure=None, detail="")
+    reports = SimpleNamespace(score=1.0, parts={"a": 1.0, "b": math.nan}, failure=None, detail="b: Boom")
+    lost = SimpleNamespace(score=math.nan, parts={"a": math.nan, "b": math.nan}, failure="timeout", detail="late")
+    found = Tally.of([good, reports]) + Tally.of([]) + Tally.of([lost])
+    assert found == Tally(3, {"a": 2, "b": 1, TOTAL: 2}, "b: Boom")
 
 
 def test_metrics_of_a_step_are_those_of_what_was_scored():
@@ -88,10 +97,19 @@ class Broken(Shaky):
     works = False
 
 
-def run(overrides, reward=Shaky):
-    from nemo_aapo import RewardRunner, load_config, train
+class Lost(RewardRunner):
+    """One whose workers can't be started again, on the second rank."""
 
-    return train(load_config(overrides), rewards=RewardRunner([(reward(), 1.0)], workers=0, timeout_s=10.0))
+    def collect(self, timeout_s=None):
+        if os.environ["RANK"] == "1":
+            raise RewardError("a reward worker can't be started")
+        return super().collect(timeout_s)
+
+
+def run(overrides, reward=Shaky, runner=RewardRunner):
+    from nemo_aapo import load_config, train
+
+    return train(load_config(overrides), rewards=runner([(reward(), 1.0)], workers=0, timeout_s=10.0))
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +133,9 @@ def test_a_run_with_failed_scorings_is_the_same_on_one_rank_and_on_two(ranks, fo
     samples = {prompt: [k for _, p, k, _ in stored[0] if p == prompt] for _, prompt, *_ in stored[0]}
     assert any(found != list(range(len(found))) for found in samples.values())  # a hole where scoring failed
     assert stored[0] == stored[1]
+    for line in lines[0] + lines[1]:
+        for key in ("microbatches", "padding_fraction", "shared_prompt_fraction"):  # what the layout does decide
+            line.pop(key, None)
     for one, other in zip(*lines, strict=True):
         assert one == {key: pytest.approx(value, rel=1e-4, abs=1e-6, nan_ok=True) for key, value in other.items()}
 
@@ -134,7 +155,7 @@ def test_a_second_process_samples_again_what_the_first_could_not_score(ranks, fo
 
 def prepared(overrides):
     """Tokens that each ``generate`` of a filling drew, and how many rewards it could not get."""
-    from nemo_aapo import RewardRunner, load_config
+    from nemo_aapo import load_config
     from nemo_aapo.prepare.job import resolve
     from nemo_aapo.training.build import build_training, initialize
     from tests.rollout.test_reference import Quiet, counted
@@ -168,3 +189,9 @@ def test_a_reward_that_fails_for_everything_ends_the_run_on_all_ranks_with_its_m
     assert "is too much" in said
     assert not (directory / "finished").exists()
     assert not (directory / "metrics.jsonl").read_text()
+
+
+def test_a_rank_that_cannot_score_at_all_ends_the_run_on_all_ranks_instead_of_keeping_them_waiting(ranks, folder):
+    with pytest.raises(RankError) as raised:
+        ranks.run(run, settings(folder, folder / "lost", *SHORT, world=2), Parity, Lost, world=2, tp=None)
+    assert str(raised.value).count("RewardError: a reward worker can't be started") == 2
