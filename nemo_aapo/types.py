@@ -104,15 +104,16 @@ class Group:
     texts: tuple[str, ...]
     """The completions decoded, for rewards and for people: never tokenised again."""
     rewards: np.ndarray
-    """float64 [G], the weighted sum of all rewards."""
+    """float64 [G], the weighted sum of all rewards; NaN where scoring failed."""
     reward_parts: dict[str, np.ndarray]
-    """Name of a reward -> its unweighted values, float64 [G]."""
+    """Name of a reward -> its unweighted values, float64 [G]; NaN where it gave none."""
     failed: np.ndarray
-    """bool [G], True where scoring failed or timed out: the reward is then ``reward_runner.score_on_failure``."""
+    """bool [G], True where scoring failed or timed out: the completion has no reward, and leaves the step."""
     reference_rewards: np.ndarray | None = None
-    """float64 [K], rewards of K completions of the frozen reference; None where the algorithm needs none."""
+    """float64 [K], rewards of K completions of the frozen reference, NaN where scoring failed; None where the algorithm
+    needs none."""
     advantages: np.ndarray | None = None
-    """float64 [G], the final (augmented) advantages A*; None until they are computed."""
+    """float64 [G], the final (augmented) advantages A*, NaN where scoring failed; None until they are computed."""
 
     @property
     def final_advantages(self) -> np.ndarray:
@@ -126,8 +127,10 @@ class Group:
         return self.advantages
 
     def right(self, reward: str) -> np.ndarray:
-        """bool [G], the completions that this reward calls right: it gives them at least ``RIGHT``."""
-        return self.reward_parts[reward] >= RIGHT
+        """float64 [G]: 1 for a completion that this reward calls right, to which it gives at least ``RIGHT``; 0 for a
+        wrong one; NaN for one that it could not judge."""
+        values = self.reward_parts[reward]
+        return np.where(np.isnan(values), np.nan, values >= RIGHT)
 
     def replace(self, **changes) -> Group:
         """A copy with some fields set."""

@@ -43,20 +43,38 @@ def make_batch(seed: int, references: int = K) -> Batch:
     return Batch(rewards, reference_rewards, lengths, logits, targets, *near)
 
 
+def with_failures(batch: Batch, seed: int) -> Batch:
+    """Some completions and reference completions could not be scored: all of a group, all but one, or one here and
+    there."""
+    rng = np.random.default_rng(seed)
+    rewards, reference_rewards = batch.rewards.copy(), batch.reference_rewards.copy()
+    rewards[rng.random(rewards.shape) < 0.2] = np.nan
+    reference_rewards[rng.random(reference_rewards.shape) < 0.3] = np.nan
+    rewards[3], rewards[4], rewards[5, 1:] = np.nan, [0.0, 1.0, np.nan, 0.5], np.nan
+    rewards[5, 0], rewards[6] = 1.0, [0.3, 0.1, 0.2, 0.4]
+    reference_rewards[4], reference_rewards[6, 1:] = np.nan, np.nan
+    return dataclasses.replace(batch, rewards=rewards, reference_rewards=reference_rewards)
+
+
 def advantages_by_equation(config, rewards, reference_rewards):
-    """A* by loops; the sampled margin pairs by index."""
+    """A* by loops over what was scored; the sampled margin pairs by index."""
     result = []
     for group, reference in zip(rewards.tolist(), reference_rewards.tolist(), strict=True):
-        mean = math.fsum(group) / len(group)
+        scored = [reward for reward in group if not math.isnan(reward)]
+        known = [reward for reward in reference if not math.isnan(reward)]
         row = []
         for i, reward in enumerate(group):
+            if math.isnan(reward):
+                row.append(math.nan)
+                continue
             value = 0.0
-            if any(other != reward for other in group):
-                value = reward - mean
+            if any(other != reward for other in scored):
+                value = reward - math.fsum(scored) / len(scored)
                 if config.scale_rewards:
-                    value /= statistics.stdev(group) + 1e-4
-            if config.margin is not None:
-                partners = reference if config.margin.estimator == "expected" else [reference[i]]
+                    value /= statistics.stdev(scored) + 1e-4
+            if config.margin is not None and known:
+                paired = config.margin.estimator == "sampled" and not math.isnan(reference[i])
+                partners = [reference[i]] if paired else known
                 deltas = [min(max(reward - r, config.margin.low), config.margin.high) for r in partners]
                 value += math.fsum(deltas) / len(deltas)
             row.append(value)
@@ -65,16 +83,18 @@ def advantages_by_equation(config, rewards, reference_rewards):
 
 
 def loss_by_equation(config, batch, advantages, alpha):
-    """Loss, gradient of the logits [S][T][VOCAB] and metrics, token by token."""
+    """Loss, gradient of the logits [S][T][VOCAB] and metrics, token by token of the completions that were scored."""
     lengths = batch.lengths.tolist()
+    scored = [s for s in range(len(lengths)) if not math.isnan(advantages[s // G][s % G])]
+    tokens = sum(lengths[s] for s in scored)
     grads = np.zeros(batch.logits.shape)
     total, metrics = 0.0, dict.fromkeys(("tokens", "parity/abs_logprob_difference", "parity/kl", "kl"), 0.0)
     metrics |= {"ratio/mean": 0.0, "ratio/clipped_low_fraction": 0, "ratio/clipped_high_fraction": 0}
     metrics |= {"importance_weight/mean": 0.0, "importance_weight/truncated_fraction": 0}
     lowest = math.inf
-    for s, length in enumerate(lengths):
-        a = advantages[s // G][s % G]
-        denominator = {"token": sum(lengths), "sequence": len(lengths) * length, "fixed_length": len(lengths) * LIMIT}
+    for s in scored:
+        length, a = lengths[s], advantages[s // G][s % G]
+        denominator = {"token": tokens, "sequence": len(scored) * length, "fixed_length": len(scored) * LIMIT}
         for t in range(length):
             weight = alpha / denominator[config.loss_aggregation]
             row = batch.logits[s, t].tolist()

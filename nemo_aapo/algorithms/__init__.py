@@ -10,6 +10,9 @@ reference's completions of the same prompt have rewards r'_1 .. r'_K.
     L       = clipped ratio pi / pi_old, and a KL term      loss.ratio_clip_loss; GRPO
     w_it    = 1 / (number of tokens of the batch)           loss.token_weights; the denominator is a setting
 
+A completion whose scoring failed (its reward is NaN) has no advantage, and is in no mean, no deviation, no margin and
+no denominator: loss and gradient are what they would be had it never been sampled.
+
 AAPO takes A*_i and the cross-entropy loss; GPG (arXiv 2504.02546) neither margin nor division; GRPO (DeepSeekMath,
 arXiv 2402.03300) no margin, but the clipped ratio and the KL term. ``Algorithm`` picks the functions by the
 configuration.
@@ -50,16 +53,16 @@ class Algorithm:
         """The final advantages A*_i of N groups, each computed by itself; ``alpha`` depends on all groups.
 
         Args:
-            rewards: float64 [N, G].
-            reference_rewards: float64 [N, K]; needed with a margin, and not used without.
+            rewards: float64 [N, G]; NaN where scoring failed.
+            reference_rewards: float64 [N, K]; needed with a margin, and not used without. NaN where scoring failed.
             pair_seeds: one for each group; needed by the sampled margin with K > G, where they decide which reference
                 rewards the completions are compared with.
 
         Returns:
-            float64 [N, G].
+            float64 [N, G]; NaN where the reward is.
 
         Raises:
-            ValueError: something needed is missing, shapes that do not fit, or a reward that is not finite.
+            ValueError: something needed is missing, shapes that do not fit, or an infinite reward.
         """
         config = self.config
         if config.margin is None:

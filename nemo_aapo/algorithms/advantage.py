@@ -7,6 +7,9 @@
 Pure functions of float64 arrays. N is the number of groups (prompts), G the number of completions of a group, K the
 number of rewards of the frozen reference for the same prompt. Every function treats each group by itself, so that the
 result does not depend on how the groups are distributed over ranks.
+
+NaN is the reward of a completion whose scoring failed. It is in no mean, no deviation and no margin, and its own
+advantage is NaN: the rest is what it would be had that completion never been sampled.
 """
 
 from __future__ import annotations
@@ -28,8 +31,9 @@ def group_advantage(rewards: np.ndarray, scale_rewards: bool, eps: float = SCALE
         A_i = r_i - mean(r)                      scale_rewards off
         A_i = (r_i - mean(r)) / (std(r) + eps)   scale_rewards on; std with Bessel's correction (N - 1)
 
-    A group of equal rewards gets exactly 0.0, and so does a group of one. Equality is decided by comparing the rewards:
-    subtracting a rounded mean can leave 1e-17, which the division by eps would turn into a signal.
+    N, mean and std are those of the rewards that are there. A group of equal rewards gets exactly 0.0, and so does a
+    group of one. Equality is decided by comparing the rewards: subtracting a rounded mean can leave 1e-17, which the
+    division by eps would turn into a signal.
 
     Args:
         rewards: float64 [N, G].
@@ -37,16 +41,16 @@ def group_advantage(rewards: np.ndarray, scale_rewards: bool, eps: float = SCALE
         eps: added to the standard deviation.
 
     Returns:
-        float64 [N, G].
+        float64 [N, G]; NaN where the reward is.
 
     Raises:
-        ValueError: not a table, or a reward that is not finite.
+        ValueError: not a table, or an infinite reward.
     """
     rewards = _table(rewards, "rewards")
-    centred = rewards - rewards.mean(axis=1, keepdims=True)
-    if scale_rewards and rewards.shape[1] > 1:  # Bessel's std of one value is 0 / 0
-        centred /= rewards.std(axis=1, ddof=1, keepdims=True) + eps
-    return np.where(zero_std(rewards)[:, None], 0.0, centred)
+    centred = rewards - _mean(rewards)[:, None]
+    if scale_rewards:
+        centred /= _std(rewards)[:, None] + eps
+    return np.where(zero_std(rewards)[:, None] & ~np.isnan(rewards), 0.0, centred)
 
 
 def margin(
@@ -65,6 +69,9 @@ def margin(
     Both have the same mean over the reference's samples; the expected one averages K of them and has the lower
     variance. The clip is inside the mean: it bounds each comparison, as in the paper.
 
+    K counts the reference rewards that are there. A completion whose partner has none gets the expected margin in its
+    place, which has the same mean; a group without any reference reward has no margin to add: 0.
+
     Args:
         rewards: float64 [N, G].
         reference_rewards: float64 [N, K], the same reward for reference completions sampled with the same spec.
@@ -75,16 +82,18 @@ def margin(
             (see ``sample_pairs``). None pairs by index, the paper's way, and needs K = G.
 
     Returns:
-        float64 [N, G], each in [low, high].
+        float64 [N, G], each in [low, high]; NaN where the reward is.
 
     Raises:
-        ValueError: shapes that do not fit, or a reward that is not finite.
+        ValueError: shapes that do not fit, or an infinite reward.
     """
     rewards, reference_rewards = _table(rewards, "rewards"), _table(reference_rewards, "reference_rewards")
     if len(rewards) != len(reference_rewards):
         raise ValueError(f"{len(rewards)} groups of rewards, but {len(reference_rewards)} of reference rewards")
+    expected = _mean(np.clip(rewards[:, :, None] - reference_rewards[:, None, :], low, high))
+    expected = np.where(np.isnan(rewards), np.nan, expected)
     if estimator == "expected":
-        return np.clip(rewards[:, :, None] - reference_rewards[:, None, :], low, high).mean(axis=2)
+        return expected
     if estimator != "sampled":
         raise ValueError(f"margin estimator {estimator!r}: known are 'sampled' and 'expected'")
     if pairs is not None:
@@ -94,7 +103,7 @@ def margin(
             f"rewards {rewards.shape} are paired by index with reference rewards {reference_rewards.shape}: "
             "give one reference reward per completion, or pass pairs"
         )
-    return np.clip(rewards - reference_rewards, low, high)
+    return np.where(np.isnan(reference_rewards), expected, np.clip(rewards - reference_rewards, low, high))
 
 
 def sample_pairs(seeds: Sequence[int], group_size: int, reference_samples: int) -> np.ndarray:
@@ -139,10 +148,10 @@ def augmented_advantage(
         low, high, estimator, pairs: as in ``margin``.
 
     Returns:
-        float64 [N, G].
+        float64 [N, G]; NaN where the reward is.
 
     Raises:
-        ValueError: shapes that do not fit, or a reward that is not finite.
+        ValueError: shapes that do not fit, or an infinite reward.
     """
     return group_advantage(rewards, scale_rewards) + margin(rewards, reference_rewards, low, high, estimator, pairs)
 
@@ -152,7 +161,7 @@ def gpg_alpha(groups: int, dead_groups: int) -> float:
     loss's denominator; alpha times the loss is the loss over the others.
 
     Args:
-        groups: B, groups of the optimizer step over all ranks.
+        groups: B, groups of the optimizer step over all ranks, but for those without any scored completion.
         dead_groups: M, those of them whose final advantages are all zero (``zero_advantage``), over all ranks.
 
     Returns:
@@ -168,22 +177,41 @@ def gpg_alpha(groups: int, dead_groups: int) -> float:
 
 def zero_std(rewards: np.ndarray) -> np.ndarray:
     """bool [N], the groups whose rewards [N, G] are all equal: A_i is 0 there, and a method without margin learns
-    nothing."""
-    return (rewards == rewards[:, :1]).all(axis=1)
+    nothing. So it is in a group that has none, or one."""
+    first = np.argmin(np.isnan(rewards), axis=1)[:, None]
+    return ((rewards == np.take_along_axis(rewards, first, axis=1)) | np.isnan(rewards)).all(axis=1)
 
 
 def zero_advantage(advantages: np.ndarray) -> np.ndarray:
-    """bool [N], the groups whose final advantages A*_i [N, G] are all exactly zero. Only these may be skipped: under
+    """bool [N], the groups that have advantages A*_i [N, G], all of them exactly zero. Only these may be skipped: under
     AAPO a group of equal rewards can still have a margin."""
-    return (advantages == 0.0).all(axis=1)
+    return ((advantages == 0.0) | np.isnan(advantages)).all(axis=1) & scored(advantages)
+
+
+def scored(values: np.ndarray) -> np.ndarray:
+    """bool [N], the groups of which at least one completion was scored: of the values [N, G] not all are NaN."""
+    return ~np.isnan(values).all(axis=1)
+
+
+def _mean(values: np.ndarray) -> np.ndarray:
+    """Over the last axis, of what is not NaN; 0 where there is nothing."""
+    there = ~np.isnan(values)
+    return np.where(there, values, 0.0).sum(axis=-1) / np.maximum(there.sum(axis=-1), 1)
+
+
+def _std(values: np.ndarray) -> np.ndarray:
+    """With Bessel's correction over the last axis, of what is not NaN; 0 where there are not two of them."""
+    there = ~np.isnan(values)
+    squares = np.where(there, (values - _mean(values)[..., None]) ** 2, 0.0).sum(axis=-1)
+    return np.sqrt(squares / np.maximum(there.sum(axis=-1) - 1, 1))
 
 
 def _table(values: np.ndarray, name: str) -> np.ndarray:
-    """The values as float64 [N, columns] with columns >= 1, all finite; ValueError otherwise."""
+    """The values as float64 [N, columns] with columns >= 1, none infinite; ValueError otherwise."""
     table = np.asarray(values, dtype=np.float64)
     if table.ndim != 2 or table.shape[1] == 0:
         raise ValueError(f"{name} must be of shape [groups, samples], samples >= 1, not {table.shape}")
-    if not np.isfinite(table).all():
-        group, column = np.argwhere(~np.isfinite(table))[0]
+    if np.isinf(table).any():
+        group, column = np.argwhere(np.isinf(table))[0]
         raise ValueError(f"{name}[{group}, {column}] is {table[group, column]}: rewards must be finite numbers")
     return table

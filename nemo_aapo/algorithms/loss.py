@@ -41,14 +41,15 @@ def token_weights(
         sequence      1 / (sequences * own length)             GRPO (arXiv 2402.03300): mean of the sequences' means
         fixed_length  1 / (sequences * fixed_length)           Dr. GRPO (arXiv 2503.20783)
 
-    The totals count every completion of the optimizer batch over all data-parallel ranks, also empty ones and those
-    that are skipped because their advantage is zero: skipping must not change the loss.
+    The totals count every scored completion of the optimizer batch over all data-parallel ranks, also empty ones and
+    those that are skipped because their advantage is zero: skipping must not change the loss. A completion whose
+    scoring failed is in none of them.
 
     Args:
         lengths: int [S], completion tokens of the sequences at hand; may be 0.
         aggregation: which of the three denominators.
-        total_tokens: completion tokens of the whole optimizer batch.
-        total_sequences: completions of the whole optimizer batch.
+        total_tokens: tokens of all scored completions of the whole optimizer batch.
+        total_sequences: scored completions of the whole optimizer batch.
         fixed_length: the length limit of completions (``rollout.max_new_tokens``).
 
     Returns:

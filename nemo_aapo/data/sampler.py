@@ -88,7 +88,7 @@ class PromptSampler:
         """Take in what came of a step; called once a step, in order, alike on all ranks.
 
         Args:
-            results: index of each prompt of the step -> (right completions, all completions).
+            results: index of each prompt of the step -> (right completions, completions that could be judged).
         """
         parts: list[list[tuple[int, int, int]]] = [[] for _ in self._streams]
         for index, (right, total) in results.items():

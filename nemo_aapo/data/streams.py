@@ -29,7 +29,7 @@ class Stream(Protocol):
         """Whether the prompts of the step that begins there are decided."""
 
     def observe(self, start: int, stop: int, results: Sequence[tuple[int, int, int]]) -> None:
-        """Take in what came of a step: (index, right completions, all completions)."""
+        """Take in what came of a step: (index, right completions, completions that could be judged)."""
 
     def state(self) -> dict[str, Any] | None:
         """What a checkpoint keeps, fit for JSON."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from nemo_aapo.errors import ConfigError
-from nemo_aapo.evaluation.estimators import Difference, macro_difference, paired_difference
+from nemo_aapo.evaluation.estimators import Difference, macro_difference, paired_difference, shares
 from nemo_aapo.evaluation.records import Records, measured_benchmarks, read_identity
 from nemo_aapo.evaluation.report import judged
 from nemo_aapo.utils.tables import markdown
@@ -37,7 +37,7 @@ class Comparison:
     b: float
     """B's avg@k on the problems that both have."""
     left_out: int
-    """Number of problems of which A or B has no, or not all, completions."""
+    """Number of problems of which A or B has no, or not all, completions, or none that could be judged."""
     difference: Difference
     """B minus A, with its errors."""
 
@@ -93,18 +93,17 @@ def _benchmark(name: str, a: Path, b: Path) -> tuple[Comparison, tuple[np.ndarra
     if not all(kept):  # it was interrupted while it wrote the first line
         raise ConfigError(f"{name}: {b if kept[0] else a} has no whole completion yet; let it go on")
     tables = [judged(records) for records in kept]
-    problems = [set(table.problems) for table in tables]
-    common = [problem for problem in tables[0].problems if problem in problems[1]]
+    of_a, of_b = (dict(zip(table.problems, shares(table.correct), strict=True)) for table in tables)
+    common = [p for p in of_a if p in of_b and not (np.isnan(of_a[p]) or np.isnan(of_b[p]))]
     if not common:
         raise ConfigError(f"{name}: {a} and {b} have no problem in common: are they of the same data?")
-    parts = [table.part([table.problems.index(problem) for problem in common]) for table in tables]
-    means = (parts[0].correct.mean(axis=1), parts[1].correct.mean(axis=1))
+    means = (np.array([of_a[problem] for problem in common]), np.array([of_b[problem] for problem in common]))
     comparison = Comparison(
         name,
-        (parts[0].samples, parts[1].samples),
+        (tables[0].samples, tables[1].samples),
         float(means[0].mean()),
         float(means[1].mean()),
-        len(problems[0] ^ problems[1]),
+        len({**of_a, **of_b}) - len(common),
         paired_difference(*means, seed=SEED),
     )
     return comparison, means

@@ -2,6 +2,9 @@
 
 Pure functions of plain arrays. Problems are the units: the completions of one problem share its difficulty and are not
 independent, so every standard error is that of a mean of per-problem numbers.
+
+A verdict is 1 for right, 0 for wrong, and NaN for a completion that could not be judged. That one is neither right nor
+wrong: it is left out, and so is a problem of which too few are left.
 """
 
 from __future__ import annotations
@@ -29,13 +32,22 @@ class Estimate:
 
 
 def over_problems(values: np.ndarray) -> Estimate:
-    """The mean of per-problem numbers [P], P >= 1, and its standard error.
+    """The mean of per-problem numbers [P] and its standard error, without those that are NaN; NaN where none is left.
 
     The error is that of other problems of the same kind being drawn, and their completions with them.
     """
     values = np.asarray(values, dtype=np.float64)
+    values = values[~np.isnan(values)]
+    if not len(values):
+        return Estimate(math.nan, math.nan)
     error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return Estimate(float(values.mean()), float(error))
+
+
+def shares(correct: np.ndarray) -> np.ndarray:
+    """float64 [P]: each problem's share of right completions among its judged ones [P, k]; NaN where there are none."""
+    rows = [row[~np.isnan(row)] for row in np.asarray(correct, dtype=np.float64)]
+    return np.array([row.mean() if len(row) else math.nan for row in rows])
 
 
 def average(correct: np.ndarray) -> Estimate:
@@ -44,37 +56,40 @@ def average(correct: np.ndarray) -> Estimate:
     Args:
         correct: bool or float [P, k].
     """
-    return over_problems(np.asarray(correct, dtype=np.float64).mean(axis=1))
+    return over_problems(shares(correct))
 
 
 def sampling_error(correct: np.ndarray) -> float:
     """Standard error of avg@k for these very problems, were their completions drawn anew; NaN for k = 1.
 
-    sqrt(sum_i s_i^2 / k) / P with s_i the standard deviation (k - 1 below) of problem i.
+    sqrt(sum_i s_i^2 / k_i) / P with s_i the standard deviation (k_i - 1 below) of problem i, over the P problems with
+    at least two judged completions k_i.
 
     Args:
         correct: bool or float [P, k].
     """
-    correct = np.asarray(correct, dtype=np.float64)
-    problems, k = correct.shape
-    return float(np.sqrt((correct.var(axis=1, ddof=1) / k).sum()) / problems) if k > 1 else math.nan
+    rows = [row[~np.isnan(row)] for row in np.asarray(correct, dtype=np.float64)]
+    errors = np.array([row.var(ddof=1) / len(row) for row in rows if len(row) > 1])
+    return float(np.sqrt(errors.sum()) / len(errors)) if len(errors) else math.nan
 
 
 def pass_at(correct: np.ndarray, k: int) -> Estimate:
     """pass@k without bias: the chance that k of the n completions, drawn without replacement, hold a right one.
 
-    1 - C(n - c, k) / C(n, k) for each problem with c right ones (Chen et al. 2021, arXiv 2107.03374).
+    1 - C(n - c, k) / C(n, k) for each problem with c right ones (Chen et al. 2021, arXiv 2107.03374). n counts its
+    judged completions; a problem with fewer than k of them is left out.
 
     Args:
-        correct: bool [P, n].
+        correct: bool or float [P, n].
         k: 1 <= k <= n.
     """
-    correct = np.asarray(correct, dtype=bool)
-    n = correct.shape[1]
-    if not 1 <= k <= n:
-        raise ValueError(f"pass@{k} of {n} completions")
-    chance = [1.0 - math.comb(n - c, k) / math.comb(n, k) for c in range(n + 1)]
-    return over_problems(np.array(chance)[correct.sum(axis=1)])
+    correct = np.asarray(correct, dtype=np.float64)
+    if not 1 <= k <= correct.shape[1]:
+        raise ValueError(f"pass@{k} of {correct.shape[1]} completions")
+    counts = zip((~np.isnan(correct)).sum(axis=1).tolist(), (correct == 1).sum(axis=1).tolist(), strict=True)
+    return over_problems(
+        np.array([1.0 - math.comb(n - c, k) / math.comb(n, k) if n >= k else math.nan for n, c in counts])
+    )
 
 
 def majority(answers: Sequence[Sequence[str | None]], correct: np.ndarray) -> Estimate:
@@ -82,19 +97,21 @@ def majority(answers: Sequence[Sequence[str | None]], correct: np.ndarray) -> Es
 
     Answers are the same if their texts are (``votes.answer_of`` normalises them). Of answers with equally many votes,
     and of completions that gave the same answer but were judged differently, one is taken at random: the expectation
-    over that is a problem's number.
+    over that is a problem's number. A completion that could not be judged has no vote.
 
     Args:
         answers: [P][k], None for a completion without an answer, which has no vote.
-        correct: bool [P, k].
+        correct: bool or float [P, k].
     """
     return over_problems(np.array([_voted(row, right) for row, right in zip(answers, correct, strict=True)]))
 
 
-def _voted(answers: Sequence[str | None], correct: Sequence[bool]) -> float:
+def _voted(answers: Sequence[str | None], correct: Sequence[float]) -> float:
+    if all(map(math.isnan, correct)):
+        return math.nan
     verdicts: dict[str, list[float]] = defaultdict(list)
     for answer, right in zip(answers, correct, strict=True):
-        if answer is not None:
+        if answer is not None and not math.isnan(right):
             verdicts[answer].append(float(right))
     votes = Counter({answer: len(found) for answer, found in verdicts.items()})
     most = max(votes.values(), default=0)

@@ -9,6 +9,7 @@ import numpy as np
 
 from nemo_aapo.distributed import parallel
 from nemo_aapo.rollout.collector import Collector
+from nemo_aapo.rollout.unscored import ScoringWatch
 from nemo_aapo.types import Group, Prompt, SamplingSpec
 
 
@@ -17,7 +18,7 @@ class Outcomes:
     """Judged completions of some prompts."""
 
     correct: list[np.ndarray]
-    """bool [samples] for each prompt, over all ranks."""
+    """float64 [samples] for each prompt, over all ranks: 1 right, 0 wrong, NaN not judged, as its scoring failed."""
     lengths: list[np.ndarray]
     """int64 [samples] for each prompt, completion tokens, over all ranks."""
     groups: list[Group]
@@ -30,14 +31,22 @@ def measure(
     sampling: SamplingSpec,
     seeds: Sequence[Sequence[int]],
     reward: str,
+    watch: ScoringWatch,
+    what: str,
 ) -> Outcomes:
     """Generate ``len(seeds[i])`` completions of each prompt i and judge them. Collective over all ranks of the job.
 
     Args:
         prompts, sampling, seeds: as ``Collector.collect`` takes them.
         reward: name of the reward that tells right (1) from wrong completions.
+        watch: looks whether the completions can be judged at all.
+        what: what is measured, for its message.
+
+    Raises:
+        RewardError: on all ranks; they can't.
     """
     groups = collector.collect(prompts, sampling, seeds)
+    watch.check(collector.tally, what)
     mine = [
         (group.right(reward), np.array([len(completion.token_ids) for completion in group.completions]))
         for group in groups

@@ -34,9 +34,9 @@ class Record:
     sample: int
     """Index among the problem's completions, from 0."""
     correct: bool
-    """The reward calls the completion right."""
+    """The reward calls the completion right; false where it could not be judged."""
     failed: bool
-    """The completion could not be judged, and counts as wrong."""
+    """The completion could not be judged: it is neither right nor wrong, and in no figure but ``failed_fraction``."""
     voted: str | None
     """The normalised answer that the completion votes for in maj@k; None without an answer."""
     tokens: int

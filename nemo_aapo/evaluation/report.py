@@ -30,8 +30,8 @@ class Judged:
 
     @property
     def correct(self) -> np.ndarray:
-        """bool [P, k]"""
-        return np.array([[record.correct for record in row] for row in self.records], dtype=bool)
+        """float64 [P, k]: 1 right, 0 wrong, NaN for a completion that could not be judged."""
+        return np.array([[math.nan if r.failed else float(r.correct) for r in row] for row in self.records])
 
     def part(self, rows: Sequence[int]) -> Judged:
         """These problems alone."""
@@ -73,6 +73,7 @@ def figures(found: Judged) -> dict[str, Any]:
         "truncated_fraction": float(np.mean([record.finish_reason == "length" for record in flat])),
         "unanswered_fraction": float(np.mean([record.voted is None for record in flat])),
         "failed_fraction": float(np.mean([record.failed for record in flat])),
+        "unjudged_problems": int(np.isnan(correct).all(axis=1).sum()),
         **{f"by_{group}": _groups(found, group) for group in ("level", "subject") if _groups(found, group)},
     }
 
@@ -104,13 +105,17 @@ def macro_average(results: Mapping[str, Mapping[str, Any]]) -> Estimate | None:
 
 
 def tables(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Markdown: a line for each benchmark, then tables by level and by subject. Percent, ± one standard error."""
+    """Markdown: a line for each benchmark, then tables by level and by subject. Percent, ± one standard error.
+
+    Where completions could not be judged, a column says how many: the figures are of the others.
+    """
     several = any(result["samples"] > 1 for result in results.values())
     header = ["benchmark", "problems", "k", "avg@k", *(["± sampling", "pass@k", "maj@k"] if several else [])]
-    rows = [_line(name, result, several) for name, result in results.items()]
+    failed = any(result["failed_fraction"] for result in results.values())
+    rows = [_line(name, result, several, failed) for name, result in results.items()]
     if mean := macro_average(results):
         rows.append(["**mean**", "", "", _percent(mean.value, mean.stderr), *([""] * (3 if several else 0))])
-    header += ["tokens", "cut", "no answer"]
+    header += ["tokens", "cut", "no answer", *(["not judged"] if failed else [])]
     rows = [row + [""] * (len(header) - len(row)) for row in rows]
     text = markdown(header, rows)
     for group in ("level", "subject"):
@@ -121,7 +126,7 @@ def tables(results: Mapping[str, Mapping[str, Any]]) -> str:
     return text
 
 
-def _line(name: str, result: Mapping[str, Any], several: bool) -> list[str]:
+def _line(name: str, result: Mapping[str, Any], several: bool, failed: bool) -> list[str]:
     k = result["samples"]
     cells = [name, str(result["problems"]), str(k), _percent(**result[f"avg@{k}"])]
     if several:
@@ -133,9 +138,12 @@ def _line(name: str, result: Mapping[str, Any], several: bool) -> list[str]:
         f"{result['completion_length']:,.0f}",
         f"{result['truncated_fraction']:.1%}",
         f"{result['unanswered_fraction']:.1%}",
+        *([f"{result['failed_fraction']:.1%}"] if failed else []),
     ]
 
 
 def _percent(value: float, stderr: float | None) -> str:
+    if not math.isfinite(value):  # nothing could be judged
+        return "-"
     error = f" ± {100 * stderr:.1f}" if stderr is not None and math.isfinite(stderr) else ""
     return f"{100 * value:.1f}{error}"

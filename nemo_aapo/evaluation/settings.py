@@ -53,7 +53,7 @@ def engine_settings(config: EvaluationConfig, source: ModelSource) -> Config:
     tree["prompts_per_step"] = config.trainer.num_nodes * config.trainer.devices
     tree["rewards"] = list(config.rewards)
     tree["validation"]["reward"] = reward_name(config)
-    tree["reward_runner"].update(asdict(config.reward_runner), score_on_failure=0.0)
+    tree["reward_runner"].update(asdict(config.reward_runner))
     return parse(tree)
 
 

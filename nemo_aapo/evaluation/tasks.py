@@ -28,6 +28,8 @@ class Task:
     problems: tuple[Problem, ...]
     prompts: tuple[Prompt, ...]
     """One prompt for each problem, in their order."""
+    unusable: frozenset[str] = frozenset()
+    """Ids of the problems whose gold answer the reward can't work with: whatever is answered is wrong."""
 
 
 def load_task(
@@ -49,7 +51,7 @@ def load_task(
     problems, note = load_problems(name, config.sources[name], config.fields)
     problems = problems[: config.max_problems]
     log(f"{name}: {len(problems)} problems from {problems[0].source.rpartition(':')[0]}{note}")
-    _check_answers(config, name, problems, check_answer, log)
+    unusable = _check_answers(config, name, problems, check_answer, log)
     texts, ids = render_prompts(
         tokenizer,
         [problem.question for problem in problems],
@@ -69,7 +71,7 @@ def load_task(
         Prompt(problem.id, tokens, text, problem.answer, problem.source)
         for problem, text, tokens in zip(problems, texts, ids, strict=True)
     )
-    return Task(name, problems, prompts)
+    return Task(name, problems, prompts, unusable)
 
 
 def _check_answers(
@@ -78,23 +80,24 @@ def _check_answers(
     problems: Sequence[Problem],
     check_answer: Callable[[str], None],
     log: Callable[[str], None],
-) -> None:
-    """Refuse gold answers that the reward can't work with, or warn of them, as ``on_bad_answer`` has it."""
-    bad: list[str] = []
+) -> frozenset[str]:
+    """Refuse gold answers that the reward can't work with, or warn of them, as ``on_bad_answer`` has it; their ids."""
+    bad: dict[str, str] = {}
     for problem in problems:
         try:
             check_answer(problem.answer)
         except ValueError as error:
-            bad.append(f"{problem.source}: the gold answer {problem.answer!r} can't be verified: {error}")
+            bad[problem.id] = f"{problem.source}: the gold answer {problem.answer!r} can't be verified: {error}"
     if not bad:
-        return
-    shown = "\n  ".join(bad[:SHOWN_ANSWERS])
+        return frozenset()
+    shown = "\n  ".join(list(bad.values())[:SHOWN_ANSWERS])
     if config.on_bad_answer == "error":
         raise DataError(
             f"{name}: {len(bad)} of {len(problems)} gold answers can't be used:\n  {shown}\n"
             "Mend them, or count their problems as wrong, as other harnesses do: on_bad_answer=wrong"
         )
     log(f"WARNING: {name}: {len(bad)} of {len(problems)} problems count as wrong whatever is answered:\n  {shown}")
+    return frozenset(bad)
 
 
 def sampling_of(config: EvaluationConfig, end_tokens: tuple[int, ...]) -> SamplingSpec:

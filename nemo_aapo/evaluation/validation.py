@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from nemo_aapo.evaluation.estimators import average
-from nemo_aapo.evaluation.measure import measure
+from nemo_aapo.evaluation.measure import Outcomes, measure
 from nemo_aapo.rollout.collector import Collector
+from nemo_aapo.rollout.unscored import ScoringWatch
 from nemo_aapo.run.experiment import rollout_rows
 from nemo_aapo.seeds import stream_seed
 from nemo_aapo.types import Prompt, SamplingSpec
@@ -35,23 +36,33 @@ class Validator:
 
         Returns:
             Metrics ``validation/accuracy_greedy``, ``validation/accuracy_sampled`` and its standard error
-            ``validation/accuracy_sampled_stderr``, ``validation/completion_length`` (the same on all ranks); and the
-            completions of this rank's prompts as plain rows (on model-parallel source ranks; empty on the others).
+            ``validation/accuracy_sampled_stderr``, ``validation/failed_fraction``, ``validation/completion_length``
+            (the same on all ranks); and the completions of this rank's prompts as plain rows (on model-parallel source
+            ranks; empty on the others).
+
+        Raises:
+            RewardError: on all ranks; not one completion could be judged.
         """
-        greedy = measure(self.collector, self.prompts, self.greedy, [[0]] * len(self.prompts), self.reward)
+        greedy = self._measure(self.greedy, [[0]] * len(self.prompts))
         metrics = {"validation/accuracy_greedy": average(np.stack(greedy.correct)).value}
-        last, rows = greedy, rollout_rows(greedy.groups)
+        last, rows, verdicts = greedy, rollout_rows(greedy.groups), [*greedy.correct]
         if self.samples:
             seeds = [
                 [stream_seed(self.seed, "validation", prompt.id, k) for k in range(self.samples)]
                 for prompt in self.prompts
             ]
-            last = measure(self.collector, self.prompts, self.sampled, seeds, self.reward)
+            last = self._measure(self.sampled, seeds)
             accuracy = average(np.stack(last.correct))
             metrics |= {
                 "validation/accuracy_sampled": accuracy.value,
                 "validation/accuracy_sampled_stderr": accuracy.stderr,
             }
             rows += rollout_rows(last.groups)
+            verdicts += last.correct
+        metrics["validation/failed_fraction"] = float(np.isnan(np.concatenate(verdicts)).mean())
         metrics["validation/completion_length"] = float(np.concatenate(last.lengths).mean())
         return metrics, rows
+
+    def _measure(self, sampling: SamplingSpec, seeds: Sequence[Sequence[int]]) -> Outcomes:
+        watch = ScoringWatch(needed=self.reward)  # a new one: a validation without any verdict is none
+        return measure(self.collector, self.prompts, sampling, seeds, self.reward, watch, "the validation")

@@ -32,6 +32,7 @@ from nemo_aapo.mcore import precision
 from nemo_aapo.mcore.groups import destroy_model_parallel
 from nemo_aapo.prepare.evaluation import EvaluationJob
 from nemo_aapo.rollout.collector import ChecksAnswers, Collector, RewardScorer
+from nemo_aapo.rollout.unscored import ScoringWatch
 from nemo_aapo.run.directory import lock_directory
 from nemo_aapo.run.stop import StopSignal
 from nemo_aapo.seeds import stream_seed
@@ -152,12 +153,14 @@ def _measure(
     """Generate, judge and keep what is missing of a benchmark; False if a signal ended it early. Collective."""
     records, reward = Records(Path(config.run.dir), task.name), reward_name(config)
 
-    def missing() -> list[list[int]]:
+    def missing() -> tuple[list[list[int]], bool]:
         kept = records.read()
         records.mend(kept.values())
-        return [[k for k in range(config.samples) if (p.id, k) not in kept] for p in task.problems]
+        judged = any(not record.failed for record in kept.values())
+        return [[k for k in range(config.samples) if (p.id, k) not in kept] for p in task.problems], judged
 
-    samples = on_first_rank(missing)
+    samples, judged = on_first_rank(missing)
+    watch = ScoringWatch(needed=reward, proven=judged)
     wanted = [i for i, row in enumerate(samples) if row]
     total = len(task.problems) * config.samples
     with _bar(task.name, total, total - sum(map(len, samples))) as bar:
@@ -169,9 +172,11 @@ def _measure(
                 [stream_seed(config.seed, "evaluation", task.problems[i].id, k) for k in samples[i]] for i in batch
             ]
             prompts = [task.prompts[i] for i in batch]
-            groups = measure(collector, prompts, sampling, seeds, reward).groups
+            if all(prompt.id in task.unusable for prompt in prompts):
+                watch.proven = True  # that they can't be judged says nothing of the reward
+            groups = measure(collector, prompts, sampling, seeds, reward, watch, task.name).groups
             problems = {task.problems[i].id: (task.problems[i], samples[i]) for i in batch}
-            mine = [row for group in groups for row in _records(group, *problems[group.prompt.id], reward)]
+            mine = [row for group in groups for row in _records(group, task, *problems[group.prompt.id], reward)]
             everyone = [row for part in parallel.gather_data_parallel(mine) for row in part]
             agree(functools.partial(_keep, records, everyone))
             bar.update(len(everyone))
@@ -183,14 +188,14 @@ def _keep(records: Records, rows: Sequence[Record]) -> None:
         records.append(rows)
 
 
-def _records(group: Group, problem: Problem, samples: Sequence[int], reward: str) -> list[Record]:
+def _records(group: Group, task: Task, problem: Problem, samples: Sequence[int], reward: str) -> list[Record]:
     """A problem's completions as they are kept; none where the texts are not on this rank."""
     return [
         Record(
             problem=problem.id,
             sample=samples[i],
-            correct=bool(right),
-            failed=bool(group.failed[i]),
+            correct=bool(right == 1),
+            failed=bool(np.isnan(right)) and problem.id not in task.unusable,
             voted=answer_of(group.texts[i]),
             tokens=len(group.completions[i].token_ids),
             finish_reason=group.completions[i].finish_reason,

@@ -21,7 +21,7 @@ from nemo_aapo.mcore.groups import destroy_model_parallel
 from nemo_aapo.prepare.job import Job
 from nemo_aapo.reference_store.key import StoreKey
 from nemo_aapo.reference_store.shards import Shard, merge_shards, shard_files
-from nemo_aapo.reference_store.store import RewardStore
+from nemo_aapo.reference_store.store import RewardStore, is_complete
 from nemo_aapo.run.stop import StopSignal
 from nemo_aapo.training.build import (
     build_rollouts,
@@ -73,6 +73,8 @@ def fill(job: Job, shard: Shard | None = None) -> int:
             complete = reference.prepare(prompts, pipeline.reference_served, screen.progress, lambda: stop.requested)
             what = f"{len(prompts)} prompts x {samples} reference rewards"
             screen.note(f"{own}: {what}" if complete else f"{own}: stopped; the same command goes on from there")
+            if reference.unscored:
+                screen.note(f"{reference.unscored} could not be scored and are not stored: the next fill tries again")
         return 0
     finally:
         destroy_model_parallel()
@@ -147,7 +149,7 @@ def _not_in(store: str, key: StoreKey, prompts: Sequence[Prompt], samples: int) 
             return list(range(len(prompts)))
         with contextlib.closing(RewardStore(store, key, create=False)) as opened:
             found = opened.read([prompt.id for prompt in prompts], samples)
-        return [i for i, p in enumerate(prompts) if len(found.get(p.id, ())) < samples]
+        return [i for i, p in enumerate(prompts) if not is_complete(found.get(p.id), samples)]
 
     return [prompts[i] for i in on_first_rank(missing)]
 
@@ -186,7 +188,7 @@ def _report(path: str, samples: int, key: StoreKey, prompts: Sequence[Prompt]) -
 
 def _count(store: RewardStore, prompts: Sequence[Prompt], samples: int) -> int:
     found = store.read([prompt.id for prompt in prompts], samples)
-    return sum(len(rewards) == samples for rewards in found.values())
+    return sum(is_complete(rewards, samples) for rewards in found.values())
 
 
 class _Screen:

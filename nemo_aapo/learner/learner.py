@@ -1,6 +1,6 @@
 """One rollout batch -> optimizer steps.
 
-groups with advantages -> drop those without gradient -> micro-batches over the ranks -> score -> update
+groups with advantages -> drop what has no gradient, or no score -> micro-batches over the ranks -> score -> update
 """
 
 from __future__ import annotations
@@ -83,25 +83,26 @@ class Learner:
 
     def _microbatches(self, groups: Sequence[Group]) -> tuple[list[MicroBatch], dict[str, float]]:
         """This rank's micro-batches of the whole optimizer batch, weighted by the global denominator; and metrics."""
-        everything = [_sample(group, i) for group in groups for i in range(len(group.completions))]
-        dead = zero_advantage(np.stack([g.final_advantages for g in groups])) if groups else np.zeros(0, bool)
+        # What could not be scored is as if it had never been sampled: it has no part in any count.
+        samples = [_samples(group) for group in groups]
+        dead = [bool(zero_advantage(group.final_advantages[None])[0]) for group in groups]
         # A completion without a gradient still counts in the denominator: leaving it out must not change the loss.
         kept = [
-            [_sample(group, i) for i in range(len(group.completions)) if len(group.completions[i].token_ids)]
-            for group, is_dead in zip(groups, dead, strict=True)
+            [sample for sample in row if len(sample.completion_ids)]
+            for row, is_dead in zip(samples, dead, strict=True)
             if self.algorithm.needs_reference_logprobs or not is_dead
         ]
         counts = parallel.gather_data_parallel(
             (
-                sum(len(s.completion_ids) for s in everything),
-                len(everything),
-                len(groups),
-                int(dead.sum()),
-                sum(sample.length for samples in kept for sample in samples),
+                sum(len(sample.completion_ids) for row in samples for sample in row),
+                sum(map(len, samples)),
+                sum(map(bool, samples)),
+                sum(dead),
+                sum(sample.length for row in kept for sample in row),
             )
         )
         total_tokens, total_sequences, total_groups, dead_groups, kept_tokens = map(sum, zip(*counts, strict=True))
-        own = [group for samples in kept for group in self._prefix_groups(samples, kept_tokens)]
+        own = [group for row in kept for group in self._prefix_groups(row, kept_tokens)]
         mine, layout_metrics = self._distribute(own)
         alpha = self.algorithm.alpha(total_groups, dead_groups)
         batches = []
@@ -175,14 +176,18 @@ class Learner:
         return value, {**sums, "entropy": entropy.sum()}
 
 
-def _sample(group: Group, i: int) -> Sample:
-    completion = group.completions[i]
-    return Sample(
-        prompt_ids=group.prompt.token_ids,
-        completion_ids=completion.token_ids,
-        rollout_logprobs=completion.logprobs,
-        advantage=float(group.final_advantages[i]),
-    )
+def _samples(group: Group) -> list[Sample]:
+    """The completions of a group that have an advantage; those that could not be scored have none."""
+    return [
+        Sample(
+            prompt_ids=group.prompt.token_ids,
+            completion_ids=completion.token_ids,
+            rollout_logprobs=completion.logprobs,
+            advantage=float(advantage),
+        )
+        for completion, advantage in zip(group.completions, group.final_advantages, strict=True)
+        if not np.isnan(advantage)
+    ]
 
 
 def _like(scored: np.ndarray, batch: MicroBatch) -> torch.Tensor:

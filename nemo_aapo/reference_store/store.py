@@ -100,7 +100,7 @@ class RewardStore:
     # ------------------------------------------------------------------ rewards
 
     def read(self, prompt_ids: Sequence[str], samples: int) -> dict[str, np.ndarray]:
-        """float64 [1..samples]: the first stored rewards of each prompt that has any."""
+        """float64 [1..samples]: the rewards of each prompt that has any, up to its last; NaN where one is missing."""
         found: dict[str, list[float]] = {}
         query = (
             "SELECT prompt, sample, reward FROM rewards WHERE key = (SELECT number FROM keys WHERE digest = ?) "
@@ -111,22 +111,23 @@ class RewardStore:
                 batch = json.dumps(prompt_ids[start : start + READ_BATCH])
                 for prompt, sample, reward in self._db.execute(query, (self.key.digest, batch, samples)):
                     rewards = found.setdefault(prompt, [])
-                    if sample == len(rewards):  # always, but for a hole that somebody made by hand
-                        rewards.append(reward)
-        return {prompt: np.array(rewards, dtype=np.float64) for prompt, rewards in found.items() if rewards}
+                    rewards += [math.nan] * (sample - len(rewards)) + [reward]
+        return {prompt: np.array(rewards, dtype=np.float64) for prompt, rewards in found.items()}
 
     def write(self, rewards: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Store the rewards [K] of some prompts: all of them or, if interrupted, none.
+
+        A reward that is NaN, as its scoring failed, is not stored: its place stays free for one that can be scored.
 
         Returns:
             What is stored now, [K] by prompt: where a sample was there already, its old value.
 
         Raises:
             StoreError: read-only, no space, locked for too long.
-            ValueError: a reward that is not finite.
+            ValueError: an infinite reward.
         """
         for prompt, row in rewards.items():
-            if not all(math.isfinite(reward) for reward in row):
+            if np.isinf(row).any():
                 raise ValueError(f"reference rewards of prompt {prompt} are not finite: {row}")
         if self.read_only:
             raise StoreError(
@@ -138,11 +139,17 @@ class RewardStore:
                 "INSERT OR IGNORE INTO keys (digest, parts) VALUES (?, ?)",
                 (self.key.digest, json.dumps(self.key.parts)),
             )
-            rows = [(self.key.digest, p, k, float(r)) for p, row in rewards.items() for k, r in enumerate(row)]
+            rows = [
+                (self.key.digest, prompt, k, float(reward))
+                for prompt, row in rewards.items()
+                for k, reward in enumerate(row)
+                if not math.isnan(reward)
+            ]
             self._db.executemany(
                 "INSERT OR IGNORE INTO rewards VALUES ((SELECT number FROM keys WHERE digest = ?), ?, ?, ?)", rows
             )
-            return self.read(list(rewards), max((len(row) for row in rewards.values()), default=0))
+            found = self.read(list(rewards), max((len(row) for row in rewards.values()), default=0))
+        return {prompt: padded(found.get(prompt), len(row)) for prompt, row in rewards.items()}
 
     def items(self) -> Iterator[dict[str, np.ndarray]]:
         """Everything stored under the key, batch by batch as ``write`` takes it."""
@@ -210,6 +217,19 @@ def keys_of(path: Path) -> list[dict[str, Any]]:
             return [json.loads(parts) for (parts,) in opened.execute("SELECT parts FROM keys ORDER BY number")]
     except (sqlite3.Error, ValueError):
         return []
+
+
+def padded(rewards: np.ndarray | None, samples: int) -> np.ndarray:
+    """What ``read`` found of a prompt (None: nothing), as float64 [samples] with NaN for what is missing."""
+    row = np.full(samples, math.nan)
+    if rewards is not None:
+        row[: len(rewards)] = rewards[:samples]
+    return row
+
+
+def is_complete(rewards: np.ndarray | None, samples: int) -> bool:
+    """Whether what ``read`` found of a prompt (None: nothing) lacks none of so many rewards."""
+    return not np.isnan(padded(rewards, samples)).any()
 
 
 def other_rewards(store: RewardStore, *, own: bool) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import traceback
 from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol
@@ -61,9 +63,30 @@ class Reward(Protocol):
         return None
 
 
-def score_parts(rewards: Sequence[Reward], prompt: Prompt, text: str, completion: Completion) -> list[float]:
-    """Each reward's value, finite or not. Raises what a reward raises."""
-    return [float(reward(prompt, text, completion)) for reward in rewards]
+def score_parts(
+    rewards: Sequence[Reward], prompt: Prompt, text: str, completion: Completion
+) -> tuple[list[float | None], str]:
+    """Each reward's value, None where it raised or gave no finite number; and why, in one line (empty: all is well).
+
+    A process that a reward forked and that comes back from it ends here: it must not go on as a second worker.
+    """
+    parts: list[float | None] = []
+    problems = []
+    process = os.getpid()
+    for reward in rewards:
+        value: float | None = None
+        try:
+            value = float(reward(prompt, text, completion))
+            if not math.isfinite(value):
+                raise ValueError(f"{value} is not finite")
+        except (Exception, SystemExit) as error:  # whatever a reward raises, its value is missing and the run goes on
+            value = None
+            problems.append(f"{reward.name}: {describe_error(error)}")
+        finally:
+            if os.getpid() != process:
+                os._exit(1)
+        parts.append(value)
+    return parts, "; ".join(problems)
 
 
 def describe_error(error: BaseException) -> str:

@@ -11,20 +11,11 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from nemo_aapo.distributed import parallel
+from nemo_aapo.distributed.agreement import agree
 from nemo_aapo.engines.base import BackgroundEngine, OnFinish, PendingCompletions, RolloutEngine, RolloutStats
 from nemo_aapo.rollout.length_predictor import LengthPredictor
+from nemo_aapo.rollout.unscored import Score, Tally
 from nemo_aapo.types import Completion, Group, Prompt, SamplingSpec
-
-
-class Score(Protocol):
-    """What a scorer says of one completion; ``rewards.workers.runner.RewardResult`` is one."""
-
-    @property
-    def score(self) -> float: ...
-    @property
-    def parts(self) -> Mapping[str, float]: ...
-    @property
-    def failure(self) -> str | None: ...
 
 
 class RewardScorer(Protocol):
@@ -93,6 +84,8 @@ class Collector:
     """The last call's on this rank: ``rollout`` (waiting for completions) and ``reward`` (for scores after that)."""
     metrics: dict[str, float] = field(default_factory=dict)
     """The last call's over all ranks: see ``engine_metrics``."""
+    tally: Tally = field(default_factory=Tally)
+    """The last call's over all ranks: how many completions were scored."""
     length_predictor: LengthPredictor = field(default_factory=LengthPredictor)
     """Decides which prompts enter the engine first; the same on all ranks."""
 
@@ -166,10 +159,11 @@ class Collector:
     ) -> list[Group]:
         generated = time.perf_counter()
         # One rank judges and tells the others: a timeout could strike on one of them and not on the next.
-        own = [] if self.rewards is None else _scores(self.rewards.collect(), shard.seeds)
-        scores = parallel.broadcast_in_model_parallel(own)
+        judged = agree(lambda: {} if self.rewards is None else self.rewards.collect())
+        own = [] if self.rewards is None else _scores(judged, shard.seeds)
+        scores, tally = parallel.broadcast_in_model_parallel((own, Tally.of(list(judged.values()))))
         self.seconds = {"rollout": generated - start, "reward": time.perf_counter() - generated}
-        self._record(shard.prompts, completions, observe_lengths)
+        self._record(shard.prompts, completions, observe_lengths, tally)
         groups = [
             Group(
                 prompt=prompt,
@@ -184,18 +178,23 @@ class Collector:
         return [group for _, group in sorted(zip(shard.order, groups, strict=True), key=lambda pair: pair[0])]
 
     def _record(
-        self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]], observe_lengths: bool
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[Sequence[Completion]],
+        observe_lengths: bool,
+        tally: Tally,
     ) -> None:
-        """Metrics and lengths over all data-parallel ranks."""
+        """Metrics, lengths and the tally of scores over all data-parallel ranks."""
         means = [
             (prompt.id, float(np.mean([len(completion.token_ids) for completion in row])))
             for prompt, row in zip(prompts, completions, strict=True)
             if row
         ]
-        everyone = parallel.gather_data_parallel((self.engine.stats, means))
-        self.metrics = engine_metrics([stats for stats, _ in everyone if stats is not None])
+        everyone = parallel.gather_data_parallel((self.engine.stats, means, tally))
+        self.metrics = engine_metrics([stats for stats, *_ in everyone if stats is not None])
+        self.tally = sum((part for *_, part in everyone), Tally())
         if observe_lengths:
-            self.length_predictor.observe(mean for _, part in everyone for mean in part)
+            self.length_predictor.observe(mean for _, part, _ in everyone for mean in part)
 
 
 def engine_metrics(stats: Sequence[RolloutStats]) -> dict[str, float]:
@@ -232,7 +231,7 @@ def _scores(scores: Mapping[Hashable, Score], seeds: Sequence[Sequence[int]]) ->
         names = list(judged[0].parts) if judged else []
         found.append(
             _Scores(
-                rewards=np.array([score.score for score in judged], dtype=np.float64),
+                rewards=np.array([np.nan if score.failure else score.score for score in judged], dtype=np.float64),
                 parts={n: np.array([score.parts[n] for score in judged], dtype=np.float64) for n in names},
                 failed=np.array([score.failure is not None for score in judged], dtype=bool),
             )

@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from nemo_aapo.config import Config
@@ -24,6 +25,7 @@ from nemo_aapo.distributed import parallel
 from nemo_aapo.rollout import pending
 from nemo_aapo.rollout.collector import Collector, InFlightRollout, own_shard
 from nemo_aapo.rollout.reference import ReferenceRewards
+from nemo_aapo.rollout.unscored import TOTAL, ScoringWatch, Tally
 from nemo_aapo.seeds import stream_seed
 from nemo_aapo.types import Group, Prompt, SamplingSpec
 
@@ -67,6 +69,8 @@ class RolloutPipeline:
         """The engine's, over all ranks, when it generated the last groups; NaN where a checkpoint held them."""
         self._served: int = policy.version  # of the weights that the engine has
         self._ahead: InFlightRollout | list[Group] | None = None  # the next step's: under way, or in hand
+        self._tally = Tally()  # of the groups in hand; empty where a checkpoint held them
+        self._watch = ScoringWatch()
 
     def prompts(self, step: int) -> list[Prompt]:
         """Of a step, counted from 0; the same on all ranks."""
@@ -84,12 +88,14 @@ class RolloutPipeline:
         Raises:
             FloatingPointError: the engine's log-probs are not finite.
             RuntimeError: the engine does not serve the policy: ``refit`` comes first.
+            RewardError: on all ranks; the rewards fail for everything, and nothing of the step was taken up.
         """
         self.seconds = dict.fromkeys(("rollout", "reward", "reference", "refit"), 0.0)
         prompts, groups = self.prompts(step), self.settle()
         if groups is None:
             self._require_refitted()
             groups = self._collected(lambda: self.collector.collect(prompts, self.sampling, self._seeds(step, prompts)))
+        self._watch.check(self._tally, f"step {step + 1}")
         self._ahead = None
         self.sampler.step = step + 1
         self._observe(step, groups)  # before the next step's prompts are asked for
@@ -182,8 +188,8 @@ class RolloutPipeline:
     def pending_files(self) -> dict[str, bytes]:
         """Rollouts made and not yet trained on, as files for a checkpoint; rank 0's count."""
         groups = self.settle()
-        if groups is None:
-            return {}
+        if groups is None or (self._tally.completions and not self._tally.scored[TOTAL]):
+            return {}  # what could not be scored at all is better sampled anew
         everyone = [group for part in parallel.gather_data_parallel(groups) for group in part]
         return {pending.FILE_NAME: pending.pack(everyone) if parallel.rank() == 0 else b""}
 
@@ -193,6 +199,7 @@ class RolloutPipeline:
         content = path.read_bytes() if parallel.rank() == 0 and path.exists() else None
         if (content := parallel.broadcast_from_first_rank(content)) is not None:
             self.metrics = {"rollout/idle_fraction": math.nan, "rollout/tokens_per_second": math.nan}
+            self._tally = Tally()
             self._ahead = pending.unpack(content, self.prompts(step))[own_shard(self.config.prompts_per_step)]
 
     # ------------------------------------------------------------------ parts
@@ -205,11 +212,11 @@ class RolloutPipeline:
             )
 
     def _observe(self, step: int, groups: Sequence[Group]) -> None:
-        """Tell a sampler that goes by accuracy how many completions of each prompt were right."""
+        """Tell a sampler that goes by accuracy how many completions of each prompt were right, of those judged."""
         if not self.sampler.observes:
             return
-        name = self.config.validation.reward
-        mine = [(int(group.right(name).sum()), len(group.completions)) for group in groups]
+        verdicts = [group.right(self.config.validation.reward) for group in groups]
+        mine = [(int((right == 1).sum()), int((~np.isnan(right)).sum())) for right in verdicts]
         counts = [count for part in parallel.gather_data_parallel(mine) for count in part]
         self.sampler.observe(step, dict(zip(self.sampler.indices(step), counts, strict=True)))
 
@@ -222,6 +229,7 @@ class RolloutPipeline:
 
     def _collected(self, collect: Callable[[], list[Group]]) -> list[Group]:
         groups = collect()
+        self._tally = self.collector.tally
         self.seconds |= self.collector.seconds
         self.metrics = self.collector.metrics
         return groups

@@ -4,7 +4,8 @@ The reference never changes, so the rewards of its completions of a prompt are a
 again every step doubles the cost of rollouts; K of them per prompt, stored, cost nothing from then on.
 
 Sample k of a prompt has a random stream of its own, named by seed, prompt and k: its reward is the same whenever, in
-whatever order and on whatever layout it is sampled.
+whatever order and on whatever layout it is sampled. One whose scoring failed is NaN and is not stored: this process
+goes on without it, the next one that needs it samples it again.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from nemo_aapo.distributed import parallel
 from nemo_aapo.distributed.agreement import agree
 from nemo_aapo.errors import RunError
 from nemo_aapo.reference_store.key import StoreKey
-from nemo_aapo.reference_store.store import RewardStore
+from nemo_aapo.reference_store.store import RewardStore, is_complete, padded
 from nemo_aapo.rollout.collector import Collector
+from nemo_aapo.rollout.unscored import ScoringWatch
 from nemo_aapo.seeds import stream_seed
 from nemo_aapo.types import Prompt, SamplingSpec
 
@@ -61,6 +63,7 @@ class ReferenceRewards:
         self.key, self.store, self.online = key, store, online
         self.fill_batch, self.first_batch = fill_batch, first_batch
         self._known: dict[str, np.ndarray] = {}
+        self._watch = ScoringWatch()
 
     def has(self, prompts: Sequence[Prompt]) -> bool:
         """Whether all these prompts' rewards are at hand. No collective: all ranks know the same."""
@@ -86,6 +89,7 @@ class ReferenceRewards:
 
         Raises:
             StoreError: on all ranks.
+            RewardError: on all ranks; nothing was ever scored under this key, or nothing any more.
         """
         missing = list({p.id: p for p in prompts if p.id not in self._known}.values())
         self._look_up(missing)
@@ -105,13 +109,18 @@ class ReferenceRewards:
         return True
 
     def rewards(self, prompts: Sequence[Prompt], step: int, served: ReferenceServed) -> dict[str, np.ndarray]:
-        """float64 [K] by prompt id, the same on all ranks."""
+        """float64 [K] by prompt id, the same on all ranks; NaN where scoring failed."""
         if self.online:
             seeds = [[stream_seed(self.seed, "online", step, p.id, k) for k in range(self.samples)] for p in prompts]
             with served():
                 return self._sample(prompts, seeds)
         self.prepare(prompts, served)
         return {prompt.id: self._known[prompt.id] for prompt in prompts}
+
+    @property
+    def unscored(self) -> int:
+        """Rewards at hand that are none: their scoring failed."""
+        return sum(int(np.isnan(rewards).sum()) for rewards in self._known.values())
 
     # ------------------------------------------------------------------ what a checkpoint keeps
 
@@ -135,14 +144,15 @@ class ReferenceRewards:
     # ------------------------------------------------------------------ sampling
 
     def _look_up(self, prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
-        """What the store has of these prompts, [0..K] by id; prompts with all K are known from then on."""
+        """What the store has of these prompts, [1..K] by id; prompts with all K are known from then on."""
         ids = [prompt.id for prompt in prompts]
         if not ids:
             return {}
         store = self.store
         read = agree(lambda: {} if store is None else store.read(ids, self.samples))
         found = parallel.broadcast_from_first_rank(read)
-        self._known.update({prompt: rewards for prompt, rewards in found.items() if len(rewards) == self.samples})
+        self._watch.proven |= bool(found)
+        self._known.update({prompt: row for prompt, row in found.items() if is_complete(row, self.samples)})
         return found
 
     def _fill(self, batch: Sequence[Prompt]) -> None:
@@ -151,13 +161,13 @@ class ReferenceRewards:
         wanted = [prompt for prompt in batch if prompt.id not in self._known]
         if not wanted:
             return
-        stored = [found.get(prompt.id, np.empty(0)) for prompt in wanted]
+        whole = {prompt.id: padded(found.get(prompt.id), self.samples) for prompt in wanted}
+        lacking = {prompt: np.flatnonzero(np.isnan(row)) for prompt, row in whole.items()}
         seeds = [
-            [stream_seed(self.seed, "reference", prompt.id, k) for k in range(len(have), self.samples)]
-            for prompt, have in zip(wanted, stored, strict=True)
+            [stream_seed(self.seed, "reference", prompt.id, int(k)) for k in lacking[prompt.id]] for prompt in wanted
         ]
-        sampled = self._sample(wanted, seeds)
-        whole = {p.id: np.concatenate([have, sampled[p.id]]) for p, have in zip(wanted, stored, strict=True)}
+        for prompt, rewards in self._sample(wanted, seeds).items():
+            whole[prompt][lacking[prompt]] = rewards
         store = self.store
         kept = agree(lambda: {} if store is None else store.write(whole))
         self._known.update(parallel.broadcast_from_first_rank(kept))
@@ -165,5 +175,6 @@ class ReferenceRewards:
     def _sample(self, prompts: Sequence[Prompt], seeds: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
         # Lengths are not observed: how many there are depends on what the store held, and a run must not.
         groups = self.collector.collect(prompts, self.sampling, seeds, observe_lengths=False)
+        self._watch.check(self.collector.tally, "the reference rewards")
         mine = [(group.prompt.id, group.rewards) for group in groups]
         return dict(item for part in parallel.gather_data_parallel(mine) for item in part)

@@ -87,6 +87,8 @@ class Progress:
         if "validation/accuracy_sampled" in metrics:
             text += f", {metrics['validation/accuracy_sampled']:.3f} sampled"
             text += f" (standard error {metrics['validation/accuracy_sampled_stderr']:.3f})"
+        if failed := metrics.get("validation/failed_fraction"):
+            text += f"; {failed:.1%} could not be judged"
         self.note(text)
 
     def note(self, text: str) -> None:
@@ -107,6 +109,8 @@ class Progress:
 
     def _step_parts(self, metrics: Mapping[str, float]) -> list[str]:
         parts = [f"reward {metrics['reward/mean']:.3f}"] if "reward/mean" in metrics else []
+        if failed := metrics.get("reward/failed_fraction"):
+            parts.append(f"{failed:.1%} not scored")
         if self._accuracy is not None:
             parts.append(f"accuracy {self._accuracy:.3f}")
         if "tokens_per_second" in metrics:

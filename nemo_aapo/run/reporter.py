@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -78,9 +79,10 @@ class RunReporter:
         self.experiment.save_rollouts(f"step_{step:06d}", samples)
         self.progress.validation(step, metrics)
         for sample in samples[:: max(1, len(samples) // max(1, self.console_samples))][: self.console_samples]:
+            reward = "not scored" if math.isnan(sample["reward"]) else f"reward {sample['reward']:g}"
             self.note(
                 f"  {_one_line(sample['prompt'])!r} -> {_one_line(sample['completion'])!r}  "
-                f"reward {sample['reward']:g} (answer {sample['answer']})"
+                f"{reward} (answer {sample['answer']})"
             )
 
     def save_rollouts(self, name: str, samples: Sequence[dict[str, Any]]) -> None:

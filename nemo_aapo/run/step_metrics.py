@@ -15,13 +15,13 @@ class GroupNumbers:
     """The numbers of one group that metrics need: small enough to be gathered from all ranks."""
 
     rewards: np.ndarray
-    """float64 [G]"""
+    """float64 [G]; NaN where scoring failed"""
     reward_parts: dict[str, np.ndarray]
-    """Name of a reward -> float64 [G]"""
+    """Name of a reward -> float64 [G]; NaN where it gave none"""
     reference_rewards: np.ndarray | None
-    """float64 [K]; None where the algorithm needs none"""
+    """float64 [K], NaN where scoring failed; None where the algorithm needs none"""
     advantages: np.ndarray
-    """float64 [G]"""
+    """float64 [G]; NaN where scoring failed"""
     lengths: np.ndarray
     """int64 [G], tokens of each completion"""
     truncated: np.ndarray
@@ -50,27 +50,40 @@ def step_metrics(groups: Sequence[GroupNumbers], policy_version: int) -> dict[st
     """Metrics of the groups of one training step, over all ranks, before a policy of this version learns from them.
 
     ``groups/zero_std`` counts groups whose rewards are all equal, ``groups/zero_advantage`` those without any final
-    advantage: the difference is the number of groups that learn by the margin alone.
+    advantage: the difference is the number of groups that learn by the margin alone. All are over what was scored, and
+    NaN where nothing was; ``groups/failed`` counts the groups of which no completion was.
     """
-    rewards = np.stack([group.rewards for group in groups])
-    advantages = np.stack([group.advantages for group in groups])
+    rewards = np.concatenate([group.rewards for group in groups])
+    advantages = np.concatenate([group.advantages for group in groups])
+    scored = [(_there(group.rewards), _there(group.advantages)) for group in groups if len(_there(group.rewards))]
     metrics = {
-        "reward/mean": rewards.mean(),
-        "reward/std": rewards.std(),
+        "reward/mean": _mean(rewards),
+        "reward/std": _there(rewards).std() if scored else np.nan,
         "reward/failed_fraction": np.concatenate([group.failed for group in groups]).mean(),
-        "advantage/mean": advantages.mean(),
-        "advantage/abs_mean": np.abs(advantages).mean(),
-        "groups/zero_std": (rewards == rewards[:, :1]).all(axis=1).mean(),
-        "groups/zero_advantage": (advantages == 0).all(axis=1).mean(),
+        "advantage/mean": _mean(advantages),
+        "advantage/abs_mean": _mean(np.abs(advantages)),
+        "groups/zero_std": _mean(np.array([float((own == own[0]).all()) for own, _ in scored])),
+        "groups/zero_advantage": _mean(np.array([float((own == 0).all()) for _, own in scored])),
+        "groups/failed": 1.0 - len(scored) / len(groups),
         "rollout/lag": policy_version - np.mean([group.policy_version for group in groups]),
         **_lengths(groups),
     }
     references = [group.reference_rewards for group in groups if group.reference_rewards is not None]
-    metrics["reference_reward/mean"] = np.concatenate(references).mean() if references else float("nan")
+    metrics["reference_reward/mean"] = _mean(np.concatenate(references)) if references else np.nan
     if len(groups[0].reward_parts) > 1:
         for name in groups[0].reward_parts:
-            metrics[f"reward/{name}"] = np.concatenate([group.reward_parts[name] for group in groups]).mean()
+            metrics[f"reward/{name}"] = _mean(np.concatenate([group.reward_parts[name] for group in groups]))
     return {key: float(value) for key, value in metrics.items()}
+
+
+def _there(values: np.ndarray) -> np.ndarray:
+    return values[~np.isnan(values)]
+
+
+def _mean(values: np.ndarray) -> float:
+    """Of what is not NaN; NaN where nothing is."""
+    there = _there(values)
+    return float(there.mean()) if len(there) else np.nan
 
 
 def _lengths(groups: Sequence[GroupNumbers]) -> dict[str, float]:

@@ -208,7 +208,7 @@ def build_scorer(
         if not parallel.is_model_parallel_source():
             return None
         try:
-            made = RewardRunner(rewards, runner.workers, runner.timeout_s, score_on_failure=runner.score_on_failure)
+            made = RewardRunner(rewards, runner.workers, runner.timeout_s)
         except ValueError as error:
             raise ConfigError(f"rewards, reward_runner: {error}") from error
         return stack.enter_context(made)

@@ -14,7 +14,17 @@ from omegaconf import OmegaConf
 
 from nemo_aapo.algorithms import Algorithm, advantage, loss
 from nemo_aapo.config.schema import AlgorithmConfig, Clip, Margin
-from tests.equations import GROUPS, LIMIT, Batch, G, K, advantages_by_equation, loss_by_equation, make_batch
+from tests.equations import (
+    GROUPS,
+    LIMIT,
+    Batch,
+    G,
+    K,
+    advantages_by_equation,
+    loss_by_equation,
+    make_batch,
+    with_failures,
+)
 from tests.tiny_models import make_config
 
 pytestmark = pytest.mark.exact
@@ -36,13 +46,15 @@ def capped(config: AlgorithmConfig) -> AlgorithmConfig:
 
 def run(algorithm: Algorithm, batch: Batch, rows: np.ndarray | None = None, logits: torch.Tensor | None = None):
     """The loss of some rows of the batch, fed the way a learner does it: weights from the rows' own lengths and the
-    whole batch's totals. Padding holds NaN wherever a loss function could trip over it."""
-    rows = np.arange(GROUPS * G) if rows is None else rows
+    whole batch's totals, of what was scored. Padding holds NaN wherever a loss function could trip over it."""
+    scored = ~np.isnan(batch.rewards).reshape(-1)
+    rows = scored.nonzero()[0] if rows is None else rows
     logits = batch.logits if logits is None else logits
     advantages = algorithm.advantages(batch.rewards, batch.reference_rewards)
-    alpha = algorithm.alpha(GROUPS, int(advantage.zero_advantage(advantages).sum()))
+    dead = int(advantage.zero_advantage(advantages).sum())
+    alpha = algorithm.alpha(int(advantage.scored(advantages).sum()), dead)
     weights = algorithm.token_weights(
-        batch.lengths[rows], total_tokens=int(batch.lengths.sum()), total_sequences=GROUPS * G
+        batch.lengths[rows], total_tokens=int(batch.lengths[scored].sum()), total_sequences=int(scored.sum())
     )
     index = torch.as_tensor(rows)
     valid = torch.arange(LIMIT) < torch.as_tensor(batch.lengths[rows])[:, None]
@@ -63,19 +75,22 @@ def run(algorithm: Algorithm, batch: Batch, rows: np.ndarray | None = None, logi
     [AAPO, PAPER, capped(AAPO), GPG, GRPO, capped(GRPO), dataclasses.replace(AAPO, scale_rewards=False)],
     ids=["aapo", "aapo_paper", "aapo_capped", "gpg", "grpo", "grpo_capped", "aapo_unscaled"],
 )
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_advantages_loss_gradient_and_metrics_equal_the_papers_equations(config, aggregation, seed):
+@pytest.mark.parametrize(("seed", "failures"), [(0, False), (1, False), (2, False), (0, True), (1, True)])
+def test_advantages_loss_gradient_and_metrics_equal_the_papers_equations(config, aggregation, seed, failures):
+    """Also where completions could not be scored: the equations are then those of the others."""
     config = dataclasses.replace(config, loss_aggregation=aggregation)
     algorithm = Algorithm(config, max_new_tokens=LIMIT)
     sampled = config.margin is not None and config.margin.estimator == "sampled"
     batch = make_batch(seed, references=G if sampled else K)
+    batch = with_failures(batch, seed) if failures else batch
     expected = advantages_by_equation(config, batch.rewards, batch.reference_rewards)
     np.testing.assert_allclose(
         algorithm.advantages(batch.rewards, batch.reference_rewards), expected, rtol=1e-12, atol=1e-15
     )
-    dead = sum(all(a == 0.0 for a in row) for row in expected)
-    assert dead >= 1  # or the rescaling would not be exercised
-    alpha = GROUPS / (GROUPS - dead) if config.rescale_dead_groups else 1.0
+    there = [[a for a in row if not math.isnan(a)] for row in expected]
+    groups, dead = sum(map(bool, there)), sum(bool(row) and not any(row) for row in there)
+    assert dead >= 1 or failures  # or the rescaling would not be exercised
+    alpha = groups / (groups - dead) if config.rescale_dead_groups else 1.0
     value, grads, metrics = loss_by_equation(config, batch, expected, alpha)
 
     logits = batch.logits.clone().requires_grad_()
@@ -104,6 +119,30 @@ def test_one_completion_a_group_learns_from_the_margin_alone():
     algorithm = Algorithm(AAPO, max_new_tokens=LIMIT)
     result = algorithm.advantages(np.array([[1.0], [0.0]]), np.array([[0.0, 1.0], [1.0, 1.0]]))
     np.testing.assert_allclose(result, [[0.14], [-0.2]])
+
+
+@pytest.mark.parametrize("config", [AAPO, PAPER, GPG, GRPO], ids=["aapo", "aapo_paper", "gpg", "grpo"])
+@pytest.mark.filterwarnings("error")
+def test_a_completion_that_could_not_be_scored_is_as_if_it_had_never_been_sampled(config):
+    """Group by group against the smaller group without it, to the bit; also of reference completions."""
+    algorithm = Algorithm(config, max_new_tokens=LIMIT)
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        group, reference = rng.choice([0.0, 1.0, 0.3], 6), rng.choice([0.0, 1.0, 0.7], 6)
+        failed = rng.random(6) < 0.4
+        advantages = algorithm.advantages(np.where(failed, np.nan, group)[None], reference[None])[0]
+        assert (np.isnan(advantages) == failed).all()
+        partners = reference[~failed] if config is PAPER else reference  # of which the paper's margin pairs by index
+        if not failed.all():
+            assert (
+                advantages[~failed].tolist() == algorithm.advantages(group[~failed][None], partners[None])[0].tolist()
+            )
+        if not failed.all() and config is AAPO:
+            known = np.where(failed, np.nan, reference)[None]
+            fewer = algorithm.advantages(group[None], reference[~failed][None])
+            np.testing.assert_allclose(algorithm.advantages(group[None], known), fewer, rtol=1e-13)
+    nothing = algorithm.advantages(group[None], np.full((1, 6), np.nan))
+    assert nothing.tolist() == advantage.group_advantage(group[None], config.scale_rewards).tolist()
 
 
 def test_expected_margin_is_the_mean_of_the_sampled_one_and_varies_less():
@@ -264,8 +303,8 @@ def test_mistakes_are_named():
     good = np.zeros((2, 4))
     aapo, paper = (Algorithm(config, LIMIT) for config in (AAPO, PAPER))
     bad = good.copy()
-    bad[1, 2] = np.nan
-    with pytest.raises(ValueError, match=r"rewards\[1, 2\] is nan"):
+    bad[1, 2] = -np.inf
+    with pytest.raises(ValueError, match=r"rewards\[1, 2\] is -inf"):
         aapo.advantages(bad, good)
     with pytest.raises(ValueError, match="needs the prompts' reference rewards"):
         aapo.advantages(good)

@@ -223,7 +223,7 @@ def test_reward_workers_tell_right_from_wrong_and_a_hostile_one_is_killed(tiny_m
     ("body", "text"),
     [
         ("import time; time.sleep(60)", "right answer could not be scored: timeout"),
-        ("raise KeyError('url')", "right answer could not be scored: error: KeyError"),
+        ("raise KeyError('url')", "right answer could not be scored: error: mine: KeyError"),
     ],
 )
 def test_a_reward_that_hangs_or_raises_is_a_failure(tiny_models, tmp_path, body, text):

@@ -64,6 +64,24 @@ def test_the_majority_is_what_most_completions_say_with_ties_shared_and_silence_
     assert majority(answers, correct).value == pytest.approx((1 + 0.5 + 0 + 0 + 2 / 3) / 5)
 
 
+def test_a_completion_that_could_not_be_judged_is_neither_right_nor_wrong(correct):
+    """Every figure is that of the other completions; a problem with too few of them is left out."""
+    generator = np.random.default_rng(8)
+    seen = np.where(generator.random(correct.shape) < 0.3, np.nan, correct)
+    seen[3], seen[4, 1:] = np.nan, np.nan
+    rows = [row[~np.isnan(row)].astype(bool) for row in seen]
+    assert average(seen).value == pytest.approx(np.mean([row.mean() for row in rows if len(row)]))
+    for k in range(1, 7):
+        each = [pass_at(row[None], k).value for row in rows if len(row) >= k]
+        assert pass_at(seen, k).value == pytest.approx(np.mean(each), nan_ok=True)
+    spread = [row.var(ddof=1) / len(row) for row in rows if len(row) > 1]
+    assert sampling_error(seen) == pytest.approx(math.sqrt(sum(spread)) / len(spread))
+    answers = [["7", "7", "8"], ["1", "1", "2"], ["1", "2", None]]
+    verdicts = np.array([[math.nan, math.nan, 1.0], [math.nan, 1.0, 0.0], [math.nan] * 3])
+    assert majority(answers, verdicts).value == pytest.approx((1 + 0.5) / 2)
+    assert math.isnan(average(np.full((2, 2), math.nan)).value)
+
+
 def test_a_paired_difference_is_seeded_and_its_interval_covers_the_truth():
     generator = np.random.default_rng(1)
     covered = 0

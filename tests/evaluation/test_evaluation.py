@@ -161,6 +161,21 @@ def test_tables_have_a_line_for_each_benchmark_their_mean_and_levels_of_their_ow
     assert "by_subject" not in results["math500"]
 
 
+def test_what_could_not_be_judged_is_said_beside_the_figures_and_is_in_none_of_them(tmp_path):
+    fails = {("p0", 0), ("p1", 0), ("p1", 1)}
+    rows = [record(f"p{i}", k, i == 0 and k == 1, failed=(f"p{i}", k) in fails) for i in range(3) for k in range(2)]
+    figures = report.figures(report.judged({(row.problem, row.sample): row for row in rows}))
+    assert (figures["avg@2"]["value"], figures["pass@2"]["value"]) == (0.5, 0.0)  # of p0 and p2; of p2
+    assert (figures["failed_fraction"], figures["unjudged_problems"]) == (0.5, 1)
+    line = report.tables({"gsm8k": figures}).splitlines()
+    assert line[0].split("|")[-2].strip() == "not judged"
+    assert line[2].split("|")[-2].strip() == "50.0%"
+    a = keep(tmp_path / "a", "gsm8k", rows)
+    b = keep(tmp_path / "b", "gsm8k", [record(f"p{i}", 0, True) for i in range(3)], {**IDENTITY, "model": "b"})
+    ((found,), _) = compare.compare(a, b)
+    assert (found.difference.problems, found.left_out, found.a, found.b) == (2, 1, 0.5, 1.0)
+
+
 def test_two_evaluations_are_compared_on_the_problems_that_both_have(script, tmp_path, capsys):
     a = keep(tmp_path / "a", "gsm8k", [record(f"p{i}", k, i < 4) for i in range(10) for k in range(2)])
     b = keep(tmp_path / "b", "gsm8k", [record(f"p{i}", 0, i < 9) for i in range(2, 12)], {**IDENTITY, "model": "b"})

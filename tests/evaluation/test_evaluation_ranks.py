@@ -183,3 +183,30 @@ def test_gold_answers_that_no_reward_takes_are_an_error_or_are_counted_as_wrong(
     assert ranks.run(evaluate, words(folder, "odd", *more, "on_bad_answer=wrong"), tp=None) == [0]
     figures = results(folder / "odd")["benchmarks"]["odd"]
     assert (figures["problems"], figures["avg@3"]["value"]) == (2, 0.0)
+
+
+def shaky(prompt, completion, answer, **info):
+    """A reward that can't judge some completions, or none of the question that asks for it."""
+    if "broken" in answer or info["num_tokens"] % 4 == 1:
+        raise RuntimeError("no verdict")
+    return float(info["num_tokens"] % 2 == 0)
+
+
+def test_completions_that_cannot_be_judged_are_kept_as_such_and_all_of_them_end_it_with_the_message(ranks, folder):
+    reward = "rewards=[{name: custom, function: 'tests.evaluation.test_evaluation_ranks:shaky'}]"
+    for world in (1, 2):
+        name = f"shaky{world}"
+        assert (
+            ranks.run(evaluate, words(folder, name, reward, f"trainer.devices={world}"), tp=None, world=world)[0] == 0
+        )
+        rows = [json.loads(line) for line in completions(folder / name)]
+        assert all(row["failed"] == (row["tokens"] % 4 == 1) for row in rows)
+        judged = [row["correct"] for row in rows if not row["failed"]]
+        assert 0 < len(judged) < len(rows)
+    assert results(folder / "shaky1") == results(folder / "shaky2")
+    broken = folder / "broken.jsonl"
+    broken.write_text("".join(f'{{"question": "{n}+1=", "answer": "broken"}}\n' for n in range(3)))
+    more = [reward, f"+sources.broken={broken}", "benchmarks=[broken]", "fields.level=null"]
+    with pytest.raises(RankError, match=r"broken: not one of 6 completions .*by shaky; .*RuntimeError: no verdict"):
+        ranks.run(evaluate, words(folder, "broken", *more, "trainer.devices=2"), tp=None, world=2)
+    assert not (folder / "broken" / "completions").exists()

@@ -66,7 +66,23 @@ def saved_groups(count: int = 6, size: int = 4, seed: int = 3):
     return groups
 
 
-def learn(path, tp, pp, budget, more, updates=1):
+def failed_in(groups, gone=False):
+    """Where scoring failed for some completions of the last groups, for all of one; ``gone``: these are not there."""
+    from nemo_aapo.types import Group
+
+    lost = {3: [0, 2], 4: [0, 1, 2, 3], 5: [1]}
+
+    def without(group: Group, failed: np.ndarray) -> Group:
+        if not gone:
+            return group.replace(failed=failed, advantages=np.where(failed, np.nan, group.advantages))
+        there = tuple(c for c, is_lost in zip(group.completions, failed, strict=True) if not is_lost)
+        return group.replace(completions=there, advantages=group.advantages[~failed], failed=failed[~failed])
+
+    changed = [without(group, np.isin(np.arange(4), lost.get(i, []))) for i, group in enumerate(groups)]
+    return [group for group in changed if group.completions]
+
+
+def learn(path, tp, pp, budget, more, updates=1, change=None, gone=False):
     """Metrics and the weights after the updates, on this rank."""
     from nemo_aapo.algorithms import Algorithm
     from nemo_aapo.config import pad_multiple
@@ -95,7 +111,7 @@ def learn(path, tp, pp, budget, more, updates=1):
         packed=config.model.sequence_packing,
         share_prompts=config.model.share_prompts,
     )
-    groups = saved_groups()
+    groups = saved_groups() if change is None else change(saved_groups(), gone)
     metrics = learner.update(groups[own_shard(len(groups))])
     return metrics, {name: tensor.numpy().copy() for name, tensor in policy.named_weights()}
 
@@ -156,6 +172,21 @@ def test_the_gradient_norm_of_a_large_embedding_is_that_of_one_process(ranks, la
         # log-probs of some 16 nats, half of them with a negative weight, add up to a loss of 0.6
         assert metrics["loss"] == pytest.approx(expected["loss"], abs=16e-7)
         assert metrics["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-6)
+
+
+@pytest.mark.parametrize("algorithm", ["aapo", "gpg", "grpo"])
+def test_completions_that_failed_on_one_rank_are_nowhere_as_if_they_had_not_been_sampled(ranks, tiny_models, algorithm):
+    """Loss, norm, GPG's factor and the new weights: on two data-parallel ranks, and on one that never saw them."""
+    gpg = {"algorithm__rescale_dead_groups": True, "algorithm__loss_aggregation": "fixed_length"}
+    more = {"aapo": SHARED, "gpg": gpg, "grpo": GRPO}[algorithm]
+    path = tiny_models["qwen2_tied"]
+    ((expected, weights),) = ranks.run(learn, path, 1, 1, 1024, more, 1, failed_in, True)
+    assert algorithm != "gpg" or expected["alpha"] == 5 / 4
+    for metrics, updated in ranks.run(learn, path, 1, 1, 128, more, 1, failed_in, world=2):
+        for key in ("loss", "grad_norm", "entropy", "alpha", *(["kl"] if algorithm == "grpo" else [])):
+            assert metrics[key] == pytest.approx(expected[key], rel=1e-5, abs=1e-7), key
+        for name, tensor in updated.items():
+            np.testing.assert_allclose(tensor, weights[name], atol=2e-6, err_msg=name)
 
 
 def scored_among_others(path, other_seed, share_prompts):

@@ -19,14 +19,14 @@ import pytest
 from nemo_aapo.errors import ConfigError, StoreError
 from nemo_aapo.reference_store.key import store_key
 from nemo_aapo.reference_store.shards import Shard, merge_shards, shard_files
-from nemo_aapo.reference_store.store import RewardStore, other_rewards
+from nemo_aapo.reference_store.store import RewardStore, is_complete, other_rewards, padded
 from nemo_aapo.rewards import build_reward
 from nemo_aapo.rewards.definition import reward_definition
 from nemo_aapo.rewards.workers.runner import RewardRunner
 from nemo_aapo.types import Prompt, SamplingSpec
 
 SAMPLING = SamplingSpec(1.0, 8, (1,))
-REWARDS = [{"name": "integer", "weight": 1.0}, {"score_on_failure": 0.0}]
+REWARDS = [{"name": "integer", "weight": 1.0}]
 FORK = multiprocessing.get_context("fork")
 
 
@@ -44,7 +44,9 @@ def values(count, start=0.0):
 
 
 def same(found, expected):
-    return found.keys() == expected.keys() and all(np.array_equal(found[p], expected[p]) for p in expected)
+    return found.keys() == expected.keys() and all(
+        np.array_equal(found[p], expected[p], equal_nan=True) for p in expected
+    )
 
 
 # ---------------------------------------------------------------- values
@@ -71,11 +73,29 @@ def test_runs_with_other_numbers_of_samples_share_what_both_need(tmp_path):
         assert same(store.write({"p0": more}), {"p0": more})
 
 
-def test_a_reward_that_is_not_finite_is_refused(tmp_path):
+def test_an_infinite_reward_is_refused(tmp_path):
     with open_store(tmp_path / "s.sqlite") as store:
         with pytest.raises(ValueError, match="prompt p0 are not finite"):
-            store.write({"p0": np.array([0.0, np.nan])})
+            store.write({"p0": np.array([0.0, np.inf])})
         assert store.read(["p0"], 1) == {}
+
+
+def test_a_reward_whose_scoring_failed_is_not_stored_and_its_place_is_filled_later(tmp_path):
+    nan = np.nan
+    first = {"a": np.array([nan, 1.0, nan]), "b": np.full(3, nan), "c": np.array([0.0, 0.5, 1.0])}
+    with open_store(tmp_path / "s.sqlite") as store, open_store(tmp_path / "t.sqlite") as other:
+        assert same(store.write(first), first)
+        found = store.read(list(first), 3)
+        assert same(found, {"a": np.array([nan, 1.0]), "c": first["c"]})
+        assert [is_complete(found.get(prompt), 3) for prompt in first] == [False, False, True]
+        assert same({p: padded(found.get(p), 3) for p in first}, first)
+        for batch in store.items():
+            other.write(batch)
+        assert same(other.read(list(first), 3), found)
+        late = {"a": np.array([0.25, 9.0, 0.75]), "b": np.array([nan, nan, 2.0])}
+        stands = {"a": np.array([0.25, 1.0, 0.75]), "b": late["b"]}  # the one that was there stays what it was
+        assert same(store.write(late), stands)
+        assert same(store.read(["a", "b"], 3), stands)
 
 
 # ---------------------------------------------------------------- processes
@@ -230,17 +250,16 @@ def test_a_write_ahead_log_that_somebody_switched_on_is_switched_off(tmp_path):
 # ---------------------------------------------------------------- keys
 
 
-def definition(*entries, score_on_failure=0.0):
+def definition(*entries):
     rewards = [(build_reward({k: v for k, v in e.items() if k != "weight"}), e.get("weight", 1.0)) for e in entries]
-    return WithoutWorkers(rewards, score_on_failure).definition()
+    return WithoutWorkers(rewards).definition()
 
 
 class WithoutWorkers(RewardRunner):
     """Rewards that want workers, without starting any: only their definition is asked for."""
 
-    def __init__(self, rewards, score_on_failure):
+    def __init__(self, rewards):
         self._rewards, self._weights = [r for r, _ in rewards], [w for _, w in rewards]
-        self._score_on_failure = score_on_failure
 
 
 def test_every_part_of_the_key_decides_and_is_named(tmp_path, monkeypatch):
@@ -259,7 +278,6 @@ def test_every_part_of_the_key_decides_and_is_named(tmp_path, monkeypatch):
         "sampling.stop_token_ids": key(sampling=SamplingSpec(1.0, 8, (2,)), rewards=base.parts["rewards"]),
         "rewards[accuracy].weight": key(rewards=definition({**accuracy, "weight": 2.0}, cosine, custom)),
         "rewards[cosine].max_tokens": key(rewards=definition(accuracy, {**cosine, "max_tokens": 9}, custom)),
-        "rewards[3].score_on_failure": key(rewards=definition(accuracy, cosine, custom, score_on_failure=-1.0)),
     }
     source.write_text("def score(prompt, completion, answer, **info):\n    return 2.0\n")
     changed["rewards[score].source"] = key(rewards=definition(accuracy, cosine, custom))

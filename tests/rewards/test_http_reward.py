@@ -113,11 +113,11 @@ def test_a_token_comes_from_a_variable_and_is_in_no_message(server, monkeypatch,
         reward.load()
     monkeypatch.setenv("REWARD_TOKEN", "hush-hush")
     server.script = [(403, b"hush", 0.0), (200, b'{"score": 1}', 0.0)]
-    with RewardRunner([(reward, 2.0)], workers=1, timeout_s=30.0, score_on_failure=-1.0) as runner:
+    with RewardRunner([(reward, 2.0)], workers=1, timeout_s=30.0) as runner:
         for n in range(2):
             runner.submit(n, prompt(), "7", completion())
             results = runner.collect()
-            assert results[n].score == (-1.0, 2.0)[n]
+            assert (results[n].failure, results[n].parts["http"] == 1.0) == (("error", False), (None, True))[n]
         assert "hush-hush" not in f"{results} {runner.definition()} {caplog.text} {reward}"
     assert {headers["Authorization"] for _, headers in server.requests} == {"Bearer hush-hush"}
 

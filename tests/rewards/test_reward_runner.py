@@ -72,7 +72,7 @@ def wait_until(condition, seconds: float) -> bool:
 def test_hostile_mathematics_costs_its_limit_and_leaves_the_others_alone():
     rewards = [(build_reward({"name": "accuracy"}), 1.0)]
     begin = time.monotonic()
-    with RewardRunner(rewards, workers=2, timeout_s=LIMIT_S, score_on_failure=-1.0) as runner:
+    with RewardRunner(rewards, workers=2, timeout_s=LIMIT_S) as runner:
         start = time.monotonic()
         to_start_s = start - begin  # on this machine, now: what a worker that was killed costs besides
         for n, text in enumerate(HOSTILE_MATH):
@@ -84,7 +84,7 @@ def test_hostile_mathematics_costs_its_limit_and_leaves_the_others_alone():
     assert {results["right", n].score for n in range(len(HOSTILE_MATH))} == {1.0}
     assert {results["wrong", n].score for n in range(len(HOSTILE_MATH))} == {0.0}
     hostile = [results["hostile", n] for n in range(len(HOSTILE_MATH))]
-    assert all(r.score == (-1.0 if r.failure else 0.0) for r in hostile)
+    assert all(math.isnan(r.score) if r.failure else r.score == 0.0 for r in hostile)
     assert runner.stats.timeouts == sum(r.failure == "timeout" for r in hostile) >= 2
     assert runner.stats.scored == 3 * len(HOSTILE_MATH)
     assert seconds < len(HOSTILE_MATH) * (LIMIT_S + 1.5 * to_start_s) / 2 + SLACK_S
@@ -112,14 +112,15 @@ HOSTILE_CODE = {
 def test_hostile_functions_cost_their_own_item_and_are_counted(custom):
     cases = "".join(f"if completion == {code!r}:\n    {code}\n" for code in HOSTILE_CODE)
     reward = custom(cases + "print('noise'); return len(completion) / 100")
-    with RewardRunner([(reward, 2.0)], workers=2, timeout_s=LIMIT_S, score_on_failure=-3.0) as runner:
+    with RewardRunner([(reward, 2.0)], workers=2, timeout_s=LIMIT_S) as runner:
         for n, code in enumerate(HOSTILE_CODE):
             runner.submit(code, prompt(), code, completion())
             runner.submit(n, prompt(), "x" * n, completion())
         results = runner.collect()
     for n, (code, failure) in enumerate(HOSTILE_CODE.items()):
-        assert (results[code].failure, results[code].score) == (failure, -3.0), (code, results[code])
-        assert results[code].parts == {"fn": -3.0}
+        assert results[code].failure == failure, (code, results[code])
+        assert math.isnan(results[code].score)
+        assert math.isnan(results[code].parts["fn"])
         assert (results[n].failure, results[n].score, results[n].parts) == (None, 2 * n / 100, {"fn": n / 100})
     assert list(results) == [key for n, code in enumerate(HOSTILE_CODE) for key in (code, n)]
     failures = list(HOSTILE_CODE.values())
@@ -132,7 +133,7 @@ def test_hostile_functions_cost_their_own_item_and_are_counted(custom):
         ("os._exit(0)", "the worker died: exit status 0"),
         ("os.kill(os.getpid(), 11)", "the worker died: signal SIGSEGV"),
         ("return len(bytearray(6 << 30))", "MemoryError"),
-        ("return float('nan')", "not finite: {'fn': nan}"),
+        ("return float('nan')", "fn: ValueError: nan is not finite"),
     ]:
         assert detail in results[code].detail
 
@@ -173,11 +174,12 @@ def test_cheap_rewards_score_the_same_in_process_and_in_a_worker():
 
 
 def test_a_failure_in_process_costs_its_item_only():
-    with RewardRunner([(build_reward({"name": "integer"}), 1.0)], 0, timeout_s=1, score_on_failure=0.25) as runner:
+    with RewardRunner([(build_reward({"name": "integer"}), 1.0)], 0, timeout_s=1) as runner:
         runner.submit("bad", prompt("not a number"), "7", completion())
         runner.submit("good", prompt("7"), "7", completion())
         results = runner.collect()
-    assert (results["bad"].failure, results["bad"].score) == ("error", 0.25)
+    assert results["bad"].failure == "error"
+    assert math.isnan(results["bad"].score)
     assert results["good"].score == 1.0
 
 
@@ -344,7 +346,6 @@ def test_impossible_arguments_are_refused():
         ([], {}, "at least one reward"),
         ([(integer, 1.0), (integer, 2.0)], {}, "a name of its own"),
         ([(integer, math.inf)], {}, "must be finite"),
-        ([(integer, 1.0)], {"score_on_failure": math.nan}, "must be finite"),
         ([(integer, 1.0)], {"workers": -1}, "workers must be at least 0"),
         ([(integer, 1.0)], {"timeout_s": 0}, "must be above 0"),
         ([(accuracy, 1.0), (slow_cosine, 1.0)], {}, "workers is 0, but accuracy, cosine may never end"),
@@ -358,13 +359,13 @@ def test_mutated_completions_through_accuracy_cost_no_other_item():
     rng = random.Random(5)
     seeds = ["So it is \\boxed{\\frac{1}{2}}.", "It is $x = 3$, 72 or \\boxed{72}", "The answer is 1,234.5\\%."]
     rewards = [(build_reward({"name": "accuracy"}), 1.0)]
-    with RewardRunner(rewards, workers=2, timeout_s=5 * LIMIT_S, score_on_failure=-1.0) as runner:
+    with RewardRunner(rewards, workers=2, timeout_s=5 * LIMIT_S) as runner:
         for n in range(2000):
             runner.submit(n, prompt(), mutate(rng.choice(seeds), rng), completion())
             if n % 20 == 0:
                 runner.submit(("right", n), prompt(), "\\boxed{72}", completion())
         results = runner.collect()
     assert {results[key].score for key in results if isinstance(key, tuple)} == {1.0}
-    assert {result.score for result in results.values()} <= {-1.0, 0.0, 1.0}
-    assert all((result.score == -1.0) == (result.failure is not None) for result in results.values())
+    assert {result.score for result in results.values() if result.failure is None} <= {0.0, 1.0}
+    assert all(math.isnan(result.score) == (result.failure is not None) for result in results.values())
     assert sum(result.failure is not None for result in results.values()) < 20

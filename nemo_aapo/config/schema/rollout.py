@@ -160,7 +160,6 @@ class RewardRunnerConfig:
         "processes that score, on each model-parallel group; 0: in the trainer itself", decides=False, minimum=0
     )
     timeout_s: float = setting("seconds for one completion; then its worker is killed", decides=False, above=0)
-    score_on_failure: float = setting("the reward of a completion whose scoring failed or timed out", decides=False)
 
 
 @section

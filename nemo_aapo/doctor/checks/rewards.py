@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 
@@ -56,12 +57,7 @@ def score_right_and_wrong(config: Config) -> tuple[str, str]:
     rewards = [reward_of(entry) for entry in config.rewards]
     judges = [judge for judge, _ in rewards]
     settings = config.reward_runner
-    with RewardRunner(
-        rewards,
-        settings.workers,
-        settings.timeout_s,
-        score_on_failure=settings.score_on_failure,
-    ) as runner:
+    with RewardRunner(rewards, settings.workers, settings.timeout_s) as runner:
         for judge in judges:
             for which, text in zip(("right", "wrong"), texts_of(judge), strict=True):
                 runner.submit((judge.name, which), _prompt(), text, _completion())
@@ -70,8 +66,9 @@ def score_right_and_wrong(config: Config) -> tuple[str, str]:
     for judge in judges:
         right, wrong = results[judge.name, "right"], results[judge.name, "wrong"]
         for which, result in (("right", right), ("wrong", wrong)):
-            if result.failure:
-                return "", f"{judge.name}: the {which} answer could not be scored: {result.failure}: {result.detail}"
+            if math.isnan(result.parts[judge.name]):
+                why = f"{result.failure or 'error'}: {result.detail}"
+                return "", f"{judge.name}: the {which} answer could not be scored: {why}"
         good, bad = right.parts[judge.name], wrong.parts[judge.name]
         if judge.kind != "custom" and not good > bad:
             return "", f"{judge.name}: {good:g} for the right answer, {bad:g} for the wrong one"

@@ -32,8 +32,10 @@ def describe(states: Sequence[JobState], run: RunState, history: History) -> lis
         source = f"  ({job.source})" if job.source else "  (Slurm has forgotten it)"
         lines.append(f"job         {job.id} {job.state} {job.where}{left}{source}")
     last = run.steps[-1] if run.steps else {}
-    reward = f", reward {last['reward/mean']:.3f}, {last['tokens_per_second']:,.0f} tokens/s" if last else ""
-    lines.append(f"step        {run.step}{reward}")
+    scored = last.get("reward/mean")  # null where not one completion could be scored
+    reward = "" if scored is None else f", reward {scored:.3f}"
+    speed = f", {last['tokens_per_second']:,.0f} tokens/s" if last else ""
+    lines.append(f"step        {run.step}{reward}{speed}")
     if run.validation:
         accuracy = run.validation["validation/accuracy_greedy"]
         lines.append(f"validation  accuracy {accuracy:.3f} greedy at step {run.validation['step']}")

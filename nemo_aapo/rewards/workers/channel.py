@@ -30,7 +30,13 @@ class Channel:
         self._socket.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self, timeout_s: float | None = None) -> dict[str, Any]:
-        """The next message. Raises TimeoutError if none is complete in time, EOFError if the other side is gone."""
+        """The next message.
+
+        Raises:
+            TimeoutError: none is complete in time.
+            EOFError, OSError: the other side is gone.
+            ValueError: a line that is no message.
+        """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while b"\n" not in self._received:
             # The kernel measures the wait, so a message that came in time counts even if this thread, kept off the
@@ -41,7 +47,10 @@ class Channel:
                 raise EOFError("the other side closed the channel")
             self._received += data
         line, _, self._received = self._received.partition(b"\n")
-        return json.loads(line)
+        message = json.loads(line)
+        if not isinstance(message, dict):
+            raise ValueError(f"not a message: {bytes(line[:80])!r}")
+        return message
 
     def close(self) -> None:
         """The other side reads the end of the channel."""

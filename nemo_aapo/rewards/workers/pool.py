@@ -1,6 +1,7 @@
 """A pool of worker processes, each killed and replaced when a request takes too long or crashes it.
 
-Workers are started afresh and not forked, as the trainer has torch's and gloo's threads.
+Workers are started afresh and not forked, as the trainer has torch's and gloo's threads. Requests are numbered, and a
+reply repeats the number: whatever else a worker says is an error of the item at hand, and never the next one's reply.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any, Literal
 
 from nemo_aapo.errors import RewardError
 from nemo_aapo.rewards.workers.channel import Channel
+from nemo_aapo.rewards.workers.output import LastWords
 
 logger = logging.getLogger(__name__)
 
@@ -35,11 +37,12 @@ Failure = Literal["timeout", "error"]
 class Reply:
     """What came of one request."""
 
-    parts: list[float]
-    """The values that were asked for; none if the request failed."""
-    failure: Failure | None = None
+    parts: list[float | None]
+    """The values that were asked for, None for one that could not be had; empty if the request failed."""
     detail: str = ""
-    """Why it failed, in one line."""
+    """What went wrong, in one line; empty if nothing did."""
+    failure: Failure | None = None
+    """Why nothing came of the request."""
 
 
 class WorkerPool:
@@ -143,24 +146,29 @@ class _Worker:
 
     def __init__(self, setup: dict[str, Any]) -> None:
         here, there = socket.socketpair()
+        self._said = LastWords()
         # The same import path as this process, so that a custom reward is found wherever the trainer would find it.
         paths = os.pathsep.join(path for path in sys.path if path)
         try:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "nemo_aapo.rewards.workers.worker"],
                 stdin=there.fileno(),
-                stdout=2,  # what a reward prints goes to the log
+                stdout=self._said.writer,  # what a reward prints goes to the log
+                stderr=self._said.writer,
                 # The fixed hash seed: reasoning-gym makes the item that an answer belongs to anew (data.gym_items).
                 env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"},
                 start_new_session=True,  # so that a kill takes what a reward started along, and Ctrl-C leaves it alone
             )
         except OSError as error:
             here.close()
+            self._said.end()
             raise RewardError(f"a reward worker can't be started: {error}") from error
         finally:
             there.close()
+            self._said.close_writer()
         self._channel = Channel(here)
         self._setup = setup
+        self._requests = 0
 
     def wait_ready(self) -> None:
         """Raises RewardError, the worker killed, if it does not come up."""
@@ -169,27 +177,43 @@ class _Worker:
             answer = self._channel.receive(START_TIMEOUT_S)
         except TimeoutError:
             self.kill()
-            raise RewardError(f"a reward worker was not ready after {START_TIMEOUT_S:.0f} s") from None
+            how = f"a reward worker was not ready after {START_TIMEOUT_S:.0f} s"
+            raise RewardError("; ".join((how, *self._last_words()))) from None
         except (EOFError, OSError, ValueError) as error:
-            raise RewardError(f"a reward worker died at its start ({self.kill()}); its log is above") from error
-        if "error" in answer:
+            how = f"a reward worker died at its start ({self.kill()})"
+            raise RewardError("; ".join((how, *self._last_words()))) from error
+        if answer != {"ready": True}:
             self.kill()
-            raise RewardError(f"a reward worker can't load its rewards: {answer['error']}")
+            raise RewardError(f"a reward worker can't load its rewards: {answer.get('error', answer)}")
 
     def ask(self, message: dict[str, Any], timeout_s: float) -> Reply:
-        """The reply. The worker is dead afterwards if it took too long, or crashed."""
+        """The reply. The worker is dead afterwards if it took too long, crashed, or said anything else."""
         start = time.monotonic()
+        self._requests += 1
         try:
-            self._channel.send(message, timeout_s)
+            self._channel.send({**message, "number": self._requests}, timeout_s)
             answer = self._channel.receive(start + timeout_s - time.monotonic())
         except TimeoutError:
             self.kill()
-            return Reply([], "timeout", f"took longer than {timeout_s:g} s; the worker was killed")
-        except (EOFError, OSError, ValueError):
-            return Reply([], "error", f"the worker died: {self.kill()}")
+            return self._lost(f"took longer than {timeout_s:g} s; the worker was killed", "timeout")
+        except (EOFError, OSError):
+            return self._lost(f"the worker died: {self.kill()}")
+        except (ValueError, RecursionError) as error:
+            self.kill()
+            return self._lost(f"the worker sent what is no reply, and was killed: {error}")
+        if answer.get("number") != self._requests:
+            self.kill()
+            return self._lost("the worker sent another item's reply, and was killed")
         if "error" in answer:
-            return Reply([], "error", answer["error"])
-        return Reply(answer["parts"])
+            return Reply([], answer["error"], "error")
+        return Reply(answer["parts"], answer["detail"])
+
+    def _lost(self, how: str, failure: Failure = "error") -> Reply:
+        """What came of a request that the worker did not survive."""
+        return Reply([], "; ".join((how, *self._last_words())), failure)
+
+    def _last_words(self) -> list[str]:
+        return [f"it wrote last: {said}"] if (said := self._said.end()) else []
 
     def kill(self) -> str:
         """End the process and all that it started; says how it ended. May be called again."""
@@ -201,4 +225,5 @@ class _Worker:
                 self.process.wait(_REAP_TIMEOUT_S)
         self._channel.close()
         code = self.process.returncode
+        self._said.end()
         return f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit status {code}"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nemo_aapo.rewards import reward_config
-from nemo_aapo.rewards.base import Reward, describe_error, score_parts
+from nemo_aapo.rewards.base import Reward, score_parts
 from nemo_aapo.rewards.definition import reward_definition
 from nemo_aapo.rewards.workers.channel import encode_item
 from nemo_aapo.rewards.workers.pool import START_TIMEOUT_S, Failure, Reply, WorkerPool
@@ -30,13 +30,13 @@ class RewardResult:
     """What the rewards say of one completion."""
 
     score: float
-    """The weighted sum; ``score_on_failure`` if the item failed."""
+    """The weighted sum; NaN if the item failed: a reward with a weight other than 0 has no value."""
     parts: dict[str, float]
-    """Each reward's unweighted value by name; ``score_on_failure`` for all of them if the item failed."""
+    """Each reward's unweighted value by name; NaN where it has none."""
     failure: Failure | None = None
     """``"timeout"``: over the time limit. ``"error"``: a reward raised, crashed, ran out of memory, was not finite."""
     detail: str = ""
-    """Why it failed, in one line."""
+    """What went wrong, in one line; also of a reward that only reports, without which the item is scored."""
 
 
 @dataclass(slots=True)
@@ -61,7 +61,6 @@ class RewardRunner:
         rewards: Sequence[tuple[Reward, float]],
         workers: int,
         timeout_s: float,
-        score_on_failure: float = 0.0,
         memory_gib: float = 4.0,
     ) -> None:
         """Start the workers and wait until all are ready.
@@ -71,7 +70,6 @@ class RewardRunner:
             workers: worker processes. 0 scores in this process, which only rewards that always end may
                 (``Reward.in_process``).
             timeout_s: seconds of wall clock for one completion, all its rewards together.
-            score_on_failure: the score of a completion that can't be scored.
             memory_gib: address space of one worker, GiB; beyond it an item fails with MemoryError.
 
         Raises:
@@ -80,12 +78,11 @@ class RewardRunner:
         """
         self._rewards = [reward for reward, _ in rewards]
         self._weights = [float(weight) for _, weight in rewards]
-        _check_arguments(self._rewards, self._weights, workers, score_on_failure)
+        _check_arguments(self._rewards, self._weights, workers)
         if not (timeout_s > 0 and memory_gib > 0):
             raise ValueError(f"timeout_s ({timeout_s}) and memory_gib ({memory_gib}) must be above 0")
         self._workers = workers
         self._timeout_s = timeout_s
-        self._score_on_failure = float(score_on_failure)
         self._pending: dict[Hashable, Future[Reply]] = {}
         self.stats = RewardStats()
         self.pool: WorkerPool | None = None
@@ -106,12 +103,8 @@ class RewardRunner:
         if self.pool is not None:
             self._pending[index] = self.pool.request(encode_item(prompt, text, completion))
             return
-        try:
-            reply = Reply(score_parts(self._rewards, prompt, text, completion))
-        except Exception as error:  # whatever a reward raises, its item fails and not the run
-            reply = Reply([], "error", describe_error(error))
         self._pending[index] = Future()
-        self._pending[index].set_result(reply)
+        self._pending[index].set_result(Reply(*score_parts(self._rewards, prompt, text, completion)))
 
     def collect(self, timeout_s: float | None = None) -> dict[Hashable, RewardResult]:
         """The results of all completions submitted since the last call, in the order of submission.
@@ -134,10 +127,9 @@ class RewardRunner:
         return results
 
     def definition(self) -> list[dict[str, Any]]:
-        """All that scores depend on besides the completion: each reward with its weight, and the score of failures."""
+        """All that scores depend on besides the completion: each reward with its weight."""
         weighted = zip(self._rewards, self._weights, strict=True)
-        rewards = [{**reward_definition(reward), "weight": weight} for reward, weight in weighted]
-        return [*rewards, {"score_on_failure": self._score_on_failure}]
+        return [{**reward_definition(reward), "weight": weight} for reward, weight in weighted]
 
     def check_answer(self, answer: str) -> None:
         """Raise ValueError if a reward can't work with this gold answer, or needs more than the limit to find out."""
@@ -161,15 +153,13 @@ class RewardRunner:
         self.close()
 
     def _result(self, reply: Reply) -> RewardResult:
-        names = [reward.name for reward in self._rewards]
-        if reply.failure is None:
-            score = sum(weight * part for weight, part in zip(self._weights, reply.parts, strict=True))
-            parts = dict(zip(names, reply.parts, strict=True))
-            if math.isfinite(score):  # as it is if all parts are, but for an overflow
-                return RewardResult(score, parts)
-            reply = Reply([], "error", f"not finite: {parts}")
-        lost = self._score_on_failure
-        return RewardResult(lost, dict.fromkeys(names, lost), reply.failure, reply.detail)
+        values = [math.nan if part is None else part for part in reply.parts or [None] * len(self._rewards)]
+        parts = {reward.name: value for reward, value in zip(self._rewards, values, strict=True)}
+        # A weight of 0 only reports: a reward that fails leaves the sum of the others as it is.
+        score = float(sum(weight * value for weight, value in zip(self._weights, values, strict=True) if weight))
+        if reply.failure is None and math.isfinite(score):
+            return RewardResult(score, parts, None, reply.detail)
+        return RewardResult(math.nan, parts, reply.failure or "error", reply.detail or f"the sum is {score}: {parts}")
 
     def _count(self, results: Mapping[Hashable, RewardResult]) -> None:
         failed = {index: result for index, result in results.items() if result.failure}
@@ -177,20 +167,21 @@ class RewardRunner:
         self.stats.scored += len(results)
         self.stats.timeouts += timeouts
         self.stats.errors += len(failed) - timeouts
-        for index, result in list(failed.items())[:_LOGGED_FAILURES]:
-            logger.warning("completion %s got score %g: %s: %s", index, result.score, result.failure, result.detail)
+        told = [(index, result.detail) for index, result in results.items() if result.detail]
+        for index, detail in told[:_LOGGED_FAILURES]:
+            logger.warning("completion %s: %s", index, detail)
         if len(failed) > _LOGGED_FAILURES:
             logger.warning("%d of %d completions could not be scored", len(failed), len(results))
 
 
-def _check_arguments(rewards: Sequence[Reward], weights: Sequence[float], workers: int, score: float) -> None:
+def _check_arguments(rewards: Sequence[Reward], weights: Sequence[float], workers: int) -> None:
     names = [reward.name for reward in rewards]
     if not names:
         raise ValueError("at least one reward is needed")
     if len(set(names)) < len(names):
         raise ValueError(f"each reward needs a name of its own, got {names}")
-    if not all(math.isfinite(number) for number in [*weights, score]):
-        raise ValueError(f"weights ({weights}) and score_on_failure ({score}) must be finite")
+    if not all(map(math.isfinite, weights)):
+        raise ValueError(f"weights ({weights}) must be finite")
     if workers < 0:
         raise ValueError(f"workers must be at least 0, not {workers}")
     unsafe = [reward.name for reward in rewards if not reward.in_process]

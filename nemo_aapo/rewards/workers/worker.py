@@ -2,6 +2,9 @@
 
 It imports rewards and nothing of torch. It lives as long as its parent: the parent's end of the socket closes when
 the parent goes, however it goes, and a worker that is busy just then is ended by its own timer.
+
+Each reply repeats the number of its request. A process that a reward forks loses the socket at its birth, so that
+nobody but the worker answers.
 """
 
 from __future__ import annotations
@@ -19,12 +22,14 @@ from nemo_aapo.rewards.workers.channel import Channel, decode_item
 
 _GRACE_S = 1.0
 """How long behind the item's limit the worker's own timer waits for the parent's kill."""
+_SCHEDULERS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def main() -> None:
     """Read the set-up, answer ready, then answer each request until the parent is gone."""
     channel = _take_channel()
     _ignore_signals()
+    _prepare_forks(channel)
     try:
         setup = channel.receive()
         _limit_resources(setup["memory_gib"])
@@ -36,7 +41,7 @@ def main() -> None:
             _set_timer(setup["timeout_s"] + _GRACE_S)
             reply = _answer(rewards, request)
             _set_timer(0)
-            channel.send(reply)
+            channel.send({"number": request["number"], **reply})
     except (EOFError, OSError):
         pass  # the parent is gone, and so is the reason to live
     sys.stderr.flush()
@@ -57,8 +62,31 @@ def _ignore_signals() -> None:
 
     By a handler: to ignore a signal would be handed down to programs that a custom reward starts.
     """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+    for number in _SCHEDULERS_SIGNALS:
         signal.signal(number, lambda *_: None)
+
+
+def _prepare_forks(channel: Channel) -> None:
+    """A process that a reward forks has no channel, and dies of the signals by which ``multiprocessing`` ends it.
+
+    They are held back until it does: one that came while the worker's handlers still stand would be lost, and who sent
+    it would wait for ever.
+    """
+
+    def become_a_child() -> None:
+        channel.close()
+        for number in _SCHEDULERS_SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        hold(signal.SIG_UNBLOCK)
+
+    def hold(how: int) -> None:
+        signal.pthread_sigmask(how, _SCHEDULERS_SIGNALS)
+
+    os.register_at_fork(
+        before=lambda: hold(signal.SIG_BLOCK),
+        after_in_parent=lambda: hold(signal.SIG_UNBLOCK),
+        after_in_child=become_a_child,
+    )
 
 
 def _limit_resources(memory_gib: float) -> None:
@@ -92,8 +120,9 @@ def _answer(rewards: list[Reward], request: dict[str, Any]) -> dict[str, Any]:
         if "check_answer" in request:
             for reward in rewards:
                 reward.check_answer(request["check_answer"])
-            return {"parts": []}
-        return {"parts": score_parts(rewards, *decode_item(request))}
+            return {"parts": [], "detail": ""}
+        parts, detail = score_parts(rewards, *decode_item(request))
+        return {"parts": parts, "detail": detail}
     except BaseException as error:  # a custom reward may raise anything, SystemExit too
         return {"error": describe_error(error)}
 
