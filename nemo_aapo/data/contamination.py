@@ -27,40 +27,43 @@ def normalise(question: str) -> str:
     return _DRESS.sub("", _LATEX_DRESS.sub("", _FRACTION.sub(r"\\frac", text)))
 
 
-def overlap(questions: Sequence[str], held_out: Iterable[str]) -> dict[int, str]:
-    """Which questions are held-out ones, or contain one that is long enough not to be there by chance.
+class HeldOut:
+    """Held-out questions, by normalised text."""
 
-    Args:
-        questions: of the training data.
-        held_out: of the evaluation data.
+    def __init__(self, questions: Iterable[str]) -> None:
+        self._exact: dict[str, str] = {}
+        self._anchors: dict[str, list[str]] = {}
+        for question in questions:
+            text = normalise(question)
+            if text and text not in self._exact:
+                self._exact[text] = question
+                if len(text) >= _CONTAINED:
+                    self._anchors.setdefault(text[:_ANCHOR], []).append(text)
+
+    def match(self, question: str) -> str | None:
+        """The one, as it was given, that a question is, or contains and is long enough not to be there by chance."""
+        text = normalise(question)
+        found = text if text in self._exact else self._contained(text)
+        return self._exact[found] if found else None
+
+    def _contained(self, text: str) -> str:
+        """A held-out text inside this one; empty if there is none."""
+        for start in range(len(text) - _CONTAINED + 1 if self._anchors else 0):
+            for candidate in self._anchors.get(text[start : start + _ANCHOR], ()):
+                if text.startswith(candidate, start):
+                    return candidate
+        return ""
+
+
+def overlap(questions: Iterable[str], held_out: Iterable[str]) -> dict[int, str]:
+    """Which questions of the training data are held-out ones, or contain one.
 
     Returns:
         Index in ``questions`` -> the held-out question, as it was given.
     """
-    exact: dict[str, str] = {}
-    anchors: dict[str, list[str]] = {}
-    for question in held_out:
-        text = normalise(question)
-        if text and text not in exact:
-            exact[text] = question
-            if len(text) >= _CONTAINED:
-                anchors.setdefault(text[:_ANCHOR], []).append(text)
-    found = {}
-    for index, question in enumerate(questions):
-        text = normalise(question)
-        match = text if text in exact else _contained(text, anchors)
-        if match:
-            found[index] = exact[match]
-    return found
-
-
-def _contained(text: str, anchors: dict[str, list[str]]) -> str:
-    """A held-out text inside this one; empty if there is none."""
-    for start in range(len(text) - _CONTAINED + 1 if anchors else 0):
-        for candidate in anchors.get(text[start : start + _ANCHOR], ()):
-            if text.startswith(candidate, start):
-                return candidate
-    return ""
+    known = HeldOut(held_out)
+    matches = ((index, known.match(question)) for index, question in enumerate(questions))
+    return {index: match for index, match in matches if match is not None}
 
 
 def conflicts(questions: Sequence[str], answers: Sequence[str]) -> list[list[int]]:

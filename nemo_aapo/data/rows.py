@@ -5,13 +5,15 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any, NamedTuple
 
 from nemo_aapo.config.sources import AnswerForm, Source
+from nemo_aapo.data.prepared.answers import AnswerCheck, VerifyAnswer
 from nemo_aapo.data.records import Record, read_records
 from nemo_aapo.errors import DataError
+from nemo_aapo.utils.text import shorten
 
 TRAIN_SPLITS = ("train",)
 HELD_OUT_SPLITS = ("test", "validation")
@@ -56,7 +58,7 @@ def read_rows(
     source: Source,
     default_splits: Sequence[str],
     *,
-    verify_answer: Callable[[str], None] | None = None,
+    verify_answer: VerifyAnswer | AnswerCheck | None = None,
 ) -> Rows:
     """The usable rows of a source, and what is wrong with the others.
 
@@ -70,20 +72,18 @@ def read_rows(
     """
     rows: list[Row] = []
     problems: dict[int, str] = {}
-    verdicts: dict[str, str] = {}
     for record in read_records(source, default_splits):
         try:
-            row = parse_row(record, source)
+            rows.append(parse_row(record, source))
         except DataError as error:
             problems[record.number] = str(error)
-            continue
-        if verify_answer is not None and row.answer not in verdicts:
-            verdicts[row.answer] = _verdict(row.answer, verify_answer)
-        if verdicts.get(row.answer):
-            problems[record.number] = verdicts[row.answer]
-        else:
-            rows.append(row)
-    return Rows(rows, problems)
+    if verify_answer is None:
+        return Rows(rows, problems)
+    check = verify_answer if isinstance(verify_answer, AnswerCheck) else AnswerCheck(verify_answer)
+    answers = dict.fromkeys(row.answer for row in rows)
+    refused = check.refused(answers, len(answers))
+    problems |= {row.number: refused[row.answer] for row in rows if row.answer in refused}
+    return Rows([row for row in rows if row.answer not in refused], dict(sorted(problems.items())))
 
 
 def parse_row(record: Record, source: Source) -> Row:
@@ -251,26 +251,9 @@ def _messages(value: Any, field: str) -> list[dict[str, str]]:
     return messages
 
 
-def _verdict(answer: str, verify_answer: Callable[[str], None]) -> str:
-    try:
-        verify_answer(answer)
-    except ValueError as error:
-        return f"the gold answer {shorten(answer)} can't be verified: {error}"
-    return ""
-
-
 def _is_unicode(text: str) -> bool:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
         return False
     return True
-
-
-def shorten(value: object) -> str:
-    """A value for a message, at most 80 characters."""
-    try:
-        text = repr(value)
-    except RecursionError:
-        return f"a {type(value).__name__} that is nested too deep"
-    return text if len(text) <= 80 else text[:77] + "..."

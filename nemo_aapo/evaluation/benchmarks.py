@@ -16,8 +16,9 @@ from typing import Any
 from nemo_aapo.config.schema import EvaluationFields
 from nemo_aapo.config.sources import Source
 from nemo_aapo.data.records import Record, read_records
-from nemo_aapo.data.rows import HELD_OUT_SPLITS, answer_text, closing_brace, gold_answer, shorten
+from nemo_aapo.data.rows import HELD_OUT_SPLITS, answer_text, closing_brace, gold_answer
 from nemo_aapo.errors import DataError
+from nemo_aapo.utils.text import shorten
 
 Row = Mapping[str, Any]
 """Column -> cell, as JSON and Parquet have them."""

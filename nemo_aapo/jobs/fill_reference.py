@@ -27,10 +27,10 @@ from nemo_aapo.training.build import (
     build_rollouts,
     build_scorer,
     initialize,
-    read_data,
     sampling_of,
 )
 from nemo_aapo.training.build_reference import reference_key
+from nemo_aapo.training.read_data import read_data
 from nemo_aapo.types import Prompt
 
 INCOMPLETE = 1
