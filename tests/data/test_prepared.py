@@ -66,7 +66,14 @@ def config(write):
     """Two messy sources and held-out prompts."""
     sources = [
         {"path": str(write("one.jsonl", messy_rows(2500))), "weight": 3.0},
-        {"path": str(write("two.jsonl", [*HELD_OUT, *messy_rows(300)[:200], {"question": "z", "answer": "5"}]))},
+        {
+            "path": str(
+                write(
+                    "two.jsonl",
+                    [*HELD_OUT, *messy_rows(300)[:200], *({"question": f"z{n}", "answer": "5"} for n in range(9))],
+                )
+            )
+        },
     ]
     return make_config(
         "model",
@@ -147,7 +154,7 @@ def test_what_the_prompts_depend_on_is_in_their_key(write, tokenizer, monkeypatc
     others = [
         key(data__max_prompt_tokens=63),
         key(data__prompt_template="{question}!"),
-        key(data__chat_template="none"),
+        key(data__answer_form="boxed"),
         key(data__on_bad_line="skip"),
         key(data__answer_field="question"),
         *(key(AnswerCheck(pytest.fail, definition=[{"name": name}])) for name in "ab"),
