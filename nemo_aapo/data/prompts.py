@@ -93,8 +93,8 @@ def load_prompts(
     """Read, check, render and tokenise the prompts of a data set.
 
     Args:
-        source: a JSONL, JSON, Parquet or Arrow file (blank lines are ignored), a data set's directory, or a name on the
-            Hugging Face hub; or a ``Source``, which is no reasoning-gym task.
+        source: a JSONL, JSON, csv, tsv, Parquet or Arrow file (blank lines are ignored), a data set's directory, or a
+            name on the Hugging Face hub; or a ``Source``, which is no reasoning-gym task.
         tokenizer: any transformers tokenizer.
         max_prompt_tokens: the longest rendered prompt allowed, in tokens.
         default_splits: the splits to try where the source names none.

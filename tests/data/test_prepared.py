@@ -116,12 +116,12 @@ def test_prepared_prompts_are_those_of_a_small_source_one_by_one(config, tokeniz
     # A later start makes nothing, checks nothing, and says the same; runs may call the file what they like.
     caplog.clear()
     monkeypatch.setattr(making, "_maker", None)
-    again, _ = load_data(config.data, tokenizer, AnswerCheck(pytest.fail, definition="numbers"))
+    again, _ = load_data(config.data, tokenizer, check)
     assert (contents(again.prompts), again.digest, caplog.messages) == (contents(train.prompts), train.digest, said)
     monkeypatch.chdir(Path(config.data.train[0]["path"]).parent)
     elsewhere = make_config("m", data__train=[{**s, "path": Path(s["path"]).name} for s in config.data.train])
     data = dataclasses.replace(config.data, train=elsewhere.data.train)
-    moved, _ = load_data(data, tokenizer, AnswerCheck(pytest.fail, definition="numbers"))
+    moved, _ = load_data(data, tokenizer, check)
     assert (moved.prompts[0].source, moved.digest) == ("one.jsonl:1", train.digest)
 
     # Between processes only a path and the rows' numbers go; a copy gives the same.
@@ -165,7 +165,7 @@ def test_what_the_prompts_depend_on_is_in_their_key(write, tokenizer, monkeypatc
     others.append(key())
     monkeypatch.setattr(tokenizer, "chat_template", "{% for m in messages %}{{ m.content }}{% endfor %}")
     others.append(key())
-    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.add_tokens(["<more>"])
     others.append(key())
     assert len({first, *others}) == len(others) + 1
 

@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 
 _BLOCK = 1 << 20
 _FIELDS = ("prompt_field", "answer_field", "answer_form", "subset", "split")
-_CODE = ("data", "rewards")
+_CODE = ("data", "rewards", "text")
 """Parts of the package whose code decides what becomes of a row."""
+_DATE = "strftime_now"
+"""What chat templates call for the date."""
 _LIBRARIES = ("transformers", "tokenizers", "jinja2")
 
 
@@ -71,13 +73,17 @@ def key_of_prompts(
     """The name of the prepared prompts of some sources.
 
     Args:
-        settings: how rows are rendered, and what is refused or left out.
+        settings: how rows are rendered (``rendering``), and what is refused or left out.
         rewards: definitions of those that gold answers are checked by.
     """
+    rendering = dict(settings["rendering"])
+    if _DATE not in repr(tokenizer.chat_template):
+        rendering.pop("date", None)  # or prompts would be prepared anew each day
     data = [
         [digest_of_files(files_of(source, default_splits)), *(getattr(source, name) for name in _FIELDS)]
         for source in sources
     ]
+    settings = {**settings, "rendering": rendering}
     parts = [data, list(default_splits), digest_of_tokenizer(tokenizer), settings, rewards]
     return key_of([FORMAT, digest_of_code(), *parts])
 
