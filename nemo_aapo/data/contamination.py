@@ -10,6 +10,7 @@ _LATEX_DRESS = re.compile(r"\\(?:left|right|displaystyle|text|mathrm|,|;|!|quad)
 _FRACTION = re.compile(r"\\[dt]frac(?![a-z])")
 _DRESS = re.compile(r"[\s${}\"'`?!:;*_]|[.,](?!\d)|(?<!\d)[.,]")
 _ANCHOR = 32
+_STRIDE = 8
 _CONTAINED = 64
 """A normalised question of so many characters is also found inside a longer text, such as one in a template."""
 
@@ -24,7 +25,9 @@ def normalise(question: str) -> str:
     True
     """
     text = unicodedata.normalize("NFKC", question).casefold()
-    return _DRESS.sub("", _LATEX_DRESS.sub("", _FRACTION.sub(r"\\frac", text)))
+    if "\\" in text:
+        text = _LATEX_DRESS.sub("", _FRACTION.sub(r"\\frac", text))
+    return _DRESS.sub("", text)
 
 
 class HeldOut:
@@ -32,13 +35,13 @@ class HeldOut:
 
     def __init__(self, questions: Iterable[str]) -> None:
         self._exact: dict[str, str] = {}
-        self._anchors: dict[str, list[str]] = {}
+        self._anchors: dict[str, list[tuple[str, int]]] = {}
         for question in questions:
             text = normalise(question)
             if text and text not in self._exact:
                 self._exact[text] = question
-                if len(text) >= _CONTAINED:
-                    self._anchors.setdefault(text[:_ANCHOR], []).append(text)
+                for offset in range(0, _ANCHOR, _STRIDE) if len(text) >= _CONTAINED else ():
+                    self._anchors.setdefault(text[offset : offset + _ANCHOR], []).append((text, offset))
 
     def match(self, question: str) -> str | None:
         """The one, as it was given, that a question is, or contains and is long enough not to be there by chance."""
@@ -47,11 +50,16 @@ class HeldOut:
         return self._exact[found] if found else None
 
     def _contained(self, text: str) -> str:
-        """A held-out text inside this one; empty if there is none."""
-        for start in range(len(text) - _CONTAINED + 1 if self._anchors else 0):
-            for candidate in self._anchors.get(text[start : start + _ANCHOR], ()):
-                if text.startswith(candidate, start):
-                    return candidate
+        """A held-out text inside this one; empty if there is none.
+
+        Its pieces that begin ``_STRIDE`` apart are looked for at the first ``_STRIDE`` of every ``_ANCHOR`` places: one
+        of them begins there wherever the text itself begins.
+        """
+        for block in range(0, len(text) - _ANCHOR + 1 if self._anchors else 0, _ANCHOR):
+            for place in range(block, block + _STRIDE):
+                for candidate, offset in self._anchors.get(text[place : place + _ANCHOR], ()):
+                    if place >= offset and text.startswith(candidate, place - offset):
+                        return candidate
         return ""
 
 

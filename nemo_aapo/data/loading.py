@@ -197,23 +197,19 @@ def _without(train: PromptSet, indices: set[int]) -> PromptSet:
             shares.append((left, weight))
         else:
             shares.append((None, weight))
+    prompts: Sequence[Prompt]
+    questions: Sequence[str]
     if isinstance(train.prompts, PreparedPrompts):
         prompts, questions, digest = without_rows(train, indices)
-        return dataclasses.replace(
-            train,
-            prompts=prompts,
-            questions=questions,
-            digest=digest,
-            contaminated=len(indices),
-            shares=tuple(shares),
-        )
-    kept = [i for i in range(len(train.prompts)) if i not in indices]
-    left = tuple(train.prompts[i] for i in kept)
+    else:
+        kept = [i for i in range(len(train.prompts)) if i not in indices]
+        prompts, questions = tuple(train.prompts[i] for i in kept), tuple(train.questions[i] for i in kept)
+        digest = digest_of(prompt.id for prompt in prompts)
     return dataclasses.replace(
         train,
-        prompts=left,
-        questions=tuple(train.questions[i] for i in kept),
-        digest=digest_of(prompt.id for prompt in left),
+        prompts=prompts,
+        questions=questions,
+        digest=digest,
         contaminated=len(indices),
         shares=tuple(shares),
     )

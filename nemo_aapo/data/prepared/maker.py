@@ -8,6 +8,7 @@ exception). It ends, and all that it forked, when the trainer closes the connect
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import multiprocessing
 import os
@@ -102,7 +103,8 @@ class Maker:
 
         def work(index: int, tell: Tell) -> dict[int, str]:
             questions = open_table(table)["question"]
-            start, found = 0, {}
+            start = 0
+            found: dict[int, str] = {}
             for number, chunk in enumerate(questions.chunks):
                 if number % self._processes == index:
                     matches = ((row, known.match(text)) for row, text in enumerate(chunk.to_pylist(), start))
@@ -125,6 +127,7 @@ class Maker:
     def _in_processes(self, work: Callable[[int, Tell], T], count: int | None = None) -> list[T]:
         """What ``work(index, tell)`` returns in each of ``count`` processes; the trainer hears how far they are."""
         context = multiprocessing.get_context("fork")
+        gc.freeze()  # what is there is not searched for garbage in each process again and again
         count = count or self._processes
         results: dict[int, T] = {}
         done = [0.0] * count

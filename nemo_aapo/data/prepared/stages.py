@@ -37,11 +37,12 @@ Tell = Callable[[float], None]
 """Told the part that is done, from 0 to 1."""
 
 
-class Share(NamedTuple):
-    """Which of ``count`` processes this is."""
+@dataclass(frozen=True)
+class Share:
+    """Which chunks a process has: ``chunks[number::of]``."""
 
-    index: int
-    count: int
+    number: int
+    of: int
 
 
 @dataclass
@@ -76,7 +77,7 @@ def read_share(source: Source, default_splits: Sequence[str], share: Share, file
 
     found, keys = ReadShare([], np.empty(0), Problems(), set()), []
     with pa.ipc.new_file(str(file), row_schema()) as writer:
-        for chunk in islice(_readable(source, default_splits), share.index, None, share.count):
+        for chunk in islice(_readable(source, default_splits), share.number, None, share.of):
             rows = []
             for record in chunk.read():
                 try:
