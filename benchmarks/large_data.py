@@ -56,15 +56,18 @@ def measure(tokenizer: str, train: str) -> dict[str, Any]:
     loaded, workers = load_tokenizer(tokenizer), len(os.sched_getaffinity(0))
     with RewardRunner([(build_reward({"name": "accuracy"}), 1.0)], workers, timeout_s=10.0) as runner:
         before, start = _resident_mib(), time.perf_counter()
-        prompts, _ = load_data(
-            data, loaded, answer_check(runner, workers, print), note=lambda text: print(text, file=sys.stderr)
-        )
+        prompts, _ = load_data(data, loaded, answer_check(runner, workers, say), note=say)
         return {
             "prompts": len(prompts.prompts),
             "seconds": round(time.perf_counter() - start, 1),
             "own MiB": round(_resident_mib() - before),
             "peak MiB": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before),
         }
+
+
+def say(line: str) -> None:
+    """What takes long, beside the figures."""
+    print(line, file=sys.stderr)
 
 
 def _resident_mib() -> float:

@@ -22,6 +22,7 @@ from nemo_aapo.data.prepared import cache, making
 from nemo_aapo.data.prepared.answers import AnswerCheck
 from nemo_aapo.data.prepared.table import PreparedPrompts, copied_to
 from nemo_aapo.errors import DataError, RunError
+from nemo_aapo.rewards import REWARDS, build_reward
 from nemo_aapo.utils.text import TimeLeft
 from tests.tiny_models import make_config
 
@@ -312,3 +313,13 @@ def test_answers_are_checked_side_by_side_each_once_with_the_time_left():
 
     answers = ["1", "two", "3", "four"]
     assert list(AnswerCheck(verify, threads=4).refused(answers, 4)) == ["two", "four"]
+
+
+def test_a_reward_that_takes_integers_unasked_takes_them_when_it_is_asked():
+    rng = random.Random(0)
+    whole = ["0", "-7", *(str(rng.randint(-(10**k), 10**k)) for k in range(1, 16) for _ in range(3))]
+    rewards = [build_reward({"name": name}) for name, kind in REWARDS.items() if kind.takes_integers]
+    assert {reward.name for reward in rewards} == {"accuracy", "integer"}
+    for reward in rewards:
+        for answer in whole:
+            reward.check_answer(answer)
