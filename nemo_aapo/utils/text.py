@@ -29,16 +29,17 @@ class TimeLeft:
     def __init__(self, what: str, note: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
         """Args: note: takes the lines; clock: seconds."""
         self._what, self._note, self._clock = what, note, clock
-        self._start = clock()
-        self._next = self._start + FIRST_S
+        self._next = clock() + FIRST_S
+        self._first: tuple[float, float] | None = None  # when it was first told, and what
 
     def __call__(self, done: float) -> None:
         """Args: done: from 0 to 1."""
         now = self._clock()
-        if now < self._next or not 0 < done < 1:
+        since, before = self._first = self._first or (now, done)  # what came before was getting ready
+        if now < self._next or not before < done < 1:
             return
         self._next = now + EVERY_S
-        left = (now - self._start) * (1 - done) / done
+        left = (now - since) * (1 - done) / (done - before)
         self._note(f"{self._what}: {done:.0%}, about {_duration(left)} left")
 
 

@@ -14,6 +14,7 @@ from nemo_aapo.config.sources import Source
 from nemo_aapo.data.formats.files import TextFile, foreign_byte
 from nemo_aapo.data.formats.record import Chunk, Record, chunks_of
 from nemo_aapo.errors import DataError
+from nemo_aapo.utils.text import shorten
 
 _LONGEST_CELL = 2**31 - 1
 _OTHER_SEPARATORS = {";": "semicolons", "\t": "tabs", ",": "commas", "|": "bars"}
@@ -80,11 +81,13 @@ def _check_header(path: Path, first: Record, separator: str) -> None:
     where = f"{path}:{first.number}"
     twice = [name for name, count in Counter(filter(None, header)).items() if count > 1]
     if twice:
-        raise DataError(f"{where}: more than one column is called {', '.join(map(repr, twice))}; rename all but one")
+        raise DataError(
+            f"{where}: more than one column is called {', '.join(map(shorten, twice[:3]))}; rename all but one"
+        )
     others = [name for sign, name in _OTHER_SEPARATORS.items() if sign != separator and sign in header[0]]
     if len(header) == 1 and others:
         raise DataError(
-            f"{where}: there is one column, {header[0]!r}: {others[0]} stand between the cells, where a "
+            f"{where}: there is one column, {shorten(header[0])}: {others[0]} stand between the cells, where a "
             f"{path.name.removesuffix('.gz')[-4:]} file has {_OTHER_SEPARATORS[separator]}; save it so"
         )
 

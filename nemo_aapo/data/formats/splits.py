@@ -22,8 +22,8 @@ def choose_split(splits: Mapping[str, Any], source: Source, default_splits: Sequ
     if source.split is None and len(splits) == 1:
         return next(iter(splits.values()))
     raise DataError(
-        f"{source.path}: there is no split {' or '.join(wanted)}; there is {', '.join(splits)}: name one, as in "
-        f"[{{path: {source.path}, split: {next(iter(splits), 'train')}}}]"
+        f"{source.path}: there is no split {' or '.join(wanted)}; there is {', '.join(name[:80] for name in list(splits)[:20])}: name one, as in "
+        f"[{{path: {source.path}, split: {next(iter(splits), 'train')[:80]}}}]"
     )
 
 

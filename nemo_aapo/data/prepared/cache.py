@@ -71,7 +71,7 @@ def _made(path: Path, is_whole: Callable[[Path], bool], make: Callable[[Path], P
     with _locked(path.with_name(f".{path.name}.lock"), note) as alone:
         if is_whole(path):  # by another run, meanwhile
             return path
-        partial = path.with_name(f".{path.name}{'' if alone else f'.{os.getpid()}'}.partial")
+        partial = path.with_name(f".{path.name}{'' if alone else f'.{os.uname().nodename}.{os.getpid()}'}.partial")
         if partial.exists():
             shutil.rmtree(partial)
         partial.mkdir()
