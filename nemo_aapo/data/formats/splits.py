@@ -21,9 +21,10 @@ def choose_split(splits: Mapping[str, Any], source: Source, default_splits: Sequ
             return splits[split]
     if source.split is None and len(splits) == 1:
         return next(iter(splits.values()))
+    there = [name[:80] for name in splits][:20]
     raise DataError(
-        f"{source.path}: there is no split {' or '.join(wanted)}; there is {', '.join(name[:80] for name in list(splits)[:20])}: name one, as in "
-        f"[{{path: {source.path}, split: {next(iter(splits), 'train')[:80]}}}]"
+        f"{source.path}: there is no split {' or '.join(wanted)}; there is {', '.join(there)}: name one, as in "
+        f"[{{path: {source.path}, split: {there[0] if there else 'train'}}}]"
     )
 
 
