@@ -1,7 +1,7 @@
 """Turns a data set into JSONL that a run takes as it is, with a report: ``scripts/prepare_data.py SOURCE -o FILE``.
 
-SOURCE is a JSONL, JSON, Parquet or Arrow file, a directory of a Hugging Face data set, a name on the hub (org/name), or
-reasoning_gym:TASK. Rows that no run could use are left out and counted, with the reason.
+SOURCE is a JSONL, JSON, csv, tsv, Parquet or Arrow file, a directory of a Hugging Face data set, a name on the hub
+(org/name), or reasoning_gym:TASK. Rows that no run could use are left out and counted, with the reason.
 """
 
 from __future__ import annotations
@@ -9,16 +9,21 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_aapo.config.command_line import config_directory
 from nemo_aapo.config.sources import GYM, Source
 from nemo_aapo.errors import FAILED, INTERRUPTED, REFUSED, ConfigError, RunError
 
+if TYPE_CHECKING:
+    from nemo_aapo.data.prepared.answers import AnswerCheck
+
 _FIELDS_OF_FILES = ("prompt_field", "answer_field", "answer_form", "subset", "split")
+_MOST_WORKERS = 8
 _SETTINGS_OF_TASKS = ("size", "seed", "parameters")
 
 
@@ -155,10 +160,11 @@ def token_counter(tokenizer: str | None) -> Callable[[str], int] | None:
     return lambda text: len(loaded(text, verbose=False)["input_ids"])
 
 
-def verifier(reward: str, source: Source, stack: contextlib.ExitStack) -> Callable[[str], None] | None:
-    """The reward's check of a gold answer, which raises ValueError; None where nothing is to be checked."""
+def verifier(reward: str, source: Source, stack: contextlib.ExitStack) -> AnswerCheck | None:
+    """The reward's check of gold answers, in several processes; None where nothing is to be checked."""
     if reward == "none" or source.task:
         return None
+    from nemo_aapo.data.prepared.answers import AnswerCheck
     from nemo_aapo.rewards import build_reward
     from nemo_aapo.rewards.workers.runner import RewardRunner
 
@@ -166,4 +172,6 @@ def verifier(reward: str, source: Source, stack: contextlib.ExitStack) -> Callab
         made = build_reward({"name": reward})
     except ValueError as error:
         raise ConfigError(f"--reward: {error}") from None
-    return stack.enter_context(RewardRunner([(made, 1.0)], workers=1, timeout_s=10.0)).check_answer
+    workers = min(len(os.sched_getaffinity(0)), _MOST_WORKERS)
+    runner = stack.enter_context(RewardRunner([(made, 1.0)], workers, timeout_s=10.0))
+    return AnswerCheck(runner.check_answer, 2 * workers, note=lambda line: print(line, file=sys.stderr))

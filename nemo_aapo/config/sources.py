@@ -21,7 +21,10 @@ GYM = "reasoning_gym:"
 """A path that begins so names a task of reasoning-gym and no file."""
 _BLIND_TO_TASKS = ("accuracy", "integer", "exact", "multiple_choice", "cosine")
 """Rewards that compare with a gold answer, where that of a task only says which item it is."""
-FILE_FORMATS = (".jsonl", ".json", ".parquet", ".arrow")
+TEXT_FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+"""Endings of files of text that are read, also with ``.gz`` behind."""
+BINARY_FORMATS = (".parquet", ".arrow")
+FILE_FORMATS = TEXT_FORMATS + BINARY_FORMATS
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -57,8 +60,8 @@ class Source:
     @property
     def on_hub(self) -> bool:
         """Whether the path can only be a name on the hub."""
-        named = bool(_HUB_NAME.fullmatch(self.path)) and not self.path.endswith(FILE_FORMATS)
-        return named and not Path(self.path).exists()
+        is_file = self.path.lower().removesuffix(".gz").endswith(FILE_FORMATS)
+        return not is_file and bool(_HUB_NAME.fullmatch(self.path)) and not Path(self.path).exists()
 
     @property
     def endless(self) -> bool:

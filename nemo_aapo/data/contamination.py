@@ -10,6 +10,7 @@ _LATEX_DRESS = re.compile(r"\\(?:left|right|displaystyle|text|mathrm|,|;|!|quad)
 _FRACTION = re.compile(r"\\[dt]frac(?![a-z])")
 _DRESS = re.compile(r"[\s${}\"'`?!:;*_]|[.,](?!\d)|(?<!\d)[.,]")
 _ANCHOR = 32
+_STRIDE = 8
 _CONTAINED = 64
 """A normalised question of so many characters is also found inside a longer text, such as one in a template."""
 
@@ -24,43 +25,53 @@ def normalise(question: str) -> str:
     True
     """
     text = unicodedata.normalize("NFKC", question).casefold()
-    return _DRESS.sub("", _LATEX_DRESS.sub("", _FRACTION.sub(r"\\frac", text)))
+    if "\\" in text:
+        text = _LATEX_DRESS.sub("", _FRACTION.sub(r"\\frac", text))
+    return _DRESS.sub("", text)
 
 
-def overlap(questions: Sequence[str], held_out: Iterable[str]) -> dict[int, str]:
-    """Which questions are held-out ones, or contain one that is long enough not to be there by chance.
+class HeldOut:
+    """Held-out questions, by normalised text."""
 
-    Args:
-        questions: of the training data.
-        held_out: of the evaluation data.
+    def __init__(self, questions: Iterable[str]) -> None:
+        self._exact: dict[str, str] = {}
+        self._anchors: dict[str, list[tuple[str, int]]] = {}
+        for question in questions:
+            text = normalise(question)
+            if text and text not in self._exact:
+                self._exact[text] = question
+                for offset in range(0, _ANCHOR, _STRIDE) if len(text) >= _CONTAINED else ():
+                    self._anchors.setdefault(text[offset : offset + _ANCHOR], []).append((text, offset))
+
+    def match(self, question: str) -> str | None:
+        """The one, as it was given, that a question is, or contains and is long enough not to be there by chance."""
+        text = normalise(question)
+        found = text if text in self._exact else self._contained(text)
+        return self._exact[found] if found else None
+
+    def _contained(self, text: str) -> str:
+        """A held-out text inside this one; empty if there is none.
+
+        Its pieces that begin ``_STRIDE`` apart are looked for at the first ``_STRIDE`` of every ``_ANCHOR`` places: one
+        of them begins there wherever the text itself begins.
+        """
+        for block in range(0, len(text) - _ANCHOR + 1 if self._anchors else 0, _ANCHOR):
+            for place in range(block, block + _STRIDE):
+                for candidate, offset in self._anchors.get(text[place : place + _ANCHOR], ()):
+                    if place >= offset and text.startswith(candidate, place - offset):
+                        return candidate
+        return ""
+
+
+def overlap(questions: Iterable[str], held_out: Iterable[str]) -> dict[int, str]:
+    """Which questions of the training data are held-out ones, or contain one.
 
     Returns:
         Index in ``questions`` -> the held-out question, as it was given.
     """
-    exact: dict[str, str] = {}
-    anchors: dict[str, list[str]] = {}
-    for question in held_out:
-        text = normalise(question)
-        if text and text not in exact:
-            exact[text] = question
-            if len(text) >= _CONTAINED:
-                anchors.setdefault(text[:_ANCHOR], []).append(text)
-    found = {}
-    for index, question in enumerate(questions):
-        text = normalise(question)
-        match = text if text in exact else _contained(text, anchors)
-        if match:
-            found[index] = exact[match]
-    return found
-
-
-def _contained(text: str, anchors: dict[str, list[str]]) -> str:
-    """A held-out text inside this one; empty if there is none."""
-    for start in range(len(text) - _CONTAINED + 1 if anchors else 0):
-        for candidate in anchors.get(text[start : start + _ANCHOR], ()):
-            if text.startswith(candidate, start):
-                return candidate
-    return ""
+    known = HeldOut(held_out)
+    matches = ((index, known.match(question)) for index, question in enumerate(questions))
+    return {index: match for index, match in matches if match is not None}
 
 
 def conflicts(questions: Sequence[str], answers: Sequence[str]) -> list[list[int]]:

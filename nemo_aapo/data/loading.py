@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_aapo.config import Config
@@ -13,7 +14,11 @@ from nemo_aapo.config.schema import Data
 from nemo_aapo.config.sources import Source, sources_of
 from nemo_aapo.data.contamination import overlap
 from nemo_aapo.data.gym import GymPrompts, PromptsWithoutEnd, take_all
+from nemo_aapo.data.prepared.answers import AnswerCheck
+from nemo_aapo.data.prepared.making import Making, are_large, prepared_overlap, prepared_prompts, without_rows
+from nemo_aapo.data.prepared.table import PreparedPrompts
 from nemo_aapo.data.prompts import PromptSet, digest_of, load_prompts
+from nemo_aapo.data.records import check_source
 from nemo_aapo.data.rows import HELD_OUT_SPLITS, TRAIN_SPLITS
 from nemo_aapo.data.sampler import PromptSampler
 from nemo_aapo.data.tokenizer import render_prompts
@@ -28,43 +33,46 @@ logger = logging.getLogger(__name__)
 
 _EXAMPLES = 3
 
-VerifyAnswer = Callable[[str], None]
-"""Raises ValueError for a gold answer that the rewards can't work with."""
-
 
 def load_data(
     data: Data,
     tokenizer: PreTrainedTokenizerBase,
-    verify_answer: VerifyAnswer | None = None,
+    check: AnswerCheck | None = None,
     *,
     train: PromptSet | None = None,
     held_out: PromptSet | None = None,
+    run_dir: Path | None = None,
+    note: Callable[[str], None] = logger.info,
 ) -> tuple[PromptSet, PromptSet]:
     """The training prompts, those of sources without end still left out, and the held-out ones.
 
+    Prompts of large sources are views of a file that is made once (``prepared.making``).
+
     Args:
-        verify_answer: raises ValueError for a gold answer that the rewards can't work with.
+        check: of the gold answers; None: they are taken as they are.
         train, held_out: prompts of your own in place of those that ``data`` names.
+        run_dir: where prepared prompts go that the user's cache can't hold.
+        note: told what takes long.
 
     Raises:
         DataError: what can't be read or used; training prompts among the held-out ones where that is an error.
     """
+    making = Making(data, tokenizer, _rendering(data), check, run_dir, note)
     if held_out is None:
-        held_out = _load_all(sources_of(data, "validation"), HELD_OUT_SPLITS, data, tokenizer, verify_answer)
+        held_out = _load_all(sources_of(data, "validation"), HELD_OUT_SPLITS, making)
     if train is None:
-        read = _load_all(sources_of(data, "train"), TRAIN_SPLITS, data, tokenizer, verify_answer)
-        train = without_contamination(read, held_out, data.on_contamination)
+        read = _load_all(sources_of(data, "train"), TRAIN_SPLITS, making)
+        train = without_contamination(read, held_out, making)
     return train, held_out
 
 
-def _load_all(
-    sources: Sequence[Source],
-    splits: Sequence[str],
-    data: Data,
-    tokenizer: PreTrainedTokenizerBase,
-    verify_answer: VerifyAnswer | None,
-) -> PromptSet:
-    return join(sources, [_load(source, splits, data, tokenizer, verify_answer) for source in sources])
+def _load_all(sources: Sequence[Source], splits: Sequence[str], making: Making) -> PromptSet:
+    for source in sources:
+        if source.task is None:
+            check_source(source)
+    if are_large(sources, splits):
+        return prepared_prompts(sources, splits, making)
+    return join(sources, [_load(source, splits, making) for source in sources])
 
 
 def attach_endless(prompts: PromptSet, data: Data, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
@@ -91,31 +99,26 @@ def build_sampler(config: Config, prompts: PromptSet) -> PromptSampler:
     )
 
 
-def _load(
-    source: Source,
-    splits: Sequence[str],
-    data: Data,
-    tokenizer: PreTrainedTokenizerBase,
-    verify_answer: VerifyAnswer | None,
-) -> PromptSet | None:
+def _load(source: Source, splits: Sequence[str], making: Making) -> PromptSet | None:
     """The prompts of one source; None if it has no end."""
+    data = making.data
     if source.task is not None:
         if source.size is None:
             return None
-        gym = _gym(source, data, tokenizer)
+        gym = _gym(source, data, making.tokenizer)
         try:
             return take_all(gym, source.size)
         finally:
             gym.close()
     return load_prompts(
         source,
-        tokenizer,
+        making.tokenizer,
         default_splits=splits,
         max_prompt_tokens=data.max_prompt_tokens,
         on_bad_line=data.on_bad_line,
         on_long_prompt=data.on_long_prompt,
-        verify_answer=verify_answer,
-        **_rendering(data),
+        verify_answer=making.check,
+        **making.rendering,
     )
 
 
@@ -162,13 +165,17 @@ def join(sources: Sequence[Source], parts: Sequence[PromptSet | None]) -> Prompt
     )
 
 
-def without_contamination(train: PromptSet, held_out: PromptSet, action: str) -> PromptSet:
-    """The training prompts, without those that are held-out ones by normalised text if ``action`` is ``"drop"``.
+def without_contamination(train: PromptSet, held_out: PromptSet, making: Making) -> PromptSet:
+    """The training prompts, without those that are held-out ones by normalised text where these are dropped.
 
     Raises:
-        DataError: there are some and ``action`` is ``"error"``, or nothing is left.
+        DataError: there are some and that is an error (``data.on_contamination``), or nothing is left.
     """
-    found = overlap(train.questions, held_out.questions)
+    action = making.data.on_contamination
+    if isinstance(train.prompts, PreparedPrompts):
+        found = prepared_overlap(train, held_out.questions, making)
+    else:
+        found = overlap(train.questions, held_out.questions)
     if not found:
         return train
     examples = "; ".join(f"{train.prompts[i].source}: {train.questions[i][:80]!r}" for i in list(found)[:_EXAMPLES])
@@ -191,13 +198,19 @@ def _without(train: PromptSet, indices: set[int]) -> PromptSet:
             shares.append((left, weight))
         else:
             shares.append((None, weight))
-    kept = [i for i in range(len(train.prompts)) if i not in indices]
-    prompts = tuple(train.prompts[i] for i in kept)
+    prompts: Sequence[Prompt]
+    questions: Sequence[str]
+    if isinstance(train.prompts, PreparedPrompts):
+        prompts, questions, digest = without_rows(train, indices)
+    else:
+        kept = [i for i in range(len(train.prompts)) if i not in indices]
+        prompts, questions = tuple(train.prompts[i] for i in kept), tuple(train.questions[i] for i in kept)
+        digest = digest_of(prompt.id for prompt in prompts)
     return dataclasses.replace(
         train,
         prompts=prompts,
-        questions=tuple(train.questions[i] for i in kept),
-        digest=digest_of(prompt.id for prompt in prompts),
+        questions=questions,
+        digest=digest,
         contaminated=len(indices),
         shares=tuple(shares),
     )

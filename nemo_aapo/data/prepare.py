@@ -18,6 +18,7 @@ import yaml
 from nemo_aapo.config.sources import Source
 from nemo_aapo.data.contamination import conflicts, overlap
 from nemo_aapo.data.gym import GymProcess
+from nemo_aapo.data.prepared.answers import AnswerCheck, VerifyAnswer
 from nemo_aapo.data.prompts import without_repeats
 from nemo_aapo.data.records import Record, read_records
 from nemo_aapo.data.rows import HELD_OUT_SPLITS, TRAIN_SPLITS, Row, Rows, parse_question, read_rows
@@ -81,7 +82,7 @@ def prepare(
     drop_contaminated: bool = False,
     count_tokens: Callable[[str], int] | None = None,
     max_prompt_tokens: int | None = None,
-    verify_answer: Callable[[str], None] | None = None,
+    verify_answer: VerifyAnswer | AnswerCheck | None = None,
 ) -> tuple[list[Row], Report]:
     """The rows of a source that a run could use, and the report.
 

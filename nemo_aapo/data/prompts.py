@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import heapq
+import itertools
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from nemo_aapo.config.sources import Source
+from nemo_aapo.data.prepared.answers import AnswerCheck, VerifyAnswer
 from nemo_aapo.data.rows import TRAIN_SPLITS, Row, gold_answer, read_rows
 from nemo_aapo.data.tokenizer import ChatTemplate, render_prompts
 from nemo_aapo.errors import DataError
@@ -27,6 +30,27 @@ logger = logging.getLogger(__name__)
 
 _EXAMPLES = 5
 """Number of bad lines that a message shows."""
+
+
+@dataclass
+class Problems:
+    """How many rows have one, and the first of them."""
+
+    count: int = 0
+    first: dict[int, str] = field(default_factory=dict)
+    """Number of the row -> what is wrong."""
+
+    def add(self, number: int, problem: str) -> None:
+        """One more, behind those that are there."""
+        self.count += 1
+        if len(self.first) < _EXAMPLES:
+            self.first[number] = problem
+
+    def merged(self, others: Iterable[Problems]) -> Problems:
+        """These and others."""
+        everyone = [self, *others]
+        first = heapq.nsmallest(_EXAMPLES, (item for problems in everyone for item in problems.first.items()))
+        return Problems(sum(problems.count for problems in everyone), dict(first))
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +69,7 @@ class PromptSet:
     """Number of prompts dropped because an earlier line has the same token ids and gold answer."""
     digest: str
     """A digest of all prompt ids in order: two files with the same digest mean the same run."""
-    questions: tuple[str, ...] = ()
+    questions: Sequence[str] = ()
     """The user's message in each prompt, before any template."""
     contaminated: int = 0
     """Number of prompts that are held-out ones too: dropped with ``on_contamination="drop"``, else still there."""
@@ -66,14 +90,14 @@ def load_prompts(
     date: str | None = None,
     on_bad_line: Literal["error", "skip"] = "error",
     on_long_prompt: Literal["error", "drop"] = "error",
-    verify_answer: Callable[[str], None] | None = None,
+    verify_answer: VerifyAnswer | AnswerCheck | None = None,
     **fields: Any,
 ) -> PromptSet:
     """Read, check, render and tokenise the prompts of a data set.
 
     Args:
-        source: a JSONL, JSON, Parquet or Arrow file (blank lines are ignored), a data set's directory, or a name on the
-            Hugging Face hub; or a ``Source``, which is no reasoning-gym task.
+        source: a JSONL, JSON, csv, tsv, Parquet or Arrow file (blank lines are ignored), a data set's directory, or a
+            name on the Hugging Face hub; or a ``Source``, which is no reasoning-gym task.
         tokenizer: any transformers tokenizer.
         max_prompt_tokens: the longest rendered prompt allowed, in tokens.
         default_splits: the splits to try where the source names none.
@@ -96,10 +120,8 @@ def load_prompts(
         source = Source(str(source), **fields)
     path = source.path
     rows, bad = read_rows(source, default_splits, verify_answer=verify_answer)
-    _report(path, bad, "line(s) can't be used", on_bad_line == "skip", "set data.on_bad_line=skip")
-    if not rows:
-        why = f"none of its {len(bad)} lines can be used, such as {_example(path, bad)}" if bad else "empty"
-        raise DataError(f"{path}: no prompts: {why}")
+    problems = Problems(len(bad), dict(itertools.islice(bad.items(), _EXAMPLES)))
+    require_rows(path, len(rows), problems, on_bad_line)
     unique = without_repeats(rows)
     texts, ids = render_prompts(
         tokenizer,
@@ -112,15 +134,34 @@ def load_prompts(
         before=[row.before for row in unique],
     )
     long = {
-        row.number: f"the prompt has {len(tokens)} tokens, max_prompt_tokens is {max_prompt_tokens}"
+        row.number: too_long(len(tokens), max_prompt_tokens)
         for row, tokens in zip(unique, ids, strict=True)
         if len(tokens) > max_prompt_tokens
     }
+    problems = Problems(len(long), dict(itertools.islice(long.items(), _EXAMPLES)))
+    require_short(path, len(unique), problems, on_long_prompt)
+    return _prompt_set(path, unique, texts, ids, bad=len(bad), long=long, repeats=len(rows) - len(unique))
+
+
+def too_long(tokens: int, most: int) -> str:
+    """What is wrong with a prompt of more tokens than ``data.max_prompt_tokens``."""
+    return f"the prompt has {tokens} tokens, max_prompt_tokens is {most}"
+
+
+def require_rows(path: str, rows: int, bad: Problems, on_bad_line: str) -> None:
+    """Raise DataError for bad lines where they are not skipped, and unless there are usable rows; else log them."""
+    _report(path, bad, "line(s) can't be used", on_bad_line == "skip", "set data.on_bad_line=skip")
+    if not rows:
+        why = f"none of its {bad.count} lines can be used, such as {_example(path, bad)}" if bad.count else "empty"
+        raise DataError(f"{path}: no prompts: {why}")
+
+
+def require_short(path: str, prompts: int, long: Problems, on_long_prompt: str) -> None:
+    """Raise DataError for prompts that are too long where they are not dropped, and if all are; else log them."""
     remedy = "raise data.max_prompt_tokens, or set data.on_long_prompt=drop"
     _report(path, long, "prompt(s) are too long", on_long_prompt == "drop", remedy)
-    if len(long) == len(unique):
+    if long.count == prompts:
         raise DataError(f"{path}: no prompts: every one is too long, such as {_example(path, long)}")
-    return _prompt_set(path, unique, texts, ids, bad=len(bad), long=long, repeats=len(rows) - len(unique))
 
 
 def make_prompts(
@@ -187,21 +228,21 @@ def _prompt_set(
     return PromptSet(tuple(prompts.values()), source, bad, len(long), duplicates, digest_of(prompts), tuple(questions))
 
 
-def _report(path: str, problems: dict[int, str], what: str, tolerate: bool, remedy: str) -> None:
+def _report(path: str, problems: Problems, what: str, tolerate: bool, remedy: str) -> None:
     """Raise, or log one line, about all problems at once."""
-    if not problems:
+    if not problems.count:
         return
-    examples = [f"{path}:{line}: {problem}" for line, problem in list(problems.items())[:_EXAMPLES]]
-    more = len(problems) - len(examples)
+    examples = [f"{path}:{line}: {problem}" for line, problem in problems.first.items()]
+    more = problems.count - len(examples)
     if tolerate:
-        logger.warning("%s: %d %s and are left out: %s", path, len(problems), what, "; ".join(examples[:3]))
+        logger.warning("%s: %d %s and are left out: %s", path, problems.count, what, "; ".join(examples[:3]))
         return
     listing = "\n  ".join([*examples, *([f"and {more} more"] if more else [])])
-    raise DataError(f"{path}: {len(problems)} {what}:\n  {listing}\nMend them, or {remedy}.")
+    raise DataError(f"{path}: {problems.count} {what}:\n  {listing}\nMend them, or {remedy}.")
 
 
-def _example(path: str, problems: dict[int, str]) -> str:
-    line, problem = next(iter(problems.items()))
+def _example(path: str, problems: Problems) -> str:
+    line, problem = next(iter(problems.first.items()))
     return f"{path}:{line}: {problem}"
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from decimal import Decimal
 from typing import Any, NamedTuple
 
 from nemo_aapo.config.sources import AnswerForm, Source
+from nemo_aapo.data.prepared.answers import AnswerCheck, VerifyAnswer
 from nemo_aapo.data.records import Record, read_records
 from nemo_aapo.errors import DataError
+from nemo_aapo.utils.text import shorten
 
 TRAIN_SPLITS = ("train",)
 HELD_OUT_SPLITS = ("test", "validation")
@@ -17,6 +21,10 @@ _GOLD_MARK = "####"
 _THOUSANDS_COMMA = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _BOX = re.compile(r"\\f?box(?:ed)?\s*\{")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+_MISSING_VALUES = {"nan", "null", "none", "n/a", "#n/a", "<na>", "nat", "inf", "infinity"}
+"""What programs write where there is no value, or none that is a number."""
+_EXACT = 2**53
+"""From here on a float does not hold every whole number."""
 _ROLES = {"human": "user", "gpt": "assistant"}
 """Roles of chat messages by the names that some data sets have for them."""
 
@@ -50,7 +58,7 @@ def read_rows(
     source: Source,
     default_splits: Sequence[str],
     *,
-    verify_answer: Callable[[str], None] | None = None,
+    verify_answer: VerifyAnswer | AnswerCheck | None = None,
 ) -> Rows:
     """The usable rows of a source, and what is wrong with the others.
 
@@ -64,20 +72,18 @@ def read_rows(
     """
     rows: list[Row] = []
     problems: dict[int, str] = {}
-    verdicts: dict[str, str] = {}
     for record in read_records(source, default_splits):
         try:
-            row = parse_row(record, source)
+            rows.append(parse_row(record, source))
         except DataError as error:
             problems[record.number] = str(error)
-            continue
-        if verify_answer is not None and row.answer not in verdicts:
-            verdicts[row.answer] = _verdict(row.answer, verify_answer)
-        if verdicts.get(row.answer):
-            problems[record.number] = verdicts[row.answer]
-        else:
-            rows.append(row)
-    return Rows(rows, problems)
+    if verify_answer is None:
+        return Rows(rows, problems)
+    check = verify_answer if isinstance(verify_answer, AnswerCheck) else AnswerCheck(verify_answer)
+    answers = dict.fromkeys(row.answer for row in rows)
+    refused = check.refused(answers, len(answers))
+    problems |= {row.number: refused[row.answer] for row in rows if row.answer in refused}
+    return Rows([row for row in rows if row.answer not in refused], dict(sorted(problems.items())))
 
 
 def parse_row(record: Record, source: Source) -> Row:
@@ -88,7 +94,7 @@ def parse_row(record: Record, source: Source) -> Row:
     """
     *before, question = parse_question(record, source.prompt_field)
     value = record.value
-    answer = _text(_find(value, source.answer_field, "answer"), source.answer_field, "answer")
+    answer = answer_text(_find(value, source.answer_field, "answer"), f'"{source.answer_field}"')
     return Row(record.number, question["content"], gold_answer(answer, source.answer_form), tuple(before))
 
 
@@ -103,7 +109,9 @@ def parse_question(record: Record, field: str) -> list[dict[str, str]]:
     value = record.value
     if not isinstance(value, dict) and not (isinstance(value, list) and field.split(".")[0].isdigit()):
         raise DataError(f"not a JSON object but {shorten(value)}")
-    return _messages(_find(value, field, "prompt"), field)
+    messages = _messages(_find(value, field, "prompt"), field)
+    _refuse_missing(messages[-1]["content"], "prompt")
+    return messages
 
 
 def gold_answer(answer: str, form: AnswerForm = "auto") -> str:
@@ -114,10 +122,14 @@ def gold_answer(answer: str, form: AnswerForm = "auto") -> str:
     ``"boxed"`` it is what the last ``\\boxed{}`` of a worked solution holds.
 
     Raises:
-        DataError: nothing is there.
+        DataError: nothing is there, or what stands for a missing value: ``nan``, ``None``, ``null``, ``N/A``.
     """
-    if form == "boxed":
-        return _last_box(answer)
+    gold = _last_box(answer) if form == "boxed" else _plain_answer(answer)
+    _refuse_missing(gold, "answer")
+    return gold
+
+
+def _plain_answer(answer: str) -> str:
     _, mark, gold = answer.rpartition(_GOLD_MARK)
     gold = _THOUSANDS_COMMA.sub("", gold.strip()) if mark else answer.strip()
     if not gold:
@@ -184,42 +196,59 @@ def _find(record: Any, path: str, what: str) -> Any:
     return found
 
 
-def _text(value: Any, field: str, what: str) -> str:
-    if isinstance(value, int | float) and not isinstance(value, bool) and what == "answer":
+def answer_text(value: Any, name: str) -> str:
+    """The text of an answer's cell; a whole number as one, whatever type its column has (27.0 as 27).
+
+    Args:
+        name: of the cell, for messages.
+
+    Raises:
+        DataError: it is neither text nor a number, is empty, or a float that can't hold the number it stands for.
+    """
+    if isinstance(value, float | Decimal):
+        if not math.isfinite(value):
+            raise DataError(f"no answer: {name} is {value!r}, which stands for a missing value")
+        if isinstance(value, float) and abs(value) >= _EXACT:
+            raise DataError(f"no answer: {name} is {value!r}; a float is not exact there: write it as text")
+        value = str(int(value) if value == int(value) else value)
+    elif isinstance(value, int) and not isinstance(value, bool):
         value = str(value)
+    return _text(value, name, "answer")
+
+
+def _refuse_missing(text: str, what: str) -> None:
+    bare = text.strip()
+    if bare.lower().lstrip("+-") in _MISSING_VALUES or bare == "NA":
+        raise DataError(f"no {what}: {bare!r} stands for a missing value")
+
+
+def _text(value: Any, name: str, what: str, may_be_empty: bool = False) -> str:
     if not isinstance(value, str):
-        raise DataError(f'no {what}: "{field}" is {shorten(value)}, not text')
-    if not value.strip():
-        raise DataError(f'no {what}: "{field}" is empty')
+        raise DataError(f"no {what}: {name} is {shorten(value)}, not text")
+    if not value.strip() and not may_be_empty:
+        raise DataError(f"no {what}: {name} is empty")
     if not _is_unicode(value):
-        raise DataError(f'"{field}" holds half of a surrogate pair, which no tokenizer takes')
+        raise DataError(f"{name} holds half of a surrogate pair, which no tokenizer takes")
     return value
 
 
 def _messages(value: Any, field: str) -> list[dict[str, str]]:
     """A question as chat messages, the user's last."""
     if not (isinstance(value, list) and value and all(isinstance(message, dict) for message in value)):
-        return [{"role": "user", "content": _text(value, field, "prompt")}]
+        return [{"role": "user", "content": _text(value, f'"{field}"', "prompt")}]
     messages = []
-    for message in value:
+    for number, message in enumerate(value, start=1):
         role = message.get("role", message.get("from"))
         content = message.get("content", message.get("value"))
         if not isinstance(role, str):
             raise DataError(f'no prompt: a message of "{field}" has no role: {shorten(message)}')
-        messages.append({"role": _ROLES.get(role, role), "content": _text(content, field, "prompt")})
+        text = _text(content, f'"{field}"', "prompt", may_be_empty=number < len(value))
+        messages.append({"role": _ROLES.get(role, role), "content": text})
     if messages[-1]["role"] != "user":
         raise DataError(
             f"no prompt: the last message of \"{field}\" is the {messages[-1]['role'][:80]}'s, not the user's"
         )
     return messages
-
-
-def _verdict(answer: str, verify_answer: Callable[[str], None]) -> str:
-    try:
-        verify_answer(answer)
-    except ValueError as error:
-        return f"the gold answer {shorten(answer)} can't be verified: {error}"
-    return ""
 
 
 def _is_unicode(text: str) -> bool:
@@ -228,12 +257,3 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def shorten(value: object) -> str:
-    """A value for a message, at most 80 characters."""
-    try:
-        text = repr(value)
-    except RecursionError:
-        return f"a {type(value).__name__} that is nested too deep"
-    return text if len(text) <= 80 else text[:77] + "..."

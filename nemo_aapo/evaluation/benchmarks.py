@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -17,8 +16,9 @@ from typing import Any
 from nemo_aapo.config.schema import EvaluationFields
 from nemo_aapo.config.sources import Source
 from nemo_aapo.data.records import Record, read_records
-from nemo_aapo.data.rows import HELD_OUT_SPLITS, closing_brace, gold_answer, shorten
+from nemo_aapo.data.rows import HELD_OUT_SPLITS, answer_text, closing_brace, gold_answer
 from nemo_aapo.errors import DataError
+from nemo_aapo.utils.text import shorten
 
 Row = Mapping[str, Any]
 """Column -> cell, as JSON and Parquet have them."""
@@ -221,7 +221,7 @@ BENCHMARKS = {
 def _answer(row: Row) -> str:
     """The gold answer: a column of its own, or the last box of the worked solution."""
     for name in ("answer", "final_answer", "Answer"):
-        if row.get(name) is not None and (answer := _gold(row[name])):
+        if row.get(name) not in (None, "") and (answer := _gold(row[name])):
             return answer
     for name in ("solution", "Solution"):
         if isinstance(row.get(name), str) and (boxed := last_boxed(row[name])):
@@ -235,11 +235,7 @@ def _gold(value: Any) -> str:
         return ", ".join(part for part in map(_gold, value) if part)
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise DataError(f"the answer is {shorten(value)}, neither text nor a number")
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            raise DataError(f"the answer is {value!r}")
-        value = int(value) if value.is_integer() else value
-    text = gold_answer(str(value))
+    text = gold_answer(answer_text(value, "the answer"))
     bare = text[1:-1] if len(text) > 1 and text[0] == text[-1] == "$" else text
     return bare.strip() if "$" not in bare else text
 

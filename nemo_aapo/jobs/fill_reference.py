@@ -27,11 +27,11 @@ from nemo_aapo.training.build import (
     build_rollouts,
     build_scorer,
     initialize,
-    read_data,
     sampling_of,
     with_first_ranks_date,
 )
 from nemo_aapo.training.build_reference import reference_key
+from nemo_aapo.training.read_data import read_data
 from nemo_aapo.types import Prompt
 
 INCOMPLETE = 1

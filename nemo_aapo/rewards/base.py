@@ -29,6 +29,8 @@ class Reward(Protocol):
 
     kind: ClassVar[str]
     """The name in the configuration."""
+    takes_integers: ClassVar[bool] = False
+    """Whether ``check_answer`` is known to take every whole number of up to 15 digits: a million are then not asked."""
 
     @property
     def name(self) -> str:

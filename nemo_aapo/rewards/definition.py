@@ -21,8 +21,13 @@ def reward_definition(reward: Reward) -> dict[str, Any]:
     definition: dict[str, Any] = {"name": reward.name}
     if dataclasses.is_dataclass(reward):
         definition |= dataclasses.asdict(reward)
+    digest = source_digest(type(reward))
+    return {**definition, "source": digest} if digest else definition
+
+
+def source_digest(kind: type) -> str | None:
+    """A digest of a class's source; None where Python can't find it, as of one typed at a prompt."""
     try:
-        source = inspect.getsource(type(reward))
-    except (OSError, TypeError):  # typed at a prompt
-        return definition
-    return {**definition, "source": hashlib.sha256(source.encode()).hexdigest()[:16]}
+        return hashlib.sha256(inspect.getsource(kind).encode()).hexdigest()[:16]
+    except (OSError, TypeError):
+        return None

@@ -40,6 +40,7 @@ class Integer(Reward):
     """1.0 if the last number of the completion (of its last ``\\boxed{}``, if it has one) is the gold integer."""
 
     kind: ClassVar[str] = "integer"
+    takes_integers: ClassVar[bool] = True
 
     def __call__(self, prompt: Prompt, text: str, completion: Completion) -> float:
         """1.0 or 0.0; thousands commas are allowed, and ``7.0`` is 7."""

@@ -42,6 +42,7 @@ class Accuracy(Reward):
     """
 
     kind: ClassVar[str] = "accuracy"
+    takes_integers: ClassVar[bool] = True
 
     @property
     def in_process(self) -> bool:

@@ -18,11 +18,11 @@ from nemo_aapo.algorithms import Algorithm
 from nemo_aapo.checkpoint.checkpointer import Checkpointer
 from nemo_aapo.config import Config, digests_of_run, pad_multiple
 from nemo_aapo.config.schema import RewardRunnerConfig
-from nemo_aapo.data.loading import attach_endless, build_sampler, load_data
+from nemo_aapo.data.loading import build_sampler
 from nemo_aapo.data.prompts import PromptSet
 from nemo_aapo.data.tokenizer import load_text
 from nemo_aapo.distributed import parallel
-from nemo_aapo.distributed.agreement import agree, on_first_rank
+from nemo_aapo.distributed.agreement import agree
 from nemo_aapo.engines.base import RolloutEngine
 from nemo_aapo.engines.build import build_engine
 from nemo_aapo.errors import ConfigError
@@ -34,17 +34,17 @@ from nemo_aapo.mcore.offload import LearnerOffload
 from nemo_aapo.prepare.job import Job
 from nemo_aapo.rewards.base import Reward
 from nemo_aapo.rewards.workers.runner import RewardRunner
-from nemo_aapo.rollout.collector import ChecksAnswers, Collector, RewardScorer
+from nemo_aapo.rollout.collector import Collector, RewardScorer
 from nemo_aapo.rollout.pipeline import RolloutPipeline
 from nemo_aapo.run.identity import identity_of
 from nemo_aapo.run.reporter import Notes, Reporter
 from nemo_aapo.training.build_reference import build_reference, open_reference_store
+from nemo_aapo.training.read_data import read_data
 from nemo_aapo.training.trainer import AAPOTrainer
 from nemo_aapo.types import SamplingSpec
 from nemo_aapo.utils.transformers5 import said
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
     from typing_extensions import Unpack
 
 
@@ -131,7 +131,8 @@ def build_rollouts(
     config = job.config
     text = load_text(config.model.path, job.shape.vocab_size, trust_remote_code=config.model.trust_remote_code)
     scorer = build_scorer(job.rewards, config.reward_runner, stack, parts.get("rewards"))
-    data, validation_data = read_data(config, text.tokenizer, scorer, parts.get("data"), parts.get("validation_data"))
+    given = parts.get("data"), parts.get("validation_data")
+    data, validation_data = read_data(config, text.tokenizer, scorer, *given, reporter.note)
     for name, prompts in (("training", data), ("validation", validation_data)):
         reporter.note(f"{_count(prompts)} {name} prompts from {prompts.path}{_left_out(config, prompts)}")
     sampler = build_sampler(config, data)
@@ -214,31 +215,6 @@ def build_scorer(
         return stack.enter_context(made)
 
     return agree(make)
-
-
-def read_data(
-    config: Config,
-    tokenizer: PreTrainedTokenizerBase,
-    scorer: RewardScorer | None,
-    train: PromptSet | None = None,
-    validation: PromptSet | None = None,
-) -> tuple[PromptSet, PromptSet]:
-    """Training and held-out prompts. Rank 0 reads and checks; all ranks get the same prompts, or the same error.
-
-    Args:
-        train, validation: prompts of one's own in place of those that the configuration names.
-    """
-    if train is not None and validation is not None:
-        return train, validation
-
-    def load() -> tuple[PromptSet, PromptSet]:
-        verify = scorer.check_answer if isinstance(scorer, ChecksAnswers) else None
-        return load_data(config.data, tokenizer, verify, train=train, held_out=validation)
-
-    read, held_out = on_first_rank(load)
-    if train is None:
-        read = agree(lambda: attach_endless(read, config.data, tokenizer))
-    return read, held_out
 
 
 def sampling_of(config: Config, end_tokens: tuple[int, ...]) -> SamplingSpec:

@@ -108,7 +108,7 @@ class Data:
     """Prompts and how they are rendered."""
 
     train: str | tuple[dict[str, Any], ...] = setting(
-        "JSONL, Parquet or Arrow file, saved data set, hub name, reasoning_gym:TASK; or a list [{path: ..., "
+        "JSONL, JSON, csv, Parquet or Arrow file, saved data set, hub name, reasoning_gym:TASK; or a list [{path: ..., "
         "weight: ...}, ...]",
         decides=True,
         main=True,

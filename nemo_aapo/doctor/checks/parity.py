@@ -78,6 +78,7 @@ def measure(config: Config, engine: Callable[[MegatronPolicy], RolloutEngine] | 
     from nemo_aapo.rollout.collector import own_shard
     from nemo_aapo.seeds import stream_seed
     from nemo_aapo.training import build
+    from nemo_aapo.training.read_data import read_data
 
     job = resolve(config, config.trainer.num_nodes * config.trainer.devices, given=("rewards",))
     config = job.config
@@ -86,7 +87,7 @@ def measure(config: Config, engine: Callable[[MegatronPolicy], RolloutEngine] | 
         stack.callback(destroy_model_parallel)
         model = config.model
         text = load_text(model.path, job.shape.vocab_size, trust_remote_code=model.trust_remote_code)
-        train, held_out = build.read_data(config, text.tokenizer, None)
+        train, held_out = read_data(config, text.tokenizer, None)
         data = train.prompts if len(train.prompts) else held_out.prompts  # a source without end has none yet
         prompts = [data[i % len(data)] for i in range(max(PROMPTS, parallel.data_parallel_size()))]
         algorithm = Algorithm(config.algorithm, config.rollout.max_new_tokens)

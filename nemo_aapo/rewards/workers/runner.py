@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from nemo_aapo.types import Completion, Prompt
 logger = logging.getLogger(__name__)
 
 _LOGGED_FAILURES = 3
+_SHORT_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,14}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +135,8 @@ class RewardRunner:
 
     def check_answer(self, answer: str) -> None:
         """Raise ValueError if a reward can't work with this gold answer, or needs more than the limit to find out."""
+        if _SHORT_INTEGER.fullmatch(answer) and all(map(_takes_integers, self._rewards)):
+            return
         if self.pool is None:
             for reward in self._rewards:
                 reward.check_answer(answer)
@@ -172,6 +176,11 @@ class RewardRunner:
             logger.warning("completion %s: %s", index, detail)
         if len(failed) > _LOGGED_FAILURES:
             logger.warning("%d of %d completions could not be scored", len(failed), len(results))
+
+
+def _takes_integers(reward: Reward) -> bool:
+    checks_nothing = type(reward).check_answer is Reward.check_answer
+    return checks_nothing or getattr(reward, "takes_integers", False)  # one of a user's own may not say
 
 
 def _check_arguments(rewards: Sequence[Reward], weights: Sequence[float], workers: int) -> None:

@@ -1,0 +1,1 @@
+"""Large data sets, rendered and tokenised once: a memory-mapped Arrow file that runs and ranks share."""
