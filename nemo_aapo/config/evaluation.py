@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nemo_aapo.config.build import check_limits
+from nemo_aapo.config.build import check_limits, check_name
 from nemo_aapo.config.schema import EvaluationConfig
 from nemo_aapo.errors import ConfigError
 
@@ -14,6 +14,7 @@ def check_evaluation(config: EvaluationConfig) -> None:
         ConfigError: names the key, its value and the reason.
     """
     check_limits(config)
+    check_name(config.run.name, config.run.dir)
     sampling = config.sampling
     if sampling.temperature == 0 and config.samples > 1:
         raise ConfigError(f"samples={config.samples} with sampling.temperature=0: all of a problem would be the same")

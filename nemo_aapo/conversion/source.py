@@ -14,6 +14,7 @@ from nemo_aapo.config import build
 from nemo_aapo.config.schema import Lora
 from nemo_aapo.errors import ConfigError
 from nemo_aapo.run.names import CHECKPOINTS, step_of
+from nemo_aapo.utils.unforeseen import paths_refused
 
 Kind = Literal["hf", "megatron", "checkpoint", "run"]
 
@@ -70,6 +71,7 @@ class ModelSource:
         return found[::-1]
 
 
+@paths_refused()
 def find_source(path: Path | str, base: Path | str | None = None, base_option: str = "--base ") -> ModelSource:
     """Find out what a path holds, by the names of the files there.
 

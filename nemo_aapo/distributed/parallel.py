@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from nemo_aapo.errors import LostRankError
+from nemo_aapo.utils.job import rank_of_job
 
 T = TypeVar("T")
 
@@ -89,7 +90,7 @@ def groups() -> Groups:
 
 def rank() -> int:
     """This rank within the job."""
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+    return dist.get_rank() if dist.is_initialized() else rank_of_job()
 
 
 def data_parallel_rank() -> int:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from nemo_aapo.config import Config
 from nemo_aapo.distributed import parallel
 from nemo_aapo.distributed.agreement import agree
-from nemo_aapo.launch.local import world_size_of_job
 from nemo_aapo.mcore.groups import destroy_model_parallel
 from nemo_aapo.prepare.job import Job, resolve
 from nemo_aapo.run.experiment import open_experiment
@@ -19,6 +18,8 @@ from nemo_aapo.run.stop import StopSignal
 from nemo_aapo.run.summary import summary_table
 from nemo_aapo.training.build import Parts, build_training, initialize
 from nemo_aapo.training.trainer import AAPOTrainer
+from nemo_aapo.utils.job import world_size_of_job
+from nemo_aapo.utils.unforeseen import forgive_console
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -37,6 +38,7 @@ def train(job: Job | Config, **parts: Unpack[Parts]) -> int:
     Raises:
         ConfigError, DataError: what can't work, on every rank.
     """
+    forgive_console()
     if isinstance(job, Config):
         job = resolve(job, world_size_of_job(), given=parts)
     config = job.config

@@ -14,7 +14,8 @@ from pathlib import Path
 from nemo_aapo.config import PRECISIONS, Config, EvaluationConfig, kind_of, with_machine_defaults
 from nemo_aapo.config.precision import check_optimizer
 from nemo_aapo.errors import ConfigError
-from nemo_aapo.launch.local import world_size_of, world_size_of_job
+from nemo_aapo.launch.local import world_size_of
+from nemo_aapo.utils.job import world_size_of_job
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,8 @@ from nemo_aapo.conversion.source import ModelSource, find_source
 from nemo_aapo.errors import ConfigError
 from nemo_aapo.models import families
 from nemo_aapo.prepare.packages import MEGATRON, check_packages
+from nemo_aapo.utils.job import world_size_of_job
+from nemo_aapo.utils.unforeseen import paths_refused
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class ConversionJob:
     """Absolute; the new directory that is written, or the Hugging Face side of a comparison."""
 
 
+@paths_refused()
 def prepare_hf_to_megatron(path: Path, out: Path, layout: Layout) -> ConversionJob:
     """A Hugging Face directory that becomes a Megatron checkpoint.
 
@@ -46,6 +49,7 @@ def prepare_hf_to_megatron(path: Path, out: Path, layout: Layout) -> ConversionJ
     return ConversionJob(ModelSource("hf", path.absolute(), path.absolute()), layout, _require_new(out))
 
 
+@paths_refused()
 def prepare_megatron_to_hf(path: Path, base: Path | None, out: Path, layout: Layout) -> ConversionJob:
     """A Megatron checkpoint, or the newest of a run, that becomes a Hugging Face directory.
 
@@ -59,6 +63,7 @@ def prepare_megatron_to_hf(path: Path, base: Path | None, out: Path, layout: Lay
     return ConversionJob(found, layout, _require_new(out))
 
 
+@paths_refused()
 def prepare_verification(path: Path, base: Path | None, hf: Path | None, layout: Layout) -> ConversionJob:
     """A Megatron checkpoint beside a Hugging Face directory, or this alone, which is converted in memory.
 
@@ -75,9 +80,9 @@ def prepare_verification(path: Path, base: Path | None, hf: Path | None, layout:
 def _require_layout(base: Path, layout: Layout) -> None:
     tp, pp = layout.tensor_parallel_size, layout.pipeline_parallel_size
     families.require_layout(base, tp, pp)
-    if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) != layout.ranks:
+    if "WORLD_SIZE" in os.environ and (started := world_size_of_job()) != layout.ranks:
         raise ConfigError(
-            f"{os.environ['WORLD_SIZE']} ranks were started, but tensor {tp} x pipeline {pp} = {layout.ranks}: leave "
+            f"{started} ranks were started, but tensor {tp} x pipeline {pp} = {layout.ranks}: leave "
             "torchrun away, or start as many"
         )
     check_packages(MEGATRON)

@@ -29,7 +29,7 @@ from nemo_aapo.config import (
 )
 from nemo_aapo.errors import ConfigError
 from nemo_aapo.run.identity import identity_of
-from nemo_aapo.utils.files import LOCK, to_json, write_atomic
+from nemo_aapo.utils.files import LOCK, fitting, read_json, to_json, write_atomic
 
 RECORD = "run.json"
 """What the directory belongs to: digest, settings and what model and data hold; and every start with its versions."""
@@ -90,7 +90,7 @@ def _differences(record: Record, config: Config, identity: Identity) -> list[str
     lines = []
     for key in sorted({*there, *now}, key=lambda key: (key not in there or key not in now, key)):
         same_value = (key in there, there.get(key)) == (key in now, now.get(key))
-        same_contents = key in contents and contents[key] == identity[key]
+        same_contents = key in contents and contents[key] == identity.get(key)
         if not same_value and not same_contents:
             lines.append(f"  {key}: {_show(there, key)} there, {_show(now, key)} now")
         elif key in contents and not same_contents:
@@ -157,15 +157,16 @@ def read_record(directory: Path) -> Record | None:
     Raises:
         ConfigError: the file is damaged, or can't be read.
     """
-    path = directory / RECORD
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):  # a run.dir below a file is refused where it is to be made
-        return None
-    except OSError as error:
-        raise ConfigError(f"{path}: can't be read ({error.strerror})") from None
-    except ValueError as error:
-        raise ConfigError(f"{path}: damaged ({error}). Name another run.dir, or remove {directory}") from None
+    remedy = f"Name another run.dir, or remove {directory}"
+    return read_json(directory / RECORD, _as_record, ConfigError, remedy)
+
+
+def _as_record(tree: Any) -> Record:
+    for key, kind in (("id", str), ("digest", str), ("settings", dict), ("starts", list)):
+        fitting(tree[key], kind)
+    for part in (tree.get("contents", {}), *tree["starts"]):
+        fitting(part, dict)
+    record: Record = tree
     return record
 
 

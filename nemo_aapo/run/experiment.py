@@ -15,6 +15,7 @@ from typing import Any
 from nemo_aapo.config import Config
 from nemo_aapo.run.directory import change_of_instruction_set, claim
 from nemo_aapo.run.metrics_file import MetricsFile
+from nemo_aapo.run.names import step_of
 from nemo_aapo.run.stop import STOP_FILE
 from nemo_aapo.types import Group
 from nemo_aapo.utils.files import FINISHED, to_json, write_atomic
@@ -64,7 +65,7 @@ class Experiment:
         """
         self._metrics.truncate_after(step)
         for path in (self.directory / "rollouts").glob("step_*.jsonl"):
-            if int(path.stem.removeprefix("step_")) > step:
+            if (step_of(path.stem) or 0) > step:
                 path.unlink()
         (self.directory / FINISHED).unlink(missing_ok=True)
         for logger in self._loggers:

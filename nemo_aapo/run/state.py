@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_aapo.errors import RunError
-from nemo_aapo.run.metrics_file import read_metrics
+from nemo_aapo.run.metrics_file import number, read_metrics
 from nemo_aapo.run.names import CHECKPOINTS, step_of
 from nemo_aapo.utils.files import FINISHED
 
@@ -40,20 +39,18 @@ class RunState:
 
     def tokens_after(self, step: int) -> int:
         """Completion tokens of the training steps after this one."""
-        return round(sum(s["tokens_per_second"] * s["time/step"] for s in self.steps if s["step"] > step))
+        steps = [s for s in self.steps if s["step"] > step]
+        return round(sum(number(s, "tokens_per_second") * number(s, "time/step") for s in steps))
 
 
 def read_state(run_dir: Path) -> RunState:
     """Read a run directory, which may be empty.
 
     Raises:
-        RunError: ``metrics.jsonl`` is damaged.
+        RunError: a file of it is damaged.
     """
     path = run_dir / "metrics.jsonl"
-    try:
-        lines = read_metrics(path) if path.exists() else []
-    except ValueError as error:
-        raise RunError(str(error)) from None
+    lines = read_metrics(path) if path.exists() else []
     checkpoints = {step: path for path in (run_dir / CHECKPOINTS).glob("step_*") if (step := step_of(path.name))}
     newest = max(checkpoints, default=0)
     validations = [line for line in lines if "validation/accuracy_greedy" in line]
