@@ -163,9 +163,7 @@ def _convert_plain(value: Any, plain: Any, path: str) -> Any:
     elif plain is str and isinstance(value, str | int | float) and _is_text(str(value)):
         return str(value)
     if isinstance(value, int | float) and not isinstance(value, bool) and plain in (int, float) and abs(value) > 2**63:
-        raise ConfigError(
-            f"{path}={value:.3g}: too large a number" if isinstance(value, float) else f"{path}: too large"
-        )
+        raise ConfigError(f"{path}={value!r:.30}: too large a number")
     expected = getattr(plain, "__name__", str(plain)).replace("tuple", "list").replace("dict", "mapping")
     raise ConfigError(f"{path}={value!r}: a value of type {expected} is needed")
 

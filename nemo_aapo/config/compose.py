@@ -103,9 +103,10 @@ def _in_words(error: Exception) -> str:
         )
     if "override_grammar" in said:
         key, _, value = getattr(error, "override", "KEY=VALUE").partition("=")
+        complaint = said.partition("; See ")[0].removeprefix("LexerNoViableAltException: ")
         return (
-            f"{said.partition('; See ')[0]}. Text with spaces, brackets, commas, = or letters beyond ASCII is quoted "
-            f"""twice: '{key}="{value}"'"""
+            f"{complaint}. Text with spaces, brackets, commas, = or letters beyond ASCII is quoted twice: "
+            f"""'{key}="{value}"'"""
         )
     return f"{said} ({one_line(error.__cause__)})" if error.__cause__ else said
 

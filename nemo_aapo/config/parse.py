@@ -38,21 +38,16 @@ def check_overrides(overrides: list[str], groups: dict[str, list[str]], schema: 
             continue
         if key in groups:
             if argument.startswith("~") or value in ("", "null"):
-                raise ConfigError(f"{argument}: a choice can't be taken away. Leave it out, or {_choices(groups[key])}")
+                names = ", ".join(groups[key])
+                raise ConfigError(f"{argument}: a choice can't be taken away. Leave it out, or choose one of {names}")
             if "," in value:
-                raise ConfigError(
-                    f"{argument}: one choice at a time; one run for each: scripts/launch.py sweep {argument}"
-                )
+                raise ConfigError(f"{argument}: one at a time. One run for each: scripts/launch.py sweep {argument}")
             if value not in groups[key]:
                 raise ConfigError(f"{key}={value}: there is no such choice{nearest(value, groups[key])}")
             continue
         free_form = any(key.startswith(prefix + ".") for prefix in known)  # inside a dict or list
         if key not in known and key not in sections and not free_form:
             raise ConfigError(f"unknown setting {key!r}{nearest(key, [*known, *groups])}")
-
-
-def _choices(names: list[str]) -> str:
-    return f"choose one of {', '.join(names)}"
 
 
 def parse(tree: dict[str, Any]) -> Config:

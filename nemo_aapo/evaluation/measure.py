@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +22,8 @@ class Outcomes:
     """int64 [samples] for each prompt, completion tokens, over all ranks."""
     groups: list[Group]
     """The groups of this data-parallel rank's prompts; their texts are on model-parallel source ranks only."""
+    complete: bool
+    """False: a stop was asked for meanwhile, and some completions are missing; the same on all ranks."""
 
 
 def measure(
@@ -30,17 +32,23 @@ def measure(
     sampling: SamplingSpec,
     seeds: Sequence[Sequence[int]],
     reward: str,
+    stop: Callable[[], bool] = bool,
 ) -> Outcomes:
     """Generate ``len(seeds[i])`` completions of each prompt i and judge them. Collective over all ranks of the job.
 
     Args:
         prompts, sampling, seeds: as ``Collector.collect`` takes them.
         reward: name of the reward that tells right (1) from wrong completions.
+        stop: asked meanwhile, on every rank; True on one: what has not ended is broken off.
     """
-    groups = collector.collect(prompts, sampling, seeds)
+    groups = collector.collect(prompts, sampling, seeds, watch=lambda ended: stop())
     mine = [
-        (group.right(reward), np.array([len(completion.token_ids) for completion in group.completions]))
+        (
+            group.right(reward) if group.completions else np.zeros(0, dtype=bool),
+            np.array([len(completion.token_ids) for completion in group.completions], dtype=np.int64),
+        )
         for group in groups
     ]
     everyone = [row for part in parallel.gather_data_parallel(mine) for row in part]
-    return Outcomes([correct for correct, _ in everyone], [lengths for _, lengths in everyone], groups)
+    correct, lengths = [correct for correct, _ in everyone], [lengths for _, lengths in everyone]
+    return Outcomes(correct, lengths, groups, list(map(len, lengths)) == list(map(len, seeds)))

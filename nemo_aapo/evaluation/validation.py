@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from nemo_aapo.errors import Interrupted
 from nemo_aapo.evaluation.estimators import average
-from nemo_aapo.evaluation.measure import measure
+from nemo_aapo.evaluation.measure import Outcomes, measure
 from nemo_aapo.rollout.collector import Collector
 from nemo_aapo.run.experiment import rollout_rows
 from nemo_aapo.seeds import stream_seed
@@ -29,6 +30,8 @@ class Validator:
     samples: int
     """Sampled completions of each prompt; 0 leaves out the sampled accuracy."""
     seed: int
+    stop: Callable[[], bool] = bool
+    """Asked meanwhile: a validation that is broken off is made anew by whoever goes on with the run."""
 
     def run(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Measure.
@@ -37,8 +40,11 @@ class Validator:
             Metrics ``validation/accuracy_greedy``, ``validation/accuracy_sampled`` and its standard error
             ``validation/accuracy_sampled_stderr``, ``validation/completion_length`` (the same on all ranks); and the
             completions of this rank's prompts as plain rows (on model-parallel source ranks; empty on the others).
+
+        Raises:
+            Interrupted: on all ranks, as ``stop`` was true on one.
         """
-        greedy = measure(self.collector, self.prompts, self.greedy, [[0]] * len(self.prompts), self.reward)
+        greedy = self._measure(self.greedy, [[0]] * len(self.prompts))
         metrics = {"validation/accuracy_greedy": average(np.stack(greedy.correct)).value}
         last, rows = greedy, rollout_rows(greedy.groups)
         if self.samples:
@@ -46,7 +52,7 @@ class Validator:
                 [stream_seed(self.seed, "validation", prompt.id, k) for k in range(self.samples)]
                 for prompt in self.prompts
             ]
-            last = measure(self.collector, self.prompts, self.sampled, seeds, self.reward)
+            last = self._measure(self.sampled, seeds)
             accuracy = average(np.stack(last.correct))
             metrics |= {
                 "validation/accuracy_sampled": accuracy.value,
@@ -55,3 +61,9 @@ class Validator:
             rows += rollout_rows(last.groups)
         metrics["validation/completion_length"] = float(np.concatenate(last.lengths).mean())
         return metrics, rows
+
+    def _measure(self, sampling: SamplingSpec, seeds: Sequence[Sequence[int]]) -> Outcomes:
+        outcomes = measure(self.collector, self.prompts, sampling, seeds, self.reward, self.stop)
+        if not outcomes.complete:
+            raise Interrupted
+        return outcomes

@@ -29,6 +29,7 @@ from nemo_aapo.config import (
 )
 from nemo_aapo.errors import ConfigError
 from nemo_aapo.run.identity import identity_of
+from nemo_aapo.run.names import newest_step
 from nemo_aapo.utils.files import LOCK, fitting, read_json, to_json, write_atomic
 
 RECORD = "run.json"
@@ -60,7 +61,7 @@ def check_run_directory(config: Config) -> None:
     A start that was refused, for its data say, leaves nothing to protect: the mended configuration may go on there.
 
     Raises:
-        ConfigError: the settings that differ, and what to do.
+        ConfigError: the settings that differ, and what to do; or fewer steps are asked for than were made.
     """
     directory = Path(config.run.dir)
     if directory.exists() and not directory.is_dir():
@@ -72,6 +73,7 @@ def check_run_directory(config: Config) -> None:
     answers = [config, *(with_machine_defaults(config, on_gpu=on_gpu) for on_gpu in (False, True))]
     identity = identity_of(config)
     if any(record["digest"] in digests_of_run(answer, identity) for answer in answers):
+        _refuse_fewer_steps(config)
         return
     different = min((_differences(record, answer, identity) for answer in answers), key=len)
     shown = different[:SHOWN_DIFFERENCES]
@@ -81,6 +83,16 @@ def check_run_directory(config: Config) -> None:
         f"run.dir={config.run.dir} holds a run with another configuration:\n" + "\n".join(shown) + "\n"
         f"Give this run another name (run.name=NAME or run.dir=DIR), set these as they were, or remove {config.run.dir}"
     )
+
+
+def _refuse_fewer_steps(config: Config) -> None:
+    """A run can't end before a step that it has made; the steps after it are in its weights."""
+    done, wanted = newest_step(Path(config.run.dir)), config.trainer.max_steps
+    if wanted < done:
+        raise ConfigError(
+            f"trainer.max_steps={wanted}: {config.run.dir} holds a checkpoint of step {done} already. "
+            f"trainer.max_steps={done} ends the run there; for a shorter one give it another name (run.name=NAME)"
+        )
 
 
 def _differences(record: Record, config: Config, identity: Identity) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from nemo_aapo.run.experiment import Experiment, SilentExperiment
 from nemo_aapo.run.progress import Progress
@@ -16,6 +16,7 @@ class Notes(Protocol):
     def note(self, text: str) -> None: ...
 
 
+@runtime_checkable
 class Reporter(Notes, Protocol):
     """Where the loop reports to; on ranks other than 0 it says nothing."""
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_aapo.run.metrics_file import number, read_metrics
-from nemo_aapo.run.names import CHECKPOINTS, step_of
+from nemo_aapo.run.names import CHECKPOINTS, newest_step, step_name
 from nemo_aapo.utils.files import FINISHED
 
 
@@ -51,13 +51,12 @@ def read_state(run_dir: Path) -> RunState:
     """
     path = run_dir / "metrics.jsonl"
     lines = read_metrics(path) if path.exists() else []
-    checkpoints = {step: path for path in (run_dir / CHECKPOINTS).glob("step_*") if (step := step_of(path.name))}
-    newest = max(checkpoints, default=0)
+    newest = newest_step(run_dir)
     validations = [line for line in lines if "validation/accuracy_greedy" in line]
     return RunState(
         finished=(run_dir / FINISHED).exists(),
         steps=tuple(line for line in lines if "loss" in line),
         validation=validations[-1] if validations else None,
         checkpoint=newest,
-        checkpoint_age_s=time.time() - checkpoints[newest].stat().st_mtime if newest else None,
+        checkpoint_age_s=time.time() - (run_dir / CHECKPOINTS / step_name(newest)).stat().st_mtime if newest else None,
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,7 @@ from nemo_aapo.run.reporter import Notes, Reporter
 from nemo_aapo.training.build_reference import build_reference, open_reference_store
 from nemo_aapo.training.trainer import AAPOTrainer
 from nemo_aapo.types import SamplingSpec
+from nemo_aapo.utils.clock import seconds_since_start
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -149,7 +151,7 @@ def build_rollouts(
         sampler=sampler,
         reference=build_reference(config, collector, sampling, key, store),
     )
-    return Rollouts(policy, pipeline, _validator(config, collector, validation_data, eos))
+    return Rollouts(policy, pipeline, _validator(config, collector, validation_data, eos, _stop_of(config, reporter)))
 
 
 # ---------------------------------------------------------------- parts
@@ -237,7 +239,7 @@ def sampling_of(config: Config, eos: int) -> SamplingSpec:
     return SamplingSpec(rollout.temperature, rollout.max_new_tokens, (eos,), stop_strings=rollout.stop_strings)
 
 
-def _validator(config: Config, collector: Collector, data: PromptSet, eos: int) -> Validator:
+def _validator(config: Config, collector: Collector, data: PromptSet, eos: int, stop: Callable[[], bool]) -> Validator:
     validation = config.validation
     spec = dataclasses.replace(sampling_of(config, eos), min_new_tokens=validation.min_new_tokens)
     return Validator(
@@ -248,7 +250,15 @@ def _validator(config: Config, collector: Collector, data: PromptSet, eos: int) 
         sampled=dataclasses.replace(spec, temperature=validation.temperature, top_p=validation.top_p),
         samples=validation.samples,
         seed=config.seed,
+        stop=stop,
     )
+
+
+def _stop_of(config: Config, reporter: Notes) -> Callable[[], bool]:
+    """Whether something long is to be broken off: as asked from outside, or as the time is over."""
+    asked = reporter.stop_requested if isinstance(reporter, Reporter) else bool
+    limit = config.checkpoint.max_time_s or math.inf
+    return lambda: asked() or seconds_since_start() > limit
 
 
 def _checkpointer(config: Config) -> Checkpointer:

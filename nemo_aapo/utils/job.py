@@ -22,20 +22,29 @@ def world_size_of_job() -> int:
     """Ranks of the job that this process is one of, before any group exists.
 
     Raises:
-        ConfigError: the variables by which ranks find each other are not whole, or no numbers.
+        ConfigError: the variable that says so is no number, or too small for this rank.
     """
     rank, world_size = rank_of_job(), _number("WORLD_SIZE", "1")
-    if "RANK" not in os.environ:
-        return world_size
-    missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
-    if missing:
-        raise ConfigError(f"RANK={rank} is set, but not {', '.join(missing)}: {_REMEDY}")
     if rank >= world_size:
         raise ConfigError(f"RANK={rank} with WORLD_SIZE={world_size}: ranks are counted from 0. {_REMEDY}")
+    return world_size
+
+
+def check_rendezvous() -> None:
+    """Refuse to be a rank that can't find the others.
+
+    Raises:
+        ConfigError: the variables that say where they meet are missing, or wrong.
+    """
+    if "RANK" not in os.environ:
+        return
+    missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise ConfigError(f"RANK={os.environ['RANK']} is set, but not {', '.join(missing)}: {_REMEDY}")
     if not 0 < _number("MASTER_PORT", "") < 2**16:
         raise ConfigError(f"MASTER_PORT={os.environ['MASTER_PORT']}: not a port. {_REMEDY}")
+    world_size_of_job()
     _number("LOCAL_RANK", "0")
-    return world_size
 
 
 def _number(name: str, default: str) -> int:
