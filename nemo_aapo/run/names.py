@@ -1,10 +1,12 @@
-"""The names of checkpoints in a run directory: ``checkpoints/step_000050``."""
+"""Names in a run directory that several parts know, such as those of checkpoints: ``checkpoints/step_000050``."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
+PHASE = "phase.json"
+"""Name of the file that says what the run is at while it makes no step."""
 CHECKPOINTS = "checkpoints"
 """Name of the directory that holds a run's checkpoints."""
 

@@ -16,17 +16,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 from nemo_aapo.algorithms import Algorithm
+from nemo_aapo.checkpoint import manifest
 from nemo_aapo.checkpoint.checkpointer import Checkpointer
+from nemo_aapo.checkpoint.directory import CheckpointDirectory
 from nemo_aapo.config import Config, digests_of_run, pad_multiple
 from nemo_aapo.config.schema import RewardRunnerConfig
 from nemo_aapo.data.loading import attach_endless, build_sampler, load_data
 from nemo_aapo.data.prompts import PromptSet
+from nemo_aapo.data.sampler import PromptSampler
 from nemo_aapo.data.tokenizer import load_tokenizer, require_eos, text_decoder
 from nemo_aapo.distributed import parallel
 from nemo_aapo.distributed.agreement import agree, on_first_rank
 from nemo_aapo.engines.base import RolloutEngine
 from nemo_aapo.engines.build import build_engine
-from nemo_aapo.errors import ConfigError
+from nemo_aapo.errors import CheckpointError, ConfigError
 from nemo_aapo.evaluation.validation import Validator
 from nemo_aapo.learner.learner import Learner
 from nemo_aapo.learner.policy import MegatronPolicy
@@ -38,6 +41,7 @@ from nemo_aapo.rewards.workers.runner import RewardRunner
 from nemo_aapo.rollout.collector import ChecksAnswers, Collector, RewardScorer
 from nemo_aapo.rollout.pipeline import RolloutPipeline
 from nemo_aapo.run.identity import identity_of
+from nemo_aapo.run.names import CHECKPOINTS
 from nemo_aapo.run.reporter import Notes, Reporter
 from nemo_aapo.training.build_reference import build_reference, open_reference_store
 from nemo_aapo.training.trainer import AAPOTrainer
@@ -130,6 +134,8 @@ def build_rollouts(
     for name, prompts in (("training", data), ("validation", validation_data)):
         reporter.note(f"{_count(prompts)} {name} prompts from {prompts.path}{_left_out(config, prompts)}")
     sampler = build_sampler(config, data)
+    if trains:
+        check_resumed_data(config, sampler)
     sampling = sampling_of(config, eos)
     key, store = open_reference_store(config, sampling, scorer, reporter, stack, new_store_key)
     reporter.note(f"loading {config.model.path} ({job.shape.architecture}) into Megatron")
@@ -151,7 +157,7 @@ def build_rollouts(
         sampler=sampler,
         reference=build_reference(config, collector, sampling, key, store),
     )
-    return Rollouts(policy, pipeline, _validator(config, collector, validation_data, eos, _stop_of(config, reporter)))
+    return Rollouts(policy, pipeline, _validator(config, collector, validation_data, eos, stop_of(config, reporter)))
 
 
 # ---------------------------------------------------------------- parts
@@ -233,6 +239,25 @@ def read_data(
     return read, held_out
 
 
+def check_resumed_data(config: Config, sampler: PromptSampler) -> None:
+    """Refuse to go on with other data than the newest checkpoint's, before the model is loaded. Collective.
+
+    Raises:
+        DataError: on all ranks; every difference is named.
+    """
+
+    def check() -> None:
+        steps = CheckpointDirectory(Path(config.run.dir) / CHECKPOINTS, keep_last=1, keep_best=None).steps()
+        try:
+            state = manifest.read(steps[-1]).trainer_state.get("sampler") if steps else None
+        except CheckpointError:  # resuming says what is wrong with it, or goes back to an older one
+            return
+        if isinstance(state, dict):
+            sampler.check(state)
+
+    on_first_rank(check)
+
+
 def sampling_of(config: Config, eos: int) -> SamplingSpec:
     """How policy and reference are sampled in training."""
     rollout = config.rollout
@@ -254,7 +279,7 @@ def _validator(config: Config, collector: Collector, data: PromptSet, eos: int, 
     )
 
 
-def _stop_of(config: Config, reporter: Notes) -> Callable[[], bool]:
+def stop_of(config: Config, reporter: Notes) -> Callable[[], bool]:
     """Whether something long is to be broken off: as asked from outside, or as the time is over."""
     asked = reporter.stop_requested if isinstance(reporter, Reporter) else bool
     limit = config.checkpoint.max_time_s or math.inf

@@ -36,6 +36,8 @@ def describe(states: Sequence[JobState], run: RunState, history: History) -> lis
     speed = number(last, "tokens_per_second")
     reward = f", reward {number(last, 'reward/mean'):.3f}, {speed:,.0f} tokens/s" if last else ""
     lines.append(f"step        {run.step}{reward}")
+    if run.phase and not run.finished:
+        lines.append(f"phase       {run.phase}")
     if run.validation:
         accuracy = number(run.validation, "validation/accuracy_greedy")
         lines.append(f"validation  accuracy {accuracy:.3f} greedy at step {run.validation['step']}")

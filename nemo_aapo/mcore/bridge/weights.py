@@ -9,17 +9,22 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from nemo_aapo.distributed import parallel
+from nemo_aapo.errors import Interrupted
 from nemo_aapo.mcore.bridge.loader import auto_bridge_class
 from nemo_aapo.models import writer as hf_directory
 from nemo_aapo.models.directory import architecture_of
 from nemo_aapo.utils.files import whole_directory
+
+TENSORS_BETWEEN_QUESTIONS = 16
+"""Tensors that are exported between two questions whether to stop."""
 
 
 class WeightMap:
@@ -80,6 +85,7 @@ class WeightMap:
         dtype: torch.dtype | None = None,
         max_shard_bytes: int = hf_directory.MAX_SHARD_BYTES,
         more_files: Mapping[str, str] | None = None,
+        stop: Callable[[], bool] = bool,
     ) -> None:
         """Write a Hugging Face directory that plain transformers loads; appears whole or not at all. Collective.
 
@@ -89,8 +95,13 @@ class WeightMap:
             dtype: of the tensors, and named by ``config.json``; None: the model's, and ``config.json`` as it is.
             max_shard_bytes: a larger model is written in several files with an index.
             more_files: text by file name; rank 0's are written.
+            stop: asked on every rank now and then; True on one breaks it off.
+
+        Raises:
+            Interrupted: on all ranks, as ``stop`` said so; nothing is left.
         """
-        tensors = ((name, tensor if dtype is None else tensor.to(dtype)) for name, tensor in self.export(model))
+        exported = _until(stop, self.export(model))
+        tensors = ((name, tensor if dtype is None else tensor.to(dtype)) for name, tensor in exported)
         if dist.get_rank() == 0:
             with whole_directory(Path(directory)) as partial:
                 hf_directory.write_shards(tensors, partial, max_shard_bytes)
@@ -100,6 +111,14 @@ class WeightMap:
             for _ in tensors:  # the other ranks' part in the collectives
                 pass
         dist.barrier()
+
+
+def _until(stop: Callable[[], bool], tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The same tensors, unless a rank wants to stop. Collective, as making them is."""
+    for number, named in enumerate(tensors):
+        if number % TENSORS_BETWEEN_QUESTIONS == 0 and parallel.any_rank(stop())[0]:
+            raise Interrupted
+        yield named
 
 
 def _name_tensors_by_architecture(pretrained: Any) -> None:
