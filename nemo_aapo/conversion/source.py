@@ -113,9 +113,9 @@ def run_settings(run: Path | None) -> dict[str, Any]:
         return {}
     try:
         tree = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeError, RecursionError) as error:
         raise ConfigError(f"{run / 'config.yaml'}: {error}") from None
-    if not isinstance(tree, dict):
+    if not isinstance(tree, dict) or not isinstance(tree.get("model", {}), dict):
         raise ConfigError(f"{run / 'config.yaml'}: not a run's configuration")
     return tree
 
@@ -144,4 +144,4 @@ def _own_base(path: Path, base: Path | str | None, base_option: str) -> Path:
 
 def _base_of_run(run: Path | None, base: Path | str | None) -> Path | None:
     named = base or run_settings(run).get("model", {}).get("path")
-    return None if named is None else Path(named).absolute()
+    return None if named is None else Path(str(named)).absolute()

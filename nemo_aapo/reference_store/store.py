@@ -186,7 +186,7 @@ class RewardStore:
             yield
         except (sqlite3.Error, OSError) as error:
             raise StoreError(f"{self.path}: {error}. {self._remedy(str(error))}") from error
-        except (ValueError, TypeError) as error:  # bytes that are no text, text that is no number
+        except (ValueError, TypeError, RecursionError) as error:  # bytes that are no text, text that is no number
             raise StoreError(f"{self.path}: malformed ({error}). {self._remedy('malformed')}") from error
 
     def _remedy(self, reason: str) -> str:

@@ -29,7 +29,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
             header = json.loads(file.read(header_size))
         header.pop("__metadata__", None)
         promised = 8 + header_size + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{path}: not a whole safetensors file ({error}). Half-written?") from None
     if size != promised:
         raise ConfigError(f"{path}: has {size} bytes where its header promises {promised}. Half-written?")

@@ -19,6 +19,7 @@ from nemo_aapo.config import Config
 from nemo_aapo.config.command_line import CommandLine, read_command_line
 from nemo_aapo.config.compose import compose, resolved
 from nemo_aapo.config.schema.facts import settings_of
+from nemo_aapo.conversion.source import find_source, lora_of
 from nemo_aapo.errors import FAILED, REFUSED
 from nemo_aapo.evaluation import compare
 from nemo_aapo.launch.slurm import commands, control
@@ -159,6 +160,7 @@ def run_files() -> dict[str, Any]:
     validation = {"step": 3, **VALIDATION, "validation/accuracy_sampled_stderr": 0.1}
     return {
         "run.json": {"id": "1", "digest": "DIGEST", "settings": {"seed": 1}, "contents": {}, "starts": [{"host": "n"}]},
+        "config.yaml": {"model": {"path": "/m", "lora": None}, "seed": 1},
         "phase.json": {"phase": "validating", "done": 1, "total": 3, "began": 1.0},
         "metrics.jsonl": [{"step": 0, **VALIDATION}, *({"step": k, **METRICS} for k in (1, 2, 3)), validation],
         "slurm/jobs.json": [{"id": "7", "what": "train"}],
@@ -252,6 +254,9 @@ def readers(words: list[str], run_dir: Path) -> list[Callable[[], int]]:
 
         return len(read_servers(run_dir / "servers")) and 0
 
+    def model() -> int:
+        return bool(lora_of(find_source(run_dir))) and 0
+
     def manifest() -> int:
         from nemo_aapo.checkpoint.manifest import read
 
@@ -262,6 +267,7 @@ def readers(words: list[str], run_dir: Path) -> list[Callable[[], int]]:
         lambda: run_command(prepare, resume, description="", words=words),
         lambda: exit_code(lambda: len(compare.compare(run_dir, other, None)) and 0),
         lambda: exit_code(servers),
+        lambda: exit_code(model),
         lambda: exit_code(manifest),
     ]
 
