@@ -152,6 +152,43 @@ def stopped_fit(trainer):
     return fit(trainer)
 
 
+@pytest.mark.parametrize(("tp", "pp", "world"), [(1, 1, 1), (2, 1, 2), (1, 1, 2)])
+def test_a_stop_in_the_midst_of_a_batch_keeps_what_was_scored_by_then(ranks, folder, filled_first, tp, pp, world):
+    run_dir = folder / f"midst{tp}{pp}{world}"
+    config = settings(folder, run_dir, *SHORT, tp=tp, pp=pp, world=world)
+    for stored, complete, asked in ranks.run(with_trainer, config, stopped_within_a_batch, world=world, tp=None):
+        assert not complete
+        assert asked > 0
+        assert 0 < stored < 10 * 4
+    ((complete, values, drawn),) = ranks.run(with_trainer, settings(folder, run_dir, *SHORT), prepare, tp=None)
+    assert complete
+    assert values == filled_first[1]
+    assert len(drawn) == 1
+
+
+def stopped_within_a_batch(trainer):
+    """Two sequences run at a time, and a stop is asked for once some have ended; what is stored then, on rank 0."""
+    from nemo_aapo.distributed import parallel
+    from nemo_aapo.rollout import collector
+
+    collector.WATCH_S, before = 0.0, collector.WATCH_S
+    reference, asked = trainer.rollouts.reference, []
+    trainer.rollouts.collector.engine.max_concurrent_tokens = 48
+    reference.first = 0
+
+    def stop():
+        asked.append(1)
+        return len(asked) > 6
+
+    try:
+        complete = reference.prepare(trainer.rollouts.data, trainer.rollouts.reference_served, stop_requested=stop)
+    finally:
+        collector.WATCH_S = before
+    store, ids = reference.store, [prompt.id for prompt in trainer.rollouts.data]
+    stored = parallel.broadcast_from_first_rank(store and sum(map(len, store.read(ids, 4).values())))
+    return stored, complete, len(asked)
+
+
 def test_a_run_skips_what_another_one_has_stored_meanwhile(ranks, folder, filled_first):
     config = settings(folder, folder / "meanwhile", *SHORT)
     ((values, drawn),) = ranks.run(with_trainer, config, prepare_beside_another, tp=None)
