@@ -74,6 +74,10 @@ class WeightsError(RunError):
     """Weights that a rollout server was handed are not what the trainer wrote."""
 
 
+class Interrupted(Exception):
+    """A stop was asked for in the middle of something that whoever goes on with the run does anew. Not an error."""
+
+
 class WireError(ValueError):
     """A message between trainer and rollout server is not what it should be; the text names the field."""
 

@@ -97,7 +97,7 @@ def read(directory: Path) -> Manifest:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise DamagedCheckpointError(f"{path} is missing") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DamagedCheckpointError(f"{path} can't be read: {error}") from error
     if not isinstance(tree, dict) or tree.pop("sha256", None) != _tree_digest(tree):
         raise DamagedCheckpointError(f"{path} was altered: it does not fit its own checksum")

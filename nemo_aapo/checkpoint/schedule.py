@@ -11,11 +11,16 @@ from nemo_aapo.config.schema import Checkpoint
 class SaveSchedule:
     """One rank's opinion; ranks agree on it by a collective, as their clocks differ."""
 
-    def __init__(self, settings: Checkpoint, clock: Callable[[], float] = time.monotonic) -> None:
-        """Start the run's time now."""
+    def __init__(self, settings: Checkpoint, clock: Callable[[], float] = time.monotonic, elapsed: float = 0.0) -> None:
+        """Args: elapsed: seconds that the run's job has been going on already: imports, loading, waiting for others."""
         self.settings, self._clock = settings, clock
-        self._started = self._saved = self._stepped = clock()
+        self._saved = self._stepped = clock()
+        self._started = self._saved - elapsed
         self._longest_step = 0.0
+
+    def step_begins(self) -> None:
+        """What was done since the last step (reference rewards were filled, say) is no part of the next one."""
+        self._stepped = self._clock()
 
     def step_done(self) -> None:
         """A training step, with what belongs to it, is over."""

@@ -10,7 +10,6 @@ supported        the architectures that Megatron-Bridge knows, and which of them
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 import tempfile
@@ -18,9 +17,8 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from nemo_aapo.cli.main import command_of_ranks, said_alike
+from nemo_aapo.cli.main import command_of_ranks, exit_code
 from nemo_aapo.conversion.source import find_source
-from nemo_aapo.errors import INTERRUPTED, ConfigError, RunError
 from nemo_aapo.launch import local
 from nemo_aapo.models import families
 from nemo_aapo.prepare.conversion import (
@@ -30,6 +28,7 @@ from nemo_aapo.prepare.conversion import (
     prepare_megatron_to_hf,
     prepare_verification,
 )
+from nemo_aapo.utils.job import rank_of_job
 from nemo_aapo.utils.libraries import quiet
 from nemo_aapo.utils.transformers5 import said
 
@@ -139,7 +138,7 @@ def session(job: ConversionJob) -> AbstractContextManager[None]:
 
 def say(text: str) -> int:
     """Print on rank 0."""
-    if os.environ.get("RANK", "0") == "0":
+    if rank_of_job() == 0:
         print(text, flush=True)
     return 0
 
@@ -214,10 +213,4 @@ def main(words: Sequence[str] | None = None) -> int:
     """The command; its exit code."""
     quiet()
     arguments = read_arguments(list(sys.argv[1:] if words is None else words))
-    rank = int(os.environ.get("RANK", "0"))
-    try:
-        return int(arguments.run(arguments))
-    except (ConfigError, RunError) as error:
-        return said_alike(error, rank)
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    return exit_code(lambda: int(arguments.run(arguments)), on_every_rank=True)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from nemo_aapo.config import without_secrets
 from nemo_aapo.config.command_line import TRAINING, CommandLine, ConfigFile, read_command_line, usage
 from nemo_aapo.config.compose import compose
-from nemo_aapo.errors import INTERRUPTED, REFUSED, ConfigError, RunError
+from nemo_aapo.errors import FAILED, INTERRUPTED, REFUSED, ConfigError, RunError
+from nemo_aapo.utils import unforeseen
+from nemo_aapo.utils.job import rank_of_job
 from nemo_aapo.utils.libraries import quiet
 
 J = TypeVar("J")
@@ -40,41 +42,79 @@ def run_command(
     Returns:
         The task's exit code, or 2 where the job is refused: one message on stderr, no traceback.
     """
-    rank = int(os.environ.get("RANK", "0"))
     quiet()
-    try:
+
+    def run() -> int:
+        job = _prepared(prepare, description, words, kind)
+        if isinstance(job, int):
+            return job
+        return exit_code(lambda: task(job), run_dir=_run_dir(job))  # an error is perhaps on this rank only
+
+    return exit_code(run, on_every_rank=True)
+
+
+def _prepared(prepare: Callable[[CommandLine], J], description: str, words: Sequence[str], kind: ConfigFile) -> J | int:
+    """The job; or the exit code, where the words only ask to be shown something.
+
+    Raises:
+        ConfigError: the job is refused; a path that it names can't be looked at.
+    """
+    rank = rank_of_job()
+    with unforeseen.paths_refused():
         command = read_command_line(list(words), kind)
         if command.show == "help":
             return _say(usage(description, command), rank)
         if command.show == "config":
             return _say(_to_yaml(without_secrets(compose(command))), rank)
-        job = prepare(command)
-    except ConfigError as error:
-        return said_alike(error, rank)
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    return exit_code(lambda: task(job), rank)  # an error is perhaps on this rank only
+        return prepare(command)
 
 
-def said_alike(error: ConfigError | RunError, rank: int) -> int:
-    """The exit code of an error that every rank finds: rank 0 says it, the others give it the time to."""
-    if rank == 0:
-        print(error, file=sys.stderr, flush=True)
-    else:
-        time.sleep(RANK_0_SPEAKS_S)
-    return error.exit_code
+def exit_code(run: Callable[[], int], *, run_dir: Path | None = None, on_every_rank: bool = False) -> int:
+    """What ``run`` returns; or that of the error that ended it, whose message alone is printed, on stderr.
 
+    This is where every command ends: no error reaches a person as a traceback.
 
-def exit_code(run: Callable[[], int], rank: int = 0) -> int:
-    """What ``run`` returns; or that of the error that ended it, whose message alone is printed, on stderr."""
+    Args:
+        run_dir: where the log of an error that nobody foresaw is kept.
+        on_every_rank: all ranks find the same errors, and rank 0 alone says them.
+    """
+    unforeseen.forgive_console()
     try:
         return run()
-    except (ConfigError, RunError, argparse.ArgumentError) as error:
-        who = f"rank {rank}: " if rank else ""
-        print(f"{who}{error}", file=sys.stderr, flush=True)
-        return REFUSED if isinstance(error, argparse.ArgumentError) else error.exit_code
+    except (ConfigError, RunError) as error:
+        return said(str(error), error.exit_code, on_every_rank)
+    except argparse.ArgumentError as error:
+        return said(str(error), REFUSED, on_every_rank)
     except KeyboardInterrupt:
         return INTERRUPTED
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and run_dir is None:  # who reads the output has seen enough
+            sys.stdout = None  # type: ignore[assignment]  # or Python would complain at its end
+            return FAILED
+        return said(unforeseen.describe(error, run_dir, _rank()), FAILED, on_every_rank)
+
+
+def said(message: str, code: int, on_every_rank: bool = False) -> int:
+    """Say an error on stderr; its exit code. Where every rank finds it, the others give rank 0 the time to say it."""
+    rank = _rank()
+    if rank == 0 or not on_every_rank:
+        print(f"rank {rank}: {message}" if rank else message, file=sys.stderr, flush=True)
+    else:
+        time.sleep(RANK_0_SPEAKS_S)
+    return code
+
+
+def _rank() -> int:
+    try:
+        return rank_of_job()
+    except ConfigError:  # which is the error that is being said
+        return 0
+
+
+def _run_dir(job: object) -> Path | None:
+    """The run directory of any kind of job that has one."""
+    run = getattr(getattr(job, "config", job), "run", None)
+    return None if run is None else Path(run.dir)
 
 
 def command_of_ranks(command: str, words: Sequence[str]) -> list[str]:

@@ -15,9 +15,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_aapo.cli.main import exit_code
 from nemo_aapo.config.command_line import config_directory
 from nemo_aapo.config.sources import GYM, Source
-from nemo_aapo.errors import FAILED, INTERRUPTED, REFUSED, ConfigError, RunError
+from nemo_aapo.errors import FAILED, ConfigError
+from nemo_aapo.utils.unforeseen import paths_refused
 
 if TYPE_CHECKING:
     from nemo_aapo.data.prepared.answers import AnswerCheck
@@ -30,14 +32,16 @@ _SETTINGS_OF_TASKS = ("size", "seed", "parameters")
 def main(words: Sequence[str] | None = None) -> int:
     """The command; its exit code."""
     arguments = read_arguments(words)
+    return exit_code(lambda: _written(arguments))
+
+
+def _written(arguments: argparse.Namespace) -> int:
     try:
-        return run(arguments)
-    except (ConfigError, RunError, OSError) as error:
-        print(error, file=sys.stderr)
-        return REFUSED
+        with paths_refused():
+            return run(arguments)
     except KeyboardInterrupt:
         print(f"stopped: {arguments.output} was not written", file=sys.stderr)
-        return INTERRUPTED
+        raise
 
 
 def read_arguments(words: Sequence[str] | None) -> argparse.Namespace:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 import types
 import typing
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from nemo_aapo.config.schema.facts import values_of, without_null
 from nemo_aapo.errors import ConfigError
 
 T = TypeVar("T")
+_LONGEST_NAME = 128
+"""Letters of a run's name: file systems take 255 bytes, and Slurm's logs and shards add to it."""
+_LARGEST_INTEGER = 2**63 - 1
+_LARGEST_NUMBER = 3e38  # what float32 holds, in which the learner computes
 
 
 def build(cls: type[T], tree: Any, path: str = "") -> T:
@@ -34,12 +38,19 @@ def build(cls: type[T], tree: Any, path: str = "") -> T:
             known = [f"{path}.{name}" if path else name for name in hints]
             raise ConfigError(f"unknown setting {full!r}{nearest(full, known)}")
     values = {}
+    optional = {field.name for field in dataclasses.fields(cls) if field.default is not dataclasses.MISSING}  # type: ignore[arg-type]
     for name, annotation in hints.items():
         full = f"{path}.{name}" if path else name
+        if name in optional and name not in tree:
+            continue
         if name not in tree or tree[name] == "???":
             raise ConfigError(f"{full} must be set: {full}=VALUE")
         values[name] = _convert(tree[name], annotation, full)
     return cls(**values)
+
+
+LEAST_TEMPERATURE = 0.01
+"""Logits divided by less overflow to no distribution at all."""
 
 
 def check_limits(config: Any) -> None:
@@ -52,12 +63,62 @@ def check_limits(config: Any) -> None:
         ConfigError: the key, its value, the limits.
     """
     for key, facts, value in values_of(config):
-        if value is not None and facts.limits and not facts.allow(value):
-            raise ConfigError(f"{key}={value}: must be {facts.limits}")
+        if complaint := facts.complaint(value):
+            shown = list(value) if isinstance(value, tuple) else value
+            raise ConfigError(f"{key}={shown}: must be {complaint}")
+        if key.endswith("temperature") and 0 < value < LEAST_TEMPERATURE:
+            raise ConfigError(f"{key}={value}: must be at least {LEAST_TEMPERATURE}; 0 takes the likeliest token")
+
+
+def check_name(name: str, directory: str) -> None:
+    """Refuse a name that is no name of a folder below ``results/``, and a run directory that is none.
+
+    Raises:
+        ConfigError: an empty name, ``..``, one that file systems don't take.
+    """
+    parts = name.split("/")
+    if not all(part.strip() for part in parts) or {".", ".."} & set(parts):
+        raise ConfigError(f"run.name={name!r}: it names the run's own folder; letters and digits are needed")
+    if longest := max(parts, key=len)[_LONGEST_NAME:]:
+        raise ConfigError(f"run.name: {len(longest) + _LONGEST_NAME} letters are too many, at most {_LONGEST_NAME}")
+    if Path(directory.strip()).name in ("", ".."):
+        raise ConfigError(f"run.dir={directory!r}: it must name the run's own folder")
+
+
+NAMES_ELSEWHERE = {
+    "batch_size": "prompts_per_step",
+    "beta": "algorithm.kl_coefficient",
+    "bf16": "precision",
+    "dataset": "data.train",
+    "eval_steps": "trainer.val_check_interval",
+    "kl_coef": "algorithm.kl_coefficient",
+    "learning_rate": "model.optim.lr",
+    "max_completion_length": "rollout.max_new_tokens",
+    "max_num_steps": "trainer.max_steps",
+    "max_prompt_length": "data.max_prompt_tokens",
+    "max_response_length": "rollout.max_new_tokens",
+    "max_tokens": "rollout.max_new_tokens",
+    "model_name": "model.path",
+    "model_name_or_path": "model.path",
+    "num_generations": "group_size",
+    "num_generations_per_prompt": "group_size",
+    "num_iterations": "algorithm.updates_per_rollout",
+    "num_prompts_per_step": "prompts_per_step",
+    "output_dir": "run.dir",
+    "per_device_train_batch_size": "prompts_per_step",
+    "save_steps": "checkpoint.save_interval",
+    "train_batch_size": "prompts_per_step",
+    "train_file": "data.train",
+    "warmup_ratio": "model.optim.sched.warmup_steps",
+}
+"""What other trainers (TRL, verl, NeMo-RL) call a setting -> its key here."""
 
 
 def nearest(typed: str, known: Sequence[str]) -> str:
     """The end of a message: `` (did you mean ...?)``, by whole key first, then by its last part."""
+    elsewhere = NAMES_ELSEWHERE.get(typed.rpartition(".")[2])
+    if elsewhere in known:
+        return f" (did you mean {elsewhere!r}?)"
     close = difflib.get_close_matches(typed, known, n=1, cutoff=0.5)
     if "." not in typed:
         by_leaf = {path.rsplit(".", 1)[-1]: path for path in known}
@@ -95,14 +156,21 @@ def _convert_plain(value: Any, plain: Any, path: str) -> Any:
     if isinstance(value, bool):
         if plain is bool:
             return value
-    elif plain is int and isinstance(value, int):
+    elif plain is int and isinstance(value, int) and abs(value) <= _LARGEST_INTEGER:
         return value
-    elif plain is float and isinstance(value, int | float) and math.isfinite(value):
+    elif plain is float and isinstance(value, int | float) and abs(value) <= _LARGEST_NUMBER:  # NaN is not either
         return float(value)
-    elif plain is str and isinstance(value, str | int | float):
+    elif plain is str and isinstance(value, str | int | float) and _is_text(str(value)):
         return str(value)
+    if isinstance(value, int | float) and not isinstance(value, bool) and plain in (int, float) and abs(value) > 2**63:
+        raise ConfigError(f"{path}={value!r:.30}: too large a number")
     expected = getattr(plain, "__name__", str(plain)).replace("tuple", "list").replace("dict", "mapping")
     raise ConfigError(f"{path}={value!r}: a value of type {expected} is needed")
+
+
+def _is_text(value: str) -> bool:
+    """Whether files and paths can hold it: no NUL, nothing that UTF-8 has no code for."""
+    return "\0" not in value and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 def _fitting(annotation: Any, value: Any) -> tuple[Any, bool]:

@@ -7,10 +7,11 @@ import importlib.util
 import math
 from typing import Any
 
-from nemo_aapo.config.build import check_limits
+from nemo_aapo.config.build import check_limits, check_name
 from nemo_aapo.config.cluster import check_cluster
 from nemo_aapo.config.precision import check_optimizer, check_precision
 from nemo_aapo.config.schema import Config
+from nemo_aapo.config.schema.limits import COMPLETIONS_OF_STEP
 from nemo_aapo.config.sources import check_data
 from nemo_aapo.errors import ConfigError
 
@@ -22,8 +23,20 @@ def check_alone(config: Config) -> None:
         ConfigError: names the key, its value and the reason.
     """
     check_limits(config)
+    check_name(config.run.name, config.run.dir)
     if len(config.model.optim.betas) != 2:
         raise ConfigError(f"model.optim.betas={list(config.model.optim.betas)}: two numbers are needed")
+    completions = config.prompts_per_step * config.group_size
+    if completions > COMPLETIONS_OF_STEP:
+        raise ConfigError(
+            f"prompts_per_step={config.prompts_per_step} x group_size={config.group_size} = {completions:,} "
+            f"completions in one step: at most {COMPLETIONS_OF_STEP:,}"
+        )
+    if config.model.optim.sched.min_lr > config.model.optim.lr:
+        raise ConfigError(
+            f"model.optim.sched.min_lr={config.model.optim.sched.min_lr}: the learning rate falls from "
+            f"model.optim.lr={config.model.optim.lr} to it, so it can't be higher"
+        )
     _check_sampling(config)
     hosted = config.rollout.engine == "remote" and config.rollout.server.engine == "trtllm"
     if hosted or config.rollout.engine == "trtllm":

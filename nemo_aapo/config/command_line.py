@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -122,4 +123,6 @@ def usage(description: str, command: CommandLine) -> str:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
+        if re.search(r"(--multirun|-m)\b", message):
+            raise ConfigError(f"{message}. One run for each value: scripts/launch.py sweep KEY=A,B")
         raise ConfigError(f"{message}. Settings are given as KEY=VALUE, without dashes; --help shows the main ones")

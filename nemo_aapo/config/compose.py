@@ -33,6 +33,7 @@ def compose(command: CommandLine) -> dict[str, Any]:
     """
     check_overrides(command.overrides, command.groups(), command.kind.schema)
     import hydra
+    import yaml
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
@@ -43,8 +44,11 @@ def compose(command: CommandLine) -> dict[str, Any]:
     except (HydraException, OmegaConfBaseException) as error:
         if without_effect := re.match(r"Could not override '([^']+)'", str(error)):
             raise ConfigError(_no_effect(without_effect[1])) from None
-        cause = f" ({one_line(error.__cause__)})" if error.__cause__ else ""
-        raise ConfigError(one_line(error) + cause) from None
+        raise ConfigError(_in_words(error)) from None
+    except (yaml.YAMLError, UnicodeError) as error:
+        raise ConfigError(
+            f"{command.directory / command.config_file}.yaml, or one it names: {one_line(error)}"
+        ) from None
 
 
 def resolved(tree: Any) -> dict[str, Any]:
@@ -86,6 +90,25 @@ def _refuse_changing(value: Any, path: str = "") -> None:
         )
     for key, inner in items:
         _refuse_changing(inner, f"{path}.{key}" if path else str(key))
+
+
+def _in_words(error: Exception) -> str:
+    """Hydra's words, without its hints at options that its own programs have, with what helps here."""
+    said = one_line(error)
+    if sweep := re.search(r"(?:argument|parameters?) '([^']*)'", said) if "--multirun" in said else None:
+        key = sweep[1].partition("=")[0]
+        return (
+            f"{sweep[1]}: several values at once. A list is {key}=[A,B]; text with commas is quoted twice: "
+            f"'{key}=\"A,B\"'; one run for each value: scripts/launch.py sweep {sweep[1]}"
+        )
+    if "override_grammar" in said:
+        key, _, value = getattr(error, "override", "KEY=VALUE").partition("=")
+        complaint = said.partition("; See ")[0].removeprefix("LexerNoViableAltException: ")
+        return (
+            f"{complaint}. Text with spaces, brackets, commas, = or letters beyond ASCII is quoted twice: "
+            f"""'{key}="{value}"'"""
+        )
+    return f"{said} ({one_line(error.__cause__)})" if error.__cause__ else said
 
 
 def _no_effect(key: str) -> str:

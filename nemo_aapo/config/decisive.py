@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -26,8 +27,7 @@ def decisive_settings(config: Config, identity: Identity | None = None) -> dict[
     Args:
         identity: of model and data; None leaves their paths.
     """
-    facts = {setting.key: setting.facts for setting in settings_of(Config)}
-    tree = _decisive(dataclasses.asdict(config), config, facts, "")
+    tree = _decisive(dataclasses.asdict(config), config, _facts(), "")
     for key, value in (identity or {}).items():
         *sections, name = key.split(".")
         inner = tree
@@ -52,15 +52,26 @@ def digests_of_run(config: Config, identity: Identity) -> tuple[str, ...]:
     return tuple(dict.fromkeys([digest(config, identity), digest(config), digest(config, contents)]))
 
 
+@functools.cache
+def _facts() -> dict[str, Facts]:
+    return {setting.key: setting.facts for setting in settings_of(Config)}
+
+
+@functools.cache
+def _below(section: str) -> tuple[str, ...]:
+    """The settings below a dotted key, which ends with a dot."""
+    return tuple(key for key in _facts() if key.startswith(section))
+
+
 def _decisive(tree: dict[str, Any], config: Config, facts: Mapping[str, Facts], prefix: str) -> dict[str, Any]:
     """The part of a section that decides; a section of which something could decide stays, be it empty."""
     found = {}
     for name, value in tree.items():
         key = f"{prefix}{name}"
-        if key in facts and (value is None or not any(other.startswith(f"{key}.") for other in facts)):
+        if key in facts and (value is None or not _below(f"{key}.")):
             if _decides(facts[key], value, config):
                 found[name] = value
-        elif any(fact.decides for other, fact in facts.items() if other.startswith(f"{key}.")):
+        elif any(facts[other].decides for other in _below(f"{key}.")):
             found[name] = _decisive(value, config, facts, f"{key}.")
     return found
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nemo_aapo.config.build import check_limits
+from nemo_aapo.config.build import check_limits, check_name
 from nemo_aapo.config.checks import check_date
 from nemo_aapo.config.schema import EvaluationConfig
 from nemo_aapo.errors import ConfigError
@@ -15,6 +15,7 @@ def check_evaluation(config: EvaluationConfig) -> None:
         ConfigError: names the key, its value and the reason.
     """
     check_limits(config)
+    check_name(config.run.name, config.run.dir)
     check_date("date", config.date)
     sampling = config.sampling
     if sampling.temperature == 0 and config.samples > 1:

@@ -37,7 +37,12 @@ def check_overrides(overrides: list[str], groups: dict[str, list[str]], schema: 
         if key.startswith("hydra"):
             continue
         if key in groups:
-            if value not in (*groups[key], "null"):
+            if argument.startswith("~") or value in ("", "null"):
+                names = ", ".join(groups[key])
+                raise ConfigError(f"{argument}: a choice can't be taken away. Leave it out, or choose one of {names}")
+            if "," in value:
+                raise ConfigError(f"{argument}: one at a time. One run for each: scripts/launch.py sweep {argument}")
+            if value not in groups[key]:
                 raise ConfigError(f"{key}={value}: there is no such choice{nearest(value, groups[key])}")
             continue
         free_form = any(key.startswith(prefix + ".") for prefix in known)  # inside a dict or list

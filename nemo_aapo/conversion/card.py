@@ -10,7 +10,6 @@ import yaml
 import nemo_aapo
 from nemo_aapo.checkpoint.manifest import Manifest
 from nemo_aapo.conversion.source import ModelSource, run_settings
-from nemo_aapo.errors import ConfigError
 from nemo_aapo.run.metrics_file import read_metrics
 
 PAPERS = {
@@ -104,17 +103,14 @@ def _figures(run: Path | None, step: int) -> list[str]:
     path = None if run is None else run / "metrics.jsonl"
     if path is None or not path.exists():
         return ["No metrics were kept.", ""]
-    try:
-        records = [record for record in read_metrics(path) if record["step"] <= step]
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    records = [record for record in read_metrics(path) if record["step"] <= step]
     lines = []
     validations = [record for record in records if "validation/accuracy_greedy" in record]
     if validations:
         first, last = validations[0], validations[-1]
         lines += [f"| on the validation data | step {first['step']} | step {last['step']} |", "|---|---|---|"]
         lines += [
-            f"| {title} | {_number(first[key])} | {_number(last[key])} |"
+            f"| {title} | {_number(first.get(key))} | {_number(last[key])} |"
             for key, title in METRICS.items()
             if key in last
         ]

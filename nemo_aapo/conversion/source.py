@@ -17,6 +17,7 @@ from nemo_aapo.run.directory import read_record
 from nemo_aapo.run.identity import model_identity
 from nemo_aapo.run.names import CHECKPOINTS, step_of
 from nemo_aapo.utils.safetensors import has_weights
+from nemo_aapo.utils.unforeseen import paths_refused
 
 Kind = Literal["hf", "megatron", "checkpoint", "run"]
 
@@ -73,6 +74,7 @@ class ModelSource:
         return found[::-1]
 
 
+@paths_refused()
 def find_source(path: Path | str, base: Path | str | None = None, base_option: str = "--base ") -> ModelSource:
     """Find out what a path holds, by the names of the files there.
 
@@ -113,7 +115,7 @@ def check_base(source: ModelSource) -> None:
         ConfigError: it is another one, unknown or not there.
     """
     base, record = str(source.base), None if source.run is None else read_record(source.run)
-    was = (record or {}).get("contents", {}).get("model.path")
+    was = None if record is None else record.get("contents", {}).get("model.path")
     if was is not None and has_weights(source.base) and model_identity(base) != was:
         raise ConfigError(
             f"{source.path}: {base} holds another model than the one that the run was trained from; name that one by "
@@ -131,9 +133,9 @@ def run_settings(run: Path | None) -> dict[str, Any]:
         return {}
     try:
         tree = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeError, RecursionError) as error:
         raise ConfigError(f"{run / 'config.yaml'}: {error}") from None
-    if not isinstance(tree, dict):
+    if not isinstance(tree, dict) or not isinstance(tree.get("model", {}), dict):
         raise ConfigError(f"{run / 'config.yaml'}: not a run's configuration")
     return tree
 
@@ -162,4 +164,4 @@ def _own_base(path: Path, base: Path | str | None, base_option: str) -> Path:
 
 def _base_of_run(run: Path | None, base: Path | str | None) -> Path | None:
     named = base or run_settings(run).get("model", {}).get("path")
-    return None if named is None else Path(named).absolute()
+    return None if named is None else Path(str(named)).absolute()

@@ -180,6 +180,17 @@ class PromptSampler:
         Raises:
             DataError: the state belongs to another order of prompts; every difference is named.
         """
+        self.check(state)
+        self.step = int(state["step"])
+        for stream, saved in zip(self._streams, state["streams"], strict=True):
+            stream.load(saved)
+
+    def check(self, state: Mapping[str, Any]) -> None:
+        """Refuse a state that belongs to another order of prompts, or to other prompts.
+
+        Raises:
+            DataError: every difference is named.
+        """
         wanted = self._identity()
         differences = [f"{k} was {state.get(k)!r}, is {v!r}" for k, v in wanted.items() if state.get(k) != v]
         if differences:
@@ -187,9 +198,6 @@ class PromptSampler:
                 f"can't resume the order of prompts: {'; '.join(differences)}; "
                 "restore these settings and the data, or start a new run"
             )
-        self.step = int(state["step"])
-        for stream, saved in zip(self._streams, state["streams"], strict=True):
-            stream.load(saved)
 
     def _identity(self) -> dict[str, Any]:
         names = ("num_prompts", "prompts_per_step", "seed", "shuffle", "sampling", "data_digest")

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from nemo_aapo.errors import LostRankError
+from nemo_aapo.utils.job import check_rendezvous, rank_of_job
 
 T = TypeVar("T")
 
@@ -56,6 +57,7 @@ def join(timeout_s: float) -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if dist.is_initialized():
         return
+    check_rendezvous()
     backend, timeout = "cpu:gloo,cuda:nccl" if on_gpu else "gloo", datetime.timedelta(seconds=timeout_s)
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
@@ -89,7 +91,7 @@ def groups() -> Groups:
 
 def rank() -> int:
     """This rank within the job."""
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+    return dist.get_rank() if dist.is_initialized() else rank_of_job()
 
 
 def data_parallel_rank() -> int:

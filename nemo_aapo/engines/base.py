@@ -11,8 +11,9 @@ import torch
 
 from nemo_aapo.types import Completion, SamplingSpec
 
-OnFinish = Callable[[int, int, Completion], None]
-"""Called as ``on_finish(i, j, completion)`` the moment completion j of prompt i is done."""
+OnFinish = Callable[[int, int, Completion], object]
+"""Called as ``on_finish(i, j, completion)`` the moment completion j of prompt i is done. True in return: it is enough,
+and the engine may break off the others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,8 @@ class RolloutEngine(Protocol):
             on_finish: told of each completion as it ends, on every rank, in the same order on every rank.
 
         Returns:
-            ``out[i][j]``, in the order of ``prompts`` and ``seeds``.
+            ``out[i][j]``, in the order of ``prompts`` and ``seeds``. Once ``on_finish`` has said that it is enough, a
+            row ends before its first completion that was broken off.
         """
         ...
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from nemo_aapo.engines.base import RolloutStats
@@ -14,7 +15,8 @@ Finished = list[tuple[int, int, Completion]]
 def arranged(finished: Finished, seeds: Sequence[Sequence[int]]) -> list[list[Completion]]:
     """The completions in the order of the prompts and their seeds, as ``RolloutEngine.generate`` returns them."""
     found = {(i, j): completion for i, j, completion in finished}
-    return [[found[i, j] for j in range(len(row))] for i, row in enumerate(seeds)]
+    places = [[(i, j) for j in range(len(row))] for i, row in enumerate(seeds)]
+    return [[found[place] for place in itertools.takewhile(found.__contains__, row)] for row in places]
 
 
 def stats_of(finished: Finished, seconds: float) -> RolloutStats:

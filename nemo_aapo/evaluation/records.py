@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_aapo.config.build import build
 from nemo_aapo.errors import ConfigError, RecordsError
-from nemo_aapo.utils.files import to_json, write_atomic
+from nemo_aapo.utils.files import fitting, read_json, to_json, write_atomic
 
 IDENTITY = "evaluation.json"
 FOLDER = "completions"
@@ -75,8 +76,8 @@ class Records:
         *lines, _ = self.path.read_bytes().split(b"\n")  # the last is empty, or cut off, perhaps within a character
         for number, line in enumerate(lines, start=1):
             try:
-                record = Record(**json.loads(line))
-            except (ValueError, TypeError) as error:
+                record = build(Record, json.loads(line))
+            except (ValueError, TypeError, RecursionError) as error:
                 raise RecordsError(f"{self.path}:{number}: damaged ({error}). Remove the line, or the file") from None
             found[record.problem, record.sample] = record
         return found
@@ -125,13 +126,11 @@ def read_identity(directory: Path) -> dict[str, Any]:
     Raises:
         ConfigError: no evaluation is there, or its record is damaged.
     """
-    path = directory / IDENTITY
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{directory}: no evaluation is there (no {IDENTITY})") from None
-    except ValueError as error:
-        raise ConfigError(f"{path}: damaged ({error}). Name another run.dir, or remove {directory}") from None
+    remedy = f"Name another run.dir, or remove {directory}"
+    found = read_json(directory / IDENTITY, lambda tree: fitting(tree, dict), ConfigError, remedy)
+    if found is None:
+        raise ConfigError(f"{directory}: no evaluation is there (no {IDENTITY})")
+    return dict(found)
 
 
 def measured_benchmarks(directory: Path) -> list[str]:

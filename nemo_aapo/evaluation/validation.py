@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from nemo_aapo.errors import Interrupted
 from nemo_aapo.evaluation.estimators import average
 from nemo_aapo.evaluation.measure import Outcomes, measure
 from nemo_aapo.rollout.collector import Collector
@@ -30,6 +31,8 @@ class Validator:
     samples: int
     """Sampled completions of each prompt; 0 leaves out the sampled accuracy."""
     seed: int
+    stop: Callable[[], bool] = bool
+    """Asked meanwhile: a validation that is broken off is made anew by whoever goes on with the run."""
 
     def run(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Measure.
@@ -41,6 +44,7 @@ class Validator:
             ranks; empty on the others).
 
         Raises:
+            Interrupted: on all ranks, as ``stop`` was true on one.
             RewardError: on all ranks; not one completion could be judged.
         """
         greedy = self._measure(self.greedy, [[0]] * len(self.prompts))
@@ -65,4 +69,8 @@ class Validator:
 
     def _measure(self, sampling: SamplingSpec, seeds: Sequence[Sequence[int]]) -> Outcomes:
         watch = ScoringWatch(needed=self.reward)  # a new one: a validation without any verdict is none
-        return measure(self.collector, self.prompts, sampling, seeds, self.reward, watch, "the validation")
+        measured = (self.collector, self.prompts, sampling, seeds, self.reward)
+        outcomes = measure(*measured, watch, "the validation", self.stop)
+        if not outcomes.complete:
+            raise Interrupted
+        return outcomes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +34,7 @@ from nemo_aapo.training.build import (
 from nemo_aapo.training.build_reference import reference_key
 from nemo_aapo.training.read_data import read_data
 from nemo_aapo.types import Prompt
+from nemo_aapo.utils.clock import seconds_since_start
 
 INCOMPLETE = 1
 """Exit code where rewards are missing."""
@@ -49,7 +51,7 @@ def fill(job: Job, shard: Shard | None = None) -> int:
         shard: fill only this part, into a file of its own; what the store itself has already is left out.
 
     Returns:
-        0: done, or ended by a signal after the batch at hand.
+        0: done, or ended by a signal or ``checkpoint.max_time_s``; what was scored by then is stored.
     """
     store, samples = _store(job.config)
     own = str(shard.path(store)) if shard else store
@@ -59,7 +61,7 @@ def fill(job: Job, shard: Shard | None = None) -> int:
     try:
         job = with_first_ranks_date(job)
         with (
-            StopSignal(speak=speaks, ending="storing this batch, then stopping") as stop,
+            StopSignal(speak=speaks, ending="storing what is scored, then stopping") as stop,
             contextlib.ExitStack() as stack,
             parallel.lost_ranks_reported(lambda: "the filling of the reference store"),
             _Screen(speaks) as screen,
@@ -70,7 +72,9 @@ def fill(job: Job, shard: Shard | None = None) -> int:
             prompts = needed_prompts(pipeline.data, pipeline.sampler, job.config.trainer.max_steps)
             if shard:
                 prompts = _not_in(store, reference.key, shard.select(prompts), samples)
-            complete = reference.prepare(prompts, pipeline.reference_served, screen.progress, lambda: stop.requested)
+            limit = job.config.checkpoint.max_time_s or math.inf
+            stops = lambda: stop.requested or seconds_since_start() > limit  # noqa: E731
+            complete = reference.prepare(prompts, pipeline.reference_served, screen.progress, stops)
             what = f"{len(prompts)} prompts x {samples} reference rewards"
             screen.note(f"{own}: {what}" if complete else f"{own}: stopped; the same command goes on from there")
             if reference.unscored:
@@ -211,13 +215,18 @@ class _Screen:
             tqdm.write(text, file=sys.stdout)
 
     def progress(self, done: int, total: int) -> None:
-        """So many prompts of all that are missing."""
+        """So many completions of all that are missing."""
         if not self._enabled:
             return
         if self._bar is None:
             often = 0.1 if sys.stdout.isatty() else LINE_EVERY_S
             self._bar = tqdm(
-                total=total, desc="reference rewards", unit="prompt", file=sys.stdout, mininterval=often, smoothing=0.1
+                total=total,
+                desc="reference rewards",
+                unit="completion",
+                file=sys.stdout,
+                mininterval=often,
+                smoothing=0.1,
             )
         self._bar.update(done - self._bar.n)
         if done == total:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_aapo.config import Config
 from nemo_aapo.distributed import parallel
 from nemo_aapo.distributed.agreement import agree
-from nemo_aapo.launch.local import world_size_of_job
+from nemo_aapo.errors import Interrupted
 from nemo_aapo.mcore.groups import destroy_model_parallel
 from nemo_aapo.prepare.job import Job, resolve
 from nemo_aapo.run.experiment import open_experiment
@@ -17,11 +18,17 @@ from nemo_aapo.run.progress import Progress
 from nemo_aapo.run.reporter import RunReporter
 from nemo_aapo.run.stop import StopSignal
 from nemo_aapo.run.summary import summary_table
-from nemo_aapo.training.build import Parts, build_training, initialize, with_first_ranks_date
+from nemo_aapo.training.build import Parts, build_training, initialize, stop_of, with_first_ranks_date
 from nemo_aapo.training.trainer import AAPOTrainer
+from nemo_aapo.utils.job import world_size_of_job
+from nemo_aapo.utils.unforeseen import forgive_console
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+
+SHORT_EXPORT_S = 10.0
+"""An export that takes no longer is made to its end, whatever asks for a stop."""
 
 
 def train(job: Job | Config, **parts: Unpack[Parts]) -> int:
@@ -32,11 +39,12 @@ def train(job: Job | Config, **parts: Unpack[Parts]) -> int:
         parts: of one's own, in place of the job's.
 
     Returns:
-        0: complete, or stopped by a signal after a checkpoint.
+        0: complete, or stopped by a signal or the time limit after a checkpoint.
 
     Raises:
         ConfigError, DataError: what can't work, on every rank.
     """
+    forgive_console()
     if isinstance(job, Config):
         job = resolve(job, world_size_of_job(), given=parts)
     initialize(job.config)
@@ -58,9 +66,8 @@ def train(job: Job | Config, **parts: Unpack[Parts]) -> int:
             with parallel.lost_ranks_reported(lambda: "the start"):
                 trainer = build_training(job, reporter=reporter, stack=stack, **parts)
             complete = trainer.fit()
-            if complete:
-                _finish(trainer, reporter)
-            else:
+            complete = complete and _finish(trainer, reporter)
+            if not complete:
                 progress.note(f"stopped after step {trainer.step}; the same command goes on from there")
         if complete and rank == 0:
             print(summary_table(config), flush=True)
@@ -69,11 +76,18 @@ def train(job: Job | Config, **parts: Unpack[Parts]) -> int:
         destroy_model_parallel()
 
 
-def _finish(trainer: AAPOTrainer, reporter: RunReporter) -> None:
-    """Export the model, then mark the run as finished."""
-    config = trainer.config
+def _finish(trainer: AAPOTrainer, reporter: RunReporter) -> bool:
+    """Export the model, then mark the run as finished; False if a stop broke off the export."""
+    config, began, stop = trainer.config, time.monotonic(), stop_of(trainer.config, reporter)
     if config.export_hf_model:
         reporter.note("exporting the Hugging Face model")
         with parallel.lost_ranks_reported(lambda: "the export"):
-            trainer.policy.export(str(Path(config.run.dir) / "hf_model"))
+            try:
+                trainer.policy.export(
+                    str(Path(config.run.dir) / "hf_model"),
+                    lambda: time.monotonic() - began > SHORT_EXPORT_S and stop(),
+                )
+            except Interrupted:
+                return False
     reporter.experiment.finish({"step": trainer.step, "policy_version": trainer.policy.version})
+    return True

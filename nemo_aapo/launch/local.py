@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_aapo.config import Config, EvaluationConfig
+from nemo_aapo.utils import clock
+from nemo_aapo.utils.job import world_size_of_job
 
 POLL_S = 0.05
 SHOWN_LINES = 20
@@ -42,11 +44,6 @@ def launch(config: Config, command: Sequence[str]) -> int:
         0, or the exit code of the first rank that failed (128 + the signal's number where a signal ended it).
     """
     return run_ranks_of(config, command, Path(config.run.dir) / "logs")
-
-
-def world_size_of_job() -> int:
-    """Ranks of the job that this process is one of, before any group exists."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def starts_ranks(count: int, num_nodes: int = 1) -> bool:
@@ -103,6 +100,7 @@ def rank_environments(base: Mapping[str, str], count: int, port: int) -> list[di
     job = {
         "OMP_NUM_THREADS": str(threads),
         "PYTHONUNBUFFERED": "1",  # or the last words of a rank that is killed never reach its log
+        clock.STARTED: f"{clock.start_of_process():.3f}",
         **base,
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),

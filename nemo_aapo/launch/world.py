@@ -14,7 +14,8 @@ from pathlib import Path
 from nemo_aapo.config import PRECISIONS, Config, EvaluationConfig, kind_of, with_machine_defaults
 from nemo_aapo.config.precision import check_optimizer
 from nemo_aapo.errors import ConfigError
-from nemo_aapo.launch.local import world_size_of, world_size_of_job
+from nemo_aapo.launch.local import world_size_of
+from nemo_aapo.utils.job import check_rendezvous, world_size_of_job
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,7 @@ def of_rank(config: Config) -> World:
     """
     if config.dry_run:
         raise ConfigError("dry_run=true has an effect with scripts/launch.py only")
+    check_rendezvous()
     return World(world_size_of_job(), Machine.present())
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -108,9 +108,13 @@ class MegatronPolicy:
         """(Hugging Face name, full tensor), for refit and export."""
         return self.weight_map.export(self.module)
 
-    def export(self, directory: str) -> None:
-        """Write a Hugging Face model directory."""
-        self.weight_map.save(self.module, directory)
+    def export(self, directory: str, stop: Callable[[], bool] = bool) -> None:
+        """Write a Hugging Face model directory.
+
+        Raises:
+            Interrupted: ``stop``, which is asked on every rank now and then, was true on one.
+        """
+        self.weight_map.save(self.module, directory, stop=stop)
 
     # ------------------------------------------------------------------ checkpoints
 

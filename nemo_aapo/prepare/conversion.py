@@ -13,6 +13,8 @@ from nemo_aapo.models import families
 from nemo_aapo.models.directory import read_config_json, read_model_dir
 from nemo_aapo.prepare.packages import MEGATRON, check_packages
 from nemo_aapo.text.files import check_vocabulary
+from nemo_aapo.utils.job import world_size_of_job
+from nemo_aapo.utils.unforeseen import paths_refused
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class ConversionJob:
     """Absolute; the new directory that is written, or the Hugging Face side of a comparison."""
 
 
+@paths_refused()
 def prepare_hf_to_megatron(path: Path, out: Path, layout: Layout) -> ConversionJob:
     """A Hugging Face directory that becomes a Megatron checkpoint.
 
@@ -49,6 +52,7 @@ def prepare_hf_to_megatron(path: Path, out: Path, layout: Layout) -> ConversionJ
     return ConversionJob(source, layout, _require_new(out))
 
 
+@paths_refused()
 def prepare_megatron_to_hf(path: Path, base: Path | None, out: Path, layout: Layout) -> ConversionJob:
     """A Megatron checkpoint, or the newest of a run, that becomes a Hugging Face directory.
 
@@ -62,6 +66,7 @@ def prepare_megatron_to_hf(path: Path, base: Path | None, out: Path, layout: Lay
     return ConversionJob(found, layout, _require_new(out))
 
 
+@paths_refused()
 def prepare_verification(path: Path, base: Path | None, hf: Path | None, layout: Layout) -> ConversionJob:
     """A Megatron checkpoint beside a Hugging Face directory, or this alone, which is converted in memory.
 
@@ -89,9 +94,9 @@ def _require_source(source: ModelSource, layout: Layout) -> None:
     _require_rows(source.base)
     if source.kind == "hf":
         _require_whole(source.path)
-    if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) != layout.ranks:
+    if "WORLD_SIZE" in os.environ and (started := world_size_of_job()) != layout.ranks:
         raise ConfigError(
-            f"{os.environ['WORLD_SIZE']} ranks were started, but tensor {tp} x pipeline {pp} = {layout.ranks}: leave "
+            f"{started} ranks were started, but tensor {tp} x pipeline {pp} = {layout.ranks}: leave "
             "torchrun away, or start as many"
         )
     check_packages(MEGATRON)

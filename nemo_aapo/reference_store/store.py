@@ -163,7 +163,7 @@ class RewardStore:
         """The parts of all keys in the file; empty if ours is among them (or there is none)."""
         with self._explained():
             rows = self._db.execute("SELECT digest, parts FROM keys ORDER BY number").fetchall()
-        return [] if self.key.digest in dict(rows) else [json.loads(parts) for _, parts in rows]
+            return [] if self.key.digest in dict(rows) else [dict(json.loads(parts)) for _, parts in rows]
 
     def close(self) -> None:
         """Close the file."""
@@ -193,6 +193,8 @@ class RewardStore:
             yield
         except (sqlite3.Error, OSError) as error:
             raise StoreError(f"{self.path}: {error}. {self._remedy(str(error))}") from error
+        except (ValueError, TypeError, RecursionError) as error:  # bytes that are no text, text that is no number
+            raise StoreError(f"{self.path}: malformed ({error}). {self._remedy('malformed')}") from error
 
     def _remedy(self, reason: str) -> str:
         if "malformed" in reason or "not a database" in reason:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -16,6 +17,10 @@ from nemo_aapo.engines.base import BackgroundEngine, OnFinish, PendingCompletion
 from nemo_aapo.rollout.length_predictor import LengthPredictor
 from nemo_aapo.rollout.unscored import Score, Tally
 from nemo_aapo.types import Completion, Group, Prompt, SamplingSpec
+
+Watch = Callable[[int], bool]
+"""Called on every rank about once in ``WATCH_S``, with the completions of its shard that have ended; True: enough."""
+WATCH_S = 1.0
 
 
 class RewardScorer(Protocol):
@@ -95,6 +100,7 @@ class Collector:
         sampling: SamplingSpec,
         seeds: Sequence[Sequence[int]],
         observe_lengths: bool = True,
+        watch: Watch | None = None,
     ) -> list[Group]:
         """This data-parallel rank's shard of the prompts, completed and scored.
 
@@ -106,12 +112,14 @@ class Collector:
             sampling: temperature, lengths, stop tokens and stop strings.
             seeds: ``seeds[i][j]`` of completion j of prompt i, as ``RolloutEngine.generate`` takes them.
             observe_lengths: let the completions' lengths decide the order of later calls.
+            watch: once it has returned True, what has not ended is broken off, and a group has its first completions
+                only, be it none.
         """
         shard = self._shard(prompts, seeds)
         start = time.perf_counter()
         with self.offload():
             self.engine.wake()
-            completions = self.engine.generate(shard.token_ids, sampling, shard.seeds, self._scoring(shard))
+            completions = self.engine.generate(shard.token_ids, sampling, shard.seeds, self._scoring(shard, watch))
             self.engine.sleep()
         return self._groups(shard, completions, start, observe_lengths)
 
@@ -136,15 +144,16 @@ class Collector:
         start = time.perf_counter()
         return self._groups(rollout.shard, rollout.completions.result(), start)
 
-    def _scoring(self, shard: _Shard) -> OnFinish | None:
-        """What has each completion scored as soon as it ends; one rank does."""
-        scorer = self.rewards
+    def _scoring(self, shard: _Shard, watch: Watch | None = None) -> OnFinish | None:
+        """What has each completion scored as soon as it ends, which one rank does, and asks whether it is enough."""
+        scorer, enough = self.rewards, _watched(watch)
         if scorer is None:
-            return None
+            return None if watch is None else lambda i, j, completion: enough()
 
-        def score(i: int, j: int, completion: Completion) -> None:
+        def score(i: int, j: int, completion: Completion) -> bool:
             shard.texts[i, j] = self.decode(completion.token_ids)
             scorer.submit((i, j), shard.prompts[i], shard.texts[i, j], completion)
+            return enough()
 
         return score
 
@@ -160,7 +169,7 @@ class Collector:
         generated = time.perf_counter()
         # One rank judges and tells the others: a timeout could strike on one of them and not on the next.
         judged = agree(lambda: {} if self.rewards is None else self.rewards.collect())
-        own = [] if self.rewards is None else _scores(judged, shard.seeds)
+        own = [] if self.rewards is None else _scores(judged, list(map(len, completions)))
         scores, tally = parallel.broadcast_in_model_parallel((own, Tally.of(list(judged.values()))))
         self.seconds = {"rollout": generated - start, "reward": time.perf_counter() - generated}
         self._record(shard.prompts, completions, observe_lengths, tally)
@@ -207,7 +216,7 @@ def engine_metrics(stats: Sequence[RolloutStats]) -> dict[str, float]:
         ``rollout/idle_fraction``: share of the engines' rows that stood empty, averaged over their steps; NaN where an
         engine can't tell. ``rollout/tokens_per_second``: completion tokens over the slowest engine's seconds.
     """
-    steps, seconds = sum(stat.steps for stat in stats), max(stat.seconds for stat in stats)
+    steps, seconds = sum(stat.steps for stat in stats), max((stat.seconds for stat in stats), default=math.nan)
     idle = sum(stat.idle_fraction * stat.steps for stat in stats)
     return {
         "rollout/idle_fraction": idle / steps if steps else float("nan"),
@@ -224,10 +233,25 @@ class _Scores:
     failed: np.ndarray
 
 
-def _scores(scores: Mapping[Hashable, Score], seeds: Sequence[Sequence[int]]) -> list[_Scores]:
+def _watched(watch: Watch | None) -> Callable[[], bool]:
+    """What is called as each completion ends, and calls ``watch`` now and then; the last answer."""
+    count, called, answer = 0, time.monotonic(), False
+
+    def ended() -> bool:
+        nonlocal count, called, answer
+        count += 1
+        if watch is not None and not answer and time.monotonic() - called >= WATCH_S:
+            called, answer = time.monotonic(), watch(count)
+        return answer
+
+    return ended
+
+
+def _scores(scores: Mapping[Hashable, Score], counts: Sequence[int]) -> list[_Scores]:
+    """Of the first ``counts[i]`` completions of each prompt i."""
     found = []
-    for i, row in enumerate(seeds):
-        judged = [scores[i, j] for j in range(len(row))]
+    for i, count in enumerate(counts):
+        judged = [scores[i, j] for j in range(count)]
         names = list(judged[0].parts) if judged else []
         found.append(
             _Scores(

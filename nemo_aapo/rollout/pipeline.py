@@ -140,7 +140,11 @@ class RolloutPipeline:
         self.settle()
         last = self.config.trainer.max_steps
         end = min(step + (self.config.algorithm.reference_fill_steps or last), last)
-        wanted = dict.fromkeys(i for s in range(step, end) if self.sampler.knows(s) for i in self.sampler.indices(s))
+        wanted: dict[int, None] = {}
+        for later in range(step, end):
+            if len(wanted) == self.sampler.num_prompts or not self.sampler.knows(later):
+                break
+            wanted.update(dict.fromkeys(self.sampler.indices(later)))
         prompts = [self.data[i] for i in wanted]
         complete = self.reference.prepare(prompts, self.reference_served, report, stop_requested)
         if complete:

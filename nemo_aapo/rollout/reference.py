@@ -10,6 +10,7 @@ goes on without it, the next one that needs it samples it again.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -21,13 +22,17 @@ from nemo_aapo.distributed.agreement import agree
 from nemo_aapo.errors import RunError
 from nemo_aapo.reference_store.key import StoreKey
 from nemo_aapo.reference_store.store import RewardStore, is_complete, padded
-from nemo_aapo.rollout.collector import Collector
+from nemo_aapo.rollout.collector import Collector, Watch
 from nemo_aapo.rollout.unscored import ScoringWatch
 from nemo_aapo.seeds import stream_seed
 from nemo_aapo.types import Prompt, SamplingSpec
 
-FILL_BATCH = 64
-"""Prompts between two commits while the store is filled, at least: what an interruption can lose."""
+FILL_BATCH = 16
+"""Prompts of the first batch of a filling."""
+COMMIT_S = 60.0
+"""A kill loses about so much of a filling: batches grow as long as they are done within this."""
+PAYS = 1.2
+"""They also grow while one of twice the size has so many times the throughput, as an engine on a GPU can be empty."""
 
 ReferenceServed = Callable[[], AbstractContextManager[None]]
 """Gives a context in which the collector's engine serves the reference (``RolloutPipeline.reference_served``)."""
@@ -47,7 +52,7 @@ class ReferenceRewards:
         store: RewardStore | None,
         online: bool,
         fill_batch: int = FILL_BATCH,
-        first_batch: int = 0,
+        first: int = 0,
     ) -> None:
         """Args:
         sampling: the policy's own spec: rewards of completions sampled otherwise can't be compared.
@@ -55,13 +60,13 @@ class ReferenceRewards:
         key: of the rewards, on all ranks.
         store: on rank 0 in cached mode, else None.
         online: sample afresh every step instead of storing.
-        fill_batch: prompts between two commits while the store is filled.
-        first_batch: which batch to begin with (modulo their number). Runs that fill one store at the same time begin
-            at different places, and each skips what the others have stored.
+        fill_batch: prompts of the first batch while the store is filled; each is one commit.
+        first: which prompt to begin with (modulo their number). Runs that fill one store at the same time begin at
+            different places, and each skips what the others have stored.
         """
         self.collector, self.sampling, self.samples, self.seed = collector, sampling, samples, seed
         self.key, self.store, self.online = key, store, online
-        self.fill_batch, self.first_batch = fill_batch, first_batch
+        self.fill_batch, self.first = fill_batch, first
         self._known: dict[str, np.ndarray] = {}
         self._watch = ScoringWatch()
 
@@ -80,9 +85,8 @@ class ReferenceRewards:
 
         Args:
             served: entered while something is generated.
-            report: told (prompts done, prompts that were missing) as filling goes on.
-            stop_requested: asked on every rank between batches; True on one of them ends the filling. One batch is
-                filled in any case, so that even a run that is always stopped soon gets on.
+            report: told (completions done, completions that were missing) as filling goes on.
+            stop_requested: asked on every rank, each second; True on one of them ends the filling.
 
         Returns:
             False if a stop ended it early. What was sampled is stored.
@@ -94,18 +98,26 @@ class ReferenceRewards:
         missing = list({p.id: p for p in prompts if p.id not in self._known}.values())
         self._look_up(missing)
         missing = [p for p in missing if p.id not in self._known]
-        batches = [missing[i : i + self.fill_batch] for i in range(0, len(missing), self.fill_batch)]
-        if not batches:
+        if not missing:
             return True
-        first, done = self.first_batch % len(batches), 0
+        first = self.first % len(missing)
+        waiting, size = missing[first:] + missing[:first], _BatchSize(self.fill_batch)
+        total = len(missing) * self.samples
+        report(0, total)
         with served():
-            for batch in batches[first:] + batches[:first]:
-                report(done, len(missing))
-                if done and parallel.any_rank(stop_requested())[0]:
-                    return False
-                self._fill(batch)
-                done += len(batch)
-        report(done, len(missing))
+            while waiting:
+                done, began = total - len(waiting) * self.samples, time.monotonic()
+                batch, waiting = waiting[: size.prompts], waiting[size.prompts :]
+
+                def watch(ended: int, done: int = done, most: int = len(batch) * self.samples) -> bool:
+                    report(done + min(ended * parallel.data_parallel_size(), most), total)  # others are as far
+                    return stop_requested()
+
+                drawn = self._fill(batch, watch)
+                report(total - len(waiting) * self.samples, total)
+                if parallel.any_rank(stop_requested())[0]:
+                    return self.has(missing)
+                size.observe(drawn, parallel.broadcast_from_first_rank(time.monotonic() - began))
         return True
 
     def rewards(self, prompts: Sequence[Prompt], step: int, served: ReferenceServed) -> dict[str, np.ndarray]:
@@ -155,26 +167,51 @@ class ReferenceRewards:
         self._known.update({prompt: row for prompt, row in found.items() if is_complete(row, self.samples)})
         return found
 
-    def _fill(self, batch: Sequence[Prompt]) -> None:
-        """Sample what is missing of a batch, and store it."""
+    def _fill(self, batch: Sequence[Prompt], watch: Watch) -> int:
+        """Sample what is missing of a batch, and store it, be it broken off by ``watch``; the completions sampled."""
         found = self._look_up(batch)  # once more: another run may have stored some meanwhile
         wanted = [prompt for prompt in batch if prompt.id not in self._known]
         if not wanted:
-            return
+            return 0
         whole = {prompt.id: padded(found.get(prompt.id), self.samples) for prompt in wanted}
         lacking = {prompt: np.flatnonzero(np.isnan(row)) for prompt, row in whole.items()}
         seeds = [
             [stream_seed(self.seed, "reference", prompt.id, int(k)) for k in lacking[prompt.id]] for prompt in wanted
         ]
-        for prompt, rewards in self._sample(wanted, seeds).items():
-            whole[prompt][lacking[prompt]] = rewards
+        sampled = self._sample(wanted, seeds, watch)
+        for prompt, rewards in sampled.items():
+            whole[prompt][lacking[prompt][: len(rewards)]] = rewards
         store = self.store
         kept = agree(lambda: {} if store is None else store.write(whole))
-        self._known.update(parallel.broadcast_from_first_rank(kept))
+        everywhere = parallel.broadcast_from_first_rank(kept)
+        ended = {prompt for prompt, rewards in sampled.items() if len(rewards) == len(lacking[prompt])}
+        self._known.update({prompt: rewards for prompt, rewards in everywhere.items() if prompt in ended})
+        return sum(map(len, sampled.values()))
 
-    def _sample(self, prompts: Sequence[Prompt], seeds: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
+    def _sample(
+        self, prompts: Sequence[Prompt], seeds: Sequence[Sequence[int]], watch: Watch | None = None
+    ) -> dict[str, np.ndarray]:
         # Lengths are not observed: how many there are depends on what the store held, and a run must not.
-        groups = self.collector.collect(prompts, self.sampling, seeds, observe_lengths=False)
+        groups = self.collector.collect(prompts, self.sampling, seeds, observe_lengths=False, watch=watch)
         self._watch.check(self.collector.tally, "the reference rewards")
         mine = [(group.prompt.id, group.rewards) for group in groups]
         return dict(item for part in parallel.gather_data_parallel(mine) for item in part)
+
+
+class _BatchSize:
+    """Prompts of the next batch: by the time that the last one took, not by their number alone."""
+
+    def __init__(self, prompts: int) -> None:
+        self.prompts = prompts
+        self._rate = 0.0  # completions a second of the last batch that was smaller
+        self._largest = False  # larger ones take longer for nothing
+
+    def observe(self, completions: int, seconds: float) -> None:
+        """A batch of this size gave so many completions; the same numbers on all ranks."""
+        rate = completions / max(seconds, 1e-9)
+        if seconds < COMMIT_S / 2:
+            self.prompts *= 2
+        elif seconds > COMMIT_S and not self._largest:
+            self._largest = rate < PAYS * self._rate
+            self.prompts = max(1, self.prompts // 2) if self._largest else self.prompts * 2
+        self._rate = rate

@@ -30,7 +30,8 @@ from nemo_aapo.config import (
 )
 from nemo_aapo.errors import ConfigError
 from nemo_aapo.run.identity import identity_of, reference_of
-from nemo_aapo.utils.files import LOCK, to_json, write_atomic
+from nemo_aapo.run.names import newest_step
+from nemo_aapo.utils.files import LOCK, fitting, read_json, to_json, write_atomic
 
 RECORD = "run.json"
 """What the directory belongs to: digest, settings and what model and data hold; and every start with its versions."""
@@ -63,7 +64,7 @@ def check_run_directory(config: Config) -> None:
     A start that was refused, for its data say, leaves nothing to protect: the mended configuration may go on there.
 
     Raises:
-        ConfigError: the settings that differ, and what to do.
+        ConfigError: the settings that differ, and what to do; or fewer steps are asked for than were made.
     """
     directory = Path(config.run.dir)
     if directory.exists() and not directory.is_dir():
@@ -75,6 +76,7 @@ def check_run_directory(config: Config) -> None:
     answers = [config, *(with_machine_defaults(config, on_gpu=on_gpu) for on_gpu in (False, True))]
     identity = identity_of(config)
     if any(record["digest"] in digests_of_run(answer, identity) for answer in answers):
+        _refuse_fewer_steps(config)
         return
     different = min((_differences(record, answer, identity) for answer in answers), key=len)
     shown = different[:SHOWN_DIFFERENCES]
@@ -84,6 +86,16 @@ def check_run_directory(config: Config) -> None:
         f"run.dir={config.run.dir} holds a run with another configuration:\n" + "\n".join(shown) + "\n"
         f"Give this run another name (run.name=NAME or run.dir=DIR), set these as they were, or remove {config.run.dir}"
     )
+
+
+def _refuse_fewer_steps(config: Config) -> None:
+    """A run can't end before a step that it has made; the steps after it are in its weights."""
+    done, wanted = newest_step(Path(config.run.dir)), config.trainer.max_steps
+    if wanted < done:
+        raise ConfigError(
+            f"trainer.max_steps={wanted}: {config.run.dir} holds a checkpoint of step {done} already. "
+            f"trainer.max_steps={done} ends the run there; for a shorter one give it another name (run.name=NAME)"
+        )
 
 
 def _differences(record: Record, config: Config, identity: Identity) -> list[str]:
@@ -177,15 +189,16 @@ def read_record(directory: Path) -> Record | None:
     Raises:
         ConfigError: the file is damaged, or can't be read.
     """
-    path = directory / RECORD
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):  # a run.dir below a file is refused where it is to be made
-        return None
-    except OSError as error:
-        raise ConfigError(f"{path}: can't be read ({error.strerror})") from None
-    except ValueError as error:
-        raise ConfigError(f"{path}: damaged ({error}). Name another run.dir, or remove {directory}") from None
+    remedy = f"Name another run.dir, or remove {directory}"
+    return read_json(directory / RECORD, _as_record, ConfigError, remedy)
+
+
+def _as_record(tree: Any) -> Record:
+    for key, kind in (("id", str), ("digest", str), ("settings", dict), ("starts", list)):
+        fitting(tree[key], kind)
+    for part in (tree.get("contents", {}), *tree["starts"]):
+        fitting(part, dict)
+    record: Record = tree
     return record
 
 

@@ -1,6 +1,6 @@
 """What a run leaves for people and tools: configuration, metrics, samples of rollouts, loggers, the final marker.
 
-    <run_dir>/  config.yaml  run.json  metrics.jsonl  rollouts/  tensorboard/  logs/  finished
+    <run_dir>/  config.yaml  run.json  phase.json  metrics.jsonl  rollouts/  tensorboard/  logs/  finished
 
 Only rank 0 holds an ``Experiment``; the others hold a ``SilentExperiment``, so that the trainer's loop is the same on
 all ranks. NeMo's ``exp_manager`` makes the loggers (TensorBoard, Weights & Biases) and its own log files.
@@ -15,6 +15,7 @@ from typing import Any
 from nemo_aapo.config import Config
 from nemo_aapo.run.directory import change_of_instruction_set, claim
 from nemo_aapo.run.metrics_file import MetricsFile
+from nemo_aapo.run.names import PHASE, step_of
 from nemo_aapo.run.stop import STOP_FILE
 from nemo_aapo.types import Group
 from nemo_aapo.utils.files import FINISHED, to_json, write_atomic
@@ -43,6 +44,7 @@ class Experiment:
         self._lock, run_id = claim(config, tree, world_size)
         self.warning = change_of_instruction_set(self.directory)
         """What a resumed run is told about this machine."""
+        self.save_phase(None)
         (self.directory / STOP_FILE).unlink(missing_ok=True)  # it asked an earlier part of the run to stop
         self._metrics = MetricsFile(self.directory / "metrics.jsonl")
         self._loggers = nemo_loggers(config, run_id)
@@ -64,7 +66,7 @@ class Experiment:
         """
         self._metrics.truncate_after(step)
         for path in (self.directory / "rollouts").glob("step_*.jsonl"):
-            if int(path.stem.removeprefix("step_")) > step:
+            if (step_of(path.stem) or 0) > step:
                 path.unlink()
         (self.directory / FINISHED).unlink(missing_ok=True)
         for logger in self._loggers:
@@ -87,6 +89,13 @@ class Experiment:
         if self._last_step is None:
             raise RuntimeError("resume_at() comes before the first line")
         self._log(step, metrics)
+
+    def save_phase(self, phase: Mapping[str, Any] | None) -> None:
+        """``phase.json``: the work at hand that is no step, for ``status``; None removes it."""
+        if phase is None:
+            (self.directory / PHASE).unlink(missing_ok=True)
+        else:
+            write_atomic(self.directory / PHASE, to_json(phase) + "\n")
 
     def save_rollouts(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """``rollouts/NAME.jsonl``: one JSON object a completion, as ``rollout_rows`` makes them."""
@@ -131,6 +140,8 @@ class SilentExperiment:
     def log_step(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
     def log_validation(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def save_phase(self, phase: Mapping[str, Any] | None) -> None: ...
 
     def save_rollouts(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None: ...
 

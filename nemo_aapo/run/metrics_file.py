@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
-from nemo_aapo.utils.files import to_json, write_atomic
+from nemo_aapo.errors import RunError
+from nemo_aapo.utils.files import fitting, to_json, write_atomic
 
 
 class MetricsFile:
@@ -33,7 +36,7 @@ class MetricsFile:
         A last line that was cut off in the middle is removed as well.
 
         Raises:
-            ValueError: a line before the last is not JSON or has no step.
+            RunError: a line before the last is not JSON or has no step.
         """
         kept = [line for line, record in _read(self.path) if record["step"] <= step]
         self._file.close()
@@ -46,19 +49,31 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole records of a metrics file, oldest first; null stands for a number that was not finite."""
+    """All whole records of a metrics file, oldest first; null stands for a number that was not finite.
+
+    Raises:
+        RunError: a line before the last is not JSON or has no step.
+    """
     return [record for _, record in _read(path)]
+
+
+def number(record: Mapping[str, Any], name: str) -> float:
+    """A metric of a record; 0 where it is missing, as an earlier version did not have it, or was not finite."""
+    value = record.get(name) or 0.0
+    return float(value) if math.isfinite(value) else 0.0
 
 
 def _read(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """(line, record) of each whole line."""
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     lines.pop()  # empty, or a line that a crash cut off before its newline
     found = []
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
+            record = {**json.loads(line)}
+            for value in record.values():
+                float(fitting(value, int, float, NoneType) or 0)
             found.append((line, {**record, "step": int(record["step"])}))
-        except (ValueError, TypeError, KeyError):
-            raise ValueError(f"{path}:{number}: not a record of metrics: {line[:80]!r}. Repair or remove it") from None
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+            raise RunError(f"{path}:{number}: not a record of metrics: {line[:80]!r}. Repair or remove it") from None
     return found

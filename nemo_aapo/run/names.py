@@ -1,9 +1,12 @@
-"""The names of checkpoints in a run directory: ``checkpoints/step_000050``."""
+"""Names in a run directory that several parts know, such as those of checkpoints: ``checkpoints/step_000050``."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
+PHASE = "phase.json"
+"""Name of the file that says what the run is at while it makes no step."""
 CHECKPOINTS = "checkpoints"
 """Name of the directory that holds a run's checkpoints."""
 
@@ -11,6 +14,11 @@ CHECKPOINTS = "checkpoints"
 def step_name(step: int) -> str:
     """What belongs to a step is called so: ``step_000050``."""
     return f"step_{step:06d}"
+
+
+def newest_step(run_dir: Path) -> int:
+    """The step of the newest checkpoint in a run directory, 0 without one; names tell, nothing is read."""
+    return max((step_of(path.name) or 0 for path in (run_dir / CHECKPOINTS).glob("step_*")), default=0)
 
 
 def step_of(name: str) -> int | None:

@@ -13,6 +13,8 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from nemo_aapo.utils.tables import time_left
+
 QUIET_S = 30.0
 """Without a terminal, a phase prints a line at most this often once the first step is done."""
 REFRESH_S = 0.2
@@ -41,7 +43,7 @@ class Progress:
         self._seconds: collections.deque[float] = collections.deque(maxlen=STEPS_IN_ESTIMATE)
         self._accuracy: float | None = None
         self._numbers = ""
-        self._phase, self._phase_total, self._phase_count = "", 0, 0
+        self._phase, self._phase_total, self._phase_count, self._phase_began = "", 0, 0, 0.0
         self._stepped = False
         self._shown_at = 0.0
         form = "step {n_fmt}/{total_fmt} |{bar:20}| {desc}"
@@ -59,7 +61,7 @@ class Progress:
 
     def phase(self, name: str, total: int = 0) -> None:
         """Begin a phase, which ends with the next phase or step; ``total`` units of work, 0 if unknown."""
-        self._phase, self._phase_total, self._phase_count = name, total, 0
+        self._phase, self._phase_total, self._phase_count, self._phase_began = name, total, 0, time.monotonic()
         self._show_phase(urgent=not self._stepped)
 
     def advance(self, count: int = 1) -> None:
@@ -112,7 +114,7 @@ class Progress:
         if failed := metrics.get("reward/failed_fraction"):
             parts.append(f"{failed:.1%} not scored")
         if self._accuracy is not None:
-            parts.append(f"accuracy {self._accuracy:.3f}")
+            parts.append(f"val_accuracy {self._accuracy:.3f}")  # of the last validation, greedy
         if "tokens_per_second" in metrics:
             parts.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")
         if self._seconds:
@@ -134,7 +136,8 @@ class Progress:
 
     def _phase_text(self) -> str:
         count = f" {self._phase_count} of {self._phase_total}" if self._phase_total else ""
-        return self._phase + count
+        left = time_left(time.monotonic() - self._phase_began, self._phase_count, self._phase_total)
+        return self._phase + count + left
 
     def _redraw(self) -> None:
         assert self._bar is not None

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from nemo_aapo.run.experiment import Experiment, SilentExperiment
 from nemo_aapo.run.progress import Progress
 from nemo_aapo.run.stop import StopSignal
+
+PHASE_EVERY_S = 5.0
+"""``phase.json`` is written at most this often."""
 
 
 class Notes(Protocol):
@@ -17,6 +21,7 @@ class Notes(Protocol):
     def note(self, text: str) -> None: ...
 
 
+@runtime_checkable
 class Reporter(Notes, Protocol):
     """Where the loop reports to; on ranks other than 0 it says nothing."""
 
@@ -44,6 +49,7 @@ class RunReporter:
         self.console_samples = console_samples
         self._phase: str | None = None
         self._done = 0
+        self._began = self._written = 0.0
 
     def begin(self, step: int) -> None:
         """The run starts (-1) or goes on from a checkpoint of ``step``."""
@@ -56,11 +62,19 @@ class RunReporter:
     def phase(self, name: str, done: int, total: int) -> None:
         """Work that is not a step: ``done`` of ``total``."""
         if self._phase != name:
-            self._phase, self._done = name, 0
+            self._phase, self._done, self._began, self._written = name, 0, time.time(), 0.0
             self.progress.phase(name, total)
         if done > self._done:
             self.progress.advance(done - self._done)
             self._done = done
+        if time.time() - self._written >= PHASE_EVERY_S:
+            self._written = time.time()
+            self.experiment.save_phase({"phase": name, "done": done, "total": total, "began": self._began})
+
+    def _end_phase(self) -> None:
+        if self._phase is not None:
+            self._phase = None
+            self.experiment.save_phase(None)
 
     def note(self, text: str) -> None:
         """One line that stays on the screen."""
@@ -68,13 +82,13 @@ class RunReporter:
 
     def log_step(self, step: int, metrics: dict[str, float]) -> None:
         """Metrics of a training step, to files and screen."""
-        self._phase = None
+        self._end_phase()
         self.experiment.log_step(step, metrics)
         self.progress.step(step, metrics)
 
     def log_validation(self, step: int, metrics: dict[str, float], samples: Sequence[dict[str, Any]]) -> None:
         """Metrics and completions of a validation; a few of the sampled ones are shown."""
-        self._phase = None
+        self._end_phase()
         self.experiment.log_validation(step, metrics)
         self.experiment.save_rollouts(f"step_{step:06d}", samples)
         self.progress.validation(step, metrics)

@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from nemo_aapo.config import Config
-from nemo_aapo.run.metrics_file import read_metrics
+from nemo_aapo.run.metrics_file import number, read_metrics
 
 PHASES = ("rollout", "reward", "reference", "train", "refit")
 
@@ -22,14 +22,14 @@ def summary_table(config: Config) -> str:
     if len(validations) > 1:
         base, trained = validations[0], validations[-1]
         key = "validation/accuracy_greedy"
-        lines.append(f"{'accuracy, greedy':24}{base[key]:>18.3f}{trained[key]:>18.3f}")
-        if "validation/accuracy_sampled" in base:
+        lines.append(f"{'accuracy, greedy':24}{number(base, key):>18.3f}{number(trained, key):>18.3f}")
+        if "validation/accuracy_sampled" in base and "validation/accuracy_sampled" in trained:
             lines.append(f"{'accuracy, sampled':24}{_with_error(base):>18}{_with_error(trained):>18}")
     if steps:
-        tokens = sum(record["tokens_per_second"] * record["time/step"] for record in steps)
-        seconds = sum(record["time/step"] for record in steps)
+        tokens = sum(number(record, "tokens_per_second") * number(record, "time/step") for record in steps)
+        seconds = sum(number(record, "time/step") for record in steps) or 1.0
         phases = "  ".join(
-            f"{name} {fmean(record[f'time/{name}'] for record in steps):.2f}"
+            f"{name} {fmean(number(record, f'time/{name}') for record in steps):.2f}"
             for name in PHASES
             if any(record.get(f"time/{name}") for record in steps)
         )
@@ -45,5 +45,5 @@ def summary_table(config: Config) -> str:
 
 
 def _with_error(record: dict[str, Any]) -> str:
-    error = record["validation/accuracy_sampled_stderr"]
-    return f"{record['validation/accuracy_sampled']:.3f}" + (f" ± {error:.3f}" if error is not None else "")
+    error = record.get("validation/accuracy_sampled_stderr")
+    return f"{number(record, 'validation/accuracy_sampled'):.3f}" + (f" ± {error:.3f}" if error is not None else "")

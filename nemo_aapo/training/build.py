@@ -9,23 +9,27 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 from nemo_aapo.algorithms import Algorithm
+from nemo_aapo.checkpoint import manifest
 from nemo_aapo.checkpoint.checkpointer import Checkpointer
+from nemo_aapo.checkpoint.directory import CheckpointDirectory
 from nemo_aapo.config import Config, digests_of_run, pad_multiple
 from nemo_aapo.config.schema import RewardRunnerConfig
 from nemo_aapo.data.loading import build_sampler
 from nemo_aapo.data.prompts import PromptSet
+from nemo_aapo.data.sampler import PromptSampler
 from nemo_aapo.data.tokenizer import load_text
 from nemo_aapo.distributed import parallel
-from nemo_aapo.distributed.agreement import agree
+from nemo_aapo.distributed.agreement import agree, on_first_rank
 from nemo_aapo.engines.base import RolloutEngine
 from nemo_aapo.engines.build import build_engine
-from nemo_aapo.errors import ConfigError
+from nemo_aapo.errors import CheckpointError, ConfigError
 from nemo_aapo.evaluation.validation import Validator
 from nemo_aapo.learner.learner import Learner
 from nemo_aapo.learner.policy import MegatronPolicy
@@ -37,11 +41,13 @@ from nemo_aapo.rewards.workers.runner import RewardRunner
 from nemo_aapo.rollout.collector import Collector, RewardScorer
 from nemo_aapo.rollout.pipeline import RolloutPipeline
 from nemo_aapo.run.identity import identity_of
+from nemo_aapo.run.names import CHECKPOINTS
 from nemo_aapo.run.reporter import Notes, Reporter
 from nemo_aapo.training.build_reference import build_reference, open_reference_store
 from nemo_aapo.training.read_data import read_data
 from nemo_aapo.training.trainer import AAPOTrainer
 from nemo_aapo.types import SamplingSpec
+from nemo_aapo.utils.clock import seconds_since_start
 from nemo_aapo.utils.transformers5 import said
 
 if TYPE_CHECKING:
@@ -136,6 +142,8 @@ def build_rollouts(
     for name, prompts in (("training", data), ("validation", validation_data)):
         reporter.note(f"{_count(prompts)} {name} prompts from {prompts.path}{_left_out(config, prompts)}")
     sampler = build_sampler(config, data)
+    if trains:
+        check_resumed_data(config, sampler)
     sampling = sampling_of(config, text.end_tokens)
     if len(text.end_tokens) > 1:
         reporter.note(f"completions end with one of {text}")
@@ -160,7 +168,8 @@ def build_rollouts(
         sampler=sampler,
         reference=build_reference(config, collector, sampling, key, store),
     )
-    return Rollouts(policy, pipeline, _validator(config, collector, validation_data, sampling))
+    stop = stop_of(config, reporter)
+    return Rollouts(policy, pipeline, _validator(config, collector, validation_data, sampling, stop))
 
 
 # ---------------------------------------------------------------- parts
@@ -217,13 +226,34 @@ def build_scorer(
     return agree(make)
 
 
+def check_resumed_data(config: Config, sampler: PromptSampler) -> None:
+    """Refuse to go on with other data than the newest checkpoint's, before the model is loaded. Collective.
+
+    Raises:
+        DataError: on all ranks; every difference is named.
+    """
+
+    def check() -> None:
+        steps = CheckpointDirectory(Path(config.run.dir) / CHECKPOINTS, keep_last=1, keep_best=None).steps()
+        try:
+            state = manifest.read(steps[-1]).trainer_state.get("sampler") if steps else None
+        except CheckpointError:  # resuming says what is wrong with it, or goes back to an older one
+            return
+        if isinstance(state, dict):
+            sampler.check(state)
+
+    on_first_rank(check)
+
+
 def sampling_of(config: Config, end_tokens: tuple[int, ...]) -> SamplingSpec:
     """How policy and reference are sampled in training."""
     rollout = config.rollout
     return SamplingSpec(rollout.temperature, rollout.max_new_tokens, end_tokens, stop_strings=rollout.stop_strings)
 
 
-def _validator(config: Config, collector: Collector, data: PromptSet, sampling: SamplingSpec) -> Validator:
+def _validator(
+    config: Config, collector: Collector, data: PromptSet, sampling: SamplingSpec, stop: Callable[[], bool]
+) -> Validator:
     validation = config.validation
     spec = dataclasses.replace(sampling, min_new_tokens=validation.min_new_tokens)
     return Validator(
@@ -234,7 +264,15 @@ def _validator(config: Config, collector: Collector, data: PromptSet, sampling: 
         sampled=dataclasses.replace(spec, temperature=validation.temperature, top_p=validation.top_p),
         samples=validation.samples,
         seed=config.seed,
+        stop=stop,
     )
+
+
+def stop_of(config: Config, reporter: Notes) -> Callable[[], bool]:
+    """Whether something long is to be broken off: as asked from outside, or as the time is over."""
+    asked = reporter.stop_requested if isinstance(reporter, Reporter) else bool
+    limit = config.checkpoint.max_time_s or math.inf
+    return lambda: asked() or seconds_since_start() > limit
 
 
 def _checkpointer(config: Config) -> Checkpointer:

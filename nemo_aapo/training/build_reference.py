@@ -85,6 +85,6 @@ def build_reference(
         key=key,
         store=store,
         online=config.algorithm.reference == "online",
-        fill_batch=max(FILL_BATCH, config.prompts_per_step),
-        first_batch=stream_seed(config.run.dir),
+        fill_batch=max(FILL_BATCH, parallel.data_parallel_size()),
+        first=stream_seed(config.run.dir),
     )

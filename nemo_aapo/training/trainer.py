@@ -19,7 +19,7 @@ from nemo_aapo.algorithms import Algorithm
 from nemo_aapo.checkpoint.schedule import SaveSchedule
 from nemo_aapo.config import Config
 from nemo_aapo.distributed import parallel
-from nemo_aapo.errors import NonFiniteError
+from nemo_aapo.errors import CheckpointError, Interrupted, NonFiniteError, first_line
 from nemo_aapo.rollout.collector import own_shard
 from nemo_aapo.run.experiment import rollout_rows
 from nemo_aapo.run.reporter import Reporter
@@ -28,6 +28,10 @@ from nemo_aapo.seeds import stream_seed
 from nemo_aapo.training.parity import ParityGate
 from nemo_aapo.training.parts import Checkpoints, Learner, Policy, Rollouts, Validator
 from nemo_aapo.types import Group
+from nemo_aapo.utils.clock import seconds_since_start
+
+BROKEN_OFF = "validation/broken_off"
+"""Among a checkpoint's metrics: the validation of its step is still to be made."""
 
 
 class AAPOTrainer:
@@ -55,7 +59,7 @@ class AAPOTrainer:
         self.parity = ParityGate(config.rollout, learner)
         self.step = 0
         """Training steps done."""
-        self.schedule = SaveSchedule(config.checkpoint)
+        self.schedule = SaveSchedule(config.checkpoint, elapsed=seconds_since_start())
         self._latest: dict[str, float] = {}  # metrics of the last step and the last validation
         self._doing = "the start"
 
@@ -74,9 +78,7 @@ class AAPOTrainer:
             LostRankError: another rank is gone; training goes on from the last checkpoint.
         """
         with parallel.lost_ranks_reported(lambda: self._doing), contextlib.closing(self.checkpoints):
-            if not self._resume() and self.config.trainer.val_check_interval:
-                self._validate()
-            saved, stopping = self.step, False
+            saved, stopping = self._begin()
             while self.step < self.config.trainer.max_steps and not stopping:
                 if not self._fill_reference():  # a stop signal came meanwhile
                     break
@@ -90,7 +92,7 @@ class AAPOTrainer:
             if self.step > saved:
                 self._save()
             self._wait_for_checkpoint()
-            return self.step == self.config.trainer.max_steps
+            return self.step >= self.config.trainer.max_steps
 
     def train_step(self) -> None:
         """One step of ``fit``, without what stands around it: reference rewards, validation, checkpoints."""
@@ -115,10 +117,7 @@ class AAPOTrainer:
     def _generate(self) -> list[Group]:
         """This rank's groups of the step, with rewards and reference rewards."""
         with self._phase(f"step {self.step + 1}, rollout"):
-            try:
-                return self.rollouts.generate(self.step)
-            except FloatingPointError as error:  # the update before was finite, what it led to is not
-                raise NonFiniteError(f"{self._doing}: {error}. No checkpoint was written") from error
+            return self.rollouts.generate(self.step)
 
     def _generate_ahead(self) -> None:
         with self._phase(f"step {self.step + 2}, rollout"):
@@ -176,13 +175,22 @@ class AAPOTrainer:
 
     # ------------------------------------------------------------------ around it
 
+    def _begin(self) -> tuple[int, bool]:
+        """Resume, and validate where that is due: the step that has a checkpoint, and whether to stop already."""
+        resumed = self._resume()
+        due = self._latest.pop(BROKEN_OFF, 0.0) if resumed else self.config.trainer.val_check_interval
+        return self.step, bool(due) and not self._validate()
+
     def _resume(self) -> bool:
         """Go on from the last checkpoint; False without one."""
         state = self.checkpoints.resume(self.policy, self.config.checkpoint.resume)
         if state is not None:
-            self.step = state["step"]
-            self._latest = dict(state["metrics"])
-            self.rollouts.load_state_dict(state)
+            try:
+                self.step, self._latest = int(state["step"]), dict(state["metrics"])
+                self.rollouts.load_state_dict(state)
+            except (KeyError, TypeError) as error:
+                where, what = self.checkpoints.resumed_from, first_line(error)
+                raise CheckpointError(f"{where}: its trainer state is of another version ({what})") from error
             if (checkpoint := self.checkpoints.resumed_from) is not None:
                 self.rollouts.load_pending(checkpoint, self.step)
         self.reporter.begin(-1 if state is None else self.step)
@@ -192,21 +200,29 @@ class AAPOTrainer:
     def _fill_reference(self) -> bool:
         """Have the next step's reference rewards at hand; False if a stop signal came meanwhile."""
         with self._phase(f"the reference rewards of step {self.step + 1}"):
-            return self.rollouts.fill_reference(
+            complete = self.rollouts.fill_reference(
                 self.step,
                 lambda done, total: self.reporter.phase("reference rewards", done, total),
                 lambda: self.reporter.stop_requested() or self.schedule.time_is_up(self.checkpoints.seconds),
             )
+        self.schedule.step_begins()
+        return complete
 
-    def _validate(self) -> None:
+    def _validate(self) -> bool:
+        """Measure the policy; False if a stop broke it off, which a resumed run makes up for."""
         with self._phase(f"step {self.step + 1}, rollout"):
             self.rollouts.settle()
         self._refit()
         with self._phase(f"the validation after step {self.step}"):
             self.reporter.phase("validating", 0, len(self.validator.prompts))
-            metrics, samples = self.validator.run()
+            try:
+                metrics, samples = self.validator.run()
+            except Interrupted:
+                self._latest[BROKEN_OFF] = 1.0
+                return False
             self._latest |= metrics
             self.reporter.log_validation(self.step, metrics, samples)
+        return True
 
     def _stop_or_save(self) -> tuple[bool, bool]:
         """Whether to end after this step, and whether to save now; the same on all ranks.
@@ -244,14 +260,21 @@ class AAPOTrainer:
             self.checkpoints.wait()
 
     def _due(self, interval: int) -> bool:
-        last = self.step == self.config.trainer.max_steps
+        last = self.step >= self.config.trainer.max_steps
         return bool(interval) and (self.step % interval == 0 or last)
 
     @contextlib.contextmanager
     def _phase(self, name: str) -> Iterator[None]:
-        """Inside, this rank is at ``name``; after an error too, as who reports a lost rank asks for it outside."""
+        """Inside, this rank is at ``name``; after an error too, as who reports a lost rank asks for it outside.
+
+        Raises:
+            NonFiniteError: log-probs are not finite: the update before was, what it led to is not.
+        """
         before, self._doing = self._doing, name
-        yield
+        try:
+            yield
+        except FloatingPointError as error:
+            raise NonFiniteError(f"{name}: {error}. No checkpoint was written") from error
         self._doing = before
 
 

@@ -8,11 +8,15 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
+from nemo_aapo.errors import ConfigError, RunError, first_line
+
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 FINISHED = "finished"
@@ -172,6 +176,38 @@ def free_space(path: Path) -> str:
 def to_json(value: object) -> str:
     """One line of strict JSON: numpy becomes plain, and what is not finite becomes null (``NaN`` is no JSON)."""
     return json.dumps(_plain(value), allow_nan=False, ensure_ascii=False)
+
+
+def read_json(path: Path, read: Callable[[Any], T], failure: type[ConfigError | RunError], remedy: str) -> T | None:
+    """What a JSON file that we have written holds; None if there is none.
+
+    Args:
+        read: makes something of the parsed file; ValueError, TypeError, KeyError or AttributeError: it is not ours.
+        failure: what a damaged file, or one that can't be read, is raised as.
+        remedy: what to do then.
+
+    Raises:
+        ConfigError, RunError: ``failure``, which names the file and what is wrong with it.
+    """
+    try:
+        return read(json.loads(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise failure(f"{path}: can't be read ({error.strerror}). {remedy}") from None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise failure(f"{path}: damaged ({type(error).__name__}: {first_line(error)}). {remedy}") from None
+
+
+def fitting(value: Any, *kinds: type) -> Any:
+    """The value, which is of one of these types.
+
+    Raises:
+        TypeError: it is not; for ``read_json``.
+    """
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        raise TypeError(f"{str(value)[:40]!r} where {' or '.join(kind.__name__ for kind in kinds)} is needed")
+    return value
 
 
 def _plain(value: object) -> object:

@@ -127,7 +127,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
         promised = 8 + header_size + _data_size(header)
     except OSError as error:
         raise ConfigError(f"{path}: can't be read ({error.strerror})") from None
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{path}: not a whole safetensors file ({error}). Half-written?") from None
     if size != promised:
         raise ConfigError(f"{path}: has {size} bytes where its header promises {promised}. Half-written?")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Sequence
 
 
@@ -26,3 +27,10 @@ def _widths(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]:
 def _aligned(cells: Sequence[str], widths: Sequence[int]) -> list[str]:
     first, *others = zip(cells, widths, strict=True)
     return [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]
+
+
+def time_left(seconds: float, done: int, total: int) -> str:
+    """``, 0:05:00 left`` of work of which so much was done in so many seconds; empty where nobody can know."""
+    if not 0 < done < total or seconds < 1:
+        return ""
+    return f", {datetime.timedelta(seconds=round(seconds / done * (total - done)))} left"

@@ -15,7 +15,7 @@ class Clock:
         return self.now
 
 
-def schedule(clock: Clock, save_interval_s=None, max_time_s=None) -> SaveSchedule:
+def schedule(clock: Clock, save_interval_s=None, max_time_s=None, elapsed=0.0) -> SaveSchedule:
     settings = Checkpoint(
         save_interval=50,
         save_interval_s=save_interval_s,
@@ -25,7 +25,7 @@ def schedule(clock: Clock, save_interval_s=None, max_time_s=None) -> SaveSchedul
         keep_best=None,
         resume="auto",
     )
-    return SaveSchedule(settings, clock)
+    return SaveSchedule(settings, clock, elapsed)
 
 
 def test_a_checkpoint_is_due_once_its_interval_has_passed_and_not_again_right_after():
@@ -50,6 +50,18 @@ def test_time_is_up_while_the_longest_step_so_far_still_fits():
     limited.step_done()
     assert not limited.time_is_up(save_s=0.0)  # 65 gone: a step of 30 would end at 95
     assert limited.time_is_up(save_s=6.0)  # and be saved at 101
+
+
+def test_what_went_by_before_the_first_step_counts_and_is_no_part_of_a_step():
+    clock = Clock()
+    limited = schedule(clock, max_time_s=100, elapsed=40)  # imports, loading
+    clock.now += 20  # reference rewards
+    limited.step_begins()
+    clock.now += 15
+    limited.step_done()
+    assert not limited.time_is_up(save_s=0.0)  # 75 gone, and 15 may come
+    clock.now += 11
+    assert limited.time_is_up(save_s=0.0)
 
 
 def test_without_settings_the_clock_decides_nothing():

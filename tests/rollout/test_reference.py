@@ -147,16 +147,54 @@ def test_a_stop_signal_while_the_store_is_filled_keeps_what_was_drawn(ranks, fol
 
 def stopped_fit(trainer):
     reference = trainer.rollouts.reference
-    reference.fill_batch, reference.first_batch = 4, 0  # which batch comes first depends on run.dir
+    reference.fill_batch, reference.first = 4, 0  # which prompt comes first depends on run.dir
     trainer.reporter.stop_after = 0
     return fit(trainer)
+
+
+@pytest.mark.parametrize(("tp", "pp", "world"), [(1, 1, 1), (2, 1, 2), (1, 1, 2)])
+def test_a_stop_in_the_midst_of_a_batch_keeps_what_was_scored_by_then(ranks, folder, filled_first, tp, pp, world):
+    run_dir = folder / f"midst{tp}{pp}{world}"
+    config = settings(folder, run_dir, *SHORT, tp=tp, pp=pp, world=world)
+    for stored, complete, asked in ranks.run(with_trainer, config, stopped_within_a_batch, world=world, tp=None):
+        assert not complete
+        assert asked > 0
+        assert 0 < stored < 10 * 4
+    ((complete, values, drawn),) = ranks.run(with_trainer, settings(folder, run_dir, *SHORT), prepare, tp=None)
+    assert complete
+    assert values == filled_first[1]
+    assert len(drawn) == 1
+
+
+def stopped_within_a_batch(trainer):
+    """Two sequences run at a time, and a stop is asked for once some have ended; what is stored then, on rank 0."""
+    from nemo_aapo.distributed import parallel
+    from nemo_aapo.rollout import collector
+
+    collector.WATCH_S, before = 0.0, collector.WATCH_S
+    reference, asked = trainer.rollouts.reference, []
+    trainer.rollouts.collector.engine.max_concurrent_tokens = 48
+    reference.first = 0
+
+    def stop():
+        asked.append(1)
+        return len(asked) > 6
+
+    try:
+        complete = reference.prepare(trainer.rollouts.data, trainer.rollouts.reference_served, stop_requested=stop)
+    finally:
+        collector.WATCH_S = before
+    store, ids = reference.store, [prompt.id for prompt in trainer.rollouts.data]
+    stored = parallel.broadcast_from_first_rank(store and sum(map(len, store.read(ids, 4).values())))
+    return stored, complete, len(asked)
 
 
 def test_a_run_skips_what_another_one_has_stored_meanwhile(ranks, folder, filled_first):
     config = settings(folder, folder / "meanwhile", *SHORT)
     ((values, drawn),) = ranks.run(with_trainer, config, prepare_beside_another, tp=None)
     assert values == filled_first[1]
-    assert len(drawn) == 2  # of three batches, another run drew one
+    assert len(drawn) == 2
+    assert sum(drawn) < sum(len(row) for row in values.values()) * 8  # of the second batch, another run drew a part
     more = [*config, "algorithm.reference_samples=6"]
     ((_, more_values, more_drawn),) = ranks.run(with_trainer, more, prepare, tp=None)
     assert {question: row[:4] for question, row in more_values.items()} == filled_first[1]
@@ -165,16 +203,16 @@ def test_a_run_skips_what_another_one_has_stored_meanwhile(ranks, folder, filled
 
 
 def prepare_beside_another(trainer):
-    """Three batches; after the first, another run stores the last."""
+    """Two batches; after the first, another run stores a part of the second."""
     from nemo_aapo.reference_store.store import RewardStore
 
     reference, last = trainer.rollouts.reference, list(trainer.rollouts.data[8:])
-    reference.fill_batch, reference.first_batch = 4, 0
+    reference.fill_batch, reference.first = 4, 0
     theirs = reference._sample(last, reference_seeds(reference, last))
     drawn = counted(trainer)
 
     def report(done, total):
-        if done == 4:
+        if done == 16:
             with contextlib.closing(RewardStore(reference.store.path, reference.key)) as other:
                 other.write(theirs)
 

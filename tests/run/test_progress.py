@@ -47,9 +47,9 @@ def test_without_a_terminal_there_is_one_line_a_step_and_none_for_the_phases_wit
         "validation at step 4: accuracy 0.250 greedy, 0.200 sampled (standard error 0.010)",
         "rollout 0 of 8",
         "rollout 8 of 8",
-        "step 5/10  reward 0.500  accuracy 0.250  1,234 tokens/s  0:05:00 left",
-        "step 6/10  reward 0.500  accuracy 0.250  1,234 tokens/s  0:04:00 left",
-        "step 7/10  reward 0.500  accuracy 0.250  1,234 tokens/s  0:03:00 left",
+        "step 5/10  reward 0.500  val_accuracy 0.250  1,234 tokens/s  0:05:00 left",
+        "step 6/10  reward 0.500  val_accuracy 0.250  1,234 tokens/s  0:04:00 left",
+        "step 7/10  reward 0.500  val_accuracy 0.250  1,234 tokens/s  0:03:00 left",
         "stopping",
     ]
 
@@ -62,7 +62,7 @@ def test_on_a_terminal_a_bar_is_redrawn_in_place_and_notes_stay(monkeypatch):
     lasting = [line.rpartition("\r")[2].rstrip() for line in said.split("\n")]
     assert lasting[0].startswith("validation at step 4: accuracy 0.250 greedy")
     assert lasting[1] == "stopping"
-    assert lasting[2].startswith("step 7/10 |##############      | reward 0.500  accuracy 0.250")
+    assert lasting[2].startswith("step 7/10 |##############      | reward 0.500  val_accuracy 0.250")
     assert lasting[2].endswith("0:03:00 left")
     assert len(lasting) == 4
     assert "reference rewards 1000 of 1000" in said

@@ -11,7 +11,7 @@ import pytest
 from nemo_aapo.algorithms import Algorithm
 from nemo_aapo.config.compose import load_config
 from nemo_aapo.distributed import parallel
-from nemo_aapo.errors import CheckpointError, LostRankError, NonFiniteError, ParityError
+from nemo_aapo.errors import CheckpointError, Interrupted, LostRankError, NonFiniteError, ParityError
 from nemo_aapo.training.trainer import AAPOTrainer
 from nemo_aapo.types import Completion, Group, Prompt
 
@@ -345,6 +345,49 @@ def test_a_resumed_runs_engine_has_the_policys_weights_before_it_generates(confi
     assert resumed.reporter.journal[:4] == ["pending of step_3", "begin_at 3", "refit to 3", "fill 3"]
 
 
+def test_a_run_that_was_further_already_is_complete_and_does_nothing(config):
+    """Commands refuse it before (``run.directory``); here it must not be taken for a run that was stopped."""
+    disk = {}
+    assert make(config, disk).fit()
+    shorter = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, max_steps=3))
+    again = make(shorter, disk)
+    assert again.fit()
+    assert not again.reporter.journal.of("update", "save", "validate")
+
+
+def test_a_stop_breaks_off_a_validation_which_the_resumed_run_makes_up_for(config):
+    disk = {}
+    trainer = make(config, disk)
+
+    def stopped():
+        trainer.reporter.stop = True
+        raise Interrupted
+
+    happen(trainer, "validate 2", stopped)
+    assert not trainer.fit()
+    assert max(disk) == 2
+    resumed = make(config, disk)
+    assert resumed.fit()
+    assert resumed.reporter.journal.of("validate") == ["validate 2", "validate 4", "validate 5"]
+    assert resumed.reporter.journal.index("validate 2") < resumed.reporter.journal.index("fill 2")
+    assert not [state for step, state in disk.items() if step > 2 and "validation/broken_off" in state["metrics"]]
+
+
+def test_a_stop_in_the_first_validation_ends_the_run_before_any_step(config):
+    trainer = make(config)
+    happen(trainer, "validate 0", fails_with(Interrupted()))
+    assert not trainer.fit()
+    assert not trainer.reporter.journal.of("fill", "generate", "save")
+
+
+def test_a_checkpoint_of_another_version_is_said_to_be_one(config):
+    disk = {}
+    make(config, disk).fit()
+    del disk[5]["metrics"]
+    with pytest.raises(CheckpointError, match="of another version"):
+        make(config, disk).fit()
+
+
 # ---------------------------------------------------------------- errors
 
 
@@ -410,6 +453,13 @@ def test_log_probs_that_are_not_finite_name_the_step(config):
     with pytest.raises(NonFiniteError, match=r"step 4, rollout: log-probs are not finite\. No checkpoint was written"):
         trainer.fit()
     assert max(trainer.checkpoints.disk) == 2
+
+
+def test_log_probs_that_are_not_finite_in_a_validation_are_a_message_too(config):
+    trainer = make(config)
+    happen(trainer, "validate 2", fails_with(FloatingPointError("log-probs are not finite")))
+    with pytest.raises(NonFiniteError, match=r"the validation after step 2: log-probs are not finite"):
+        trainer.fit()
 
 
 PHASES = {

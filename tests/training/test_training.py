@@ -237,6 +237,66 @@ def test_a_time_limit_ends_a_run_with_a_checkpoint_and_the_best_one_stays(ranks,
     assert left == {best, max(rewards)}
 
 
+def test_fewer_steps_than_were_made_are_refused_and_the_run_stays_finished(ranks, folder, uninterrupted):
+    before = metrics(uninterrupted, timeless=False)
+    fewer = settings(folder, uninterrupted, "trainer.max_steps=4")
+    with pytest.raises(AssertionError, match=r"ConfigError: trainer\.max_steps=4: .* a checkpoint of step 6 already"):
+        ranks.run(run, fewer, tp=None)
+    assert (uninterrupted / "finished").exists()
+    assert metrics(uninterrupted, timeless=False) == before
+
+
+def test_other_data_are_refused_before_the_model_is_loaded(ranks, folder, uninterrupted, tmp_path):
+    """Data that differ in what no identity of files sees: here the checkpoint says that they were others."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(uninterrupted, run_dir)
+    path = max((run_dir / "checkpoints").iterdir())
+    content = manifest.read(path)
+    state = {**content.trainer_state, "sampler": {**content.trainer_state["sampler"], "data_digest": "others"}}
+    manifest.write(dataclasses.replace(content, trainer_state=state), path)
+    words = settings(folder, run_dir, "trainer.max_steps=8")
+    with pytest.raises(AssertionError, match=r"DataError: can't resume the order of prompts: data_digest was 'others'"):
+        ranks.run(_run_without_loading, words, tp=None)
+
+
+def _run_without_loading(overrides):
+    from nemo_aapo.training import build
+
+    def fail(*_, **__):
+        raise AssertionError("the model was loaded")
+
+    made, build.build_policy = build.build_policy, fail
+    try:
+        return run(overrides)
+    finally:
+        build.build_policy = made
+
+
+def test_a_stop_breaks_off_an_export_and_leaves_nothing_of_it(ranks, folder, uninterrupted, tmp_path):
+    config = settings(folder, tmp_path / "run", "export_hf_model=false", world=2)
+    assert ranks.run(_broken_off_export, config, str(tmp_path / "export"), world=2, tp=None) == [True, True]
+    assert not list(tmp_path.glob("*export*"))
+
+
+def _broken_off_export(overrides, directory):
+    """Asked for on rank 1 alone."""
+    import torch.distributed as dist
+
+    from nemo_aapo import load_config
+    from nemo_aapo.errors import Interrupted
+    from nemo_aapo.prepare.job import resolve
+    from nemo_aapo.training.build import build_policy, initialize
+
+    config = load_config(overrides)
+    initialize(config)
+    policy = build_policy(resolve(config, 2, given=("rewards",)), trains=False)
+    try:
+        policy.export(directory, lambda: dist.get_rank() == 1)
+    except Interrupted:
+        return True
+    return False
+
+
 @pytest.mark.exact
 def test_a_disagreement_of_engine_and_learner_stops_the_run_before_the_first_step(ranks, folder):
     strict = settings(folder, folder / "strict", "rollout.max_parity_error=1", "rollout.max_gen_kl=0")

@@ -5,14 +5,17 @@ from __future__ import annotations
 from typing import Literal
 
 from nemo_aapo.config.schema.facts import section, setting
+from nemo_aapo.config.schema.limits import STEPS
 
 
 @section
 class Margin:
     """Bounds and estimator of AAPO's margin."""
 
-    low: float = setting("the most that one completion loses against the reference, at most 0", decides=True)
-    high: float = setting("the most that one completion gains against the reference, at least 0", decides=True)
+    low: float = setting("the most that one completion loses against the reference, at most 0", decides=True, sane=1e6)
+    high: float = setting(
+        "the most that one completion gains against the reference, at least 0", decides=True, sane=1e6
+    )
     estimator: Literal["sampled", "expected"] = setting(
         "sampled: one reference reward per completion | expected: the mean over all K", decides=True
     )
@@ -23,7 +26,7 @@ class Clip:
     """How far the importance ratio may go from 1."""
 
     low: float = setting("the importance ratio is cut at 1 - low", decides=True, above=0, below=1)
-    high: float = setting("the importance ratio is cut at 1 + high", decides=True)
+    high: float = setting("the importance ratio is cut at 1 + high", decides=True, above=0, sane=1e6)
 
 
 @section
@@ -36,7 +39,10 @@ class AlgorithmConfig:
         "rewards of the frozen base model: cached (stored once) | online (sampled every step) | null", decides=True
     )
     reference_samples: int | None = setting(
-        "K: stored reference completions per prompt (cached: K >= G, online: K = G)", decides=True
+        "K: stored reference completions per prompt (cached: K >= G, online: K = G)",
+        decides=True,
+        minimum=1,
+        sane=1_000_000,
     )
     reference_store: str | None = setting(
         "where cached reference rewards are kept; any number of runs may share a file", decides=False
@@ -45,6 +51,7 @@ class AlgorithmConfig:
         "null: before the first step all that the run needs | N: for large data, N steps' prompts at a time",
         decides=False,
         minimum=1,
+        sane=STEPS,
     )
     margin: Margin | None = setting("delta = clip(r - r_reference, low, high); null: no margin", decides=True)
     rescale_dead_groups: bool = setting(
@@ -55,15 +62,18 @@ class AlgorithmConfig:
     )
     clip: Clip | None = setting("{low, high} of the importance ratio; only for ratio_clip", decides=True)
     kl_coefficient: float = setting(
-        "weight of KL(policy, reference), k3 estimator; only for ratio_clip", decides=True, minimum=0
+        "weight of KL(policy, reference), k3 estimator; only for ratio_clip", decides=True, minimum=0, sane=1e6
     )
     loss_aggregation: Literal["token", "sequence", "fixed_length"] = setting(
         "token: one mean over all tokens | sequence: mean of means | fixed_length: sum / (sequences x max_new_tokens)",
         decides=True,
     )
     updates_per_rollout: int = setting(
-        "optimizer steps on each rollout batch; more than 1 makes the later ones off-policy", decides=True, minimum=1
+        "optimizer steps on each rollout batch; more than 1 makes the later ones off-policy",
+        decides=True,
+        minimum=1,
+        sane=10_000,
     )
     importance_weight_cap: float | None = setting(
-        "truncated importance weight min(pi_train / pi_rollout, cap); null: none", decides=True, minimum=1
+        "truncated importance weight min(pi_train / pi_rollout, cap); null: none", decides=True, minimum=1, sane=1e6
     )

@@ -5,15 +5,18 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from nemo_aapo.config.schema.facts import section, setting
+from nemo_aapo.config.schema.limits import NODES, RANKS_OF_NODE, SECONDS
 
 
 @section
 class Servers:
     """Rollout servers beside the trainer."""
 
-    nodes: int = setting("nodes with rollout servers; 0: none", decides=False, minimum=0)
-    per_node: int = setting("servers on each of these nodes; they share its GPUs", decides=False, minimum=1)
-    gpus_per_node: int = setting("GPUs asked for on each of these nodes", decides=False, minimum=0)
+    nodes: int = setting("nodes with rollout servers; 0: none", decides=False, minimum=0, sane=NODES)
+    per_node: int = setting(
+        "servers on each of these nodes; they share its GPUs", decides=False, minimum=1, sane=RANKS_OF_NODE
+    )
+    gpus_per_node: int = setting("GPUs asked for on each of these nodes", decides=False, minimum=0, sane=RANKS_OF_NODE)
 
 
 @section
@@ -47,21 +50,26 @@ class Cluster:
     time: str = setting(
         "limit of one job, HH:MM:SS or D-HH:MM:SS, in quotes: YAML reads a bare 4:00:00 as 14400", decides=False
     )
-    gpus_per_node: int = setting("GPUs asked for on each node; 0: none", decides=False, minimum=0)
-    cpus_per_task: int | None = setting("cores of each rank", decides=False, minimum=1)
+    gpus_per_node: int = setting("GPUs asked for on each node; 0: none", decides=False, minimum=0, sane=RANKS_OF_NODE)
+    cpus_per_task: int | None = setting("cores of each rank", decides=False, minimum=1, sane=100_000)
     exclusive: bool = setting("ask for whole nodes", decides=False)
     dependency: str | None = setting(
         "singleton: jobs of this run never run at once | e.g. afterok:123 | null", decides=False
     )
-    chain: int = setting("submit so many jobs; each goes on where the one before ended", decides=False, minimum=1)
+    chain: int = setting(
+        "submit so many jobs; each goes on where the one before ended", decides=False, minimum=1, sane=1000
+    )
     signal_s: int = setting(
-        "so many seconds before the time limit: finish the step, save, requeue", decides=False, minimum=1
+        "so many seconds before the time limit: finish the step, save, requeue", decides=False, minimum=1, sane=SECONDS
     )
     max_requeues: int = setting(
-        "a run may be requeued so often in a row without a new checkpoint", decides=False, minimum=0
+        "a run may be requeued so often in a row without a new checkpoint", decides=False, minimum=0, sane=1_000_000
     )
     fill_jobs: int = setting(
-        "scripts/launch.py fill: the reference store is filled by so many array tasks", decides=False, minimum=1
+        "scripts/launch.py fill: the reference store is filled by so many array tasks",
+        decides=False,
+        minimum=1,
+        sane=100_000,
     )
     servers: Servers
     container: Container

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from nemo_aapo.config.schema.facts import section, setting
+from nemo_aapo.config.schema.limits import COMPLETIONS, NODES, RANKS_OF_NODE, SECONDS, SEED, TOKENS
 
 
 @section
@@ -36,10 +37,18 @@ class EvaluatedModel:
     )
     trust_remote_code: bool = setting("run Python code that comes with the model's tokenizer", decides=False)
     tensor_model_parallel_size: int = setting(
-        "TP: each layer cut over so many ranks; divides heads and key-value groups", decides=False, minimum=1, main=True
+        "TP: each layer cut over so many ranks; divides heads and key-value groups",
+        decides=False,
+        minimum=1,
+        main=True,
+        sane=NODES,
     )
     pipeline_model_parallel_size: int = setting(
-        "PP: layers distributed over so many stages; divides the number of layers", decides=False, minimum=1, main=True
+        "PP: layers distributed over so many stages; divides the number of layers",
+        decides=False,
+        minimum=1,
+        main=True,
+        sane=NODES,
     )
 
 
@@ -47,17 +56,25 @@ class EvaluatedModel:
 class EvaluationRanks:
     """Ranks and deadlines."""
 
-    num_nodes: int = setting("machines; under torchrun what it started, else 1", decides=False, minimum=1, main=True)
+    num_nodes: int = setting(
+        "machines; under torchrun what it started, else 1", decides=False, minimum=1, main=True, sane=NODES
+    )
     devices: int = setting(
         "ranks on each machine, likewise; this script starts them where torchrun did not",
         decides=False,
         minimum=1,
         main=True,
+        sane=RANKS_OF_NODE,
     )
     distributed_timeout_s: float = setting(
-        "a rank that waits longer for another one ends the evaluation with an error", decides=False
+        "a rank that waits longer for another one ends the evaluation with an error",
+        decides=False,
+        above=0,
+        sane=SECONDS,
     )
-    fault_timeout_s: float = setting("once a rank has failed, the others end within this or are killed", decides=False)
+    fault_timeout_s: float = setting(
+        "once a rank has failed, the others end within this or are killed", decides=False, above=0, sane=SECONDS
+    )
 
 
 @section
@@ -74,9 +91,9 @@ class EvaluationFields:
 class Sampling:
     """How completions are sampled."""
 
-    temperature: float = setting("logits are divided by it; 0: greedy", decides=True, minimum=0, main=True)
+    temperature: float = setting("logits are divided by it; 0: greedy", decides=True, minimum=0, main=True, sane=100)
     top_p: float = setting("nucleus truncation", decides=True, above=0, maximum=1, main=True)
-    max_new_tokens: int = setting("completions are cut here", decides=True, minimum=1, main=True)
+    max_new_tokens: int = setting("completions are cut here", decides=True, minimum=1, main=True, sane=TOKENS)
     stop_strings: tuple[str, ...] = setting("a completion also ends once its text contains one of these", decides=True)
 
 
@@ -85,10 +102,16 @@ class EvaluationRunner:
     """The processes that judge completions."""
 
     workers: int = setting(
-        "processes that judge, on each model-parallel group; 0: in the process itself", decides=False, minimum=0
+        "processes that judge, on each model-parallel group; 0: in the process itself",
+        decides=False,
+        minimum=0,
+        sane=1024,
     )
     timeout_s: float = setting(
-        "seconds for one completion; then its worker is killed, and it counts as wrong", decides=False
+        "seconds for one completion; then its worker is killed, and it counts as wrong",
+        decides=False,
+        above=0,
+        sane=SECONDS,
     )
 
 
@@ -109,6 +132,7 @@ class EvaluationConfig:
         decides=True,
         minimum=0,
         main=True,
+        sane=SEED,
     )
     model: EvaluatedModel
     benchmarks: tuple[str, ...] = setting(
@@ -137,15 +161,15 @@ class EvaluationConfig:
         "start",
         decides=True,
     )
-    max_prompt_tokens: int = setting("longest prompt in tokens", decides=False, minimum=1)
+    max_prompt_tokens: int = setting("longest prompt in tokens", decides=False, minimum=1, sane=TOKENS)
     max_problems: int | None = setting(
-        "measure on the first so many problems of each benchmark only", decides=False, minimum=1
+        "measure on the first so many problems of each benchmark only", decides=False, minimum=1, sane=10**9
     )
     on_bad_answer: Literal["error", "wrong"] = setting(
         "a gold answer that the reward can't work with: error | wrong (counted, and never right)", decides=False
     )
     samples: int = setting(
-        "k: completions of each problem; more can be added later", decides=False, minimum=1, main=True
+        "k: completions of each problem; more can be added later", decides=False, minimum=1, main=True, sane=COMPLETIONS
     )
     sampling: Sampling
     rewards: tuple[dict[str, Any], ...] = setting("the one that tells right (1) from wrong", decides=True)
@@ -155,9 +179,13 @@ class EvaluationConfig:
         decides=False,
         minimum=1,
         main=True,
+        sane=1_000_000,
     )
     max_concurrent_tokens: int = setting(
-        "KV-cache budget of one model-parallel group: sequences at a time x longest sequence", decides=False
+        "KV-cache budget of one model-parallel group: sequences at a time x longest sequence",
+        decides=False,
+        minimum=1,
+        sane=TOKENS,
     )
     trainer: EvaluationRanks
     precision: EvaluationPrecision

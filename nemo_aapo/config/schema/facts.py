@@ -37,6 +37,8 @@ class Facts:
     """The largest value."""
     below: float | None = None
     """What the value must be less than."""
+    sane: float | None = None
+    """The largest magnitude, where no maximum is meant: beyond it a value can only be a mistake, and would do harm."""
     main: bool = False
     """Whether ``--help`` shows it."""
 
@@ -59,6 +61,15 @@ class Facts:
             and (self.maximum is None or value <= self.maximum)
             and (self.below is None or value < self.below)
         )
+
+    def complaint(self, value: object) -> str:
+        """What is wrong with a value, or with one of several, as the end of ``must be ...``; empty if nothing is."""
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int | float) and not self.allow(number):
+                return self.limits
+            if isinstance(number, int | float) and self.sane is not None and abs(number) > self.sane:
+                return f"at most {self.sane:,}" if number > 0 else f"at least {-self.sane:,}"
+        return ""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from nemo_aapo.config.schema.facts import section, setting
+from nemo_aapo.config.schema.limits import NODES, NUMBER, STEPS, TOKENS
 
 
 @section
@@ -12,19 +13,19 @@ class Sched:
     """The learning rate over the steps."""
 
     name: Literal["constant", "cosine"] = setting("constant | cosine, after a linear warm-up", decides=True)
-    warmup_steps: int = setting("steps from 0 to lr", decides=True, minimum=0)
-    min_lr: float = setting("where cosine ends, at trainer.max_steps", decides=True)
+    warmup_steps: int = setting("steps from 0 to lr", decides=True, minimum=0, sane=STEPS)
+    min_lr: float = setting("where cosine ends, at trainer.max_steps", decides=True, minimum=0, sane=NUMBER)
 
 
 @section
 class Optim:
     """Adam, as mcore builds it."""
 
-    lr: float = setting("peak learning rate of Adam", decides=True, above=0, main=True)
-    betas: tuple[float, float] = setting("Adam's moment decays", decides=True)
-    eps: float = setting("Adam's denominator offset", decides=True)
-    weight_decay: float = setting("decoupled weight decay, on matrices only", decides=True, minimum=0)
-    clip_grad: float = setting("largest global gradient norm", decides=True, above=0)
+    lr: float = setting("peak learning rate of Adam", decides=True, above=0, main=True, sane=NUMBER)
+    betas: tuple[float, float] = setting("Adam's moment decays", decides=True, minimum=0, below=1)
+    eps: float = setting("Adam's denominator offset", decides=True, above=0, maximum=1)
+    weight_decay: float = setting("decoupled weight decay, on matrices only", decides=True, minimum=0, sane=1e6)
+    clip_grad: float = setting("largest global gradient norm", decides=True, above=0, sane=NUMBER)
     use_distributed_optimizer: bool | None = setting(
         "shard the optimizer state over the data-parallel ranks; null: on a GPU", decides=True
     )
@@ -42,8 +43,10 @@ class Optim:
 class Lora:
     """Low-rank adapters that are trained in place of the weights."""
 
-    rank: int = setting("rank of the adapters; divisible by the tensor-parallel size", decides=True, minimum=1)
-    alpha: int = setting("the adapters' product is scaled by alpha / rank", decides=True, minimum=1)
+    rank: int = setting(
+        "rank of the adapters; divisible by the tensor-parallel size", decides=True, minimum=1, sane=65_536
+    )
+    alpha: int = setting("the adapters' product is scaled by alpha / rank", decides=True, minimum=1, sane=1_000_000)
     target_modules: tuple[str, ...] = setting(
         "layers with adapters: some of linear_qkv, linear_proj, linear_fc1, linear_fc2", decides=True
     )
@@ -56,18 +59,27 @@ class Model:
     path: str = setting("Hugging Face model directory: config.json, *.safetensors, tokenizer", decides=True, main=True)
     trust_remote_code: bool = setting("run Python code that comes with the model's tokenizer", decides=True)
     tensor_model_parallel_size: int = setting(
-        "TP: each layer cut over so many ranks; divides heads and key-value groups", decides=False, minimum=1, main=True
+        "TP: each layer cut over so many ranks; divides heads and key-value groups",
+        decides=False,
+        minimum=1,
+        main=True,
+        sane=NODES,
     )
     pipeline_model_parallel_size: int = setting(
-        "PP: layers distributed over so many stages; divides the number of layers", decides=False, minimum=1, main=True
+        "PP: layers distributed over so many stages; divides the number of layers",
+        decides=False,
+        minimum=1,
+        main=True,
+        sane=NODES,
     )
     context_parallel_size: int = setting(
-        "CP: each sequence cut over so many ranks; only 1 so far", decides=False, minimum=1
+        "CP: each sequence cut over so many ranks; only 1 so far", decides=False, minimum=1, sane=NODES
     )
     expert_model_parallel_size: int = setting(
         "EP: experts distributed over so many ranks; only 1 so far, as no model with experts trains",
         decides=False,
         minimum=1,
+        sane=NODES,
     )
     sequence_parallel: bool = setting(
         "also cut activations between the tensor-parallel regions; needs TP > 1", decides=False, main=True
@@ -91,7 +103,10 @@ class Model:
         "selective: of core_attn, mlp (megatron-core's names)", decides=False
     )
     logprob_chunk_tokens: int = setting(
-        "memory bound of log-probs and loss: so many tokens' logits exist at one time", decides=False, minimum=1
+        "memory bound of log-probs and loss: so many tokens' logits exist at one time",
+        decides=False,
+        minimum=1,
+        sane=TOKENS,
     )
     lora: Lora | None = setting(
         "train adapters: {rank: 16, alpha: 32, target_modules: [linear_qkv, linear_proj, linear_fc1, linear_fc2]}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from nemo_aapo.config.schema.facts import section, setting
+from nemo_aapo.config.schema.limits import BYTES, COMPLETIONS, NODES, NUMBER, SECONDS, TOKENS
 
 
 @section
@@ -15,6 +16,7 @@ class Trtllm:
         "GPUs of one engine; null: TP x PP, all those of a model-parallel group, as it must be in the learner's GPUs",
         decides=False,
         minimum=1,
+        sane=NODES,
     )
     kv_cache_fraction: float = setting(
         "its KV cache takes at most this share of the memory that is free when it starts (and max_concurrent_tokens)",
@@ -23,7 +25,7 @@ class Trtllm:
         below=1,
     )
     refit_bucket_bytes: int = setting(
-        "weights are handed over so many bytes at a time, held twice meanwhile", decides=False, minimum=1
+        "weights are handed over so many bytes at a time, held twice meanwhile", decides=False, minimum=1, sane=BYTES
     )
 
 
@@ -34,14 +36,17 @@ class Remote:
     directory: str = setting(
         "where servers announce themselves and find token and weights; both sides must see it", decides=False
     )
-    servers: int = setting("how many servers are waited for at the start", decides=False, minimum=1)
+    servers: int = setting("how many servers are waited for at the start", decides=False, minimum=1, sane=NODES)
     wait_s: float = setting(
-        "seconds that the start waits for them; later, that a step waits for at least one", decides=False, above=0
+        "seconds that the start waits for them; later, that a step waits for at least one",
+        decides=False,
+        above=0,
+        sane=SECONDS,
     )
     timeout_s: float = setting(
-        "a server that says nothing for so many seconds is taken for dead", decides=False, above=0
+        "a server that says nothing for so many seconds is taken for dead", decides=False, above=0, sane=SECONDS
     )
-    retries: int = setting("a prompt whose server fails is sent again so often", decides=False, minimum=0)
+    retries: int = setting("a prompt whose server fails is sent again so often", decides=False, minimum=0, sane=10_000)
 
 
 @section
@@ -49,11 +54,11 @@ class Server:
     """One rollout server."""
 
     engine: Literal["megatron", "trtllm"] = setting("what it hosts: megatron | trtllm", decides=False)
-    index: int = setting("which of the servers it is", decides=False, minimum=0)
+    index: int = setting("which of the servers it is", decides=False, minimum=0, sane=NODES)
     host: str = setting("address to listen on; any but loopback can be reached by others", decides=False)
-    port: int = setting("port to listen on; 0: any free one", decides=False, minimum=0)
+    port: int = setting("port to listen on; 0: any free one", decides=False, minimum=0, maximum=65_535)
     directory: str = setting("the trainer's rollout.remote.directory", decides=False)
-    max_request_bytes: int = setting("larger requests are refused (413)", decides=False, minimum=1024)
+    max_request_bytes: int = setting("larger requests are refused (413)", decides=False, minimum=1024, sane=BYTES)
 
 
 @section
@@ -65,17 +70,25 @@ class Rollout:
         "remote: on rollout servers",
         decides=True,
     )
-    temperature: float = setting("logits are divided by it, in sampling and in training alike", decides=True, above=0)
-    top_p: float = setting(
-        "must stay 1 in training: a truncated sampler is another policy than the one trained", decides=True
+    temperature: float = setting(
+        "logits are divided by it, in sampling and in training alike", decides=True, above=0, sane=100
     )
-    top_k: int = setting("must stay 0 in training, for the same reason", decides=True)
-    max_new_tokens: int = setting("completions are cut here", decides=True, minimum=1, main=True)
+    top_p: float = setting(
+        "must stay 1 in training: a truncated sampler is another policy than the one trained",
+        decides=True,
+        above=0,
+        maximum=1,
+    )
+    top_k: int = setting("must stay 0 in training, for the same reason", decides=True, minimum=0, sane=TOKENS)
+    max_new_tokens: int = setting("completions are cut here", decides=True, minimum=1, main=True, sane=TOKENS)
     stop_strings: tuple[str, ...] = setting(
         "a completion also ends once its text contains one of these, in validation too", decides=True
     )
     max_concurrent_tokens: int = setting(
-        "KV-cache budget of one model-parallel group: sequences at a time x longest sequence", decides=False
+        "KV-cache budget of one model-parallel group: sequences at a time x longest sequence",
+        decides=False,
+        minimum=1,
+        sane=TOKENS,
     )
     offload_learner: bool = setting(
         "while an engine in the learner's GPUs generates, gradients and optimizer state leave GPU memory", decides=False
@@ -84,16 +97,19 @@ class Rollout:
         "1: servers generate the next step's completions while the learner trains; one step off-policy",
         decides=True,
         minimum=0,
+        sane=1_000,
     )
     max_parity_error: float = setting(
         "engine against learner on the same tokens: limit of exp(mean |difference of log-probs|)",
         decides=False,
         minimum=1,
+        sane=NUMBER,
     )
     max_gen_kl: float = setting(
         "engine against learner on the same tokens: limit of the estimated KL(engine, learner)",
         decides=False,
         minimum=0,
+        sane=NUMBER,
     )
     on_parity_error: Literal["warn", "stop"] = setting(
         "over one of the two limits after the first step: warn | stop; before it, it is always an error", decides=False
@@ -139,7 +155,7 @@ class Data:
     prompt_template: str = setting(
         "what is said around the question; as plain text it may hold {system_prompt}, too", decides=True
     )
-    max_prompt_tokens: int = setting("longest prompt in tokens", decides=True, minimum=1)
+    max_prompt_tokens: int = setting("longest prompt in tokens", decides=True, minimum=1, sane=TOKENS)
     on_long_prompt: Literal["error", "drop"] = setting("a longer prompt: error | drop (and count)", decides=True)
     on_bad_line: Literal["error", "skip"] = setting("a line that can't be used: error | skip (and count)", decides=True)
     on_contamination: Literal["report", "drop", "error"] = setting(
@@ -157,9 +173,14 @@ class RewardRunnerConfig:
     """The processes that score completions."""
 
     workers: int = setting(
-        "processes that score, on each model-parallel group; 0: in the trainer itself", decides=False, minimum=0
+        "processes that score, on each model-parallel group; 0: in the trainer itself",
+        decides=False,
+        minimum=0,
+        sane=1024,
     )
-    timeout_s: float = setting("seconds for one completion; then its worker is killed", decides=False, above=0)
+    timeout_s: float = setting(
+        "seconds for one completion; then its worker is killed", decides=False, above=0, sane=SECONDS
+    )
 
 
 @section
@@ -167,13 +188,18 @@ class Validation:
     """What is measured on held-out prompts."""
 
     reward: str = setting("which of the rewards counts as right (at 1) or wrong", decides=True)
-    samples: int = setting("sampled completions per prompt, besides the greedy one", decides=True, minimum=0)
-    temperature: float = setting("temperature of the sampled ones", decides=True)
+    samples: int = setting(
+        "sampled completions per prompt, besides the greedy one", decides=True, minimum=0, sane=COMPLETIONS
+    )
+    temperature: float = setting("temperature of the sampled ones", decides=True, minimum=0, sane=100)
     top_p: float = setting("nucleus truncation of the sampled ones", decides=True, above=0, maximum=1)
     min_new_tokens: int = setting(
         "no end of sequence before so many tokens; training has none, as it would sample from another distribution",
         decides=True,
         minimum=0,
+        sane=TOKENS,
     )
-    max_prompts: int | None = setting("validate on the first so many prompts only", decides=True, minimum=1)
-    console_samples: int = setting("completions shown on the console at each validation", decides=False, minimum=0)
+    max_prompts: int | None = setting("validate on the first so many prompts only", decides=True, minimum=1, sane=10**9)
+    console_samples: int = setting(
+        "completions shown on the console at each validation", decides=False, minimum=0, sane=10_000
+    )

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from nemo_aapo.config.schema.algorithm import AlgorithmConfig
 from nemo_aapo.config.schema.cluster import Cluster
 from nemo_aapo.config.schema.facts import section, setting
+from nemo_aapo.config.schema.limits import COMPLETIONS, NODES, RANKS_OF_NODE, SECONDS, SEED, STEPS, TOKENS
 from nemo_aapo.config.schema.model import Model
 from nemo_aapo.config.schema.rollout import Data, RewardRunnerConfig, Rollout, Validation
 
@@ -25,30 +26,38 @@ class Run:
 class Trainer:
     """Ranks, steps, deadlines."""
 
-    num_nodes: int = setting("machines; under torchrun what it started, else 1", decides=False, minimum=1, main=True)
+    num_nodes: int = setting(
+        "machines; under torchrun what it started, else 1", decides=False, minimum=1, main=True, sane=NODES
+    )
     devices: int = setting(
         "ranks on each machine, likewise; ranks / (tensor x pipeline) = data-parallel size",
         decides=False,
         minimum=1,
         main=True,
+        sane=RANKS_OF_NODE,
     )
     max_steps: int = setting(
         "optimizer steps of the whole run, resumed parts included",
         decides=("model.optim.sched.name", "cosine"),
         minimum=0,
         main=True,
+        sane=STEPS,
     )
     val_check_interval: int = setting(
         "validate every so many steps (and before the first and after the last); 0: never",
         decides=False,
         minimum=0,
         main=True,
+        sane=STEPS,
     )
     distributed_timeout_s: float = setting(
-        "a collective that waits longer than this ends the run with an error", decides=False, above=0
+        "a collective that waits longer than this ends the run with an error", decides=False, above=0, sane=SECONDS
     )
     fault_timeout_s: float = setting(
-        "scripts/launch.py: once a rank has failed, the others end within this or are killed", decides=False, above=0
+        "scripts/launch.py: once a rank has failed, the others end within this or are killed",
+        decides=False,
+        above=0,
+        sane=SECONDS,
     )
 
 
@@ -61,17 +70,23 @@ class Checkpoint:
         decides=False,
         minimum=1,
         main=True,
+        sane=STEPS,
     )
     save_interval_s: float | None = setting(
-        "also save once so many seconds have passed since the last checkpoint", decides=False, minimum=1
+        "also save once so many seconds have passed since the last checkpoint", decides=False, minimum=1, sane=SECONDS
     )
     max_time_s: float | None = setting(
-        "save and stop before the run has taken so many seconds: for jobs with a time limit", decides=False, minimum=1
+        "save and stop before the run has taken so many seconds: for jobs with a time limit",
+        decides=False,
+        minimum=1,
+        sane=SECONDS,
     )
     async_save: bool = setting(
         "write checkpoints while training goes on, from a copy in the host's memory", decides=False
     )
-    keep_last: int = setting("so many of the newest checkpoints stay; older ones are removed", decides=False, minimum=1)
+    keep_last: int = setting(
+        "so many of the newest checkpoints stay; older ones are removed", decides=False, minimum=1, sane=1_000_000
+    )
     keep_best: Literal["validation/accuracy_greedy", "validation/accuracy_sampled", "reward/mean"] | None = setting(
         "a metric, such as validation/accuracy_sampled: its best checkpoint stays as well", decides=False
     )
@@ -97,11 +112,14 @@ class Precision:
     name: Literal["auto", "fp32", "bf16", "fp8_tensorwise", "fp8_blockwise", "fp8_delayed"] = setting(
         "auto: bf16 on a GPU, fp32 on a CPU | fp32 | bf16 | fp8_tensorwise | fp8_blockwise | fp8_delayed", decides=True
     )
-    num_layers_at_start_in_bf16: int = setting("with FP8: so many first layers stay in bf16", decides=True, minimum=0)
+    num_layers_at_start_in_bf16: int = setting(
+        "with FP8: so many first layers stay in bf16", decides=True, minimum=0, sane=100_000
+    )
     num_layers_at_end_in_bf16: int = setting(
         "with FP8: so many last layers stay in bf16; embedding, output layer and attention always do",
         decides=True,
         minimum=0,
+        sane=100_000,
     )
 
 
@@ -111,14 +129,22 @@ class Config:
 
     run: Run
     seed: int = setting(
-        "decides prompt order and sampling; the same seed gives the same run", decides=True, minimum=0, main=True
+        "decides prompt order and sampling; the same seed gives the same run",
+        decides=True,
+        minimum=0,
+        main=True,
+        sane=SEED,
     )
     prompts_per_step: int = setting(
-        "prompts of one training step, over all data-parallel ranks", decides=True, minimum=1, main=True
+        "prompts of one training step, over all data-parallel ranks", decides=True, minimum=1, main=True, sane=1_000_000
     )
-    group_size: int = setting("G: completions of each prompt", decides=True, minimum=1, main=True)
+    group_size: int = setting("G: completions of each prompt", decides=True, minimum=1, main=True, sane=COMPLETIONS)
     max_tokens_per_microbatch: int = setting(
-        "prompt + completion tokens, padding included, of one forward pass on one rank", decides=False, main=True
+        "prompt + completion tokens, padding included, of one forward pass on one rank",
+        decides=False,
+        main=True,
+        minimum=1,
+        sane=TOKENS,
     )
     trainer: Trainer
     model: Model

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from nemo_aapo.distributed import parallel
 from nemo_aapo.engines.base import OnFinish, RolloutStats
+from nemo_aapo.engines.elsewhere import arranged
 from nemo_aapo.engines.megatron.cuda_graphs import DecodingGraphs, can_be_captured
 from nemo_aapo.engines.megatron.decoder import Decoder, check_supported
 from nemo_aapo.engines.megatron.sampling import sample
@@ -158,6 +159,8 @@ class _Batch:
         self._is_stop[list(sampling.stop_token_ids)] = True
         self._stop_strings = engine.stop_strings(sampling)
         self._steps = self._idle = 0
+        self._asked_to_end = False  # by this rank's on_finish
+        self._ends = False  # the same of the sampling rank, a step later, which all ranks of the group follow
 
     def _reusable_graphs(self, rows: int, length: int) -> DecodingGraphs | None:
         """The last call's graphs, with its cache, if they suit this call. Otherwise their memory is freed."""
@@ -171,7 +174,7 @@ class _Batch:
         """Admit sequences, sample a token of each running one, retire the finished; False when none was left."""
         scheduler, cache = self._scheduler, self._cache
         admitted = scheduler.admit()
-        if not scheduler.running:
+        if not scheduler.running or self._ends:
             return False
         prefills = [admission for admission in admitted if admission.prefill]
         for admission in admitted[: len(admitted) - len(prefills)]:
@@ -222,15 +225,18 @@ class _Batch:
     def _sample(self, logits: torch.Tensor | None) -> np.ndarray:
         """Tokens and log-probs of this step, float64 [2, running], the same on every rank of the group."""
         scheduler, engine = self._scheduler, self._engine
-        # float64 holds token ids and float32 numbers alike, so that one broadcast carries both
-        sampled = torch.empty(2, scheduler.running, dtype=torch.float64, device=self._cache.kv.device)
+        # float64 holds token ids and float32 numbers alike, so that one broadcast carries both, and whether to end
+        sampled = torch.empty(2, scheduler.running + 1, dtype=torch.float64, device=self._cache.kv.device)
+        sampled[:, -1] = float(self._asked_to_end)
         if logits is not None and engine.is_sampling_rank:
             columns = (scheduler.seed[: scheduler.running], scheduler.sampled[: scheduler.running])
             seeds, steps = (torch.from_numpy(column).to(logits.device) for column in columns)
-            sampled[0], sampled[1] = sample(logits, self._sampling, seeds, steps, engine.vocab_size)
+            sampled[0, :-1], sampled[1, :-1] = sample(logits, self._sampling, seeds, steps, engine.vocab_size)
         if engine.group_size > 1:
             dist.broadcast(sampled, engine.sampling_rank, group=engine.group)
-        return sampled.cpu().numpy()
+        on_host = sampled.cpu().numpy()
+        self._ends = bool(on_host[0, -1])
+        return on_host[:, :-1]
 
     def _finite(self, sampled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Split float64 [2, running] into tokens int64 and log-probs; refuse log-probs that are not finite."""
@@ -255,15 +261,15 @@ class _Batch:
                 policy_version=self._engine.policy_version,
             )
             self._finished[i, j] = completion
-            if self._on_finish:
-                self._on_finish(i, j, completion)
+            if self._on_finish and self._on_finish(i, j, completion):
+                self._asked_to_end, self._ends = True, self._engine.group_size == 1
         source, target = scheduler.retire(done)
         if len(target):
             self._cache.move(source, target, int(scheduler.length[target].max()))
 
     def ordered(self) -> list[list[Completion]]:
         """All completions, ``[i][j]`` in the order of prompts and seeds, once ``step`` has returned False."""
-        return [[self._finished[i, j] for j in range(len(row))] for i, row in enumerate(self._seeds)]
+        return arranged([(i, j, completion) for (i, j), completion in self._finished.items()], self._seeds)
 
     def stats(self, seconds: float) -> RolloutStats:
         """Figures of the whole call, which took so many seconds."""

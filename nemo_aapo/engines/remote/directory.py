@@ -16,6 +16,7 @@ import stat
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from nemo_aapo.config.build import build
 from nemo_aapo.errors import ConfigError
 from nemo_aapo.utils.files import to_json, write_atomic
 from nemo_aapo.utils.token import make_token
@@ -87,10 +88,10 @@ def read_servers(directory: Path) -> list[ServerRecord]:
     records = []
     for path in directory.glob("server_*.json"):
         try:
-            record = ServerRecord(**json.loads(path.read_text(encoding="utf-8")))
+            record = build(ServerRecord, json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:  # withdrawn since the listing
             continue
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise ConfigError(f"{path}: not written by a rollout server ({error}). Remove it") from None
         if not re.fullmatch(r"http://[^/?#@]+:\d+", str(record.address)):
             raise ConfigError(f"{path}: address {record.address!r} is not of the form http://host:port. Remove it")

@@ -112,12 +112,14 @@ class RemoteEngine:
 
         def keep(i: int, j: int, completion: Completion) -> None:
             finished.append((i, j, completion))
-            if on_finish is not None:
-                on_finish(i, j, completion)
+            if on_finish is not None and on_finish(i, j, completion):
+                raise _Enough
 
         try:
             if any(seeds):
                 self.fleet.generate(Call(weights, prompts, sampling, seeds, keep))
+        except _Enough:  # its connections are closed, and servers drop what nobody waits for
+            return finished
         except Exception as error:  # raised by ``_on_all_ranks``
             return error
         return finished
@@ -176,6 +178,10 @@ class RemoteEngine:
         """Remove the weights that were left for the servers; they go on serving what they have loaded."""
         if parallel.rank() == 0:
             self.store.prune(keep=())
+
+
+class _Enough(Exception):
+    """Whoever asked for the completions wants no more of them."""
 
 
 @dataclass(frozen=True)

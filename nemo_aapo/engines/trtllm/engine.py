@@ -308,8 +308,8 @@ class TrtllmEngine:
             for (i, j), output in answers:
                 completion = read_completion(output, sampling, self.policy_version)
                 finished.append((i, j, completion))
-                if on_finish:
-                    on_finish(i, j, completion)
+                if on_finish and on_finish(i, j, completion):
+                    break
         return finished
 
     # ------------------------------------------------------------------ together

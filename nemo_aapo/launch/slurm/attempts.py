@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from nemo_aapo.utils.files import to_json, write_atomic
+from nemo_aapo.config.build import build
+from nemo_aapo.errors import RunError
+from nemo_aapo.utils.files import read_json, to_json, write_atomic
 
 End = Literal["running", "finished", "saved", "cancelled", "refused", "failed", "lost"]
 """How an attempt ended. ``saved``: stopped before the run was complete, with a checkpoint. ``lost``: Slurm ended the
@@ -121,12 +122,13 @@ def summary(attempt: Attempt) -> str:
 
 
 def read_history(path: Path) -> History:
-    """What is kept in the file; empty without one."""
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return History()
-    return History(tuple(Attempt(**entry) for entry in tree.pop("attempts")), **tree)
+    """What is kept in the file; empty without one.
+
+    Raises:
+        RunError: it is damaged.
+    """
+    remedy = "Remove it: what the run itself has done is kept elsewhere"
+    return read_json(path, lambda tree: build(History, tree), RunError, remedy) or History()
 
 
 def write_history(path: Path, history: History) -> None:

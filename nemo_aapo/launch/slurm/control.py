@@ -9,6 +9,7 @@ from nemo_aapo.launch.slurm.attempts import History, read_history, summary, writ
 from nemo_aapo.launch.slurm.commands import JobState, job_states, slurm
 from nemo_aapo.launch.slurm.paths import RunPaths, add_jobs, read_jobs
 from nemo_aapo.launch.slurm.submit import sbatch
+from nemo_aapo.run.metrics_file import number
 from nemo_aapo.run.state import RunState, read_state
 
 SHOWN_ATTEMPTS = 5
@@ -32,12 +33,14 @@ def describe(states: Sequence[JobState], run: RunState, history: History) -> lis
         source = f"  ({job.source})" if job.source else "  (Slurm has forgotten it)"
         lines.append(f"job         {job.id} {job.state} {job.where}{left}{source}")
     last = run.steps[-1] if run.steps else {}
-    scored = last.get("reward/mean")  # null where not one completion could be scored
-    reward = "" if scored is None else f", reward {scored:.3f}"
-    speed = f", {last['tokens_per_second']:,.0f} tokens/s" if last else ""
+    scored = last.get("reward/mean") is not None  # null where not one completion could be scored
+    reward = f", reward {number(last, 'reward/mean'):.3f}" if scored else ""
+    speed = f", {number(last, 'tokens_per_second'):,.0f} tokens/s" if last else ""
     lines.append(f"step        {run.step}{reward}{speed}")
+    if run.phase and not run.finished:
+        lines.append(f"phase       {run.phase}")
     if run.validation:
-        accuracy = run.validation["validation/accuracy_greedy"]
+        accuracy = number(run.validation, "validation/accuracy_greedy")
         lines.append(f"validation  accuracy {accuracy:.3f} greedy at step {run.validation['step']}")
     age = "" if run.checkpoint_age_s is None else f"step {run.checkpoint}, {_duration(run.checkpoint_age_s)} ago"
     lines.append(f"checkpoint  {age or 'none yet'}")

@@ -14,14 +14,14 @@ All of it is written by the run's owner; the ranks only read.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nemo_aapo.config.command_line import FROZEN
-from nemo_aapo.utils.files import to_json, write_atomic
+from nemo_aapo.errors import RunError
+from nemo_aapo.utils.files import fitting, read_json, to_json, write_atomic
 from nemo_aapo.utils.token import make_token
 
 
@@ -78,11 +78,21 @@ class RunPaths:
 
 
 def read_jobs(paths: RunPaths) -> list[dict[str, Any]]:
-    """What was submitted for the run, oldest first: ``{"id": "41", "what": "train" | "fill" | "merge"}``."""
-    try:
-        return json.loads(paths.jobs.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return []
+    """What was submitted for the run, oldest first: ``{"id": "41", "what": "train" | "fill" | "merge"}``.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    remedy = "Remove it, after a look at `squeue --me`: it names the jobs of this run"
+    return read_json(paths.jobs, _as_jobs, RunError, remedy) or []
+
+
+def _as_jobs(tree: Any) -> list[dict[str, Any]]:
+    jobs: list[dict[str, Any]] = fitting(tree, list)
+    for job in jobs:
+        if not fitting(job["id"], str).isdigit():
+            raise ValueError(f"{job['id']!r} is no number of a job")
+    return jobs
 
 
 def add_jobs(paths: RunPaths, jobs: Sequence[dict[str, Any]]) -> None:

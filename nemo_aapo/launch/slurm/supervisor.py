@@ -33,6 +33,7 @@ from nemo_aapo.launch.slurm.roles import Ended, Roles, Signals
 from nemo_aapo.launch.slurm.script import SEPARATOR
 from nemo_aapo.run.state import read_state
 from nemo_aapo.run.stop import STOP_FILE
+from nemo_aapo.utils import clock
 from nemo_aapo.utils.files import LOCK
 
 LOCK_WAIT_S = 120.0
@@ -255,6 +256,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--max-requeues", type=int, default=0)
     parser.add_argument("--fault-timeout", type=float, required=True)
     given = parser.parse_args(options)
+    started = clock.start_of_process() if given.mode == "interactive" else clock.start_of_job()
+    os.environ[clock.STARTED] = f"{started:.3f}"  # the ranks' time limit counts from there
     supervisor = Supervisor(RunPaths(given.run_dir), commands, fault_timeout_s=given.fault_timeout)
     try:
         if given.mode == "job":

@@ -9,13 +9,15 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from nemo_aapo.distributed import parallel
+from nemo_aapo.errors import Interrupted
 from nemo_aapo.mcore.bridge.loader import auto_bridge_class
 from nemo_aapo.models import writer as hf_directory
 from nemo_aapo.models.directory import first_architecture, read_config_json, shape_of
@@ -23,6 +25,9 @@ from nemo_aapo.models.weights import own_tensors
 from nemo_aapo.utils import transformers5
 from nemo_aapo.utils.files import whole_directory
 from nemo_aapo.utils.safetensors import has_weights, tensor_headers
+
+TENSORS_BETWEEN_QUESTIONS = 16
+"""Tensors that are exported between two questions whether to stop."""
 
 
 class WeightMap:
@@ -86,6 +91,7 @@ class WeightMap:
         dtype: torch.dtype | None = None,
         max_shard_bytes: int = hf_directory.MAX_SHARD_BYTES,
         more_files: Mapping[str, str] | None = None,
+        stop: Callable[[], bool] = bool,
     ) -> None:
         """Write a Hugging Face directory that plain transformers loads; appears whole or not at all. Collective.
 
@@ -96,8 +102,12 @@ class WeightMap:
             dtype: of the tensors; None: that of the base model's, whatever the Megatron side computes in.
             max_shard_bytes: a larger model is written in several files with an index.
             more_files: text by file name; rank 0's are written.
+            stop: asked on every rank now and then; True on one breaks it off.
+
+        Raises:
+            Interrupted: on all ranks, as ``stop`` said so; nothing is left.
         """
-        tensors = self.export(model)
+        tensors = _until(stop, self.export(model))
         if dist.get_rank() == 0:
             written = dtype or hf_directory.weights_dtype(Path(self.path)) or self.dtype
             with whole_directory(Path(directory)) as partial:
@@ -123,6 +133,14 @@ def _locate_tensors(pretrained: Any, directory: Path, files: dict[str, str]) -> 
     source = SafeTensorsStateSource(directory)
     source._key_to_filename_map_cache = files
     pretrained._state_dict_accessor = StateDict(source)
+
+
+def _until(stop: Callable[[], bool], tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The same tensors, unless a rank wants to stop. Collective, as making them is."""
+    for number, named in enumerate(tensors):
+        if number % TENSORS_BETWEEN_QUESTIONS == 0 and parallel.any_rank(stop())[0]:
+            raise Interrupted
+        yield named
 
 
 def _name_tensors_by_architecture(pretrained: Any) -> None:
