@@ -61,14 +61,14 @@ def build_hosted_engine(config: Config, shape: ModelShape) -> HostedEngine:
 
 
 def _hosted_trtllm(config: Config) -> HostedEngine:
-    from nemo_aapo.engines.remote.weight_store import read_tensors
     from nemo_aapo.engines.trtllm.engine import TrtllmEngine
     from nemo_aapo.models.directory import tensor_headers
+    from nemo_aapo.models.reader import WeightFiles
 
     engine = TrtllmEngine.from_config(config)
 
     def load(directory: Path, version: int) -> None:
-        engine.update_weights(read_tensors(directory), version)
+        engine.update_weights(WeightFiles(directory).items(), version)
 
     return HostedEngine(engine, load, frozenset(tensor_headers(Path(config.model.path))), can_break_off=False)
 

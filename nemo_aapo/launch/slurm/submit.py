@@ -14,7 +14,7 @@ from nemo_aapo.config import Config
 from nemo_aapo.errors import ConfigError, SlurmError
 from nemo_aapo.launch.slurm import nemo_run
 from nemo_aapo.launch.slurm.attempts import read_history, write_history
-from nemo_aapo.launch.slurm.commands import job_states, slurm
+from nemo_aapo.launch.slurm.commands import job_states, outside_of_jobs, slurm
 from nemo_aapo.launch.slurm.paths import RunPaths, add_jobs, read_jobs
 from nemo_aapo.launch.slurm.script import (
     Site,
@@ -147,9 +147,10 @@ def sbatch(script: Path) -> str:
         ConfigError: Slurm's own words, and what the partitions have, as these often leave open what is wrong.
     """
     try:
-        return slurm("sbatch", "--parsable", str(script)).split(";")[0].strip()
+        said = slurm("sbatch", "--parsable", str(script), environment=outside_of_jobs(os.environ))
     except SlurmError as error:
         raise ConfigError(f"{error}{_partitions()}\nThe script is {script}") from None
+    return said.split(";")[0].strip()
 
 
 def _partitions() -> str:

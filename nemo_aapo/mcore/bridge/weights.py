@@ -19,6 +19,7 @@ import torch.distributed as dist
 from nemo_aapo.mcore.bridge.loader import auto_bridge_class
 from nemo_aapo.models import writer as hf_directory
 from nemo_aapo.models.directory import architecture_of
+from nemo_aapo.models.reader import WeightFiles
 from nemo_aapo.utils.files import whole_directory
 
 
@@ -50,11 +51,18 @@ class WeightMap:
         """Fill the Megatron model (this rank's part), tensor by tensor. Collective.
 
         Args:
-            directory: weights of the same architecture, with a ``config.json``; None: the model directory's own.
-                The Bridge remembers which tensor is in which file, so a directory must not change once it was read.
+            directory: weights of the same architecture; None: the model directory's own.
         """
-        with contextlib.redirect_stdout(io.StringIO()):  # the Bridge draws a bar of its own
-            self.auto_bridge.load_hf_weights([model], None if directory is None else str(directory))
+        from megatron.bridge.models.hf_pretrained.state import DictStateSource, StateDict
+
+        # The Bridge's own source of tensors keeps the index of every directory that it ever read (state.py:840).
+        pretrained, files = self.auto_bridge.hf_pretrained, WeightFiles(Path(directory or self.path))
+        before, pretrained._state_dict_accessor = pretrained._state_dict_accessor, StateDict(DictStateSource(files))
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # the Bridge draws a bar of its own
+                self.auto_bridge.load_hf_weights([model])
+        finally:
+            pretrained._state_dict_accessor = before
 
     def export(self, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face name, full tensor on CPU), vocabulary padding stripped. Collective; all ranks get all."""
