@@ -7,19 +7,22 @@ import time
 from pathlib import Path
 
 LONGEST_HOLD_S = 600.0
+calls = 0
 
 
 def custom(prompt: str, completion: str, answer: str, **info: object) -> float:
     """Half a point for an even sum of characters, half for one that is divisible by three."""
     attempt = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-    if attempt < int(os.environ.get("HELD_ATTEMPTS", "0")):
+    global calls
+    calls += 1
+    if attempt < int(os.environ.get("HELD_ATTEMPTS", "0")) and calls > int(os.environ.get("HELD_AFTER_CALLS", "0")):
         _hold(Path(os.environ["HOLD_UNTIL"]))
     total = sum(map(ord, completion))
     return 0.5 * (total % 2 == 0) + 0.5 * (total % 3 == 0)
 
 
 def _hold(until: Path) -> None:
-    """Until the file is there: the run's stop file, so that a held step ends when the run is asked to stop."""
+    """Until the file is there: by default the run's stop file, so that a held step ends when the run is asked to."""
     deadline = time.monotonic() + LONGEST_HOLD_S
     if not until.exists():
         until.with_name("held").touch()
