@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from nemo_aapo.errors import RunError
@@ -15,18 +15,22 @@ from nemo_aapo.run.state import RunState, read_state
 SHOWN_ATTEMPTS = 5
 
 
-def status(paths: RunPaths) -> str:
-    """How a run fares: its jobs, its step and reward, its last checkpoint, the time left, how attempts ended.
+def status(paths: RunPaths, fleet_lines: Callable[[Path], Sequence[str]]) -> str:
+    """How a run fares: jobs, step and reward, last checkpoint, time left, rollout servers, how attempts ended.
+
+    Args:
+        fleet_lines: a line for each server of a directory; asked only while a job runs.
 
     Raises:
         RunError: nothing was submitted from this run directory.
     """
     states = states_of(paths)
-    lines = describe(states, read_state(paths.run_dir), read_history(paths.history))
+    servers = fleet_lines(paths.servers) if any(state.state == "RUNNING" for state in states) else ()
+    lines = describe(states, read_state(paths.run_dir), read_history(paths.history), servers)
     return "\n".join([f"run         {paths.run_dir}", *_belonging(paths, states), *lines])
 
 
-def describe(states: Sequence[JobState], run: RunState, history: History) -> list[str]:
+def describe(states: Sequence[JobState], run: RunState, history: History, servers: Sequence[str] = ()) -> list[str]:
     """``status`` as lines, of what was found."""
     lines = []
     for job in [state for state in states if not state.is_over] or states[-1:]:
@@ -41,6 +45,7 @@ def describe(states: Sequence[JobState], run: RunState, history: History) -> lis
         lines.append(f"validation  accuracy {accuracy:.3f} greedy at step {run.validation['step']}")
     age = "" if run.checkpoint_age_s is None else f"step {run.checkpoint}, {_duration(run.checkpoint_age_s)} ago"
     lines.append(f"checkpoint  {age or 'none yet'}")
+    lines += servers
     ended = [attempt for attempt in history.attempts if attempt.end != "running"]
     lines += [f"            {summary(attempt)}" for attempt in ended[-SHOWN_ATTEMPTS:]]
     if run.finished:
