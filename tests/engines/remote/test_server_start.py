@@ -67,7 +67,7 @@ def test_a_server_that_can_t_start_says_why_in_one_line(words, taken_port, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("end", ["SIGTERM", "SIGINT", "SIGHUP", "parent"])
+@pytest.mark.parametrize("end", ["SIGTERM", "SIGINT", "parent"])
 def test_it_starts_from_a_frozen_page_and_ends_with_a_signal_or_with_its_parent(words, tmp_path, end):
     """While its model is still being loaded, which is when launchers lose patience."""
     page = tmp_path / "run" / "frozen.yaml"
