@@ -72,6 +72,7 @@ def test_paths_into_the_old_directory_lead_into_the_new_one_and_nothing_else_cha
 def test_a_submission_from_within_a_job_takes_nothing_of_it_along():
     """What ``salloc --mem-per-cpu``, ``srun --mpi`` and torchrun set."""
     stays = {"SLURM_CONF": "/etc/slurm.conf", "SBATCH_ACCOUNT": "lab", "HOME": "/h", "RANKING": "1", "MY_SLURM_X": "1"}
-    goes = ("SLURM_JOB_ID", "SLURM_MEM_PER_CPU", "SLURM_CONFIG", "SLURM_NTASKS", "SLURMD_NODENAME", "PMI_RANK", "PMIX_ID",
-            "OMPI_COMM_WORLD_RANK", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # fmt: skip
+    goes = [f"SLURM_{name}" for name in ("JOB_ID", "MEM_PER_CPU", "CONFIG", "NTASKS")] + ["SLURMD_NODENAME"]
+    goes += ["PMI_RANK", "PMIX_ID", "OMPI_COMM_WORLD_RANK"]
+    goes += ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"]
     assert outside_of_jobs({**stays, **dict.fromkeys(goes, "1")}) == stays
