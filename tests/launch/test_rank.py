@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from nemo_aapo.errors import RunError
 from nemo_aapo.launch.slurm.rank import FIRST_PORT, PORT_TRIES, PORTS, free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,7 +33,7 @@ def test_the_search_for_a_port_has_an_end(monkeypatch):
         raise OSError
 
     monkeypatch.setattr(socket, "create_server", refuse)
-    with pytest.raises(OSError, match="no port is free from 29990 on: 100 were tried"):
+    with pytest.raises(RunError, match="no port is free from 29990 on, 100 were tried"):
         free_port(14990)
     assert len(set(tried)) == PORT_TRIES
     assert set(tried) <= set(range(FIRST_PORT, FIRST_PORT + PORTS))

@@ -25,11 +25,6 @@ _ADDRESSES = (
     "print(','.join(node_addresses(os.environ, None)))"
 )
 
-_PORT = (
-    "import os; from nemo_aapo.launch.slurm.rank import free_port; "
-    "print(free_port(int(os.environ['SLURM_JOB_ID']) * 7))"
-)
-
 
 def with_time_limit(config: Config, tree: dict[str, Any]) -> dict[str, Any]:
     """The tree to freeze: the trainer stops ``cluster.signal_s`` before the job's time limit."""
@@ -99,7 +94,7 @@ def _executor(nemo_run: Any, config: Config, site: Site, role: Role) -> Any:
         *cluster.setup,
         f"set +vx; source {environment}; set -vx",  # nemo-run's script shows every line that it executes
         f"export NEMO_AAPO_TRAIN_ADDRESSES=$({shlex.join([site.python, '-c', _ADDRESSES])})",
-        f"export MASTER_PORT=$({shlex.join([site.python, '-c', _PORT])})",
+        f"export MASTER_PORT=$({shlex.quote(site.python)} -m nemo_aapo.launch.slurm.rank port $((SLURM_JOB_ID * 7)))",
     ]
     return nemo_run.SlurmExecutor(
         account=cluster.account,

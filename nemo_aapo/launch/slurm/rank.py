@@ -18,7 +18,7 @@ import time
 from collections.abc import Mapping, Sequence
 from types import FrameType
 
-from nemo_aapo.errors import REFUSED
+from nemo_aapo.errors import REFUSED, RunError
 
 ADDRESSES = "NEMO_AAPO_{role}_ADDRESSES"
 """Variable with the addresses of a role's nodes in Slurm's order, by commas; the supervisor sets it."""
@@ -37,7 +37,7 @@ def free_port(start: int) -> int:
     """The first port of ``FIRST_PORT + (start, start + 1, ...) % PORTS`` that nobody on this machine listens on.
 
     Raises:
-        OSError: ``PORT_TRIES`` in a row are in use.
+        RunError: ``PORT_TRIES`` in a row are in use.
     """
     dual = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if dual else socket.AF_INET
@@ -48,7 +48,10 @@ def free_port(start: int) -> int:
         except OSError:
             continue
         return port
-    raise OSError(f"no port is free from {FIRST_PORT + start % PORTS} on: {PORT_TRIES} were tried")
+    raise RunError(
+        f"{socket.gethostname()}: no port is free from {FIRST_PORT + start % PORTS} on, {PORT_TRIES} were tried: "
+        "the ranks can't meet. Ask for another first node, or for whole nodes (cluster.exclusive=true)"
+    )
 
 
 def rank_environment(environment: Mapping[str, str], role: str) -> dict[str, str]:
@@ -125,8 +128,10 @@ def keep_up(command: Sequence[str], environment: Mapping[str, str]) -> int:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Replace this process by a rank; or see to a server, and return its exit code."""
+    """Replace this process by a rank; or see to a server, and return its exit code; or print a free ``port``."""
     role, *words = argv
+    if role == "port":
+        return _print_port(int(words[0]))
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a warning may come before Python has a handler; exec keeps this
     environment = dict(os.environ)
     command = [sys.executable, *fill_in(words, environment, role)]
@@ -136,6 +141,15 @@ def main(argv: Sequence[str]) -> int:
     if role == "servers":
         return keep_up(command, environment | own_gpus(environment) | {"PYTHONUNBUFFERED": "1"})
     os.execve(sys.executable, command, environment | rank_environment(environment, role))
+
+
+def _print_port(start: int) -> int:
+    try:
+        print(free_port(start))
+    except RunError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
 
 
 def _now() -> str:

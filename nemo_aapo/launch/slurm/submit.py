@@ -83,9 +83,12 @@ def submit_again(paths: RunPaths) -> str:
     """Submit what is frozen in a run directory once more, for the directory as it is called now; the job's id.
 
     Raises:
-        ConfigError: Slurm refuses the job, or the configuration is one of an older version.
+        ConfigError: Slurm refuses the job, no training was submitted before, or by an older version.
     """
-    cwd = Path(read_jobs(paths)[-1].get("cwd", Path.cwd()))
+    trainings = [job for job in read_jobs(paths) if job["what"] == "train"]
+    if not trainings or not paths.frozen.exists():
+        raise ConfigError(f"{paths.run_dir}: no training was submitted from here. Start it by its launch.py command")
+    cwd = Path(trainings[-1].get("cwd", Path.cwd()))
     site = replace(Site.here(), directory=cwd)
     tree = yaml.safe_load(paths.frozen.read_text(encoding="utf-8"))
     if not is_same(cwd / tree["run"]["dir"], paths.run_dir):

@@ -188,21 +188,11 @@ class Supervisor:
         """
         start = int(self.job) * 7 + self.restart  # jobs that share a node look in different places
         node = slurm("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()[0]
-        try:
-            if os.environ.get("SLURMD_NODENAME") == node:
-                return free_port(start)
-            ask = f"from nemo_aapo.launch.slurm.rank import free_port; print(free_port({start}))"
-            flags = (
-                "--nodes=1",
-                "--ntasks=1",
-                "--ntasks-per-node=1",
-                f"--nodelist={node}",
-                "--chdir=/",
-                "--input=none",
-            )
-            return int(slurm("srun", *flags, sys.executable, "-c", ask))
-        except OSError as error:
-            raise RunError(f"{node}: {error}") from None
+        if os.environ.get("SLURMD_NODENAME") == node:
+            return free_port(start)
+        flags = ("--nodes=1", "--ntasks=1", "--ntasks-per-node=1", f"--nodelist={node}", "--chdir=/", "--input=none")
+        said = slurm("srun", *flags, sys.executable, "-m", "nemo_aapo.launch.slurm.rank", "port", str(start))
+        return int(said.split()[-1])
 
     def _see_run_directory_everywhere(self) -> None:
         """A run directory on a local disk looks well until the other nodes begin to write."""
