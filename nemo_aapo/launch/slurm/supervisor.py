@@ -174,7 +174,7 @@ class Supervisor:
 
     def _environment(self) -> dict[str, str]:
         """Of ``srun``, which hands it on: where the nodes of each role are reached."""
-        environment = {**os.environ, "SLURM_EXPORT_ENV": "ALL"}  # `sbatch --export=NONE` would hold back what is here
+        environment = dict(os.environ)
         for group, role in enumerate(self.commands):
             addresses = node_addresses(os.environ, group if len(self.commands) > 1 else None)
             environment[ADDRESSES.format(role=role.upper())] = ",".join(addresses)
@@ -269,6 +269,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--max-requeues", type=int, default=0)
     parser.add_argument("--fault-timeout", type=float, required=True)
     given = parser.parse_args(options)
+    os.environ["SLURM_EXPORT_ENV"] = "ALL"  # after `sbatch --export=NONE`, srun would hold back what is here
     supervisor = Supervisor(RunPaths(given.run_dir), commands, fault_timeout_s=given.fault_timeout)
     try:
         if given.mode == "job":

@@ -14,7 +14,8 @@ pytestmark = pytest.mark.timeout(900)
 
 
 def test_a_copy_and_a_moved_run_go_on_where_they_are_and_leave_the_jobs_of_others_alone(cluster, given):
-    run = make_run(cluster, given, "first", "trainer.num_nodes=1", "model.tensor_model_parallel_size=1", held=9)
+    layout = ("trainer.num_nodes=1", "model.tensor_model_parallel_size=1")
+    run = make_run(cluster, given, "first", *layout, "+cluster.sbatch_args.export=NONE", held=9)
     job = run.submit()[0]
     run.wait_until_held(0)
 
