@@ -81,6 +81,19 @@ def rewards(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"speeds": [asdict(row) for row in speeds], "hostile": [asdict(row) for row in costs]}
 
 
+def refits(arguments: argparse.Namespace) -> dict[str, Any]:
+    """A rollout server's memory over 3,000 refits: four minutes; 1 if it grows by 1 MiB in 1,000."""
+    from benchmarks import refits
+    from nemo_aapo.utils.libraries import quiet
+
+    quiet()
+    plan = refits.QUICK if arguments.quick else refits.Plan()
+    with tempfile.TemporaryDirectory(prefix="aapo_benchmark_") as folder:
+        found = refits.measure(plan, Path(folder), lambda text: print(text, flush=True))
+    print(f"after the first {plan.settled}: {refits.growth(found, plan):.2f} MiB in 1,000 refits")
+    return {str(count): size for count, size in found.items()}
+
+
 def peers(arguments: argparse.Namespace) -> dict[str, Any]:
     """Training steps beside TRL's: seven minutes. Needs scripts/peers.sh, writes docs/results/benchmarks.md."""
     from benchmarks.page import write_section
@@ -175,7 +188,7 @@ def scaling(arguments: argparse.Namespace) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="WHAT")
-    for run in (rollout, gpu, rewards, guard, scaling, peers):
+    for run in (rollout, gpu, rewards, refits, guard, scaling, peers):
         command = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
         command.set_defaults(run=run)
         if run is guard:

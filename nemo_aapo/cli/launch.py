@@ -17,6 +17,7 @@ from nemo_aapo.cli.main import command_of_ranks, exit_code, run_command
 from nemo_aapo.config import Config
 from nemo_aapo.config.command_line import CommandLine, read_command_line
 from nemo_aapo.config.compose import compose
+from nemo_aapo.engines.remote.fleet_status import fleet_lines
 from nemo_aapo.errors import ConfigError
 from nemo_aapo.launch import local
 from nemo_aapo.launch.slurm import control, logs, submit
@@ -87,8 +88,10 @@ def control_run(action: str, words: Sequence[str]) -> int:
     paths = run_directory(words)
     if action == "logs":
         print(show_logs(paths, follow))
+    elif action == "status":
+        print(control.status(paths, fleet_lines))
     else:
-        print({"status": control.status, "cancel": control.cancel, "requeue": control.requeue}[action](paths))
+        print({"cancel": control.cancel, "requeue": control.requeue}[action](paths))
     return 0
 
 

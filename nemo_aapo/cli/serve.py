@@ -1,6 +1,7 @@
 """A rollout server: one engine behind HTTP. ``python scripts/serve.py KEY=VALUE ...`` takes what ``train.py`` does.
 
-It announces itself in ``rollout.server.directory`` and ends on SIGTERM or SIGINT, or with the process that started it.
+It announces itself in ``rollout.server.directory`` and ends on SIGTERM, SIGINT or SIGHUP, or with the process that
+started it; under ``nohup`` it outlives that one and its terminal.
 """
 
 from __future__ import annotations
@@ -81,8 +82,7 @@ async def _serve(job: ServerJob, directory: Path, token: str, listener: socket.s
     worker = _worker(job, directory)
     limits = Limits(job.shape.vocab_size, config.rollout.max_concurrent_tokens)
     service = Service(worker, token, limits, config.rollout.server.max_request_bytes)
-    # A client that goes away ends its handler, and with it the work that was done for it.
-    runner = web.AppRunner(service.app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
+    runner = service.runner()
     await runner.setup()
     await web.SockSite(runner, listener).start()
     index, address = config.rollout.server.index, _address(listener, config.rollout.server.host)
@@ -138,9 +138,13 @@ def _worker(job: ServerJob, directory: Path) -> EngineWorker:
 
 
 def _stop_request(parent: int) -> asyncio.Future[str]:
-    """Becomes what asked for the end: a signal, or that the process that started this one is gone."""
+    """Becomes what asked for the end: a signal, or that the process that started this one is gone.
+
+    Who starts it with SIGHUP ignored, as ``nohup`` does, wants it to outlive its shell.
+    """
     loop = asyncio.get_running_loop()
     stop: asyncio.Future[str] = loop.create_future()
+    detached = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
     def ask(reason: str) -> None:
         if not stop.done():
@@ -151,9 +155,10 @@ def _stop_request(parent: int) -> asyncio.Future[str]:
             ask("the process that started it is gone")
         loop.call_later(PARENT_POLL_S, watch_parent)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, *(() if detached else (signal.SIGHUP,))):
         loop.add_signal_handler(number, ask, signal.Signals(number).name)
-    watch_parent()
+    if not detached:
+        watch_parent()
     return stop
 
 

@@ -45,6 +45,12 @@ def check_alone(config: Config) -> None:
         _check_trtllm_colocated(config)
     _check_algorithm(config)
     _check_async(config)
+    remote = config.rollout.remote
+    if remote.min_servers > remote.servers:
+        raise ConfigError(
+            f"rollout.remote.min_servers={remote.min_servers}: the start waits for no more than rollout.remote.servers="
+            f"{remote.servers}"
+        )
     _check_lora(config)
     _check_rewards(config)
     check_data(config)

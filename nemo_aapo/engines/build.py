@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,15 +63,15 @@ def build_hosted_engine(config: Config, shape: ModelShape) -> HostedEngine:
 
 
 def _hosted_trtllm(config: Config, shape: ModelShape) -> HostedEngine:
-    from nemo_aapo.engines.remote.weight_store import read_tensors
     from nemo_aapo.engines.trtllm.engine import TrtllmEngine
+    from nemo_aapo.models.reader import WeightFiles
     from nemo_aapo.models.weights import own_tensors
     from nemo_aapo.utils.safetensors import tensor_headers
 
     engine = TrtllmEngine.from_config(config)
 
     def load(directory: Path, version: int) -> None:
-        engine.update_weights(read_tensors(directory), version)
+        engine.update_weights(WeightFiles(directory).items(), version)
 
     tensors = own_tensors(tensor_headers(Path(config.model.path)), shape)
     return HostedEngine(engine, load, frozenset(tensors), can_break_off=False)
@@ -85,6 +86,8 @@ def _hosted_megatron(config: Config, shape: ModelShape) -> HostedEngine:
         from nemo_aapo.mcore.groups import initialize_model_parallel
         from nemo_aapo.mcore.model import build_module
 
+    # torch would keep a record of the last 2,000 collectives, 2 MB; this process has none with others
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "0")
     initialize_model_parallel(
         tensor_model_parallel_size=1,
         pipeline_model_parallel_size=1,

@@ -37,8 +37,11 @@ class Remote:
         "where servers announce themselves and find token and weights; both sides must see it", decides=False
     )
     servers: int = setting("how many servers are waited for at the start", decides=False, minimum=1, sane=NODES)
+    min_servers: int = setting(
+        "later so many must be left: a step goes on without those that died", decides=False, minimum=1, sane=NODES
+    )
     wait_s: float = setting(
-        "seconds that the start waits for them; later, that a step waits for at least one",
+        "seconds that the start waits for servers; later, that a step waits for min_servers",
         decides=False,
         above=0,
         sane=SECONDS,

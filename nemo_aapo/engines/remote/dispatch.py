@@ -77,6 +77,7 @@ class Fleet:
         directory: str | Path,
         *,
         servers: int,
+        min_servers: int = 1,
         wait_s: float,
         timeout_s: float,
         retries: int,
@@ -85,7 +86,8 @@ class Fleet:
         """
         Args:
             directory: the servers' directory.
-            servers: how many must have come at the first call; later, one is enough.
+            servers: how many must have come at the first call.
+            min_servers: how many must be left at later ones.
             wait_s: how long to wait for them.
             timeout_s: the longest silence of a server that has work.
             retries: how often a prompt is sent again.
@@ -95,7 +97,8 @@ class Fleet:
             ConfigError: directory or token are open to others.
         """
         self.directory = open_directory(directory)
-        self.servers, self.wait_s, self.timeout_s, self.retries = servers, wait_s, timeout_s, retries
+        self.servers, self.min_servers = servers, min_servers
+        self.wait_s, self.timeout_s, self.retries = wait_s, timeout_s, retries
         self._log = log
         self._complete = False
         self._failed: dict[str, tuple[float, str]] = {}  # by instance: when and why
@@ -106,7 +109,7 @@ class Fleet:
         """Have all servers serve these weights.
 
         Raises:
-            RunError: none does in time; names each server and why.
+            RunError: too few do in time; names each server and why.
         """
         asyncio.run(self._with_session(lambda session: self._usable(session, weights)))
 
@@ -114,7 +117,7 @@ class Fleet:
         """Have everything generated; ``call.on_finish`` is told of each completion exactly once.
 
         Raises:
-            RunError: no server is left, or a prompt has failed too often; names each server and why.
+            RunError: too few servers are left, or a prompt has failed too often; names each server and why.
             FloatingPointError: a server's weights give log-probs that are not finite.
         """
         asyncio.run(self._with_session(lambda session: self._generate(session, call)))
@@ -137,7 +140,7 @@ class Fleet:
             asked = asked or records
             problems = await asyncio.gather(*(self._problem(session, record, weights) for record in asked))
             usable = [record for record, problem in zip(asked, problems, strict=True) if problem is None]
-            if len(usable) >= (1 if self._complete else self.servers):
+            if len(usable) >= (self.min_servers if self._complete else self.servers):
                 self._complete = True
                 return usable
             if time.monotonic() >= end:
@@ -184,7 +187,8 @@ class Fleet:
         if records:
             now = {r.index: reasons.get(r.index, self._failed.get(r.instance, (0, ""))[1]) or "ready" for r in records}
             lines = [f"server {r.index} ({r.address}): {now[r.index]}" for r in records]
-        wanted = "one is needed" if self._complete else f"rollout.remote.servers={self.servers} are needed"
+        needed = f"min_servers={self.min_servers}" if self._complete else f"servers={self.servers}"
+        wanted = f"rollout.remote.{needed} are needed"
         return f"after {self.wait_s:g} s (rollout.remote.wait_s) {usable} rollout servers are usable, {wanted}:\n  " + (
             "\n  ".join(lines)
         )
@@ -202,7 +206,8 @@ class Fleet:
         try:
             while waiting or running:
                 if waiting:
-                    servers = servers or await self._usable(session, call.weights)
+                    if len(servers) < self.min_servers:
+                        servers = await self._usable(session, call.weights)
                     busy = [
                         sum(w.tokens for s, works in running.values() if s is server for w in works)
                         for server in servers

@@ -60,6 +60,7 @@ class RemoteEngine:
             lambda: Fleet(
                 remote.directory,
                 servers=remote.servers,
+                min_servers=remote.min_servers,
                 wait_s=remote.wait_s,
                 timeout_s=remote.timeout_s,
                 retries=remote.retries,

@@ -7,30 +7,37 @@
     POST /v1/update_weights   check and load other weights; answers when they are served
 
 Errors are {"error": message, "reason": word} with 400 (what was asked), 401 (token), 408, 409 (other weights), 413
-(too large), 422 (damaged weights), 500 (the engine), 503 (not now). The engine's traceback stays in the server's log.
+(too large), 422 (damaged weights), 500 (the engine), 503 (not now). The engine's traceback stays in the server's log;
+what a client does wrong, or that it went away, leaves none.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hmac
+import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from aiohttp import web
+from aiohttp import http_exceptions, web
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
 from nemo_aapo.engines.remote import wire
 from nemo_aapo.engines.remote.worker import Answer, EngineWorker, Failure, Job
-from nemo_aapo.errors import WeightsError, WireError
+from nemo_aapo.errors import WeightsError, WireError, one_line
 from nemo_aapo.types import Completion
 
 BODY_S = 60.0
 """Seconds within which a request must have arrived."""
+STOP_S = 1.0
+"""Seconds that handlers get to end when the server stops."""
 _STATUS = {"other_weights": 409, "not_finite": 500, "engine": 500, "stopping": 503}
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 """Answers one kind of request."""
+
+logger = logging.getLogger(__name__)
+"""What aiohttp has to say of requests that never reached a handler, or of their rest."""
 
 
 class Service:
@@ -46,6 +53,13 @@ class Service:
         self.app.router.add_get(f"{wire.API}/metrics", self._show_metrics)
         self.app.router.add_post(f"{wire.API}/generate", self._generate)
         self.app.router.add_post(f"{wire.API}/update_weights", self._update_weights)
+
+    def runner(self) -> web.AppRunner:
+        """What serves it on a socket. A client that goes away ends its handler, and with it the work done for it."""
+        logger.addFilter(_without_clients_traceback)
+        return web.AppRunner(
+            self.app, access_log=None, logger=logger, handler_cancellation=True, shutdown_timeout=STOP_S
+        )
 
     # ------------------------------------------------------------------ around every request
 
@@ -65,6 +79,8 @@ class Service:
             response = _error(error.status, "http", error.reason)
         except WireError as error:
             response = _error(400, "request", str(error))
+        except ConnectionError:
+            response = _error(400, "gone", "the client went away")  # for the metrics: nobody reads it
         resource = request.match_info.route.resource  # and not the path, of which anybody can make up a million
         self._metrics.requests.labels(resource.canonical if resource else "unknown", response.status).inc()
         return response
@@ -81,6 +97,9 @@ class Service:
             return wire.load_object(await asyncio.wait_for(request.read(), BODY_S))
         except asyncio.TimeoutError:
             raise web.HTTPRequestTimeout from None
+        except web.RequestPayloadError:
+            encoding = request.headers.get("Content-Encoding", "identity")
+            raise WireError(f"the body can't be read as Content-Encoding: {encoding[:40]} says") from None
 
     # ------------------------------------------------------------------ handlers
 
@@ -191,3 +210,12 @@ class _Metrics:
 
 def _error(status: int, reason: str, message: str) -> web.Response:
     return web.json_response({"error": message, "reason": reason}, status=status)
+
+
+def _without_clients_traceback(record: logging.LogRecord) -> bool:
+    """For ``logger``: an error that a client made, or a lost connection, is one line."""
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, (ConnectionError, web.RequestPayloadError, http_exceptions.HttpProcessingError)):
+        record.msg, record.args = f"{record.getMessage()}: {one_line(error) or type(error).__name__}", ()
+        record.exc_info = record.exc_text = None
+    return True

@@ -21,7 +21,6 @@ from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Set
 from pathlib import Path
 
-import safetensors
 import safetensors.torch
 import torch
 
@@ -30,7 +29,7 @@ from nemo_aapo.engines.remote.wire import Weights, WeightsId
 from nemo_aapo.errors import RunError, WeightsError, WireError
 from nemo_aapo.utils.buckets import tensor_buckets
 from nemo_aapo.utils.files import begin_directory, commit_directory, free_space, partial_of, to_json
-from nemo_aapo.utils.safetensors import INDEX, weight_files
+from nemo_aapo.utils.safetensors import INDEX
 
 FOLDER = "weights"
 MANIFEST = "manifest.json"
@@ -139,14 +138,6 @@ def verified(directory: Path, weights: Weights, tensors: Set[str]) -> Path:
     if missing := sorted(tensors - index["weight_map"].keys()):
         raise WeightsError(f"{manifest.parent}: {len(missing)} tensors of the model are missing, {missing[0]} first")
     return manifest.parent
-
-
-def read_tensors(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """The (name, tensor) pairs of a Hugging Face directory, one in memory at a time."""
-    for file in weight_files(directory):
-        with safetensors.safe_open(directory / file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118, not a mapping
-                yield name, tensors.get_tensor(name)
 
 
 def _write(path: Path, content: bytes) -> FileRecord:

@@ -12,6 +12,11 @@ from nemo_aapo.errors import SlurmError
 
 TIMEOUT_S = 60.0
 """Slurm's controller may be slow; it is never waited for longer."""
+_OF_A_JOB = re.compile(
+    r"SLURM_(?!CONF$)|SLURM(D|STEPD)_|PMI_|PMIX_|OMPI_"
+    r"|(RANK|(LOCAL|GROUP)_RANK|(LOCAL_|GROUP_)?WORLD_SIZE|MASTER_(ADDR|PORT))$"
+)
+"""Variables by which Slurm, MPI and torchrun tell a process which job it belongs to, and what it has there."""
 QUEUED = (
     "PENDING",
     "RUNNING",
@@ -51,8 +56,20 @@ class JobState:
         return self.state not in QUEUED
 
 
-def slurm(*words: str, timeout_s: float = TIMEOUT_S) -> str:
+def outside_of_jobs(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment to submit jobs from, also where this process is part of one itself.
+
+    A job would take over what is left of another's: ``SLURM_MEM_PER_CPU`` of a ``salloc --mem-per-cpu`` ends each
+    ``srun`` of a job with memory by nodes. What the user tells sbatch (``SBATCH_*``) and where Slurm is stay.
+    """
+    return {name: value for name, value in environment.items() if not _OF_A_JOB.match(name)}
+
+
+def slurm(*words: str, timeout_s: float = TIMEOUT_S, environment: Mapping[str, str] | None = None) -> str:
     """What a command of Slurm prints.
+
+    Args:
+        environment: the command's; None: this process's.
 
     Raises:
         SlurmError: it failed, does not exist here, or does not answer.
@@ -60,7 +77,9 @@ def slurm(*words: str, timeout_s: float = TIMEOUT_S) -> str:
     if shutil.which(words[0]) is None:
         raise SlurmError(f"there is no `{words[0]}` here: call this on a login node of a Slurm cluster")
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=timeout_s, stdin=subprocess.DEVNULL)
+        done = subprocess.run(
+            words, capture_output=True, text=True, timeout=timeout_s, stdin=subprocess.DEVNULL, env=environment
+        )
     except subprocess.TimeoutExpired:
         raise SlurmError(f"`{words[0]}` did not answer within {timeout_s:g} s") from None
     if done.returncode != 0:

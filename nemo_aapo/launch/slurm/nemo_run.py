@@ -8,6 +8,7 @@ ends well, and the run goes on in the next job of a chain (``cluster.chain``). N
 from __future__ import annotations
 
 import importlib.util
+import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from nemo_aapo.config import Config
 from nemo_aapo.config.cluster import time_in_seconds
 from nemo_aapo.errors import ConfigError
+from nemo_aapo.launch.slurm.commands import outside_of_jobs
 from nemo_aapo.launch.slurm.script import Role, Site, job_name, paths_of, python_path, rank_words, training_roles
 from nemo_aapo.utils import clock
 
@@ -63,6 +65,8 @@ def submit(config: Config, site: Site) -> str:
     except ImportError as error:
         raise ConfigError(f"cluster.launcher=nemo_run: nemo-run can't be imported ({error}). {_REMEDY}") from None
     (role,) = training_roles(config, site)
+    for name in os.environ.keys() - outside_of_jobs(os.environ).keys():  # its sbatch gets all that is here
+        del os.environ[name]
     set_nemorun_home(str(home(config, site)))
     script = nemo_run.Script(inline=shlex.join(["exec", *rank_words(config, site, role)]))
     executor = _executor(nemo_run, config, site, role)
@@ -92,7 +96,7 @@ def _executor(nemo_run: Any, config: Config, site: Site, role: Role) -> Any:
         f"set +vx; source {environment}; set -vx",  # nemo-run's script shows every line that it executes
         f"export NEMO_AAPO_TRAIN_ADDRESSES=$({shlex.join([site.python, '-c', _ADDRESSES])})",
         f"export {clock.STARTED}=${{SLURM_JOB_START_TIME:-$(date +%s)}}",  # the trainer's time limit counts from there
-        "export MASTER_PORT=$((15000 + SLURM_JOB_ID % 15000))",
+        f"export MASTER_PORT=$({shlex.quote(site.python)} -m nemo_aapo.launch.slurm.rank port $((SLURM_JOB_ID * 7)))",
     ]
     return nemo_run.SlurmExecutor(
         account=cluster.account,

@@ -4,7 +4,7 @@
         frozen.yaml           the resolved configuration of the last submission, without secrets
         job.sbatch            the script as it was submitted; `sbatch` takes it again
         env.sh                0600: cluster.env, for the script to read
-        jobs.json             what was submitted
+        jobs.json             what was submitted, and for which directory: this one may be a copy, or was moved
         history.json          every attempt of the jobs, and why it ended
     <run.dir>/servers/        0700: addresses of rollout servers and their token
     <run.dir>/logs/           rank_N.log, server_N.log, slurm_JOB.log
@@ -14,7 +14,7 @@ All of it is written by the run's owner; the ranks only read.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,10 @@ class RunPaths:
 
 
 def read_jobs(paths: RunPaths) -> list[dict[str, Any]]:
-    """What was submitted for the run, oldest first: ``{"id": "41", "what": "train" | "fill" | "merge"}``.
+    """What was submitted for the run, oldest first.
+
+    Example: ``{"id": "41", "what": "train" | "fill" | "merge", "run_dir": "/runs/sums", "cwd": "/shared/nemo_aapo"}``,
+    where ``run_dir`` is the directory that the job was submitted for, and ``cwd`` what relative paths refer to.
 
     Raises:
         RunError: the file is damaged.
@@ -95,6 +98,28 @@ def _as_jobs(tree: Any) -> list[dict[str, Any]]:
     return jobs
 
 
-def add_jobs(paths: RunPaths, jobs: Sequence[dict[str, Any]]) -> None:
+def add_jobs(paths: RunPaths, jobs: Sequence[dict[str, Any]], cwd: Path) -> None:
     """Remember submitted jobs."""
-    write_atomic(paths.jobs, to_json([*read_jobs(paths), *jobs]) + "\n")
+    place = {"run_dir": str(paths.run_dir), "cwd": str(cwd)}
+    write_atomic(paths.jobs, to_json([*read_jobs(paths), *({**job, **place} for job in jobs)]) + "\n")
+
+
+def original_of(job: Mapping[str, Any], paths: RunPaths) -> Path | None:
+    """The run directory that a job belongs to, if this one is a copy of it; None: it belongs to this one.
+
+    A directory that was moved keeps its jobs: where they were submitted for, nobody knows them any more.
+    """
+    there = RunPaths(Path(job.get("run_dir", paths.run_dir)))
+    if not there.jobs.exists() or is_same(there.run_dir, paths.run_dir):
+        return None
+    return there.run_dir if any(other["id"] == job["id"] for other in read_jobs(there)) else None
+
+
+def own_jobs(paths: RunPaths) -> list[dict[str, Any]]:
+    """``read_jobs`` without those of the run that this directory was copied from."""
+    return [job for job in read_jobs(paths) if original_of(job, paths) is None]
+
+
+def is_same(one: Path, other: Path) -> bool:
+    """Whether two paths name the same directory, by whatever way they reach it."""
+    return one == other or (one.exists() and other.exists() and one.samefile(other))

@@ -27,8 +27,8 @@ class Ended:
     """The exit code of the rank that failed first. srun's own is the highest of all, those included that it ended."""
     fault: str
     """What srun says of that rank, such as ``node2: task 3: Killed``; empty if none failed."""
-    lost_server: str
-    """Which rollout server ended before the trainer; empty: none did."""
+    lost_servers: str
+    """How the rollout servers ended, if all did so before the trainer; else empty."""
     last_words: str
     """What srun itself said of the role that failed, and the end of the log of the task that it names first."""
 
@@ -111,7 +111,7 @@ class Roles:
 
     def _describe(self, name: str) -> str:
         code, fault = first_fault(self._said(name), self._processes[name].returncode)
-        return f"a rollout server ended while the trainer ran ({fault or f'exit code {code}'})"
+        return f"the rollout servers ended while the trainer ran ({fault or f'exit code {code}'})"
 
     def _said(self, name: str) -> str:
         with self._log(name).open("rb") as file:

@@ -19,6 +19,8 @@ from nemo_aapo.config import Config
 from nemo_aapo.config.command_line import config_directory
 from nemo_aapo.launch.slurm.paths import FROZEN, RunPaths
 
+SERVERS = "servers"
+"""The role of rollout servers; all others have the name of what they do."""
 SEPARATOR = "::"
 """Begins the command of a role on the supervisor's command line."""
 COMMANDS = ("-m", "nemo_aapo.cli")
@@ -46,7 +48,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Role:
-    """Processes that do the same: ``train`` or ``servers``."""
+    """Processes that do the same."""
 
     name: str
     nodes: int
@@ -97,7 +99,7 @@ def training_roles(config: Config, site: Site) -> list[Role]:
     if servers.nodes:
         own = ("rollout.server.index={rank}", "rollout.server.host={address}")
         words = (*COMMANDS, "serve", *config_file, *own)
-        roles.append(Role("servers", servers.nodes, servers.per_node, servers.gpus_per_node, words, "server_%t"))
+        roles.append(Role(SERVERS, servers.nodes, servers.per_node, servers.gpus_per_node, words, "server_%t"))
     return roles
 
 
@@ -170,7 +172,9 @@ def _flags(config: Config, site: Site, role: Role, job_name: str) -> dict[str, A
 
 def _srun_flags(config: Config, site: Site, role: Role) -> list[str]:
     cluster, container = config.cluster, config.cluster.container
-    flags = [f"--nodes={role.nodes}", f"--ntasks-per-node={role.per_node}", "--kill-on-bad-exit=1"]
+    tasks = role.nodes * role.per_node  # else srun would take salloc's --ntasks
+    flags = [f"--nodes={role.nodes}", f"--ntasks={tasks}", f"--ntasks-per-node={role.per_node}"]
+    flags.append(f"--kill-on-bad-exit={int(role.name != SERVERS)}")  # one server less is no reason to end the others
     if cluster.cpus_per_task is not None:  # since Slurm 22.05 srun does not take it from sbatch
         flags.append(f"--cpus-per-task={cluster.cpus_per_task}")
     flags += ["--open-mode=append", f"--output={_log(config, site, role.log)}"]

@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from nemo_aapo.config import Config
+from nemo_aapo.config import Config, parse
 from nemo_aapo.errors import ConfigError, SlurmError
 from nemo_aapo.launch.slurm import nemo_run
 from nemo_aapo.launch.slurm.attempts import read_history, write_history
-from nemo_aapo.launch.slurm.commands import job_states, slurm
-from nemo_aapo.launch.slurm.paths import RunPaths, add_jobs, read_jobs
+from nemo_aapo.launch.slurm.commands import job_states, outside_of_jobs, slurm
+from nemo_aapo.launch.slurm.paths import RunPaths, add_jobs, is_same, own_jobs, read_jobs
 from nemo_aapo.launch.slurm.script import (
     Site,
     environment_file,
@@ -68,14 +69,47 @@ def submit_training(config: Config, tree: dict[str, Any], site: Site) -> int:
     through_nemo_run = config.cluster.launcher == "nemo_run"
     paths = freeze(config, nemo_run.with_time_limit(config, tree) if through_nemo_run else tree, site)
     write_atomic(paths.script, script)
+    write_history(paths.history, read_history(paths.history).submitted_again())  # before a job looks there
     ids = []
     for _ in range(config.cluster.chain):
         ids.append(nemo_run.submit(config, site) if through_nemo_run else sbatch(paths.script))
-        add_jobs(paths, [{"id": ids[-1], "what": "train"}])
-    write_history(paths.history, read_history(paths.history).submitted_again())
+        add_jobs(paths, [{"id": ids[-1], "what": "train"}], site.directory)
     print(f"submitted {', '.join(ids)}: {paths.script}")
     print(f"how it fares: python scripts/launch.py status run.dir={config.run.dir}")
     return 0
+
+
+def submit_again(paths: RunPaths) -> str:
+    """Submit what is frozen in a run directory once more, for the directory as it is called now; the job's id.
+
+    Raises:
+        ConfigError: Slurm refuses the job, no training was submitted before, or by an older version.
+    """
+    trainings = [job for job in read_jobs(paths) if job["what"] == "train"]
+    if not trainings or not paths.frozen.exists():
+        raise ConfigError(f"{paths.run_dir}: no training was submitted from here. Start it by its launch.py command")
+    cwd = Path(trainings[-1].get("cwd", Path.cwd()))
+    site = replace(Site.here(), directory=cwd)
+    tree = yaml.safe_load(paths.frozen.read_text(encoding="utf-8"))
+    if not is_same(cwd / tree["run"]["dir"], paths.run_dir):
+        tree = moved(tree, tree["run"]["dir"], str(paths.run_dir))
+        paths.make()  # a copy may have lost the rights
+        write_atomic(paths.frozen, yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
+    write_atomic(paths.script, render_training(parse(tree), site))
+    write_history(paths.history, read_history(paths.history).submitted_again())
+    job = sbatch(paths.script)
+    add_jobs(paths, [{"id": job, "what": "train"}], cwd)
+    return job
+
+
+def moved(tree: Any, old: str, new: str, key: str = "") -> Any:
+    """A resolved tree for another run directory: every path into the old one leads into the new one."""
+    if isinstance(tree, dict):
+        return {name: moved(value, old, new, name) for name, value in tree.items()}
+    if isinstance(tree, list):
+        return [moved(value, old, new, key) for value in tree]
+    inside = isinstance(tree, str) and (tree.startswith(f"{old}/") or (tree == old and key.endswith("dir")))
+    return new + tree[len(old) :] if inside else tree
 
 
 def submit_fill(config: Config, tree: dict[str, Any], site: Site) -> int:
@@ -94,7 +128,7 @@ def submit_fill(config: Config, tree: dict[str, Any], site: Site) -> int:
     ids["fill"] = sbatch(paths.folder / "fill.sbatch")
     write_atomic(paths.folder / "merge.sbatch", render_merge(config, site, after=ids["fill"]))
     ids["merge"] = sbatch(paths.folder / "merge.sbatch")
-    add_jobs(paths, [{"id": job, "what": what} for what, job in ids.items()])
+    add_jobs(paths, [{"id": job, "what": what} for what, job in ids.items()], site.directory)
     print(f"submitted {ids['fill']} (array of {config.cluster.fill_jobs}), then {ids['merge']}, which joins its parts")
     print(f"train after it: cluster.dependency=afterok:{ids['merge']}")
     return 0
@@ -123,7 +157,7 @@ def freeze(config: Config, tree: dict[str, Any], site: Site) -> RunPaths:
     paths = paths_of(config, site)
     frozen = yaml.safe_dump({**tree, "dry_run": False}, sort_keys=False, allow_unicode=True)
     if paths.frozen.exists() and paths.frozen.read_text(encoding="utf-8") != frozen:
-        active = [state.id for state in job_states([job["id"] for job in read_jobs(paths)]) if not state.is_over]
+        active = [state.id for state in job_states([job["id"] for job in own_jobs(paths)]) if not state.is_over]
         if active:
             raise ConfigError(
                 f"run.dir={config.run.dir}: job {', '.join(active)} of this run waits or runs with other settings, and "
@@ -147,9 +181,10 @@ def sbatch(script: Path) -> str:
         ConfigError: Slurm's own words, and what the partitions have, as these often leave open what is wrong.
     """
     try:
-        return slurm("sbatch", "--parsable", str(script)).split(";")[0].strip()
+        said = slurm("sbatch", "--parsable", str(script), environment=outside_of_jobs(os.environ))
     except SlurmError as error:
         raise ConfigError(f"{error}{_partitions()}\nThe script is {script}") from None
+    return said.split(";")[0].strip()
 
 
 def _partitions() -> str:

@@ -28,7 +28,7 @@ from nemo_aapo.launch.slurm.attempts import Attempt, End, decide, read_history, 
 from nemo_aapo.launch.slurm.commands import node_addresses, parse_scontrol, slurm
 from nemo_aapo.launch.slurm.logs import Tail
 from nemo_aapo.launch.slurm.paths import RunPaths
-from nemo_aapo.launch.slurm.rank import ADDRESSES
+from nemo_aapo.launch.slurm.rank import ADDRESSES, free_port
 from nemo_aapo.launch.slurm.roles import Ended, Roles, Signals
 from nemo_aapo.launch.slurm.script import SEPARATOR
 from nemo_aapo.run.state import read_state
@@ -143,8 +143,8 @@ class Supervisor:
             return "cancelled", "SIGTERM from Slurm (scancel, or the time limit before the trainer could save)"
         if self.asked == LOST or "ode failure" in ended.last_words:  # srun's words for a node that Slurm gave up
             return "lost", ended.fault or "Slurm ended the job and requeued it: a lost node, or no time to save"
-        if ended.lost_server:
-            return "failed", ended.lost_server
+        if ended.lost_servers:
+            return "failed", ended.lost_servers
         if ended.code == 0:
             return "saved", f"{self.asked or 'the trainer was asked to stop, or checkpoint.max_time_s was reached'}"
         if ended.code == REFUSED:
@@ -175,11 +175,25 @@ class Supervisor:
 
     def _environment(self) -> dict[str, str]:
         """Of ``srun``, which hands it on: where the nodes of each role are reached."""
-        environment = {**os.environ, "MASTER_PORT": str(15000 + (int(self.job) * 7 + self.restart) % 15000)}
+        environment = dict(os.environ)
         for group, role in enumerate(self.commands):
             addresses = node_addresses(os.environ, group if len(self.commands) > 1 else None)
             environment[ADDRESSES.format(role=role.upper())] = ",".join(addresses)
-        return environment
+        return {**environment, "MASTER_PORT": str(self._free_port())}
+
+    def _free_port(self) -> int:
+        """A port that is free on the first node, where rank 0 will listen on it.
+
+        Raises:
+            RunError: none was found.
+        """
+        start = int(self.job) * 7 + self.restart  # jobs that share a node look in different places
+        node = slurm("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()[0]
+        if os.environ.get("SLURMD_NODENAME") == node:
+            return free_port(start)
+        flags = ("--nodes=1", "--ntasks=1", "--ntasks-per-node=1", f"--nodelist={node}", "--chdir=/", "--input=none")
+        said = slurm("srun", *flags, sys.executable, "-m", "nemo_aapo.launch.slurm.rank", "port", str(start))
+        return int(said.split()[-1])
 
     def _see_run_directory_everywhere(self) -> None:
         """A run directory on a local disk looks well until the other nodes begin to write."""
@@ -258,6 +272,7 @@ def main(argv: Sequence[str]) -> int:
     given = parser.parse_args(options)
     started = clock.start_of_process() if given.mode == "interactive" else clock.start_of_job()
     os.environ[clock.STARTED] = f"{started:.3f}"  # the ranks' time limit counts from there
+    os.environ["SLURM_EXPORT_ENV"] = "ALL"  # after `sbatch --export=NONE`, srun would hold back what is here
     supervisor = Supervisor(RunPaths(given.run_dir), commands, fault_timeout_s=given.fault_timeout)
     try:
         if given.mode == "job":
@@ -269,7 +284,7 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     if ended.code:
-        say("\n".join(filter(None, [ended.lost_server, ended.last_words])))
+        say("\n".join(filter(None, [ended.lost_servers, ended.last_words])))
     return ended.code
 
 

@@ -21,6 +21,7 @@ from nemo_aapo.errors import Interrupted
 from nemo_aapo.mcore.bridge.loader import auto_bridge_class
 from nemo_aapo.models import writer as hf_directory
 from nemo_aapo.models.directory import first_architecture, read_config_json, shape_of
+from nemo_aapo.models.reader import WeightFiles
 from nemo_aapo.models.weights import own_tensors
 from nemo_aapo.utils import transformers5
 from nemo_aapo.utils.files import whole_directory
@@ -48,7 +49,7 @@ class WeightMap:
         pretrained.config = transformers5.translated_config(Path(path), config)
         if has_weights(Path(path)):
             own = own_tensors(tensor_headers(Path(path)), shape_of(config))
-            _locate_tensors(pretrained, Path(path), {name: header.file for name, header in own.items()})
+            pretrained._state_dict_accessor = _state(WeightFiles(Path(path), own))
         else:
             _name_tensors_by_architecture(pretrained)
 
@@ -65,13 +66,17 @@ class WeightMap:
         """Fill the Megatron model (this rank's part), tensor by tensor. Collective.
 
         Args:
-            directory: weights of the same architecture, with a ``config.json`` and an index; None: the model
-                directory's own.
-                The Bridge remembers which tensor is in which file, so a directory must not change once it was read.
+            directory: weights of the same architecture, and no other tensors; None: the model directory's own.
         """
-        with contextlib.redirect_stdout(io.StringIO()):  # the Bridge draws a bar of its own
-            own = directory is None or Path(directory) == Path(self.path)
-            self.auto_bridge.load_hf_weights([model], None if own else str(directory))
+        pretrained = self.auto_bridge.hf_pretrained
+        own = pretrained._state_dict_accessor
+        try:
+            if directory is not None:
+                pretrained._state_dict_accessor = _state(WeightFiles(Path(directory)))
+            with contextlib.redirect_stdout(io.StringIO()):  # the Bridge draws a bar of its own
+                self.auto_bridge.load_hf_weights([model])
+        finally:
+            pretrained._state_dict_accessor = own
 
     def export(self, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face name, full tensor on CPU), vocabulary padding stripped. Collective; all ranks get all."""
@@ -122,17 +127,12 @@ class WeightMap:
         dist.barrier()
 
 
-def _locate_tensors(pretrained: Any, directory: Path, files: dict[str, str]) -> None:
-    """Tell the Bridge which file holds which tensor.
+def _state(tensors: Mapping[str, torch.Tensor]) -> Any:
+    """Tensors by name, as the Bridge reads them. Its own reader keeps the index of every directory that it ever read
+    (state.py:840), and takes any ``*.safetensors`` where there is no index."""
+    from megatron.bridge.models.hf_pretrained.state import DictStateSource, StateDict
 
-    Without an index it would take any ``*.safetensors`` there; and it would export what is left out when it is read,
-    such as a copy of tied embeddings.
-    """
-    from megatron.bridge.models.hf_pretrained.state import SafeTensorsStateSource, StateDict
-
-    source = SafeTensorsStateSource(directory)
-    source._key_to_filename_map_cache = files
-    pretrained._state_dict_accessor = StateDict(source)
+    return StateDict(DictStateSource(tensors))
 
 
 def _until(stop: Callable[[], bool], tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -145,11 +145,10 @@ def _until(stop: Callable[[], bool], tensors: Iterator[tuple[str, torch.Tensor]]
 
 def _name_tensors_by_architecture(pretrained: Any) -> None:
     """The Bridge orders its work by the names in the weight files; without these, by those that transformers uses."""
-    from megatron.bridge.models.hf_pretrained.state import DictStateSource, StateDict
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         state = AutoModelForCausalLM.from_config(pretrained.config).state_dict()
     if pretrained.config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
-    pretrained._state_dict_accessor = StateDict(DictStateSource(state))
+    pretrained._state_dict_accessor = _state(state)

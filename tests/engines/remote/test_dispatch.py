@@ -206,10 +206,31 @@ def test_no_server_left_is_an_error_in_time_that_names_each(start, fleet):
     ready.prepare(WEIGHTS)
     for server in servers:
         server.close()
-    with pytest.raises(RunError, match=r"0 rollout servers are usable, one is needed") as error:
+    with pytest.raises(
+        RunError, match=r"0 rollout servers are usable, rollout.remote.min_servers=1 are needed"
+    ) as error:
         ready.generate(make_call([2, 2])[0])
     assert str(error.value).count("can't be reached") == 2
     assert all(f"server {i} (" in str(error.value) for i in (0, 1))
+
+
+def test_a_step_goes_on_with_those_that_are_left_and_waits_for_no_more_than_min_servers(start, fleet):
+    _, second = start(always("well"), always("well"))
+    one, two = fleet(2), fleet(2, min_servers=2, wait_s=0.5)
+    for made in (one, two):
+        made.prepare(WEIGHTS)
+    second.close()
+    call, told, wanted = make_call([2, 2])
+    one.generate(call)
+    assert sorted(told) == sorted(wanted)
+    with pytest.raises(RunError, match=r"1 rollout servers are usable, rollout.remote.min_servers=2 are needed"):
+        two.generate(make_call([2, 2])[0])
+    *_, third = start(always("well"))
+    call, told, wanted = make_call([2, 2])
+    two.generate(call)
+    assert sorted(told) == sorted(wanted)
+    assert third.refits == [WEIGHTS]
+    assert third.asked
 
 
 def test_servers_that_never_come_are_missed_by_number(start, fleet, tmp_path):

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from nemo_aapo.cli.serve import PARENT_POLL_S
 from nemo_aapo.config.command_line import read_command_line
 from nemo_aapo.config.compose import compose
 from nemo_aapo.engines.remote.directory import open_directory, open_token, read_servers
@@ -102,3 +103,25 @@ def test_it_starts_from_a_frozen_page_and_ends_with_a_signal_or_with_its_parent(
     finally:
         if parent.poll() is None:
             os.killpg(parent.pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_under_nohup_it_outlives_the_shell_that_started_it(words, tmp_path):
+    directory, log = tmp_path / "run" / "servers", tmp_path / "log"
+    shell = [
+        "bash",
+        "-c",
+        f'nohup "$@" > {log} 2>&1 & until [[ -e {directory}/server_0.json ]]; do sleep 0.1; done',
+        "-",
+    ]
+    subprocess.run([*shell, *COMMAND, *words], cwd=ROOT, env=environment(), timeout=60, check=True)
+    (server,) = read_servers(directory)
+    os.kill(server.pid, signal.SIGHUP)
+    time.sleep(1.2 * PARENT_POLL_S)
+    assert "stopping" not in log.read_text()
+    os.kill(server.pid, signal.SIGTERM)
+    deadline = time.monotonic() + 30
+    while read_servers(directory):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert "stopping: SIGTERM" in log.read_text()

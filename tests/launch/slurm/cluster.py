@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,9 +77,10 @@ class Cluster:
         assert done.returncode == 0 or not check, f"{words}: {done.stdout}{done.stderr}"
         return done.stdout + done.stderr
 
-    def launch(self, *words: str, check: bool = True, timeout: float = 300) -> str:
-        """``scripts/launch.py``."""
-        return self.run(sys.executable, str(ROOT / "scripts" / "launch.py"), *words, check=check, timeout=timeout)
+    def launch(self, *words: str, inside: Sequence[str] = (), check: bool = True, timeout: float = 300) -> str:
+        """``scripts/launch.py``; inside of another command, as ``salloc``, if one is given."""
+        launch = (sys.executable, str(ROOT / "scripts" / "launch.py"))
+        return self.run(*inside, *launch, *words, check=check, timeout=timeout)
 
     def job(self, job: str) -> dict[str, str]:
         """The fields of ``scontrol show job``."""
@@ -103,14 +104,14 @@ class Run:
     def paths(self) -> RunPaths:
         return RunPaths(self.directory)
 
-    def submit(self, *more: str) -> list[str]:
+    def submit(self, *more: str, inside: Sequence[str] = ()) -> list[str]:
         """Submit it; the ids."""
-        said = self.cluster.launch(*self.words, *more)
+        said = self.cluster.launch(*self.words, *more, inside=inside)
         return re.search(r"^submitted ([\d, ]+):", said, re.MULTILINE)[1].split(", ")
 
-    def say(self, action: str, *words: str) -> str:
+    def say(self, action: str, *words: str, check: bool = True) -> str:
         """``launch.py status`` and the like."""
-        return self.cluster.launch(action, f"run.dir={self.directory}", *words)
+        return self.cluster.launch(action, f"run.dir={self.directory}", *words, check=check)
 
     def attempts(self) -> tuple[Attempt, ...]:
         """What the run's history says."""

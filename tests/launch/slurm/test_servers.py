@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import stat
@@ -10,17 +9,22 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.slurm.cluster import make_run
+from nemo_aapo.engines.remote.directory import read_servers
+from tests.launch.slurm.cluster import make_run, wait_for
 from tests.training_runs import metrics
 
 pytestmark = pytest.mark.timeout(900)
 ONE_RANK = ("trainer.num_nodes=1", "model.tensor_model_parallel_size=1")
 
 
-def test_a_dead_server_ends_the_attempt_with_a_clear_message_and_the_next_one_completes(cluster, given):
+def test_a_dead_trainer_ends_the_attempt_and_a_dead_server_is_replaced_within_it(cluster, given):
     more = ("cluster=slurm_servers", "cluster.servers.gpus_per_node=0", "checkpoint.save_interval=1")
-    run = make_run(cluster, given, "with_servers", *ONE_RANK, *more, held=1)
-    job = run.submit()[0]
+    # the reward holds the second step up until the test has done its worst
+    go_on = given / "with_servers" / "go_on"
+    hold = ("+cluster.env.HELD_AFTER_STEP=1", "+cluster.env.HELD_ATTEMPTS=2", f"+cluster.env.HOLD_UNTIL={go_on}")
+    run = make_run(cluster, given, "with_servers", *ONE_RANK, *more, *hold, "trainer.val_check_interval=0")
+    # as from within another allocation, whose variables would end each srun of this job
+    job = run.submit(inside=("salloc", "--quiet", "--nodes=1", "--ntasks=3", "--mem-per-cpu=16"))[0]
     run.wait_until_held(0)
 
     assert {path.name: stat.S_IMODE(path.stat().st_mode) for path in run.paths.servers.glob("[st]*.json")} == {
@@ -32,14 +36,20 @@ def test_a_dead_server_ends_the_attempt_with_a_clear_message_and_the_next_one_co
     assert not_shown(token)
     nodes = cluster.run("squeue", "--noheader", f"--job={job}", "--format=%N").split()
     assert len(set(nodes)) == 2
+    os.kill(run.ranks(job)[0], signal.SIGKILL)
 
-    server = json.loads((run.paths.servers / "server_0.json").read_text())
-    os.kill(server["pid"], signal.SIGKILL)
+    run.wait_until_held(1)
+    (before,) = read_servers(run.paths.servers)
+    assert f"server      0 {before.address} policy version 1" in run.say("status")
+    os.kill(before.pid, signal.SIGKILL)
+    wait_for(lambda: read_servers(run.paths.servers)[0].instance != before.instance, "another server", run.log, 60)
+    go_on.touch()
     run.wait_until(job, "COMPLETED")
     assert [attempt.end for attempt in run.attempts()] == ["failed", "finished"], run.log()
-    assert "a rollout server ended while the trainer ran (" in run.attempts()[0].why
-    assert "Killed" in run.attempts()[0].why
-    assert [line["step"] for line in metrics(run.directory) if "loss" in line] == [1, 2, 3]
+    assert "task 0: Killed" in run.attempts()[0].why
+    assert "the server ended (SIGKILL): another one is started" in (run.paths.logs / "server_0.log").read_text()
+    steps = [line["step"] for line in metrics(run.directory) if "loss" in line]
+    assert steps == [1, 2, 3]
 
 
 def not_shown(token: str) -> bool:

@@ -171,17 +171,20 @@ def end_daemon(cluster: Cluster, node: int) -> None:
     wait_for(lambda: not Path(f"/proc/{pid}").exists(), f"end of node{node}", str, 20)
 
 
-def test_an_allocation_runs_the_ranks_at_once_and_shows_their_logs(cluster, given):
+OCCUPY = """
+import os, socket, subprocess, sys
+taken = socket.create_server(("", 15000 + int(os.environ["SLURM_JOB_ID"]) * 7 % 15000))
+sys.exit(subprocess.call(sys.argv[1:]))
+"""
+
+
+def test_an_allocation_runs_the_ranks_at_once_and_shows_their_logs_whatever_else_runs_there(cluster, given):
+    """More tasks than ranks are allocated, and somebody listens where the ranks would meet."""
     run = make_run(cluster, given, "interactive", *ONE_RANK)
     words = [word for word in run.words if not word.startswith("cluster")]
-    launch = [
-        sys.executable,
-        str(ROOT / "scripts" / "launch.py"),
-        *words,
-        "cluster=interactive",
-        "cluster.gpus_per_node=0",
-    ]
-    shown = cluster.run("salloc", "--nodes=1", *launch, timeout=600)
+    inside = ("salloc", "--nodes=1", "--ntasks=4", sys.executable, "-c", OCCUPY)
+    more = ("cluster=interactive", "cluster.gpus_per_node=0")
+    shown = cluster.launch(*words, *more, inside=inside, timeout=600)
     assert re.search(r"^rank_0 +\| step 3/3 ", shown, re.MULTILINE), shown
     assert (run.directory / "finished").exists()
     assert not run.attempts()

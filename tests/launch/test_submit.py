@@ -1,0 +1,78 @@
+"""Which directory a job belongs to once directories are copied and moved, and what a submission takes along."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from nemo_aapo.launch.slurm.commands import outside_of_jobs
+from nemo_aapo.launch.slurm.paths import RunPaths, add_jobs, original_of, own_jobs, read_jobs
+from nemo_aapo.launch.slurm.submit import moved
+
+
+@pytest.fixture
+def run(tmp_path) -> RunPaths:
+    """A run with one job."""
+    paths = RunPaths(tmp_path / "run")
+    paths.make()
+    add_jobs(paths, [{"id": "41", "what": "train"}], tmp_path)
+    return paths
+
+
+def own(paths: RunPaths) -> list[str]:
+    return [job["id"] for job in own_jobs(paths)]
+
+
+def test_a_copy_has_no_job_until_it_gets_its_own_and_the_original_keeps_its(run, tmp_path):
+    copy = RunPaths(shutil.copytree(run.run_dir, tmp_path / "copy"))
+    assert (own(run), own(copy)) == (["41"], [])
+    assert original_of(read_jobs(copy)[0], copy) == run.run_dir
+    add_jobs(copy, [{"id": "42", "what": "train"}], tmp_path)
+    twice = RunPaths(shutil.copytree(copy.run_dir, tmp_path / "twice"))
+    assert (own(run), own(copy), own(twice)) == (["41"], ["42"], [])
+
+
+def test_a_moved_run_keeps_its_jobs_also_when_another_run_takes_its_place(run, tmp_path):
+    there = RunPaths(run.run_dir.rename(tmp_path / "moved"))
+    assert own(there) == ["41"]
+    run.make()
+    assert own(there) == ["41"]
+    add_jobs(run, [{"id": "50", "what": "train"}], tmp_path)
+    assert (own(there), own(run)) == (["41"], ["50"])
+
+
+def test_one_directory_by_two_names_is_one(run, tmp_path):
+    (tmp_path / "link").symlink_to(run.run_dir)
+    linked = RunPaths(tmp_path / "link")
+    assert own(linked) == ["41"]
+    add_jobs(linked, [{"id": "42", "what": "train"}], tmp_path)
+    assert own(run) == own(linked) == ["41", "42"]
+
+
+def test_paths_into_the_old_directory_lead_into_the_new_one_and_nothing_else_changes():
+    tree = {
+        "run": {"name": "x", "dir": "x"},
+        "exp_manager": {"name": "x", "explicit_log_dir": "x"},
+        "rollout": {"remote": {"directory": "x/servers", "servers": 2}},
+        "rewards": [{"function": "x/reward.py:score"}, {"name": "x"}],
+        "model": {"path": "xx/model", "dtype": None},
+    }
+    new = moved(tree, "x", "/runs/y")
+    assert new == {
+        "run": {"name": "x", "dir": "/runs/y"},
+        "exp_manager": {"name": "x", "explicit_log_dir": "/runs/y"},
+        "rollout": {"remote": {"directory": "/runs/y/servers", "servers": 2}},
+        "rewards": [{"function": "/runs/y/reward.py:score"}, {"name": "x"}],
+        "model": {"path": "xx/model", "dtype": None},
+    }
+    assert tree["run"]["dir"] == "x"
+
+
+def test_a_submission_from_within_a_job_takes_nothing_of_it_along():
+    """What ``salloc --mem-per-cpu``, ``srun --mpi`` and torchrun set."""
+    stays = {"SLURM_CONF": "/etc/slurm.conf", "SBATCH_ACCOUNT": "lab", "HOME": "/h", "RANKING": "1", "MY_SLURM_X": "1"}
+    goes = [f"SLURM_{name}" for name in ("JOB_ID", "MEM_PER_CPU", "CONFIG", "NTASKS")] + ["SLURMD_NODENAME"]
+    goes += ["PMI_RANK", "PMIX_ID", "OMPI_COMM_WORLD_RANK"]
+    goes += ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"]
+    assert outside_of_jobs({**stays, **dict.fromkeys(goes, "1")}) == stays
