@@ -1,0 +1,356 @@
+"""What an answer means: its cleaned text read as a number, a quantity, a list, an interval, a relation, words, a formula.
+
+Each kind has a record. An answer that is of none, that is only in part of one, or that goes on in dots, reads as nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from nemo_aapo.rewards.verdict.mathematics import parse_formula
+from nemo_aapo.rewards.verdict.numbers import Number, read_number
+from nemo_aapo.rewards.verdict.text import clean, trim
+from nemo_aapo.rewards.verdict.units import split_unit
+from nemo_aapo.rewards.verdict.words import read_words
+
+DEEPEST = 20
+"""Most brackets in brackets; an answer with more reads as nothing."""
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A value with its unit: 15 cm^2, 5 dollars, 12 %, 3 p.m., 4 (mod 7)."""
+
+    value: Reading
+    unit: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Numeral:
+    """A number in a base that is not ten, which counts: 1011_2 is neither 1011_3 nor 11."""
+
+    digits: str
+    base: str
+
+
+@dataclass(frozen=True)
+class Clock:
+    """A time of the day as it is written: 3:30."""
+
+    time: str
+
+
+@dataclass(frozen=True)
+class Words:
+    """Words in one spelling, or a text with numbers in it, such as a date."""
+
+    letters: str
+
+
+@dataclass(frozen=True)
+class Collection:
+    """Several answers, a set, a pair, a vector, an interval, a ratio of three parts, or a union of intervals."""
+
+    brackets: str
+    """``""`` for a bare list, else its brackets: ``"()"``, ``"[)"``, ``"{}"``, and so on; ``":"`` and ``"U"``."""
+    items: tuple[Reading, ...]
+    latex: str
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """The cells of a matrix or a column vector."""
+
+    rows: tuple[tuple[Reading, ...], ...]
+
+
+@dataclass(frozen=True)
+class Relation:
+    """An equation, an inequality, or a chain of them."""
+
+    sides: tuple[Reading, ...]
+    names: tuple[str, ...]
+    """Of each side its text if it is a name (x, f(x), \\\\angle A), else ``""``."""
+    signs: tuple[str, ...]
+    latex: str
+
+
+@dataclass(frozen=True)
+class Formula:
+    """Everything else, for math-verify."""
+
+    latex: str
+
+
+Reading = Number | Quantity | Numeral | Clock | Words | Collection | Matrix | Relation | Formula
+
+_TOKEN = re.compile(r"\\(?:[a-zA-Z]+|.)|.", re.DOTALL)
+_OPENING = {"(": ")", "[": "]", "{": "}", "\\{": "\\}"}
+_CLOSING = frozenset(_OPENING.values())
+_MIXED = {"(": ")]", "[": "])"}  # half-open intervals
+_WHOLE_TEXT = re.compile(r"\(?\s*\\text\{([^{}]*)\}\s*\)?")
+_SPOKEN = re.compile(r"(?!(?:and|or)\b)[^\W\d_]+")
+_LEAD = re.compile(r"\\text\{[^{}]*(?:\b(?:is|are)|[=:])\s*\}\s*")
+_ONE_OR_SEVERAL = re.compile(r"\d{1,3}(?:,\d{3})+")
+_THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
+_AND = re.compile(r",?\s*(?:\\text\{\s*,?\s*(?:and|or)\s*,?\s*\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z]))\s*,?")
+_TIME = re.compile(r"([01]?\d|2[0-4]):([0-5]\d(?::[0-5]\d)?)")
+_NUMERAL = re.compile(
+    r"([-+]?) *\(?(?:\\text\{ *)?([0-9][0-9A-Za-z]*|[0-9A-Z]{2,}|[A-F])(?: *\})?\)? *_ *(?:\{ *(\d+) *\}|(\d))"
+)
+_BASE_IN_WORDS = re.compile(r"_ *\{? *\\text\{ *(?:base )?(\w+) *\} *\}?$|\\text\{ *(?:in )?base (\w+) *\}$")
+_BASES = dict(
+    zip(
+        ["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"],
+        map(str, range(2, 13)),
+        strict=True,
+    )
+)
+_SIGNS = {"=", "<", ">", "\\le", "\\ge", "\\ne", "\\in", "\\approx", "\\equiv"}
+_NAME = re.compile(
+    r"(?:\\text\{[^{}]*\}|\\[a-zA-Z]+|[A-Za-z]|['\s|]|_(?:\w|\{\w+\})|\^ *\{ *-1 *\}|\((?:[a-zA-Z](?:, *[a-zA-Z])*)\))+"
+)
+_CONSTANTS = frozenset({"e", "i", "\\pi", "\\infty", "\\emptyset"})
+_MATRIX = re.compile(r"\\begin *\{([pbB]?matrix|array)\} *(?:\{[lcr| ]*\})?(.*)\\end *\{\1\}", re.DOTALL)
+_PLUS_MINUS = re.compile(r"\\(pm|mp)(?![a-zA-Z])")
+_PIECES_OF_NUMBERS = re.compile(r"[\d.)\]]\s+\.?\d|\d\.\d*\.|\.\s*$")
+
+
+@functools.lru_cache(maxsize=4096)
+def read(answer: str) -> tuple[Reading, ...]:
+    """What an answer may mean, the likeliest first; empty for what can't be read.
+
+    Only ``300,400``, one number or two, means several things.
+    """
+    return _read(clean(answer))
+
+
+def _read(text: str) -> tuple[Reading, ...]:
+    if number := read_number(text):
+        several = (
+            tuple(Number(*read_number(part)) for part in text.split(",")) if _ONE_OR_SEVERAL.fullmatch(text) else ()
+        )  # type: ignore[misc]
+        return (number, Collection("", several, text)) if several else (number,)
+    try:
+        reading = _one(text)
+    except _UnreadableError:
+        return ()
+    return (reading,)
+
+
+class _UnreadableError(Exception):
+    pass
+
+
+def _one(text: str, spoken: bool = False) -> Reading:
+    """The likeliest reading of a part of an answer."""
+    text = trim(_LEAD.sub("", text, count=1) if text.startswith("\\text") else text)
+    if whole := _WHOLE_TEXT.fullmatch(text):
+        return _one(whole[1], spoken=True)
+    if spoken and not any(map(str.isdigit, text)) and any(len(run) > 1 for run in _SPOKEN.findall(text)):
+        return Words(words) if (words := read_words(text, spoken)) is not None else _formula(text)
+    if number := read_number(text):
+        return number
+    for reader in _READERS:
+        if reading := reader(text):
+            return reading
+    if (words := read_words(text, spoken)) is not None:
+        return Words(words)
+    return _formula(text)
+
+
+def _formula(text: str) -> Formula:
+    if not text or _PIECES_OF_NUMBERS.search(text) or parse_formula(text) is None:
+        raise _UnreadableError
+    return Formula(text)
+
+
+# ---------------------------------------------------------------- the kinds, each None for another one's text
+
+
+def _dots(text: str) -> None:
+    if "\\ldots" in text:
+        raise _UnreadableError
+
+
+def _clock(text: str) -> Clock | None:
+    time = _TIME.fullmatch(text)
+    return Clock(f"{int(time[1])}:{time[2]}") if time else None
+
+
+def _numeral(text: str) -> Reading | None:
+    text = _BASE_IN_WORDS.sub(lambda base: f"_{{{_BASES.get(w := base[1] or base[2], w)}}}", text)
+    found = _NUMERAL.fullmatch(text)
+    if found is None:
+        return None
+    digits, base = found[2].upper().lstrip("0") or "0", found[3] or found[4]
+    if base == "10":
+        return read_number(found[1] + digits)
+    if digits.isalpha() and (int(base) <= 10 or any(int(d, 36) >= int(base) for d in digits)):
+        return None  # a variable with an index
+    return Numeral(found[1].replace("+", "") + digits, base)
+
+
+def _list(text: str) -> Reading | None:
+    text = _AND.sub(",", text)
+    if not _commas(text):
+        return None
+    first, *others = _parts(text)
+    name, *values = _split(first, {"=", "\\in"})
+    if len(values) == 1 and _is_name(name) and not any(map(_has_sign, others)):  # n = 2, 3, 4
+        several = Collection("", tuple(map(_one, (*values, *others))), text)
+        return Relation((Words(_spelled(name)), several), (_spelled(name), ""), ("=",), text)
+    return Collection("", tuple(map(_one, (first, *others))), text)
+
+
+def _relation(text: str) -> Reading | None:
+    if not _has_sign(text):
+        return None
+    sides, signs = list(_split(text, _SIGNS)), [token for token, _ in _top_level(text) if token in _SIGNS]
+    if "\\approx" in signs:  # 1/3 = 0.33..., about 0.3: what is exact counts, unless it is only a name
+        exact = max(signs.index("\\approx"), int(_is_name(sides[0])))
+        sides, signs = sides[: exact + 1], ["=" if sign == "\\approx" else sign for sign in signs[:exact]]
+    if len(sides) == 1:
+        return _one(sides[0])
+    names = tuple(_spelled(side) if _is_name(side) else "" for side in sides)
+    return Relation(tuple(map(_side, sides)), names, tuple(signs), text)
+
+
+def _side(text: str) -> Reading:
+    try:
+        return _one(text)
+    except _UnreadableError:
+        if _is_name(text):
+            return Words(_spelled(text))
+        raise
+
+
+def _both_signs(text: str) -> Collection | None:
+    if not _PLUS_MINUS.search(text):
+        return None
+    upper, lower = {"pm": "+", "mp": "-"}, {"pm": "-", "mp": "+"}
+    both = [trim(_PLUS_MINUS.sub(lambda sign, which=which: which[sign[1]], text)) for which in (upper, lower)]
+    return Collection("", tuple(_one(part.removeprefix("+")) for part in both), text)
+
+
+def _group(text: str) -> Reading | None:
+    """What one pair of brackets around all of it holds."""
+    opening = "\\{" if text.startswith("\\{") else text[:1]
+    if opening not in _OPENING or opening == "{":
+        return None
+    depth = 0
+    tokens = list(_TOKEN.finditer(text))
+    for token in tokens:
+        depth += (token[0] in _OPENING) - (token[0] in _CLOSING)
+        if depth == 0 and token is not tokens[-1]:
+            return None
+    closing = tokens[-1][0]
+    inside = text[len(opening) : len(text) - len(closing)].strip()
+    brackets = opening.strip("\\") + closing.strip("\\")
+    if not inside:
+        return Formula("\\emptyset") if brackets == "{}" else None
+    items = list(map(_one, _parts(inside))) if _commas(inside) else _lone(inside, brackets)
+    if items is None:
+        return None
+    return items[0] if len(items) == 1 and brackets != "{}" else Collection(brackets, tuple(items), text)
+
+
+def _lone(inside: str, brackets: str) -> list[Reading] | None:
+    if brackets in ("[)", "(]") or (brackets == "{}" and ("|" in inside or ":" in inside)):
+        return None
+    found = _one(inside)
+    return list(found.items) if isinstance(found, Collection) and not found.brackets else [found]
+
+
+def _union(text: str) -> Collection | None:
+    parts = list(_split(text, {"\\cup"}))
+    return Collection("U", tuple(_one(part) for part in parts), text) if len(parts) > 1 else None
+
+
+def _ratio(text: str) -> Collection | None:
+    parts = list(_split(text, {":"}))
+    if len(parts) < 2 or any(_has_sign(part) for part in parts):
+        return None
+    return Collection(":", tuple(_one(part) for part in parts), text)
+
+
+def _matrix(text: str) -> Matrix | None:
+    found = _MATRIX.fullmatch(text)
+    if found is None or "\\begin" in found[2]:
+        return None
+    rows = [row for row in re.split(r"\\\\(?:\[[^\]]*\])?", found[2]) if row.strip()]
+    return Matrix(tuple(tuple(_one(cell) for cell in row.split("&")) for row in rows))
+
+
+def _quantity(text: str) -> Quantity | Reading | None:
+    split = split_unit(text)
+    if split is None:
+        return None
+    value = _one(split[0])
+    if isinstance(value, Words | Numeral):
+        return None
+    return Quantity(value, split[1]) if split[1] else value
+
+
+_READERS: tuple[Callable[[str], Reading | None], ...] = (
+    _dots, _clock, _numeral, _list, _relation, _both_signs, _group, _matrix, _union, _quantity, _ratio,
+)  # fmt: skip
+
+
+# ---------------------------------------------------------------- tokens outside brackets
+
+
+def _top_level(text: str) -> Iterator[tuple[str, int]]:
+    """Each token outside brackets, ``\\\\text{}`` and environments, with the place of its end."""
+    depth = 0
+    for token in _TOKEN.finditer(text):
+        word = token[0]
+        if word in _CLOSING or word == "\\end":
+            depth -= 1
+        elif depth == 0 and word not in _OPENING and word != "\\begin":
+            yield word, token.end()
+        depth += word in _OPENING or word == "\\begin"
+        if depth < 0 or depth > DEEPEST:
+            raise _UnreadableError
+    if depth:
+        raise _UnreadableError
+
+
+def _split(text: str, separators: set[str]) -> Iterator[str]:
+    start = 0
+    for token, end in _top_level(text):
+        if token in separators:
+            yield text[start : end - len(token)]
+            start = end
+    yield text[start:]
+
+
+def _commas(text: str) -> bool:
+    return any(token in (",", ";") for token, _ in _top_level(text))
+
+
+def _parts(text: str) -> list[str]:
+    """The parts of a list. Where spaces or semicolons part them, commas between three digits are thousands."""
+    if any(token == ";" for token, _ in _top_level(text)):
+        return list(_split(text, {";"}))
+    return list(_split(_THOUSANDS.sub(_joined, text) if ", " in text else text, {","}))
+
+
+def _joined(number: re.Match[str]) -> str:
+    return number[0].replace(",", "")
+
+
+def _spelled(text: str) -> str:
+    return "".join(text.split())
+
+
+def _has_sign(text: str) -> bool:
+    return any(token in _SIGNS for token, _ in _top_level(text))
+
+
+def _is_name(text: str) -> bool:
+    """Whether it is what a value is given to (x, f(x), \\angle A), rather than a value itself."""
+    return bool(_NAME.fullmatch(text.strip())) and _spelled(text) not in _CONSTANTS
