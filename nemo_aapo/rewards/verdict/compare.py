@@ -8,7 +8,6 @@ from typing import Any
 from nemo_aapo.rewards.verdict.mathematics import parse_formula, same_formula
 from nemo_aapo.rewards.verdict.numbers import Number, same_number
 from nemo_aapo.rewards.verdict.reading import (
-    Clock,
     Collection,
     Formula,
     Matrix,
@@ -16,13 +15,14 @@ from nemo_aapo.rewards.verdict.reading import (
     Quantity,
     Reading,
     Relation,
+    Time,
     Words,
 )
 from nemo_aapo.rewards.verdict.units import same_unit
 
 _PERCENT = frozenset({"%"})
 _MIRRORED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le", "=": "=", "\\ne": "\\ne"}
-_OF_WORDS = (Words, Numeral, Clock)
+_OF_WORDS = (Words, Numeral, Time)
 
 
 def same_answer(gold: Sequence[Reading], said: Sequence[Reading]) -> bool:

@@ -22,6 +22,7 @@ _SAME = Fraction(1, 10**40)
 _FLOATS = Fraction(1, 10**12)
 """Relative error of the floats that decimals within formulas become."""
 _LETTER_AS_TEXT = re.compile(r"\\text\{\s*\(?([A-Za-z])\)?\s*\}")
+_IMAGINARY = re.compile(r"(?<=\d)i(?![a-zA-Z])")  # an i right behind a digit would be another one than i alone
 
 
 class _MathVerify(NamedTuple):
@@ -59,8 +60,9 @@ def parse_formula(latex: str) -> Any | None:
     """A cleaned formula as sympy's expression, or None if it is none, or undefined as 1/0 is."""
     from sympy import nan, zoo
 
-    (found, *_) = [*math_verify().parse(f"\\boxed{{{_LETTER_AS_TEXT.sub(r'{}{1}', latex)}}}"), None]
-    return None if found is None or found is nan or found is zoo else found
+    spelled = _IMAGINARY.sub(" i", _LETTER_AS_TEXT.sub(r"\1", latex))
+    found = next(iter(math_verify().parse(f"\\boxed{{{spelled}}}")), None)
+    return None if found is nan or found is zoo else found
 
 
 def same_formula(gold: Any, said: Any) -> bool:

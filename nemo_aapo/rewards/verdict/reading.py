@@ -7,17 +7,26 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from nemo_aapo.rewards.verdict.mathematics import parse_formula
 from nemo_aapo.rewards.verdict.numbers import Number, read_number
 from nemo_aapo.rewards.verdict.text import clean, trim
+from nemo_aapo.rewards.verdict.tokens import (
+    SIGNS,
+    UnreadableError,
+    commas,
+    enclosed,
+    has_sign,
+    is_name,
+    parts,
+    spelled,
+    split,
+    top_level,
+)
 from nemo_aapo.rewards.verdict.units import split_unit
 from nemo_aapo.rewards.verdict.words import read_words
-
-DEEPEST = 20
-"""Most brackets in brackets; an answer with more reads as nothing."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +46,10 @@ class Numeral:
 
 
 @dataclass(frozen=True)
-class Clock:
-    """A time of the day as it is written: 3:30."""
+class Time:
+    """A time of the day, 3:30, or a date in digits, as it is written."""
 
-    time: str
+    written: str
 
 
 @dataclass(frozen=True)
@@ -85,35 +94,23 @@ class Formula:
     latex: str
 
 
-Reading = Number | Quantity | Numeral | Clock | Words | Collection | Matrix | Relation | Formula
+Reading = Number | Quantity | Numeral | Time | Words | Collection | Matrix | Relation | Formula
 
-_TOKEN = re.compile(r"\\(?:[a-zA-Z]+|.)|.", re.DOTALL)
-_OPENING = {"(": ")", "[": "]", "{": "}", "\\{": "\\}"}
-_CLOSING = frozenset(_OPENING.values())
-_MIXED = {"(": ")]", "[": "])"}  # half-open intervals
 _WHOLE_TEXT = re.compile(r"\(?\s*\\text\{([^{}]*)\}\s*\)?")
 _SPOKEN = re.compile(r"(?!(?:and|or)\b)[^\W\d_]+")
 _LEAD = re.compile(r"\\text\{[^{}]*(?:\b(?:is|are)|[=:])\s*\}\s*")
 _ONE_OR_SEVERAL = re.compile(r"\d{1,3}(?:,\d{3})+")
-_THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
 _AND = re.compile(r",?\s*(?:\\text\{\s*,?\s*(?:and|or)\s*,?\s*\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z]))\s*,?")
-_TIME = re.compile(r"([01]?\d|2[0-4]):([0-5]\d(?::[0-5]\d)?)")
+_CLOCK = re.compile(r"([01]?\d|2[0-4]):([0-5]\d(?::[0-5]\d)?)")
+_DATE = re.compile(r"\d{4}-\d{1,2}-\d{1,2}|\d{1,2}/\d{1,2}/\d{4}")
 _NUMERAL = re.compile(
     r"([-+]?) *\(?(?:\\text\{ *)?([0-9][0-9A-Za-z]*|[0-9A-Z]{2,}|[A-F])(?: *\})?\)? *_ *(?:\{ *(\d+) *\}|(\d))"
 )
-_BASE_IN_WORDS = re.compile(r"_ *\{? *\\text\{ *(?:base )?(\w+) *\} *\}?$|\\text\{ *(?:in )?base (\w+) *\}$")
-_BASES = dict(
-    zip(
-        ["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"],
-        map(str, range(2, 13)),
-        strict=True,
-    )
+_BASE_IN_WORDS = re.compile(
+    r"_ *\{? *\\text\{ *(?:base )?(\w+) *\} *\}?$|(?:\\text\{)? *(?:in )?\bbase *\}? *(\w+) *\}?$"
 )
-_SIGNS = {"=", "<", ">", "\\le", "\\ge", "\\ne", "\\in", "\\approx", "\\equiv"}
-_NAME = re.compile(
-    r"(?:\\text\{[^{}]*\}|\\[a-zA-Z]+|[A-Za-z]|['\s|]|_(?:\w|\{\w+\})|\^ *\{ *-1 *\}|\((?:[a-zA-Z](?:, *[a-zA-Z])*)\))+"
-)
-_CONSTANTS = frozenset({"e", "i", "\\pi", "\\infty", "\\emptyset"})
+_BASE_NAMES = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+_BASES = {name: str(base) for base, name in enumerate(_BASE_NAMES, start=2)}
 _MATRIX = re.compile(r"\\begin *\{([pbB]?matrix|array)\} *(?:\{[lcr| ]*\})?(.*)\\end *\{\1\}", re.DOTALL)
 _PLUS_MINUS = re.compile(r"\\(pm|mp)(?![a-zA-Z])")
 _PIECES_OF_NUMBERS = re.compile(r"[\d.)\]]\s+\.?\d|\d\.\d*\.|\.\s*$")
@@ -136,13 +133,9 @@ def _read(text: str) -> tuple[Reading, ...]:
         return (number, Collection("", several, text)) if several else (number,)
     try:
         reading = _one(text)
-    except _UnreadableError:
+    except UnreadableError:
         return ()
     return (reading,)
-
-
-class _UnreadableError(Exception):
-    pass
 
 
 def _one(text: str, spoken: bool = False) -> Reading:
@@ -152,7 +145,7 @@ def _one(text: str, spoken: bool = False) -> Reading:
         return _one(whole[1], spoken=True)
     if spoken and not any(map(str.isdigit, text)) and any(len(run) > 1 for run in _SPOKEN.findall(text)):
         return Words(words) if (words := read_words(text, spoken)) is not None else _formula(text)
-    if number := read_number(text):
+    if number := _number(text):
         return number
     for reader in _READERS:
         if reading := reader(text):
@@ -162,9 +155,18 @@ def _one(text: str, spoken: bool = False) -> Reading:
     return _formula(text)
 
 
+def _number(text: str) -> Number | Quantity | None:
+    """A plain number, with a unit or not: the commas of $1,234 part no list."""
+    if number := read_number(text):
+        return number
+    found = split_unit(text)
+    number = read_number(trim(found[0])) if found else None
+    return Quantity(number, found[1]) if found and number and found[1] else number
+
+
 def _formula(text: str) -> Formula:
     if not text or _PIECES_OF_NUMBERS.search(text) or parse_formula(text) is None:
-        raise _UnreadableError
+        raise UnreadableError
     return Formula(text)
 
 
@@ -173,12 +175,14 @@ def _formula(text: str) -> Formula:
 
 def _dots(text: str) -> None:
     if "\\ldots" in text:
-        raise _UnreadableError
+        raise UnreadableError
 
 
-def _clock(text: str) -> Clock | None:
-    time = _TIME.fullmatch(text)
-    return Clock(f"{int(time[1])}:{time[2]}") if time else None
+def _time(text: str) -> Time | None:
+    if clock := _CLOCK.fullmatch(text):
+        return Time(f"{int(clock[1])}:{clock[2]}")
+    date = _DATE.fullmatch(text)
+    return Time("-".join(str(int(number)) for number in re.split(r"\D", text))) if date else None
 
 
 def _numeral(text: str) -> Reading | None:
@@ -196,35 +200,35 @@ def _numeral(text: str) -> Reading | None:
 
 def _list(text: str) -> Reading | None:
     text = _AND.sub(",", text)
-    if not _commas(text):
+    if not commas(text):
         return None
-    first, *others = _parts(text)
-    name, *values = _split(first, {"=", "\\in"})
-    if len(values) == 1 and _is_name(name) and not any(map(_has_sign, others)):  # n = 2, 3, 4
+    first, *others = parts(text)
+    name, *values = split(first, {"=", "\\in"})
+    if len(values) == 1 and is_name(name) and not any(map(has_sign, others)):  # n = 2, 3, 4
         several = Collection("", tuple(map(_one, (*values, *others))), text)
-        return Relation((Words(_spelled(name)), several), (_spelled(name), ""), ("=",), text)
+        return Relation((Words(spelled(name)), several), (spelled(name), ""), ("=",), text)
     return Collection("", tuple(map(_one, (first, *others))), text)
 
 
 def _relation(text: str) -> Reading | None:
-    if not _has_sign(text):
+    if not has_sign(text):
         return None
-    sides, signs = list(_split(text, _SIGNS)), [token for token, _ in _top_level(text) if token in _SIGNS]
+    sides, signs = list(split(text, SIGNS)), [token for token, _ in top_level(text) if token in SIGNS]
     if "\\approx" in signs:  # 1/3 = 0.33..., about 0.3: what is exact counts, unless it is only a name
-        exact = max(signs.index("\\approx"), int(_is_name(sides[0])))
+        exact = max(signs.index("\\approx"), int(is_name(sides[0])))
         sides, signs = sides[: exact + 1], ["=" if sign == "\\approx" else sign for sign in signs[:exact]]
     if len(sides) == 1:
         return _one(sides[0])
-    names = tuple(_spelled(side) if _is_name(side) else "" for side in sides)
+    names = tuple(spelled(side) if is_name(side) else "" for side in sides)
     return Relation(tuple(map(_side, sides)), names, tuple(signs), text)
 
 
 def _side(text: str) -> Reading:
     try:
         return _one(text)
-    except _UnreadableError:
-        if _is_name(text):
-            return Words(_spelled(text))
+    except UnreadableError:
+        if is_name(text):
+            return Words(spelled(text))
         raise
 
 
@@ -238,21 +242,12 @@ def _both_signs(text: str) -> Collection | None:
 
 def _group(text: str) -> Reading | None:
     """What one pair of brackets around all of it holds."""
-    opening = "\\{" if text.startswith("\\{") else text[:1]
-    if opening not in _OPENING or opening == "{":
+    brackets, inside = enclosed(text)
+    if not brackets:
         return None
-    depth = 0
-    tokens = list(_TOKEN.finditer(text))
-    for token in tokens:
-        depth += (token[0] in _OPENING) - (token[0] in _CLOSING)
-        if depth == 0 and token is not tokens[-1]:
-            return None
-    closing = tokens[-1][0]
-    inside = text[len(opening) : len(text) - len(closing)].strip()
-    brackets = opening.strip("\\") + closing.strip("\\")
     if not inside:
         return Formula("\\emptyset") if brackets == "{}" else None
-    items = list(map(_one, _parts(inside))) if _commas(inside) else _lone(inside, brackets)
+    items = list(map(_one, parts(inside))) if commas(inside) else _lone(inside, brackets)
     if items is None:
         return None
     return items[0] if len(items) == 1 and brackets != "{}" else Collection(brackets, tuple(items), text)
@@ -266,13 +261,13 @@ def _lone(inside: str, brackets: str) -> list[Reading] | None:
 
 
 def _union(text: str) -> Collection | None:
-    parts = list(_split(text, {"\\cup"}))
+    parts = list(split(text, {"\\cup"}))
     return Collection("U", tuple(_one(part) for part in parts), text) if len(parts) > 1 else None
 
 
 def _ratio(text: str) -> Collection | None:
-    parts = list(_split(text, {":"}))
-    if len(parts) < 2 or any(_has_sign(part) for part in parts):
+    parts = list(split(text, {":"}))
+    if len(parts) < 2 or any(has_sign(part) for part in parts):
         return None
     return Collection(":", tuple(_one(part) for part in parts), text)
 
@@ -286,71 +281,15 @@ def _matrix(text: str) -> Matrix | None:
 
 
 def _quantity(text: str) -> Quantity | Reading | None:
-    split = split_unit(text)
-    if split is None:
+    found = split_unit(text)
+    if found is None:
         return None
-    value = _one(split[0])
+    value = _one(found[0])
     if isinstance(value, Words | Numeral):
         return None
-    return Quantity(value, split[1]) if split[1] else value
+    return Quantity(value, found[1]) if found[1] else value
 
 
 _READERS: tuple[Callable[[str], Reading | None], ...] = (
-    _dots, _clock, _numeral, _list, _relation, _both_signs, _group, _matrix, _union, _quantity, _ratio,
+    _dots, _time, _numeral, _list, _relation, _both_signs, _group, _matrix, _union, _quantity, _ratio,
 )  # fmt: skip
-
-
-# ---------------------------------------------------------------- tokens outside brackets
-
-
-def _top_level(text: str) -> Iterator[tuple[str, int]]:
-    """Each token outside brackets, ``\\\\text{}`` and environments, with the place of its end."""
-    depth = 0
-    for token in _TOKEN.finditer(text):
-        word = token[0]
-        if word in _CLOSING or word == "\\end":
-            depth -= 1
-        elif depth == 0 and word not in _OPENING and word != "\\begin":
-            yield word, token.end()
-        depth += word in _OPENING or word == "\\begin"
-        if depth < 0 or depth > DEEPEST:
-            raise _UnreadableError
-    if depth:
-        raise _UnreadableError
-
-
-def _split(text: str, separators: set[str]) -> Iterator[str]:
-    start = 0
-    for token, end in _top_level(text):
-        if token in separators:
-            yield text[start : end - len(token)]
-            start = end
-    yield text[start:]
-
-
-def _commas(text: str) -> bool:
-    return any(token in (",", ";") for token, _ in _top_level(text))
-
-
-def _parts(text: str) -> list[str]:
-    """The parts of a list. Where spaces or semicolons part them, commas between three digits are thousands."""
-    if any(token == ";" for token, _ in _top_level(text)):
-        return list(_split(text, {";"}))
-    return list(_split(_THOUSANDS.sub(_joined, text) if ", " in text else text, {","}))
-
-
-def _joined(number: re.Match[str]) -> str:
-    return number[0].replace(",", "")
-
-
-def _spelled(text: str) -> str:
-    return "".join(text.split())
-
-
-def _has_sign(text: str) -> bool:
-    return any(token in _SIGNS for token, _ in _top_level(text))
-
-
-def _is_name(text: str) -> bool:
-    """Whether it is what a value is given to (x, f(x), \\angle A), rather than a value itself."""
-    return bool(_NAME.fullmatch(text.strip())) and _spelled(text) not in _CONSTANTS

@@ -32,7 +32,6 @@ _BARE = re.compile(r"(?<=[\d})])( *)([A-Za-z][A-Za-z./ ]*)(?: *\^ *(?:\{ *(\d) *
 _ORDINAL = re.compile(r"(?<=\d) *(?:\^ *)?\{? *(?:\\text\{ *)?(?:st|nd|rd|th)(?: *\})? *\}?$")
 _MODULUS = re.compile(r" *\( *(?:\\text\{ *)?(?:\\?mod)(?: *\})? *(\d+) *\)$|\\pmod *\{? *(\d+) *\}?$|\\[bp]?mod *\{? *(\d+) *\}?$")  # fmt: skip
 _NOON = re.compile(r"\b([ap])\. ?m\b")
-_SPEEDS = {"mph": "mi h", "kph": "km h", "kmh": "km h"}
 _WORD = re.compile(r"[^\W\d_]+|%|\\circ|\^-?\d|/")
 
 
@@ -71,7 +70,7 @@ def unit_of(text: str) -> frozenset[str]:
     """The words of a unit in one spelling: ``square centimetres`` and ``cm^2`` are ``{"cm^2"}``."""
     words: list[str] = []
     power = ""
-    text = _NOON.sub(r"\1m", text.casefold().replace("{", "").replace("}", ""))
+    text = _NOON.sub(r"\1m", text.casefold().replace("{", "").replace("}", "")).replace("mph", "miles per hour")
     for word in _WORD.findall(text):
         if word in _POWERS and _POWERS[word] and not word.endswith("ed"):
             power = _POWERS[word]

@@ -38,7 +38,7 @@ def read_words(text: str, spoken: bool) -> str | None:
     """
     bare = text.replace("\\text{", " ").replace("}", " ") if "\\text{" in text else text
     runs = _LETTERS.findall(bare)
-    if _MATHEMATICS.search(bare) or not runs or len(bare.strip("() .")) == 1:
+    if _MATHEMATICS.search(bare) or not runs or re.fullmatch(r"[() .]*[A-Za-z][() .]*", bare):
         return None
     if not (spoken or bare is not text) and (not any(map(is_word, runs)) or len(runs) > _MOST_WORDS):
         return None
