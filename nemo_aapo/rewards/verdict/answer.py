@@ -13,6 +13,8 @@ LONGEST = 2000
 """Most characters of a marked answer; a longer one is nobody's answer and counts as unfinished."""
 TAIL = 1000
 """Without a box and tags the answer is looked for in this many last characters."""
+_MOST_BOXES = 20
+"""Most boxes that are one answer together."""
 OPENING_TAG, CLOSING_TAG = "<answer>", "</answer>"
 
 _BOXES = ("\\boxed", "\\fbox")
@@ -42,24 +44,28 @@ class _Box(NamedTuple):
     """None: unfinished."""
 
 
-def find_answer(text: str) -> Answer:
+def find_answer(text: str, tail: int = TAIL) -> Answer:
     """The answer of a completion.
+
+    Args:
+        tail: without a box and tags the text is this many last characters, from a space on: no number is cut in two.
 
     Example: ``find_answer("\\\\boxed{8}, no: $x = \\\\boxed{9}$").text == "9"``
     """
     begin = text.rfind(OPENING_TAG)
     if begin < 0:
-        return _boxed(text) or Answer(_end_of(text), "end")
+        return _boxed(text) or Answer(text if len(text) <= tail else text[-tail:].partition(" ")[2], "end")
     inside, closed, _ = text[begin + len(OPENING_TAG) :].partition(CLOSING_TAG)
     if boxed := _boxed(inside):
         return boxed
     return Answer(inside.strip() if closed and len(inside) <= LONGEST else "", "tags")
 
 
-def _end_of(text: str) -> str:
-    if len(text) <= TAIL:
-        return text
-    return text[-TAIL:].partition(" ")[2]  # from a space on, so that no number is cut in two
+def tagged(text: str) -> str | None:
+    """What the last answer tags of a completion hold; None without a whole pair."""
+    _, opened, behind = text.rpartition(OPENING_TAG)
+    inside, closed, _ = behind.partition(CLOSING_TAG)
+    return inside if opened and closed else None
 
 
 def _boxed(text: str) -> Answer | None:
@@ -68,7 +74,7 @@ def _boxed(text: str) -> Answer | None:
     if box is None:
         return None
     contents = [box.content]
-    while (before := _neighbour(text, box.start)) is not None:
+    while len(contents) < _MOST_BOXES and (before := _neighbour(text, box.start)) is not None:
         contents.append(before.content)
         box = before
     parts = list(dict.fromkeys(content.strip() if content else "" for content in reversed(contents)))
@@ -85,12 +91,12 @@ def _neighbour(text: str, end: int) -> _Box | None:
 
 
 def _last_box(text: str) -> _Box | None:
-    end = len(text)
-    while (start := max(text.rfind(command, 0, end) for command in _BOXES)) >= 0:
-        command = next(command for command in _BOXES if text.startswith(command, start))
+    places = {command: text.rfind(command) for command in _BOXES}
+    while (start := max(places.values())) >= 0:
+        command = next(command for command in _BOXES if places[command] == start)
         if box := _open_box(text, start, start + len(command)):
             return box
-        end = start
+        places[command] = text.rfind(command, 0, start)  # only this one: a search through all of it again is quadratic
     return None
 
 

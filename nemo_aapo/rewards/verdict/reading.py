@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from nemo_aapo.rewards.verdict.mathematics import parse_formula
 from nemo_aapo.rewards.verdict.numbers import Number, read_number
-from nemo_aapo.rewards.verdict.text import clean, trim
+from nemo_aapo.rewards.verdict.text import clean, trim, whole_text
 from nemo_aapo.rewards.verdict.tokens import (
     SIGNS,
     UnreadableError,
@@ -96,7 +96,6 @@ class Formula:
 
 Reading = Number | Quantity | Numeral | Time | Words | Collection | Matrix | Relation | Formula
 
-_WHOLE_TEXT = re.compile(r"\(?\s*\\text\{([^{}]*)\}\s*\)?")
 _SPOKEN = re.compile(r"(?!(?:and|or)\b)[^\W\d_]+")
 _LEAD = re.compile(r"\\text\{[^{}]*(?:\b(?:is|are)|[=:])\s*\}\s*")
 _ONE_OR_SEVERAL = re.compile(r"\d{1,3}(?:,\d{3})+")
@@ -141,8 +140,8 @@ def _read(text: str) -> tuple[Reading, ...]:
 def _one(text: str, spoken: bool = False) -> Reading:
     """The likeliest reading of a part of an answer."""
     text = trim(_LEAD.sub("", text, count=1) if text.startswith("\\text") else text)
-    if whole := _WHOLE_TEXT.fullmatch(text):
-        return _one(whole[1], spoken=True)
+    if (whole := whole_text(text)) is not None:
+        return _one(whole, spoken=True)
     if spoken and not any(map(str.isdigit, text)) and any(len(run) > 1 for run in _SPOKEN.findall(text)):
         return Words(words) if (words := read_words(text, spoken)) is not None else _formula(text)
     if number := _number(text):

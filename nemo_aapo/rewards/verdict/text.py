@@ -77,6 +77,7 @@ _BARE_LOGARITHM = re.compile(r"\\log_\s*(\d)\s*(?=[\d\\a-zA-Z({])")
 _POWER_IN_PARENTHESES = re.compile(r"\^\s*\(([^()]*)\)")
 _EMPTY_BRACES = re.compile(r"(?<![a-zA-Z}\]\\])\{\s*\}")
 _TEXT = re.compile(r"(\\text\{[^{}]*\})")
+_WHOLE_TEXT = re.compile(r"\(?\s*\\text\{([^{}]*)\}\s*\)?")
 _PLAIN = re.compile(r"-?[0-9]+")
 
 
@@ -103,6 +104,12 @@ def trim(text: str) -> str:
             text = text[1:-1]
         if text == before:
             return text
+
+
+def whole_text(text: str) -> str | None:
+    """What a ``\\text{}`` holds that is all of a cleaned answer, but for round brackets; None where none is."""
+    whole = _WHOLE_TEXT.fullmatch(text)
+    return whole[1] if whole else None
 
 
 def _edge_behind(text: str) -> int:
