@@ -28,7 +28,8 @@ _GOLD_LETTER = re.compile(r"\(?([A-Z])\)?[.:]?")
 # The letter of a box: alone, or with the choice's text behind it, but no second letter: "A, B, C" decides for nothing.
 _BOXED_LETTER = re.compile(
     r"(?i:the )?(?:(?i:(?:correct )?(?:answer|option|choice)(?: is)?) *:? *)?"
-    r"\(?(?:([A-Z])(?:\)|(?=$|[.:)]|, | \d))|([B-HJ-Z])(?= (?!and |or )))(?![A-Za-z0-9'])(?!\W*(?:(?:and|or) )?\(?[A-Z]\b)"
+    r"\(?(?:([A-Z])(?:\)|(?=$|[.:)]|, | \d))|([B-HJ-Z])(?= (?!and |or )))(?![A-Za-z0-9'])"
+    r"(?!\W*(?:(?:and|or) )?\(?[A-Z]\b)"
 )
 _TEXT_BRACES = re.compile(r"\\text\{|\}|\{")
 _NAMED_LETTER = re.compile(r"(?i:answer|option|choice)(?i:\s+is|\s*[:=])?\s*:?[\s*_$]*\(?([A-Z])\b(?!')")

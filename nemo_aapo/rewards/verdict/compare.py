@@ -28,8 +28,8 @@ _OF_WORDS = (Words, Numeral, Time)
 def same_answer(gold: Sequence[Reading], said: Sequence[Reading]) -> bool:
     """Whether an answer, by what it may mean, is the gold one.
 
-    Of several meanings the first counts for which the other answer has one of its kind: ``300,400`` is the number beside
-    300400, and two numbers beside ``300, 400``.
+    Of several meanings the first counts for which the other answer has one of its kind: 300,400 is a number beside
+    300400, and two numbers beside 300, 400 with a space.
     """
     for meaning in gold:
         for other in said:
@@ -94,13 +94,17 @@ def _same_relation(gold: Reading, said: Reading) -> bool:
         return _same_relations(gold, said)
     if isinstance(gold, Relation):
         value = _value_of(gold)
-        return same(value, said) if value is not None else _same_by_formula(gold, said)
+        if value is not None:
+            return same(value, said)
+        return isinstance(said, Formula | Collection) and _same_by_formula(gold, said)
     assert isinstance(said, Relation)
     value = _value_of(said)
     # 2 + 3 = 5 says 5; a relation that gives no value to a name may still be math-verify's interval.
     if value is None and set(said.signs) == {"="}:
         value = said.sides[-1]
-    return same(gold, value) if value is not None else _same_by_formula(gold, said)
+    if value is not None:
+        return same(gold, value)
+    return isinstance(gold, Formula | Collection) and _same_by_formula(gold, said)
 
 
 def _value_of(relation: Relation) -> Reading | None:
@@ -155,8 +159,10 @@ def _bounds(relation: Relation) -> bool:
 def _same_collection(gold: Reading, said: Reading) -> bool:
     a, b = (x if isinstance(x, Collection) else Collection("", (x,), "") for x in (gold, said))
     if "U" in (a.brackets, b.brackets):
-        return not isinstance(gold, Number) and not isinstance(said, Number) and (
-            (a.brackets == b.brackets and _same_set(a.items, b.items)) or _same_by_formula(gold, said)
+        return (
+            not isinstance(gold, Number)
+            and not isinstance(said, Number)
+            and ((a.brackets == b.brackets and _same_set(a.items, b.items)) or _same_by_formula(gold, said))
         )
     if {"", "{}"} >= {a.brackets, b.brackets}:
         return _in_order(a.items, b.items) if _named_once(a.items, b.items) else _same_set(a.items, b.items)

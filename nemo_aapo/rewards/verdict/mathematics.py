@@ -10,6 +10,7 @@ import functools
 import logging
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -47,7 +48,7 @@ def math_verify() -> _MathVerify:
     spelling = NormalizationConfig(True, units=False, malformed_operators=True, nits=True, boxed="all")
     boxed = LatexExtractionConfig(boxed_match_priority=0, normalization_config=spelling)
     strict = {"extraction_config": (boxed,), "fallback_mode": "no_fallback", "extraction_mode": "first_match"}
-    loose = {"extraction_config": (LatexExtractionConfig(boxed_match_priority=-1), ExprExtractionConfig())}
+    loose = {"extraction_config": (replace(boxed, boxed_match_priority=-1), ExprExtractionConfig())}
     return _MathVerify(
         functools.partial(parse, parsing_timeout=None, **strict),
         functools.partial(parse, parsing_timeout=None, **loose),
@@ -69,12 +70,12 @@ def same_formula(gold: Any, said: Any) -> bool:
     """Whether two of sympy's expressions are equal.
 
     Numbers are compared by value: exactly, or where a decimal is in one of them as ``numbers.is_near`` does, as
-    math-verify takes all below 1e-6 for zero. Of everything else math-verify is the judge; where it says yes, the
-    values at a point must not say no.
+    math-verify takes all below 1e-6 for zero. Formulas with different values at a point are different. Of everything
+    else math-verify is the judge.
     """
     if _is_number(gold) and _is_number(said):
         return _same_value(gold, said)
-    return math_verify().verify(gold, said) and not _differ_at_a_point(gold, said)
+    return not _differ_at_a_point(gold, said) and math_verify().verify(gold, said)
 
 
 def _is_number(expression: Any) -> bool:
@@ -121,8 +122,8 @@ def _differ_at_a_point(gold: Any, said: Any) -> bool:
     """Whether two formulas with variables, both with values, have different ones where each variable has its number."""
     from sympy import Expr, Rational
 
-    if not (isinstance(gold, Expr) and isinstance(said, Expr)):
-        return False
+    if not (isinstance(gold, Expr) and isinstance(said, Expr)) or gold.is_Symbol or said.is_Symbol:
+        return False  # of a symbol math-verify also compares the letters
     names = sorted(gold.free_symbols | said.free_symbols, key=str)
     point = {name: Rational(7 + 4 * place, 5 + place) for place, name in enumerate(names)}
     try:

@@ -16,10 +16,9 @@ _DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+|\d+)(?![\d])"
 _DECIMAL = rf"(?:{_DIGITS}(?:\.\d*)?|\.\d+)"
 _SIGNED = re.compile(r"([-+]?) *(.+)", re.DOTALL)
 _NUMBER = re.compile(_DECIMAL)
-_FRACTION = re.compile(
-    rf"(?:(?P<whole>{_DIGITS}) *)?\\frac *\{{ *(?P<above>[-+]? *{_DECIMAL}) *\}} *\{{ *(?P<below>[-+]? *{_DECIMAL}) *\}}"
-)
-_SLASHED = re.compile(rf"(?:(?P<whole>\d+) +)?(?P<above>{_DECIMAL}) *[/:] *(?P<below>{_DECIMAL})")
+_ARGUMENT = rf"\{{ *([-+]? *{_DECIMAL}) *\}}"
+_FRACTION = re.compile(rf"(?:({_DIGITS}) *)?\\frac *{_ARGUMENT} *{_ARGUMENT}")
+_SLASHED = re.compile(rf"(?:(\d+) +)?({_DECIMAL}) *[/:] *({_DECIMAL})")
 # 4.5e33 and 3e-12 are powers of ten; 2e-3 may as well be 2e less 3, and stays what LaTeX makes of it.
 _SCIENTIFIC = re.compile(r"(\d*\.\d+|\d+\.?)[eE]([-+]?\d+)")
 _TIMES_POWER = re.compile(rf"(?:({_DECIMAL}) *(?:\\times|\\cdot|\*|x) *)?10 *\^ *(?:\{{ *([-+]? *\d+) *\}}|([-+]?\d+))")
@@ -50,7 +49,7 @@ def _unsigned(text: str) -> Number | None:
     if _NUMBER.fullmatch(text):
         return Number(_exact(text), "." in text)
     if found := _FRACTION.fullmatch(text) or _SLASHED.fullmatch(text):
-        return _quotient(found["whole"], found["above"], found["below"])
+        return _quotient(*found.groups())
     if (found := _SCIENTIFIC.fullmatch(text)) and ("." in found[1] or len(found[2].lstrip("+-")) > 1):
         return _times_power_of_ten(found[1], found[2])
     if found := _TIMES_POWER.fullmatch(text):

@@ -1,6 +1,6 @@
-"""What an answer means: its cleaned text read as a number, a quantity, a list, an interval, a relation, words, a formula.
+"""What an answer means: its cleaned text as a number, a quantity, a list, an interval, a relation, words, or a formula.
 
-Each kind has a record. An answer that is of none, that is only in part of one, or that goes on in dots, reads as nothing.
+Each kind has a record. An answer that is none of them, is so only in part, or goes on in dots, reads as nothing.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ _AND = re.compile(r",?\s*(?:\\text\{\s*,?\s*(?:and|or)\s*,?\s*\}|(?<![A-Za-z\\])
 _CLOCK = re.compile(r"([01]?\d|2[0-4]):([0-5]\d(?::[0-5]\d)?)")
 _DATE = re.compile(r"\d{4}-\d{1,2}-\d{1,2}|\d{1,2}/\d{1,2}/\d{4}")
 _NUMERAL = re.compile(
-    r"([-+]?) *\(?(?:\\text\{ *)?([0-9][0-9A-Za-z]*|[0-9A-Z]{2,}|[A-F])(?: *\})?\)? *_ *(?:\{ *(\d+) *\}|(\d))"
+    r"([-+]?) *\(? *(?:\\text\{ *)?([0-9][0-9A-Za-z]*|[0-9A-Z]{2,}|[A-F])(?: *\})? *\)? *_ *(?:\{ *(\d+) *\}|(\d))"
 )
 _BASE_IN_WORDS = re.compile(
     r"_ *\{? *\\text\{ *(?:base )?(\w+) *\} *\}?$|(?:\\text\{)? *(?:in )?\bbase *\}? *(\w+) *\}?$"
@@ -119,32 +119,31 @@ _PIECES_OF_NUMBERS = re.compile(r"[\d.)\]]\s+\.?\d|\d\.\d*\.|\.\s*$")
 def read(answer: str) -> tuple[Reading, ...]:
     """What an answer may mean, the likeliest first; empty for what can't be read.
 
-    Only ``300,400``, one number or two, means several things.
+    Only 300,400, one number or two, and 3:45, a time or a ratio, mean several things.
     """
     return _read(clean(answer))
 
 
 def _read(text: str) -> tuple[Reading, ...]:
-    if number := read_number(text):
-        several = (
-            tuple(Number(*read_number(part)) for part in text.split(",")) if _ONE_OR_SEVERAL.fullmatch(text) else ()
-        )  # type: ignore[misc]
-        return (number, Collection("", several, text)) if several else (number,)
+    number = read_number(text)
+    several = [read_number(part) for part in text.split(",")] if number and _ONE_OR_SEVERAL.fullmatch(text) else []
+    meanings = (_time(text), number, Collection("", tuple(filter(None, several)), text) if several else None)
+    if any(meanings):
+        return tuple(filter(None, meanings))
     try:
-        reading = _one(text)
+        return (_one(text),)
     except UnreadableError:
         return ()
-    return (reading,)
 
 
 def _one(text: str, spoken: bool = False) -> Reading:
     """The likeliest reading of a part of an answer."""
     text = trim(_LEAD.sub("", text, count=1) if text.startswith("\\text") else text)
     if (whole := whole_text(text)) is not None:
-        return _one(whole, spoken=True)
+        return _one(clean(whole), spoken=True)
     if spoken and not any(map(str.isdigit, text)) and any(len(run) > 1 for run in _SPOKEN.findall(text)):
         return Words(words) if (words := read_words(text, spoken)) is not None else _formula(text)
-    if number := _number(text):
+    if number := _time(text) or _number(text):
         return number
     for reader in _READERS:
         if reading := reader(text):
@@ -159,7 +158,7 @@ def _number(text: str) -> Number | Quantity | None:
     if number := read_number(text):
         return number
     found = split_unit(text)
-    number = read_number(trim(found[0])) if found else None
+    number = read_number(trim(found[0])) if found and not _time(trim(found[0])) else None
     return Quantity(number, found[1]) if found and number and found[1] else number
 
 
@@ -290,5 +289,5 @@ def _quantity(text: str) -> Quantity | Reading | None:
 
 
 _READERS: tuple[Callable[[str], Reading | None], ...] = (
-    _dots, _time, _numeral, _list, _relation, _both_signs, _group, _matrix, _union, _quantity, _ratio,
+    _dots, _numeral, _list, _relation, _both_signs, _group, _matrix, _union, _quantity, _ratio,
 )  # fmt: skip

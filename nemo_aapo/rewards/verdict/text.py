@@ -5,21 +5,12 @@ from __future__ import annotations
 import re
 import unicodedata
 
-_GREEK = {
-    chr(code): f"\\{name} "
-    for start, names in (
-        (
-            0x3B1,
-            "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma sigma tau"
-            " upsilon phi chi psi omega",
-        ),  # fmt: skip
-        (0x393, "Gamma Delta"),
-        (0x3A3, "Sigma"),
-        (0x3A6, "Phi"),
-        (0x3A8, "Psi Omega"),
-    )
-    for code, name in enumerate(names.split(), start)
-}
+_SMALL_GREEK = (
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma sigma tau upsilon"
+    " phi chi psi omega"
+)
+_GREEK = {chr(0x3B1 + place): f"\\{name} " for place, name in enumerate(_SMALL_GREEK.split())}
+_GREEK |= {"\u0393": "\\Gamma ", "\u0394": "\\Delta ", "\u03a3": "\\Sigma ", "\u03a6": "\\Phi ", "\u03a9": "\\Omega "}
 _SIGNS = {
     **dict.fromkeys("\u2212\u2010\u2011\u2012\u2013\ufe63\uff0d\u207b\u208b", "-"),
     **dict.fromkeys("\u00b7\u22c5\u2219\u2022", "\\cdot "),
@@ -29,7 +20,8 @@ _SIGNS = {
     **dict.fromkeys("\u27e9\u232a\u3009", ")"),
     **dict.fromkeys("\u2205\u00d8", "\\emptyset "),
     "\u00d7": "\\times ", "\u00f7": "\\div ", "\u2215": "/", "\u2044": "/", "\u2236": ":",
-    "\u2264": "\\le ", "\u2a7d": "\\le ", "\u2265": "\\ge ", "\u2a7e": "\\ge ", "\u2260": "\\ne ", "\u2248": "\\approx ",
+    "\u2264": "\\le ", "\u2a7d": "\\le ", "\u2265": "\\ge ", "\u2a7e": "\\ge ", "\u2260": "\\ne ",
+    "\u2248": "\\approx ",
     "\u00b1": "\\pm ", "\u2213": "\\mp ", "\u221e": "\\infty ", "\u221a": "\\sqrt ", "\u221b": "\\sqrt[3] ",
     "\u222a": "\\cup ", "\u2229": "\\cap ", "\u2208": "\\in ", "\u2216": "\\setminus ", "\u00b0": "^\\circ ",
     "\u00ba": "^\\circ ", "\u211d": "\\mathbb{R}", "\u2124": "\\mathbb{Z}", "\u2115": "\\mathbb{N}",
@@ -54,14 +46,16 @@ _SPACES = re.compile(
     r"|\\(?:[hvm]space|h?phantom|label|tag)\*?\s*\{[^{}]*\}|~"
 )
 _DELIMITERS = re.compile(r"(?<!\\)(?:\$|\\[()\[\]])|`")
-_BOLD = re.compile(r"\s*\*\*([^*]*)\*\*\s*[.:]?\s*")
+_BOLD = re.compile(r"[\s.,;:]*\*\*((?:[^*]|\*(?!\*))+)\*\*[\s.,;:]*")
 _THOUSANDS = re.compile(r"(?<=\d)\s*(?:\{,\}|,\s*\\!)\s*(?=\d{3}(?!\d))")
 _DECIMAL_COMMA = re.compile(r"(?<=\d)\{,\}(?=\d)")
 _RENAMED = {
     "dfrac": "frac", "tfrac": "frac", "cfrac": "frac", "nicefrac": "frac", "sfrac": "frac", "leq": "le",
     "leqslant": "le", "geq": "ge", "geqslant": "ge", "neq": "ne", "lt": "<", "gt": ">", "langle": "(", "rangle": ")",
-    "lparen": "(", "rparen": ")", "lbrack": "[", "rbrack": "]", "lbrace": "\\{", "rbrace": "\\}", "varnothing": "emptyset",
-    "dots": "ldots", "cdots": "ldots", "dotsc": "ldots", "dotsb": "ldots", "infin": "infty", "colon": ":", "bar": "overline",
+    "lparen": "(", "rparen": ")", "lbrack": "[", "rbrack": "]", "lbrace": "\\{", "rbrace": "\\}",
+    "varnothing": "emptyset",
+    "dots": "ldots", "cdots": "ldots", "dotsc": "ldots", "dotsb": "ldots", "infin": "infty", "colon": ":",
+    "bar": "overline",
     "percent": "%", "ast": "cdot", "degree": "^\\circ", "pounds": "\u00a3", "euro": "\u20ac", "approxeq": "approx",
     "simeq": "approx", "land": ",", "lor": ",", "vert": "|", "lvert": "|", "rvert": "|",
     "mid": "|", "smallsetminus": "setminus", "backslash": "setminus", "prime": "'",
@@ -71,13 +65,14 @@ _DEGREES = re.compile(r"\^\s*\{\s*\\circ\s*\}|\^\s*\^\\circ")
 _WRITTEN_OUT = re.compile(
     r"(?<![\\a-zA-Z])(pi|sqrt|infinity|theta|alpha|beta|gamma|lambda|(?:arc)?(?:sin|cos|tan)|cot|log|ln|exp)(?![a-zA-Z])"
 )
-_BARE_ROOT = re.compile(r"\\sqrt\s*(\[[^\[\]]*\])?\s*(?:\(([^()]*)\)|(\d+(?![\d.])|[a-zA-Z]|\\pi))")
+_BARE_ROOT = re.compile(r"\\sqrt\s*(\[[^\[\]]*\])?\s*(?:\(([^()]*)\)|(\d+(?!\d|\.\d)|[a-zA-Z]|\\pi))")
 _BARE_FRACTION = re.compile(r"\\frac\s*(\{[^{}]*\}|[0-9a-zA-Z])\s*(\{|[0-9a-zA-Z])")
 _BARE_LOGARITHM = re.compile(r"\\log_\s*(\d)\s*(?=[\d\\a-zA-Z({])")
 _POWER_IN_PARENTHESES = re.compile(r"\^\s*\(([^()]*)\)")
 _EMPTY_BRACES = re.compile(r"(?<![a-zA-Z}\]\\])\{\s*\}")
-_TEXT = re.compile(r"(\\text\{[^{}]*\})")
-_WHOLE_TEXT = re.compile(r"\(?\s*\\text\{([^{}]*)\}\s*\)?")
+_TEXT = re.compile(r"(\\text\{(?:[^{}]|\{[^{}]*\})*\})")
+_WHOLE_TEXT = re.compile(r"\(?\s*\\text\{((?:[^{}]|\{[^{}]*\})*)\}\s*\)?")
+_WHITE_SPACE = re.compile(r"\s+")
 _PLAIN = re.compile(r"-?[0-9]+")
 
 
@@ -134,11 +129,19 @@ def _closes_at_end(text: str) -> bool:
 def _from_unicode(text: str) -> str:
     if text.isascii():
         return text
-    text = _SUPERSCRIPTS.sub(lambda found: f"^{{{_plain_digits(found[0])}}}", text)
-    text = _SUBSCRIPTS.sub(lambda found: f"_{{{_plain_digits(found[0])}}}", text)
+    text = _SUPERSCRIPTS.sub(_raised, text)
+    text = _SUBSCRIPTS.sub(_lowered, text)
     text = _VULGAR.sub(lambda found: "\\frac{{{}}}{{{}}}".format(*_plain_digits(found[0]).split("\u2044")), text)
     text = unicodedata.normalize("NFKC", text.translate(_UNICODE)).translate(_UNICODE)
     return "".join(c for c in text if unicodedata.category(c) != "Cf")  # zero-width characters, marks of direction
+
+
+def _raised(found: re.Match[str]) -> str:
+    return f"^{found[0]}" if len(found[0]) == 1 else f"^{{{found[0]}}}"
+
+
+def _lowered(found: re.Match[str]) -> str:
+    return f"_{found[0]}" if len(found[0]) == 1 else f"_{{{found[0]}}}"
 
 
 def _plain_digits(text: str) -> str:
@@ -146,12 +149,11 @@ def _plain_digits(text: str) -> str:
 
 
 def _without_looks(text: str) -> str:
-    if bold := _BOLD.fullmatch(text):
-        text = bold[1]
     text = _DECIMAL_COMMA.sub(".", _THOUSANDS.sub("", text)).replace("\\!", "")
     text = _COLOURS.sub("", _TEXT_COMMANDS.sub(r"\\text{", text))
     text = _SWITCHES.sub(" ", _FONT_COMMANDS.sub("{", text))
     text = _SPACES.sub(" ", _DELIMITERS.sub("", text))
+    text = bold[1] if (bold := _BOLD.fullmatch(text)) else text
     return _DEGREES.sub(r"^\\circ", _COMMAND.sub(_renamed, text).replace("\\%", "%"))
 
 
@@ -166,7 +168,7 @@ def _as_mathematics(text: str) -> str:
     for _ in range(2):  # a fraction in a fraction
         text = _BARE_FRACTION.sub(_braced_fraction, text)
     text = _POWER_IN_PARENTHESES.sub(r"^{\1}", _BARE_LOGARITHM.sub(r"\\log_{\1} ", text))
-    return _EMPTY_BRACES.sub("", text).replace("\n", " ").replace("\t", " ")
+    return _WHITE_SPACE.sub(" ", _EMPTY_BRACES.sub("", text))
 
 
 def _command_of(word: re.Match[str]) -> str:

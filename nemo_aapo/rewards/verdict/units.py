@@ -9,7 +9,8 @@ from nemo_aapo.rewards.verdict.words import is_word
 _NAMES = {
     "cm": "centimeter centimetre", "m": "meter metre", "km": "kilometer kilometre", "mm": "millimeter millimetre",
     "ft": "foot feet", "in": "inch inche", "yd": "yard", "mi": "mile", "s": "second sec", "min": "minute",
-    "h": "hour hr", "day": "", "week": "", "month": "", "year": "yr", "kg": "kilogram", "g": "gram gm", "mg": "milligram",
+    "h": "hour hr", "day": "", "week": "", "month": "", "year": "yr",
+    "kg": "kilogram", "g": "gram gm", "mg": "milligram",
     "lb": "pound", "oz": "ounce", "ton": "tonne", "l": "liter litre", "ml": "milliliter millilitre", "gallon": "gal",
     "quart": "", "pint": "", "acre": "", "hectare": "ha", "degree": "deg \\circ", "rad": "radian",
     "dollar": "usd buck", "cent": "", "euro": "eur", "yen": "", "rupee": "rs inr", "yuan": "cny rmb", "gbp": "",
@@ -17,6 +18,7 @@ _NAMES = {
     "hz": "hertz", "k": "kelvin", "mol": "mole",
 }  # fmt: skip
 _KNOWN = {alias: name for name, aliases in _NAMES.items() for alias in (name, *aliases.split())}
+_MEASURES = {*_NAMES, "modulo", "degreec", "degreef"}
 _CURRENCIES = {"\\$": "dollar", "\u20ac": "euro", "\u00a3": "gbp", "\u00a5": "yen", "\u20b9": "rupee"}
 _POWERS = {"square": "^2", "sq": "^2", "cubic": "^3", "cu": "^3", "squared": "^2", "cubed": "^3"}
 _GLUED = {"cm", "mm", "km", "ft", "kg", "lb", "hr", "am", "pm"}
@@ -30,8 +32,9 @@ _ONE = r"\\text\{[^{}]*\}(?: *\^ *(?:\{ *-?\d *\}|\d))?"
 _IN_TEXT = re.compile(rf" *(?:\( *)?{_ONE}(?: *(?:/|\\cdot|\\times)? *{_ONE})*(?: *\))?$")
 _BARE = re.compile(r"(?<=[\d})])( *)([A-Za-z][A-Za-z./ ]*)(?: *\^ *(?:\{ *(\d) *\}|(\d)))?$")
 _ORDINAL = re.compile(r"(?<=\d) *(?:\^ *)?\{? *(?:\\text\{ *)?(?:st|nd|rd|th)(?: *\})? *\}?$")
-_MODULUS = re.compile(r" *\( *(?:\\text\{ *)?(?:\\?mod)(?: *\})? *(\d+) *\)$|\\pmod *\{? *(\d+) *\}?$|\\[bp]?mod *\{? *(\d+) *\}?$")  # fmt: skip
+_MODULUS = re.compile(r"(?: *\( *(?:\\text\{ *)?\\?mod(?: *\})? *(\d+) *\)|\\[bp]?mod *\{? *(\d+) *\}?)$")
 _NOON = re.compile(r"\b([ap])\. ?m\b")
+_AROUND_POWER = re.compile(r" *\^ *")
 _WORD = re.compile(r"[^\W\d_]+|%|\\circ|\^-?\d|/")
 
 
@@ -71,6 +74,7 @@ def unit_of(text: str) -> frozenset[str]:
     words: list[str] = []
     power = ""
     text = _NOON.sub(r"\1m", text.casefold().replace("{", "").replace("}", "")).replace("mph", "miles per hour")
+    text = _AROUND_POWER.sub("^", text)
     for word in _WORD.findall(text):
         if word in _POWERS and _POWERS[word] and not word.endswith("ed"):
             power = _POWERS[word]

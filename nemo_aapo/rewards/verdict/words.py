@@ -1,4 +1,4 @@
-"""Answers that are words: told from products of letters, and compared without regard to case, spaces and punctuation."""
+"""Answers that are words: told from products of letters, compared without case, spaces and punctuation."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def read_words(text: str, spoken: bool) -> str | None:
     """
     bare = text.replace("\\text{", " ").replace("}", " ") if "\\text{" in text else text
     runs = _LETTERS.findall(bare)
-    if _MATHEMATICS.search(bare) or not runs or re.fullmatch(r"[() .]*[A-Za-z][() .]*", bare):
+    if _MATHEMATICS.search(bare) or not any(len(run) > 1 or not run.isascii() for run in runs):
         return None
     if not (spoken or bare is not text) and (not any(map(is_word, runs)) or len(runs) > _MOST_WORDS):
         return None
