@@ -221,5 +221,19 @@ KNOWN_TO_BE_WRONG: list[tuple[str, str, int, str]] = [
     ("Y(x) = -x+C", "Y(x) = -x+A", 0, "constants of integration have no names of their own (Math-Verify#75)"),
     ("\\frac{1}{3}", "0.333", 0, "fewer than five digits: a rounding, not the number"),
     ("\\text{seven}", "7", 0, "words are not read as numbers"),
+    (
+        "\\frac{1}{2}",
+        "\\sin 30^\\circ",
+        0,
+        "math-verify's parser leaves out degree signs: it is the sine of 30 radians",
+    ),
+    ("\\text{all real numbers}", "\\mathbb{R}", 0, "words are equal to words only"),
+    ("x = 2k\\pi", "x = 2n\\pi", 0, "parameters have the names of the gold answer"),
+    (
+        "2\\begin{pmatrix}1\\\\2\\end{pmatrix}",
+        "\\begin{pmatrix}2\\\\4\\end{pmatrix}",
+        0,
+        "matrices are compared cell by cell",
+    ),
 ]
 """Gold, boxed answer, value (-1: the gold is refused), why a mathematician says otherwise: an upgrade shows here."""

@@ -157,18 +157,26 @@ def _bounds(relation: Relation) -> bool:
 
 
 def _same_collection(gold: Reading, said: Reading) -> bool:
-    a, b = (x if isinstance(x, Collection) else Collection("", (x,), "") for x in (gold, said))
-    if "U" in (a.brackets, b.brackets):
-        return (
-            not isinstance(gold, Number)
-            and not isinstance(said, Number)
-            and ((a.brackets == b.brackets and _same_set(a.items, b.items)) or _same_by_formula(gold, said))
-        )
-    if {"", "{}"} >= {a.brackets, b.brackets}:
-        return _in_order(a.items, b.items) if _named_once(a.items, b.items) else _same_set(a.items, b.items)
-    if a.brackets == b.brackets or _both_ordered(a, b):
-        return _all_same(a.items, b.items) or (a.brackets == ":" and _proportional(a.items, b.items))
-    return isinstance(gold, Formula) and _same_by_formula(gold, said)
+    if not (isinstance(gold, Collection) and isinstance(said, Collection)):
+        return _same_as_one(gold, said)
+    if "U" in (gold.brackets, said.brackets):
+        alike = gold.brackets == said.brackets and _same_set(gold.items, said.items)
+        return alike or _same_by_formula(gold, said)
+    if {"", "{}"} >= {gold.brackets, said.brackets}:
+        compared = _all_same if _named_once(gold.items, said.items) else _same_set
+        return compared(gold.items, said.items)
+    if gold.brackets == said.brackets or _both_ordered(gold, said):
+        return _all_same(gold.items, said.items) or (gold.brackets == ":" and _proportional(gold.items, said.items))
+    return False
+
+
+def _same_as_one(gold: Reading, said: Reading) -> bool:
+    """Whether a collection is the same as what is none: a list of one thing, or math-verify's real numbers."""
+    collection, one = (gold, said) if isinstance(gold, Collection) else (said, gold)
+    assert isinstance(collection, Collection)
+    if collection.brackets in ("", "{}"):
+        return _same_set(*(x.items if isinstance(x, Collection) else (x,) for x in (gold, said)))
+    return isinstance(one, Formula) and _same_by_formula(gold, said)
 
 
 def _both_ordered(a: Collection, b: Collection) -> bool:
@@ -181,10 +189,6 @@ def _named_once(gold: Sequence[Reading], said: Sequence[Reading]) -> bool:
     """Whether only one side says which value is whose: 1, 2 beside x = 1, y = 2."""
     names = [{n for item in items if isinstance(item, Relation) for n in item.names if n} for items in (gold, said)]
     return sorted(map(bool, names)) == [False, True] and max(map(len, names)) > 1
-
-
-def _in_order(gold: Sequence[Reading], said: Sequence[Reading]) -> bool:
-    return _all_same(gold, said)
 
 
 def _all_same(gold: Sequence[Reading], said: Sequence[Reading]) -> bool:

@@ -19,7 +19,7 @@ _NUMBER = re.compile(_DECIMAL)
 _ARGUMENT = rf"\{{ *([-+]? *{_DECIMAL}) *\}}"
 _FRACTION = re.compile(rf"(?:({_DIGITS}) *)?\\frac *{_ARGUMENT} *{_ARGUMENT}")
 _SLASHED = re.compile(rf"(?:(\d+) +)?({_DECIMAL}) *[/:] *({_DECIMAL})")
-# 4.5e33 and 3e-12 are powers of ten; 2e-3 may as well be 2e less 3, and stays what LaTeX makes of it.
+# 4.5e33 and 3e-12 are powers of ten; 2e-3 may as well be 2e less 3.
 _SCIENTIFIC = re.compile(r"(\d*\.\d+|\d+\.?)[eE]([-+]?\d+)")
 _TIMES_POWER = re.compile(rf"(?:({_DECIMAL}) *(?:\\times|\\cdot|\*|x) *)?10 *\^ *(?:\{{ *([-+]? *\d+) *\}}|([-+]?\d+))")
 _REPEATING = re.compile(r"(\d*)\.(\d*)(?:\\overline *\{ *(\d+) *\}|\((\d+)\)|\\dot *\{? *(\d) *\}?|(\d)\6\6+ *\\ldots)")
@@ -43,6 +43,12 @@ def read_number(text: str) -> Number | None:
     if number is None:
         return None
     return number._replace(value=-number.value) if sign == "-" else number
+
+
+def read_short_power(text: str) -> Number | None:
+    """The power of ten that 2e-3 is, if it is not 2e less 3."""
+    found = _SCIENTIFIC.fullmatch(text)
+    return _times_power_of_ten(found[1], found[2]) if found else None
 
 
 def _unsigned(text: str) -> Number | None:

@@ -6,12 +6,13 @@ Each kind has a record. An answer that is none of them, is so only in part, or g
 from __future__ import annotations
 
 import functools
+import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from nemo_aapo.rewards.verdict.mathematics import parse_formula
-from nemo_aapo.rewards.verdict.numbers import Number, read_number
+from nemo_aapo.rewards.verdict.numbers import Number, read_number, read_short_power
 from nemo_aapo.rewards.verdict.text import clean, trim, whole_text
 from nemo_aapo.rewards.verdict.tokens import (
     SIGNS,
@@ -99,7 +100,7 @@ Reading = Number | Quantity | Numeral | Time | Words | Collection | Matrix | Rel
 _SPOKEN = re.compile(r"(?!(?:and|or)\b)[^\W\d_]+")
 _LEAD = re.compile(r"\\text\{[^{}]*(?:\b(?:is|are)|[=:])\s*\}\s*")
 _ONE_OR_SEVERAL = re.compile(r"\d{1,3}(?:,\d{3})+")
-_AND = re.compile(r",?\s*(?:\\text\{\s*,?\s*(?:and|or)\s*,?\s*\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z]))\s*,?")
+_AND = re.compile(r",?\s*(?:\\text\{\s*(?:,|,?\s*(?:and|or)\s*,?)\s*\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z]))\s*,?")
 _CLOCK = re.compile(r"([01]?\d|2[0-4]):([0-5]\d(?::[0-5]\d)?)")
 _DATE = re.compile(r"\d{4}-\d{1,2}-\d{1,2}|\d{1,2}/\d{1,2}/\d{4}")
 _NUMERAL = re.compile(
@@ -119,7 +120,7 @@ _PIECES_OF_NUMBERS = re.compile(r"[\d.)\]]\s+\.?\d|\d\.\d*\.|\.\s*$")
 def read(answer: str) -> tuple[Reading, ...]:
     """What an answer may mean, the likeliest first; empty for what can't be read.
 
-    Only 300,400, one number or two, and 3:45, a time or a ratio, mean several things.
+    Only 300,400 (one number or two), 3:45 (a time or a ratio) and 2e-3 (in which e is a number or not) mean several.
     """
     return _read(clean(answer))
 
@@ -131,7 +132,7 @@ def _read(text: str) -> tuple[Reading, ...]:
     if any(meanings):
         return tuple(filter(None, meanings))
     try:
-        return (_one(text),)
+        return tuple(filter(None, (_one(text), read_short_power(text))))
     except UnreadableError:
         return ()
 
@@ -205,7 +206,14 @@ def _list(text: str) -> Reading | None:
     if len(values) == 1 and is_name(name) and not any(map(has_sign, others)):  # n = 2, 3, 4
         several = Collection("", tuple(map(_one, (*values, *others))), text)
         return Relation((Words(spelled(name)), several), (spelled(name), ""), ("=",), text)
-    return Collection("", tuple(map(_one, (first, *others))), text)
+    return Collection("", tuple(itertools.chain.from_iterable(map(_each, (first, *others)))), text)
+
+
+def _each(part: str) -> Sequence[Reading]:
+    """A part of a list; ``\\pm 1`` is two."""
+    reading = _one(part)
+    both = isinstance(reading, Collection) and not reading.brackets and _PLUS_MINUS.search(part)
+    return reading.items if isinstance(reading, Collection) and both else (reading,)
 
 
 def _relation(text: str) -> Reading | None:

@@ -12,8 +12,9 @@ _SMALL_GREEK = (
 _GREEK = {chr(0x3B1 + place): f"\\{name} " for place, name in enumerate(_SMALL_GREEK.split())}
 _GREEK |= {"\u0393": "\\Gamma ", "\u0394": "\\Delta ", "\u03a3": "\\Sigma ", "\u03a6": "\\Phi ", "\u03a9": "\\Omega "}
 _SIGNS = {
-    **dict.fromkeys("\u2212\u2010\u2011\u2012\u2013\ufe63\uff0d\u207b\u208b", "-"),
+    **dict.fromkeys("\u2212\u2010\u2011\u2012\u2013\u2014\ufe63\uff0d\u207b\u208b", "-"),
     **dict.fromkeys("\u00b7\u22c5\u2219\u2022", "\\cdot "),
+    **dict.fromkeys("\u201c\u201d\u201e", ""),
     **dict.fromkeys("\u2032\u2019\u02b9", "'"),
     **dict.fromkeys("\u2026\u22ef", "\\ldots "),
     **dict.fromkeys("\u27e8\u2329\u3008", "("),
@@ -34,6 +35,7 @@ _SUBSCRIPTS = re.compile("[\u2080-\u2089]+")
 _VULGAR = re.compile("[\u00bc-\u00be\u2150-\u215e]")
 
 _TEXT_COMMANDS = re.compile(r"\\(?:text(?:rm|bf|it|sf|tt|sc|up|md|normal)?|mbox|hbox|mathrm|emph)\s*\{")
+_CONSTANTS = re.compile(r"\\(?:mathrm|text|rm)\s*\{([ei])\}")
 _FONT_COMMANDS = re.compile(r"\\(?:math(?:bf|it|sf|tt|normal)|boldsymbol|bm|pmb|underline|ensuremath)\s*\{")
 _COLOURS = re.compile(r"\\(?:text)?color\s*(?:\[\w*\])?\{[^{}]*\}")
 _SWITCHES = re.compile(
@@ -94,7 +96,7 @@ def trim(text: str) -> str:
     while True:
         before = text
         text = text.strip()
-        text = text[: len(text) - _edge_behind(text)].lstrip("=:,; ")
+        text = text[: len(text) - _edge_behind(text)].lstrip("=:,; ").removeprefix("\\approx")
         if text.startswith("{") and text.endswith("}") and _closes_at_end(text):
             text = text[1:-1]
         if text == before:
@@ -150,6 +152,7 @@ def _plain_digits(text: str) -> str:
 
 def _without_looks(text: str) -> str:
     text = _DECIMAL_COMMA.sub(".", _THOUSANDS.sub("", text)).replace("\\!", "")
+    text = _CONSTANTS.sub(r" \1 ", text)
     text = _COLOURS.sub("", _TEXT_COMMANDS.sub(r"\\text{", text))
     text = _SWITCHES.sub(" ", _FONT_COMMANDS.sub("{", text))
     text = _SPACES.sub(" ", _DELIMITERS.sub("", text))

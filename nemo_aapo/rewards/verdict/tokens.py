@@ -15,7 +15,7 @@ _OPENING = frozenset({"(", "[", "{", "\\{"})
 _CLOSING = frozenset({")", "]", "}", "\\}"})
 _THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?!\d|,\d)")
 _NAME = re.compile(
-    r"(?:\\text\{[^{}]*\}|\\[a-zA-Z]+|[A-Za-z]|['\s|]|_(?:\w|\{\w+\})|\^ *\{ *-1 *\}"
+    r"(?:\\text\{[^{}]*\}|\\[a-zA-Z]+|[A-Za-z]|['\s|]|\{[A-Za-z]\}|_(?:\w|\{\w+\})|\^ *\{ *-1 *\}"
     r"|\([a-zA-Z](?:, *[a-zA-Z])*\))+"
 )
 _CONSTANTS = frozenset({"e", "i", "\\pi", "\\infty", "\\emptyset"})
@@ -95,5 +95,5 @@ def is_name(text: str) -> bool:
 
 
 def spelled(text: str) -> str:
-    """A name without spaces."""
-    return "".join(text.split())
+    """A name without spaces and braces."""
+    return "".join(text.split()).replace("{", "").replace("}", "")

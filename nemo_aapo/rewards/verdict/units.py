@@ -30,7 +30,7 @@ _CURRENCY_BEHIND = re.compile(r" *(\\\$|[\u20ac\u00a3\u00a5\u20b9])$")
 _SIGN = re.compile(r" *(?:(%)|\^ *\\circ *(?:\\text\{ *)?([CF]?)(?: *\})?)$")
 _ONE = r"\\text\{[^{}]*\}(?: *\^ *(?:\{ *-?\d *\}|\d))?"
 _IN_TEXT = re.compile(rf" *(?:\( *)?{_ONE}(?: *(?:/|\\cdot|\\times)? *{_ONE})*(?: *\))?$")
-_BARE = re.compile(r"(?<=[\d})])( *)([A-Za-z][A-Za-z./ ]*)(?: *\^ *(?:\{ *(\d) *\}|(\d)))?$")
+_BARE = re.compile(r"(?:(?<=[\d})])|(?<=\\pi))( *)([A-Za-z][A-Za-z./ ]*)(?: *\^ *(?:\{ *(\d) *\}|(\d)))?$")
 _ORDINAL = re.compile(r"(?<=\d) *(?:\^ *)?\{? *(?:\\text\{ *)?(?:st|nd|rd|th)(?: *\})? *\}?$")
 _MODULUS = re.compile(r"(?: *\( *(?:\\text\{ *)?\\?mod(?: *\})? *(\d+) *\)|\\[bp]?mod *\{? *(\d+) *\}?)$")
 _NOON = re.compile(r"\b([ap])\. ?m\b")
@@ -55,16 +55,16 @@ def split_unit(text: str) -> tuple[str, frozenset[str]] | None:
         return text[: found.start()], frozenset({"modulo " + next(filter(None, found.groups()))})
     if (found := _IN_TEXT.search(text)) and text[: found.start()].strip():
         return text[: found.start()], unit_of(found[0].replace("\\text", " "))
-    if (found := _BARE.search(text)) and _is_unit(found[2], bool(found[1])):
+    if (found := _BARE.search(text)) and _is_unit(found[2], bool(found[1]), text[found.start() - 1]):
         return text[: found.start()], unit_of(found[2] + (f"^{found[3] or found[4]}" if found[3] or found[4] else ""))
     return None
 
 
-def _is_unit(words: str, apart: bool) -> bool:
+def _is_unit(words: str, apart: bool, before: str) -> bool:
     """Whether letters behind a number name a unit rather than variables: cm and apples do, x and ab do not."""
     first, *others = re.findall(r"[a-z]+", words.casefold())
     if len(first) == 1:  # 12 m is a length, 12m is 12 times m
-        return (first in "ap" and others == ["m"]) or (apart and not others and first in _KNOWN)
+        return (first in "ap" and others == ["m"]) or (apart and before.isdigit() and not others and first in _KNOWN)
     known = _singular(first) in _KNOWN or first in _POWERS
     return (known and (apart or first in _GLUED or len(first) > 2)) or (apart and any(map(is_word, (first, *others))))
 
