@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from nemo_aapo.rewards.base import Reward
+from nemo_aapo.rewards.verdict.answer import find_answer, tagged
 from nemo_aapo.types import Completion, Prompt
 
 
@@ -55,8 +56,8 @@ class ReasoningGym(Reward):
 
 
 def _answer(text: str) -> str:
-    _, tag, block = text.rpartition("<answer>")
-    if tag:
-        return block.partition("</answer>")[0].strip()
-    _, box, boxed = text.rpartition("\\boxed{")
-    return boxed.rpartition("}")[0].strip() if box else text.strip()
+    inside = tagged(text)
+    if inside is not None:
+        return inside.strip()
+    answer = find_answer(text, tail=len(text))
+    return answer.text.strip()

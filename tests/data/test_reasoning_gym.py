@@ -19,7 +19,7 @@ from nemo_aapo.errors import ConfigError, DataError
 from nemo_aapo.rewards import build_reward
 from nemo_aapo.rewards.workers.runner import RewardRunner
 from nemo_aapo.types import Prompt
-from tests.rewards.test_rewards import completion
+from tests.rewards.judging import completion
 from tests.tiny_models import make_config, save_character_tokenizer
 
 PEERS = Path(__file__).parents[2] / ".venv-peers"

@@ -12,7 +12,7 @@ import pytest
 from nemo_aapo.errors import ConfigError
 from nemo_aapo.rewards import build_reward
 from nemo_aapo.rewards.workers.runner import RewardRunner
-from tests.rewards.test_rewards import completion, prompt
+from tests.rewards.judging import completion, prompt
 from tests.tiny_models import make_config
 
 
