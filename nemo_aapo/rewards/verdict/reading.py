@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from nemo_aapo.rewards.verdict.mathematics import parse_formula
@@ -241,9 +241,12 @@ def _side(text: str) -> Reading:
 def _both_signs(text: str) -> Collection | None:
     if not _PLUS_MINUS.search(text):
         return None
-    upper, lower = {"pm": "+", "mp": "-"}, {"pm": "-", "mp": "+"}
-    both = [trim(_PLUS_MINUS.sub(lambda sign, which=which: which[sign[1]], text)) for which in (upper, lower)]
+    both = [trim(_signed(text, {"pm": plus, "mp": minus})) for plus, minus in ("+-", "-+")]
     return Collection("", tuple(_one(part.removeprefix("+")) for part in both), text)
+
+
+def _signed(text: str, signs: Mapping[str, str]) -> str:
+    return _PLUS_MINUS.sub(lambda command: signs[command[1]], text)
 
 
 def _group(text: str) -> Reading | None:
