@@ -113,7 +113,7 @@ def check_base(source: ModelSource) -> None:
         ConfigError: it is another one, unknown or not there.
     """
     base, record = str(source.base), None if source.run is None else read_record(source.run)
-    was = (record or {}).get("contents", {}).get("model.path")
+    was = record.get("contents", {}).get("model.path") if record is not None else None
     if was is not None and has_weights(source.base) and model_identity(base) != was:
         raise ConfigError(
             f"{source.path}: {base} holds another model than the one that the run was trained from; name that one by "
