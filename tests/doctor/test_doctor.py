@@ -17,6 +17,8 @@ from nemo_aapo.doctor.checks import files, memory, model, rewards, sizes, slurm,
 from nemo_aapo.doctor.finding import Place
 from nemo_aapo.doctor.guard import run_guarded
 from nemo_aapo.errors import ConfigError
+from nemo_aapo.models.directory import shape_of
+from nemo_aapo.models.weights import expected_tensors
 from tests.doctor.contexts import check, context, distribution, failure, program, rank
 from tests.tiny_models import make_config, save_headers
 
@@ -203,7 +205,9 @@ def test_a_tokenizer_with_more_tokens_than_the_model_has_rows_is_a_failure(confi
     copy = tmp_path / "model"
     shutil.copytree(tiny_models["qwen2"], copy)
     settings = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps({**settings, "vocab_size": 90}))
+    smaller = {**settings, "vocab_size": 90}
+    (copy / "config.json").write_text(json.dumps(smaller))
+    save_headers(copy / "model.safetensors", expected_tensors(shape_of(smaller)))
     other = dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(copy)))
     assert "has 97 tokens with ids up to 96, the model's vocabulary 90 rows" in failure("tokenizer", other)
 

@@ -78,7 +78,7 @@ def no_traceback(capfd) -> Iterator[None]:
     ("gzip", b"\x1f\x8b" + b"\0" * 20),
     ("gzip", gzip.compress(bytes(range(256)) * 9)[:60]),
     ("deflate", b"\xff\xfe\xfd"),
-])  # fmt: skip
+], ids=["garbage", "only a head", "cut off", "deflate"])  # fmt: skip
 def test_a_body_that_is_not_what_its_encoding_says_is_400_with_a_reason(server, path, encoding, body):
     status, answer = server.ask(path, body, Content_Encoding=encoding)
     assert (status, json.loads(answer)["reason"]) == (400, "request")
