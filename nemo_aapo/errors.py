@@ -62,6 +62,10 @@ class RecordsError(RunError):
     """The kept completions of an evaluation can't be used; the message names the file and what to do."""
 
 
+class MetricsError(RunError, ValueError):
+    """A file of metrics is damaged; the message names file, line and what to do."""
+
+
 class RewardError(RunError):
     """Rewards can't be computed at all: a worker doesn't start, or the pool is closed."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Sequence
@@ -162,7 +163,12 @@ def _convert_plain(value: Any, plain: Any, path: str) -> Any:
         return float(value)
     elif plain is str and isinstance(value, str | int | float) and _is_text(str(value)):
         return str(value)
-    if isinstance(value, int | float) and not isinstance(value, bool) and plain in (int, float) and abs(value) > 2**63:
+    if (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and plain in (int, float)
+        and 2**63 < abs(value) < math.inf
+    ):
         raise ConfigError(f"{path}={value!r:.30}: too large a number")
     expected = getattr(plain, "__name__", str(plain)).replace("tuple", "list").replace("dict", "mapping")
     raise ConfigError(f"{path}={value!r}: a value of type {expected} is needed")

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from nemo_aapo.errors import RunError
+from nemo_aapo.errors import MetricsError
 from nemo_aapo.utils.files import fitting, to_json, write_atomic
 
 
@@ -36,7 +36,7 @@ class MetricsFile:
         A last line that was cut off in the middle is removed as well.
 
         Raises:
-            RunError: a line before the last is not JSON or has no step.
+            MetricsError: a line before the last is not JSON or has no step.
         """
         kept = [line for line, record in _read(self.path) if record["step"] <= step]
         self._file.close()
@@ -52,7 +52,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All whole records of a metrics file, oldest first; null stands for a number that was not finite.
 
     Raises:
-        RunError: a line before the last is not JSON or has no step.
+        MetricsError: a line before the last is not JSON or has no step.
     """
     return [record for _, record in _read(path)]
 
@@ -75,5 +75,7 @@ def _read(path: Path) -> list[tuple[str, dict[str, Any]]]:
                 float(fitting(value, int, float, NoneType) or 0)
             found.append((line, {**record, "step": int(record["step"])}))
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
-            raise RunError(f"{path}:{number}: not a record of metrics: {line[:80]!r}. Repair or remove it") from None
+            raise MetricsError(
+                f"{path}:{number}: not a record of metrics: {line[:80]!r}. Repair or remove it"
+            ) from None
     return found

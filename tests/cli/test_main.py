@@ -88,6 +88,16 @@ def test_nothing_heavy_is_imported_before_every_early_check_has_passed(given):
         (["prompts_per_step=${nope}"], "Interpolation key 'nope' not found"),
         (["model.optim.lr.x=3"], "model.optim.lr.x"),
         (["rollout.top_k=5"], "Keep top_p=1"),
+        (["learning_rate=1e-6"], "did you mean 'model.optim.lr'"),
+        (["num_generations=4"], "did you mean 'group_size'"),
+        (["~experiment"], "a choice can't be taken away. Leave it out"),
+        (["precision=null"], "a choice can't be taken away. Leave it out, or choose one of auto, bf16"),
+        (["seed=1,2"], "scripts/launch.py sweep seed=1,2"),
+        (["seed=range(1,3)"], "scripts/launch.py sweep seed=range(1,3)"),
+        (["algorithm=aapo,gpg"], "scripts/launch.py sweep algorithm=aapo,gpg"),
+        (["--multirun", "seed=1,2"], "scripts/launch.py sweep"),
+        (["run.name=a=b"], """quoted twice: 'run.name="a=b"'"""),
+        (["data.prompt_template={question} (x)"], """quoted twice: 'data.prompt_template="{question} (x)"'"""),
     ],
 )
 def test_whatever_is_wrong_with_the_words_is_one_message_and_exit_code_2(words, said, given, capsys, monkeypatch):
