@@ -9,16 +9,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from nemo_aapo.rewards.base import Reward
+from nemo_aapo.rewards.verdict import RULES
 from nemo_aapo.rewards.verdict.answer import find_answer
 from nemo_aapo.rewards.verdict.compare import same_answer
 from nemo_aapo.rewards.verdict.mathematics import math_verify
 from nemo_aapo.rewards.verdict.reading import Reading, Words, read
 from nemo_aapo.rewards.verdict.words import is_missing
 from nemo_aapo.types import Completion, Prompt
-
-RULES = 3
-"""Number that rises when the rules here or in ``verdict`` come to judge an answer otherwise: stored reference rewards
-belong to one."""
 
 
 @dataclass(frozen=True)

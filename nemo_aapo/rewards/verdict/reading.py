@@ -241,9 +241,9 @@ def _side(text: str) -> Reading:
 def _both_signs(text: str) -> Collection | None:
     if not _PLUS_MINUS.search(text):
         return None
-    upper, lower = {"pm": "+", "mp": "-"}, {"pm": "-", "mp": "+"}
-    both = [trim(_PLUS_MINUS.sub(lambda sign, which=which: which[sign[1]], text)) for which in (upper, lower)]
-    return Collection("", tuple(_one(part.removeprefix("+")) for part in both), text)
+    upper = _PLUS_MINUS.sub(lambda sign: "+" if sign[1] == "pm" else "-", text)
+    lower = _PLUS_MINUS.sub(lambda sign: "-" if sign[1] == "pm" else "+", text)
+    return Collection("", tuple(_one(trim(part).removeprefix("+")) for part in (upper, lower)), text)
 
 
 def _group(text: str) -> Reading | None:
