@@ -111,7 +111,7 @@ _BASE_IN_WORDS = re.compile(
 )
 _BASE_NAMES = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 _BASES = {name: str(base) for base, name in enumerate(_BASE_NAMES, start=2)}
-_CHOICE = re.compile(r"(?:\\text\{ *\(([A-J])\) *\}|\(([A-J])\)(?= )) *[\d\\a-z-]")
+_CHOICE = re.compile(r"(?:\\text\{ *\(([A-J])\) *\}|\(([A-J])\)(?= )) *(?:\d|[a-z]{3}|\\(?:text|frac|sqrt|\$))")
 _MATRIX = re.compile(r"\\begin *\{([pbB]?matrix|array)\} *(?:\{[lcr| ]*\})?(.*)\\end *\{\1\}", re.DOTALL)
 _PLUS_MINUS = re.compile(r"\\(pm|mp)(?![a-zA-Z])")
 _PIECES_OF_NUMBERS = re.compile(r"[\d.)\]]\s+\.?\d|\d\.\d*\.|\.\s*$")
@@ -304,5 +304,5 @@ def _quantity(text: str) -> Quantity | Reading | None:
 
 
 _READERS: tuple[Callable[[str], Reading | None], ...] = (
-    _dots, _numeral, _list, _relation, _both_signs, _group, _matrix, _union, _quantity, _ratio,
+    _dots, _choice, _numeral, _list, _relation, _both_signs, _group, _matrix, _union, _quantity, _ratio,
 )  # fmt: skip
