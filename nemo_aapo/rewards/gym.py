@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from nemo_aapo.rewards.base import Reward
+from nemo_aapo.rewards.verdict import RULES
 from nemo_aapo.rewards.verdict.answer import find_answer, tagged
 from nemo_aapo.types import Completion, Prompt
 
@@ -38,11 +39,11 @@ class ReasoningGym(Reward):
         parse_gold(answer)
 
     def depends_on(self) -> dict[str, Any]:
-        """The version of reasoning-gym."""
+        """The version of reasoning-gym, and the rules by which an answer is found."""
         try:
-            return {"reasoning-gym": importlib.metadata.version("reasoning-gym")}
+            return {"rules": RULES, "reasoning-gym": importlib.metadata.version("reasoning-gym")}
         except importlib.metadata.PackageNotFoundError:
-            return {"reasoning-gym": None}
+            return {"rules": RULES, "reasoning-gym": None}
 
     def load(self) -> None:
         """Import reasoning-gym, which takes seconds."""

@@ -9,9 +9,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from nemo_aapo.rewards.base import Reward
+from nemo_aapo.rewards.verdict import RULES
 from nemo_aapo.rewards.verdict.answer import LONGEST, TAIL, find_answer, tagged
 from nemo_aapo.rewards.verdict.numbers import read_number
 from nemo_aapo.rewards.verdict.text import clean, whole_text
@@ -52,6 +53,10 @@ class Exact(Reward):
         if is_missing(answer):
             raise ValueError(f"{answer.strip()!r} is what programs write for a missing value")
 
+    def depends_on(self) -> dict[str, Any]:
+        """The rules by which an answer is found and read."""
+        return {"rules": RULES}
+
 
 @dataclass(frozen=True)
 class Integer(Reward):
@@ -65,17 +70,24 @@ class Integer(Reward):
     takes_integers: ClassVar[bool] = True
 
     def __call__(self, prompt: Prompt, text: str, completion: Completion) -> float:
-        """1.0 or 0.0; thousands commas are allowed, and ``7.0`` is 7."""
+        """1.0 or 0.0; thousands commas are allowed, and ``7.0`` is 7. Raises ValueError if the gold answer is none."""
+        gold = _integer(prompt.answer)
+        if gold is None:
+            raise ValueError(f"the gold answer {prompt.answer!r} is not an integer")
         answer = find_answer(text, tail=len(text))
         said = _integer(answer.text) if answer.where != "end" else None
         if said is None and (answer.where == "end" or (answer.where == "tags" and " " in answer.text)):
             said = _last_integer(answer.text)
-        return float(said is not None and said == _integer(prompt.answer))
+        return float(said == gold)
 
     def check_answer(self, answer: str) -> None:
         """Raise ValueError unless the gold answer is an integer."""
         if _integer(answer) is None:
             raise ValueError("it is not an integer; use the reward 'exact' or 'accuracy'")
+
+    def depends_on(self) -> dict[str, Any]:
+        """The rules by which an answer is found and read."""
+        return {"rules": RULES}
 
 
 def _integer(answer: str) -> int | None:
@@ -111,6 +123,10 @@ class MultipleChoice(Reward):
         """Raise ValueError unless the gold answer is one capital letter, in brackets or not."""
         if not _GOLD_LETTER.fullmatch(answer.strip()):
             raise ValueError("it is not the letter of a choice, such as B or (B)")
+
+    def depends_on(self) -> dict[str, Any]:
+        """The rules by which an answer is found and read."""
+        return {"rules": RULES}
 
 
 def _chosen_letter(text: str) -> str | None:

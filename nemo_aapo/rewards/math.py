@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from nemo_aapo.rewards.base import Reward
+from nemo_aapo.rewards.verdict import RULES
 from nemo_aapo.rewards.verdict.answer import find_answer
 from nemo_aapo.rewards.verdict.compare import same_answer
 from nemo_aapo.rewards.verdict.mathematics import math_verify
-from nemo_aapo.rewards.verdict.reading import Reading, Words, read
+from nemo_aapo.rewards.verdict.reading import Formula, Reading, Words, read
 from nemo_aapo.rewards.verdict.words import is_missing
 from nemo_aapo.types import Completion, Prompt
 
-RULES = 3
-"""Number that rises when the rules here or in ``verdict`` come to judge an answer otherwise: stored reference rewards
-belong to one."""
+_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")  # of which a sentence in the answer tags has several
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,12 @@ def _is_correct(gold: str, text: str) -> bool:
     said = read(answer.text) if answer.text else ()
     if same_answer(wanted, said):  # the gold answer goes first: math-verify's comparison is not symmetric
         return True
-    is_sentence = not said or isinstance(said[0], Words)
-    return answer.where == "tags" and is_sentence and same_answer(wanted, _search(answer.text))
+    sentence = answer.where == "tags" and len(_WORD.findall(answer.text)) > 1 and not (said and _is_value(said[0]))
+    return sentence and same_answer(wanted, _search(answer.text))
+
+
+def _is_value(reading: Reading) -> bool:
+    return not isinstance(reading, Words | Formula)
 
 
 def _search(text: str) -> Sequence[Reading]:
@@ -88,7 +92,7 @@ def read_gold(answer: str) -> Sequence[Reading]:
     if is_missing(answer):
         raise ValueError(f"{answer.strip()!r} is what programs write for a missing value")
     boxed = find_answer(answer)
-    reading = read(boxed.text if boxed.where == "box" else answer)
+    reading = read(answer if boxed.where == "end" else boxed.text)
     if not reading:
         raise ValueError("math-verify can't parse it as mathematics")
     return reading

@@ -21,7 +21,7 @@ PRESETS: dict[str, list[tuple[str, list[str], list[str]]]] = {
     ],
     "math": [
         ("\\frac{3}{56}", ["\\dfrac{3}{56}", "3/56", "\\frac{6}{112}", "\\tfrac3{56}"], ["\\frac{56}{3}", "0.05"]),
-        ("\\text{(E)}", ["E", "(E)", "\\text{E}", "\\mathrm{(E)}", "\\textbf{(E)}"], ["D", "\\text{(D)}", "A, E"]),
+        ("\\text{(E)}", ["E", "(E)", "\\text{E}", "\\mathrm{(E)}", "\\textbf{(E)}\\ 12"], ["D", "\\text{(D)}", "A, E"]),
         ("6 - 5i", ["6-5i", "-5i+6"], ["6+5i", "5-6i", "6"]),
         ("(-\\infty, 5)", ["\\left(-\\infty,5\\right)", "(-\u221e, 5)"], ["(-\\infty, 5]", "(5, \\infty)", "5"]),
         ("x^2+7x+10", ["(x+2)(x+5)", "10 + 7x + x^2", "x\u00b2+7x+10"], ["x^2+7x+11", "(x+2)(x-5)", "17"]),
@@ -174,6 +174,9 @@ COMPLETIONS: list[tuple[str, str, int]] = [
     ("9", "<think>a</think><answer>so \\boxed{9}, or 8</answer> \\boxed{8}", 1),
     ("9", "<think>a</think><answer>The answer is 9.</answer>", 1),
     ("9", "<think>9</think><answer>8</answer> or 9", 0),
+    ("9", "<think>9</think><answer>\\frac{9}{</answer>", 0),
+    ("1/2", "<think>9</think><answer>So we get $\\frac{1}{2}$ of it.</answer>", 1),
+    ("9", "\\boxed{9%s}" % ("%" * 1500), 0),
     ("9", "<think>9</think><answer>9", 0),
     ("9", "<think>9</think><answer>\\boxed{9}", 1),
     ("9", "9 <answer></answer> 9", 0),

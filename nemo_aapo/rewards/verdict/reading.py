@@ -111,6 +111,7 @@ _BASE_IN_WORDS = re.compile(
 )
 _BASE_NAMES = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 _BASES = {name: str(base) for base, name in enumerate(_BASE_NAMES, start=2)}
+_CHOICE = re.compile(r"(?:\\text\{ *\(([A-J])\) *\}|\(([A-J])\)(?= )) *(?:\d|[a-z]{3}|\\(?:text|frac|sqrt|\$))")
 _MATRIX = re.compile(r"\\begin *\{([pbB]?matrix|array)\} *(?:\{[lcr| ]*\})?(.*)\\end *\{\1\}", re.DOTALL)
 _PLUS_MINUS = re.compile(r"\\(pm|mp)(?![a-zA-Z])")
 _PIECES_OF_NUMBERS = re.compile(r"[\d.)\]]\s+\.?\d|\d\.\d*\.|\.\s*$")
@@ -133,7 +134,7 @@ def _read(text: str) -> tuple[Reading, ...]:
         return tuple(filter(None, meanings))
     try:
         return tuple(filter(None, (_one(text), read_short_power(text))))
-    except UnreadableError:
+    except (UnreadableError, RecursionError):
         return ()
 
 
@@ -175,6 +176,12 @@ def _formula(text: str) -> Formula:
 def _dots(text: str) -> None:
     if "\\ldots" in text:
         raise UnreadableError
+
+
+def _choice(text: str) -> Formula | None:
+    """The letter of ``(C) 12``, a choice with what it says."""
+    found = _CHOICE.match(text)
+    return Formula(found[1] or found[2]) if found else None
 
 
 def _time(text: str) -> Time | None:
@@ -300,5 +307,5 @@ def _quantity(text: str) -> Quantity | Reading | None:
 
 
 _READERS: tuple[Callable[[str], Reading | None], ...] = (
-    _dots, _numeral, _list, _relation, _both_signs, _group, _matrix, _union, _quantity, _ratio,
+    _dots, _choice, _numeral, _list, _relation, _both_signs, _group, _matrix, _union, _quantity, _ratio,
 )  # fmt: skip
