@@ -28,9 +28,9 @@ from nemo_aapo.prepare.conversion import (
     prepare_megatron_to_hf,
     prepare_verification,
 )
+from nemo_aapo.text.transformers5 import said
 from nemo_aapo.utils.job import rank_of_job
 from nemo_aapo.utils.libraries import quiet
-from nemo_aapo.utils.transformers5 import said
 
 DIFFERENT = 1
 """Exit code of a verification that found a difference."""

@@ -22,8 +22,8 @@ from nemo_aapo.cli.main import run_command
 from nemo_aapo.engines.remote.directory import ServerRecord, open_directory, open_token, publish, withdraw
 from nemo_aapo.errors import ConfigError
 from nemo_aapo.prepare.server import ServerJob, prepare_server
+from nemo_aapo.text.transformers5 import said
 from nemo_aapo.utils.safetensors import model_digest
-from nemo_aapo.utils.transformers5 import said
 
 if TYPE_CHECKING:
     from nemo_aapo.engines.build import HostedEngine

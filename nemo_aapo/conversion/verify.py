@@ -29,8 +29,8 @@ from nemo_aapo.mcore.model import GPTModel, output_weight
 from nemo_aapo.models.directory import read_config_json, read_model_dir, shape_of
 from nemo_aapo.models.families import CONVERTS, require_convertible
 from nemo_aapo.models.weights import own_tensors
+from nemo_aapo.text.transformers5 import translated_config
 from nemo_aapo.utils.safetensors import tensor_headers, weight_files
-from nemo_aapo.utils.transformers5 import translated_config
 
 PROMPTS = (
     "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. How many clips did "

@@ -15,8 +15,8 @@ from nemo_aapo.text.chat_template import default_of
 from nemo_aapo.text.checks import QUESTION, SYSTEM, prepared_template
 from nemo_aapo.text.end_tokens import end_tokens
 from nemo_aapo.text.files import check_vocabulary, refuse_appended
+from nemo_aapo.text.transformers5 import tokenizer_arguments, tokenizer_class
 from nemo_aapo.utils.libraries import importing
-from nemo_aapo.utils.transformers5 import tokenizer_arguments, tokenizer_class
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -36,11 +36,11 @@ from nemo_aapo.rollout.unscored import ScoringWatch
 from nemo_aapo.run.directory import lock_directory
 from nemo_aapo.run.stop import StopSignal
 from nemo_aapo.seeds import stream_seed
+from nemo_aapo.text.transformers5 import said
 from nemo_aapo.training.build import build_scorer, initialize
 from nemo_aapo.types import Group, SamplingSpec
 from nemo_aapo.utils.files import FINISHED, to_json, write_atomic
 from nemo_aapo.utils.safetensors import model_digest
-from nemo_aapo.utils.transformers5 import said
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -10,7 +10,7 @@ from typing import Any
 from nemo_aapo.config import Config, ModelShape, Sizes, derive
 from nemo_aapo.errors import ConfigError
 from nemo_aapo.models.weights import check_weights
-from nemo_aapo.utils import transformers5
+from nemo_aapo.text import transformers5
 
 ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM")
 """Architectures that can be trained; ``models/families.py`` has those that are only converted."""

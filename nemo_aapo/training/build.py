@@ -43,12 +43,12 @@ from nemo_aapo.rollout.pipeline import RolloutPipeline
 from nemo_aapo.run.identity import identity_of
 from nemo_aapo.run.names import CHECKPOINTS
 from nemo_aapo.run.reporter import Notes, Reporter
+from nemo_aapo.text.transformers5 import said
 from nemo_aapo.training.build_reference import build_reference, open_reference_store
 from nemo_aapo.training.read_data import read_data
 from nemo_aapo.training.trainer import AAPOTrainer
 from nemo_aapo.types import SamplingSpec
 from nemo_aapo.utils.clock import seconds_since_start
-from nemo_aapo.utils.transformers5 import said
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 
@@ -53,9 +52,8 @@ def of_model(model: Path, **changes):
 
 @pytest.mark.parametrize("name", ["train", "launch", "fill", "serve", "evaluate"])
 def test_each_command_refuses_ids_without_a_row_before_torch_is_imported(name, given, blocker, tokenizer, capsys):  # noqa: F811
+    save_empty_model(given.folder / "model", vocab_size=90)
     shutil.copytree(tokenizer, given.folder / "model", dirs_exist_ok=True)
-    config = given.folder / "model" / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "vocab_size": 90}))
     model, train, validation, run_dir = given.words
     short = ["max_prompt_tokens=8", "sampling.max_new_tokens=8"]
     words = [model, run_dir, *short] if name == "evaluate" else [model, train, validation, run_dir]

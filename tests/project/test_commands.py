@@ -78,6 +78,7 @@ RULES: tuple[tuple[str, Run | Elsewhere | NotRun], ...] = (
     (r"torchrun .*train\.py .*run\.name=tp2pp2", Run(f"{SMALL} {TWO_RANKS}", ranks=2)),
     (r"train\.py .*rollout\.engine=remote", Run(f"{SMALL} trainer.val_check_interval=0")),
     (r"train\.py ", Run(SMALL)),
+    (r"mypy$", Elsewhere("scripts/test.sh", "mypy")),
     (r"nohup python scripts/serve\.py", Elsewhere("tests/engines/remote/test_server_start.py", "nohup")),
     (r"serve\.py ", Run(SMALL)),
     (r"launch\.py (cluster=local|.*run\.name=tp2dp2)", Run(f"{SMALL} {TWO_RANKS}")),

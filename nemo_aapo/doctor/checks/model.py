@@ -9,7 +9,7 @@ from nemo_aapo.data.tokenizer import load_text, render_prompts
 from nemo_aapo.doctor.checks.sizes import count_parameters
 from nemo_aapo.doctor.finding import Context, Finding
 from nemo_aapo.models.directory import read_config_json, read_model_dir, shape_of
-from nemo_aapo.utils.transformers5 import said
+from nemo_aapo.text.transformers5 import said
 
 
 def model(context: Context) -> Finding:

@@ -149,6 +149,7 @@ def decode_request(body: Mapping[str, Any], limits: Limits) -> GenerateRequest:
     fields = dict(body)
     prompts = _rows(fields.pop("prompts", None), "prompts", limits.vocab_size, "a token id of the vocabulary")
     seeds = _rows(fields.pop("seeds", None), "seeds", MAX_SEED, "an integer from 0 to 2**63 - 1")
+    _require_all(SamplingSpec, fields.get("sampling"), "sampling")
     head = _typed(_Head, fields)
     if len(seeds) != len(prompts):
         raise WireError(f"seeds: {len(seeds)} rows for {len(prompts)} prompts")
@@ -257,6 +258,13 @@ def decode_weights_id(body: Mapping[str, Any]) -> WeightsId:
         WireError: as ``decode_request``.
     """
     return _typed(WeightsId, body)
+
+
+def _require_all(cls: type, fields: Any, path: str) -> None:
+    """Refuse what would get a default here: trainer and server need not be of one version."""
+    for field in dataclasses.fields(cls):
+        if isinstance(fields, Mapping) and field.name not in fields:
+            raise WireError(f"{path}.{field.name} is missing")
 
 
 def _typed(cls: type[T], fields: Mapping[str, Any]) -> T:

@@ -36,9 +36,9 @@ from nemo_aapo.engines.trtllm.library import Library
 from nemo_aapo.engines.trtllm.requests import check_request, read_completion, sampling_arguments
 from nemo_aapo.engines.trtllm.settings import TrtllmSettings, check, llm_arguments
 from nemo_aapo.errors import ConfigError, RunError
+from nemo_aapo.text.transformers5 import readable_directory
 from nemo_aapo.types import Completion, SamplingSpec
 from nemo_aapo.utils.buckets import tensor_buckets
-from nemo_aapo.utils.transformers5 import readable_directory
 
 T = TypeVar("T")
 

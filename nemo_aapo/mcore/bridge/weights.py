@@ -23,7 +23,7 @@ from nemo_aapo.models import writer as hf_directory
 from nemo_aapo.models.directory import first_architecture, read_config_json, shape_of
 from nemo_aapo.models.reader import WeightFiles
 from nemo_aapo.models.weights import own_tensors
-from nemo_aapo.utils import transformers5
+from nemo_aapo.text import transformers5
 from nemo_aapo.utils.files import whole_directory
 from nemo_aapo.utils.safetensors import has_weights, tensor_headers
 

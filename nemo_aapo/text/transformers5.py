@@ -100,7 +100,7 @@ def readable_directory(directory: Path) -> Iterator[Path]:
 def tokenizer_class(directory: Path) -> Any:
     """What of transformers loads the directory's tokenizer."""
     if _read(directory / "tokenizer_config.json").get("tokenizer_class") == BACKEND:
-        from nemo_aapo.utils.tokenizers_backend import TokenizersBackend
+        from nemo_aapo.text.tokenizers_backend import TokenizersBackend
 
         return TokenizersBackend
     from transformers import AutoTokenizer

@@ -13,7 +13,7 @@ import pytest
 from nemo_aapo.data.tokenizer import load_tokenizer
 from nemo_aapo.errors import ConfigError
 from nemo_aapo.models.directory import read_model_dir
-from nemo_aapo.utils.transformers5 import readable_directory, said, translation
+from nemo_aapo.text.transformers5 import readable_directory, said, translation
 
 LLAMA3 = {"factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192}
 
