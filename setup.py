@@ -30,7 +30,7 @@ CONF = {
 NEMO = ["nemo-toolkit[core]>=2.7.3,<2.8", "lightning>=2.4,<2.5", "tensorboard"]
 SERVERS = ["aiohttp>=3.10,<4", "prometheus_client>=0.20"]
 DATA = ["datasets>=4.4,<6", "pyarrow>=21"]
-MATH = ["math-verify[antlr4_9_3]>=0.9,<0.10", "sympy>=1.13,<2"]
+MATH = ["math-verify[antlr4_9_3]>=0.9,<0.10", "latex2sympy2_extended>=1.11,<2", "sympy>=1.13,<2"]
 
 setup(
     name="nemo_aapo",
