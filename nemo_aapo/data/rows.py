@@ -13,14 +13,13 @@ from nemo_aapo.config.sources import AnswerForm, Source
 from nemo_aapo.data.prepared.answers import AnswerCheck, VerifyAnswer
 from nemo_aapo.data.records import Record, read_records
 from nemo_aapo.errors import DataError
+from nemo_aapo.text.answer import find_answer
 from nemo_aapo.utils.text import shorten
 
 TRAIN_SPLITS = ("train",)
 HELD_OUT_SPLITS = ("test", "validation")
 _GOLD_MARK = "####"
 _THOUSANDS_COMMA = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
-_BOX = re.compile(r"\\f?box(?:ed)?\s*\{")
-_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _MISSING_VALUES = {"nan", "null", "none", "n/a", "#n/a", "<na>", "nat", "inf", "infinity"}
 """What programs write where there is no value, or none that is a number."""
 _EXACT = 2**53
@@ -138,27 +137,12 @@ def _plain_answer(answer: str) -> str:
 
 
 def _last_box(solution: str) -> str:
-    boxes = list(_BOX.finditer(solution))
-    if not boxes:
+    answer = find_answer(solution)
+    if answer.where != "box":
         raise DataError("no answer: the worked solution has no \\boxed{}")
-    start = boxes[-1].end()
-    end = closing_brace(solution, start)
-    if end is None:
-        raise DataError("no answer: the worked solution's last \\boxed{} has no end")
-    gold = solution[start:end].strip()
-    if not gold:
-        raise DataError("no answer: the worked solution's last \\boxed{} is empty")
-    return gold
-
-
-def closing_brace(text: str, start: int) -> int | None:
-    """The index at which the brace that opens before ``start`` closes, or None. An escaped brace is a character."""
-    depth = 1
-    for brace in _BRACE.finditer(text, start):
-        depth += {"{": 1, "}": -1}.get(brace[0], 0)
-        if depth == 0:
-            return brace.start()
-    return None
+    if not answer.text:
+        raise DataError("no answer: the worked solution's last \\boxed{} is empty, or has no end")
+    return answer.text
 
 
 # ---------------------------------------------------------------- fields

@@ -16,8 +16,9 @@ from typing import Any
 from nemo_aapo.config.schema import EvaluationFields
 from nemo_aapo.config.sources import Source
 from nemo_aapo.data.records import Record, read_records
-from nemo_aapo.data.rows import HELD_OUT_SPLITS, answer_text, closing_brace, gold_answer
+from nemo_aapo.data.rows import HELD_OUT_SPLITS, answer_text, gold_answer
 from nemo_aapo.errors import DataError
+from nemo_aapo.text.answer import find_answer
 from nemo_aapo.utils.text import shorten
 
 Row = Mapping[str, Any]
@@ -224,8 +225,8 @@ def _answer(row: Row) -> str:
         if row.get(name) not in (None, "") and (answer := _gold(row[name])):
             return answer
     for name in ("solution", "Solution"):
-        if isinstance(row.get(name), str) and (boxed := last_boxed(row[name])):
-            return boxed
+        if isinstance(row.get(name), str) and (answer := find_answer(row[name])).where == "box" and answer.text:
+            return answer.text
     raise DataError(_missing(row, ("answer", "final_answer", "a boxed answer in solution")))
 
 
@@ -238,16 +239,6 @@ def _gold(value: Any) -> str:
     text = gold_answer(answer_text(value, "the answer"))
     bare = text[1:-1] if len(text) > 1 and text[0] == text[-1] == "$" else text
     return bare.strip() if "$" not in bare else text
-
-
-def last_boxed(text: str) -> str | None:
-    """The content of the last ``\\boxed{...}`` of a text; None without a complete one."""
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    begin = start + len("\\boxed{")
-    end = closing_brace(text, begin)
-    return None if end is None else text[begin:end].strip()
 
 
 def _text(row: Row, *names: str) -> str:

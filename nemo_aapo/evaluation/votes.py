@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-from nemo_aapo.evaluation.benchmarks import last_boxed
+from nemo_aapo.text.answer import find_answer
 
 LONGEST = 200
 """Most characters of an answer; a longer one is cut off, but still counts as a vote."""
@@ -18,16 +18,15 @@ _MOST_DIGITS = 30
 
 
 def answer_of(text: str) -> str | None:
-    """The normalised answer of a completion: its last box, or without one its last number; None without either.
+    """The normalised answer of a completion: what the verifiers judge (``find_answer``) of answer tags or boxes; without
+    these the last number. None for one that is empty, unfinished or not there.
 
     Normalised means: no white space, dollars, sizes of brackets, or units in \\text behind something else; numbers in
     lowest terms, so that 0.50, \\frac{1}{2} and 1/2 are one answer. Other expressions are the same if their texts are.
     """
-    boxed = last_boxed(text)
-    if boxed is None:
-        numbers = _LAST_NUMBER.findall(text)
-        boxed = numbers[-1] if numbers else ""
-    fractions = _FRACTION.sub(r"\1/\2", boxed)
+    answer = find_answer(text)
+    said = answer.text if answer.where != "end" else next(reversed(_LAST_NUMBER.findall(answer.text)), "")
+    fractions = _FRACTION.sub(r"\1/\2", said)
     plain = _plain(_WORDS.sub("", fractions)) or _plain(_WORDS.sub(r"\1", fractions))
     return _in_lowest_terms(plain) or None
 

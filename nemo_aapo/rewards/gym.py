@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from nemo_aapo.rewards.base import Reward
 from nemo_aapo.rewards.verdict import RULES
-from nemo_aapo.rewards.verdict.answer import find_answer, tagged
+from nemo_aapo.text.answer import find_answer, tagged
 from nemo_aapo.types import Completion, Prompt
 
 

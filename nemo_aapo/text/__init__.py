@@ -1,1 +1,1 @@
-"""How a model is spoken to and where its answers end, by the small files beside its weights. Needs no torch."""
+"""How a model is spoken to, where its completions end and which part is the answer. Needs no torch."""

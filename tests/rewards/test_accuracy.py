@@ -8,7 +8,7 @@ import re
 import pytest
 
 from nemo_aapo.rewards import build_reward
-from nemo_aapo.rewards.verdict.answer import find_answer
+from nemo_aapo.text.answer import find_answer
 from tests.rewards.judging import completion, judge, prompt
 from tests.rewards.pairs import different_pairs
 from tests.rewards.verdicts import COMPLETIONS, KNOWN_TO_BE_WRONG, PRESETS, REFUSED
