@@ -225,8 +225,8 @@ def _answer(row: Row) -> str:
         if row.get(name) not in (None, "") and (answer := _gold(row[name])):
             return answer
     for name in ("solution", "Solution"):
-        if isinstance(row.get(name), str) and (answer := find_answer(row[name])).where == "box" and answer.text:
-            return answer.text
+        if isinstance(row.get(name), str) and (found := find_answer(row[name])).where == "box" and found.text:
+            return found.text
     raise DataError(_missing(row, ("answer", "final_answer", "a boxed answer in solution")))
 
 

@@ -18,7 +18,7 @@ _MOST_DIGITS = 30
 
 
 def answer_of(text: str) -> str | None:
-    """The normalised answer of a completion: what the verifiers judge (``find_answer``) of answer tags or boxes; without
+    """The normalised answer of a completion: what verifiers judge (``find_answer``) of answer tags or boxes, without
     these the last number. None for one that is empty, unfinished or not there.
 
     Normalised means: no white space, dollars, sizes of brackets, or units in \\text behind something else; numbers in
