@@ -16,7 +16,8 @@ from nemo_aapo.errors import ConfigError
 from nemo_aapo.launch.world import Machine, World, decide, of_rank
 from nemo_aapo.models.directory import check_model
 from nemo_aapo.prepare.files import check_data, check_tokenizer
-from nemo_aapo.prepare.packages import check_packages, packages_of
+from nemo_aapo.prepare.loggers import check_loggers
+from nemo_aapo.prepare.packages import check_packages, loggers_need, packages_of
 from nemo_aapo.rewards import reward_of
 from nemo_aapo.rewards.base import Reward
 from nemo_aapo.run.directory import check_run_directory
@@ -142,6 +143,9 @@ def _job(
     check_data(config.data, given)
     if world.machine is not None:
         check_packages(packages_of(config, given))
+    elif config.cluster.python is None and config.cluster.container.image is None:  # the job runs this very Python
+        check_packages(loggers_need(config))
+    check_loggers(config, here=world.machine is not None)
     return Job(config, _with_decisions(tree, config), shape, sizes, rewards, world.machine)
 
 

@@ -97,7 +97,7 @@ def test_no_pin_is_left_over(pins):
 
 def test_the_peers_bring_nothing_that_the_environment_has(pins):
     """A second torch or transformers on the PYTHONPATH would be compared in place of ours."""
-    for name in ("peers.txt", "reasoning_gym.txt"):
+    for name in ("peers.txt", "reasoning_gym.txt", "wandb.txt", "mlflow.txt"):
         assert not read_pins(name).keys() & pins.keys(), name
 
 
@@ -124,7 +124,7 @@ def test_setup_py_accepts_the_pins_of_both_environments(pins):
 
 
 def test_every_library_that_the_code_imports_is_declared():
-    declared = {canonicalize_name(r.name) for r in declared_in_setup_py()} | {"tensorrt-llm"}  # of the base image
+    declared = {canonicalize_name(r.name) for r in declared_in_setup_py()} | {"tensorrt-llm", "mlflow"}  # the base image, mlflow-skinny
     distributions = importlib.metadata.packages_distributions()
     peers = ROOT / "benchmarks" / "peers"  # runs with requirements/peers.txt on its path
     folders = ("nemo_aapo", "scripts", "benchmarks", "examples")
