@@ -2,6 +2,7 @@
 
 launch.py KEY=VALUE ...                                     start, or submit
 launch.py sweep KEY=A,B KEY=VALUE ... [max_parallel=N]      one run for every combination of values
+launch.py evaluate model.path=DIR KEY=VALUE ...             as evaluate.py, with cluster=slurm as a job
 launch.py fill KEY=VALUE ...                                submit the array job that fills the reference store
 launch.py status DIR                                        all runs below a folder, such as a sweep's or results/
 launch.py status|logs [--follow]|cancel|requeue run.name=NAME   of a run that was submitted
@@ -10,6 +11,7 @@ launch.py status|logs [--follow]|cancel|requeue run.name=NAME   of a run that wa
 from __future__ import annotations
 
 import functools
+import re
 import shlex
 import sys
 import time
@@ -18,9 +20,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from nemo_aapo.cli import evaluate
 from nemo_aapo.cli.main import command_of_ranks, exit_code, run_command
 from nemo_aapo.config import Config
-from nemo_aapo.config.command_line import CommandLine, read_command_line
+from nemo_aapo.config.command_line import EVALUATION, CommandLine, read_command_line
 from nemo_aapo.config.compose import compose
 from nemo_aapo.engines.remote.fleet_status import fleet_lines
 from nemo_aapo.errors import ConfigError
@@ -30,6 +33,7 @@ from nemo_aapo.launch.slurm.paths import RunPaths, read_jobs
 from nemo_aapo.launch.slurm.script import Site
 from nemo_aapo.launch.world import World, of_launcher
 from nemo_aapo.prepare import Job, prepare, prepare_fill
+from nemo_aapo.prepare.evaluation import EvaluationJob, prepare_evaluation
 from nemo_aapo.prepare.job import settings_of
 
 FOLLOW_S = 1.0
@@ -44,6 +48,8 @@ def main(words: Sequence[str] | None = None) -> int:
         return exit_code(lambda: control_run(action, rest))
     if action == "sweep":
         return exit_code(lambda: sweep_command(rest))
+    if action == "evaluate":
+        return evaluate_command(rest)
     if action == "fill":
         return run_command(_prepare_fill, fill, description="Fill the reference store.", words=rest)
     return run_command(_prepare, functools.partial(launch, words=words), description=__doc__ or "", words=words)
@@ -84,6 +90,33 @@ def launch(job: Job, words: Sequence[str]) -> int:
 def fill(job: Job) -> int:
     """Submit the filling of the reference store."""
     return submit.submit_fill(job.config, dict(job.tree), Site.here())
+
+
+# ---------------------------------------------------------------- evaluations
+
+
+def evaluate_command(words: Sequence[str]) -> int:
+    """``launch.py evaluate``: the words of ``evaluate.py``, and ``cluster`` and ``dry_run`` of training."""
+    launched = [word for word in words if re.match(r"\+*(cluster[.=]|dry_run=)", word)]
+    own = [word for word in words if word not in launched]
+
+    def prepare_it(command: CommandLine) -> EvaluationJob:
+        job = prepare_evaluation(command, launched)
+        submit.check_here(job.settings)
+        return job
+
+    task = functools.partial(_evaluate, words=own)
+    return run_command(prepare_it, task, description=__doc__ or "", words=own, kind=EVALUATION)
+
+
+def _evaluate(job: EvaluationJob, words: Sequence[str]) -> int:
+    settings = job.settings
+    if settings.cluster.kind != "local":
+        return submit.submit_evaluation(settings, dict(job.tree), Site.here())
+    if settings.dry_run:
+        print(f"{settings.trainer.devices} ranks of: {shlex.join(command_of_ranks('evaluate', words))}")
+        return 0
+    return evaluate.evaluate(job, words)
 
 
 # ---------------------------------------------------------------- sweeps

@@ -87,6 +87,13 @@ def render_fill(config: Config, site: Site) -> str:
     return _script(config, site, [block], supervisor_words(config, site, [role], ["task"]))
 
 
+def render_evaluation(config: Config, site: Site) -> str:
+    """The script that evaluates, by what an evaluation shares with training."""
+    role = _trainer_role(config, (*COMMANDS, "evaluate", *frozen_config_file(config, site)))
+    mode = ["job", f"--max-requeues={config.cluster.max_requeues}"]
+    return _script(config, site, [batch_header(config, site)], supervisor_words(config, site, [role], mode))
+
+
 def render_merge(config: Config, site: Site, after: str) -> str:
     """The script of the job that joins what the array ``after`` has drawn."""
     words = (*COMMANDS, "fill", "--merge", *frozen_config_file(config, site))
