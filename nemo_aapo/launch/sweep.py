@@ -95,7 +95,8 @@ def points(overrides: Sequence[str]) -> list[Point]:
 
 def quoted(text: str) -> str:
     """A value of Hydra's grammar that stands for just this text."""
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    # a backslash means something before a quote only
+    escaped = re.sub(r"(\\*)('|\Z)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), text)
     return f"'{escaped}'"
 
 

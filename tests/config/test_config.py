@@ -12,7 +12,6 @@ from nemo_aapo.config import Config, ModelShape, check_overrides, derive, parse
 from nemo_aapo.config.command_line import config_directory, read_command_line
 from nemo_aapo.config.compose import compose, register_resolvers
 from nemo_aapo.errors import ConfigError
-from tests.tiny_models import make_config
 
 GIVEN = ("model.path=/m", "data.train=/t", "data.validation=/v")
 GROUPS = read_command_line([]).groups()

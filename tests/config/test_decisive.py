@@ -20,7 +20,12 @@ def test_the_digest_covers_what_decides_the_result_and_nothing_that_may_change_b
         ["trainer.devices=4", "model.tensor_model_parallel_size=2", "model.sequence_parallel=true"],
         ["max_tokens_per_microbatch=8192"],
         ["trainer.max_steps=7", "checkpoint.save_interval=1", "trainer.val_check_interval=3"],
-        ["exp_manager.create_wandb_logger=true", "exp_manager.create_mlflow_logger=true", "export_hf_model=false", "reward_runner.workers=0"],
+        [
+            "exp_manager.create_wandb_logger=true",
+            "exp_manager.create_mlflow_logger=true",
+            "export_hf_model=false",
+            "reward_runner.workers=0",
+        ],
     ]
     other = [
         ["seed=1"],

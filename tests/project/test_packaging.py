@@ -124,7 +124,10 @@ def test_setup_py_accepts_the_pins_of_both_environments(pins):
 
 
 def test_every_library_that_the_code_imports_is_declared():
-    declared = {canonicalize_name(r.name) for r in declared_in_setup_py()} | {"tensorrt-llm", "mlflow"}  # the base image, mlflow-skinny
+    declared = {canonicalize_name(r.name) for r in declared_in_setup_py()} | {
+        "tensorrt-llm",
+        "mlflow",
+    }  # the base image, mlflow-skinny
     distributions = importlib.metadata.packages_distributions()
     peers = ROOT / "benchmarks" / "peers"  # runs with requirements/peers.txt on its path
     folders = ("nemo_aapo", "scripts", "benchmarks", "examples")
