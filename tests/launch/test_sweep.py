@@ -24,7 +24,7 @@ from nemo_aapo.launch.sweep import points
     ("words", "names"),
     [
         (["seed=1,2", "group_size=8"], ["seed-1", "seed-2"]),
-        (["seed=1,2", "model.optim.lr=1e-6,0.5"], ["seed-1_lr-1e-06", "seed-1_lr-0.5", "seed-2_lr-1e-06", "seed-2_lr-0.5"]),
+        (["seed=1,2", "model.optim.lr=1e-6,1"], ["seed-1_lr-1e-06", "seed-1_lr-1", "seed-2_lr-1e-06", "seed-2_lr-1"]),
         (["seed=range(1,4)"], ["seed-1", "seed-2", "seed-3"]),
         (["algorithm=aapo,gpg"], ["algorithm-aapo", "algorithm-gpg"]),
         (["data.train=/a/x.jsonl,/b/x.jsonl"], ["train-a_x.jsonl", "train-b_x.jsonl"]),
