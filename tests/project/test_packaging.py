@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import json
 import re
 import sys
 from pathlib import Path
@@ -99,6 +100,18 @@ def test_the_peers_bring_nothing_that_the_environment_has(pins):
     """A second torch or transformers on the PYTHONPATH would be compared in place of ours."""
     for name in ("peers.txt", "reasoning_gym.txt", "wandb.txt", "mlflow.txt"):
         assert not read_pins(name).keys() & pins.keys(), name
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_the_loggers_resolve_against_the_pins_as_they_are(pins, name):
+    """By what the packages declare (``requires_of_loggers.json`` keeps it, as the environment does without them)."""
+    declared = json.loads((ROOT / "tests" / "project" / "requires_of_loggers.json").read_text())
+    versions = read_pins(f"{name}.txt")
+    for package, version in versions.items():
+        for requirement in map(Requirement, declared[f"{package}=={version}"]):
+            there = {**pins, **versions}.get(canonicalize_name(requirement.name))
+            assert there is not None, f"{package} needs {requirement.name}"
+            assert requirement.specifier.contains(there, prereleases=True), (package, requirement, there)
 
 
 def setup_py() -> setuptools.Distribution:
