@@ -7,6 +7,7 @@ All of its runs read and fill one reference store. What is finished is left alon
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
@@ -15,7 +16,7 @@ import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -80,9 +81,9 @@ def points(overrides: Sequence[str]) -> list[Point]:
             if not parsed.is_sweep_override():
                 fixed.append(word)
                 continue
-            values = list(parsed.sweep_string_iterator())
+            values = list(dict.fromkeys(parsed.sweep_string_iterator()))
         except (HydraException, ValueError, NotImplementedError) as error:
-            raise ConfigError(f"{word}: {one_line(error)}") from None
+            raise ConfigError(f"{word}: {one_line(error)}. A sweep takes A,B, range(A,B) and choice(A,B)") from None
         _check_swept(parsed.key_or_group, swept)
         swept[parsed.get_key_element()] = values
     if not swept:
@@ -115,11 +116,17 @@ def _names(chosen: Sequence[dict[str, str]]) -> list[str]:
     names = ["_".join(f"{key}-{_slug(value)}" for key, value in zip(shown, values.values(), strict=True))[:200]
              for values in chosen]  # fmt: skip
     lower = [name.lower() for name in names]
-    return [f"{name}_{i}" if lower.count(lower[i]) > 1 else name for i, name in enumerate(names)]
+    return [f"{name}_{_digest(values)}" if lower.count(name.lower()) > 1 else name
+            for name, values in zip(names, chosen, strict=True)]  # fmt: skip
 
 
 def _slug(value: str) -> str:
     return re.sub(r"[^A-Za-z0-9.+-]+", "_", value).strip("_.")[:NAMED] or "empty"
+
+
+def _digest(values: Mapping[str, str]) -> str:
+    """What a name ends in that two combinations would share; the same whatever else the sweep holds."""
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:6]
 
 
 def is_done(config: Config) -> bool:

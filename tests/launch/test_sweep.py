@@ -30,7 +30,8 @@ from nemo_aapo.launch.sweep import points
         (["data.train=/a/x.jsonl,/b/x.jsonl"], ["train-a_x.jsonl", "train-b_x.jsonl"]),
         (["rollout.top_p=0.9,1", "validation.top_p=1,0.5"], None),  # one leaf twice: named by whole keys
         (["rewards=[{name: accuracy}],[{name: integer}]"], ["rewards-name_accuracy", "rewards-name_integer"]),
-        (["data.train=a/b,a_b"], ["train-a_b_0", "train-a_b_1"]),
+        (["seed=1,1,2"], ["seed-1", "seed-2"]),
+        (["data.train=a/b,a_b"], ["train-a_b_2348a5", "train-a_b_cf5821"]),
     ],
 )  # fmt: skip
 def test_every_combination_is_a_run_named_by_its_values(words, names):
