@@ -60,7 +60,7 @@ def measure(kind: str, plan: Plan, folder: Path, log: Callable[[str], None]) -> 
         f"model.path={folder}/model",
         *(f"data.{part}={folder}/{part}.jsonl" for part in ("train", "validation")),
         f"run.dir={folder}/run",
-        f"trainer.max_steps={plan.steps}",
+        f"trainer.max_steps={plan.steps + plan.every}",  # the last look comes before its end
         "trainer.val_check_interval=0",
         f"checkpoint.save_interval={plan.every}",
         "prompts_per_step=2",
@@ -104,10 +104,10 @@ def _looks(
     metrics, due = folder / "run" / "metrics.jsonl", plan.every
     while due <= plan.steps:
         for name, process in processes.items():
-            if process.poll() is not None and _last_step(metrics) < plan.steps:
+            if process.poll() is not None:
                 raise RunError(f"the {name} ended with {process.returncode}: {folder}/{name}.log")
         step = _last_step(metrics)
-        if step < min(due, plan.steps - 1):  # before its end, which takes the process away
+        if step < due:
             time.sleep(POLL_S)
             continue
         held = {name: held_by(process.pid) for name, process in processes.items()}

@@ -132,8 +132,8 @@ def _digest(values: Mapping[str, str]) -> str:
 def is_done(config: Config) -> bool:
     """Whether the run has made all steps that it is now asked for."""
     try:
-        steps = json.loads((Path(config.run.dir) / FINISHED).read_text(encoding="utf-8"))["steps"]
-        return bool(steps >= config.trainer.max_steps)
+        step = json.loads((Path(config.run.dir) / FINISHED).read_text(encoding="utf-8"))["step"]
+        return bool(step >= config.trainer.max_steps)
     except (OSError, ValueError, TypeError, KeyError):
         return False
 

@@ -90,7 +90,7 @@ def test_a_run_is_done_when_it_has_made_the_steps_that_it_is_now_asked_for(confi
         return dataclasses.replace(config, trainer=trainer, run=dataclasses.replace(config.run, dir=str(tmp_path)))
 
     assert not sweep.is_done(asked(5))
-    for text in ("", "[]", "{}", json.dumps({"steps": 4})):
+    for text in ("", "[]", "{}", json.dumps({"step": 4})):
         (tmp_path / "finished").write_text(text)
         assert not sweep.is_done(asked(5))
     assert sweep.is_done(asked(4))
