@@ -208,9 +208,10 @@ def control_run(action: str, words: Sequence[str]) -> int:
         print(show_logs(paths, follow))
     elif action == "status" and (runs := listed(paths)):
         print(overview.table(paths.run_dir, runs))
+    elif action == "status":
+        print(control.status(paths, fleet_lines))
     else:
-        status = functools.partial(control.status, fleet_lines=fleet_lines)
-        print({"status": status, "cancel": control.cancel, "requeue": control.requeue}[action](paths))
+        print({"cancel": control.cancel, "requeue": control.requeue}[action](paths))
     return 0
 
 

@@ -74,7 +74,8 @@ def points(overrides: Sequence[str]) -> list[Point]:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
-    fixed, swept = [], {}
+    fixed: list[str] = []
+    swept: dict[str, list[str]] = {}
     for word in overrides:
         try:
             parsed = OverridesParser.create().parse_override(word)
