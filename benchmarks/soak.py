@@ -18,7 +18,8 @@ from nemo_aapo.utils.tables import markdown
 MIB = 2**20
 POLL_S = 0.2
 REMOTE = ("rollout.engine=remote", "rollout.remote.servers=1")
-KINDS: Mapping[str, Sequence[str]] = {"local": (), "remote": REMOTE, "async": (*REMOTE, "rollout.async_depth=1")}
+ASYNC = (*REMOTE, "rollout.async_depth=1", "algorithm.importance_weight_cap=2.0")
+KINDS: Mapping[str, Sequence[str]] = {"local": (), "remote": REMOTE, "async": ASYNC}
 """Kind of run -> the settings that make it one."""
 
 
