@@ -85,7 +85,7 @@ RULES: tuple[tuple[str, Run | Elsewhere | NotRun], ...] = (
     (r"launch\.py (fill )?cluster=(slurm|slurm_servers|interactive) (?!.*nemo_run)", DRY),
     (r"launch\.py .*cluster\.launcher=nemo_run", Elsewhere("tests/launch/slurm/test_nemo_run.py", "nemo_run")),
     (r"launch\.py sweep ", DRY),
-    (r"launch\.py evaluate cluster=slurm", DRY),
+    (r"launch\.py evaluate cluster=slurm", Run(f"{FEW_PROBLEMS} dry_run=true")),
     (r"tensorboard ", Elsewhere("tests/run/test_tensorboard.py", "tensorboard.main")),
     (r"launch\.py status", Elsewhere(SLURM_TEST, "status")),
     (r"launch\.py logs", Elsewhere(SLURM_TEST, "logs")),
