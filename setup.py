@@ -78,6 +78,7 @@ setup(
         ],
         "reasoning_gym": ["reasoning-gym==0.1.25", "six", "matplotlib"],  # what it imports without declaring it
         "wandb": ["wandb>=0.25"],
+        "mlflow": ["mlflow-skinny>=3.1"],
         "nemo_run": ["nemo-run==0.11.1", "leptonai==0.26.6"],  # with a later leptonai nemo-run does not import
         "dev": ["mypy", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "types-PyYAML"],
     },

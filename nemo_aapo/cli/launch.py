@@ -1,30 +1,40 @@
 """Starts all ranks of a run, here or by Slurm: ``python scripts/launch.py cluster=slurm KEY=VALUE ...``.
 
 launch.py KEY=VALUE ...                                     start, or submit
+launch.py sweep KEY=A,B KEY=VALUE ... [max_parallel=N]      one run for every combination of values
+launch.py evaluate model.path=DIR KEY=VALUE ...             as evaluate.py, with cluster=slurm as a job
 launch.py fill KEY=VALUE ...                                submit the array job that fills the reference store
+launch.py status DIR                                        all runs below a folder, such as a sweep's or results/
 launch.py status|logs [--follow]|cancel|requeue run.name=NAME   of a run that was submitted
 """
 
 from __future__ import annotations
 
 import functools
+import re
+import shlex
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from nemo_aapo.cli import evaluate
 from nemo_aapo.cli.main import command_of_ranks, exit_code, run_command
 from nemo_aapo.config import Config
-from nemo_aapo.config.command_line import CommandLine, read_command_line
+from nemo_aapo.config.command_line import EVALUATION, CommandLine, read_command_line
 from nemo_aapo.config.compose import compose
 from nemo_aapo.engines.remote.fleet_status import fleet_lines
 from nemo_aapo.errors import ConfigError
-from nemo_aapo.launch import local
+from nemo_aapo.launch import local, overview, sweep
 from nemo_aapo.launch.slurm import control, logs, submit
-from nemo_aapo.launch.slurm.paths import RunPaths
+from nemo_aapo.launch.slurm.paths import RunPaths, read_jobs
 from nemo_aapo.launch.slurm.script import Site
 from nemo_aapo.launch.world import World, of_launcher
 from nemo_aapo.prepare import Job, prepare, prepare_fill
+from nemo_aapo.prepare.evaluation import EvaluationJob, prepare_evaluation
+from nemo_aapo.prepare.job import settings_of
 
 FOLLOW_S = 1.0
 ASK_SLURM_S = 10.0
@@ -36,6 +46,10 @@ def main(words: Sequence[str] | None = None) -> int:
     action, rest = (words[0], words[1:]) if words else ("", [])
     if action in ("status", "logs", "cancel", "requeue"):
         return exit_code(lambda: control_run(action, rest))
+    if action == "sweep":
+        return exit_code(lambda: sweep_command(rest))
+    if action == "evaluate":
+        return evaluate_command(rest)
     if action == "fill":
         return run_command(_prepare_fill, fill, description="Fill the reference store.", words=rest)
     return run_command(_prepare, functools.partial(launch, words=words), description=__doc__ or "", words=words)
@@ -78,7 +92,111 @@ def fill(job: Job) -> int:
     return submit.submit_fill(job.config, dict(job.tree), Site.here())
 
 
-# ---------------------------------------------------------------- runs that were submitted
+# ---------------------------------------------------------------- evaluations
+
+
+def evaluate_command(words: Sequence[str]) -> int:
+    """``launch.py evaluate``: the words of ``evaluate.py``, and ``cluster`` and ``dry_run`` of training."""
+    launched = [word for word in words if re.match(r"\+*(cluster[.=]|dry_run=)", word)]
+    own = [word for word in words if word not in launched]
+
+    def prepare_it(command: CommandLine) -> EvaluationJob:
+        job = prepare_evaluation(command, launched)
+        submit.check_here(job.settings)
+        return job
+
+    task = functools.partial(_evaluate, words=own)
+    return run_command(prepare_it, task, description=__doc__ or "", words=own, kind=EVALUATION)
+
+
+def _evaluate(job: EvaluationJob, words: Sequence[str]) -> int:
+    settings = job.settings
+    if settings.cluster.kind != "local":
+        return submit.submit_evaluation(settings, dict(job.tree), Site.here())
+    if settings.dry_run:
+        print(f"{settings.trainer.devices} ranks of: {shlex.join(command_of_ranks('evaluate', words))}")
+        return 0
+    return evaluate.evaluate(job, words)
+
+
+# ---------------------------------------------------------------- sweeps
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All runs of a sweep, each as it would be started alone."""
+
+    directory: Path
+    runs: list[tuple[CommandLine, Job]]
+    max_parallel: int | None
+
+
+def sweep_command(words: Sequence[str]) -> int:
+    """``launch.py sweep``."""
+    limits = [word.partition("=")[2] for word in words if word.startswith("max_parallel=")]
+    if any(not limit.isdecimal() or int(limit) == 0 for limit in limits):
+        raise ConfigError(f"max_parallel={limits[-1]}: a number of runs, at least 1")
+    rest = [word for word in words if not word.startswith("max_parallel=")]
+    prepare_all = functools.partial(_prepare_sweep, max_parallel=int(limits[-1]) if limits else None)
+    return run_command(prepare_all, run_sweep, description=__doc__ or "", words=rest)
+
+
+def _prepare_sweep(command: CommandLine, max_parallel: int | None) -> Sweep:
+    """Every run is refused before any begins."""
+    points = sweep.points(command.overrides)
+    first, _ = settings_of(replace(command, overrides=points[0].overrides))
+    if first.cluster.kind == "interactive":
+        raise ConfigError("launch.py sweep starts runs here (cluster=local) or as an array of jobs (cluster=slurm)")
+    submit.check_here(first)
+    directory = Path(first.run.dir)
+    runs = [_prepare_point(point, command, first.run.name, directory) for point in points]
+    return Sweep(directory, runs, max_parallel)
+
+
+def _prepare_point(point: sweep.Point, given: CommandLine, name: str, directory: Path) -> tuple[CommandLine, Job]:
+    try:
+        command = point.command(given, name, directory, None)
+        config, _ = settings_of(command)
+        if config.algorithm.reference_store == f"{config.run.dir}/{sweep.STORE}":  # a run's own, and not asked for
+            command = point.command(given, name, directory, str(directory / sweep.STORE))
+        return command, prepare(command, of_launcher)
+    except ConfigError as error:
+        raise ConfigError(f"{point.name}: {error}") from None
+
+
+def run_sweep(given: Sweep) -> int:
+    """Start or submit what is not finished; show all of them."""
+    site = Site.here()
+    directory = site.directory / given.directory
+    runs = [Path(job.config.run.dir).absolute() for _, job in given.runs]
+    missing = [i for i, (_, job) in enumerate(given.runs) if not sweep.is_done(job.config)]
+    config = given.runs[0][1].config
+    if config.cluster.kind == "slurm":
+        missing = [i for i in missing if config.dry_run or not overview.active_in_slurm(runs[i])]
+        jobs = [(job.config, dict(job.tree)) for _, job in (given.runs[i] for i in missing)]
+        return _submit_sweep(jobs, site, directory, given.max_parallel)
+    commands = [(runs[i], command_of_ranks("launch", given.runs[i][0].words())) for i in missing]
+    if config.dry_run:
+        print("\n".join(shlex.join(command) for _, command in commands))
+        return 0
+    code = sweep.run_here(commands, given.max_parallel or 1, lambda text: print(text, flush=True))
+    print(f"\n{overview.table(directory, runs)}")
+    return code
+
+
+def _submit_sweep(jobs: list[tuple[Config, dict[str, Any]]], site: Site, directory: Path, limit: int | None) -> int:
+    if not jobs:
+        print("nothing is missing: every run is finished, or a job of it waits or runs")
+    elif jobs[0][0].dry_run:
+        print(sweep.render_array([config for config, _ in jobs], site, directory, limit), end="")
+        return 0
+    else:
+        print(f"submitted {sweep.submit_array(jobs, site, directory, limit)} (array of {len(jobs)})")
+    print(f"how they fare: python scripts/launch.py status {directory}")
+    return 0
+
+
+# ---------------------------------------------------------------- runs that were started
 
 
 def control_run(action: str, words: Sequence[str]) -> int:
@@ -88,6 +206,8 @@ def control_run(action: str, words: Sequence[str]) -> int:
     paths = run_directory(words)
     if action == "logs":
         print(show_logs(paths, follow))
+    elif action == "status" and (runs := listed(paths)):
+        print(overview.table(paths.run_dir, runs))
     elif action == "status":
         print(control.status(paths, fleet_lines))
     else:
@@ -96,8 +216,19 @@ def control_run(action: str, words: Sequence[str]) -> int:
 
 
 def run_directory(words: Sequence[str]) -> RunPaths:
-    """Where the run is that the words name; they need not say all that a start needs."""
+    """Where the run is that the words name, by settings or by its path; they need not say all that a start needs."""
+    if len(words) == 1 and "=" not in words[0] and not words[0].startswith("-"):
+        if not Path(words[0]).is_dir():
+            raise ConfigError(f"{words[0]}: no such directory")
+        return RunPaths(Path(words[0]).absolute())
     return RunPaths(Path(compose(read_command_line(list(words)))["run"]["dir"]).absolute())
+
+
+def listed(paths: RunPaths) -> list[Path]:
+    """The runs that ``status`` shows as a table: a folder's, or one that was never submitted."""
+    if overview.is_run(paths.run_dir):
+        return [] if read_jobs(paths) else [paths.run_dir]
+    return overview.runs_below(paths.run_dir)
 
 
 def show_logs(paths: RunPaths, follow: bool) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib.util
 import math
 from typing import Any
 
@@ -55,7 +54,6 @@ def check_alone(config: Config) -> None:
     _check_rewards(config)
     check_data(config)
     check_date("data.date", config.data.date)
-    _check_loggers(config)
     check_cluster(config)
     check_precision(config)
     check_optimizer(config.model)
@@ -285,11 +283,6 @@ def _check_rewards(config: Config) -> None:
 def _reward_name(entry: dict[str, Any]) -> str:
     """The name of a reward's values, in metrics and for ``validation.reward``: of a custom one its function's."""
     return str(entry["function"]).rpartition(":")[2] if "function" in entry else str(entry["name"])
-
-
-def _check_loggers(config: Config) -> None:
-    if config.exp_manager.create_wandb_logger and importlib.util.find_spec("wandb") is None:
-        raise ConfigError("exp_manager.create_wandb_logger=true needs the package wandb: pip install wandb")
 
 
 def _get(config: Config, path: str) -> Any:

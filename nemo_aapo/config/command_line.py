@@ -50,6 +50,10 @@ class CommandLine:
     """Say something instead of running."""
     kind: ConfigFile = TRAINING
 
+    def words(self) -> list[str]:
+        """The arguments of another command that is to read the same."""
+        return ["--config-path", str(self.directory), "--config-name", self.config_file, *self.overrides]
+
     def groups(self) -> dict[str, list[str]]:
         """Folder beside the config file -> the choices that it offers."""
         folders = sorted(path for path in self.directory.iterdir() if path.is_dir())

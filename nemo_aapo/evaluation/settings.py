@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 
 from nemo_aapo.config import Config, EvaluationConfig, derive, parse
@@ -31,13 +32,17 @@ def reward_name(config: EvaluationConfig) -> str:
     return reward_of(config.rewards[0])[0].name
 
 
-def engine_settings(config: EvaluationConfig, source: ModelSource) -> Config:
+def engine_settings(config: EvaluationConfig, source: ModelSource, launched: Sequence[str] = ()) -> Config:
     """A configuration of training for the parts that evaluation shares with it: layout, precision, rewards, engine.
+
+    Args:
+        launched: ``cluster`` and ``dry_run`` of the launcher that starts it.
 
     Raises:
         ConfigError: a setting that training refuses.
     """
-    tree = compose(read_command_line(["algorithm=gpg"]))
+    tree = compose(read_command_line(["algorithm=gpg", *launched]))
+    tree["run"].update(asdict(config.run))
     longest = config.max_prompt_tokens + config.sampling.max_new_tokens
     tree["seed"] = config.seed
     tree["precision"]["name"] = config.precision.name

@@ -66,7 +66,7 @@ def evaluate(job: EvaluationJob) -> int:
     try:
         with (
             contextlib.ExitStack() as stack,
-            StopSignal(speak=first, ending="keeping what is judged, then stopping") as stop,
+            StopSignal(directory, speak=first, ending="keeping what is judged, then stopping") as stop,
             parallel.lost_ranks_reported(lambda: "the evaluation"),
         ):
             agree(lambda: stack.enter_context(_claimed(directory)) if first else None)

@@ -13,6 +13,7 @@ from nemo_aapo.distributed.agreement import agree
 from nemo_aapo.errors import Interrupted
 from nemo_aapo.mcore.groups import destroy_model_parallel
 from nemo_aapo.prepare.job import Job, resolve
+from nemo_aapo.prepare.loggers import check_loggers
 from nemo_aapo.run.experiment import open_experiment
 from nemo_aapo.run.progress import Progress
 from nemo_aapo.run.reporter import RunReporter
@@ -47,6 +48,7 @@ def train(job: Job | Config, **parts: Unpack[Parts]) -> int:
     forgive_console()
     if isinstance(job, Config):
         job = resolve(job, world_size_of_job(), given=parts)
+        check_loggers(job.config, here=True)
     initialize(job.config)
     rank = parallel.rank()
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from nemo_aapo.errors import DataError
 from nemo_aapo.evaluation.benchmarks import source_of
 from nemo_aapo.evaluation.prompts import check_template
 from nemo_aapo.evaluation.settings import check_model, engine_settings, find_model
-from nemo_aapo.launch.world import Machine, decide, of_starter
+from nemo_aapo.launch.world import decide, of_launcher, of_starter
 from nemo_aapo.models.directory import read_model_dir
 from nemo_aapo.prepare.job import Words, command_line
 from nemo_aapo.prepare.packages import MEGATRON, check_packages, rewards_need, source_needs
@@ -34,35 +34,43 @@ class EvaluationJob:
     source: ModelSource
     """Where the weights come from."""
     settings: Config
-    """The parts that evaluation shares with training (ranks, layout, precision, rewards, engine), decided."""
+    """The parts that evaluation shares with training (ranks, layout, precision, rewards, engine), decided where the
+    machine is known; with the launcher's ``cluster``, if it has one."""
     shape: ModelShape
     """The shape of the model that is measured."""
     reward: Reward
     """What tells right from wrong."""
 
 
-def prepare_evaluation(words: Words) -> EvaluationJob:
+def prepare_evaluation(words: Words, launched: Sequence[str] | None = None) -> EvaluationJob:
     """The evaluation that words ask for, with every refusal that words and files allow.
+
+    Args:
+        launched: the words on ``cluster`` and ``dry_run``, where ``launch.py`` starts it; None: it starts here.
 
     Raises:
         ConfigError, DataError: what can't work, with the reason and the remedy. Nothing was written.
     """
     tree = compose(command_line(words, EVALUATION))
-    return resolve_evaluation(EVALUATION.parse(tree), without_secrets(tree))
+    return resolve_evaluation(EVALUATION.parse(tree), without_secrets(tree), launched)
 
 
-def resolve_evaluation(config: EvaluationConfig, tree: Mapping[str, Any]) -> EvaluationJob:
+def resolve_evaluation(
+    config: EvaluationConfig, tree: Mapping[str, Any], launched: Sequence[str] | None = None
+) -> EvaluationJob:
     """The same of a configuration that was composed elsewhere; ``tree`` shows it."""
     check_template(config.prompt_template)
     reward, _ = reward_of(config.rewards[0])
-    world = of_starter(config)
     source = find_model(config)
+    settings = engine_settings(config, source, launched or ())
+    world = of_starter(config) if launched is None else of_launcher(settings)
     check_model(config, source, world.size)
     shape = read_model_dir(str(source.base))
     config = with_evaluation_date(config, source, shape.vocab_size)
     _check_benchmarks(config)
-    settings = decide(engine_settings(config, source), world.machine or Machine.present())
-    check_packages([*MEGATRON, *rewards_need(config.rewards)])
+    if world.machine is not None:  # else each rank prepares it again, where it runs
+        settings = decide(settings, world.machine)
+        check_packages([*MEGATRON, *rewards_need(config.rewards)])
     return EvaluationJob(config, {**tree, "date": config.date}, source, settings, shape, reward)
 
 

@@ -16,7 +16,8 @@ from nemo_aapo.errors import ConfigError
 from nemo_aapo.launch.world import Machine, World, decide, of_rank
 from nemo_aapo.models.directory import check_model
 from nemo_aapo.prepare.files import check_data
-from nemo_aapo.prepare.packages import check_packages, packages_of
+from nemo_aapo.prepare.loggers import check_loggers
+from nemo_aapo.prepare.packages import check_packages, loggers_need, packages_of
 from nemo_aapo.prepare.text import with_date
 from nemo_aapo.rewards import reward_of
 from nemo_aapo.rewards.base import Reward
@@ -57,9 +58,7 @@ def prepare(words: Words, world: Callable[[Config], World] = of_rank) -> Job:
     Raises:
         ConfigError, DataError: what can't work, with the reason and the remedy. Nothing was written.
     """
-    job = _job(*settings_of(words), world)
-    check_run_directory(job.config)
-    return job
+    return _training(*settings_of(words), world)
 
 
 def prepare_fill(words: Words, world: Callable[[Config], World]) -> Job:
@@ -82,9 +81,7 @@ def prepare_tree(tree: Any, world: Callable[[Config], World] = of_rank) -> Job:
         tree: an OmegaConf tree or a plain mapping, whole as ``conf/train_aapo.yaml``.
     """
     plain = resolved(tree)
-    job = _job(parse(plain), without_secrets(plain), world)
-    check_run_directory(job.config)
-    return job
+    return _training(parse(plain), without_secrets(plain), world)
 
 
 def settings_of(words: Words) -> tuple[Config, dict[str, Any]]:
@@ -129,6 +126,14 @@ def resolve(config: Config, world_size: int, tree: Mapping[str, Any] | None = No
     return _job(config, without_secrets(_plain(config)) if tree is None else tree, lambda config: world, given)
 
 
+def _training(config: Config, tree: Mapping[str, Any], world: Callable[[Config], World]) -> Job:
+    """What logs and writes a run directory."""
+    job = _job(config, tree, world)
+    check_run_directory(job.config)
+    check_loggers(job.config, here=job.machine is not None)
+    return job
+
+
 def _job(
     config: Config, tree: Mapping[str, Any], world_of: Callable[[Config], World], given: Collection[str] = ()
 ) -> Job:
@@ -143,6 +148,8 @@ def _job(
     check_data(config.data, given)
     if world.machine is not None:
         check_packages(packages_of(config, given))
+    elif config.cluster.python is None and config.cluster.container.image is None:  # the job runs this very Python
+        check_packages(loggers_need(config))
     return Job(config, _with_decisions(tree, config), shape, sizes, rewards, world.machine)
 
 

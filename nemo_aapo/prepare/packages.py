@@ -67,16 +67,28 @@ def packages_of(config: Config, given: Collection[str] = ()) -> Iterator[Needed]
         given: parts that the caller brings in place of the configured ones.
     """
     yield from MEGATRON
-    if config.exp_manager.create_tensorboard_logger or config.exp_manager.create_wandb_logger:
-        remedy = f"{EXTRAS}; or exp_manager.create_tensorboard_logger=false"
-        yield Needed("nemo", "nemo-toolkit", "exp_manager.create_tensorboard_logger=true", remedy)
-        yield Needed("lightning", "lightning", "exp_manager.create_tensorboard_logger=true", remedy)
+    yield from loggers_need(config)
     if config.rollout.engine == "remote":
         yield SERVERS
     if "rewards" not in given:
         yield from rewards_need(config.rewards)
     for _, source in named_sources(config.data, given):
         yield from source_needs(source)
+
+
+def loggers_need(config: Config) -> Iterator[Needed]:
+    """What the loggers import."""
+    settings = config.exp_manager
+    asked = [name for name in ("tensorboard", "wandb", "mlflow") if getattr(settings, f"create_{name}_logger")]
+    for name in asked:
+        setting = f"exp_manager.create_{name}_logger"
+        if name != "mlflow":
+            yield Needed("nemo", "nemo-toolkit", f"{setting}=true", f"{EXTRAS}; or {setting}=false")
+        yield Needed("lightning", "lightning", f"{setting}=true", f"{EXTRAS}; or {setting}=false")
+    for name, distribution in (("wandb", "wandb"), ("mlflow", "mlflow-skinny")):
+        if name in asked:
+            remedy = f"pip install --no-deps -r requirements/{name}.txt"
+            yield Needed(name, distribution, f"exp_manager.create_{name}_logger=true", remedy)
 
 
 def rewards_need(entries: Iterable[Mapping[str, Any]]) -> Iterator[Needed]:

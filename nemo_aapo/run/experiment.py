@@ -3,16 +3,19 @@
     <run_dir>/  config.yaml  run.json  phase.json  metrics.jsonl  rollouts/  tensorboard/  logs/  finished
 
 Only rank 0 holds an ``Experiment``; the others hold a ``SilentExperiment``, so that the trainer's loop is the same on
-all ranks. NeMo's ``exp_manager`` makes the loggers (TensorBoard, Weights & Biases) and its own log files.
+all ranks. NeMo's ``exp_manager`` makes the loggers of TensorBoard and Weights & Biases, and its own log files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from nemo_aapo.config import Config
+from nemo_aapo.errors import RunError, one_line
 from nemo_aapo.run.directory import change_of_instruction_set, claim
 from nemo_aapo.run.metrics_file import MetricsFile
 from nemo_aapo.run.names import PHASE, step_of
@@ -20,6 +23,9 @@ from nemo_aapo.run.stop import STOP_FILE
 from nemo_aapo.types import Group
 from nemo_aapo.utils.files import FINISHED, to_json, write_atomic
 from nemo_aapo.utils.libraries import import_nemo, importing
+
+RUN_TAG = "nemo_aapo_run"
+"""MLflow's runs have an id of MLflow's choice; this tag holds the run's own."""
 
 
 def open_experiment(
@@ -49,7 +55,7 @@ class Experiment:
         self._metrics = MetricsFile(self.directory / "metrics.jsonl")
         self._loggers = nemo_loggers(config, run_id)
         for logger in self._loggers:
-            logger.log_hyperparams(tree)
+            _begin(logger, tree)
         self._last_step: int | None = None
 
     def __enter__(self) -> Experiment:
@@ -177,8 +183,9 @@ def nemo_loggers(config: Config, run_id: str) -> list[Any]:
     TensorBoard's files go.
     """
     settings = config.exp_manager
+    mlflow = [_mlflow_logger(config, run_id)] if settings.create_mlflow_logger else []
     if not (settings.create_tensorboard_logger or settings.create_wandb_logger):
-        return []  # and NeMo need not be imported
+        return mlflow  # and NeMo need not be imported
     import_nemo()
     with importing():
         import lightning.pytorch
@@ -211,7 +218,52 @@ def nemo_loggers(config: Config, run_id: str) -> list[Any]:
             "log_step_timing": False,
         },
     )
-    return list(trainer.loggers)
+    return [*trainer.loggers, *mlflow]
+
+
+def _mlflow_logger(config: Config, run_id: str) -> Any:
+    """Lightning's logger by the settings that ``exp_manager`` has for it, which in NeMo 2.7.3 can't make one: it hands
+    over ``run_name`` twice. A resumed run goes on under the run that it began, known by a tag."""
+    with importing():
+        from lightning.pytorch.loggers import MLFlowLogger
+
+    given = dict(config.exp_manager.mlflow_logger_kwargs)
+    local = f"file:{Path(config.exp_manager.explicit_log_dir).absolute() / 'mlruns'}"
+    given["tracking_uri"] = given.get("tracking_uri") or os.environ.get("MLFLOW_TRACKING_URI") or local
+    given["tags"] = {**(given.get("tags") or {}), RUN_TAG: run_id}
+    return MLFlowLogger(**{"run_id": _begun_mlflow_run(given, run_id), **given})
+
+
+def _begun_mlflow_run(given: Mapping[str, Any], run_id: str) -> str | None:
+    """MLflow's id of a run that an earlier start has begun; None: there is none."""
+    from mlflow.tracking import MlflowClient
+
+    with _said_of("MLflow"):
+        client = MlflowClient(given["tracking_uri"])
+        experiment = client.get_experiment_by_name(given["experiment_name"])
+        found = client.search_runs([experiment.experiment_id], f"tags.{RUN_TAG} = '{run_id}'") if experiment else []
+    return found[0].info.run_id if found else None
+
+
+def _begin(logger: Any, tree: Mapping[str, Any]) -> None:
+    """Have a logger say what runs, which is when it connects."""
+    with _said_of(type(logger).__name__):
+        if getattr(logger, "_run_id", None) is None:  # MLflow refuses other values for a run that it has already
+            logger.log_hyperparams(tree)
+        assert logger.experiment is not None
+
+
+@contextlib.contextmanager
+def _said_of(name: str) -> Iterator[None]:
+    """Whatever a tracking library raises at its start is a message: a wrong key, a server that refuses.
+
+    Raises:
+        RunError: in the library's words.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise RunError(f"{name} does not start: {one_line(error)}. See docs/guide/training.md, Loggers") from error
 
 
 def _forget_after(logger: Any, step: int) -> None:

@@ -12,7 +12,6 @@ from nemo_aapo.config import Config, ModelShape, check_overrides, derive, parse
 from nemo_aapo.config.command_line import config_directory, read_command_line
 from nemo_aapo.config.compose import compose, register_resolvers
 from nemo_aapo.errors import ConfigError
-from tests.tiny_models import make_config
 
 GIVEN = ("model.path=/m", "data.train=/t", "data.validation=/v")
 GROUPS = read_command_line([]).groups()
@@ -220,9 +219,3 @@ def test_derived_sizes_multiply_out():
         sizes = derive(config, SHAPE, world)
         assert (sizes.data_parallel_size, sizes.prompts_per_rank * dp) == (dp, config.prompts_per_step)
         assert sizes.completions_per_step == config.prompts_per_step * config.group_size
-
-
-def test_a_logger_whose_package_is_missing_is_refused(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"create_wandb_logger=true needs .* pip install wandb"):
-        make_config("model", exp_manager__create_wandb_logger=True)

@@ -14,14 +14,18 @@ from tests.config.test_config import config_of
 from tests.tiny_models import make_config
 
 
-def test_the_digest_covers_what_decides_the_result_and_nothing_that_may_change_between_parts(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())  # as if wandb were installed
+def test_the_digest_covers_what_decides_the_result_and_nothing_that_may_change_between_parts():
     same = [
         ["run.name=other"],
         ["trainer.devices=4", "model.tensor_model_parallel_size=2", "model.sequence_parallel=true"],
         ["max_tokens_per_microbatch=8192"],
         ["trainer.max_steps=7", "checkpoint.save_interval=1", "trainer.val_check_interval=3"],
-        ["exp_manager.create_wandb_logger=true", "export_hf_model=false", "reward_runner.workers=0"],
+        [
+            "exp_manager.create_wandb_logger=true",
+            "exp_manager.create_mlflow_logger=true",
+            "export_hf_model=false",
+            "reward_runner.workers=0",
+        ],
     ]
     other = [
         ["seed=1"],

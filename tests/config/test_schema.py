@@ -16,7 +16,12 @@ from nemo_aapo.config.schema.reference import REFERENCE, SCHEMAS, reference, typ
 ROOT = Path(__file__).resolve().parents[2]
 FILES = {name: (config_directory() / f"{name}.yaml").read_text() for name in SCHEMAS}
 NULL_THERE = ("algorithm.clip.", "model.lora.")  # these sections are null by default
-FREE = ("rewards.", "sources.", "exp_manager.wandb_logger_kwargs.")  # what these take is not ours to list
+FREE = (
+    "rewards.",
+    "sources.",
+    "exp_manager.wandb_logger_kwargs.",
+    "exp_manager.mlflow_logger_kwargs.",
+)  # what these take is not ours to list
 REMEDY = "python -m nemo_aapo.config.schema.reference writes it"
 
 

@@ -77,6 +77,7 @@ RULES: tuple[tuple[str, Run | Elsewhere | NotRun], ...] = (
     (r"train\.py .*reasoning_gym", COMPOSED),  # the package is an extra; tests/data/test_reasoning_gym.py trains on it
     (r"torchrun .*train\.py .*run\.name=tp2pp2", Run(f"{SMALL} {TWO_RANKS}", ranks=2)),
     (r"train\.py .*rollout\.engine=remote", Run(f"{SMALL} trainer.val_check_interval=0")),
+    (r"train\.py .*create_(wandb|mlflow)_logger", COMPOSED),  # packages that are extras
     (r"train\.py ", Run(SMALL)),
     (r"mypy$", Elsewhere("scripts/test.sh", "mypy")),
     (r"nohup python scripts/serve\.py", Elsewhere("tests/engines/remote/test_server_start.py", "nohup")),
@@ -84,6 +85,9 @@ RULES: tuple[tuple[str, Run | Elsewhere | NotRun], ...] = (
     (r"launch\.py (cluster=local|.*run\.name=tp2dp2)", Run(f"{SMALL} {TWO_RANKS}")),
     (r"launch\.py (fill )?cluster=(slurm|slurm_servers|interactive) (?!.*nemo_run)", DRY),
     (r"launch\.py .*cluster\.launcher=nemo_run", Elsewhere("tests/launch/slurm/test_nemo_run.py", "nemo_run")),
+    (r"launch\.py sweep ", DRY),
+    (r"launch\.py evaluate cluster=slurm", Run(f"{FEW_PROBLEMS} dry_run=true")),
+    (r"tensorboard ", Elsewhere("tests/run/test_tensorboard.py", "tensorboard.main")),
     (r"launch\.py status", Elsewhere(SLURM_TEST, "status")),
     (r"launch\.py logs", Elsewhere(SLURM_TEST, "logs")),
     (r"launch\.py requeue", Elsewhere("tests/launch/slurm/test_interruptions.py", "requeue")),

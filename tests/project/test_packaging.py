@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import json
 import re
 import sys
 from pathlib import Path
@@ -97,8 +98,20 @@ def test_no_pin_is_left_over(pins):
 
 def test_the_peers_bring_nothing_that_the_environment_has(pins):
     """A second torch or transformers on the PYTHONPATH would be compared in place of ours."""
-    for name in ("peers.txt", "reasoning_gym.txt"):
+    for name in ("peers.txt", "reasoning_gym.txt", "wandb.txt", "mlflow.txt"):
         assert not read_pins(name).keys() & pins.keys(), name
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_the_loggers_resolve_against_the_pins_as_they_are(pins, name):
+    """By what the packages declare (``requires_of_loggers.json`` keeps it, as the environment does without them)."""
+    declared = json.loads((ROOT / "tests" / "project" / "requires_of_loggers.json").read_text())
+    versions = read_pins(f"{name}.txt")
+    for package, version in versions.items():
+        for requirement in map(Requirement, declared[f"{package}=={version}"]):
+            there = {**pins, **versions}.get(canonicalize_name(requirement.name))
+            assert there is not None, f"{package} needs {requirement.name}"
+            assert requirement.specifier.contains(there, prereleases=True), (package, requirement, there)
 
 
 def setup_py() -> setuptools.Distribution:
@@ -124,7 +137,10 @@ def test_setup_py_accepts_the_pins_of_both_environments(pins):
 
 
 def test_every_library_that_the_code_imports_is_declared():
-    declared = {canonicalize_name(r.name) for r in declared_in_setup_py()} | {"tensorrt-llm"}  # of the base image
+    declared = {canonicalize_name(r.name) for r in declared_in_setup_py()} | {
+        "tensorrt-llm",
+        "mlflow",
+    }  # the base image, mlflow-skinny
     distributions = importlib.metadata.packages_distributions()
     peers = ROOT / "benchmarks" / "peers"  # runs with requirements/peers.txt on its path
     folders = ("nemo_aapo", "scripts", "benchmarks", "examples")

@@ -101,8 +101,13 @@ class ExpManager:
 
     explicit_log_dir: str = setting("where logs and loggers write; follows run.dir", decides=False)
     create_tensorboard_logger: bool = setting("write curves for TensorBoard to run.dir/tensorboard", decides=False)
-    create_wandb_logger: bool = setting("log to Weights & Biases; needs its login", decides=False)
+    create_wandb_logger: bool = setting("log to Weights & Biases; needs its login, or offline: true", decides=False)
     wandb_logger_kwargs: dict[str, Any] = setting("what lightning's WandbLogger takes", decides=False)
+    create_mlflow_logger: bool = setting("log to MLflow", decides=False)
+    mlflow_logger_kwargs: dict[str, Any] = setting(
+        "what lightning's MLFlowLogger takes; without a tracking_uri by MLFLOW_TRACKING_URI, else to run.dir/mlruns",
+        decides=False,
+    )
 
 
 @section

@@ -63,13 +63,19 @@ class Role:
 def render_training(config: Config, site: Site) -> str:
     """The script that trains, with rollout servers beside the trainer if the configuration asks for them."""
     roles = training_roles(config, site)
-    cluster = config.cluster
-    blocks = [_flags(config, site, role, job_name(config, role.name, len(roles))) for role in roles]
-    blocks[0] |= {"signal": f"B:USR1@{cluster.signal_s}"}
-    for block in blocks:
-        block |= {"dependency": cluster.dependency}
-    mode = ["job", f"--max-requeues={cluster.max_requeues}"]
+    blocks = [batch_header(config, site)]
+    for role in roles[1:]:
+        flags = _flags(config, site, role, job_name(config, role.name, len(roles)))
+        blocks.append(flags | {"dependency": config.cluster.dependency})
+    mode = ["job", f"--max-requeues={config.cluster.max_requeues}"]
     return _script(config, site, blocks, supervisor_words(config, site, roles, mode))
+
+
+def batch_header(config: Config, site: Site) -> dict[str, Any]:
+    """sbatch's flags of a training, or of the trainer's part of it, as ``directives`` takes them."""
+    trainer, *others = training_roles(config, site)
+    flags = _flags(config, site, trainer, job_name(config, trainer.name, 1 + len(others)))
+    return flags | {"signal": f"B:USR1@{config.cluster.signal_s}", "dependency": config.cluster.dependency}
 
 
 def render_fill(config: Config, site: Site) -> str:
@@ -79,6 +85,13 @@ def render_fill(config: Config, site: Site) -> str:
     block = _flags(config, site, role, job_name(config, "fill", 1))
     block |= {"array": f"0-{config.cluster.fill_jobs - 1}", "output": _log(config, site, "fill_%A_%a")}
     return _script(config, site, [block], supervisor_words(config, site, [role], ["task"]))
+
+
+def render_evaluation(config: Config, site: Site) -> str:
+    """The script that evaluates, by what an evaluation shares with training."""
+    role = _trainer_role(config, (*COMMANDS, "evaluate", *frozen_config_file(config, site)))
+    mode = ["job", f"--max-requeues={config.cluster.max_requeues}"]
+    return _script(config, site, [batch_header(config, site)], supervisor_words(config, site, [role], mode))
 
 
 def render_merge(config: Config, site: Site, after: str) -> str:
@@ -149,7 +162,7 @@ def _log(config: Config, site: Site, name: str) -> str:
 
 
 def _flags(config: Config, site: Site, role: Role, job_name: str) -> dict[str, Any]:
-    """sbatch's flags for one role; True: a flag without a value, None or False: left out."""
+    """sbatch's flags for one role, as ``directives`` takes them."""
     cluster = config.cluster
     return {
         "job-name": job_name,
@@ -190,7 +203,7 @@ def _script(config: Config, site: Site, blocks: Sequence[Mapping[str, Any]], com
     lines = ["#!/bin/bash"]
     for number, block in enumerate(blocks):
         lines += ["#SBATCH hetjob"] if number else []
-        lines += [_directive(flag, value) for flag, value in block.items() if value is not None and value is not False]
+        lines += directives(block)
     lines += [
         "",
         "set -euo pipefail",
@@ -210,8 +223,13 @@ def python_path(site: Site) -> list[str]:
     return [f"export PYTHONPATH={shlex.quote(str(site.checkout))}${{PYTHONPATH:+:$PYTHONPATH}}"]
 
 
-def _directive(flag: str, value: object) -> str:
-    return f"#SBATCH --{flag}" if value is True else f"#SBATCH --{flag}={shlex.quote(str(value))}"
+def directives(block: Mapping[str, Any]) -> list[str]:
+    """sbatch's flags as lines of a script; True: a flag without a value, None or False: left out."""
+    asked = {flag: value for flag, value in block.items() if value is not None and value is not False}
+    return [
+        f"#SBATCH --{flag}" if value is True else f"#SBATCH --{flag}={shlex.quote(str(value))}"
+        for flag, value in asked.items()
+    ]
 
 
 def _wrapped(words: Sequence[str]) -> str:

@@ -21,13 +21,14 @@ from nemo_aapo.launch.slurm.script import (
     Site,
     environment_file,
     paths_of,
+    render_evaluation,
     render_fill,
     render_merge,
     render_training,
     supervisor_words,
     training_roles,
 )
-from nemo_aapo.utils.files import write_atomic
+from nemo_aapo.utils.files import FINISHED, write_atomic
 
 
 def check_here(config: Config) -> None:
@@ -134,6 +135,38 @@ def submit_fill(config: Config, tree: dict[str, Any], site: Site) -> int:
     return 0
 
 
+def submit_evaluation(config: Config, tree: dict[str, Any], site: Site) -> int:
+    """Submit an evaluation, or only print the script (``dry_run``). At its time limit it keeps all, and is requeued.
+
+    Args:
+        config: what it shares with training.
+        tree: the evaluation's own resolved configuration.
+
+    Raises:
+        ConfigError: as ``submit_training``; or a kind of job that evaluations have not.
+    """
+    cluster = config.cluster
+    if cluster.kind != "slurm" or cluster.launcher != "sbatch" or cluster.chain > 1 or cluster.servers.nodes:
+        raise ConfigError(
+            "launch.py evaluate starts ranks here (cluster=local), or submits one job that requeues itself "
+            "(cluster=slurm). It has no chain, no nemo_run, and no rollout servers: an evaluation samples with the "
+            "in-process engine, since the servers' weights come from a trainer. More speed: more ranks"
+        )
+    script = render_evaluation(config, site)
+    if config.dry_run:
+        print(script, end="")
+        return 0
+    paths = freeze(config, tree, site)
+    (paths.run_dir / FINISHED).unlink(missing_ok=True)  # the job looks for what is missing by itself
+    write_atomic(paths.script, script)
+    write_history(paths.history, read_history(paths.history).submitted_again())
+    job = sbatch(paths.script)
+    add_jobs(paths, [{"id": job, "what": "evaluate"}], site.directory)
+    print(f"submitted {job}: {paths.script}")
+    print(f"how it fares: python scripts/launch.py status {paths.run_dir}")
+    return 0
+
+
 def run_interactively(config: Config, tree: dict[str, Any], site: Site) -> int:
     """Start the roles on the nodes of the allocation that this process is in. Does not return."""
     roles = training_roles(config, site)
@@ -155,7 +188,8 @@ def freeze(config: Config, tree: dict[str, Any], site: Site) -> RunPaths:
         ConfigError: jobs of this run still go by another configuration.
     """
     paths = paths_of(config, site)
-    frozen = yaml.safe_dump({**tree, "dry_run": False}, sort_keys=False, allow_unicode=True)
+    tree = tree | {"dry_run": False} if "dry_run" in tree else tree  # an evaluation's has none
+    frozen = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
     if paths.frozen.exists() and paths.frozen.read_text(encoding="utf-8") != frozen:
         active = [state.id for state in job_states([job["id"] for job in own_jobs(paths)]) if not state.is_over]
         if active:
