@@ -33,6 +33,10 @@ class Held:
     threads: int
     children: int
 
+    def __str__(self) -> str:
+        counts = f"{self.descriptors} descriptors, {self.threads} threads, {self.children} children"
+        return f"{self.rss:.1f} MiB, {counts}"
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -112,7 +116,7 @@ def _looks(
             time.sleep(POLL_S)
             continue
         held = {name: held_by(process.pid) for name, process in processes.items()}
-        log(f"{step:>6} steps  " + "  ".join(f"{name} {of.rss:.1f} MiB" for name, of in held.items()))
+        log(f"{step:>6} steps  " + "  ".join(f"{name}: {of}" for name, of in held.items()))
         yield step, held
         due = step // plan.every * plan.every + plan.every
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -26,6 +27,7 @@ def main() -> int:
     if unknown := set(arguments.kinds) - set(soak.KINDS):
         parser.error(f"there is no {', '.join(sorted(unknown))}")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # what it started ends with it
     plan = soak.Plan(arguments.steps, settled=arguments.steps // 4, every=max(1, arguments.steps // 40))
     found = {}
     try:
