@@ -104,8 +104,14 @@ def _same_relation(gold: Reading, said: Reading) -> bool:
         value = said.sides[-1]
     if value is not None:
         return same(gold, value)
-    # math-verify takes x < 5 for an interval as the gold answer only
-    return isinstance(gold, Formula | Collection) and _same_by_formula(said, gold)
+    if isinstance(gold, Collection) and _is_interval(gold):
+        return _same_by_formula(said, gold)  # math-verify takes x < 5 for an interval only if it comes first
+    return isinstance(gold, Formula | Collection) and _same_by_formula(gold, said)
+
+
+def _is_interval(collection: Collection) -> bool:
+    """Whether it can be nothing else: (1, 2) may be a pair, and [1, 2] a list."""
+    return collection.brackets in ("[)", "(]", "U") or "\\infty" in collection.latex
 
 
 def _value_of(relation: Relation) -> Reading | None:
