@@ -22,7 +22,7 @@ from nemo_aapo.config.schema.facts import settings_of
 from nemo_aapo.conversion.source import find_source, lora_of
 from nemo_aapo.errors import FAILED, REFUSED
 from nemo_aapo.evaluation import compare
-from nemo_aapo.launch.slurm import commands, control
+from nemo_aapo.launch.slurm import commands, control, submit
 from nemo_aapo.launch.slurm.commands import JobState
 from nemo_aapo.prepare import Job, job, prepare
 from nemo_aapo.reference_store.key import StoreKey
@@ -214,7 +214,7 @@ def test_200_damaged_files_of_a_run_directory_are_named_in_words(tmp_path, monke
     monkeypatch.setattr(job, "compose", lambda command: tree)
     monkeypatch.setattr(launch, "compose", lambda command: tree)
     monkeypatch.setattr(control, "job_states", lambda ids: [JobState(str(job), "COMPLETED") for job in ids])
-    monkeypatch.setattr(control, "sbatch", lambda script: "8")
+    monkeypatch.setattr(submit, "sbatch", lambda script: "8")
     monkeypatch.setattr(commands, "slurm", lambda *words, **more: "")
     monkeypatch.setattr("nemo_aapo.run.directory.instruction_set", lambda: "AVX2")
     made = prepare(words)

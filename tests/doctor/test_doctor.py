@@ -106,7 +106,7 @@ def test_a_directory_that_cannot_be_written_is_a_failure(config):
 @pytest.mark.slow
 def test_a_run_directory_of_another_run_is_a_failure(config, tmp_path):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "run.json").write_text(json.dumps({"digest": "other", "settings": {}}))
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"id": "1", "digest": "other", "settings": {}, "starts": []}))
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0}\n')
     (found,) = run_guarded(check("file_system"), context(config))
     assert found.level == "failure"
