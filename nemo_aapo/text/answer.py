@@ -16,6 +16,8 @@ TAIL = 1000
 _MOST_BOXES = 20
 """Most boxes that are one answer together."""
 OPENING_TAG, CLOSING_TAG = "<answer>", "</answer>"
+END_OF_THOUGHT = "</think>"
+"""Without a box and answer tags the answer stands behind it, if it is there."""
 
 _BOXES = ("\\boxed", "\\fbox")
 # TeX also boxes what follows without braces. Any other \boxed is mentioned, not opened: "put it in \boxed form".
@@ -54,11 +56,15 @@ def find_answer(text: str, tail: int = TAIL) -> Answer:
     """
     begin = text.rfind(OPENING_TAG)
     if begin < 0:
-        return _boxed(text) or Answer(text if len(text) <= tail else text[-tail:].partition(" ")[2], "end")
+        return _boxed(text) or Answer(_end(text.rpartition(END_OF_THOUGHT)[2], tail), "end")
     inside, closed, _ = text[begin + len(OPENING_TAG) :].partition(CLOSING_TAG)
     if boxed := _boxed(inside):
         return boxed
     return Answer(inside.strip() if closed and len(inside) <= LONGEST else "", "tags")
+
+
+def _end(text: str, tail: int) -> str:
+    return text if len(text) <= tail else text[-tail:].partition(" ")[2]
 
 
 def tagged(text: str) -> str | None:

@@ -21,6 +21,7 @@ from nemo_aapo.rewards.verdict.reading import (
 from nemo_aapo.rewards.verdict.units import same_unit
 
 _PERCENT = frozenset({"%"})
+_HALVES_OF_A_DAY = frozenset({"am", "pm"})
 _MIRRORED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le", "=": "=", "\\ne": "\\ne"}
 _OF_WORDS = (Words, Numeral, Time)
 
@@ -69,7 +70,16 @@ def _same_quantity(gold: Reading, said: Reading) -> bool:
     (a, unit), (b, other) = map(_with_unit, (gold, said))
     if (unit == _PERCENT) != (other == _PERCENT) and not (unit and other):
         return same(a, b) or same(*(_hundredth(x) if u else x for x, u in ((a, unit), (b, other))))
+    if (unit | other) & _HALVES_OF_A_DAY:
+        a, b = _on_the_clock(a), _on_the_clock(b)
     return same_unit(unit, other) and same(a, b)
+
+
+def _on_the_clock(reading: Reading) -> Reading:
+    """9 p.m. is 9:00 p.m."""
+    if isinstance(reading, Number) and reading.value.denominator == 1:
+        return Time(f"{reading.value.numerator}:00")
+    return reading
 
 
 def _with_unit(reading: Reading) -> tuple[Reading, frozenset[str]]:

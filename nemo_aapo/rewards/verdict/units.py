@@ -64,7 +64,9 @@ def _is_unit(words: str, apart: bool, before: str) -> bool:
     """Whether letters behind a number name a unit rather than variables: cm and apples do, x and ab do not."""
     first, *others = re.findall(r"[a-z]+", words.casefold())
     if len(first) == 1:  # 12 m is a length, 12m is 12 times m
-        return (first in "ap" and others == ["m"]) or (apart and before.isdigit() and not others and first in _KNOWN)
+        rate = "/" in words and all(_singular(word) in _KNOWN for word in others)
+        known = apart and before.isdigit() and first in _KNOWN
+        return (first in "ap" and others == ["m"]) or (known and (rate or not others))
     known = _singular(first) in _KNOWN or first in _POWERS
     return (known and (apart or first in _GLUED or len(first) > 2)) or (apart and any(map(is_word, (first, *others))))
 
