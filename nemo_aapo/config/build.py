@@ -167,7 +167,7 @@ def _convert_plain(value: Any, plain: Any, path: str) -> Any:
         isinstance(value, int | float)
         and not isinstance(value, bool)
         and plain in (int, float)
-        and 2**63 < abs(value) < math.inf
+        and _LARGEST_INTEGER < abs(value) < math.inf
     ):
         raise ConfigError(f"{path}={value!r:.30}: too large a number")
     expected = getattr(plain, "__name__", str(plain)).replace("tuple", "list").replace("dict", "mapping")
