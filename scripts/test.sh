@@ -39,18 +39,23 @@ fi
 
 status=0
 run_tests() {
-    python -m pytest --session-timeout="$SESSION_TIMEOUT_S" --durations=10 --durations-min=1 "$@" || status=$?
+    python -m pytest --session-timeout="$SESSION_TIMEOUT_S" --durations=10 --durations-min=1 "$@"
+}
+beside() { # the others' gaps: the tests on Slurm mostly wait, and unit tests take one core
+    local failed=0
+    run_tests -m "slurm or unit" || failed=$?
+    echo "test.sh: the tests of numbers again, by narrower instructions"
+    ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 run_tests -m exact || failed=$?
+    return "$failed"
 }
 if (($#)); then
-    run_tests "${chosen[@]}"
-else # the tests on Slurm mostly wait, and unit tests take one core: they run beside the others
-    python -m pytest --session-timeout="$SESSION_TIMEOUT_S" -m "slurm or unit" >"$said_beside" 2>&1 &
+    run_tests "${chosen[@]}" || status=$?
+else
+    beside >"$said_beside" 2>&1 &
     beside=$!
-    run_tests -m "not slurm and not unit"
+    run_tests -m "not slurm and not unit" || status=$?
     wait "$beside" || status=$?
     cat "$said_beside"
-    echo "test.sh: the tests of numbers again, by narrower instructions"
-    ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 run_tests -m exact
 fi
 if [[ -n ${types:-} ]]; then
     wait "$types" || status=$?
