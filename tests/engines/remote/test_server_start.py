@@ -59,7 +59,8 @@ def test_a_server_that_can_t_start_says_why_in_one_line(words, taken_port, tmp_p
     assert f"rollout.server.port={taken_port}: Address already in use" in refused(
         [*words, f"rollout.server.port={taken_port}"]
     )
-    assert "one process" in refused(words, WORLD_SIZE="2", RANK="0")
+    ranks = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    assert "one process" in refused(words, **ranks)
     open_token(open_directory(tmp_path / "run" / "servers"))
     (tmp_path / "run" / "servers" / "token").chmod(0o644)
     assert "token: open to others" in refused(words)
