@@ -84,6 +84,17 @@ def failed_in(groups, gone=False):
 
 def learn(path, tp, pp, budget, more, updates=1, change=None, gone=False):
     """Metrics and the weights after the updates, on this rank."""
+    policy, metrics = update(path, tp, pp, budget, more, updates, change, gone)
+    return metrics, {name: tensor.numpy().copy() for name, tensor in policy.named_weights()}
+
+
+def metrics_of(*arguments):
+    """``learn`` without the weights, which take a large model long to gather and to send."""
+    return update(*arguments)[1]
+
+
+def update(path, tp, pp, budget, more, updates=1, change=None, gone=False):
+    """The policy after the updates, and their metrics."""
     from nemo_aapo.algorithms import Algorithm
     from nemo_aapo.config import pad_multiple
     from nemo_aapo.learner.learner import Learner
@@ -112,8 +123,7 @@ def learn(path, tp, pp, budget, more, updates=1, change=None, gone=False):
         share_prompts=config.model.share_prompts,
     )
     groups = saved_groups() if change is None else change(saved_groups(), gone)
-    metrics = learner.update(groups[own_shard(len(groups))])
-    return metrics, {name: tensor.numpy().copy() for name, tensor in policy.named_weights()}
+    return policy, learner.update(groups[own_shard(len(groups))])
 
 
 GRPO = {
@@ -165,7 +175,7 @@ def large_embedding(tmp_path_factory):
 def test_the_gradient_norm_of_a_large_embedding_is_that_of_one_process(ranks, large_embedding):
     """A norm that loses digits with a tensor's size differs where the tensor is cut."""
     [expected], *cut = (
-        [metrics for metrics, _ in ranks.run(learn, large_embedding, tp, pp, 1024, {}, world=tp * pp, tp=tp, pp=pp)]
+        ranks.run(metrics_of, large_embedding, tp, pp, 1024, {}, world=tp * pp, tp=tp, pp=pp)
         for tp, pp in ((1, 1), (1, 2), (3, 1))
     )
     for metrics in (metrics for answers in cut for metrics in answers):

