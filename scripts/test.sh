@@ -41,9 +41,9 @@ status=0
 run_tests() {
     python -m pytest --session-timeout="$SESSION_TIMEOUT_S" --durations=10 --durations-min=1 "$@"
 }
-beside() { # the others' gaps: the tests on Slurm mostly wait, and unit tests take one core
+beside() { # in the others' gaps: the tests on Slurm mostly wait, and these take about half of the time
     local failed=0
-    run_tests -m "slurm or unit" || failed=$?
+    run_tests -m "slurm or unit or peers" || failed=$?
     echo "test.sh: the tests of numbers again, by narrower instructions"
     ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 run_tests -m exact || failed=$?
     return "$failed"
@@ -53,7 +53,7 @@ if (($#)); then
 else
     beside >"$said_beside" 2>&1 &
     beside=$!
-    run_tests -m "not slurm and not unit" || status=$?
+    run_tests -m "not slurm and not unit and not peers" || status=$?
     wait "$beside" || status=$?
     cat "$said_beside"
 fi

@@ -14,6 +14,7 @@ All of it is written by the run's owner; the ranks only read.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from nemo_aapo.config.command_line import FROZEN
 from nemo_aapo.errors import RunError
 from nemo_aapo.utils.files import fitting, read_json, to_json, write_atomic
 from nemo_aapo.utils.token import make_token
+
+_JOB = re.compile(r"\d+(_\d+)?")  # a job's number, and in an array the task's
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ def read_jobs(paths: RunPaths) -> list[dict[str, Any]]:
 def _as_jobs(tree: Any) -> list[dict[str, Any]]:
     jobs: list[dict[str, Any]] = fitting(tree, list)
     for job in jobs:
-        if not fitting(job["id"], str).isdigit():
+        if not _JOB.fullmatch(fitting(job["id"], str)):
             raise ValueError(f"{job['id']!r} is no number of a job")
     return jobs
 
