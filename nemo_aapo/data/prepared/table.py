@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
+import mmap
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -22,6 +24,9 @@ MADE_OF = b"nemo_aapo"
 """Key of the schema's metadata under which the file says how it came about, as JSON."""
 FORMAT = 1
 """Number of the columns' layout; part of every key."""
+_READS = 32
+"""Prompts that are read between two times that touched pages are let go; they hold at most some 60 MiB."""
+_reads = itertools.count(1)
 
 
 def row_schema() -> Any:
@@ -59,7 +64,23 @@ def open_table(path: Path) -> Any:
     """
     import pyarrow as pa
 
-    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    return pa.ipc.open_file(pa.BufferReader(pa.py_buffer(_mapped(path)))).read_all()
+
+
+@functools.lru_cache(maxsize=8)
+def _mapped(path: Path) -> mmap.mmap:
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _let_go_of_pages(path: Path) -> None:
+    """Count a prompt that was read, and now and then take the touched pages out of this process.
+
+    The kernel maps some hundred kilobytes around each prompt, which would add up to the whole file. They stay in its
+    cache as long as there is room, for all ranks of the node.
+    """
+    if next(_reads) % _READS == 0:
+        _mapped(path).madvise(mmap.MADV_DONTNEED)
 
 
 def is_whole(path: Path) -> bool:
@@ -113,9 +134,9 @@ class PreparedPrompts(_Rows, Sequence[Prompt]):
         table, row = self._table, int(self.rows[index])
         place = f"{self.sources[table['source'][row].as_py()]}:{table['number'][row].as_py()}"
         tokens = table["token_ids"][row].values.to_numpy().copy()  # an array of its own, which torch may write to
-        return Prompt(
-            table["id"][row].as_py().hex(), tokens, table["text"][row].as_py(), table["answer"][row].as_py(), place
-        )
+        name, text, answer = (table[column][row].as_py() for column in ("id", "text", "answer"))
+        _let_go_of_pages(self.path)
+        return Prompt(name.hex(), tokens, text, answer, place)
 
     def take(self, rows: range | np.ndarray) -> PreparedPrompts:
         """Those of these rows of the file."""
