@@ -13,15 +13,13 @@ from nemo_aapo.config.sources import AnswerForm, Source
 from nemo_aapo.data.prepared.answers import AnswerCheck, VerifyAnswer
 from nemo_aapo.data.records import Record, read_records
 from nemo_aapo.errors import DataError
-from nemo_aapo.text.answer import find_answer
+from nemo_aapo.text.answer import find_answer, is_missing
 from nemo_aapo.utils.text import shorten
 
 TRAIN_SPLITS = ("train",)
 HELD_OUT_SPLITS = ("test", "validation")
 _GOLD_MARK = "####"
 _THOUSANDS_COMMA = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
-_MISSING_VALUES = {"nan", "null", "none", "n/a", "#n/a", "<na>", "nat", "inf", "infinity"}
-"""What programs write where there is no value, or none that is a number."""
 _EXACT = 2**53
 """From here on a float does not hold every whole number."""
 _ROLES = {"human": "user", "gpt": "assistant"}
@@ -202,7 +200,7 @@ def answer_text(value: Any, name: str) -> str:
 
 def _refuse_missing(text: str, what: str) -> None:
     bare = text.strip()
-    if bare.lower().lstrip("+-") in _MISSING_VALUES or bare == "NA":
+    if is_missing(bare):
         raise DataError(f"no {what}: {bare!r} stands for a missing value")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,12 +28,12 @@ from nemo_aapo.training.build import (
     build_scorer,
     initialize,
     sampling_of,
+    stop_or_limit,
     with_first_ranks_date,
 )
 from nemo_aapo.training.build_reference import reference_key
 from nemo_aapo.training.read_data import read_data
 from nemo_aapo.types import Prompt
-from nemo_aapo.utils.clock import seconds_since_start
 
 INCOMPLETE = 1
 """Exit code where rewards are missing."""
@@ -72,8 +71,7 @@ def fill(job: Job, shard: Shard | None = None) -> int:
             prompts = needed_prompts(pipeline.data, pipeline.sampler, job.config.trainer.max_steps)
             if shard:
                 prompts = _not_in(store, reference.key, shard.select(prompts), samples)
-            limit = job.config.checkpoint.max_time_s or math.inf
-            stops = lambda: stop.requested or seconds_since_start() > limit  # noqa: E731
+            stops = stop_or_limit(job.config, lambda: stop.requested)
             complete = reference.prepare(prompts, pipeline.reference_served, screen.progress, stops)
             what = f"{len(prompts)} prompts x {samples} reference rewards"
             screen.note(f"{own}: {what}" if complete else f"{own}: stopped; the same command goes on from there")

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from nemo_aapo.models import reader
+from nemo_aapo.models.weights import FLOATS
 from nemo_aapo.utils.buckets import tensor_buckets
 from nemo_aapo.utils.safetensors import INDEX, WEIGHTS, has_weights, tensor_headers
 
@@ -35,7 +37,7 @@ COMPANION_FILES = (
 """Files that an exported model takes over from its base model, as patterns; code may be its tokenizer's."""
 OF_QUANTIZED_WEIGHTS = ("quantization_config", "compression_config")
 """Keys of ``config.json`` that are not true of weights that are written here."""
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPES = {name: reader.DTYPES[name] for name in FLOATS}
 """The dtypes that weights may have, by the names of safetensors."""
 
 

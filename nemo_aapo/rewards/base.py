@@ -47,7 +47,7 @@ class Reward(Protocol):
 
         Args:
             prompt: with the gold answer.
-            text: the completion decoded, without special tokens.
+            text: the completion decoded, without padding and the token that ended it.
             completion: its tokens, and how it ended.
         """
         ...

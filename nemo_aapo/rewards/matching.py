@@ -16,8 +16,7 @@ from nemo_aapo.rewards.verdict import RULES
 from nemo_aapo.rewards.verdict.numbers import read_number
 from nemo_aapo.rewards.verdict.text import clean, whole_text
 from nemo_aapo.rewards.verdict.units import split_unit
-from nemo_aapo.rewards.verdict.words import is_missing
-from nemo_aapo.text.answer import LONGEST, TAIL, find_answer, tagged
+from nemo_aapo.text.answer import LONGEST, TAIL, find_answer, is_missing, tagged
 from nemo_aapo.types import Completion, Prompt
 
 # A minus is a sign unless it stands behind an operand: "7-3" holds 7 and 3, "= -3" holds -3.

@@ -14,8 +14,7 @@ from nemo_aapo.rewards.verdict import RULES
 from nemo_aapo.rewards.verdict.compare import same_answer
 from nemo_aapo.rewards.verdict.mathematics import math_verify
 from nemo_aapo.rewards.verdict.reading import Formula, Reading, Words, read
-from nemo_aapo.rewards.verdict.words import is_missing
-from nemo_aapo.text.answer import find_answer
+from nemo_aapo.text.answer import find_answer, is_missing
 from nemo_aapo.types import Completion, Prompt
 
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")  # of which a sentence in the answer tags has several

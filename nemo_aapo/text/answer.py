@@ -19,6 +19,9 @@ OPENING_TAG, CLOSING_TAG = "<answer>", "</answer>"
 END_OF_THOUGHT = "</think>"
 """Without a box and answer tags the answer stands behind it, if it is there."""
 
+MISSING = frozenset({"nan", "inf", "infinity", "none", "null", "n/a", "#n/a", "<na>", "nat"})
+"""What programs write, in any case and with either sign, where there is no answer."""
+
 _BOXES = ("\\boxed", "\\fbox")
 # TeX also boxes what follows without braces. Any other \boxed is mentioned, not opened: "put it in \boxed form".
 _BRACED = re.compile(r"\s*\{")
@@ -124,3 +127,9 @@ def closing_brace(text: str) -> int | None:
         if depth == 0:
             return brace.start()
     return None
+
+
+def is_missing(answer: str) -> bool:
+    """Whether a gold answer is what a program wrote for a missing value, such as nan or None."""
+    bare = answer.strip()
+    return bare.lstrip("+-").casefold() in MISSING or bare == "NA"

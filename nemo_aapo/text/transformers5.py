@@ -15,6 +15,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_aapo.text.files import TOKENIZER_CONFIG, read_settings
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
@@ -81,7 +83,7 @@ def readable_directory(directory: Path) -> Iterator[Path]:
 
     That is the directory itself, or one of links to its files with a ``config.json`` of its own, which is there inside.
     """
-    config = _read(directory / "config.json")
+    config = read_settings(directory / "config.json")
     if not translation(config):
         yield directory
         return
@@ -99,7 +101,7 @@ def readable_directory(directory: Path) -> Iterator[Path]:
 
 def tokenizer_class(directory: Path) -> Any:
     """What of transformers loads the directory's tokenizer."""
-    if _read(directory / "tokenizer_config.json").get("tokenizer_class") == BACKEND:
+    if read_settings(directory / TOKENIZER_CONFIG).get("tokenizer_class") == BACKEND:
         from nemo_aapo.text.tokenizers_backend import TokenizersBackend
 
         return TokenizersBackend
@@ -114,7 +116,7 @@ def tokenizer_arguments(directory: Path) -> dict[str, Any]:
     transformers 4.57.3 to 4.57.6 warn of an "incorrect regex pattern" with every model that such a version has saved,
     and advise ``fix_mistral_regex=True``, which gives other tokens. Of models that are not Mistral's it is not true.
     """
-    settings, config = _read(directory / "tokenizer_config.json"), _read(directory / "config.json")
+    settings, config = read_settings(directory / TOKENIZER_CONFIG), read_settings(directory / "config.json")
     told: dict[str, Any] = {}
     extra = settings.get("extra_special_tokens")
     if isinstance(extra, list):
@@ -127,22 +129,13 @@ def tokenizer_arguments(directory: Path) -> dict[str, Any]:
     return told
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is none, which transformers will complain about if it needs it."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 # ---------------------------------------------------------------- for people
 
 
 def said(directory: Path) -> str:
     """A phrase on what of a model directory is read otherwise than it is written; empty if nothing is."""
-    words = [f"{key}={value}" for key, value in translation(_read(directory / "config.json")).items()]
-    settings = _read(directory / "tokenizer_config.json")
+    words = [f"{key}={value}" for key, value in translation(read_settings(directory / "config.json")).items()]
+    settings = read_settings(directory / TOKENIZER_CONFIG)
     words += ["tokenizer_class=PreTrainedTokenizerFast"] if settings.get("tokenizer_class") == BACKEND else []
     words += ["additional_special_tokens"] if isinstance(settings.get("extra_special_tokens"), list) else []
     return f"; written by transformers 5 and read with {', '.join(words)}" if words else ""

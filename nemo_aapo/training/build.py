@@ -270,7 +270,11 @@ def _validator(
 
 def stop_of(config: Config, reporter: Notes) -> Callable[[], bool]:
     """Whether something long is to be broken off: as asked from outside, or as the time is over."""
-    asked = reporter.stop_requested if isinstance(reporter, Reporter) else bool
+    return stop_or_limit(config, reporter.stop_requested if isinstance(reporter, Reporter) else bool)
+
+
+def stop_or_limit(config: Config, asked: Callable[[], bool]) -> Callable[[], bool]:
+    """The same, of who is asked by other means than a reporter."""
     limit = config.checkpoint.max_time_s or math.inf
     return lambda: asked() or seconds_since_start() > limit
 

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import pickle
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from nemo_aapo.data import loading
 from nemo_aapo.data.loading import build_sampler, load_data
 from nemo_aapo.data.prepared import cache, making
 from nemo_aapo.data.prepared.answers import AnswerCheck
-from nemo_aapo.data.prepared.table import PreparedPrompts, copied_to
+from nemo_aapo.data.prepared.table import PreparedPrompts, copied_to, prompt_schema
 from nemo_aapo.errors import DataError, RunError
 from nemo_aapo.rewards import REWARDS, build_reward
 from nemo_aapo.utils.text import TimeLeft
@@ -157,6 +158,8 @@ def test_what_the_prompts_depend_on_is_in_their_key(write, tokenizer, monkeypatc
         key(data__prompt_template="{question}!"),
         key(data__answer_form="boxed"),
         key(data__on_bad_line="skip"),
+        key(data__date="2026-01-01"),
+        key(data__template_arguments={"enable_thinking": False}),
         key(data__answer_field="question"),
         *(key(AnswerCheck(pytest.fail, definition=[{"name": name}])) for name in "ab"),
     ]
@@ -323,3 +326,24 @@ def test_a_reward_that_takes_integers_unasked_takes_them_when_it_is_asked():
     for reward in rewards:
         for answer in whole:
             reward.check_answer(answer)
+
+
+def test_prompts_that_were_read_do_not_stay_in_memory(tmp_path):
+    """The file is larger than what a rank may hold of it: each page that is touched would stay for ever."""
+    import pyarrow as pa
+
+    text = "x" * 4096
+    rows = [(n.to_bytes(16, "little"), 0, n, [n], text, str(n), text) for n in range(4000)]  # 32 MiB
+    columns = [pa.array(c, type=f.type) for c, f in zip(zip(*rows, strict=True), prompt_schema(), strict=True)]
+    path = tmp_path / "prompts.arrow"
+    with pa.ipc.new_file(str(path), prompt_schema()) as writer:
+        writer.write_table(pa.table(columns, schema=prompt_schema()), max_chunksize=500)
+    prompts = PreparedPrompts(path, range(len(rows)), ("source",))
+    order = random.Random(1).sample(range(len(rows)), len(rows))
+    assert [prompts[n].source for n in order] == [f"source:{n}" for n in order]
+    [resident] = [
+        int(re.search(r"^Rss: +(\d+) kB", mapping, re.MULTILINE)[1])
+        for mapping in re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text())
+        if mapping.partition("\n")[0].endswith(str(path))
+    ]
+    assert resident < path.stat().st_size / 1024 / 8

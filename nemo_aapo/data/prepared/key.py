@@ -21,8 +21,6 @@ _BLOCK = 1 << 20
 _FIELDS = ("prompt_field", "answer_field", "answer_form", "subset", "split")
 _CODE = ("data", "rewards", "text")
 """Parts of the package whose code decides what becomes of a row."""
-_DATE = "strftime_now"
-"""What chat templates call for the date."""
 _LIBRARIES = ("transformers", "tokenizers", "jinja2")
 
 
@@ -76,15 +74,11 @@ def key_of_prompts(
         settings: how rows are rendered (``rendering``), and what is refused or left out.
         rewards: definitions of those that gold answers are checked by.
     """
-    rendering = dict(settings["rendering"])
-    if _DATE not in repr(tokenizer.chat_template):
-        rendering.pop("date", None)  # or prompts would be prepared anew each day
     data = [
         [digest_of_files(files_of(source, default_splits)), *(getattr(source, name) for name in _FIELDS)]
         for source in sources
     ]
-    settings = {**settings, "rendering": rendering}
-    parts = [data, list(default_splits), digest_of_tokenizer(tokenizer), settings, rewards]
+    parts = [data, list(default_splits), digest_of_tokenizer(tokenizer), dict(settings), rewards]
     return key_of([FORMAT, digest_of_code(), *parts])
 
 

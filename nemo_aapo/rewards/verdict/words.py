@@ -5,19 +5,11 @@ from __future__ import annotations
 import re
 import unicodedata
 
-MISSING = frozenset({"nan", "inf", "infinity", "none", "null", "n/a", "#n/a", "<na>", "nat"})
-"""What programs write, in any case and with either sign, where there is no answer."""
-
 _SHORT_WORDS = frozenset({"no", "on"})
 _LETTERS_OF_VARIABLES = frozenset("abcdxyz")
 _MOST_WORDS = 8
 _MATHEMATICS = re.compile(r"[\\^_=<>{}+*|&$@#\[\]~]|\d\s*[-/]|[-/]\s*\d")
 _LETTERS = re.compile(r"[^\W\d_]+")
-
-
-def is_missing(answer: str) -> bool:
-    """Whether a gold answer is what a program wrote for a missing value, such as nan or None."""
-    return answer.strip().lstrip("+-").casefold() in MISSING
 
 
 def is_word(letters: str) -> bool:
