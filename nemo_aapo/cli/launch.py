@@ -35,6 +35,7 @@ from nemo_aapo.launch.world import World, of_launcher
 from nemo_aapo.prepare import Job, prepare, prepare_fill
 from nemo_aapo.prepare.evaluation import EvaluationJob, prepare_evaluation
 from nemo_aapo.prepare.job import settings_of
+from nemo_aapo.run.names import STORE
 
 FOLLOW_S = 1.0
 ASK_SLURM_S = 10.0
@@ -157,8 +158,8 @@ def _prepare_point(point: sweep.Point, given: CommandLine, name: str, directory:
     try:
         command = point.command(given, name, directory, None)
         config, _ = settings_of(command)
-        if config.algorithm.reference_store == f"{config.run.dir}/{sweep.STORE}":  # a run's own, and not asked for
-            command = point.command(given, name, directory, str(directory / sweep.STORE))
+        if config.algorithm.reference_store == f"{config.run.dir}/{STORE}":  # a run's own, and not asked for
+            command = point.command(given, name, directory, str(directory / STORE))
         return command, prepare(command, of_launcher)
     except ConfigError as error:
         raise ConfigError(f"{point.name}: {error}") from None

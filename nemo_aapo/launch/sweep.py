@@ -33,7 +33,6 @@ from nemo_aapo.utils.files import FINISHED, write_atomic
 POLL_S = 0.2
 NAMED = 40
 """A value's part of a name is no longer than this."""
-STORE = "reference_rewards.sqlite"
 RUNS = "runs.txt"
 """The directories of an array's tasks, one a line."""
 

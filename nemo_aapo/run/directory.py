@@ -30,7 +30,7 @@ from nemo_aapo.config import (
 )
 from nemo_aapo.errors import ConfigError
 from nemo_aapo.run.identity import identity_of, reference_of
-from nemo_aapo.run.names import newest_step
+from nemo_aapo.run.names import STORE, newest_step
 from nemo_aapo.utils.files import LOCK, fitting, read_json, to_json, write_atomic
 
 RECORD = "run.json"
@@ -208,7 +208,7 @@ def _has_begun(directory: Path) -> bool:
     return (
         (metrics.exists() and metrics.stat().st_size > 0)
         or (checkpoints.is_dir() and any(checkpoints.iterdir()))
-        or (directory / "reference_rewards.sqlite").exists()
+        or (directory / STORE).exists()
     )
 
 

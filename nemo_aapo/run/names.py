@@ -9,6 +9,8 @@ PHASE = "phase.json"
 """Name of the file that says what the run is at while it makes no step."""
 CHECKPOINTS = "checkpoints"
 """Name of the directory that holds a run's checkpoints."""
+STORE = "reference_rewards.sqlite"
+"""Name of the file with a run's reference rewards, or with those of all runs of a sweep."""
 
 
 def step_name(step: int) -> str:

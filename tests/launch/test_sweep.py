@@ -18,6 +18,7 @@ from nemo_aapo.errors import ConfigError
 from nemo_aapo.launch import sweep
 from nemo_aapo.launch.slurm.script import Site
 from nemo_aapo.launch.sweep import points
+from nemo_aapo.run.names import STORE
 
 
 @pytest.mark.parametrize(
@@ -58,7 +59,7 @@ def test_what_is_no_sweep_is_refused(words):
 def test_a_run_is_what_its_command_alone_would_start_with_the_sweeps_store(tmp_path):
     given = read_command_line(["model.path=/m", "data.train=/t", "data.validation=/v", "seed=1,2"])
     directory = tmp_path / "it's, a \\ sweep"
-    command = points(given.overrides)[1].command(given, "lr", directory, str(directory / sweep.STORE))
+    command = points(given.overrides)[1].command(given, "lr", directory, str(directory / STORE))
     config = parse(compose(command))
     assert (config.seed, config.run.name, config.run.dir) == (2, "lr-seed-2", str(directory / "seed-2"))
     assert config.algorithm.reference_store == str(directory / "reference_rewards.sqlite")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
-import multiprocessing
 import os
 import shutil
 import signal
@@ -16,38 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nemo_aapo.errors import ConfigError, StoreError
-from nemo_aapo.reference_store.key import store_key
-from nemo_aapo.reference_store.shards import Shard, merge_shards, shard_files
-from nemo_aapo.reference_store.store import RewardStore, is_complete, other_rewards, padded
-from nemo_aapo.rewards import build_reward
-from nemo_aapo.rewards.definition import reward_definition
-from nemo_aapo.rewards.workers.runner import RewardRunner
-from nemo_aapo.types import Prompt, SamplingSpec
-
-SAMPLING = SamplingSpec(1.0, 8, (1,))
-REWARDS = [{"name": "integer", "weight": 1.0}]
-FORK = multiprocessing.get_context("fork")
-
-
-def key(model="m", sampling=SAMPLING, rewards=REWARDS, seed=1):
-    return store_key(model, sampling, rewards, seed)
-
-
-def open_store(path, the_key=None, **more):
-    return contextlib.closing(RewardStore(path, the_key or key(), **more))
-
-
-def values(count, start=0.0):
-    """Rewards [4] of some prompts, all different and none of them a short binary fraction."""
-    return {f"p{i}": (np.arange(4) + i) / 7 + start for i in range(count)}
-
-
-def same(found, expected):
-    return found.keys() == expected.keys() and all(
-        np.array_equal(found[p], expected[p], equal_nan=True) for p in expected
-    )
-
+from nemo_aapo.errors import StoreError
+from nemo_aapo.reference_store.store import RewardStore, is_complete, padded
+from tests.reference_store.stores import FORK, key, open_store, same, values
 
 # ---------------------------------------------------------------- values
 
@@ -245,138 +214,3 @@ def test_a_write_ahead_log_that_somebody_switched_on_is_switched_off(tmp_path):
     with open_store(tmp_path / "s.sqlite") as store:
         assert store._db.execute("PRAGMA journal_mode").fetchone() == ("delete",)
         assert same(store.read(["p0"], 4), values(1))
-
-
-# ---------------------------------------------------------------- keys
-
-
-def definition(*entries):
-    rewards = [(build_reward({k: v for k, v in e.items() if k != "weight"}), e.get("weight", 1.0)) for e in entries]
-    return WithoutWorkers(rewards).definition()
-
-
-class WithoutWorkers(RewardRunner):
-    """Rewards that want workers, without starting any: only their definition is asked for."""
-
-    def __init__(self, rewards):
-        self._rewards, self._weights = [r for r, _ in rewards], [w for _, w in rewards]
-
-
-def test_every_part_of_the_key_decides_and_is_named(tmp_path, monkeypatch):
-    source = tmp_path / "mine.py"
-    source.write_text("def score(prompt, completion, answer, **info):\n    return 1.0\n")
-    custom = {"name": "custom", "function": f"{source}:score"}
-    accuracy, cosine = {"name": "accuracy"}, {"name": "cosine", "max_tokens": 8}
-    base = key(rewards=definition(accuracy, cosine, custom))
-    moved = tmp_path / "moved.py"
-    shutil.copy(source, moved)
-    assert key(rewards=definition(accuracy, cosine, {**custom, "function": f"{moved}:score"})) == base
-    changed = {
-        "model": key("n", rewards=base.parts["rewards"]),
-        "seed": key(rewards=base.parts["rewards"], seed=2),
-        "sampling.temperature": key(sampling=SamplingSpec(0.7, 8, (1,)), rewards=base.parts["rewards"]),
-        "sampling.stop_token_ids": key(sampling=SamplingSpec(1.0, 8, (2,)), rewards=base.parts["rewards"]),
-        "rewards[accuracy].weight": key(rewards=definition({**accuracy, "weight": 2.0}, cosine, custom)),
-        "rewards[cosine].max_tokens": key(rewards=definition(accuracy, {**cosine, "max_tokens": 9}, custom)),
-    }
-    source.write_text("def score(prompt, completion, answer, **info):\n    return 2.0\n")
-    changed["rewards[score].source"] = key(rewards=definition(accuracy, cosine, custom))
-    for name, other in changed.items():
-        assert other.digest != base.digest, name
-        (difference,) = other.differences(base.parts)
-        assert difference.startswith(f"{name}: "), difference
-        assert " there, " in difference
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "9.9")
-    updated = key(rewards=definition(accuracy, cosine, custom)).differences(changed["rewards[score].source"].parts)
-    assert {name.split(": ")[0] for name in updated} == {
-        f"rewards[{reward}].{library}"
-        for reward in ("accuracy", "cosine")
-        for library in ("math-verify", "latex2sympy2_extended")
-    }
-
-
-def test_a_custom_function_is_defined_by_its_text_wherever_it_is_found_and_is_not_imported(tmp_path, monkeypatch):
-    package = tmp_path / "their" / "rewards"
-    package.mkdir(parents=True)
-    for folder in (package, package.parent):
-        (folder / "__init__.py").write_text("raise SystemExit('imported')\n")
-    (package / "mine.py").write_text("raise SystemExit('imported')\n")
-    monkeypatch.chdir(tmp_path)
-    by_module = reward_definition(build_reward({"name": "custom", "function": "their.rewards.mine:score"}))
-    by_file = reward_definition(build_reward({"name": "custom", "function": f"{package}/mine.py:score"}))
-    assert by_module == by_file
-    assert len(by_module["source"]) == 16
-    nowhere = reward_definition(build_reward({"name": "custom", "function": "their.rewards.nothing:score"}))
-    assert nowhere["source"] is None
-
-
-class OwnReward:
-    kind = name = "own"
-
-    def __call__(self, prompt, text, completion):
-        return 0.5
-
-
-def test_a_reward_of_ones_own_class_is_defined_by_its_source():
-    class Other(OwnReward): ...
-
-    assert reward_definition(OwnReward())["source"] != reward_definition(Other())["source"]
-
-
-def test_a_named_store_with_other_rewards_only_is_refused_and_the_difference_named(tmp_path):
-    path = tmp_path / "s.sqlite"
-    with open_store(path) as store:
-        assert other_rewards(store, own=False) == ""  # empty: there is nothing to mistake
-        store.write(values(1))
-        assert other_rewards(store, own=False) == ""
-    with open_store(path, key("base-2", seed=2)) as store:
-        with pytest.raises(ConfigError, match=r'(?s)none for this run.*model: "m" there, "base-2" here.*seed: 1.*name'):
-            other_rewards(store, own=False)
-        assert 'model: "m" there' in other_rewards(store, own=True)
-    with open_store(path, key(seed=2)) as store:
-        assert "seed: 1 there, 2 here" in other_rewards(store, own=False)  # a sweep over seeds may share a file
-        store.write(values(1))
-        assert other_rewards(store, own=False) == ""
-
-
-# ---------------------------------------------------------------- shards
-
-
-def prompts(count):
-    return [Prompt(f"p{i}", np.array([5], np.int32), "", "", "") for i in range(count)]
-
-
-def test_shards_are_disjoint_whole_and_named_by_their_numbers():
-    shards = [Shard(i, 3) for i in range(3)]
-    parts = [[prompt.id for prompt in shard.select(prompts(10))] for shard in shards]
-    assert sorted(name for part in parts for name in part) == sorted(f"p{i}" for i in range(10))
-    assert {len(part) for part in parts} == {3, 4}
-    assert shards[2].path("a/s.sqlite") == Path("a/s.shard-0002-of-0003.sqlite")
-    for index, count, message in ((3, 3, "between 0 and 2"), (-1, 3, "between 0 and 2"), (0, 0, "at least 1")):
-        with pytest.raises(ConfigError, match=message):
-            Shard(index, count)
-
-
-def test_a_merge_takes_every_shard_once_and_refuses_one_of_another_key_before_it_copies_anything(tmp_path):
-    path = tmp_path / "s.sqlite"
-    with pytest.raises(StoreError, match="no shards beside it"):
-        merge_shards(path, key())
-    (tmp_path / "s.sqlite.shard-note").touch()  # not one of ours
-    for index in range(2):
-        with open_store(Shard(index, 3).path(path)) as shard:
-            shard.write({prompt.id: values(10)[prompt.id] for prompt in Shard(index, 3).select(prompts(10))})
-    assert list(merge_shards(path, key()).values()) == [4, 3]
-    with open_store(Shard(2, 3).path(path), key("other")) as shard:
-        shard.write(values(1))
-    path.unlink()
-    with pytest.raises(StoreError, match=r's\.shard-0002-of-0003\.sqlite: was filled for.*model: "other" there'):
-        merge_shards(path, key())
-    assert not path.exists()
-    Shard(2, 3).path(path).unlink()
-    with open_store(Shard(2, 3).path(path)) as shard:
-        shard.write({prompt.id: values(10)[prompt.id] for prompt in Shard(2, 3).select(prompts(10))})
-    assert len(shard_files(path)) == 3
-    for _ in range(2):
-        assert list(merge_shards(path, key()).values()) == [4, 3, 3]
-        with open_store(path, create=False) as store:
-            assert same(store.read([f"p{i}" for i in range(10)], 4), values(10))

@@ -14,7 +14,7 @@ from nemo_aapo.rewards import build_reward
 from nemo_aapo.rewards.base import score_parts
 from nemo_aapo.rewards.workers import pool
 from nemo_aapo.rewards.workers.runner import RewardRunner
-from tests.rewards.test_rewards import completion, prompt
+from tests.rewards.judging import completion, prompt
 
 pytestmark = pytest.mark.slow
 LIMIT_S = 60.0

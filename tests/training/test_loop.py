@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
-import numpy as np
 import pytest
 
-from nemo_aapo.algorithms import Algorithm
 from nemo_aapo.config.compose import load_config
 from nemo_aapo.distributed import parallel
 from nemo_aapo.errors import CheckpointError, Interrupted, LostRankError, NonFiniteError, ParityError
-from nemo_aapo.training.trainer import AAPOTrainer
-from nemo_aapo.types import Completion, Group, Prompt
-
-STEPS = 5
-AGREE = {"parity/mult_prob_error": 1.0, "parity/gen_kl": 0.0}
-APART = {"parity/mult_prob_error": 9.0, "parity/gen_kl": 9.0}
+from tests.training.fakes import (
+    APART,
+    STEPS,
+    fails_with,
+    happen,
+    make,
+)
 
 
 @pytest.fixture(scope="module")
@@ -37,199 +35,6 @@ def one_rank(monkeypatch):
     monkeypatch.setattr(parallel, "data_parallel_size", lambda: 1)
     monkeypatch.setattr("torch.distributed.get_rank", lambda group=None: 0)
     monkeypatch.setattr("torch.distributed.get_world_size", lambda group=None: 1)
-
-
-class Journal(list):
-    """What happened, in order; at one place something else happens as well."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.at = self.then = None
-
-    def write(self, line: str) -> None:
-        self.append(line)
-        if line == self.at:
-            self.then()
-
-    def of(self, *verbs: str) -> list[str]:
-        return [line for line in self if line.split()[0] in verbs]
-
-
-class Policy:
-    def __init__(self) -> None:
-        self.version = 0
-
-
-class Rollouts:
-    """An engine with weights of its own, and a cursor: what a checkpoint has to bring back."""
-
-    def __init__(self, journal, policy, runs_ahead=False) -> None:
-        self.journal, self.policy, self.runs_ahead = journal, policy, runs_ahead
-        self.seconds, self.metrics = {"rollout": 0.0, "refit": 0.0}, {"rollout/idle_fraction": 0.0}
-        self.served = self.cursor = 0
-        self.ahead = None  # (step, version) of what is under way
-
-    def fill_reference(self, step, report, stop_requested):
-        self.journal.write(f"fill {step}")
-        report(1, 2)
-        return not stop_requested()
-
-    def generate(self, step):
-        assert self.ahead is None or self.ahead[0] == step
-        if self.ahead is None:
-            assert self.served == self.policy.version, "stale weights in the engine"
-        version = self.served if self.ahead is None else self.ahead[1]
-        self.ahead, self.cursor = None, step + 1
-        self.journal.write(f"generate {step} by {version}")
-        return groups(version)
-
-    def begin(self, step):
-        if step < STEPS:
-            self.ahead = step, self.served
-            self.journal.write(f"begin {step} by {self.served}")
-
-    def settle(self):
-        self.journal.write("settle")
-
-    def refit(self):
-        if self.served != self.policy.version:
-            self.served = self.policy.version
-            self.journal.write(f"refit to {self.served}")
-
-    def epochs(self, step):
-        return float(step)
-
-    def state_dict(self):
-        return {"sampler": self.cursor, "reference": None, "completion_lengths": {}}
-
-    def load_state_dict(self, state):
-        self.cursor = state["sampler"]
-
-    def pending_files(self):
-        return {"pending": repr(self.ahead).encode()} if self.ahead else {}
-
-    def load_pending(self, checkpoint, step):
-        self.journal.write(f"pending of {checkpoint.name}")
-
-
-class Learner:
-    def __init__(self, journal, policy) -> None:
-        self.journal, self.policy = journal, policy
-        self.agrees, self.later = AGREE, AGREE
-
-    def parity(self, groups):
-        self.journal.write("parity")
-        return self.agrees
-
-    def update(self, groups):
-        assert all(group.advantages is not None for group in groups)
-        self.journal.write(f"update {self.policy.version}")
-        self.policy.version += 1
-        return {"loss": 0.5, "kl": float("nan"), **self.later}
-
-
-class Validator:
-    prompts = ("one", "two")
-
-    def __init__(self, journal, policy) -> None:
-        self.journal, self.policy = journal, policy
-
-    def run(self):
-        self.journal.write(f"validate {self.policy.version}")
-        return {"validation/accuracy_greedy": 0.25}, []
-
-
-class Checkpoints:
-    """A disk that outlives the trainer."""
-
-    def __init__(self, journal, disk) -> None:
-        self.journal, self.disk, self.policy = journal, disk, None
-        self.seconds, self.resumed_from, self.broken = 0.0, None, False
-
-    def resume(self, policy, mode):
-        self.policy = policy
-        if not self.disk:
-            return None
-        state = self.disk[max(self.disk)]
-        policy.version, self.resumed_from = state["policy_version"], Path(f"step_{state['step']}")
-        return state
-
-    def save(self, step, policy, trainer_state, extra_files=None):
-        self.journal.write(f"save {step}")
-        self.disk[step] = {**trainer_state, "files": extra_files}
-
-    def failed(self):
-        return self.broken
-
-    def wait(self):
-        self.journal.write("wait")
-        if self.broken:
-            raise CheckpointError("no space left")
-
-    def close(self):
-        self.journal.write("close")
-
-
-class Reporter:
-    def __init__(self, journal) -> None:
-        self.journal, self.stop, self.saved, self.notes, self.metrics = journal, False, [], [], []
-
-    def begin(self, step):
-        self.journal.write(f"begin_at {step}")
-
-    def phase(self, name, done, total): ...
-
-    def note(self, text):
-        self.notes.append(text)
-
-    def log_step(self, step, metrics):
-        self.metrics.append(metrics)
-        self.journal.write(f"log {step}")
-
-    def log_validation(self, step, metrics, samples): ...
-
-    def save_rollouts(self, name, samples):
-        self.saved.append(name)
-
-    def stop_requested(self):
-        return self.stop
-
-
-def groups(version):
-    """Two prompts with one right completion each."""
-    completions = tuple(
-        Completion(np.array([3, 1], np.int32), np.zeros(2, np.float32), "stop", version) for _ in range(2)
-    )
-    rewards, nothing = np.array([1.0, 0.0]), np.zeros(2, bool)
-    prompts = [Prompt(name, np.array([5], np.int32), "", "", "") for name in "ab"]
-    return [Group(prompt, completions, ("", ""), rewards, {"r": rewards}, nothing) for prompt in prompts]
-
-
-def make(config, disk=None, runs_ahead=False):
-    """A trainer of fakes that share a journal."""
-    journal, policy = Journal(), Policy()
-    return AAPOTrainer(
-        config=config,
-        policy=policy,
-        rollouts=Rollouts(journal, policy, runs_ahead),
-        algorithm=Algorithm(config.algorithm, 4),
-        learner=Learner(journal, policy),
-        validator=Validator(journal, policy),
-        checkpoints=Checkpoints(journal, {} if disk is None else disk),
-        reporter=Reporter(journal),
-    )
-
-
-def happen(trainer, line, action):
-    """Have something happen when the journal comes to a line."""
-    trainer.reporter.journal.at, trainer.reporter.journal.then = line, action
-
-
-def fails_with(error):
-    def fail():
-        raise error
-
-    return fail
 
 
 # ---------------------------------------------------------------- a whole run
