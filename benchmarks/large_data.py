@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from nemo_aapo.config import load_config
+from nemo_aapo.config.compose import load_config
 from nemo_aapo.utils.tables import plain
 
 FEW = 1000

@@ -13,7 +13,9 @@ import pytest
 import nemo_aapo
 from tests.scripts import SCRIPTS, exit_code_and_heavy_imports
 
-PACKAGE = SCRIPTS.parent / "nemo_aapo"
+ROOT = SCRIPTS.parent
+PACKAGE = ROOT / "nemo_aapo"
+OURS = {"nemo_aapo", "tests", "benchmarks", "examples", "scripts"}
 LAYERS = (
     {"errors", "types", "seeds"},
     {"utils"},
@@ -158,3 +160,38 @@ def imported_modules(path: Path) -> Iterator[str]:
             for alias in node.names:
                 whole = f"{node.module}.{alias.name}"
                 yield whole if (PACKAGE.parent / whole.replace(".", "/")).with_suffix(".py").exists() else node.module
+
+
+def names_at_the_top(path: Path) -> set[str]:
+    """Every name that a module's own level may bind, by what it defines, assigns and imports."""
+    found: set[str] = set()
+    for statement in ast.parse(path.read_text()).body:
+        if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found.add(statement.name)
+            continue
+        for node in ast.walk(statement):
+            if isinstance(node, ast.Name):
+                found.add(node.id)
+            elif isinstance(node, ast.alias):
+                found.add((node.asname or node.name).split(".")[0])
+            elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+                found.add(node.name)
+    return found
+
+
+@pytest.mark.parametrize("folder", ["tests", "benchmarks", "examples", "scripts"])
+def test_what_a_function_imports_is_there(folder):
+    """mypy does not read these folders, and an import inside a function fails only when that function runs."""
+    missing = []
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.ImportFrom) or (node.module or "").split(".")[0] not in OURS:
+                continue
+            place = ROOT.joinpath(*node.module.split("."))
+            module = place.with_suffix(".py") if place.with_suffix(".py").exists() else place / "__init__.py"
+            known = names_at_the_top(module) if module.exists() else set()
+            known |= {entry.stem for entry in place.glob("*")} | set(
+                getattr(sys.modules.get(node.module), "_EXPORTS", ())
+            )
+            missing += [f"{path}:{node.lineno} {node.module}.{a.name}" for a in node.names if a.name not in known]
+    assert missing == []

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sqlite3
+from pathlib import Path
 
 from tests.training_runs import TIMES, Parity
 
@@ -70,3 +72,8 @@ def fit(trainer):
     drawn = counted(trainer)
     complete = trainer.fit()
     return complete, trainer.reporter.metrics, by_question(trainer.rollouts.reference._known, trainer), drawn
+
+
+def rows(store: Path):
+    with contextlib.closing(sqlite3.connect(store)) as db:
+        return db.execute("SELECT digest, prompt, sample, reward FROM rewards JOIN keys ON key = number").fetchall()

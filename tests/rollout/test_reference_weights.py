@@ -6,12 +6,11 @@ import contextlib
 import hashlib
 import io
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.rollout.reference_runs import SHORT, by_question, fit, with_trainer
+from tests.rollout.reference_runs import SHORT, by_question, fit, rows, with_trainer
 from tests.training_runs import make_input, settings
 
 
@@ -175,10 +174,3 @@ def job(overrides, what=None, shards=None):
         if what in ("merge", "status"):
             return getattr(reference_job, what)(resolved), out.getvalue()
         return reference_job.fill(resolved, None if shards is None else Shard(what, shards)), out.getvalue()
-
-
-def rows(store: Path):
-    import sqlite3
-
-    with contextlib.closing(sqlite3.connect(store)) as db:
-        return db.execute("SELECT digest, prompt, sample, reward FROM rewards JOIN keys ON key = number").fetchall()

@@ -15,6 +15,7 @@ from nemo_aapo.rewards.workers.runner import RewardRunner
 from nemo_aapo.rollout.unscored import IN_A_ROW, TOTAL, ScoringWatch, Tally
 from nemo_aapo.run.step_metrics import GroupNumbers, step_metrics
 from tests.pool import RankError
+from tests.rollout.reference_runs import Quiet, counted, rows
 from tests.training_runs import Parity, make_input, metrics, settings
 
 SHORT = ["trainer.max_steps=2", "trainer.val_check_interval=1", "checkpoint.save_interval=9", "export_hf_model=false"]
@@ -118,8 +119,6 @@ def folder(tmp_path_factory):
 
 
 def test_a_run_with_failed_scorings_is_the_same_on_one_rank_and_on_two(ranks, folder):
-    from tests.rollout.test_reference import rows
-
     lines, stored = [], []
     for world in (1, 2):
         directory = folder / f"shaky{world}"
@@ -141,8 +140,6 @@ def test_a_run_with_failed_scorings_is_the_same_on_one_rank_and_on_two(ranks, fo
 
 
 def test_a_second_process_samples_again_what_the_first_could_not_score(ranks, folder):
-    from tests.rollout.test_reference import rows
-
     words = settings(folder, folder / "again", *SHORT)
     ((filled, unscored),) = ranks.run(prepared, words, tp=None)
     assert filled[0] > 0
@@ -158,7 +155,6 @@ def prepared(overrides):
     from nemo_aapo import load_config
     from nemo_aapo.prepare.job import resolve
     from nemo_aapo.training.build import build_training, initialize
-    from tests.rollout.test_reference import Quiet, counted
 
     config = load_config(overrides)
     initialize(config)
