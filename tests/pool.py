@@ -36,6 +36,8 @@ class RankPool:
         world: int = 1,
         tp: int | None = 1,
         pp: int = 1,
+        ep: int = 1,
+        cp: int = 1,
         seed: int = 1,
         timeout_s: float = 120.0,
     ) -> list[Any]:
@@ -48,7 +50,7 @@ class RankPool:
         with tempfile.TemporaryDirectory() as folder:
             store = os.path.join(folder, "store")
             for rank, (_, pipe) in enumerate(self._workers[:world]):
-                pipe.send((function, args, rank, world, tp, pp, seed, store, timeout_s))
+                pipe.send((function, args, rank, world, tp, pp, ep, cp, seed, store, timeout_s))
             answers = self._collect(world, timeout_s)
         failures = [f"rank {rank}: {text}" for rank, (ok, text) in sorted(answers.items()) if not ok]
         if len(answers) < world or any("died with exit code" in text for text in failures):
@@ -116,7 +118,7 @@ def _serve(pipe: Any) -> None:
             pipe.send((False, traceback.format_exc()))
 
 
-def _call(function, args, rank, world, tp, pp, seed, store, timeout_s):
+def _call(function, args, rank, world, tp, pp, ep, cp, seed, store, timeout_s):
     import datetime
     import gc
 
@@ -135,7 +137,12 @@ def _call(function, args, rank, world, tp, pp, seed, store, timeout_s):
     try:
         if tp is not None:
             initialize_model_parallel(
-                tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, seed=seed, timeout_s=timeout_s
+                tensor_model_parallel_size=tp,
+                pipeline_model_parallel_size=pp,
+                expert_model_parallel_size=ep,
+                context_parallel_size=cp,
+                seed=seed,
+                timeout_s=timeout_s,
             )
         return function(*args)
     finally:

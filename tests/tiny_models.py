@@ -23,17 +23,19 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 1,
     "pad_token_id": 0,
 }
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
 
 
 def make_tiny_models(folder: Path) -> dict[str, Path]:
-    """Qwen2 (tied and untied), Qwen3 and Llama, each in a directory of its own."""
-    from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+    """Qwen2 (tied and untied), Qwen3, its mixture of experts, and Llama, each in a directory of its own."""
+    from transformers import LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
     made = {}
     for name, config in {
         "qwen2": Qwen2Config(**SIZES, tie_word_embeddings=False),
         "qwen2_tied": Qwen2Config(**SIZES, tie_word_embeddings=True),
         "qwen3": Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True),
+        "qwen3_moe": Qwen3MoeConfig(**SIZES, **EXPERTS, head_dim=16, tie_word_embeddings=False),
         "llama": LlamaConfig(**SIZES, tie_word_embeddings=False),
     }.items():
         made[name] = folder / name

@@ -10,13 +10,14 @@ from nemo_aapo.config.decisive import END_TOKENS, Identity, decisive_settings, d
 from nemo_aapo.config.parse import check_overrides, parse, parse_evaluation
 from nemo_aapo.config.precision import PRECISIONS, PrecisionKind, kind_of, pad_multiple, with_machine_defaults
 from nemo_aapo.config.schema import Config, EvaluationConfig
-from nemo_aapo.config.sizes import ModelShape, Sizes, derive
+from nemo_aapo.config.sizes import Experts, ModelShape, Sizes, derive
 
 __all__ = [
     "END_TOKENS",
     "PRECISIONS",
     "Config",
     "EvaluationConfig",
+    "Experts",
     "Identity",
     "ModelShape",
     "PrecisionKind",

@@ -10,6 +10,17 @@ from nemo_aapo.errors import ConfigError
 
 
 @dataclass(frozen=True)
+class Experts:
+    """Of a feed-forward layer that is a choice of experts."""
+
+    count: int
+    per_token: int
+    """How many of them a token is sent to."""
+    ffn_hidden_size: int
+    """Units of one expert."""
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """What the layout depends on, from the model's ``config.json``."""
 
@@ -23,6 +34,8 @@ class ModelShape:
     vocab_size: int
     tied_embeddings: bool
     max_position_embeddings: int
+    experts: Experts | None = None
+    """None: every feed-forward layer is dense, of ``ffn_hidden_size`` units. Otherwise no layer is."""
 
 
 @dataclass(frozen=True)

@@ -34,13 +34,18 @@ class Groups:
     """The groups that this rank belongs to. Within each, ranks are in the order of the job."""
 
     data: dist.ProcessGroup
-    """The ranks that hold the same part of the model, over gloo: objects cross it without a GPU."""
+    """The ranks that hold the same part of the model, over gloo: objects cross it without a GPU. Those of one
+    ``context`` group lie next to one another."""
     model: dist.ProcessGroup
     """The ranks that hold one copy of the model together, tensor ranks next to one another."""
     tensor: dist.ProcessGroup
     """The ranks that hold one pipeline stage together."""
     pipeline: dist.ProcessGroup
     """The ranks that hold the same tensor slice of all stages, first stage first."""
+    context: dist.ProcessGroup
+    """Those of ``data`` that cut every sequence of a training pass among them."""
+    expert: dist.ProcessGroup
+    """The ranks that hold all experts of a stage together: tensor ranks first, then context, then data ranks."""
 
 
 _groups: Groups | None = None
@@ -95,7 +100,7 @@ def rank() -> int:
 
 
 def data_parallel_rank() -> int:
-    """Which copy of the model this rank belongs to."""
+    """Which copy of the model this rank belongs to. Each rank of a context-parallel group has a copy of its own."""
     return dist.get_rank(groups().data)
 
 
@@ -117,6 +122,26 @@ def tensor_parallel_size() -> int:
 def pipeline_parallel_size() -> int:
     """Number of pipeline stages."""
     return dist.get_world_size(groups().pipeline)
+
+
+def context_parallel_rank() -> int:
+    """Which part of each sequence this rank takes in a training pass."""
+    return dist.get_rank(groups().context)
+
+
+def context_parallel_size() -> int:
+    """Number of parts that each sequence is cut into in a training pass."""
+    return dist.get_world_size(groups().context)
+
+
+def expert_parallel_rank() -> int:
+    """Which share of each layer's experts this rank holds."""
+    return dist.get_rank(groups().expert)
+
+
+def expert_parallel_size() -> int:
+    """Number of ranks that the experts of a layer are distributed over."""
+    return dist.get_world_size(groups().expert)
 
 
 def is_first_stage() -> bool:

@@ -11,9 +11,17 @@ from nemo_aapo.mcore.cpu import patches
 
 
 def initialize_model_parallel(
-    *, tensor_model_parallel_size: int, pipeline_model_parallel_size: int, seed: int, timeout_s: float
+    *,
+    tensor_model_parallel_size: int,
+    pipeline_model_parallel_size: int,
+    expert_model_parallel_size: int = 1,
+    context_parallel_size: int = 1,
+    seed: int,
+    timeout_s: float,
 ) -> None:
     """Make megatron-core usable on this machine, join the job's ranks, and cut them into groups. Collective.
+
+    Experts are whole on their ranks: their tensor-parallel size is 1, whatever that of the other layers is.
 
     Args:
         seed: of mcore's random number tracker; the training loop itself samples nothing from global generators.
@@ -27,14 +35,19 @@ def initialize_model_parallel(
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor_model_parallel_size,
         pipeline_model_parallel_size=pipeline_model_parallel_size,
+        context_parallel_size=context_parallel_size,
+        expert_model_parallel_size=expert_model_parallel_size,
+        expert_tensor_parallel_size=1,
         distributed_timeout_minutes=max(1, int(timeout_s / 60)),
     )
     parallel.use(
         Groups(
-            data=parallel_state.get_data_parallel_group_gloo(),
+            data=parallel_state.get_data_parallel_group_gloo(with_context_parallel=True),
             model=parallel_state.get_model_parallel_group(),
             tensor=parallel_state.get_tensor_model_parallel_group(),
             pipeline=parallel_state.get_pipeline_model_parallel_group(),
+            context=parallel_state.get_context_parallel_group(),
+            expert=parallel_state.get_expert_model_parallel_group(),
         )
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)

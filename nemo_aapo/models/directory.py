@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_aapo.config import Config, ModelShape, Sizes, derive
+from nemo_aapo.config import Config, Experts, ModelShape, Sizes, derive
 from nemo_aapo.errors import ConfigError
 from nemo_aapo.models.weights import check_weights
 from nemo_aapo.text import transformers5
@@ -21,6 +21,13 @@ LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_po
 DEFAULTS: dict[str, dict[str, Any]] = {
     "Qwen2ForCausalLM": {"num_key_value_heads": 32},
     "Qwen3ForCausalLM": {"num_key_value_heads": 32, "head_dim": 128},
+    "Qwen3MoeForCausalLM": {
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+    },
     "MistralForCausalLM": {"num_key_value_heads": 8},
     "GemmaForCausalLM": {"num_key_value_heads": 16, "head_dim": 256, "tie_word_embeddings": True},
 }
@@ -110,6 +117,15 @@ def shape_of(config: dict[str, Any]) -> ModelShape:
         vocab_size=_size(config, "vocab_size"),
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
         max_position_embeddings=_size(config, "max_position_embeddings", 2**31),
+        experts=_experts_of(config) if config.get("num_experts") else None,
+    )
+
+
+def _experts_of(config: dict[str, Any]) -> Experts:
+    return Experts(
+        count=_size(config, "num_experts"),
+        per_token=_size(config, "num_experts_per_tok"),
+        ffn_hidden_size=_size(config, "moe_intermediate_size"),
     )
 
 

@@ -79,6 +79,8 @@ def initialize(config: Config) -> None:
     initialize_model_parallel(
         tensor_model_parallel_size=config.model.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.model.pipeline_model_parallel_size,
+        expert_model_parallel_size=config.model.expert_model_parallel_size,
+        context_parallel_size=config.model.context_parallel_size,
         seed=config.seed,
         timeout_s=config.trainer.distributed_timeout_s,
     )
