@@ -49,6 +49,17 @@ class TokenPasses:
 
         return parallel.broadcast_from_last_stage(passes.forward(self.module, batches, logprobs, wrapped))
 
+    @torch.no_grad()
+    def score_with_entropy(
+        self, batches: Sequence[MicroBatch], wrapped: DistributedDataParallel | None = None
+    ) -> list[np.ndarray]:
+        """As ``score``, but float32 [2, n]: log-probs, and entropies in nats."""
+
+        def figures(hidden: torch.Tensor, batch: MicroBatch) -> np.ndarray:
+            return torch.stack(self._logprobs(hidden, batch)).float().cpu().numpy()
+
+        return parallel.broadcast_from_last_stage(passes.forward(self.module, batches, figures, wrapped))
+
     def train(
         self, batches: Sequence[MicroBatch], loss: TokenLoss, wrapped: DistributedDataParallel
     ) -> dict[str, float]:

@@ -77,6 +77,10 @@ class MegatronPolicy:
         """
         return self.passes.score(batches, self._optimization.model if self._optimization else None)
 
+    def score_with_entropy(self, batches: Sequence[MicroBatch]) -> list[np.ndarray]:
+        """As ``score``, but float32 [2, n]: log-probs, and entropies in nats."""
+        return self.passes.score_with_entropy(batches, self._optimization.model if self._optimization else None)
+
     # ------------------------------------------------------------------ weights
 
     def keep_reference(self) -> None:
