@@ -1,6 +1,6 @@
 """What a run leaves for people and tools: configuration, metrics, samples of rollouts, loggers, the final marker.
 
-    <run_dir>/  config.yaml  run.json  phase.json  metrics.jsonl  rollouts/  tensorboard/  logs/  finished
+    <run_dir>/  config.yaml  run.json  phase.json  metrics.jsonl  rollouts/  tensorboard/  logs/  report.html  finished
 
 Only rank 0 holds an ``Experiment``; the others hold a ``SilentExperiment``, so that the trainer's loop is the same on
 all ranks. NeMo's ``exp_manager`` makes the loggers of TensorBoard and Weights & Biases, and its own log files.
