@@ -23,6 +23,8 @@ class Chart:
     unit: str = ""
     validation: bool = False
     """The metrics are those of validations."""
+    tints: tuple[int, ...] = ()
+    """Number of each line's colour; counted up where nothing is said."""
     error: str = ""
     """The metric that is the standard error of the first."""
 
@@ -104,6 +106,7 @@ GROUPS = (
         ("groups/mixed", "groups/all_right", "groups/all_wrong", "groups/failed"),
         "only mixed groups have a group advantage",
         kind="stack",
+        tints=(0, 2, 4, 5),
     ),
     Chart(
         "signal",

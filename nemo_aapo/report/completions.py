@@ -91,17 +91,19 @@ def read_history(directory: Path, verdict: str, budget: float = 1.0) -> dict[str
     folder = directory / ROLLOUTS
     steps = sorted(spread(_steps_in(folder, "step"))[:VALIDATIONS])
     prompts: dict[str, dict[str, Any]] = {}
+    told: set[str] = set()
     for place, step in enumerate(steps):
         for row in _rows(folder / f"{step_name(step)}.jsonl"):
             if row["source"] not in prompts:
                 if len(prompts) >= PROMPTS * budget:
                     continue
+                if len(prompts) < TOLD * budget:
+                    told.add(row["source"])
                 shown = {"prompt": clipped(row["prompt"], 200, 200), "answer": clipped(str(row["answer"]), 100, 50)}
                 prompts[row["source"]] = {**shown, "source": row["source"], "at": [None] * len(steps)}
             at = prompts[row["source"]]["at"]
             if at[place] is None:
-                told = len(prompts) <= TOLD * budget
-                at[place] = [0, 0, row["completion"][-ANSWER_TAIL:] if told else None]
+                at[place] = [0, 0, row["completion"][-ANSWER_TAIL:] if row["source"] in told else None]
             value = row["reward_parts"].get(verdict)
             at[place][0] += value is not None and value >= RIGHT
             at[place][1] += 1

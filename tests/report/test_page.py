@@ -70,6 +70,9 @@ def test_completions_are_filtered_coloured_and_shown_beside_their_group(browser,
     assert browser.evaluate("document.querySelectorAll('#completions pre.text span').length") == 60
     browser.evaluate("document.querySelector('#completions button').click()")
     assert browser.evaluate("document.querySelectorAll('#completions .member').length") == 2
+    browser.evaluate("document.querySelector('#prompts button.quiet-button').click()")
+    assert "step 40, 3 of 3 right; the greedy one ends:answer 0" in says(browser, "#prompts tr.detail")
+    assert browser.complaints == []
 
 
 def choose(browser, label: str, value: str) -> None:

@@ -94,7 +94,7 @@ def test_no_text_ends_the_element_that_holds_the_data():
     assert json.loads(text) == hostile
 
 
-def test_runs_are_told_apart_by_settings_and_paired_by_prompt(tmp_path):
+def test_runs_are_told_apart_by_settings_and_paired_by_prompt(tmp_path, monkeypatch):
     made = [make_run(tmp_path / n, 8, seed=s, lr=lr) for n, s, lr in (("a", 1, 1e-6), ("b", 2, 1e-6), ("c", 1, 5e-6))]
     rows = (made[2] / "rollouts" / "step_000008.jsonl").read_text().splitlines()
     worse = [{**json.loads(line), "reward_parts": {"math": float(i % 3 == 0)}} for i, line in enumerate(rows)]
@@ -107,7 +107,10 @@ def test_runs_are_told_apart_by_settings_and_paired_by_prompt(tmp_path):
     assert other["difference"] == pytest.approx(-2 / 3)
     history = read_history(made[0], "math")
     assert history["steps"] == [0, 2, 4, 6, 8]
-    assert [prompt["at"][0][:2] for prompt in history["prompts"]][:2] == [[0, 3], [0, 3]]
+    assert [prompt["at"][0] for prompt in history["prompts"]][:2] == [[0, 3, "answer 0"], [0, 3, "answer 0"]]
+    monkeypatch.setattr(completions, "TOLD", 1)
+    ends = [[at[2] for at in prompt["at"]] for prompt in read_history(made[0], "math")["prompts"]]
+    assert ends == [["answer 0"] * 5, *[[None] * 5] * 7]
     assert report.main([str(tmp_path), f"out={tmp_path}/all.html"]) == 0
     assert (tmp_path / "all.html").stat().st_size > 100_000
     assert report.main([str(made[0])]) == runs.main([str(tmp_path)]) == 0

@@ -187,5 +187,6 @@ function promptsSection() {
 
 function promptDetail(run, p) {
   return [MANY ? el("b", {}, visible(run.name)) : null, ...run.history.steps.map((step, k) => p.at[k] &&
-    el("div", { className: "row start" }, el("span", { className: "muted" }, `step ${step}, greedy:`), el("pre", { className: "text" }, `… ${visible(p.at[k][2])}`)))];
+    el("div", { className: "row start" }, el("span", { className: "muted" }, `step ${step}, ${p.at[k][0]} of ${p.at[k][1]} right${p.at[k][2] === null ? "" : "; the greedy one ends:"}`),
+      p.at[k][2] === null ? null : el("pre", { className: "text" }, visible(p.at[k][2]) || "(empty)")))];
 }

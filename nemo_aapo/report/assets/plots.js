@@ -80,7 +80,7 @@ function linesOf(chart) {
     if (!y) return [];
     const error = i === 0 && chart.error ? columnOf(run, chart, chart.error) : null;
     const band = error ? { low: y.map((v, k) => off(v, error[k], -1)), high: y.map((v, k) => off(v, error[k], 1)) } : {};
-    return [{ label: metric.replace(/^(validation|time|groups)\//, ""), x: tableOf(run, chart)[view.axis], y, tint: i, ...band }];
+    return [{ label: metric.replace(/^(validation|time|groups)\//, ""), x: tableOf(run, chart)[view.axis], y, tint: chart.tints[i] ?? i, ...band }];
   });
 }
 
