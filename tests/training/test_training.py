@@ -47,7 +47,6 @@ def uninterrupted(ranks, folder):
     return run_dir
 
 
-@pytest.mark.exact
 def test_a_run_leaves_what_its_contract_says(uninterrupted):
     for name in (
         "config.yaml",
@@ -73,7 +72,6 @@ def test_a_run_leaves_what_its_contract_says(uninterrupted):
     assert set(rows[0]) >= {"prompt", "completion", "answer", "reward", "finish_reason"}
 
 
-@pytest.mark.exact
 def test_a_stopped_run_goes_on_to_the_same_bits(ranks, folder, uninterrupted):
     run_dir = folder / "stopped"
     assert ranks.run(run, settings(folder, run_dir), IN_THE_THIRD_STEP, tp=None) == [0]
@@ -152,7 +150,6 @@ def expected_lengths(run_dir):
     return manifest.read(newest).trainer_state["completion_lengths"]
 
 
-@pytest.mark.exact
 def test_another_layout_takes_over_the_checkpoint_and_ends_in_the_same_weights(ranks, folder, uninterrupted):
     run_dir = folder / "moved"
     assert ranks.run(run, settings(folder, run_dir), IN_THE_THIRD_STEP, tp=None) == [0]
