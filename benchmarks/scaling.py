@@ -49,6 +49,7 @@ LAYOUTS: dict[str, dict[str, int]] = {
 class Plan:
     """Sizes of the measurement."""
 
+    dimensions: tuple[str, ...] = ("group size", "completion length", "vocabulary", "layers", "width")
     factors: tuple[int, ...] = FACTORS
     steps: int = 5
     """Measured steps of each size."""
@@ -57,7 +58,7 @@ class Plan:
     """Number of starts, of which the first is not counted."""
 
 
-QUICK = Plan(factors=(1, 2), steps=2, layouts=("1 x 1 x 1", "2 x 1 x 1"), starts=1)
+QUICK = Plan(dimensions=("group size", "layers"), factors=(1, 2), steps=2, layouts=("1 x 1 x 1", "2 x 1 x 1"), starts=1)
 
 
 def _sizes(factor: int) -> dict[str, Workload]:
@@ -110,9 +111,9 @@ class LayoutRow:
 
 
 def dimensions(plan: Plan, folder: Path) -> list[Row]:
-    """Measure every dimension at every factor, on one rank. Needs Megatron's process groups."""
+    """Measure the plan's dimensions at every factor, on one rank. Needs Megatron's process groups."""
     rows = []
-    for dimension in _sizes(1):
+    for dimension in plan.dimensions:
         with contextlib.ExitStack() as stack:
             workloads = {factor: _sizes(factor)[dimension] for factor in plan.factors}
             trainers = {}

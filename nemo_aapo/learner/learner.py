@@ -92,11 +92,8 @@ class Learner:
             Number of a completion -> float32 [2, T], its log-probs and entropies; all ranks', on every rank.
         """
         batches, _ = self._microbatches([_numbered(group, start) for group, start in zip(groups, first, strict=True)])
-        own = [
-            np.vstack([batch.advantages.cpu().numpy(), batch.rollout_logprobs.cpu().numpy(), figures])
-            for batch, figures in zip(batches, self.policy.score_with_entropy(batches), strict=True)
-        ]
-        columns = np.hstack([part for parts in parallel.gather_data_parallel(own) for part in parts])
+        everyone = parallel.gather_data_parallel(self.policy.figures(batches))
+        columns = np.hstack([part for parts in everyone for part in parts])
         columns = columns[:, np.lexsort((columns[1], columns[0]))]  # by completion, then by place in it
         numbers, starts = np.unique(columns[0], return_index=True)
         return dict(zip((numbers.astype(int) - 1).tolist(), np.split(columns[2:], starts[1:], axis=1), strict=True))

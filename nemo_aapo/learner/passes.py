@@ -50,15 +50,21 @@ class TokenPasses:
         return parallel.broadcast_from_last_stage(passes.forward(self.module, batches, logprobs, wrapped))
 
     @torch.no_grad()
-    def score_with_entropy(
+    def figures(
         self, batches: Sequence[MicroBatch], wrapped: DistributedDataParallel | None = None
     ) -> list[np.ndarray]:
-        """As ``score``, but float32 [2, n]: log-probs, and entropies in nats."""
+        """What is known of the completion tokens, by rows, without gradients.
 
-        def figures(hidden: torch.Tensor, batch: MicroBatch) -> np.ndarray:
-            return torch.stack(self._logprobs(hidden, batch)).float().cpu().numpy()
+        Returns:
+            float32 [4, n] for each micro-batch, on every pipeline stage: the tokens' advantages and rollout log-probs
+            as they came, and the model's log-probs and entropies (nats). n counts the tokens that this rank computes.
+        """
 
-        return parallel.broadcast_from_last_stage(passes.forward(self.module, batches, figures, wrapped))
+        def table(hidden: torch.Tensor, batch: MicroBatch) -> np.ndarray:
+            computed = self._logprobs(hidden, batch)
+            return torch.stack([batch.advantages, batch.rollout_logprobs, *computed]).float().cpu().numpy()
+
+        return parallel.broadcast_from_last_stage(passes.forward(self.module, batches, table, wrapped))
 
     def train(
         self, batches: Sequence[MicroBatch], loss: TokenLoss, wrapped: DistributedDataParallel

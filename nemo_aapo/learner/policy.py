@@ -77,9 +77,9 @@ class MegatronPolicy:
         """
         return self.passes.score(batches, self._optimization.model if self._optimization else None)
 
-    def score_with_entropy(self, batches: Sequence[MicroBatch]) -> list[np.ndarray]:
-        """As ``score``, but float32 [2, n]: log-probs, and entropies in nats."""
-        return self.passes.score_with_entropy(batches, self._optimization.model if self._optimization else None)
+    def figures(self, batches: Sequence[MicroBatch]) -> list[np.ndarray]:
+        """What is known of the completion tokens: ``TokenPasses.figures``."""
+        return self.passes.figures(batches, self._optimization.model if self._optimization else None)
 
     # ------------------------------------------------------------------ weights
 

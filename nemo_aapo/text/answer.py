@@ -25,6 +25,7 @@ MISSING = frozenset({"nan", "inf", "infinity", "none", "null", "n/a", "#n/a", "<
 _BOXES = ("\\boxed", "\\fbox")
 # TeX also boxes what follows without braces. Any other \boxed is mentioned, not opened: "put it in \boxed form".
 _BRACED = re.compile(r"\s*\{")
+_CUT = re.compile(r"\s*\Z")  # a completion that ran into its limit between the command and its brace
 _BARE = re.compile(r"\s*(?:\$\s*)?([-+]?\d[\d.,/]*|\\[a-zA-Z][^\s$]*)")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is a character of a set, such as \{1, 2\}
 _BETWEEN_BOXES = re.compile(
@@ -115,6 +116,8 @@ def _open_box(text: str, start: int, behind: int) -> _Box | None:
         begin = braced.end()
         end = closing_brace(text[begin : begin + LONGEST])
         return _Box(start, begin, None) if end is None else _Box(start, begin + end + 1, text[begin : begin + end])
+    if _CUT.match(text, behind):
+        return _Box(start, behind, None)
     bare = _BARE.match(text, behind, behind + LONGEST)
     return _Box(start, bare.end(), bare[1]) if bare else None
 

@@ -108,7 +108,7 @@ def test_the_scaling_benchmark_says_how_costs_grow_what_ranks_say_to_each_other_
     )
     assert done.returncode == 0, done.stderr[-2000:]
     figures = json.loads((tmp_path / "f.json").read_text())
-    assert [(row["factor"], row["tokens"]) for row in figures["growth"][:4]] == [(1, 512), (2, 1024)] * 2
+    assert [(row["factor"], row["tokens"]) for row in figures["growth"]] == [(1, 512), (2, 1024), (1, 512), (2, 512)]
     assert all(0 < row["rollout_share"] < 1 and row["cost"]["low"] > 0 for row in figures["growth"])
     alone, tp = figures["layouts"]
     assert 0 <= alone["communication"] < tp["communication"] < 1

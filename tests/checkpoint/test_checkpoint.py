@@ -24,8 +24,6 @@ from tests.checkpoint_runs import (
     weights,
 )
 
-pytestmark = pytest.mark.exact
-
 NOBODY = 65534
 LAYOUTS = {"1x1": (1, 1, 1), "2x1": (2, 2, 1), "1x2": (2, 1, 2), "dp2": (2, 1, 1), "2x2": (4, 2, 2)}
 

@@ -146,6 +146,7 @@ COMPLETIONS: list[tuple[str, str, int]] = [
     ("7", "2+5 = 7, and one is lost: \\boxed{6;}", 0),
     ("6", "2+5 = 7, and one is lost: \\boxed{6;}", 1),
     ("7", "At first \\boxed{7}, then \\boxed{6", 0),
+    ("7", "It is 7, so \\boxed", 0),
     ("7", "It is 7: \\boxed{}", 0),
     ("7", "It is 7: \\boxed{\\text{unknown}}", 0),
     ("7", "7 is it: \\boxed{seven}", 0),

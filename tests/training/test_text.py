@@ -87,7 +87,6 @@ def dated(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.exact
 def test_a_run_resumed_on_another_day_goes_on_to_the_same_bits(ranks, dated):
     whole, parted = dated / "whole", dated / "parted"
     assert ranks.run(on, DAYS[0], run, settings(dated, whole), tp=None) == [0]

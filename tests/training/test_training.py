@@ -47,7 +47,6 @@ def uninterrupted(ranks, folder):
     return run_dir
 
 
-@pytest.mark.exact
 def test_a_run_leaves_what_its_contract_says(uninterrupted):
     for name in (
         "config.yaml",
@@ -73,7 +72,6 @@ def test_a_run_leaves_what_its_contract_says(uninterrupted):
     assert set(rows[0]) >= {"prompt", "completion", "answer", "reward", "finish_reason"}
 
 
-@pytest.mark.exact
 def test_some_rollouts_of_each_step_are_kept_with_their_tokens(uninterrupted):
     rows, tokens = kept(uninterrupted)
     assert list(rows) == list(tokens) == [f"train_{step:06d}" for step in range(1, 7)]
@@ -93,7 +91,6 @@ def test_some_rollouts_of_each_step_are_kept_with_their_tokens(uninterrupted):
             assert line["policy_version"] == line["step"] - 1
 
 
-@pytest.mark.exact
 def test_a_stopped_run_goes_on_to_the_same_bits(ranks, folder, uninterrupted):
     run_dir = folder / "stopped"
     config = settings(folder, run_dir, "rollout.keep_tokens=true")
@@ -174,7 +171,6 @@ def expected_lengths(run_dir):
     return manifest.read(newest).trainer_state["completion_lengths"]
 
 
-@pytest.mark.exact
 def test_another_layout_takes_over_the_checkpoint_and_ends_in_the_same_weights(ranks, folder, uninterrupted):
     run_dir = folder / "moved"
     assert ranks.run(run, settings(folder, run_dir), IN_THE_THIRD_STEP, tp=None) == [0]
