@@ -47,6 +47,7 @@ from nemo_aapo.run.reporter import Notes, Reporter
 from nemo_aapo.text.transformers5 import said
 from nemo_aapo.training.build_reference import build_reference, open_reference_store
 from nemo_aapo.training.read_data import read_data
+from nemo_aapo.training.throughput import Throughput
 from nemo_aapo.training.trainer import AAPOTrainer
 from nemo_aapo.types import SamplingSpec
 from nemo_aapo.utils.clock import seconds_since_start
@@ -119,6 +120,7 @@ def build_training(job: Job, *, reporter: Reporter, stack: contextlib.ExitStack,
         validator=rollouts.validator,
         checkpoints=_checkpointer(config),
         kept=KeptRollouts(config, learner, rollouts.pipeline.collector.decode, reporter.note),
+        throughput=Throughput(config),
         reporter=reporter,
     )
 

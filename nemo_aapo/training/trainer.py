@@ -27,7 +27,7 @@ from nemo_aapo.run.reporter import Reporter
 from nemo_aapo.run.step_metrics import group_numbers, step_metrics
 from nemo_aapo.seeds import stream_seed
 from nemo_aapo.training.parity import ParityGate
-from nemo_aapo.training.parts import Checkpoints, Kept, Learner, Policy, Rollouts, Validator
+from nemo_aapo.training.parts import Checkpoints, Kept, Learner, Policy, Rollouts, Throughput, Validator
 from nemo_aapo.types import Group
 from nemo_aapo.utils.clock import seconds_since_start
 
@@ -52,12 +52,14 @@ class AAPOTrainer:
         validator: Validator,
         checkpoints: Checkpoints,
         kept: Kept,
+        throughput: Throughput,
         reporter: Reporter,
     ) -> None:
         """``training.build.build_training`` makes all of these for a job, and takes replacements."""
         self.config, self.policy, self.rollouts = config, policy, rollouts
         self.algorithm, self.learner, self.validator = algorithm, learner, validator
-        self.checkpoints, self.kept, self.reporter = checkpoints, kept, reporter
+        self.checkpoints, self.kept = checkpoints, kept
+        self.throughput, self.reporter = throughput, reporter
         self.parity = ParityGate(config.rollout, learner)
         self.step = 0
         """Training steps done."""
@@ -187,6 +189,7 @@ class AAPOTrainer:
             **self.rollouts.metrics,
             "tokens_per_second": sum(int(n.lengths.sum()) for n in numbers) / seconds["step"],
             "epoch": self.rollouts.epochs(self.step),
+            **self.throughput.metrics(numbers, seconds),
             **{f"time/{name}": value for name, value in seconds.items()},
         }
         self._latest |= metrics

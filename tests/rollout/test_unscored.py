@@ -57,7 +57,7 @@ def test_metrics_of_a_step_are_those_of_what_was_scored():
         parts = {"a": np.array(rewards), "b": np.array([1.0, nan])}
         lengths, cut = np.array([3, 5]), np.zeros(2, bool)
         return GroupNumbers(
-            np.array(rewards), parts, np.array(references), np.array(advantages), lengths, cut, np.isnan(rewards), 0
+            np.array(rewards), parts, np.array(references), np.array(advantages), lengths, cut, np.isnan(rewards), 0, 7
         )
 
     found = step_metrics([group([1.0, nan], [0.0, nan], [nan, 0.5]), group([nan, nan], [nan, nan], [nan, nan])], 0, "a")
