@@ -96,7 +96,6 @@ class AAPOTrainer:
             if self.step > saved:
                 self._save()
             self._wait_for_checkpoint()
-            self.kept.wait()
             return self.step >= self.config.trainer.max_steps
 
     def train_step(self) -> None:
@@ -284,6 +283,7 @@ class AAPOTrainer:
     def _wait_for_checkpoint(self) -> None:
         with self._phase(f"the checkpoint of step {self.step}"):
             self.checkpoints.wait()
+            self.kept.wait()
 
     def _due(self, interval: int) -> bool:
         last = self.step >= self.config.trainer.max_steps
