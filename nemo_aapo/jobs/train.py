@@ -15,6 +15,7 @@ from nemo_aapo.mcore.groups import destroy_model_parallel
 from nemo_aapo.prepare.job import Job, resolve
 from nemo_aapo.prepare.loggers import check_loggers
 from nemo_aapo.report.own_page import OwnPage
+from nemo_aapo.report.trackers import Trackers
 from nemo_aapo.run.experiment import open_experiment
 from nemo_aapo.run.progress import Progress
 from nemo_aapo.run.reporter import RunReporter
@@ -65,19 +66,21 @@ def train(job: Job | Config, **parts: Unpack[Parts]) -> int:
         ):
             for line in job.sizes.arithmetic:
                 progress.note(line)
+            trackers = Trackers(experiment.loggers, progress.note)
             page = OwnPage(Path(config.run.dir), progress.note, enabled=rank == 0)
             reporter = RunReporter(
                 experiment,
                 progress,
                 stop,
                 console_samples=config.validation.console_samples,
-                after_validation=page.begin,
+                after_validation=lambda step, samples: (page.begin(), trackers.completions(step, samples)),
             )
             with parallel.lost_ranks_reported(lambda: "the start"):
                 trainer = build_training(job, reporter=reporter, stack=stack, **parts)
             complete = trainer.fit()
             complete = complete and _export(trainer, reporter)
             page.finish("finished" if complete else "stopped")
+            trackers.page(page.path)
             if complete:
                 experiment.finish({"step": trainer.step, "policy_version": trainer.policy.version})
             if not complete:

@@ -22,13 +22,14 @@ class OwnPage:
             enabled: False on the ranks that write nothing.
         """
         self.directory, self.note, self.enabled = directory, note, enabled
+        self.path = directory / REPORT
         self._job = Background("report")
 
     def begin(self, state: str = "running") -> None:
         """Have the page written by the files as they are now; returns as soon as the one before is done."""
         if self.enabled:
             self._wait()
-            self._job.start(lambda: write_report([self.directory], self.directory / REPORT, state))
+            self._job.start(lambda: write_report([self.directory], self.path, state))
 
     def finish(self, state: str) -> None:
         """Write the last page; all files but ``finished`` are there."""
@@ -39,4 +40,4 @@ class OwnPage:
         try:
             self._job.wait()
         except Exception as error:  # it is for people only, and no reason to end a run
-            self.note(f"warning: {self.directory / REPORT} could not be written: {first_line(error)}")
+            self.note(f"warning: {self.path} could not be written: {first_line(error)}")

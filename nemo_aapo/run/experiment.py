@@ -53,8 +53,9 @@ class Experiment:
         self.save_phase(None)
         (self.directory / STOP_FILE).unlink(missing_ok=True)  # it asked an earlier part of the run to stop
         self._metrics = MetricsFile(self.directory / "metrics.jsonl")
-        self._loggers = nemo_loggers(config, run_id)
-        for logger in self._loggers:
+        self.loggers = nemo_loggers(config, run_id)
+        """lightning's."""
+        for logger in self.loggers:
             _begin(logger, tree)
         self._last_step: int | None = None
 
@@ -75,7 +76,7 @@ class Experiment:
             if any((step_of(path.stem, kind) or 0) > step for kind in ("step", "train")):
                 path.unlink()
         (self.directory / FINISHED).unlink(missing_ok=True)
-        for logger in self._loggers:
+        for logger in self.loggers:
             _forget_after(logger, step)
         self._last_step = step
 
@@ -121,12 +122,12 @@ class Experiment:
 
     def _close_loggers(self, status: str) -> None:
         self._metrics.close()
-        for logger in self._loggers:
+        for logger in self.loggers:
             logger.finalize(status)
 
     def _log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._metrics.append(step, metrics)
-        for logger in self._loggers:
+        for logger in self.loggers:
             logger.log_metrics({key: float(value) for key, value in metrics.items()}, step=step)
 
 
@@ -134,6 +135,7 @@ class SilentExperiment:
     """What ranks other than 0 hold: the methods of ``Experiment``, without effect."""
 
     warning: str | None = None
+    loggers: Sequence[Any] = ()
 
     def __enter__(self) -> SilentExperiment:
         return self

@@ -43,12 +43,12 @@ class RunReporter:
         stop: StopSignal,
         *,
         console_samples: int,
-        after_validation: Callable[[], None] = lambda: None,
+        after_validation: Callable[[int, Sequence[dict[str, Any]]], None] = lambda step, samples: None,
     ) -> None:
         """
         Args:
             console_samples: completions shown on the screen at each validation.
-            after_validation: called once a validation is in the files.
+            after_validation: called with step and samples once a validation is in the files.
         """
         self.experiment, self.progress, self.stop = experiment, progress, stop
         self.console_samples, self.after_validation = console_samples, after_validation
@@ -97,7 +97,7 @@ class RunReporter:
         self.experiment.log_validation(step, metrics)
         self.experiment.save_rollouts(f"step_{step:06d}", samples)
         self.progress.validation(step, metrics)
-        self.after_validation()
+        self.after_validation(step, samples)
         for sample in samples[:: max(1, len(samples) // max(1, self.console_samples))][: self.console_samples]:
             reward = "not scored" if math.isnan(sample["reward"]) else f"reward {sample['reward']:g}"
             self.note(
