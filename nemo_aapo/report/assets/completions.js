@@ -158,7 +158,9 @@ function promptsSection() {
   const change = (p) => { const there = p.at.map(share).filter((v) => v !== null); return there[there.length - 1] - there[0]; };
   const orders = { order: ["as in the data", () => 0], worse: ["got worse", change], better: ["got better", (p) => -change(p)] };
   const body = el("tbody");
-  const cells = (p, r) => DATA.runs[r].history.steps.map((step, k) => {
+  // of one run all validations, of several the last one of each
+  const shownSteps = DATA.runs.map((r) => r.history.steps.map((step, k) => [step, k]).slice(MANY ? -1 : 0));
+  const cells = (p, r) => shownSteps[r].map(([step, k]) => {
     const value = share(p.at[k]), cell = el("td", { className: "cell", title: value === null ? "" : `step ${step}: ${p.at[k][0]} of ${p.at[k][1]} right` }, value === null ? "" : shown(value, 2));
     if (value !== null) cell.style.backgroundColor = `rgba(40,160,90,${(0.75 * value).toFixed(2)})`;
     return cell;
@@ -172,13 +174,13 @@ function promptsSection() {
       const detail = el("tr", { hidden: true, className: "detail" });
       const open = el("button", { type: "button", className: "quiet-button left", click: () => {
         detail.hidden = !detail.hidden;
-        if (!detail.childNodes.length) detail.append(el("td", { colSpan: 99 }, ...DATA.runs.flatMap((r, i) => promptDetail(r, others[i].get(p.source)))));
+        if (!detail.childNodes.length) detail.append(el("td", { colSpan: 99 }, el("div", { className: MANY ? "side" : "" }, ...DATA.runs.map((r, i) => promptDetail(r, others[i].get(p.source))))));
       } }, visible(p.prompt.replace(/\s+/g, " ").slice(0, 90)));
       return [el("tr", {}, el("td", {}, open), el("td", {}, visible(p.answer.slice(0, 40))), ...DATA.runs.flatMap((_, i) => cells(others[i].get(p.source), i))), detail];
     }));
   };
   fill();
-  const heads = DATA.runs.flatMap((r) => r.history.steps.map((step) => el("th", { title: visible(r.name) }, String(step))));
+  const heads = DATA.runs.flatMap((r, i) => shownSteps[i].map(([step]) => el("th", {}, MANY ? `${visible(r.name)}, ${step}` : String(step))));
   return el("div", {},
     el("div", { className: "bar" }, choice("order", Object.entries(orders).map(([key, [text]]) => [key, text]), key, (value) => { key = value; fill(); }),
       el("span", { className: "muted" }, "share of a prompt's completions that were right, by the step of the validation; a row opens")),
@@ -186,7 +188,7 @@ function promptsSection() {
 }
 
 function promptDetail(run, p) {
-  return [MANY ? el("b", {}, visible(run.name)) : null, ...run.history.steps.map((step, k) => p.at[k] &&
+  return el("div", { className: MANY ? "member" : "" }, MANY ? el("b", {}, visible(run.name)) : null, ...run.history.steps.map((step, k) => p.at[k] &&
     el("div", { className: "row start" }, el("span", { className: "muted" }, `step ${step}, ${p.at[k][0]} of ${p.at[k][1]} right${p.at[k][2] === null ? "" : "; the greedy one ends:"}`),
-      p.at[k][2] === null ? null : el("pre", { className: "text" }, visible(p.at[k][2]) || "(empty)")))];
+      p.at[k][2] === null ? null : el("pre", { className: "text" }, visible(p.at[k][2]) || "(empty)"))));
 }
