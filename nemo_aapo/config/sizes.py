@@ -105,11 +105,13 @@ def derive(config: Config, shape: ModelShape, world_size: int) -> Sizes:
     if -(-longest // multiple) * multiple > config.max_tokens_per_microbatch:
         raise ConfigError(
             f"max_tokens_per_microbatch={config.max_tokens_per_microbatch} can't hold one sequence of {longest} tokens "
-            f"padded to a multiple of {multiple} (precision={config.precision.name}, sequence parallelism)"
+            f"padded to a multiple of {multiple} (precision={config.precision.name}, sequence and context parallelism)"
         )
     per_rank = config.prompts_per_step // copies
     completions = config.prompts_per_step * config.group_size
     updates = config.algorithm.updates_per_rollout
+    place = "data-parallel rank" if cp == 1 else "copy of the model"
+    generating = [f"copies of the model = data-parallel size {dp} x context {cp} = {copies}: each generates"] * (cp > 1)
     return Sizes(
         world_size=world_size,
         data_parallel_size=copies,
@@ -118,9 +120,9 @@ def derive(config: Config, shape: ModelShape, world_size: int) -> Sizes:
         max_sequence_tokens=longest,
         arithmetic=(
             f"data-parallel size = {world_size} ranks / ({parts}) = {dp}",
-            *([f"copies of the model = data-parallel size {dp} x context {cp} = {copies}, each generates"] if cp > 1 else []),
+            *generating,
             f"completions per rollout = prompts_per_step {config.prompts_per_step} x group_size {config.group_size} = "
-            f"{completions}, {per_rank} prompts on each {'copy' if cp > 1 else 'data-parallel rank'}, {updates} optimizer step(s) on them",
+            f"{completions}, {per_rank} prompts on each {place}, {updates} optimizer step(s) on them",
             f"longest sequence = {config.data.max_prompt_tokens} prompt + {config.rollout.max_new_tokens} new = "
             f"{longest} tokens; a micro-batch holds at least {config.max_tokens_per_microbatch // longest} such",
         ),

@@ -125,6 +125,11 @@ class Learner:
             )
         return batches, {**layout_metrics, "microbatches": float(len(batches)), "alpha": alpha}
 
+    @property
+    def _row_multiple(self) -> int:
+        """What ``collate`` pads a row to."""
+        return math.lcm(self.pad_multiple, chunks(parallel.context_parallel_size()))
+
     def _prefix_groups(self, samples: Sequence[Sample], kept_tokens: int) -> list[PrefixGroup]:
         """The samples of one prompt as the units that are distributed over micro-batches and ranks.
 
@@ -134,7 +139,7 @@ class Learner:
         """
         if not self.share_prompts:
             return PrefixGroup.separate(samples)
-        budget = self.max_tokens_per_microbatch // self.pad_multiple * self.pad_multiple
+        budget = self.max_tokens_per_microbatch // self._row_multiple * self._row_multiple
         ranks = parallel.batch_parallel_size()
         return PrefixGroup.split(samples, budget if ranks == 1 else min(budget, kept_tokens // (2 * ranks)))
 
@@ -144,12 +149,11 @@ class Learner:
         first = sum(len(part) for part in sizes[: parallel.data_parallel_rank()])
         lengths, row_lengths = ([pair[k] for part in sizes for pair in part] for k in (0, 1))
         ranks = parallel.context_parallel_size()
-        multiple = math.lcm(self.pad_multiple, chunks(ranks))
         assigned = plan(
             [pad_to(length, chunks(ranks)) for length in lengths],
             budget=self.max_tokens_per_microbatch,
             data_parallel_size=parallel.batch_parallel_size(),
-            multiple=multiple,
+            multiple=self._row_multiple,
             packed=self.packed,
         )
         outgoing: list[list[tuple[int, PrefixGroup]]] = []
@@ -160,7 +164,7 @@ class Learner:
         by_index = dict(parallel.exchange_data_parallel(outgoing))
         everything = [batch for part in assigned for batch in part]
         return [[by_index[i] for i in batch] for batch in assigned[parallel.batch_parallel_rank()]], {
-            "padding_fraction": padding_fraction(everything, row_lengths, multiple, self.packed),
+            "padding_fraction": padding_fraction(everything, row_lengths, self._row_multiple, self.packed),
             "shared_prompt_fraction": 1.0 - sum(row_lengths) / max(sum(lengths), 1),
         }
 

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-
 _PER_TOKEN = ("targets", "advantages", "weights", "rollout_logprobs", "old_logprobs", "reference_logprobs")
 """Fields of a ``MicroBatch`` that have an entry for each of its n tokens."""
 

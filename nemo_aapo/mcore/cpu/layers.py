@@ -1,4 +1,4 @@
-"""mcore's local layers, for machines without TransformerEngine: other norms and gated activation, attention of our own."""
+"""mcore's local layers, for machines without TransformerEngine: other norms, attention and gated activation."""
 
 from __future__ import annotations
 
