@@ -73,7 +73,10 @@ class Model:
         sane=NODES,
     )
     context_parallel_size: int = setting(
-        "CP: each sequence cut over so many ranks; only 1 so far", decides=False, minimum=1, sane=NODES
+        "CP: each sequence of a training pass cut over so many ranks; needs sequence packing",
+        decides=False,
+        minimum=1,
+        sane=NODES,
     )
     expert_model_parallel_size: int = setting(
         "EP: experts distributed over so many ranks; only 1 so far, as no model with experts trains",
