@@ -64,12 +64,16 @@ class RouterReplay:
 
 
 class RoutingReplay:
-    """The routers of one stage during the passes of some micro-batches."""
+    """The routers of one stage during the passes of some micro-batches; none where these have no routes."""
 
-    def __init__(self, module: GPTModel, trains: bool) -> None:
-        layers = {layer.layer_number - 1: layer.mlp.router for layer in module.decoder.layers}
-        self._routers: dict[int, Any] = layers
-        self._replays = {number: RouterReplay(trains) for number in layers}
+    def __init__(self, module: GPTModel, batches: Sequence[MicroBatch], trains: bool) -> None:
+        """Args:
+        trains: each forward pass is followed by a backward pass.
+        """
+        routed = any(batch.routes is not None for batch in batches)
+        layers = module.decoder.layers if routed else ()
+        self._routers: dict[int, Any] = {layer.layer_number - 1: layer.mlp.router for layer in layers}
+        self._replays = {number: RouterReplay(trains) for number in self._routers}
         self._cut = module.config.sequence_parallel
 
     def start(self, batch: MicroBatch) -> None:
@@ -80,10 +84,10 @@ class RoutingReplay:
         for number, replay in self._replays.items():
             replay.routes = None if routes is None else routes[:, number]
 
-    def counts(self) -> dict[str, float]:
-        """Choices of this rank's tokens and layers that were replayed, and those that would have fallen otherwise."""
+    def counts(self) -> tuple[float, float]:
+        """Choices, of this rank's tokens and layers, that were replayed, and those that would have fallen otherwise."""
         replays = self._replays.values()
-        return {"replayed": sum(r.known for r in replays), "otherwise": sum(r.otherwise for r in replays)}
+        return sum(replay.known for replay in replays), sum(replay.otherwise for replay in replays)
 
     def __enter__(self) -> RoutingReplay:
         for number, router in self._routers.items():
