@@ -98,6 +98,8 @@ def _hosted_megatron(config: Config, shape: ModelShape) -> HostedEngine:
         config.model,
         tensor_model_parallel_size=1,
         pipeline_model_parallel_size=1,
+        context_parallel_size=1,
+        expert_model_parallel_size=1,
         sequence_parallel=False,
         recompute_granularity=None,
     )
