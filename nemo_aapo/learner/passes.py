@@ -67,18 +67,20 @@ class TokenPasses:
             loss: summed over all micro-batches of all ranks it is the loss.
 
         Returns:
-            ``loss`` and the loss function's sums over all ranks (keys that start with ``min/`` are minima). Where routes
-            are replayed, ``router/replay_disagreement`` too: the share of (token, layer) choices, of those replayed,
-            in which the router would have chosen other experts.
+            ``loss`` and the loss function's sums over all ranks (keys that start with ``min/`` are minima), and the
+            routers' metrics. Where routes are replayed, ``router/replay_disagreement`` too: the share of (token, layer)
+            choices, of those replayed, in which the router would have chosen other experts.
         """
 
         def loss_of_hidden(hidden: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             return loss(*self._logprobs(hidden, batch), batch)
 
-        outputs, replayed = passes.forward_and_backward(self.module, _own_parts(batches), loss_of_hidden, wrapped)
+        outputs, replayed, routed = passes.forward_and_backward(
+            self.module, _own_parts(batches), loss_of_hidden, wrapped
+        )
         own = merge([{key: float(value) for key, value in output.items()} for output in outputs])
-        sums = merge(parallel.gather_data_parallel(parallel.broadcast_from_last_stage(own)))
-        if self.config.rollout.replay_routes:
+        sums = merge(parallel.gather_data_parallel(parallel.broadcast_from_last_stage(own))) | routed
+        if getattr(self.config.rollout, "replay_routes", False):
             known, otherwise = parallel.sum_over_ranks(*replayed)
             sums["router/replay_disagreement"] = otherwise / known if known else math.nan
         return sums
