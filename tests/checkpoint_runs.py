@@ -28,7 +28,6 @@ def make_policy(model: Path, tp: int = 1, pp: int = 1, distributed_optimizer: bo
         model__pipeline_model_parallel_size=pp,
         model__expert_model_parallel_size=ep,
         model__sequence_parallel=tp > 1 and ep > 1,  # as experts need it
-        model__optim__eps=1e-8 if ep == 1 else 1e-3,
         model__optim__sched__warmup_steps=8,
         model__optim__use_distributed_optimizer=distributed_optimizer,
     )
