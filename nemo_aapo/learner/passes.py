@@ -67,9 +67,9 @@ class TokenPasses:
             loss: summed over all micro-batches of all ranks it is the loss.
 
         Returns:
-            ``loss`` and the loss function's sums over all ranks (keys that start with ``min/`` are minima). Where routes
-            are replayed, ``router/replay_disagreement`` too: the share of (token, layer) choices, of those replayed,
-            in which the router would have chosen other experts.
+            ``loss`` and the loss function's sums over all ranks (keys that start with ``min/`` are minima). With
+            ``rollout.replay_routes`` also ``router/replay_disagreement``: the share of the (token, layer) choices
+            replayed in which the router would have chosen other experts; NaN if none was.
         """
 
         def loss_of_hidden(hidden: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -149,7 +149,8 @@ class Decoder:
                 if routes is not None:
                     routes.append(choice.experts)
             else:
-                assert layer.gate_and_up is not None and layer.down is not None
+                assert layer.gate_and_up is not None
+                assert layer.down is not None
                 hidden = self._add(hidden, swiglu(linear(x, layer.gate_and_up)), layer.down)
         return hidden
 

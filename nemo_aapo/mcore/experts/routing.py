@@ -6,15 +6,14 @@ is trained that was sampled, on every layout. The experts' weights still come fr
 router gets its gradient (Rollout Routing Replay, arXiv 2510.11370).
 
 mcore's router asks an object at ``router.router_replay`` for its choice. mcore's own (``RouterReplay``) keeps instances
-and actions in statics of the class and has to be told between a forward pass and its recomputation, for which a pipeline
-schedule leaves no place; the one here tells them apart by itself, and is gone after the pass.
+and actions in statics of the class, and has to be told between a forward pass and its recomputation, for which a
+pipeline schedule leaves no place; the one here tells them apart by itself, and is gone after the pass.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
