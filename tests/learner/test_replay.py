@@ -124,7 +124,7 @@ def near_ties(tiny_models, tmp_path_factory):
 
 
 def test_near_ties_of_a_router_give_the_same_loss_on_every_layout_only_if_routes_are_replayed(ranks, near_ties):
-    layouts = (((2, 1, 1), (1, 2), 128, PADDED | SEQUENCE_PARALLEL), ((1, 1, 2), (1, 2), 32, PADDED))
+    layouts = (((2, 1, 1), (1, 2), 128, PADDED | SEQUENCE_PARALLEL), ((1, 1, 2), (1, 2), 48, PADDED))
     for change, replayed in ((few, False), (few_routed, True)):
         ((expected),) = run(ranks, metrics_of, near_ties, ALONE, change)
         losses = [run(ranks, metrics_of, near_ties, layout, change)[0]["loss"] for layout in layouts]

@@ -105,7 +105,7 @@ def test_ranks_in_step_end_together_or_go_on_lending_their_experts(ranks, tiny_m
     assert answers["no prompts"] == [whole, []]
     going_on, broken_off = answers["enough"]
     assert going_on == whole
-    assert 3 <= len(broken_off) < len(whole)
+    assert len(broken_off) < len(whole)
     assert all(tokens in whole for tokens in broken_off)
     assert answers["budget"][0] == answers["budget"][1]
     assert "rollout.max_concurrent_tokens=42" in answers["budget"][0]
@@ -118,9 +118,6 @@ def test_an_error_of_one_stage_of_one_rank_ends_all_stages_of_all_ranks(ranks, t
     assert answers == [f"{'OSError' if rank == 1 else 'RuntimeError'}: the reward's disk is full" for rank in range(4)]
 
 
-LONG_FIRST = {str(i): length for i, length in enumerate((24.0, 22.0, 2.0, 2.0))}
-
-
 def _collect(path):
     """Groups as plain data, the engine's steps, and those that it takes if ranks keep to their own prompts."""
     from nemo_aapo.engines.megatron.engine import MegatronEngine
@@ -128,9 +125,8 @@ def _collect(path):
 
     engine = MegatronEngine(build(path), VOCAB_SIZE, 2 * 43, record_routes=True)
     questions = [Prompt(str(i), prompts()[i], "", "", "") for i in (0, 1, 2, 3)]
-    seeds = [[100 * i + j for j in range(4)] for i in range(4)]
+    seeds = [[100 * i + j for j in range(size)] for i, size in enumerate((6, 6, 1, 1))]
     collector = Collector(engine, Scores(), lambda ids: str(ids.tolist()))
-    collector.length_predictor.load_state_dict(LONG_FIRST)
     groups = collector.collect(questions, SPEC, seeds, observe_lengths=False)
     assert all(c.routes.prompt is group.completions[0].routes.prompt for group in groups for c in group.completions)
     steps, mine = engine.stats.steps, own_shard(4)
@@ -146,7 +142,7 @@ def test_ranks_in_step_share_out_completions_and_each_has_its_own_groups_again(r
     assert first + second == alone
     assert [name for name, *_ in first] == ["0", "1"]
     spread, by_prompt = (max(pair) for pair in zip(steps, steps_too, strict=True))
-    assert spread < by_prompt
+    assert spread < 0.75 * by_prompt
 
 
 @pytest.mark.parametrize(
