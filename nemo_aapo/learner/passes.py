@@ -68,8 +68,8 @@ class TokenPasses:
 
         Returns:
             ``loss`` and the loss function's sums over all ranks (keys that start with ``min/`` are minima), and the
-            routers' metrics. With ``rollout.replay_routes`` also ``router/replay_disagreement``: the share of the (token,
-            layer) choices replayed in which the router would have chosen other experts; NaN if none was.
+            routers' metrics. With ``rollout.replay_routes`` also ``router/replay_disagreement``: of the (token, layer)
+            choices replayed, the share in which the router would have chosen other experts; NaN if none was.
         """
 
         def loss_of_hidden(hidden: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

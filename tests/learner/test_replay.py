@@ -78,9 +78,8 @@ def test_given_the_same_routes_loss_and_gradient_are_those_of_one_process(ranks,
         assert metrics["loss"] == pytest.approx(expected["loss"], rel=1e-6, abs=1e-7)
         assert metrics["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
         assert metrics["entropy"] == pytest.approx(expected["entropy"], rel=1e-5)
-        if "shared" not in layout:  # otherwise prompts are counted once
-            share = "router/replay_disagreement"
-            assert metrics[share] == pytest.approx(expected[share], abs=1e-9)
+        share = "router/replay_disagreement"
+        assert metrics[share] == pytest.approx(expected[share], abs=1e-9)
         for name, tensor in updated.items():
             np.testing.assert_allclose(tensor, weights[name], atol=2e-6, err_msg=name)
 
@@ -198,7 +197,7 @@ def test_a_layer_that_is_computed_again_gets_the_routes_of_its_own_micro_batch()
     replay = RouterReplay(trains=True)
     assert [choose(replay, routes, False) for routes in (first, second, none)] == [[[3, 2]], [[0, 2]], [[0, 1]]]
     assert [choose(replay, none, True) for _ in range(3)] == [[[3, 2]], [[0, 2]], [[0, 1]]]
-    assert (replay.known, replay.otherwise) == (2.0, 2.0)  # each once, and those without a route not at all
+    assert (replay.known, replay.otherwise) == (2.0, 2.0)  # each once, and that without a route not at all
     assert [choose(replay, routes, True) for routes in (second, first)] == [[[0, 2]], [[3, 2]]]  # not computed again
     assert [choose(RouterReplay(trains=False), first, False) for _ in range(2)] == [[[3, 2]]] * 2
 
