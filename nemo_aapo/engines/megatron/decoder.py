@@ -103,7 +103,7 @@ class Decoder:
             length=length,
             heads=self.key_value_heads,
             queries_per_key=self.queries_per_key,
-            angles=self._model.rotary_pos_emb(length)[:, 0, 0],
+            angles=self._model.rotary_pos_emb(length, packed_seq=True)[:, 0, 0],  # whole: sequences are not cut here
             scale=self._config.softmax_scale or self.head_size**-0.5,
             dtype=self._layers[0].qkv.dtype,
         )
