@@ -58,8 +58,8 @@ def derive(config: Config, shape: ModelShape, world_size: int) -> Sizes:
         ConfigError: what does not divide, with both numbers.
     """
     tp, pp = config.model.tensor_model_parallel_size, config.model.pipeline_model_parallel_size
-    cp = config.model.context_parallel_size
-    if problem := undivided(shape, tp, pp):
+    cp, ep = config.model.context_parallel_size, config.model.expert_model_parallel_size
+    if problem := undivided(shape, tp, pp, ep) or _experts_problem(config, shape):
         raise ConfigError(f"model.{problem}")
     check_widths(config, _widths(shape, tp))
     edges = config.precision.num_layers_at_start_in_bf16, config.precision.num_layers_at_end_in_bf16
@@ -86,6 +86,11 @@ def derive(config: Config, shape: ModelShape, world_size: int) -> Sizes:
         raise ConfigError(
             f"{world_size} ranks can't be cut into groups of {parts} = {product}: "
             "change trainer.devices, trainer.num_nodes or the model's parallel sizes"
+        )
+    if world_size // pp % ep:
+        raise ConfigError(
+            f"model.expert_model_parallel_size={ep} does not divide the {world_size // pp} ranks of a pipeline stage "
+            f"({world_size} ranks / pipeline {pp}), over which the experts of its layers are distributed"
         )
     dp = world_size // product
     copies = dp * cp
@@ -136,16 +141,58 @@ def _widths(shape: ModelShape, tp: int) -> dict[str, int]:
         "hidden size": shape.hidden_size,
         "query, key and value size of a rank": heads * shape.head_size // tp,
         "attention output of a rank": shape.num_attention_heads * shape.head_size // tp,
-        "feed-forward units of a rank": shape.ffn_hidden_size // tp,
+        **(
+            {"units of an expert": shape.experts.ffn_hidden_size}
+            if shape.experts
+            else {"feed-forward units of a rank": shape.ffn_hidden_size // tp}
+        ),
     }
 
 
-def undivided(shape: ModelShape, tensor_parallel_size: int, pipeline_parallel_size: int) -> str | None:
-    """What of a model the parallel sizes do not divide, beginning with the setting; None if they divide all of it."""
+def _experts_problem(config: Config, shape: ModelShape) -> str | None:
+    """What of the configuration does not go with the model's experts, or without any; None: all of it goes."""
+    model = config.model
+    recomputed = set(model.recompute_modules) if model.recompute_granularity == "selective" else set()
+    if shape.experts is None:
+        if "moe" in recomputed:
+            return f"recompute_modules={list(model.recompute_modules)}: the model has no experts; its layers are mlp"
+        return None
+    if "mlp" in recomputed:
+        return (
+            f"recompute_modules={list(model.recompute_modules)}: mlp recomputes dense layers, of which a model of "
+            "experts has none; name moe"
+        )
+    if model.tensor_model_parallel_size > 1 and not model.sequence_parallel:
+        return (
+            f"tensor_model_parallel_size={model.tensor_model_parallel_size} of a model with experts needs "
+            "model.sequence_parallel=true: otherwise each tensor-parallel rank would send every token to the experts"
+        )
+    adapted = sorted({"linear_fc1", "linear_fc2"} & set(model.lora.target_modules if model.lora else ()))
+    if adapted:
+        return (
+            f"lora.target_modules={list(model.lora.target_modules)}: {', '.join(adapted)} are experts here, and "
+            "adapters on experts depend on the layout (Megatron-Bridge 0.3.1). Use [linear_qkv, linear_proj]"
+        )
+    return None
+
+
+def undivided(
+    shape: ModelShape, tensor_parallel_size: int, pipeline_parallel_size: int, expert_parallel_size: int = 1
+) -> str | None:
+    """What of a model the parallel sizes do not divide, beginning with the setting; None if they divide all of it.
+
+    An expert is whole on its rank, whatever the tensor-parallel size.
+    """
+    if shape.experts is None:
+        if expert_parallel_size > 1:
+            return f"expert_model_parallel_size={expert_parallel_size}: a {shape.architecture} has no experts"
+        feed_forward = ("tensor_model_parallel_size", tensor_parallel_size, "feed-forward units", shape.ffn_hidden_size)
+    else:
+        feed_forward = ("expert_model_parallel_size", expert_parallel_size, "experts", shape.experts.count)
     for key, number, what, parts in (
         ("tensor_model_parallel_size", tensor_parallel_size, "attention heads", shape.num_attention_heads),
         ("tensor_model_parallel_size", tensor_parallel_size, "key-value groups", shape.num_query_groups),
-        ("tensor_model_parallel_size", tensor_parallel_size, "feed-forward units", shape.ffn_hidden_size),
+        feed_forward,
         ("pipeline_model_parallel_size", pipeline_parallel_size, "layers", shape.num_layers),
     ):
         if parts % number:

@@ -99,6 +99,7 @@ def _hosted_megatron(config: Config, shape: ModelShape) -> HostedEngine:
         tensor_model_parallel_size=1,
         pipeline_model_parallel_size=1,
         context_parallel_size=1,
+        expert_model_parallel_size=1,
         sequence_parallel=False,
         recompute_granularity=None,
     )

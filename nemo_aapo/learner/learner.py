@@ -169,13 +169,17 @@ class Learner:
         }
 
     def _scored(self, batches: list[MicroBatch]) -> list[MicroBatch]:
-        """Add the log-probs that the loss needs besides the current ones: old ones, and the reference's."""
+        """Add the log-probs that the loss needs besides the current ones: old ones, and the reference's.
+
+        Old ones replay the routes that the micro-batches have, as the update will.
+        """
         if self.updates_per_rollout > 1 and self.algorithm.config.loss == "ratio_clip":
             scored = self.policy.score(batches)
             batches = [b.replace(old_logprobs=_like(s, b)) for b, s in zip(batches, scored, strict=True)]
         if self.algorithm.needs_reference_logprobs:
+            # The reference is a model of its own: it sends tokens to the experts that it chooses itself.
             with self.policy.reference_weights():
-                scored = self.policy.score(batches)
+                scored = self.policy.score([batch.replace(routes=None) for batch in batches])
             batches = [b.replace(reference_logprobs=_like(s, b)) for b, s in zip(batches, scored, strict=True)]
         return batches
 
@@ -201,6 +205,7 @@ def _samples(group: Group) -> list[Sample]:
             completion_ids=completion.token_ids,
             rollout_logprobs=completion.logprobs,
             advantage=float(advantage),
+            routes=completion.routes,
         )
         for completion, advantage in zip(group.completions, group.final_advantages, strict=True)
         if not np.isnan(advantage)
@@ -219,8 +224,9 @@ def _means(sums: dict[str, float]) -> dict[str, float]:
     metrics |= {
         key: value / tokens
         for key, value in sums.items()
-        if key not in (*unchanged, "tokens") and not key.startswith(("min/", "parity/"))
+        if key not in (*unchanged, "tokens") and not key.startswith(("min/", "parity/", "router/"))
     }
+    metrics |= {key: value for key, value in sums.items() if key.startswith("router/")}
     metrics |= {key.removeprefix("min/"): value for key, value in sums.items() if key.startswith("min/")}
     return {**metrics, **_parity(sums)}
 

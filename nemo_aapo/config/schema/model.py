@@ -79,7 +79,7 @@ class Model:
         sane=NODES,
     )
     expert_model_parallel_size: int = setting(
-        "EP: experts distributed over so many ranks; only 1 so far, as no model with experts trains",
+        "EP: experts of a model that has some distributed over so many ranks; divides their number, and TP x CP x DP",
         decides=False,
         minimum=1,
         sane=NODES,
@@ -102,8 +102,8 @@ class Model:
         "recompute_modules",
         decides=False,
     )
-    recompute_modules: tuple[Literal["core_attn", "mlp"], ...] = setting(
-        "selective: of core_attn, mlp (megatron-core's names)", decides=False
+    recompute_modules: tuple[Literal["core_attn", "mlp", "moe"], ...] = setting(
+        "selective: of core_attn, mlp, moe (of a model with experts, in place of mlp)", decides=False
     )
     logprob_chunk_tokens: int = setting(
         "memory bound of log-probs and loss: so many tokens' logits exist at one time",
