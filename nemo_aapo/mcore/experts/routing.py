@@ -13,8 +13,7 @@ schedule leaves no place; the one here tells them apart by itself, and is gone a
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
