@@ -36,7 +36,7 @@ class Term:
     """Dtype of the numbers: the compute dtype; that of inputs of matrix products, a byte under FP8; or float32."""
     cut: Literal["tensor", "sequence", "whole"] = "tensor"
     """How the tensor is sharded over the tensor-parallel ranks: always, under sequence parallelism only, or never."""
-    recomputed_with: Literal["core_attn", "mlp"] | None = None
+    recomputed_with: Literal["core_attn", "mlp", "moe"] | None = None
     """The one of ``model.recompute_modules`` that recomputes it under selective recomputation; None: none does."""
     per_position: bool = False
     """True: one row serves all sequences of the micro-batch."""
@@ -96,10 +96,10 @@ TRANSFORMER_ENGINE: tuple[Term, ...] = (
     Term("fc1 input", {"hidden": 1}, _TE_NORM_LINEAR, "linear_input", "sequence", recomputed_with="mlp"),
     Term("fc1 output", {"ffn": 2}, _SWIGLU, recomputed_with="mlp", only="dense"),
     Term("fc2 input", {"ffn": 1}, _TE_LINEAR, "linear_input", recomputed_with="mlp", only="dense"),
-    Term("router", {"experts": 2}, _MOE, "fp32", "sequence", only="experts"),
-    Term("tokens sent to experts", {"sent_hidden": 2}, _MOE, cut="sequence", only="experts"),
-    Term("experts' fc1 output", {"sent_ffn": 2}, _MOE, only="experts"),
-    Term("experts' fc2 input", {"sent_ffn": 1}, _MOE, "linear_input", only="experts"),
+    Term("router", {"experts": 2}, _MOE, "fp32", "sequence", "moe", only="experts"),
+    Term("tokens sent to experts", {"sent_hidden": 2}, _MOE, "compute", "sequence", "moe", only="experts"),
+    Term("experts' fc1 output", {"sent_ffn": 2}, _MOE, "compute", "sequence", "moe", only="experts"),
+    Term("experts' fc2 input", {"sent_ffn": 1}, _MOE, "linear_input", "sequence", "moe", only="experts"),
 )
 
 _OF_KIND = {"local": LOCAL, "transformer_engine": TRANSFORMER_ENGINE}
@@ -152,7 +152,7 @@ def stored(terms: Sequence[Term], model: PlannedModel, layout: Layout, learner: 
     for term in terms:
         if not _applies(term, model, layout, learner):
             continue
-        cut = layout.tensor if term.cut == "tensor" or (term.cut == "sequence" and layout.sequence_parallel) else 1
+        cut = {"tensor": layout.tensor, "sequence": layout.sequence_cut, "whole": 1}[term.cut] * layout.context
         rows = batch.length if term.per_position else batch.tokens
         width = sum(sizes[dimension] * times for dimension, times in term.width.items())
         total += rows * width / cut * _number_bytes(term, learner)
