@@ -74,11 +74,10 @@ def check_alone(config: Config) -> None:
 def _check_layout(config: Config) -> None:
     """What megatron-core could do and is not wired here, and settings without effect."""
     model = config.model
-    if model.context_parallel_size > 1:
+    if model.context_parallel_size > 1 and model.sequence_packing is False:
         raise ConfigError(
-            f"model.context_parallel_size={model.context_parallel_size}: not wired. Log-probs are taken from whole "
-            "sequences, and the in-process rollout engine knows no such cut. For longer sequences use "
-            "model.tensor_model_parallel_size with sequence_parallel=true, and recompute_granularity=full"
+            f"model.context_parallel_size={model.context_parallel_size} cuts rows of sequences end to end, and "
+            "model.sequence_packing=false pads each sequence to a row: set it to true, or leave it at null"
         )
     if model.expert_model_parallel_size > 1:
         raise ConfigError(

@@ -44,6 +44,7 @@ class Sizes:
 
     world_size: int
     data_parallel_size: int
+    """Copies of the model, each of which generates: those that share sequences in training counted one by one."""
     prompts_per_rank: int
     completions_per_step: int
     max_sequence_tokens: int
@@ -57,6 +58,7 @@ def derive(config: Config, shape: ModelShape, world_size: int) -> Sizes:
         ConfigError: what does not divide, with both numbers.
     """
     tp, pp = config.model.tensor_model_parallel_size, config.model.pipeline_model_parallel_size
+    cp = config.model.context_parallel_size
     if problem := undivided(shape, tp, pp):
         raise ConfigError(f"model.{problem}")
     check_widths(config, _widths(shape, tp))
@@ -77,14 +79,21 @@ def derive(config: Config, shape: ModelShape, world_size: int) -> Sizes:
             f"trainer.num_nodes={config.trainer.num_nodes} x trainer.devices={config.trainer.devices} = {asked} ranks, "
             f"but {world_size} were started: start them by scripts/launch.py, or set trainer.devices"
         )
-    if world_size % (tp * pp):
+    parts, product = f"tensor {tp} x pipeline {pp}", tp * pp * cp
+    if cp > 1:
+        parts += f" x context {cp}"
+    if world_size % product:
         raise ConfigError(
-            f"{world_size} ranks can't be cut into groups of tensor {tp} x pipeline {pp} = {tp * pp}: "
+            f"{world_size} ranks can't be cut into groups of {parts} = {product}: "
             "change trainer.devices, trainer.num_nodes or the model's parallel sizes"
         )
-    dp = world_size // (tp * pp)
-    if config.prompts_per_step % dp:
-        raise ConfigError(f"prompts_per_step={config.prompts_per_step} is not divisible by the data-parallel size {dp}")
+    dp = world_size // product
+    copies = dp * cp
+    if config.prompts_per_step % copies:
+        which = f"the data-parallel size {dp}"
+        if cp > 1:
+            which += f" x model.context_parallel_size {cp} = {copies} copies of the model, each of which generates"
+        raise ConfigError(f"prompts_per_step={config.prompts_per_step} is not divisible by {which}")
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     if longest > shape.max_position_embeddings:
         raise ConfigError(
@@ -98,19 +107,20 @@ def derive(config: Config, shape: ModelShape, world_size: int) -> Sizes:
             f"max_tokens_per_microbatch={config.max_tokens_per_microbatch} can't hold one sequence of {longest} tokens "
             f"padded to a multiple of {multiple} (precision={config.precision.name}, sequence parallelism)"
         )
-    per_rank = config.prompts_per_step // dp
+    per_rank = config.prompts_per_step // copies
     completions = config.prompts_per_step * config.group_size
     updates = config.algorithm.updates_per_rollout
     return Sizes(
         world_size=world_size,
-        data_parallel_size=dp,
+        data_parallel_size=copies,
         prompts_per_rank=per_rank,
         completions_per_step=completions,
         max_sequence_tokens=longest,
         arithmetic=(
-            f"data-parallel size = {world_size} ranks / (tensor {tp} x pipeline {pp}) = {dp}",
+            f"data-parallel size = {world_size} ranks / ({parts}) = {dp}",
+            *([f"copies of the model = data-parallel size {dp} x context {cp} = {copies}, each generates"] if cp > 1 else []),
             f"completions per rollout = prompts_per_step {config.prompts_per_step} x group_size {config.group_size} = "
-            f"{completions}, {per_rank} prompts on each data-parallel rank, {updates} optimizer step(s) on them",
+            f"{completions}, {per_rank} prompts on each {'copy' if cp > 1 else 'data-parallel rank'}, {updates} optimizer step(s) on them",
             f"longest sequence = {config.data.max_prompt_tokens} prompt + {config.rollout.max_new_tokens} new = "
             f"{longest} tokens; a micro-batch holds at least {config.max_tokens_per_microbatch // longest} such",
         ),

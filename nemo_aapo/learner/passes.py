@@ -41,13 +41,19 @@ class TokenPasses:
             wrapped: the module in its gradient buffers, where it trains.
 
         Returns:
-            float32 [n] for each micro-batch, in the order of its targets, on every rank of the model-parallel group.
+            float32 [n] for each micro-batch, in the order of its targets, on every rank of the model-parallel and the
+            context-parallel group.
         """
 
         def logprobs(hidden: torch.Tensor, batch: MicroBatch) -> np.ndarray:
             return self._logprobs(hidden, batch)[0].cpu().numpy()
 
-        return parallel.broadcast_from_last_stage(passes.forward(self.module, batches, logprobs, wrapped))
+        scored = passes.forward(self.module, _own_parts(batches), logprobs, wrapped)
+        scored = parallel.broadcast_from_last_stage(scored)
+        if parallel.context_parallel_size() == 1:
+            return scored
+        everyone = parallel.gather_context_parallel(scored)
+        return [batch.whole(parts) for batch, *parts in zip(batches, *everyone, strict=True)]
 
     def train(
         self, batches: Sequence[MicroBatch], loss: TokenLoss, wrapped: DistributedDataParallel
@@ -55,7 +61,8 @@ class TokenPasses:
         """Add the gradient of the loss to the buffers of ``wrapped``, over all ranks.
 
         Args:
-            batches: this rank's share of the optimizer batch; their weights hold 1 / (global denominator).
+            batches: this rank's share of the optimizer batch; their weights hold 1 / (global denominator). Of each the
+                rank computes its part, where context parallelism cuts them: sums over tokens add up all the same.
             loss: summed over all micro-batches of all ranks it is the loss.
 
         Returns:
@@ -65,7 +72,7 @@ class TokenPasses:
         def loss_of_hidden(hidden: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             return loss(*self._logprobs(hidden, batch), batch)
 
-        outputs = passes.forward_and_backward(self.module, batches, loss_of_hidden, wrapped)
+        outputs = passes.forward_and_backward(self.module, _own_parts(batches), loss_of_hidden, wrapped)
         own = merge([{key: float(value) for key, value in output.items()} for output in outputs])
         return merge(parallel.gather_data_parallel(parallel.broadcast_from_last_stage(own)))
 
@@ -84,6 +91,13 @@ class TokenPasses:
             vocab_start=shard.start,
             chunk_tokens=self.config.model.logprob_chunk_tokens,
         )
+
+
+def _own_parts(batches: Sequence[MicroBatch]) -> Sequence[MicroBatch]:
+    """What this rank computes of each micro-batch."""
+    if parallel.context_parallel_size() == 1:
+        return batches
+    return [batch.part(parallel.context_parallel_rank()) for batch in batches]
 
 
 def merge(parts: Sequence[dict[str, float]]) -> dict[str, float]:

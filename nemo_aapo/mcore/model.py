@@ -30,6 +30,7 @@ def build_module(config: Config, weight_map: WeightMap) -> GPTModel:
         "tensor_model_parallel_size": model.tensor_model_parallel_size,
         "pipeline_model_parallel_size": model.pipeline_model_parallel_size,
         "context_parallel_size": model.context_parallel_size,
+        "cp_comm_type": "p2p",  # of TransformerEngine, whose all-to-all takes no packed rows; a CPU's attention chooses
         "expert_model_parallel_size": model.expert_model_parallel_size,
         "sequence_parallel": model.sequence_parallel,
         "recompute_granularity": model.recompute_granularity,

@@ -251,7 +251,6 @@ def check_supported(model: GPTModel) -> None:
         "num_moe_experts": (config.num_moe_experts, None),
         "fp32_residual_connection": (config.fp32_residual_connection, False),
         "mtp_num_layers": (config.mtp_num_layers or None, None),
-        "context_parallel_size": (config.context_parallel_size, 1),
         "virtual_pipeline_model_parallel_size": (config.virtual_pipeline_model_parallel_size, None),
         "num_query_groups % tensor_model_parallel_size": (
             config.num_query_groups % config.tensor_model_parallel_size,
