@@ -34,15 +34,16 @@ class Term:
     """The code that saves the tensor."""
     numbers: Literal["compute", "linear_input", "fp32"] = "compute"
     """Dtype of the numbers: the compute dtype; that of inputs of matrix products, a byte under FP8; or float32."""
-    cut: Literal["tensor", "sequence", "whole"] = "tensor"
-    """How the tensor is sharded over the tensor-parallel ranks: always, under sequence parallelism only, or never."""
+    cut: Literal["tensor", "sequence", "whole", "row"] = "tensor"
+    """How the tensor is sharded over the tensor-parallel ranks: always, under sequence parallelism only, or never; and
+    always over context-parallel ranks. ``row``: as ``tensor``, but each context-parallel rank has all tokens."""
     recomputed_with: Literal["core_attn", "mlp", "moe"] | None = None
     """The one of ``model.recompute_modules`` that recomputes it under selective recomputation; None: none does."""
     per_position: bool = False
     """True: one row serves all sequences of the micro-batch."""
-    only: Literal["qk_norm", "copied_query", "dense", "experts", "fp8"] | None = None
-    """The models or precisions that have the tensor; None: all. ``copied_query``: with normalised queries and several
-    groups on a rank, where mcore's reshape is a copy."""
+    only: Literal["qk_norm", "copied_query", "few_keys", "dense", "experts", "fp8"] | None = None
+    """The models, precisions or layouts that have the tensor; None: all. ``copied_query``: with normalised queries and
+    several groups on a rank, where mcore's reshape is a copy. ``few_keys``: with fewer key heads than ranks to cut."""
 
 
 _LOCAL_NORM = "mcore/cpu/kernels.py, rms_norm: the input and 1/rms"
@@ -63,6 +64,7 @@ LOCAL: tuple[Term, ...] = (
     Term("query, key", {"query": 1, "key_value": 1}, _LOCAL_ATTENTION),
     Term("attention output", {"query": 1}, _LOCAL_ATTENTION + "; it is the projection's input as well"),
     Term("softmax statistics", {"heads": 1}, _LOCAL_ATTENTION, "fp32", recomputed_with="core_attn"),
+    Term("keys and values of all ranks", {"key_value": 2}, "mcore/cpu/attention.py, gathered", cut="row", only="few_keys"),
     Term("mlp norm input", {"hidden": 1}, _LOCAL_NORM, cut="sequence"),
     Term("mlp norm, 1/rms", {"one": 1}, _LOCAL_NORM, "fp32", "sequence"),
     Term("fc1 input", {"hidden": 1}, _LOCAL_LINEAR, cut="sequence"),
@@ -152,7 +154,9 @@ def stored(terms: Sequence[Term], model: PlannedModel, layout: Layout, learner: 
     for term in terms:
         if not _applies(term, model, layout, learner):
             continue
-        cut = {"tensor": layout.tensor, "sequence": layout.sequence_cut, "whole": 1}[term.cut] * layout.context
+        cut = layout.context * {"tensor": layout.tensor, "sequence": layout.sequence_cut}.get(term.cut, 1)
+        if term.cut == "row":
+            cut = layout.tensor
         rows = batch.length if term.per_position else batch.tokens
         width = sum(sizes[dimension] * times for dimension, times in term.width.items())
         total += rows * width / cut * _number_bytes(term, learner)
@@ -164,6 +168,7 @@ def _applies(term: Term, model: PlannedModel, layout: Layout, learner: Learner) 
         None: True,
         "qk_norm": model.qk_norm,
         "copied_query": model.qk_norm and model.groups > layout.tensor,
+        "few_keys": layout.context > 1 and model.groups // layout.tensor % layout.context != 0,
         "dense": not model.experts,
         "experts": model.experts > 0,
         "fp8": learner.numbers == "fp8",

@@ -22,14 +22,21 @@ def pass_seconds(inputs: Inputs, passes: float) -> dict[str, float]:
     if layout.tensor > 1:
         reduced = 1 if model.experts else 2  # attention, and a dense feed-forward block; experts are not cut
         found["tensor-parallel collectives"] = times * reduced * 2 * _exchange(inputs, model.hidden, 1, layout.tensor)
-    if layout.context > 1:
-        found["context-parallel exchange"] = times * _exchange(
-            inputs, _context_width(inputs) / layout.tensor, layout.tensor, layout.context
-        )
     if model.experts and layout.expert > 1:
         sent = 2 * model.experts_per_token * model.hidden / layout.tensor  # there and back; sequence parallel
         found["experts' all-to-all"] = times * _exchange(inputs, sent, 1, layout.expert)
     return found
+
+
+def ring_seconds(inputs: Inputs) -> float:
+    """Seconds in which the keys and values of each token go round its context-parallel group, in one forward pass.
+
+    TransformerEngine (cp_comm_type p2p) computes attention with one part of them while the next is on its way.
+    """
+    layout, model = inputs.layout, inputs.model
+    width = layout.context * 2 * model.key_value / layout.tensor
+    times = model.layers / layout.pipeline * _tokens(inputs) * memory.WEIGHT_BYTES[inputs.learner.numbers]
+    return times * _exchange(inputs, width, layout.tensor, layout.context)
 
 
 def decode_seconds(inputs: Inputs, rows: float) -> float:
@@ -72,18 +79,6 @@ def gradient_seconds(inputs: Inputs, dense: float, experts: float) -> float:
 def _tokens(inputs: Inputs) -> float:
     """Tokens of a step that pass each rank of a pipeline stage, before sequence parallelism cuts them."""
     return inputs.work.tokens / inputs.layout.data / inputs.layout.context
-
-
-def _context_width(inputs: Inputs) -> int:
-    """Numbers of a token and layer that cross a context-parallel group in a forward pass.
-
-    Where heads divide, all-to-alls turn tokens that are cut into heads that are cut, and back: queries, keys, values
-    and attention's output. Otherwise keys and values go to all ranks.
-    """
-    model, layout = inputs.model, inputs.layout
-    if model.groups % (layout.tensor * layout.context) == 0:
-        return 2 * model.query + 2 * model.key_value
-    return layout.context * 2 * model.key_value
 
 
 def _exchange(inputs: Inputs, number: float, stride: int, ranks: int) -> float:

@@ -171,6 +171,9 @@ def learner_seconds(inputs: Inputs, rates: Rates, flops: Flops, passes: float) -
     layout = inputs.layout
     computed = flops.seconds(rates, inputs.learner.numbers) / layout.ranks
     found = {"FLOPs": computed, **collectives.pass_seconds(inputs, passes)}
+    if layout.context > 1:  # keys and values are sent while attention computes
+        attention = forward(inputs, 0, _pairs(inputs), 0).seconds(rates, inputs.learner.numbers) / layout.ranks
+        found["keys and values over CP"] = passes * max(0.0, collectives.ring_seconds(inputs) - attention)
     if layout.pipeline > 1:
         bubble = (layout.pipeline - 1) / memory.microbatches(inputs)
         found["pipeline bubble"] = bubble * sum(found.values())

@@ -76,16 +76,18 @@ def test_the_all_to_all_of_experts_is_its_bytes_over_the_slowest_link():
     )
 
 
-def test_context_parallel_ranks_exchange_heads_where_they_divide_else_keys_and_values():
-    """Four key-value heads: of CP 4 each rank gets one; of CP 8 the keys and values of all tokens go to all ranks."""
-    seconds = [
-        collectives.pass_seconds(laid_out(Layout(context=context)), 1)["context-parallel exchange"]
-        for context in (4, 8)
-    ]
-    inputs, each = made_inputs(MODEL), 48 * 2 / hardware.KNOWN["h100"].nvlink
-    query, key = 32 * 128, 4 * 128
-    assert seconds[0] == pytest.approx(inputs.work.tokens / 4 * each * (2 * query + 2 * key) * 3 / 4)
-    assert seconds[1] == pytest.approx(inputs.work.tokens / 8 * each * 8 * 2 * key * 7 / 8)
+def test_keys_and_values_go_round_a_context_parallel_group_behind_attention():
+    """Each of eight ranks gets the others' parts; attention within short sequences does not take as long."""
+    inputs, gpu = laid_out(Layout(context=8)), hardware.KNOWN["h100"]
+    ring = collectives.ring_seconds(inputs)
+    assert ring == pytest.approx(inputs.work.tokens / 8 * 7 * 48 * 2 * 4 * 128 * 2 / gpu.nvlink)
+    waits = []
+    for length in (64, 4096):
+        words = ("mean_prompt_tokens=1", f"mean_completion_tokens={length}", "rollout.max_new_tokens=4096")
+        inputs = laid_out(Layout(context=8), *words, "max_tokens_per_microbatch=8192")
+        parts = compute.learner_seconds(inputs, gpu.peak, compute.train_flops(inputs), 2)
+        waits.append(parts["keys and values over CP"])
+    assert waits[0] > waits[1] == 0
 
 
 def test_every_layout_of_experts_and_context_is_judged_once():
