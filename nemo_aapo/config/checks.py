@@ -79,12 +79,6 @@ def _check_layout(config: Config) -> None:
             f"model.context_parallel_size={model.context_parallel_size} cuts rows of sequences end to end, and "
             "model.sequence_packing=false pads each sequence to a row: set it to true, or leave it at null"
         )
-    if model.expert_model_parallel_size > 1:
-        raise ConfigError(
-            f"model.expert_model_parallel_size={model.expert_model_parallel_size}: the models that train here (Qwen2, "
-            "Qwen3, Llama) have no experts to distribute; models with experts are refused, as the in-process rollout "
-            "engine has no such layers"
-        )
     if model.recompute_granularity == "selective" and not model.recompute_modules:
         raise ConfigError("model.recompute_granularity=selective recomputes model.recompute_modules, which is empty")
     if config.rollout.offload_learner and config.rollout.engine == "remote":

@@ -290,6 +290,14 @@ def any_rank(*flags: bool) -> list[bool]:
     return [bool(flag) for flag in box]
 
 
+def sum_over_ranks(*numbers: float) -> list[float]:
+    """The sum of each over all ranks, on all of them."""
+    box = torch.tensor(numbers, dtype=torch.float64)
+    if dist.get_world_size() > 1:
+        dist.all_reduce(box)
+    return box.tolist()
+
+
 def barrier() -> None:
     """Wait for all ranks."""
     if dist.get_world_size() > 1:

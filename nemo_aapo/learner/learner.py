@@ -125,6 +125,11 @@ class Learner:
             )
         return batches, {**layout_metrics, "microbatches": float(len(batches)), "alpha": alpha}
 
+    @property
+    def _row_multiple(self) -> int:
+        """What ``collate`` pads a row to."""
+        return math.lcm(self.pad_multiple, chunks(parallel.context_parallel_size()))
+
     def _prefix_groups(self, samples: Sequence[Sample], kept_tokens: int) -> list[PrefixGroup]:
         """The samples of one prompt as the units that are distributed over micro-batches and ranks.
 
@@ -134,7 +139,7 @@ class Learner:
         """
         if not self.share_prompts:
             return PrefixGroup.separate(samples)
-        budget = self.max_tokens_per_microbatch // self.pad_multiple * self.pad_multiple
+        budget = self.max_tokens_per_microbatch // self._row_multiple * self._row_multiple
         ranks = parallel.batch_parallel_size()
         return PrefixGroup.split(samples, budget if ranks == 1 else min(budget, kept_tokens // (2 * ranks)))
 
@@ -144,12 +149,11 @@ class Learner:
         first = sum(len(part) for part in sizes[: parallel.data_parallel_rank()])
         lengths, row_lengths = ([pair[k] for part in sizes for pair in part] for k in (0, 1))
         ranks = parallel.context_parallel_size()
-        multiple = math.lcm(self.pad_multiple, chunks(ranks))
         assigned = plan(
             [pad_to(length, chunks(ranks)) for length in lengths],
             budget=self.max_tokens_per_microbatch,
             data_parallel_size=parallel.batch_parallel_size(),
-            multiple=multiple,
+            multiple=self._row_multiple,
             packed=self.packed,
         )
         outgoing: list[list[tuple[int, PrefixGroup]]] = []
@@ -160,18 +164,22 @@ class Learner:
         by_index = dict(parallel.exchange_data_parallel(outgoing))
         everything = [batch for part in assigned for batch in part]
         return [[by_index[i] for i in batch] for batch in assigned[parallel.batch_parallel_rank()]], {
-            "padding_fraction": padding_fraction(everything, row_lengths, multiple, self.packed),
+            "padding_fraction": padding_fraction(everything, row_lengths, self._row_multiple, self.packed),
             "shared_prompt_fraction": 1.0 - sum(row_lengths) / max(sum(lengths), 1),
         }
 
     def _scored(self, batches: list[MicroBatch]) -> list[MicroBatch]:
-        """Add the log-probs that the loss needs besides the current ones: old ones, and the reference's."""
+        """Add the log-probs that the loss needs besides the current ones: old ones, and the reference's.
+
+        Old ones replay the routes that the micro-batches have, as the update will.
+        """
         if self.updates_per_rollout > 1 and self.algorithm.config.loss == "ratio_clip":
             scored = self.policy.score(batches)
             batches = [b.replace(old_logprobs=_like(s, b)) for b, s in zip(batches, scored, strict=True)]
         if self.algorithm.needs_reference_logprobs:
+            # The reference is a model of its own: it sends tokens to the experts that it chooses itself.
             with self.policy.reference_weights():
-                scored = self.policy.score(batches)
+                scored = self.policy.score([batch.replace(routes=None) for batch in batches])
             batches = [b.replace(reference_logprobs=_like(s, b)) for b, s in zip(batches, scored, strict=True)]
         return batches
 
@@ -197,6 +205,7 @@ def _samples(group: Group) -> list[Sample]:
             completion_ids=completion.token_ids,
             rollout_logprobs=completion.logprobs,
             advantage=float(advantage),
+            routes=completion.routes,
         )
         for completion, advantage in zip(group.completions, group.final_advantages, strict=True)
         if not np.isnan(advantage)
@@ -215,8 +224,9 @@ def _means(sums: dict[str, float]) -> dict[str, float]:
     metrics |= {
         key: value / tokens
         for key, value in sums.items()
-        if key not in (*unchanged, "tokens") and not key.startswith(("min/", "parity/"))
+        if key not in (*unchanged, "tokens") and not key.startswith(("min/", "parity/", "router/"))
     }
+    metrics |= {key: value for key, value in sums.items() if key.startswith("router/")}
     metrics |= {key.removeprefix("min/"): value for key, value in sums.items() if key.startswith("min/")}
     return {**metrics, **_parity(sums)}
 

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from nemo_aapo.mcore.micro_batch import MicroBatch
-from nemo_aapo.types import Sample
+from nemo_aapo.types import NO_ROUTE, Sample
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -129,6 +129,7 @@ def collate(
         expand=index(rows.expand),
         contract=index(rows.contract),
         parts=index(rows.parts),
+        routes=index(_routes(samples, rows)),
     )
 
 
@@ -239,3 +240,17 @@ def _pack(groups: Sequence[PrefixGroup], multiple: int, ranks: int) -> _Rows:
         contract=contract if shared else None,
         parts=mirrored_parts(pieces, ranks) if ranks > 1 else None,
     )
+
+
+def _routes(samples: Sequence[Sample], rows: _Rows) -> np.ndarray | None:
+    """``MicroBatch.routes``; None if no sample has any. Of a shared prompt all samples have the same."""
+    width = next((sample.routes.prompt.shape[1:] for sample in samples if sample.routes), None)
+    if width is None:
+        return None
+    stride = len(rows.ids)  # a row's neighbours stand so far apart in the flattened hidden states
+    routes = np.full((rows.ids.size, *width), NO_ROUTE, np.uint8)
+    for sample, at in zip(samples, rows.predictions, strict=True):
+        if sample.routes:
+            routes[at[0] - stride * np.arange(len(sample.prompt_ids))[::-1]] = sample.routes.prompt
+            routes[at[1:]] = sample.routes.completion
+    return routes

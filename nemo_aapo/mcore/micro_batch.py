@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-
 _PER_TOKEN = ("targets", "advantages", "weights", "rollout_logprobs", "old_logprobs", "reference_logprobs")
 """Fields of a ``MicroBatch`` that have an entry for each of its n tokens."""
 
@@ -56,6 +55,9 @@ class MicroBatch:
     """float32 [n], the learner's log-probs of the tokens before the first of several updates."""
     reference_logprobs: torch.Tensor | None = None
     """float32 [n], the frozen reference model's log-probs of the tokens, for the KL term."""
+    routes: torch.Tensor | None = None
+    """uint8 [s * b, layers, k], the experts that a mixture of experts is to send each token of the flattened hidden
+    states to (``NO_ROUTE``: its own choice). None: its own choice everywhere."""
 
     @classmethod
     def of_one_sequence(cls, ids: torch.Tensor) -> MicroBatch:
@@ -75,6 +77,7 @@ class MicroBatch:
             position_ids=self.position_ids[:, own],
             positions=place[self.positions[taken]],
             lengths=tuple(np.bincount(sequence, minlength=len(self.lengths)).tolist()),
+            routes=None if self.routes is None else self.routes[own],
             **per_token,
         )
 

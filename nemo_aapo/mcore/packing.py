@@ -24,7 +24,7 @@ SHORTEST_OF_BATCH = 0.7
 A lower share computes more padding, a higher one makes more batches; both cost time."""
 
 QUERIES_AT_ONCE = 1024
-"""Tokens of a run at most, where a rank has keys of all ranks: bounds the mask, and what is computed in vain below it."""
+"""Tokens of a run at most, where a rank has the keys of all: bounds the mask, and what is computed in vain of it."""
 
 
 @dataclass(kw_only=True)

@@ -138,7 +138,7 @@ class LocalAttention(DotProductAttention):
 
 
 def _heads_cut(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """Of this rank's tokens all heads [t / CP, heads, size] -> of all tokens its share of them [t, heads / CP, size]."""
+    """Of this rank's tokens all heads [t / CP, heads, size] -> of all tokens a share of them [t, heads / CP, size]."""
     return all_to_all(group, x.unflatten(1, (group.size(), -1)).transpose(0, 1).flatten(0, 1))
 
 

@@ -1,4 +1,4 @@
-"""mcore's local layers, for machines without TransformerEngine: other norms and gated activation, attention of our own."""
+"""mcore's local layers, for machines without TransformerEngine: other norms, attention and gated activation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from nemo_aapo.mcore.cpu.kernels import rms_norm, swiglu
 
 def local_layer_spec(config: Any) -> TransformerBlockSubmodules:
     """The decoder block for a provider's configuration, in which it sets ``use_te_activation_func`` for SwiGLU."""
-    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
+    layer = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization=config.normalization
+    )
     layer.submodules.input_layernorm = TorchNorm
     layer.submodules.pre_mlp_layernorm = TorchNorm
     attention = layer.submodules.self_attention.submodules
@@ -24,7 +26,8 @@ def local_layer_spec(config: Any) -> TransformerBlockSubmodules:
     if attention.q_layernorm is not IdentityOp:
         attention.q_layernorm = attention.k_layernorm = TorchNorm
     if is_swiglu(config):
-        layer.submodules.mlp.submodules.activation_func = swiglu
+        mlp = layer.submodules.mlp.submodules
+        (mlp.experts.submodules if config.num_moe_experts else mlp).activation_func = swiglu
         config.use_te_activation_func = True  # mcore's word for: call the module's own activation
     layers = [layer] * get_num_layers_to_build(config, vp_stage=None, pp_rank=None)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=TorchNorm)
