@@ -50,6 +50,7 @@ _LOCAL_NORM = "mcore/cpu/kernels.py, rms_norm: the input and 1/rms"
 _LOCAL_LINEAR = "mcore tensor_parallel/layers.py, LinearWithGradAccumulationAndAsyncCommunication: the input"
 _LOCAL_ROTARY = "mcore/cpu/kernels.py, rotary: with the angles, for all layers"
 _LOCAL_ATTENTION = "torch's scaled_dot_product_attention on CPU: q, k, v, out, logsumexp"
+_MOE = "mcore transformer/moe: permuted tokens, router probabilities (tokens spread evenly over the experts)"
 _LOCAL_MLP = "mcore/cpu/kernels.py, swiglu: its input"
 
 LOCAL: tuple[Term, ...] = (
@@ -70,13 +71,17 @@ LOCAL: tuple[Term, ...] = (
     Term("fc1 input", {"hidden": 1}, _LOCAL_LINEAR, cut="sequence"),
     Term("fc1 output", {"ffn": 2}, _LOCAL_MLP, recomputed_with="mlp", only="dense"),
     Term("fc2 input", {"ffn": 1}, _LOCAL_LINEAR, recomputed_with="mlp", only="dense"),
+    Term("router", {"experts": 2, "sent": 4}, _MOE, "fp32", "sequence", "moe", only="experts"),
+    Term("tokens sent to experts", {"sent_hidden": 1}, _LOCAL_LINEAR, "compute", "sequence", "moe", only="experts"),
+    Term("experts' fc1 output", {"sent_ffn": 2}, _LOCAL_MLP, "compute", "sequence", "moe", only="experts"),
+    Term("experts' units", {"sent_ffn": 1}, "mcore transformer/mlp.py: times probs", "compute", "sequence", "moe", only="experts"),
+    Term("experts' fc2 input", {"sent_ffn": 1}, _LOCAL_LINEAR, "compute", "sequence", "moe", only="experts"),
 )
 
 _TE_NORM_LINEAR = "TransformerEngine module/layernorm_linear.py: inputmat, ln_out, rsigma"
 _TE_LINEAR = "TransformerEngine module/linear.py: saved_inputmat"
 _TE_ATTENTION = "TransformerEngine attention/dot_product_attention/backends.py, FusedAttnFunc: q, k, v, out, statistics"
 _SWIGLU = "mcore fusions/fused_bias_swiglu.py, BiasSwiGLUFunction and SwiGLUFunction: its input"
-_MOE = "mcore transformer/moe: permuted tokens, router probabilities (tokens spread evenly over the experts)"
 
 TRANSFORMER_ENGINE: tuple[Term, ...] = (
     Term("attention norm input", {"hidden": 1}, _TE_NORM_LINEAR, cut="sequence"),
@@ -142,6 +147,7 @@ def dimensions(model: PlannedModel) -> dict[str, float]:
         "head_size": model.head_size,
         "ffn": model.ffn,
         "experts": model.experts,
+        "sent": model.experts_per_token,
         "sent_hidden": model.experts_per_token * model.hidden,
         "sent_ffn": model.experts_per_token * model.ffn,
     }
