@@ -67,17 +67,19 @@ class TokenPasses:
             loss: summed over all micro-batches of all ranks it is the loss.
 
         Returns:
-            ``loss`` and the loss function's sums over all ranks (keys that start with ``min/`` are minima). With
-            ``rollout.replay_routes`` also ``router/replay_disagreement``: the share of the (token, layer) choices
-            replayed in which the router would have chosen other experts; NaN if none was.
+            ``loss`` and the loss function's sums over all ranks (keys that start with ``min/`` are minima), and the
+            routers' metrics. With ``rollout.replay_routes`` also ``router/replay_disagreement``: of the (token, layer)
+            choices replayed, the share in which the router would have chosen other experts; NaN if none was.
         """
 
         def loss_of_hidden(hidden: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             return loss(*self._logprobs(hidden, batch), batch)
 
-        outputs, replayed = passes.forward_and_backward(self.module, _own_parts(batches), loss_of_hidden, wrapped)
+        outputs, replayed, routed = passes.forward_and_backward(
+            self.module, _own_parts(batches), loss_of_hidden, wrapped
+        )
         own = merge([{key: float(value) for key, value in output.items()} for output in outputs])
-        sums = merge(parallel.gather_data_parallel(parallel.broadcast_from_last_stage(own)))
+        sums = merge(parallel.gather_data_parallel(parallel.broadcast_from_last_stage(own))) | routed
         if self.config.rollout.replay_routes:
             known, otherwise = parallel.sum_over_ranks(*replayed)
             sums["router/replay_disagreement"] = otherwise / known if known else math.nan

@@ -280,13 +280,13 @@ def check_supported(model: GPTModel) -> None:
         ),
     }
     if config.num_moe_experts:
-        found |= _expert_settings(config)
+        found |= expert_settings(config)
     wrong = [f"{name}={value!r} (only {wanted!r})" for name, (value, wanted) in found.items() if value != wanted]
     if wrong:
         raise ValueError(f"the Megatron rollout engine can't decode a model with {', '.join(wrong)}")
 
 
-def _expert_settings(config: Any) -> dict[str, tuple[Any, Any]]:
+def expert_settings(config: Any) -> dict[str, tuple[Any, Any]]:
     """What decides how experts are chosen and weighted, or where they are: (value, the one that is supported)."""
     tensor, expert = config.tensor_model_parallel_size, config.expert_model_parallel_size
     return {
