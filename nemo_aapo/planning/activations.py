@@ -51,6 +51,7 @@ _LOCAL_LINEAR = "mcore tensor_parallel/layers.py, LinearWithGradAccumulationAndA
 _LOCAL_ROTARY = "mcore/cpu/kernels.py, rotary: with the angles, for all layers"
 _LOCAL_ATTENTION = "torch's scaled_dot_product_attention on CPU: q, k, v, out, logsumexp"
 _MOE = "mcore transformer/moe: permuted tokens, router probabilities (tokens spread evenly over the experts)"
+_LOCAL_EXPERTS = "mcore/experts/grouped.py, _Experts: the rows, gate and up"
 _LOCAL_MLP = "mcore/cpu/kernels.py, swiglu: its input"
 
 LOCAL: tuple[Term, ...] = (
@@ -72,10 +73,8 @@ LOCAL: tuple[Term, ...] = (
     Term("fc1 output", {"ffn": 2}, _LOCAL_MLP, recomputed_with="mlp", only="dense"),
     Term("fc2 input", {"ffn": 1}, _LOCAL_LINEAR, recomputed_with="mlp", only="dense"),
     Term("router", {"experts": 2, "sent": 4}, _MOE, "fp32", "sequence", "moe", only="experts"),
-    Term("tokens sent to experts", {"sent_hidden": 1}, _LOCAL_LINEAR, "compute", "sequence", "moe", only="experts"),
-    Term("experts' fc1 output", {"sent_ffn": 2}, _LOCAL_MLP, "compute", "sequence", "moe", only="experts"),
-    Term("experts' units", {"sent_ffn": 1}, "mcore transformer/mlp.py: times probs", "compute", "sequence", "moe", only="experts"),
-    Term("experts' fc2 input", {"sent_ffn": 1}, _LOCAL_LINEAR, "compute", "sequence", "moe", only="experts"),
+    Term("tokens sent to experts", {"sent_hidden": 1}, _LOCAL_EXPERTS, "compute", "sequence", "moe", only="experts"),
+    Term("experts' fc1 output", {"sent_ffn": 2}, _LOCAL_EXPERTS, "compute", "sequence", "moe", only="experts"),
 )
 
 _TE_NORM_LINEAR = "TransformerEngine module/layernorm_linear.py: inputmat, ln_out, rsigma"

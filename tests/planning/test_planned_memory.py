@@ -16,7 +16,7 @@ from tests.tiny_models import SIZES, make_config, save_character_tokenizer, save
 
 MICROBATCHES = 3
 PROMPT = 4
-MODULES = ("core_attn", "mlp")
+MODULES = ("core_attn", "mlp", "moe")
 """Of model.recompute_modules. Not layernorm: mcore empties the storage of its output, which is not counted here."""
 
 TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
@@ -188,6 +188,8 @@ def compare(
     ranks, path: Path, layout: Layout, recompute: str | None = None, length: int = 40, rows: int = 3, kind="padded"
 ) -> None:
     within = 0.2 if kind == "packed" else 0.05 if recompute else 0.04
+    if recompute and layout.expert > 1:  # a peak is in the layer that sends a rank the most tokens
+        within = 0.1
     changes = {
         "model__context_parallel_size": layout.context,
         "model__expert_model_parallel_size": layout.expert,
@@ -228,7 +230,7 @@ LAYOUTS = [
 CASES = [
     *((name, layout) for name in ("qwen2", "qwen2_tied") for layout in LAYOUTS),
     *((name, LAYOUTS[i]) for name in ("qwen3", "llama") for i in (0, 2, 4)),
-    ("qwen3_moe", Layout(data=2, expert=2)),
+    *(("qwen3_moe", layout) for layout in (Layout(), Layout(data=2, expert=2))),
     ("qwen3_moe", Layout(tensor=2, pipeline=2, expert=2, sequence_parallel=True)),
 ]
 
@@ -247,9 +249,14 @@ def test_context_parallel_ranks_keep_their_part_of_a_row_within_a_fifth(ranks, t
 
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(tensor=2, pipeline=2, sequence_parallel=True)], ids=str)
-@pytest.mark.parametrize("recompute", ["full", *MODULES])
+@pytest.mark.parametrize("recompute", ["full", "core_attn", "mlp"])
 def test_what_is_recomputed_is_not_kept(ranks, tiny_models, layout, recompute):
     compare(ranks, tiny_models["qwen2"], layout, recompute)
+
+
+@pytest.mark.parametrize("recompute", ["full", "moe"])
+def test_experts_that_are_recomputed_keep_nothing(ranks, tiny_models, recompute):
+    compare(ranks, tiny_models["qwen3_moe"], Layout(data=2, expert=2), recompute)
 
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen3"])
