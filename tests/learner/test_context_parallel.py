@@ -220,12 +220,11 @@ def test_the_old_policys_and_the_references_log_probs_reach_every_rank(ranks, al
 
 @pytest.mark.exact
 def test_adapters_are_trained_as_by_one_process(ranks, alone):
-    lora = PACKED | {
-        "model__lora": {"rank": 4, "alpha": 8, "target_modules": ["linear_qkv", "linear_proj", "linear_fc1"]}
-    }
+    lora = {"rank": 4, "alpha": 8, "target_modules": ["linear_qkv", "linear_proj", "linear_fc1"]}
+    more = PACKED | {"model__lora": lora}
     path, _ = alone[1]
-    [expected] = ranks.run(metrics_of, path, 1, 1, 1024, lora)
-    for metrics in ranks.run(metrics_of, path, 1, 1, 128, context(2, lora), world=2, cp=2):
+    [expected] = ranks.run(metrics_of, path, 1, 1, 1024, more)
+    for metrics in ranks.run(metrics_of, path, 1, 1, 128, context(2, more), world=2, cp=2):
         assert metrics["loss"] == pytest.approx(expected["loss"], rel=1e-6, abs=1e-7)
         assert metrics["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
 

@@ -76,6 +76,8 @@ def _in_step(path, case):
 
     rank = parallel.data_parallel_rank()
     model = build(path, tp=parallel.tensor_parallel_size(), pp=parallel.pipeline_parallel_size())
+    if case == "overflow" and rank == 1:
+        model.decoder.final_layernorm.weight.data[0] = torch.nan
     engine = MegatronEngine(model, VOCAB_SIZE, 42 if case == "budget" and rank == 1 else ROOMY)
     calls = 0
 
@@ -91,7 +93,7 @@ def _in_step(path, case):
     idle = case == "no prompts" and rank == 1
     try:
         out = engine.generate([] if idle else prompts(), SPEC, [] if idle else SEEDS, on_finish)
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
         return f"{type(error).__name__}: {error}"
     return flat(out)
 
@@ -100,7 +102,7 @@ def test_ranks_in_step_end_together_or_go_on_lending_their_experts(ranks, tiny_m
     whole = flat([on_one_rank[i] for i in range(len(SEEDS))])
     answers = {
         case: ranks.run(_in_step, tiny_models["qwen3_moe"], case, world=2, ep=2, timeout_s=60)
-        for case in ("no prompts", "enough", "budget", "reward")
+        for case in ("no prompts", "enough", "budget", "overflow", "reward")
     }
     assert answers["no prompts"] == [whole, []]
     going_on, broken_off = answers["enough"]
@@ -109,6 +111,8 @@ def test_ranks_in_step_end_together_or_go_on_lending_their_experts(ranks, tiny_m
     assert all(tokens in whole for tokens in broken_off)
     assert answers["budget"][0] == answers["budget"][1]
     assert "rollout.max_concurrent_tokens=42" in answers["budget"][0]
+    assert answers["overflow"][0] == answers["overflow"][1]
+    assert answers["overflow"][0].startswith("FloatingPointError: policy version 0 gives log-probs that are not finite")
     assert answers["reward"] == [f"{kind}: the reward's disk is full" for kind in ("RuntimeError", "OSError")]
 
 

@@ -52,10 +52,10 @@ def test_a_server_sends_the_routes_of_its_completions_through_a_refit(ranks, wor
     servers = Servers(Path(load_config(words).rollout.remote.directory))
     try:
         servers.start(0, words)
-        ranks.run(_same_by_the_same_experts, words)
+        ranks.run(_same_by_the_same_experts, words, tp=None)
         servers.close()
         servers.start(0, [*words, "rollout.replay_routes=false"])
-        (said,) = ranks.run(_without_routes, words)
+        (said,) = ranks.run(_without_routes, words, tp=None)
         assert "sends completions without the experts" in said
     finally:
         servers.close()
