@@ -206,6 +206,20 @@ def test_loss_and_gradient_are_those_of_one_process(ranks, alone, layout):
 
 
 @pytest.mark.exact
+def test_so_are_those_of_a_mixture_of_experts(ranks, tiny_models):
+    """The experts of a layer lie on the ranks that cut a sequence among them, and gradients reach each expert once."""
+    path = tiny_models["qwen3_moe"]
+    ((expected, weights),) = ranks.run(learn, path, 1, 1, 1024, {})
+    for tp, more in ((1, SHARED | FULL_RECOMPUTE), (2, PACKED | SEQUENCE_PARALLEL | DISTRIBUTED_OPTIMIZER)):
+        words = (path, tp, 1, 128, context(2, more | {"model__expert_model_parallel_size": 2}))
+        for metrics, updated in ranks.run(learn, *words, world=2 * tp, tp=tp, cp=2, ep=2):
+            assert metrics["loss"] == pytest.approx(expected["loss"], rel=1e-6, abs=1e-7)
+            assert metrics["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
+            for name, tensor in updated.items():
+                np.testing.assert_allclose(tensor, weights[name], atol=2e-6, err_msg=name)
+
+
+@pytest.mark.exact
 def test_the_old_policys_and_the_references_log_probs_reach_every_rank(ranks, alone):
     """GRPO with its KL term: several updates need the log-probs of all tokens, whoever computed them."""
     path, _ = alone[2]

@@ -90,7 +90,7 @@ class Lockstep:
     def gathered(
         self, x: Tensor, experts: Tensor, weights: Tensor, wanted_alone: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The rows of all copies of the model: hidden states, experts and weights, as ``ExpertLayers`` has its own.
+        """The rows of all copies of the model, x [n, h], experts int64 [n, k] and weights float32 [n, k] of each.
 
         All copies' rows are padded to the same number; padding is sent to no expert. Tensor-parallel ranks have the
         same rows, and each sends its share of them.
