@@ -38,7 +38,8 @@ class _Experts(torch.autograd.Function):
     def forward(ctx, x, probs, counts, fused, *weights):
         first, second = _halves(weights)
         gate_and_up = _product(x, counts, [w.t() for w in first])
-        ctx.save_for_backward(x, probs, gate_and_up, *weights)
+        ctx.save_for_backward(x, probs, gate_and_up)
+        ctx.weights = weights  # themselves: what hooks of saved tensors give back has no main_grad
         ctx.counts, ctx.fused = counts, fused
         gate, up = gate_and_up.chunk(2, -1)
         units = F.silu(gate).mul_(up).mul_(probs[:, None])
@@ -47,8 +48,8 @@ class _Experts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, probs, gate_and_up, *weights = ctx.saved_tensors
-        first, second = _halves(weights)
+        x, probs, gate_and_up = ctx.saved_tensors
+        first, second = _halves(ctx.weights)
         gate, up = gate_and_up.chunk(2, -1)
         grad_units = _product(grad, ctx.counts, second)
         silu = F.silu(gate)
