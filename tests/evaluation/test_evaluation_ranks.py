@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_aapo.engines.remote.directory import Claim
+from nemo_aapo.engines.remote.directory import Claim, ServerRecord, publish
 from nemo_aapo.errors import ConfigError
 from tests.pool import RankError
 from tests.servers import Servers, ask, wait_until_ready
@@ -203,8 +203,10 @@ def test_no_weights_of_another_client_are_replaced_and_what_servers_cannot_do_is
     with pytest.raises(RankError, match=r"(?s)RunError: after 1 s .*rms_norm_eps=1e-05 \(here 1e-06\)"):
         ranks.run(evaluate, of_another, tp=None)
     assert served(servers) == before
-    with pytest.raises(RankError, match=r"rollout server 0 .* computes in fp32\. Ask for that"):
-        ranks.run(evaluate, on_servers(folder, "bf16", servers, "precision=bf16"), tp=None)
+    publish(servers.directory, ServerRecord(7, "http://127.0.0.1:1", 1, "gone", "bf16"))
+    with pytest.raises(RankError, match=r"precision\.name=fp32: rollout server 7 .* computes in bf16\. Ask for that"):
+        ranks.run(evaluate, on_servers(folder, "bf16", servers), tp=None)
+    (servers.directory / "server_7.json").unlink()
     alone = words(folder, "alone", "rollout.engine=remote", "rollout.remote.wait_s=1")
     with pytest.raises(RankError, match=r"(?s)RunError: after 1 s .*none has announced itself in"):
         ranks.run(evaluate, alone, tp=None)
