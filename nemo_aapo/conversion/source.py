@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -138,6 +139,14 @@ def run_settings(run: Path | None) -> dict[str, Any]:
     if not isinstance(tree, dict) or not isinstance(tree.get("model", {}), dict):
         raise ConfigError(f"{run / 'config.yaml'}: not a run's configuration")
     return tree
+
+
+def shown_setting(settings: Mapping[str, Any], key: str) -> str:
+    """A run's setting for people, by its dotted key; ``unknown`` where another version, or a hand, has left it out."""
+    value: Any = settings
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return "unknown" if value is None else str(value)
 
 
 def lora_of(source: ModelSource) -> Lora | None:

@@ -180,7 +180,7 @@ def prepare_while_another_samples(trainer, stores):
 
     def report(done, total):
         told.append(done)
-        if told.count(24) == 3:
+        if done == 24 and told.count(24) == 3:
             if stores:
                 with contextlib.closing(RewardStore(reference.store.path, reference.key)) as store:
                     store.write(rewards)
