@@ -19,14 +19,15 @@ from nemo_aapo.config import Config, EvaluationConfig
 from nemo_aapo.config.command_line import EVALUATION, CommandLine, read_command_line
 from nemo_aapo.config.compose import compose, resolved
 from nemo_aapo.config.schema.facts import settings_of
-from nemo_aapo.conversion.source import find_source, lora_of
+from nemo_aapo.conversion.source import check_base, find_source, lora_of
 from nemo_aapo.errors import FAILED, REFUSED
 from nemo_aapo.evaluation import compare
+from nemo_aapo.evaluation.settings import find_model
 from nemo_aapo.launch.slurm import commands, control, submit
 from nemo_aapo.launch.slurm.commands import JobState
 from nemo_aapo.prepare import Job, job, prepare
 from nemo_aapo.prepare.conversion import Layout, prepare_megatron_to_hf
-from nemo_aapo.prepare.evaluation import resolve_evaluation
+from nemo_aapo.prepare.text import with_evaluation_date
 from nemo_aapo.reference_store.key import StoreKey
 from nemo_aapo.reference_store.store import RewardStore, other_rewards
 from nemo_aapo.run.experiment import Experiment
@@ -276,7 +277,8 @@ def readers(words: list[str], run_dir: Path, measured: EvaluationConfig) -> list
         return bool(model_card(source, read(source.candidates()[0]), "bfloat16")) and 0
 
     def measure() -> int:
-        return bool(resolve_evaluation(measured, {})) and 0
+        check_base(source := find_model(measured))
+        return bool(with_evaluation_date(measured, source, 64)) and 0
 
     return [
         *(functools.partial(launch.main, [action]) for action in ("status", "logs", "requeue", "cancel")),
