@@ -8,11 +8,12 @@ from pathlib import Path
 from nemo_aapo.checkpoint import manifest
 from nemo_aapo.checkpoint.manifest import Manifest
 from nemo_aapo.config import ModelShape
-from nemo_aapo.conversion.source import ModelSource, lora_of, run_settings
+from nemo_aapo.conversion.source import ModelSource, lora_of, run_settings, shown_setting
 from nemo_aapo.errors import CheckpointError, ConfigError, RunError
 from nemo_aapo.models import directory as model_dir
 from nemo_aapo.models import writer as hf_directory
 from nemo_aapo.models.families import CONVERTS, TRAINS
+from nemo_aapo.run.metrics_file import number
 from nemo_aapo.run.state import read_state
 from nemo_aapo.utils.safetensors import tensor_headers
 
@@ -146,14 +147,14 @@ def _run(source: ModelSource) -> list[str]:
     ]
     if settings:
         lines += [
-            f"algorithm            {settings['algorithm']['name']}",
-            f"training data        {settings['data']['train']}",
+            f"algorithm            {shown_setting(settings, 'algorithm.name')}",
+            f"training data        {shown_setting(settings, 'data.train')}",
         ]
         if lora := lora_of(source):
             targets = ", ".join(lora.target_modules)
             lines.append(f"LoRA adapters        rank {lora.rank}, alpha {lora.alpha}, on {targets}")
     if state.validation is not None:
-        accuracy = state.validation["validation/accuracy_greedy"]
+        accuracy = number(state.validation, "validation/accuracy_greedy")
         lines.append(f"last validation      step {state.validation['step']}: accuracy {accuracy:.3f} greedy")
     exported = source.path / "hf_model"
     lines.append(f"exported model       {exported if exported.is_dir() else 'none'}")

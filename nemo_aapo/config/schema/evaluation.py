@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from nemo_aapo.config.schema.facts import section, setting
 from nemo_aapo.config.schema.limits import COMPLETIONS, NODES, RANKS_OF_NODE, SECONDS, SEED, TOKENS
+from nemo_aapo.config.schema.rollout import Remote
 
 
 @section
@@ -104,6 +105,16 @@ class Sampling:
 
 
 @section
+class EvaluationRollout:
+    """Where completions are sampled."""
+
+    engine: Literal["megatron", "remote"] = setting(
+        "megatron: in process | remote: on rollout servers, which are handed the weights", decides=False, main=True
+    )
+    remote: Remote
+
+
+@section
 class EvaluationRunner:
     """The processes that judge completions."""
 
@@ -178,6 +189,7 @@ class EvaluationConfig:
         "k: completions of each problem; more can be added later", decides=False, minimum=1, main=True, sane=COMPLETIONS
     )
     sampling: Sampling
+    rollout: EvaluationRollout
     rewards: tuple[dict[str, Any], ...] = setting("the one that tells right (1) from wrong", decides=True)
     reward_runner: EvaluationRunner
     problems_per_batch: int = setting(
