@@ -13,6 +13,8 @@ COMMANDS = {
     "launch": "start all ranks of a run, here or by Slurm; status, logs, cancel, requeue",
     "evaluate": "measure models on benchmarks; compare two evaluations",
     "convert": "convert models between Hugging Face and Megatron, inspect and verify them",
+    "report": "a page that shows a run, or compares several",
+    "runs": "all runs below a folder in a table",
     "plan": "memory, time and layouts of a run, without a GPU",
     "doctor": "look at a machine or an allocation before it burns hours",
     "serve": "host a rollout engine behind HTTP",
@@ -20,6 +22,8 @@ COMMANDS = {
     "prepare-data": "turn a data set into JSONL that a run takes as it is",
 }
 """Name -> what it does; ``main`` of the module of that name does it."""
+FOLDERS = {"report": "view", "runs": "view"}
+"""Commands whose module lies in a folder of its own."""
 USAGE = "\n".join(
     (
         "usage: nemo-aapo COMMAND ...      nemo-aapo COMMAND --help says more",
@@ -27,6 +31,15 @@ USAGE = "\n".join(
         *(f"  {name:<14}{meaning}" for name, meaning in COMMANDS.items()),
     )
 )
+
+
+def module_of(name: str) -> str:
+    """The module of a command.
+
+    >>> module_of("prepare-data"), module_of("runs")
+    ('nemo_aapo.cli.prepare_data', 'nemo_aapo.cli.view.runs')
+    """
+    return ".".join(filter(None, ("nemo_aapo.cli", FOLDERS.get(name), name.replace("-", "_"))))
 
 
 def main() -> int:
@@ -41,7 +54,7 @@ def main() -> int:
         print(f"nemo-aapo: there is no command {name!r}; {hint}", file=sys.stderr)
         return REFUSED
     sys.argv = [f"nemo-aapo {name}", *words]  # what usage lines call it
-    code: int = importlib.import_module(f"nemo_aapo.cli.{name.replace('-', '_')}").main()
+    code: int = importlib.import_module(module_of(name)).main()
     return code
 
 

@@ -56,6 +56,23 @@ class TokenPasses:
         everyone = parallel.gather_context_parallel(scored)
         return [batch.whole(parts) for batch, *parts in zip(batches, *everyone, strict=True)]
 
+    @torch.no_grad()
+    def figures(
+        self, batches: Sequence[MicroBatch], wrapped: DistributedDataParallel | None = None
+    ) -> list[np.ndarray]:
+        """What is known of the completion tokens, by rows, without gradients.
+
+        Returns:
+            float32 [4, n] for each micro-batch, on every pipeline stage: the tokens' advantages and rollout log-probs
+            as they came, and the model's log-probs and entropies (nats). n counts the tokens that this rank computes.
+        """
+
+        def table(hidden: torch.Tensor, batch: MicroBatch) -> np.ndarray:
+            computed = self._logprobs(hidden, batch)
+            return torch.stack([batch.advantages, batch.rollout_logprobs, *computed]).float().cpu().numpy()
+
+        return parallel.broadcast_from_last_stage(passes.forward(self.module, batches, table, wrapped))
+
     def train(
         self, batches: Sequence[MicroBatch], loss: TokenLoss, wrapped: DistributedDataParallel
     ) -> dict[str, float]:

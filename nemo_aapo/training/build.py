@@ -39,6 +39,7 @@ from nemo_aapo.prepare.job import Job
 from nemo_aapo.rewards.base import Reward
 from nemo_aapo.rewards.workers.runner import RewardRunner
 from nemo_aapo.rollout.collector import Collector, RewardScorer
+from nemo_aapo.rollout.kept import KeptRollouts
 from nemo_aapo.rollout.pipeline import RolloutPipeline
 from nemo_aapo.run.identity import identity_of
 from nemo_aapo.run.names import CHECKPOINTS
@@ -108,14 +109,16 @@ def build_training(job: Job, *, reporter: Reporter, stack: contextlib.ExitStack,
     config = job.config
     rollouts = build_rollouts(job, reporter=reporter, stack=stack, trains=True, **parts)
     algorithm = Algorithm(config.algorithm, config.rollout.max_new_tokens)
+    learner = build_learner(rollouts.policy, algorithm)
     return AAPOTrainer(
         config=config,
         policy=rollouts.policy,
         rollouts=rollouts.pipeline,
         algorithm=algorithm,
-        learner=build_learner(rollouts.policy, algorithm),
+        learner=learner,
         validator=rollouts.validator,
         checkpoints=_checkpointer(config),
+        kept=KeptRollouts(config, learner, rollouts.pipeline.collector.decode, reporter.note),
         reporter=reporter,
     )
 

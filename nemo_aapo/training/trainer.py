@@ -21,12 +21,13 @@ from nemo_aapo.config import Config
 from nemo_aapo.distributed import parallel
 from nemo_aapo.errors import CheckpointError, Interrupted, NonFiniteError, RewardError, first_line
 from nemo_aapo.rollout.collector import own_shard
+from nemo_aapo.rollout.kept import KeptGroup
 from nemo_aapo.run.experiment import rollout_rows
 from nemo_aapo.run.reporter import Reporter
 from nemo_aapo.run.step_metrics import group_numbers, step_metrics
 from nemo_aapo.seeds import stream_seed
 from nemo_aapo.training.parity import ParityGate
-from nemo_aapo.training.parts import Checkpoints, Learner, Policy, Rollouts, Validator
+from nemo_aapo.training.parts import Checkpoints, Kept, Learner, Policy, Rollouts, Validator
 from nemo_aapo.types import Group
 from nemo_aapo.utils.clock import seconds_since_start
 
@@ -50,12 +51,13 @@ class AAPOTrainer:
         learner: Learner,
         validator: Validator,
         checkpoints: Checkpoints,
+        kept: Kept,
         reporter: Reporter,
     ) -> None:
         """``training.build.build_training`` makes all of these for a job, and takes replacements."""
         self.config, self.policy, self.rollouts = config, policy, rollouts
         self.algorithm, self.learner, self.validator = algorithm, learner, validator
-        self.checkpoints, self.reporter = checkpoints, reporter
+        self.checkpoints, self.kept, self.reporter = checkpoints, kept, reporter
         self.parity = ParityGate(config.rollout, learner)
         self.step = 0
         """Training steps done."""
@@ -86,6 +88,7 @@ class AAPOTrainer:
                 self._save_rest()
                 raise
             self._save_rest()
+            self.kept.wait()
             return self.step >= self.config.trainer.max_steps
 
     def _run_steps(self, *, stopping: bool) -> None:
@@ -109,13 +112,14 @@ class AAPOTrainer:
         version = self.policy.version
         self._check_parity(groups, version)
         groups = self._with_advantages(groups)
+        kept = self._choose_kept(groups)
         began = time.perf_counter()
         metrics = self._update(groups)
         train_s = time.perf_counter() - began
         if not self.rollouts.runs_ahead:
             self._refit()
         self.step += 1
-        self._log(groups, version, metrics, train_s, start)
+        self._log(groups, kept, version, metrics, train_s, start)
 
     # ------------------------------------------------------------------ a step's verbs
 
@@ -137,6 +141,11 @@ class AAPOTrainer:
         pair_seeds = [stream_seed(self.config.seed, "pairs", self.step, first + i) for i in range(len(groups))]
         return with_advantages(self.algorithm, groups, pair_seeds)
 
+    def _choose_kept(self, groups: list[Group]) -> list[KeptGroup]:
+        """This rank's part of the groups that people will see, as the policy stands before the update."""
+        with self._phase(f"step {self.step + 1}, kept rollouts"):
+            return self.kept.choose(self.step, groups)
+
     def _update(self, groups: list[Group]) -> dict[str, float]:
         """The learner's optimizer steps; a batch that leads to numbers that are not finite is kept for people."""
         with self._phase(f"step {self.step + 1}, train"):
@@ -155,18 +164,30 @@ class AAPOTrainer:
         with self._phase(f"step {self.step + 1}, refit"):
             self.rollouts.refit()
 
-    def _log(self, groups: list[Group], version: int, update: dict[str, float], train_s: float, start: float) -> None:
-        """Metrics of the step over all ranks.
+    def _log(
+        self,
+        groups: list[Group],
+        kept: list[KeptGroup],
+        version: int,
+        update: dict[str, float],
+        train_s: float,
+        start: float,
+    ) -> None:
+        """Metrics of the step over all ranks, and what is kept of its rollouts.
 
         Args:
+            kept: this rank's part.
             version: of the policy before the update.
             update: the learner's metrics.
             train_s, start: seconds of the update, and when the step began.
         """
-        numbers = [n for part in parallel.gather_data_parallel([group_numbers(g) for g in groups]) for n in part]
+        everyone = parallel.gather_data_parallel(([group_numbers(group) for group in groups], kept))
+        numbers = [n for part, _ in everyone for n in part]
+        rewards, advantages = np.stack([n.rewards for n in numbers]), np.stack([n.advantages for n in numbers])
         seconds = {**self.rollouts.seconds, "train": train_s, "step": time.perf_counter() - start}
         metrics = {
-            **step_metrics(numbers, version),
+            **step_metrics(numbers, version, self.config.validation.reward),
+            **self.algorithm.margin_metrics(rewards, advantages),
             **update,
             **self.rollouts.metrics,
             "tokens_per_second": sum(int(n.lengths.sum()) for n in numbers) / seconds["step"],
@@ -175,6 +196,7 @@ class AAPOTrainer:
         }
         self._latest |= metrics
         self.reporter.log_step(self.step, metrics)
+        self.kept.write(self.step, [group for _, part in everyone for group in part])
         if warning := self.parity.watch(self.step, metrics):
             self.reporter.note(warning)
 
@@ -257,6 +279,7 @@ class AAPOTrainer:
             rollouts = self.rollouts.pending_files()
         with self._phase(f"the checkpoint of step {self.step}"):
             self.reporter.note(f"saving a checkpoint at step {self.step}")
+            self.kept.wait()
             state = {
                 "step": self.step,
                 "policy_version": self.policy.version,

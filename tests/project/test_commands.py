@@ -103,6 +103,7 @@ RULES: tuple[tuple[str, Run | Elsewhere | NotRun], ...] = (
     (r"srun .*doctor\.py ", Elsewhere("tests/doctor/test_doctor_ranks.py", "srun")),
     (r"doctor\.py", Run("--only versions,model,tokenizer,disk")),
     (r"reference_rewards\.py ", Run(SMALL, exits=(0, 1))),  # 1: --merge, --status: rewards are missing
+    (r"nemo-aapo (report|runs) ", Elsewhere("tests/report/test_read.py", "report.main")),
     (r"nemo-aapo \w+", Elsewhere("tests/project/test_wheel.py", "nemo-aapo")),
     (r"nemo_aapo\.engines\.trtllm\.check", Elsewhere("tests/engines/trtllm/test_check.py", "check")),
     (r"make_base_model\.py", Elsewhere("tests/examples/test_base_model.py", "make_base_model")),
