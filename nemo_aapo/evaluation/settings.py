@@ -64,7 +64,7 @@ def engine_settings(config: EvaluationConfig, source: ModelSource, launched: Seq
         remote=asdict(config.rollout.remote) | ({"servers": beside} if beside else {}),
     )
     tree["rollout"]["server"]["directory"] = config.rollout.remote.directory
-        tree["max_tokens_per_microbatch"] = longest + tensor  # padded to a multiple of it
+    tree["max_tokens_per_microbatch"] = longest + tensor  # padded to a multiple of it
     # A multiple of the data-parallel size, whatever that is.
     tree["prompts_per_step"] = config.trainer.num_nodes * config.trainer.devices
     tree["rewards"] = list(config.rewards)
