@@ -187,7 +187,7 @@ def scaling(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def context(arguments: argparse.Namespace) -> dict[str, Any]:
-    """A step's memory on a long sequence, whole and cut over two ranks; writes its part of docs/results/benchmarks.md."""
+    """Memory of a step on a long sequence, whole and cut over two ranks; writes docs/results/benchmarks.md."""
     os.environ |= PROFILER_QUIET
     from benchmarks import context
     from benchmarks.page import write_section
