@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 
 from nemo_aapo.config.precision import check_widths, pad_multiple
 from nemo_aapo.config.schema import Config
 from nemo_aapo.errors import ConfigError
+
+MAX_ROUTED_EXPERTS = 255
+"""A route is one byte, one of whose values says that there is none (``types.NO_ROUTE``)."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,33 @@ def derive(config: Config, shape: ModelShape, world_size: int) -> Sizes:
     )
 
 
+def with_routes_decided(config: Config, shape: ModelShape) -> Config:
+    """The configuration with ``rollout.replay_routes`` decided for a model; null stays for one without experts.
+
+    Raises:
+        ConfigError: it has no effect, or can't be had.
+    """
+    rollout = config.rollout
+    asked, engine = rollout.replay_routes, rollout.engine
+    if shape.experts is None:
+        if asked is not None:
+            raise ConfigError(f"rollout.replay_routes={str(asked).lower()} has no effect: the model has no experts")
+        return config
+    records = engine == "megatron" or (engine == "remote" and rollout.server.engine == "megatron")
+    if asked and not records:
+        raise ConfigError(
+            f"rollout.replay_routes=true with rollout.engine={engine}, rollout.server.engine={rollout.server.engine}: "
+            "only Megatron's engine, in process or on servers, says which experts it sent a token to; leave it at null"
+        )
+    decided = records if asked is None else asked
+    if decided and shape.experts.count > MAX_ROUTED_EXPERTS:
+        raise ConfigError(
+            f"rollout.replay_routes: a route is one byte, which tells {MAX_ROUTED_EXPERTS} experts apart and not the "
+            f"model's {shape.experts.count}: set it to false"
+        )
+    return dataclasses.replace(config, rollout=dataclasses.replace(rollout, replay_routes=decided))
+
+
 def _widths(shape: ModelShape, tp: int) -> dict[str, int]:
     """Dimensions of one rank's linear layers."""
     heads = shape.num_attention_heads + 2 * shape.num_query_groups
@@ -166,6 +197,12 @@ def _experts_problem(config: Config, shape: ModelShape) -> str | None:
         return (
             f"tensor_model_parallel_size={model.tensor_model_parallel_size} of a model with experts needs "
             "model.sequence_parallel=true: otherwise each tensor-parallel rank would send every token to the experts"
+        )
+    expert, tensor = model.expert_model_parallel_size, model.tensor_model_parallel_size
+    if config.rollout.engine == "megatron" and max(expert, tensor) % min(expert, tensor):
+        return (
+            f"expert_model_parallel_size={expert} with model.tensor_model_parallel_size={tensor}: the rollout engine "
+            "in process needs one of them to divide the other"
         )
     adapted = sorted({"linear_fc1", "linear_fc2"} & set(model.lora.target_modules if model.lora else ()))
     if adapted:

@@ -68,8 +68,8 @@ class TokenPasses:
 
         Returns:
             ``loss`` and the loss function's sums over all ranks (keys that start with ``min/`` are minima), and the
-            routers' metrics. Where routes are replayed, ``router/replay_disagreement`` too: the share of (token, layer)
-            choices, of those replayed, in which the router would have chosen other experts.
+            routers' metrics. With ``rollout.replay_routes`` also ``router/replay_disagreement``: of the (token, layer)
+            choices replayed, the share in which the router would have chosen other experts; NaN if none was.
         """
 
         def loss_of_hidden(hidden: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -80,7 +80,7 @@ class TokenPasses:
         )
         own = merge([{key: float(value) for key, value in output.items()} for output in outputs])
         sums = merge(parallel.gather_data_parallel(parallel.broadcast_from_last_stage(own))) | routed
-        if getattr(self.config.rollout, "replay_routes", False):
+        if self.config.rollout.replay_routes:
             known, otherwise = parallel.sum_over_ranks(*replayed)
             sums["router/replay_disagreement"] = otherwise / known if known else math.nan
         return sums

@@ -149,7 +149,8 @@ class Decoder:
                 if routes is not None:
                     routes.append(choice.experts)
             else:
-                assert layer.gate_and_up is not None and layer.down is not None
+                assert layer.gate_and_up is not None
+                assert layer.down is not None
                 hidden = self._add(hidden, swiglu(linear(x, layer.gate_and_up)), layer.down)
         return hidden
 
@@ -181,10 +182,9 @@ class Decoder:
     def addresses(self) -> tuple[int, ...]:
         """Addresses of a whole dense model's weights. A CUDA graph is valid as long as they don't change."""
         model = self._model
-        values = [getattr(layer, field.name) for layer in self._layers for field in fields(layer)]
-        weights = [value for value in values if isinstance(value, Tensor)]
+        weights = [getattr(layer, field.name) for layer in self._layers for field in fields(layer)]
         weights += [model.embedding.word_embeddings.weight, model.decoder.final_layernorm.weight, self._output]
-        return tuple(weight.data_ptr() for weight in weights if weight is not None)
+        return tuple(weight.data_ptr() for weight in weights if isinstance(weight, Tensor))
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         if x.is_cuda:
@@ -219,7 +219,7 @@ def _layer_weights(layer: torch.nn.Module, convert: Callable[[Tensor], Tensor]) 
     part = layer.get_submodule
     qkv, mlp = base_layer(part("self_attention.linear_qkv")), part("mlp")
     experts = local_experts(mlp) if hasattr(mlp, "router") else None
-    before_mlp = part("pre_mlp_layernorm")
+    after_mlp_norm = mlp if experts else base_layer(part("mlp.linear_fc1"))
     return _Layer(
         attention_norm=_norm_weight(qkv, part("input_layernorm")),
         qkv=convert(merged_weight(part("self_attention.linear_qkv"))),
@@ -227,7 +227,7 @@ def _layer_weights(layer: torch.nn.Module, convert: Callable[[Tensor], Tensor]) 
         query_norm=getattr(part("self_attention.q_layernorm"), "weight", None),
         key_norm=getattr(part("self_attention.k_layernorm"), "weight", None),
         projection=convert(merged_weight(part("self_attention.linear_proj"))),
-        mlp_norm=before_mlp.weight if experts else _norm_weight(base_layer(part("mlp.linear_fc1")), before_mlp),
+        mlp_norm=_norm_weight(after_mlp_norm, part("pre_mlp_layernorm")),
         gate_and_up=None if experts else convert(merged_weight(part("mlp.linear_fc1"))),
         down=None if experts else convert(merged_weight(part("mlp.linear_fc2"))),
         experts=experts,
@@ -279,13 +279,13 @@ def check_supported(model: GPTModel) -> None:
         ),
     }
     if config.num_moe_experts:
-        found |= _expert_settings(config)
+        found |= expert_settings(config)
     wrong = [f"{name}={value!r} (only {wanted!r})" for name, (value, wanted) in found.items() if value != wanted]
     if wrong:
         raise ValueError(f"the Megatron rollout engine can't decode a model with {', '.join(wrong)}")
 
 
-def _expert_settings(config: Any) -> dict[str, tuple[Any, Any]]:
+def expert_settings(config: Any) -> dict[str, tuple[Any, Any]]:
     """What decides how experts are chosen and weighted, or where they are: (value, the one that is supported)."""
     tensor, expert = config.tensor_model_parallel_size, config.expert_model_parallel_size
     return {

@@ -29,7 +29,7 @@ from nemo_aapo.engines.megatron.sampling import sample
 from nemo_aapo.engines.megatron.scheduler import Admission, Scheduler, capacity
 from nemo_aapo.engines.megatron.stop_strings import StopStrings
 from nemo_aapo.mcore.model import GPTModel
-from nemo_aapo.types import Completion, SamplingSpec
+from nemo_aapo.types import NO_ROUTE, Completion, SamplingSpec
 
 
 class MegatronEngine:
@@ -54,9 +54,14 @@ class MegatronEngine:
             record_routes: completions have the experts that each token was sent to; for a model with at most 255.
 
         Raises:
-            ValueError: a kind of model that the decoder doesn't know; names the settings in question.
+            ValueError: a kind of model that the decoder doesn't know; names the settings in question. Routes of a
+                model that has no experts, or more than a byte can number.
         """
         check_supported(model)
+        if record_routes and not 0 < (model.config.num_moe_experts or 0) <= NO_ROUTE:
+            raise ValueError(
+                f"record_routes with num_moe_experts={model.config.num_moe_experts}: 1 to {NO_ROUTE} needed"
+            )
         self.model = model
         self.vocab_size = vocab_size
         self.max_concurrent_tokens = max_concurrent_tokens
@@ -170,6 +175,7 @@ class _Batch:
         self._is_stop[list(sampling.stop_token_ids)] = True
         self._stop_strings = engine.stop_strings(sampling)
         self._routes = self._new_recorder() if engine.record_routes else None
+        self._chosen: list[torch.Tensor] = []  # the experts of the last pass, layer by layer
         self._steps = self._idle = 0
         self._asked_to_end = False  # by this rank's on_finish
         self._ends = False  # the same of the sampling rank, a step later, which all ranks of the group follow
@@ -205,6 +211,9 @@ class _Batch:
             if prefills and prefills[-1].keep:
                 cache.keep(prefills[-1].start, len(self._prompts[prefills[-1].prompt]))
             sampled = self._sample(logits)
+        if self._routes is not None:  # not within the pass: stages wait for one another in it
+            lengths = [len(self._prompts[admission.prompt]) for admission in prefills]
+            self._routes.record(self._chosen, decoding_rows, prefills, lengths)
         if self._lockstep:
             self._lockstep.end_step()
         tokens, logprobs = self._finite(sampled)
@@ -244,10 +253,8 @@ class _Batch:
         else:
             hidden = self._cache.kv.new_empty(len(tokens), model.config.hidden_size)
             dist.recv(hidden, parallel.rank_of_neighbour_stage(-1), group=pipeline)
-        chosen: list[torch.Tensor] | None = None if self._routes is None else []
-        hidden = decoder.layers(hidden, self._cache, chosen)
-        if self._routes is not None and chosen is not None:
-            self._routes.record(chosen, decoding_rows, prefills, list(map(len, prompts)))
+        self._chosen.clear()
+        hidden = decoder.layers(hidden, self._cache, None if self._routes is None else self._chosen)
         if model.post_process:
             return decoder.logits(hidden)
         dist.send(hidden, parallel.rank_of_neighbour_stage(1), group=pipeline)

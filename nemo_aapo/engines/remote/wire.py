@@ -1,7 +1,7 @@
 """The messages between trainer and rollout servers, as JSON, and the checks of what came in.
 
 Both sides use this module and no other. Numbers arrive exactly: a float32 is written as the decimal of the float64 that
-equals it, which reads back to the same bits. Only routes, hundreds of small numbers a token, follow their line as bytes.
+equals it, which reads back to the same bits. Routes alone, hundreds of small numbers a token, are bytes behind a line.
 """
 
 from __future__ import annotations

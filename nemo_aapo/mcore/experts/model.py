@@ -29,6 +29,7 @@ def expert_fields(provider: Any) -> dict[str, Any]:
         "moe_grouped_gemm": on_gpu,
         "moe_permute_fusion": on_gpu,
         "moe_router_dtype": "fp32",
+        "moe_router_fusion": False,  # it would choose by itself where routes are to be replayed
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
     }

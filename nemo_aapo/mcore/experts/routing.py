@@ -6,8 +6,8 @@ is trained that was sampled, on every layout. The experts' weights still come fr
 router gets its gradient (Rollout Routing Replay, arXiv 2510.11370).
 
 mcore's router asks an object at ``router.router_replay`` for its choice. mcore's own (``RouterReplay``) keeps instances
-and actions in statics of the class and has to be told between a forward pass and its recomputation, for which a pipeline
-schedule leaves no place; the one here tells them apart by itself, and is gone after the pass.
+and actions in statics of the class, and has to be told between a forward pass and its recomputation, for which a
+pipeline schedule leaves no place; the one here tells them apart by itself, and is gone after the pass.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ class RouterReplay:
         """
         self.routes: torch.Tensor | None = None
         """Those of the micro-batch that comes next; None: the router's own choice holds for all of it."""
+        self.counted: torch.Tensor | None = None
+        """int64 [n], which of its T tokens are counted, once each; None: all."""
         self.known, self.otherwise = 0.0, 0.0
         """Tokens that had a route, and those of them that the router would have sent elsewhere."""
         self._trains = trains
@@ -56,9 +58,9 @@ class RouterReplay:
             return values, own
         chosen = torch.where(routes == NO_ROUTE, own, routes.long())
         if not again:
-            known = routes[:, 0] != NO_ROUTE
-            self.known += float(known.sum())
-            self.otherwise += float((chosen.sort(1).values != own.sort(1).values).any(1).sum())
+            rows = slice(None) if self.counted is None else self.counted
+            self.known += float((routes[rows, 0] != NO_ROUTE).sum())
+            self.otherwise += float((chosen[rows].sort(1).values != own[rows].sort(1).values).any(1).sum())
         return scores.gather(1, chosen), chosen
 
 
@@ -77,14 +79,20 @@ class RoutingReplay:
 
     def start(self, batch: MicroBatch) -> None:
         """The forward pass of a micro-batch begins."""
-        routes = batch.routes
+        routes, counted = batch.routes, batch.positions
         if routes is not None and self._cut:
             routes = routes.chunk(parallel.tensor_parallel_size())[parallel.tensor_parallel_rank()]
+            counted = counted - parallel.tensor_parallel_rank() * len(routes)
+            counted = counted[(counted >= 0) & (counted < len(routes))]
         for number, replay in self._replays.items():
             replay.routes = None if routes is None else routes[:, number]
+            replay.counted = counted
 
     def counts(self) -> tuple[float, float]:
-        """Choices, of this rank's tokens and layers, that were replayed, and those that would have fallen otherwise."""
+        """Choices, of this rank's tokens and layers, that were replayed, and those that would have fallen otherwise.
+
+        Tokens are those that the loss reads, each once for each of its predictions: they are the same on all layouts.
+        """
         replays = self._replays.values()
         return sum(replay.known for replay in replays), sum(replay.otherwise for replay in replays)
 

@@ -1,8 +1,8 @@
 """A feed-forward layer that is a choice of experts, as mcore's MoELayer computes it without dropping tokens.
 
-Hidden states are whole on each tensor-parallel rank, so that experts spread over those ranks need no exchange beyond the
-sum that a dense layer has: each rank runs its own experts on all rows. Ranks that hold the same experts share out the
-rows. Experts that are spread over data-parallel ranks too see the rows of all of them: ``Lockstep``.
+Hidden states are whole on each tensor-parallel rank, so that experts spread over those ranks need no exchange beyond
+the sum that a dense layer has: each rank runs its own experts on all rows. Ranks that hold the same experts share out
+the rows. Experts that are spread over data-parallel ranks too see the rows of all of them: ``Lockstep``.
 """
 
 from __future__ import annotations
