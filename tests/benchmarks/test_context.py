@@ -20,4 +20,4 @@ def test_memory_falls_with_the_part_of_a_sequence_that_a_rank_has(ranks, tmp_pat
         assert row.loss == pytest.approx(whole.loss, rel=1e-6)
         assert 2 * row.row_tokens == whole.row_tokens == TOKENS
     _, cells = context.table([whole, cut[0]])
-    assert [line[-1] for line in cells][0] == "1.00"
+    assert cells[0][-1] == "1.00"
