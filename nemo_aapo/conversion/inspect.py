@@ -7,6 +7,7 @@ from pathlib import Path
 
 from nemo_aapo.checkpoint import manifest
 from nemo_aapo.checkpoint.manifest import Manifest
+from nemo_aapo.config import ModelShape
 from nemo_aapo.conversion.source import ModelSource, lora_of, run_settings
 from nemo_aapo.errors import CheckpointError, ConfigError, RunError
 from nemo_aapo.models import directory as model_dir
@@ -48,10 +49,16 @@ def _architecture(path: Path) -> list[str]:
         tied = "tied" if shape.tied_embeddings else "own"
         lines.append(
             f"shape                {shape.num_layers} layers, hidden {shape.hidden_size}, feed-forward "
-            f"{shape.ffn_hidden_size}, {shape.num_attention_heads} heads ({shape.num_query_groups} key-value), "
+            f"{_feed_forward(shape)}, {shape.num_attention_heads} heads ({shape.num_query_groups} key-value), "
             f"vocabulary {shape.vocab_size}, {tied} output layer, {shape.max_position_embeddings} positions"
         )
     return lines
+
+
+def _feed_forward(shape: ModelShape) -> str:
+    if (experts := shape.experts) is None:
+        return str(shape.ffn_hidden_size)
+    return f"{experts.per_token} of {experts.count} experts of {experts.ffn_hidden_size}"
 
 
 def _weights(path: Path) -> list[str]:
@@ -79,11 +86,13 @@ def _checkpoint(path: Path, source: ModelSource) -> list[str]:
     layout = content.layout
     names = ("tensor_model_parallel", "pipeline_model_parallel", "context_parallel", "data_parallel")
     sizes = {name.partition("_")[0]: layout.get(f"{name}_size", 1) for name in names}
+    expert = layout.get("expert_model_parallel_size", 1)
+    experts = f", experts over {expert}" if expert > 1 else ""
     lines = [
         f"{what}{path}",
         f"step                 {content.step}",
         f"written by           {layout['world_size']} rank(s), "
-        f"{' x '.join(f'{name} {size}' for name, size in sizes.items())}; any layout loads it",
+        f"{' x '.join(f'{name} {size}' for name, size in sizes.items())}{experts}; any layout loads it",
         f"versions             {', '.join(f'{name} {version}' for name, version in content.versions.items())}",
     ]
     if source.kind == "megatron":

@@ -50,6 +50,12 @@ class EvaluatedModel:
         main=True,
         sane=NODES,
     )
+    expert_model_parallel_size: int = setting(
+        "EP: experts of a model that has some distributed over so many ranks; divides their number, and TP x DP",
+        decides=False,
+        minimum=1,
+        sane=NODES,
+    )
 
 
 @section

@@ -8,7 +8,6 @@ place, what is pointwise happens once for all rows, and weight gradients are add
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -71,22 +70,17 @@ def _halves(weights: Sequence[torch.Tensor]) -> tuple[Sequence[torch.Tensor], Se
     return weights[: len(weights) // 2], weights[len(weights) // 2 :]
 
 
-def _rows(counts: Sequence[int]) -> list[slice]:
-    """Where each expert's rows lie."""
-    return [slice(start, end) for start, end in pairwise(accumulate(counts, initial=0))]
-
-
-def _product(x: torch.Tensor, counts: Sequence[int], matrices: Sequence[torch.Tensor]) -> torch.Tensor:
+def _product(x: torch.Tensor, counts: list[int], matrices: Sequence[torch.Tensor]) -> torch.Tensor:
     """x [T, in] by each expert's matrix [in, out] -> [T, out]."""
     out = x.new_empty(len(x), matrices[0].shape[1])
-    for rows, matrix in zip(_rows(counts), matrices, strict=True):
-        if rows.stop > rows.start:
-            torch.mm(x[rows], matrix, out=out[rows])
+    for rows, matrix, place in zip(x.split(counts), matrices, out.split(counts), strict=True):
+        if len(rows):
+            torch.mm(rows, matrix, out=place)
     return out
 
 
 def _weight_gradients(
-    grad: torch.Tensor, x: torch.Tensor, counts: Sequence[int], weights: Sequence[torch.Tensor], fused: bool
+    grad: torch.Tensor, x: torch.Tensor, counts: list[int], weights: Sequence[torch.Tensor], fused: bool
 ) -> list[torch.Tensor | None]:
     """grad^T x of each expert's rows, [out, in].
 
@@ -94,14 +88,14 @@ def _weight_gradients(
         fused: add them to ``main_grad``, mcore's gradient buffer, whose hooks want some tensor all the same.
     """
     gradients: list[torch.Tensor | None] = []
-    for rows, weight in zip(_rows(counts), weights, strict=True):
+    for left, right, weight in zip(grad.split(counts), x.split(counts), weights, strict=True):
         if not weight.requires_grad:
             gradients.append(None)
         elif fused:
-            if rows.stop > rows.start:
-                weight.main_grad.addmm_(grad[rows].t(), x[rows])
+            if len(left):
+                weight.main_grad.addmm_(left.t(), right)
             weight.grad_added_to_main_grad = True
             gradients.append(torch.empty_like(weight))
         else:
-            gradients.append(grad[rows].t() @ x[rows])
+            gradients.append(left.t() @ right)
     return gradients
