@@ -81,6 +81,27 @@ def rewards(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"speeds": [asdict(row) for row in speeds], "hostile": [asdict(row) for row in costs]}
 
 
+def experts(arguments: argparse.Namespace) -> dict[str, Any]:
+    """A layer of experts on a CPU beside mcore's own, and beside a dense layer of the same FLOPs: half a minute."""
+    import torch
+
+    from benchmarks import experts
+    from nemo_aapo.mcore.groups import destroy_model_parallel, initialize_model_parallel
+    from nemo_aapo.utils.libraries import quiet
+
+    quiet()
+    torch.set_num_threads(1)
+    initialize_model_parallel(tensor_model_parallel_size=1, pipeline_model_parallel_size=1, seed=0, timeout_s=600)
+    try:
+        with tempfile.TemporaryDirectory(prefix="aapo_benchmark_") as folder:
+            rows = experts.compare(experts.QUICK if arguments.quick else experts.Plan(), Path(folder))
+    finally:
+        destroy_model_parallel()
+    print("CPU time of forward and backward pass as a multiple of the dense layer's, median (lowest to highest)")
+    print(experts.report(rows), flush=True)
+    return {"rows": [asdict(row) for row in rows]}
+
+
 def refits(arguments: argparse.Namespace) -> dict[str, Any]:
     """A rollout server's memory over 3,000 refits: four minutes; 1 if it grows by 1 MiB in 1,000."""
     from benchmarks import refits
@@ -188,7 +209,7 @@ def scaling(arguments: argparse.Namespace) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="WHAT")
-    for run in (rollout, gpu, rewards, refits, guard, scaling, peers):
+    for run in (rollout, gpu, experts, rewards, refits, guard, scaling, peers):
         command = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
         command.set_defaults(run=run)
         if run is guard:

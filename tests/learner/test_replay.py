@@ -197,7 +197,7 @@ def test_a_layer_that_is_computed_again_gets_the_routes_of_its_own_micro_batch()
     replay = RouterReplay(trains=True)
     assert [choose(replay, routes, False) for routes in (first, second, none)] == [[[3, 2]], [[0, 2]], [[0, 1]]]
     assert [choose(replay, none, True) for _ in range(3)] == [[[3, 2]], [[0, 2]], [[0, 1]]]
-    assert (replay.known, replay.otherwise) == (2.0, 2.0)  # each once, and that without a route not at all
+    assert (replay.known, replay.otherwise) == (2, 2)  # each once, and that without a route not at all
     assert [choose(replay, routes, True) for routes in (second, first)] == [[[0, 2]], [[3, 2]]]  # not computed again
     assert [choose(RouterReplay(trains=False), first, False) for _ in range(2)] == [[[3, 2]]] * 2
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +12,7 @@ import pytest
 
 from nemo_aapo.types import NO_ROUTE, Prompt
 from tests.engines.megatron.generation import ROOMY, SEEDS, SPEC, TIGHT, VOCAB_SIZE, build, flat, prompts
+from tests.engines.megatron.test_engine import plain_logprobs
 from tests.rollout.test_collector import Scores
 
 pytestmark = pytest.mark.exact
@@ -65,6 +69,22 @@ def test_every_token_that_was_fed_has_a_route_and_a_prompt_has_one_for_all_its_c
             assert max(routes.max(initial=0), prompt[:, :3].max(), prompt[-1].max()) < 8
             assert (prompt[:-1, 3] == NO_ROUTE).all()
             assert (routes[..., 0] != routes[..., 1]).all()
+
+
+def test_the_weights_of_experts_may_be_their_share_in_the_softmax_over_all(ranks, tiny_models, tmp_path):
+    """``norm_topk_prob`` is false in transformers where a model says nothing of it."""
+    from transformers import AutoModelForCausalLM
+
+    path = Path(shutil.copytree(tiny_models["qwen3_moe"], tmp_path / "model"))
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "norm_topk_prob": False}))
+    [completions] = ranks.run(own_completions, path, 1, 1)
+    model = AutoModelForCausalLM.from_pretrained(path).eval()
+    for i in (0, 1):
+        for completion in completions[i]:
+            expected = plain_logprobs(model, prompts()[i], completion.token_ids, SPEC)
+            chosen = np.take_along_axis(expected, completion.token_ids[:, None].astype(int), 1)[:, 0]
+            np.testing.assert_allclose(completion.logprobs, chosen, atol=1e-5)
 
 
 def _in_step(path, case):
@@ -204,8 +224,6 @@ def test_transformer_engines_experts_are_asked_as_mcore_asks_them():
 
 
 def _mcore_source(name: str) -> str:
-    from pathlib import Path
-
     import megatron.core
 
     return (Path(megatron.core.__file__).parent / name).read_text()
