@@ -18,7 +18,7 @@ from nemo_aapo.launch.local import free_port, rank_environments
 from tests.chaos import ROOT
 from tests.training_runs import Parity, make_input, metrics, settings
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 EXPORT = "exporting the Hugging Face model"
 PAUSE_S = 0.5
 """Of what is made slow: each completion that is scored, each tensor that is exported."""
