@@ -97,6 +97,7 @@ RULES: tuple[tuple[str, Run | Elsewhere | NotRun], ...] = (
     (r"evaluate\.py compare results/r1_", NotRun("of two evaluations that need GPUs")),
     (r"evaluate\.py compare", Run()),
     (r"evaluate\.py .*precision=bf16", COMPOSED),
+    (r"evaluate\.py .*engine=remote", Elsewhere("tests/evaluation/test_evaluation_ranks.py", "engine=remote")),
     (r"evaluate\.py ", Run(FEW_PROBLEMS)),
     (r"(convert|prepare_data)\.py ", Run()),
     (r"plan\.py ", Run(exits=(0, 1))),  # 1: it does not fit, which is an answer

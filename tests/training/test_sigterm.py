@@ -18,7 +18,7 @@ from nemo_aapo.launch.local import free_port, rank_environments
 from tests.chaos import ROOT
 from tests.training_runs import Parity, make_input, metrics, settings
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 EXPORT = "exporting the Hugging Face model"
 PAUSE_S = 0.5
 """Of what is made slow: each completion that is scored, each tensor that is exported."""
@@ -61,7 +61,7 @@ def test_a_validation_a_filling_and_an_export_end_soon_after_a_sigterm_and_are_m
     folder = make_input(tmp_path)
     run_dir, log = folder / "run", folder / "log"
     more = ("trainer.max_steps=1", "algorithm=aapo", "validation.samples=9", "algorithm.reference_samples=8")
-    words = settings(folder, run_dir, *more)
+    words = settings(folder, run_dir, *more, "rollout.max_concurrent_tokens=48")  # two sequences at a time
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.warm"])
     with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)):
