@@ -85,31 +85,6 @@ class Algorithm:
             pairs=pairs,
         )
 
-    def margin_metrics(self, rewards: np.ndarray, advantages: np.ndarray) -> dict[str, float]:
-        """How much of the final advantages is the group's, and how much the margin over the reference.
-
-        Args:
-            rewards, advantages: float64 [N, G] of a step's groups; NaN where scoring failed.
-
-        Returns:
-            Means over the scored completions: ``advantage/group_abs_mean`` of abs(A_i), ``margin/mean`` and
-            ``margin/abs_mean`` of delta_i, and ``margin/at_bound``, the share of completions with one of its two
-            bounds; empty without a margin.
-        """
-        if (margin := self.config.margin) is None:
-            return {}
-        own = advantage.group_advantage(rewards, self.config.scale_rewards)
-        there = ~np.isnan(own)
-        own, delta = own[there], (advantages - own)[there]
-        at_bound = np.isclose(delta, margin.low, atol=1e-9) | np.isclose(delta, margin.high, atol=1e-9)
-        values = {
-            "advantage/group_abs_mean": np.abs(own),
-            "margin/mean": delta,
-            "margin/abs_mean": np.abs(delta),
-            "margin/at_bound": at_bound,
-        }
-        return {name: float(value.mean()) if len(value) else float("nan") for name, value in values.items()}
-
     def alpha(self, groups: int, dead_groups: int) -> float:
         """The factor on the whole loss: GPG's B / (B - M) with ``rescale_dead_groups``, else 1.
 

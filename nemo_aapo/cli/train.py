@@ -14,7 +14,20 @@ DESCRIPTION = "Train a policy with AAPO: one rank (scripts/launch.py starts many
 
 def main(words: Sequence[str] | None = None) -> int:
     """The command; its exit code."""
-    return run_command(prepare, train, description=DESCRIPTION, words=sys.argv[1:] if words is None else words)
+    words = sys.argv[1:] if words is None else words
+    return run_command(prepare, train, description=DESCRIPTION, words=_settings(list(words)))
+
+
+def _settings(words: list[str]) -> list[str]:
+    """``--replay RUN`` is the setting of that name.
+
+    >>> _settings(["seed=1", "--replay", "results/mine"])
+    ['seed=1', 'rollout.replay=results/mine']
+    """
+    if "--replay" not in words[:-1]:
+        return words
+    at = words.index("--replay")
+    return [*words[:at], f"rollout.replay={words[at + 1]}", *words[at + 2 :]]
 
 
 def train(job: Job) -> int:

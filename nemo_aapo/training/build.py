@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
+import numpy as np
+
 from nemo_aapo.algorithms import Algorithm
 from nemo_aapo.checkpoint import manifest
 from nemo_aapo.checkpoint.checkpointer import Checkpointer
@@ -41,12 +43,14 @@ from nemo_aapo.rewards.workers.runner import RewardRunner
 from nemo_aapo.rollout.collector import Collector, RewardScorer
 from nemo_aapo.rollout.kept import KeptRollouts
 from nemo_aapo.rollout.pipeline import RolloutPipeline
+from nemo_aapo.rollout.replay import NoValidation, ReplayedRollouts
 from nemo_aapo.run.identity import identity_of
 from nemo_aapo.run.names import CHECKPOINTS
 from nemo_aapo.run.reporter import Notes, Reporter
 from nemo_aapo.text.transformers5 import said
 from nemo_aapo.training.build_reference import build_reference, open_reference_store
 from nemo_aapo.training.read_data import read_data
+from nemo_aapo.training.throughput import Throughput
 from nemo_aapo.training.trainer import AAPOTrainer
 from nemo_aapo.types import SamplingSpec
 from nemo_aapo.utils.clock import seconds_since_start
@@ -73,6 +77,21 @@ class Rollouts:
     policy: MegatronPolicy
     pipeline: RolloutPipeline
     validator: Validator
+
+    @property
+    def decode(self) -> Callable[[np.ndarray], str]:
+        """Token ids -> text."""
+        return self.pipeline.collector.decode
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """The same of a run that trains on what another one kept."""
+
+    policy: MegatronPolicy
+    pipeline: ReplayedRollouts
+    decode: Callable[[np.ndarray], str]
+    validator: NoValidation = dataclasses.field(default_factory=NoValidation)
 
 
 def initialize(config: Config) -> None:
@@ -107,7 +126,11 @@ def build_training(job: Job, *, reporter: Reporter, stack: contextlib.ExitStack,
         ConfigError, DataError, StoreError: what can't work, on every rank.
     """
     config = job.config
-    rollouts = build_rollouts(job, reporter=reporter, stack=stack, trains=True, **parts)
+    rollouts: Rollouts | Replay
+    if config.rollout.replay is None:
+        rollouts = build_rollouts(job, reporter=reporter, stack=stack, trains=True, **parts)
+    else:
+        rollouts = _build_replay(job, reporter, parts.get("data"))
     algorithm = Algorithm(config.algorithm, config.rollout.max_new_tokens)
     learner = build_learner(rollouts.policy, algorithm)
     return AAPOTrainer(
@@ -118,7 +141,8 @@ def build_training(job: Job, *, reporter: Reporter, stack: contextlib.ExitStack,
         learner=learner,
         validator=rollouts.validator,
         checkpoints=_checkpointer(config),
-        kept=KeptRollouts(config, learner, rollouts.pipeline.collector.decode, reporter.note),
+        kept=KeptRollouts(config, learner, rollouts.decode, reporter.note),
+        throughput=Throughput(config),
         reporter=reporter,
     )
 
@@ -175,6 +199,18 @@ def build_rollouts(
     )
     stop = stop_of(config, reporter)
     return Rollouts(policy, pipeline, _validator(config, collector, validation_data, sampling, stop))
+
+
+def _build_replay(job: Job, reporter: Notes, data: PromptSet | None) -> Replay:
+    """A policy and its data, without engine, rewards and reference store."""
+    config = job.config
+    text = load_text(config.model.path, job.shape.vocab_size, trust_remote_code=config.model.trust_remote_code)
+    data, _ = read_data(config, text.tokenizer, None, data, note=reporter.note)
+    sampler = build_sampler(config, data)
+    check_resumed_data(config, sampler)
+    reporter.note(f"training on the rollouts that {config.rollout.replay} kept, without an engine")
+    policy = build_policy(job, trains=True)
+    return Replay(policy, ReplayedRollouts(config, data.prompts, sampler), text.decode)
 
 
 # ---------------------------------------------------------------- parts

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from nemo_aapo.algorithms import Algorithm
+from nemo_aapo.algorithms.advantage import margin_metrics
 from nemo_aapo.checkpoint.schedule import SaveSchedule
 from nemo_aapo.config import Config
 from nemo_aapo.distributed import parallel
@@ -24,10 +25,10 @@ from nemo_aapo.rollout.collector import own_shard
 from nemo_aapo.rollout.kept import KeptGroup
 from nemo_aapo.run.experiment import rollout_rows
 from nemo_aapo.run.reporter import Reporter
-from nemo_aapo.run.step_metrics import group_numbers, step_metrics
+from nemo_aapo.run.step_metrics import GroupNumbers, group_numbers, step_metrics
 from nemo_aapo.seeds import stream_seed
 from nemo_aapo.training.parity import ParityGate
-from nemo_aapo.training.parts import Checkpoints, Kept, Learner, Policy, Rollouts, Validator
+from nemo_aapo.training.parts import Checkpoints, Kept, Learner, Policy, Rollouts, Throughput, Validator
 from nemo_aapo.types import Group
 from nemo_aapo.utils.clock import seconds_since_start
 
@@ -52,12 +53,14 @@ class AAPOTrainer:
         validator: Validator,
         checkpoints: Checkpoints,
         kept: Kept,
+        throughput: Throughput,
         reporter: Reporter,
     ) -> None:
         """``training.build.build_training`` makes all of these for a job, and takes replacements."""
         self.config, self.policy, self.rollouts = config, policy, rollouts
         self.algorithm, self.learner, self.validator = algorithm, learner, validator
-        self.checkpoints, self.kept, self.reporter = checkpoints, kept, reporter
+        self.checkpoints, self.kept = checkpoints, kept
+        self.throughput, self.reporter = throughput, reporter
         self.parity = ParityGate(config.rollout, learner)
         self.step = 0
         """Training steps done."""
@@ -88,7 +91,6 @@ class AAPOTrainer:
                 self._save_rest()
                 raise
             self._save_rest()
-            self.kept.wait()
             return self.step >= self.config.trainer.max_steps
 
     def _run_steps(self, *, stopping: bool) -> None:
@@ -183,15 +185,15 @@ class AAPOTrainer:
         """
         everyone = parallel.gather_data_parallel(([group_numbers(group) for group in groups], kept))
         numbers = [n for part, _ in everyone for n in part]
-        rewards, advantages = np.stack([n.rewards for n in numbers]), np.stack([n.advantages for n in numbers])
         seconds = {**self.rollouts.seconds, "train": train_s, "step": time.perf_counter() - start}
         metrics = {
             **step_metrics(numbers, version, self.config.validation.reward),
-            **self.algorithm.margin_metrics(rewards, advantages),
+            **self._margin_metrics(numbers),
             **update,
             **self.rollouts.metrics,
             "tokens_per_second": sum(int(n.lengths.sum()) for n in numbers) / seconds["step"],
             "epoch": self.rollouts.epochs(self.step),
+            **self.throughput.metrics(numbers, seconds),
             **{f"time/{name}": value for name, value in seconds.items()},
         }
         self._latest |= metrics
@@ -199,6 +201,17 @@ class AAPOTrainer:
         self.kept.write(self.step, [group for _, part in everyone for group in part])
         if warning := self.parity.watch(self.step, metrics):
             self.reporter.note(warning)
+
+    def _margin_metrics(self, groups: list[GroupNumbers]) -> dict[str, float]:
+        """Of an algorithm with a margin."""
+        settings = self.config.algorithm
+        if (margin := settings.margin) is None:
+            return {}
+        rewards, advantages = (
+            np.stack(column) for column in zip(*((g.rewards, g.advantages) for g in groups), strict=True)
+        )
+        bounds = {"low": margin.low, "high": margin.high}
+        return margin_metrics(rewards, advantages, scale_rewards=settings.scale_rewards, **bounds)
 
     # ------------------------------------------------------------------ around it
 
@@ -300,6 +313,7 @@ class AAPOTrainer:
     def _wait_for_checkpoint(self) -> None:
         with self._phase(f"the checkpoint of step {self.step}"):
             self.checkpoints.wait()
+            self.kept.wait()
 
     def _due(self, interval: int) -> bool:
         last = self.step >= self.config.trainer.max_steps

@@ -318,12 +318,3 @@ def test_mistakes_are_named():
         loss.token_weights([3, 4], "token", total_tokens=6, total_sequences=2, fixed_length=LIMIT)
     with pytest.raises(ValueError, match="needs the reference's log-probs"):
         Algorithm(GRPO, LIMIT).token_loss(*torch.ones(3, 2), rollout_logprobs=torch.zeros(2))
-
-
-def test_the_margins_metrics_are_those_of_what_was_scored_and_of_nothing_else():
-    rewards, references = np.array([[1.0, 1.0], [1.0, np.nan]]), np.array([[0.0, 0.0], [1.0, 1.0]])
-    found = Algorithm(AAPO, LIMIT).margin_metrics(rewards, Algorithm(AAPO, LIMIT).advantages(rewards, references))
-    high = AAPO.margin.high
-    expected = {"margin/mean": high * 2 / 3, "margin/abs_mean": high * 2 / 3, "margin/at_bound": 2 / 3}
-    assert found == pytest.approx({"advantage/group_abs_mean": 0.0, **expected})
-    assert Algorithm(GPG, LIMIT).margin_metrics(rewards, rewards) == {}
