@@ -215,6 +215,8 @@ def test_so_are_those_of_a_mixture_of_experts(ranks, tiny_models):
         for metrics, updated in ranks.run(learn, *words, world=2 * tp, tp=tp, cp=2, ep=2):
             assert metrics["loss"] == pytest.approx(expected["loss"], rel=1e-6, abs=1e-7)
             assert metrics["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
+            for key in ("entropy", "router/load", "router/entropy", "router/dropped"):
+                assert metrics[key] == pytest.approx(expected[key], rel=1e-5), key
             for name, tensor in updated.items():
                 np.testing.assert_allclose(tensor, weights[name], atol=2e-6, err_msg=name)
 
