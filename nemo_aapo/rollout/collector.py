@@ -14,7 +14,9 @@ import numpy as np
 from nemo_aapo.distributed import parallel
 from nemo_aapo.distributed.agreement import agree
 from nemo_aapo.engines.base import BackgroundEngine, OnFinish, PendingCompletions, RolloutEngine, RolloutStats
+from nemo_aapo.engines.elsewhere import arranged
 from nemo_aapo.rollout.length_predictor import LengthPredictor
+from nemo_aapo.rollout.spread import Place, owner, ranks_in_step, spread, with_one_prompt
 from nemo_aapo.rollout.unscored import Score, Tally
 from nemo_aapo.types import Completion, Group, Prompt, SamplingSpec
 
@@ -59,6 +61,8 @@ class _Shard:
     seeds: Sequence[Sequence[int]]
     texts: dict[tuple[int, int], str] = field(default_factory=dict)
     """The texts of the completions that have ended, by prompt and completion, on the model-parallel source rank."""
+    places: Sequence[Sequence[Place]] | None = None
+    """Where completions are spread over ranks: which one of all each is. None: they are of this rank's own groups."""
 
     @property
     def token_ids(self) -> list[np.ndarray]:
@@ -116,12 +120,13 @@ class Collector:
                 only, be it none.
         """
         shard = self._shard(prompts, seeds)
+        work = self._spread(prompts, seeds) or shard
         start = time.perf_counter()
         with self.offload():
             self.engine.wake()
-            completions = self.engine.generate(shard.token_ids, sampling, shard.seeds, self._scoring(shard, watch))
+            completions = self.engine.generate(work.token_ids, sampling, work.seeds, self._scoring(work, watch))
             self.engine.sleep()
-        return self._groups(shard, completions, start, observe_lengths)
+        return self._groups(shard, completions, start, observe_lengths, work)
 
     def begin(
         self, prompts: Sequence[Prompt], sampling: SamplingSpec, seeds: Sequence[Sequence[int]]
@@ -163,12 +168,38 @@ class Collector:
         order = self.length_predictor.longest_first(prompts)
         return _Shard(order, [prompts[i] for i in order], [seeds[i] for i in order])
 
+    def _spread(self, prompts: Sequence[Prompt], seeds: Sequence[Sequence[int]]) -> _Shard | None:
+        """What this rank's engine generates where ranks decode in step (``spread``); None: its own shard."""
+        ranks = ranks_in_step(self.engine.shares_weights)
+        if ranks == 1:
+            return None
+        rank = parallel.data_parallel_rank()
+        neighbours = range(rank - rank % ranks, rank - rank % ranks + ranks)
+        theirs = [i for other in neighbours for i in range(len(prompts))[own_shard(len(prompts), other)]]
+        expected = self.length_predictor.expected([prompts[i] for i in theirs])
+        taken: dict[int, list[int]] = {}  # of each prompt which completions, longest expected first
+        for k, j in spread(expected, [len(seeds[i]) for i in theirs], ranks)[rank % ranks]:
+            taken.setdefault(theirs[k], []).append(j)
+        return _Shard(
+            order=range(len(taken)),
+            prompts=[prompts[i] for i in taken],
+            seeds=[[seeds[i][j] for j in row] for i, row in taken.items()],
+            places=[[Place(i, j) for j in row] for i, row in taken.items()],
+        )
+
     def _groups(
-        self, shard: _Shard, completions: list[list[Completion]], start: float, observe_lengths: bool = True
+        self,
+        shard: _Shard,
+        completions: list[list[Completion]],
+        start: float,
+        observe_lengths: bool = True,
+        work: _Shard | None = None,
     ) -> list[Group]:
         generated = time.perf_counter()
         # One rank judges and tells the others: a timeout could strike on one of them and not on the next.
         judged = agree(lambda: {} if self.rewards is None else self.rewards.collect())
+        if work is not None and work.places is not None:
+            completions, judged = _brought_home(shard, work.places, completions, work.texts, judged)
         own = [] if self.rewards is None else _scores(judged, list(map(len, completions)))
         scores, tally = parallel.broadcast_in_model_parallel((own, Tally.of(list(judged.values()))))
         self.seconds = {"rollout": generated - start, "reward": time.perf_counter() - generated}
@@ -176,7 +207,7 @@ class Collector:
         groups = [
             Group(
                 prompt=prompt,
-                completions=tuple(row),
+                completions=with_one_prompt(row),
                 texts=() if self.rewards is None else tuple(shard.texts[i, j] for j in range(len(row))),
                 rewards=scores[i].rewards,
                 reward_parts=scores[i].parts,
@@ -263,7 +294,34 @@ def _scores(scores: Mapping[Hashable, Score], counts: Sequence[int]) -> list[_Sc
     return found
 
 
-def own_shard(count: int) -> slice:
-    """Which of ``count`` items this data-parallel rank takes: neighbours, as evenly as can be."""
-    rank, size = parallel.data_parallel_rank(), parallel.data_parallel_size()
+def _brought_home(
+    shard: _Shard,
+    places: Sequence[Sequence[Place]],
+    completions: Sequence[Sequence[Completion]],
+    texts: Mapping[tuple[int, int], str],
+    judged: Mapping[Hashable, Score],
+) -> tuple[list[list[Completion]], dict[Hashable, Score]]:
+    """Completions and scores of this rank's own groups, which other ranks generated and judged. Collective.
+
+    Args:
+        shard: this rank's groups; gets the texts.
+        places: which ones the completions are that this rank generated, with their texts and scores.
+    """
+    prompts = sum(parallel.gather_data_parallel(len(shard.prompts)))
+    outgoing: list[list[Any]] = [[] for _ in range(parallel.data_parallel_size())]
+    for i, row in enumerate(completions):
+        for n, completion in enumerate(row):
+            place, told = places[i][n], (completion, texts.get((i, n)), judged.get((i, n)))
+            outgoing[owner(place.prompt, prompts, len(outgoing))].append((place, told))
+    first = own_shard(prompts).start
+    local = {first + number: i for i, number in enumerate(shard.order)}
+    found = {(local[prompt], j): told for (prompt, j), told in parallel.exchange_data_parallel(outgoing)}
+    shard.texts.update({place: text for place, (_, text, _) in found.items() if text is not None})
+    rows = arranged([(i, j, completion) for (i, j), (completion, *_) in found.items()], shard.seeds)
+    return rows, {place: score for place, (*_, score) in found.items() if score is not None}
+
+
+def own_shard(count: int, rank: int | None = None) -> slice:
+    """Which of ``count`` items this data-parallel rank, or another, takes: neighbours, as evenly as can be."""
+    rank, size = parallel.data_parallel_rank() if rank is None else rank, parallel.data_parallel_size()
     return slice(rank * count // size, (rank + 1) * count // size)

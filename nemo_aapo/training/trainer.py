@@ -20,7 +20,7 @@ from nemo_aapo.algorithms.advantage import margin_metrics
 from nemo_aapo.checkpoint.schedule import SaveSchedule
 from nemo_aapo.config import Config
 from nemo_aapo.distributed import parallel
-from nemo_aapo.errors import CheckpointError, Interrupted, NonFiniteError, first_line
+from nemo_aapo.errors import CheckpointError, Interrupted, NonFiniteError, RewardError, first_line
 from nemo_aapo.rollout.collector import own_shard
 from nemo_aapo.rollout.kept import KeptGroup
 from nemo_aapo.run.experiment import rollout_rows
@@ -65,6 +65,7 @@ class AAPOTrainer:
         self.step = 0
         """Training steps done."""
         self.schedule = SaveSchedule(config.checkpoint, elapsed=seconds_since_start())
+        self._saved = 0  # the step of the newest checkpoint
         self._latest: dict[str, float] = {}  # metrics of the last step and the last validation
         self._doing = "the start"
 
@@ -81,23 +82,27 @@ class AAPOTrainer:
             NonFiniteError: loss or gradient were not finite; the last good checkpoint is untouched.
             ParityError: engine and learner disagreed before the first step.
             LostRankError: another rank is gone; training goes on from the last checkpoint.
+            RewardError: nothing can be scored any more; all steps that were made are in a checkpoint.
         """
         with parallel.lost_ranks_reported(lambda: self._doing), contextlib.closing(self.checkpoints):
-            saved, stopping = self._begin()
-            while self.step < self.config.trainer.max_steps and not stopping:
-                if not self._fill_reference():  # a stop signal came meanwhile
-                    break
-                self.train_step()
-                if self._due(self.config.trainer.val_check_interval):
-                    self._validate()
-                stopping, save_now = self._stop_or_save()
-                if save_now:
-                    self._save()
-                    saved = self.step
-            if self.step > saved:
-                self._save()
-            self._wait_for_checkpoint()
+            try:
+                self._run_steps(stopping=self._begin())
+            except RewardError:  # no fault of the policy, whose steps are worth keeping until the reward is mended
+                self._save_rest()
+                raise
+            self._save_rest()
             return self.step >= self.config.trainer.max_steps
+
+    def _run_steps(self, *, stopping: bool) -> None:
+        while self.step < self.config.trainer.max_steps and not stopping:
+            if not self._fill_reference():  # a stop signal came meanwhile
+                break
+            self.train_step()
+            if self._due(self.config.trainer.val_check_interval):
+                self._validate()
+            stopping, save_now = self._stop_or_save()
+            if save_now:
+                self._save()
 
     def train_step(self) -> None:
         """One step of ``fit``, without what stands around it: reference rewards, validation, checkpoints."""
@@ -210,11 +215,12 @@ class AAPOTrainer:
 
     # ------------------------------------------------------------------ around it
 
-    def _begin(self) -> tuple[int, bool]:
-        """Resume, and validate where that is due: the step that has a checkpoint, and whether to stop already."""
+    def _begin(self) -> bool:
+        """Resume, and validate where that is due; whether to stop already."""
         resumed = self._resume()
+        self._saved = self.step
         due = self._latest.pop(BROKEN_OFF, 0.0) if resumed else self.config.trainer.val_check_interval
-        return self.step, bool(due) and not self._validate()
+        return bool(due) and not self._validate()
 
     def _resume(self) -> bool:
         """Go on from the last checkpoint; False without one."""
@@ -244,7 +250,11 @@ class AAPOTrainer:
         return complete
 
     def _validate(self) -> bool:
-        """Measure the policy; False if a stop broke it off, which a resumed run makes up for."""
+        """Measure the policy; False if a stop broke it off, which a resumed run makes up for.
+
+        Raises:
+            RewardError: nothing could be scored; a resumed run makes up for it, too.
+        """
         with self._phase(f"step {self.step + 1}, rollout"):
             self.rollouts.settle()
         self._refit()
@@ -252,8 +262,10 @@ class AAPOTrainer:
             self.reporter.phase("validating", 0, len(self.validator.prompts))
             try:
                 metrics, samples = self.validator.run()
-            except Interrupted:
+            except (Interrupted, RewardError) as error:
                 self._latest[BROKEN_OFF] = 1.0
+                if isinstance(error, RewardError):
+                    raise
                 return False
             self._latest |= metrics
             self.reporter.log_validation(self.step, metrics, samples)
@@ -289,7 +301,14 @@ class AAPOTrainer:
                 "metrics": {k: v for k, v in self._latest.items() if math.isfinite(v) and not k.startswith("time/")},
             }
             self.checkpoints.save(self.step, self.policy, state, rollouts)
+            self._saved = self.step
             self.schedule.saved()
+
+    def _save_rest(self) -> None:
+        """Have the last step in a checkpoint that is whole on the disk."""
+        if self.step > self._saved:
+            self._save()
+        self._wait_for_checkpoint()
 
     def _wait_for_checkpoint(self) -> None:
         with self._phase(f"the checkpoint of step {self.step}"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import math
@@ -23,6 +24,8 @@ FINISHED = "finished"
 """Name of the file in the run directory that says that the run is complete; its JSON sums the run up."""
 LOCK = ".lock"
 """Name of the file in the run directory that the process which writes there holds locked."""
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What locking fails with where a file system is mounted without locks, as some of clusters are."""
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 

@@ -56,8 +56,8 @@ class Rollouts:
         if self.ahead is None:
             assert self.served == self.policy.version, "stale weights in the engine"
         version = self.served if self.ahead is None else self.ahead[1]
-        self.ahead, self.cursor = None, step + 1
         self.journal.write(f"generate {step} by {version}")
+        self.ahead, self.cursor = None, step + 1
         return groups(version)
 
     def begin(self, step):
