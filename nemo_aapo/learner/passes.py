@@ -64,14 +64,15 @@ class TokenPasses:
 
         Returns:
             float32 [4, n] for each micro-batch, on every pipeline stage: the tokens' advantages and rollout log-probs
-            as they came, and the model's log-probs and entropies (nats). n counts the tokens that this rank computes.
+            as they came, and the model's log-probs and entropies (nats). n counts the tokens that this rank computes: its
+            part, where context parallelism cuts sequences.
         """
 
         def table(hidden: torch.Tensor, batch: MicroBatch) -> np.ndarray:
             computed = self._logprobs(hidden, batch)
             return torch.stack([batch.advantages, batch.rollout_logprobs, *computed]).float().cpu().numpy()
 
-        return parallel.broadcast_from_last_stage(passes.forward(self.module, batches, table, wrapped))
+        return parallel.broadcast_from_last_stage(passes.forward(self.module, _own_parts(batches), table, wrapped))
 
     def train(
         self, batches: Sequence[MicroBatch], loss: TokenLoss, wrapped: DistributedDataParallel

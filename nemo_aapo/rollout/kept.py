@@ -20,6 +20,7 @@ from safetensors.numpy import save
 
 from nemo_aapo.algorithms.advantage import group_advantage
 from nemo_aapo.config import Config
+from nemo_aapo.config.schema import AlgorithmConfig
 from nemo_aapo.distributed import parallel
 from nemo_aapo.rollout.collector import own_shard
 from nemo_aapo.run.experiment import rollout_rows
@@ -80,9 +81,11 @@ class KeptRollouts:
             figures = self.learner.token_figures([group for _, group in mine], starts)
         if not parallel.is_model_parallel_source():  # which alone has the texts
             return []
-        scaled = self.config.algorithm.scale_rewards
         return [
-            KeptGroup(_rows(step + 1, index, group, scaled), _tokens(group, index * self.config.group_size, figures))
+            KeptGroup(
+                _rows(step + 1, index, group, self.config.algorithm),
+                _tokens(group, index * self.config.group_size, figures),
+            )
             for index, group in mine
         ]
 
@@ -117,8 +120,10 @@ def chosen_groups(seed: int, step: int, groups: int, keep: int | Literal["all"])
     return sorted(int(index) for index in order[:keep])
 
 
-def _rows(step: int, index: int, group: Group, scale_rewards: bool) -> list[dict[str, Any]]:
-    own = group_advantage(group.rewards[None], scale_rewards)[0]
+def _rows(step: int, index: int, group: Group, algorithm: AlgorithmConfig) -> list[dict[str, Any]]:
+    own = group.final_advantages  # all of it, where there is no margin
+    if algorithm.margin is not None:
+        own = group_advantage(group.rewards[None], algorithm.scale_rewards)[0]
     more = {"step": step, "group": index, "prompt_id": group.prompt.id, "reference_rewards": group.reference_rewards}
     return [
         {

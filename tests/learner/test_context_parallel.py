@@ -247,8 +247,8 @@ def test_adapters_are_trained_as_by_one_process(ranks, alone):
         assert metrics["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
 
 
-def gate(path, more) -> tuple[dict[str, float], list[np.ndarray]]:
-    """The parity gate's figures, and the log-probs that it compared."""
+def gate(path, more):
+    """The parity gate's figures, the log-probs that it compared, and those of each completion by its number."""
     from nemo_aapo.algorithms import Algorithm
     from nemo_aapo.learner.learner import Learner
     from nemo_aapo.rollout.collector import own_shard
@@ -259,14 +259,19 @@ def gate(path, more) -> tuple[dict[str, float], list[np.ndarray]]:
     learner = Learner(policy, Algorithm(config.algorithm, 16), 1024, 1, packed=True, share_prompts=True)
     groups = saved_groups(2)[own_shard(2)]
     batches, _ = learner._microbatches(groups)
-    return learner.parity(groups), policy.score(batches)
+    first = [own_shard(2).start * 100 + 100 * i for i in range(len(groups))]
+    return learner.parity(groups), policy.score(batches), learner.token_figures(groups, first)
 
 
 @pytest.mark.exact
 def test_scoring_returns_every_token_to_every_rank(ranks, alone):
     path, _ = alone[2]
-    [(figures, scored)] = ranks.run(gate, path, {})
+    [(figures, scored, kept)] = ranks.run(gate, path, {})
+    assert np.sort(np.concatenate(scored)) == pytest.approx(np.sort(np.hstack([of[0] for of in kept.values()])))
     more = context(2, {"model__pipeline_model_parallel_size": 2})
-    for cut_figures, cut_scored in ranks.run(gate, path, more, world=4, pp=2, cp=2):
+    for cut_figures, cut_scored, cut_kept in ranks.run(gate, path, more, world=4, pp=2, cp=2):
+        assert cut_kept.keys() == kept.keys()
+        for number, of in kept.items():
+            np.testing.assert_allclose(cut_kept[number], of, atol=1e-5)
         np.testing.assert_allclose(np.concatenate(cut_scored), np.concatenate(scored), atol=1e-5)
         assert cut_figures == pytest.approx(figures, rel=1e-6)

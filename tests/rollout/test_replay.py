@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,9 @@ from nemo_aapo.rollout.replay import read_kept
 from nemo_aapo.types import Completion, Group, Prompt
 
 pytestmark = pytest.mark.unit
+
+
+AAPO = SimpleNamespace(margin=SimpleNamespace(low=-0.2), scale_rewards=True)
 
 
 def make_group(name: str, seed: int) -> Group:
@@ -41,7 +45,7 @@ def keep(directory, groups) -> None:
     figures = {
         k: np.zeros((2, len(c.token_ids)), np.float32) for k, c in enumerate(c for g in groups for c in g.completions)
     }
-    kept = [KeptGroup(_rows(7, i, group, True), _tokens(group, 3 * i, figures)) for i, group in enumerate(groups)]
+    kept = [KeptGroup(_rows(7, i, group, AAPO), _tokens(group, 3 * i, figures)) for i, group in enumerate(groups)]
     KeptFiles(directory / "rollouts", 10**6, lambda ids: "x").write(7, kept)
 
 
