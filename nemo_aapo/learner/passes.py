@@ -64,8 +64,8 @@ class TokenPasses:
 
         Returns:
             float32 [4, n] for each micro-batch, on every pipeline stage: the tokens' advantages and rollout log-probs
-            as they came, and the model's log-probs and entropies (nats). n counts the tokens that this rank computes: its
-            part, where context parallelism cuts sequences.
+            as they came, and the model's log-probs and entropies (nats). n counts the tokens that this rank computes:
+            its part, where context parallelism cuts sequences.
         """
 
         def table(hidden: torch.Tensor, batch: MicroBatch) -> np.ndarray:
