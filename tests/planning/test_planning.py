@@ -39,7 +39,8 @@ def test_a_mixture_of_experts_is_counted_as_transformers_builds_it():
     config = Qwen3MoeConfig(
         architectures=["Qwen3MoeForCausalLM"], vocab_size=160, hidden_size=48, num_hidden_layers=3,
         num_attention_heads=4, num_key_value_heads=2, head_dim=20, moe_intermediate_size=24, num_experts=6,
-        num_experts_per_tok=2, tie_word_embeddings=False, mlp_only_layers=[], decoder_sparse_step=1, norm_topk_prob=True,
+        num_experts_per_tok=2, tie_word_embeddings=False, mlp_only_layers=[], decoder_sparse_step=1,
+        norm_topk_prob=True,
     )  # fmt: skip
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
