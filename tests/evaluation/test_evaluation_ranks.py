@@ -105,6 +105,18 @@ def test_an_evaluation_leaves_completions_figures_and_tables(whole):
     assert (whole / "finished").exists()
 
 
+def test_a_mixture_of_experts_draws_the_same_wherever_its_experts_are(ranks, folder, tiny_models):
+    found = {}
+    for name, tp in (("one", 1), ("tensor", 2), ("data", 1)):  # experts on tensor ranks, and on data-parallel ones
+        world = 1 if name == "one" else 2
+        layout = [f"trainer.devices={world}", f"model.tensor_model_parallel_size={tp}"]
+        more = [f"model.path={tiny_models['qwen3_moe']}", *layout, f"model.expert_model_parallel_size={world}"]
+        assert set(ranks.run(evaluate, words(folder, f"experts_{name}", *more), world=world, tp=None)) == {0}
+        found[name] = completions(folder / f"experts_{name}")
+    assert len(found["one"]) == 3 * PROBLEMS
+    assert found["tensor"] == found["data"] == found["one"]
+
+
 @pytest.mark.parametrize(("world", "tp", "pp"), [(2, 1, 1), (4, 2, 2)])
 def test_every_layout_draws_the_same_completions(ranks, folder, whole, world, tp, pp):
     name = f"layout{tp}{pp}"

@@ -8,6 +8,7 @@ place, what is pointwise happens once for all rows, and weight gradients are add
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ class GroupedExperts(SequentialMLP):
         self, permuted_local_hidden_states: torch.Tensor, tokens_per_expert: torch.Tensor, permuted_probs: torch.Tensor
     ) -> tuple[torch.Tensor, None]:
         """As mcore's: rows sorted by expert [T, h], and the weight of each one [T] -> [T, h]."""
-        linears = [getattr(e, name) for name in ("linear_fc1", "linear_fc2") for e in self.local_experts]
+        linears: list[Any] = [getattr(e, name) for name in ("linear_fc1", "linear_fc2") for e in self.local_experts]
         for linear in linears:
             for hook in linear._forward_pre_hooks.values():  # overlap_param_gather waits there for the weight
                 hook(linear, ())
@@ -81,7 +82,7 @@ def _product(x: torch.Tensor, counts: list[int], matrices: Sequence[torch.Tensor
 
 
 def _weight_gradients(
-    grad: torch.Tensor, x: torch.Tensor, counts: list[int], weights: Sequence[torch.Tensor], fused: bool
+    grad: torch.Tensor, x: torch.Tensor, counts: list[int], weights: Sequence[Any], fused: bool
 ) -> list[torch.Tensor | None]:
     """grad^T x of each expert's rows, [out, in].
 

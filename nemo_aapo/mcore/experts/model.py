@@ -41,6 +41,6 @@ def mark_experts(module: torch.nn.Module) -> None:
     mcore does so where experts are distributed alone. With tensor parallelism, and each rank holding all experts, it
     would sum them over the wrong ranks, without an error; and an optimizer's state would have another form.
     """
-    for name, parameter in module.named_parameters():
-        if EXPERTS in name:
-            parameter.allreduce = False
+    experts: list[Any] = [parameter for name, parameter in module.named_parameters() if EXPERTS in name]
+    for parameter in experts:
+        parameter.allreduce = False
