@@ -84,6 +84,19 @@ def test_memory_that_is_not_there_cannot_be_moved():
     assert "precision=bf16" in refusal(fp32, H200)
 
 
+def test_a_sequence_that_is_cut_lies_in_a_row_of_sequences():
+    apart = {"model__share_prompts": False}
+    assert decided(CPU, **apart).model.sequence_packing is False
+    assert decided(CPU, **apart, model__context_parallel_size=2).model.sequence_packing is True
+
+
+def test_transformer_engine_cuts_no_sequence_of_fp32():
+    cut = {"model__context_parallel_size": 2}
+    assert refusal(decided(H200, **cut), H200) is None
+    assert "use precision=bf16" in refusal(decided(H200, **cut, precision__name="fp32"), H200)
+    assert refusal(decided(CPU, **cut), CPU) is None
+
+
 def test_prompts_are_shared_on_a_cpu_alone():
     asked = {"model__share_prompts": True}
     assert refusal(decided(CPU, **asked), CPU) is None
