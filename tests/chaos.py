@@ -52,17 +52,18 @@ _HARMS = {**POINTS, FULL_DISK: ("nemo_aapo.checkpoint.format", "_Writer.write_da
 
 @dataclass(frozen=True)
 class Layout:
-    """TP x PP; no data parallelism, which would change the order of sums."""
+    """TP x PP, and data-parallel ranks that share the experts of a model that has some."""
 
     tp: int = 1
     pp: int = 1
+    ep: int = 1
 
     @property
     def world(self) -> int:
-        return self.tp * self.pp
+        return self.tp * self.pp * self.ep
 
     def __str__(self) -> str:
-        return f"tp{self.tp}pp{self.pp}"
+        return f"tp{self.tp}pp{self.pp}ep{self.ep}"
 
 
 LAYOUTS = (Layout(), Layout(tp=2), Layout(pp=2), Layout(tp=2, pp=2))
@@ -107,9 +108,9 @@ class Life:
 class Chaos:
     """Runs in one folder. Uninterrupted ones are made when they are first compared with, one for each layout."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, experts: bool = False) -> None:
         self.folder = folder
-        make_input(folder)
+        make_input(folder, experts)
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["tests.warm"])
         self._seconds: dict[Layout, float] = {}
@@ -181,6 +182,7 @@ class Chaos:
             "trainer.val_check_interval=3",
             "checkpoint.keep_last=1",
             "model.optim.sched.warmup_steps=4",
+            f"model.expert_model_parallel_size={layout.ep}",
             tp=layout.tp,
             pp=layout.pp,
             world=layout.world,

@@ -7,7 +7,7 @@ import os
 import signal
 from pathlib import Path
 
-from tests.tiny_models import SIZES, save_character_tokenizer, save_model
+from tests.tiny_models import EXPERTS, SIZES, save_character_tokenizer, save_model
 
 TIMES = (
     "time/",
@@ -62,11 +62,13 @@ def run(overrides, stop_in_step=None, own_reward=True):
     return train(config, **parts)
 
 
-def make_input(folder: Path) -> Path:
+def make_input(folder: Path, experts: bool = False) -> Path:
     """A random two-layer model and ten prompts, so that an epoch ends in the middle of the third step."""
-    from transformers import Qwen2Config
+    from transformers import Qwen2Config, Qwen3MoeConfig
 
-    save_model(Qwen2Config(**{**SIZES, "num_hidden_layers": 2, "tie_word_embeddings": True}), folder / "model")
+    sizes = {**SIZES, "num_hidden_layers": 2, "tie_word_embeddings": True}
+    config = Qwen3MoeConfig(**sizes, **EXPERTS, head_dim=16) if experts else Qwen2Config(**sizes)
+    save_model(config, folder / "model")
     save_character_tokenizer(folder / "model")
     for name, first, count in (("train", 10, 10), ("validation", 60, 6)):
         rows = [{"question": f"{n}+{n + 1}=", "answer": str(2 * n + 1)} for n in range(first, first + count)]

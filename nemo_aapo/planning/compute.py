@@ -123,7 +123,7 @@ def _engine_gpus(inputs: Inputs) -> int:
 
 
 def decode_step_seconds(inputs: Inputs, rates: Rates, rows: float, context: float) -> float:
-    """One decoding step of ``rows`` sequences: weights and rows x context keys and values over bandwidth; collectives."""
+    """One decoding step of ``rows`` sequences: weights, keys and values over bandwidth, and collectives."""
     cache = rows * context * memory.kv_bytes_per_token(inputs, 1, 1) / _engine_gpus(inputs)
     moving_s = (decode_weight_bytes(inputs, rows) + cache) / rates.memory
     return moving_s + collectives.decode_seconds(inputs, rows)

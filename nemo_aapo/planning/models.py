@@ -10,6 +10,7 @@ from typing import Any
 
 from nemo_aapo.config import Experts, ModelShape
 from nemo_aapo.errors import ConfigError
+from nemo_aapo.models.directory import ARCHITECTURES, first_architecture, shape_of, twin_problem
 
 
 @dataclass(frozen=True)
@@ -152,38 +153,36 @@ def read(path: str) -> PlannedModel:
         raise ConfigError(f"model.path={path}: {file} can't be read ({error.strerror})") from None
     except ValueError as error:
         raise ConfigError(f"{file}: not JSON ({error})") from None
-    try:
-        return from_hugging_face(config, Path(path).name)
-    except KeyError as error:
-        raise ConfigError(f"{file}: has no {error}") from None
+    return from_hugging_face(config, Path(path).name)
 
 
 def from_hugging_face(config: dict[str, Any], name: str) -> PlannedModel:
     """The model of a ``config.json``.
 
     Raises:
-        ConfigError: an architecture that isn't known here.
-        KeyError: the size that it lacks.
+        ConfigError: an architecture that isn't known here, a size that is missing, or what a run would be refused for.
     """
-    architecture = (config.get("architectures") or ["none named"])[0]
-    kinds = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM", "Qwen3MoeForCausalLM")
-    if architecture not in kinds:
-        raise ConfigError(f"{name}: architecture {architecture}; planned can be {', '.join(kinds)}")
-    is_moe, heads = architecture == "Qwen3MoeForCausalLM", config["num_attention_heads"]
+    architecture = first_architecture(config)
+    if architecture not in ARCHITECTURES:
+        raise ConfigError(f"{name}: architecture {architecture}; planned can be {', '.join(ARCHITECTURES)}")
+    if problem := twin_problem(config):
+        raise ConfigError(f"{name}: {problem}")
+    shape = shape_of(config)
+    experts = shape.experts
     return PlannedModel(
         name=name,
         architecture=architecture,
-        layers=config["num_hidden_layers"],
-        hidden=config["hidden_size"],
-        heads=heads,
-        groups=config.get("num_key_value_heads") or heads,
-        head_size=config.get("head_dim") or config["hidden_size"] // heads,
-        ffn=config["moe_intermediate_size" if is_moe else "intermediate_size"],
-        vocabulary=config["vocab_size"],
-        tied=bool(config.get("tie_word_embeddings", False)),
-        max_positions=config.get("max_position_embeddings", 2**31),
+        layers=shape.num_layers,
+        hidden=shape.hidden_size,
+        heads=shape.num_attention_heads,
+        groups=shape.num_query_groups,
+        head_size=shape.head_size,
+        ffn=experts.ffn_hidden_size if experts else shape.ffn_hidden_size,
+        vocabulary=shape.vocab_size,
+        tied=shape.tied_embeddings,
+        max_positions=shape.max_position_embeddings,
         qkv_bias=architecture == "Qwen2ForCausalLM",
         qk_norm=architecture.startswith("Qwen3"),
-        experts=config["num_experts"] if is_moe else 0,
-        experts_per_token=config["num_experts_per_tok"] if is_moe else 0,
+        experts=experts.count if experts else 0,
+        experts_per_token=experts.per_token if experts else 0,
     )

@@ -18,12 +18,14 @@ SHORT = (
 )
 
 
+QUICK = replace(MixtureRecipe(), experts=4, clean_steps=300, noisy_steps=60)
+"""A model that can add and slips, in half of the recipe's time."""
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A model that gets a third of the sums right: enough to reinforce, in a third of the recipe's time."""
     directory = tmp_path_factory.mktemp("moe") / "base"
-    made = make_base_model(directory, replace(MixtureRecipe(), clean_steps=200, noisy_steps=0), force=False, log=print)
-    assert 0.1 < made["accuracy_sampled"] < 0.5
+    make_base_model(directory, QUICK, force=False, log=print)
     return directory
 
 

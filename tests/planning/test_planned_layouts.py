@@ -47,7 +47,7 @@ def test_context_ranks_halve_activations_and_share_the_rollout():
 
 
 def test_each_gpu_reads_its_share_of_the_experts():
-    """All rows wake all experts: an eighth is read on each of eight ranks, whether of one engine or of eight in step."""
+    """Rows wake all experts: each of eight ranks reads an eighth, whether of one engine or of eight in step."""
     reads = [
         compute.decode_weight_bytes(laid_out(layout), 4096.0)
         for layout in (Layout(), Layout(data=8, expert=8), Layout(tensor=4, data=2, expert=8, sequence_parallel=True))

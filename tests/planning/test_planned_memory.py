@@ -12,6 +12,7 @@ import pytest
 from nemo_aapo.config.schema import Lora
 from nemo_aapo.planning import activations, compute, memory, models, parameters
 from nemo_aapo.planning.inputs import Layout, Learner, plan_inputs
+from tests.planning.saved_bytes import SavedBytes
 from tests.tiny_models import SIZES, make_config, save_character_tokenizer, save_model
 
 MICROBATCHES = 3
@@ -20,47 +21,6 @@ MODULES = ("core_attn", "mlp", "moe")
 """Of model.recompute_modules. Not layernorm: mcore empties the storage of its output, which is not counted here."""
 
 TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
-
-
-class SavedBytes:
-    """Bytes of the distinct storages that autograd keeps at a time, weights left out; their peak."""
-
-    def __init__(self, module) -> None:
-        self._weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
-        self._holders: dict[int, list[int]] = {}  # address -> [how many, bytes]
-        self.now = self.peak = 0
-
-    def pack(self, tensor):
-        return _Saved(self, tensor)
-
-    def hold(self, storage) -> None:
-        at = storage.data_ptr()
-        if at in self._weights:
-            return
-        if at not in self._holders:
-            self._holders[at] = [0, storage.nbytes()]
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-        self._holders[at][0] += 1
-
-    def drop(self, storage) -> None:
-        at = storage.data_ptr()
-        if at in self._weights:
-            return
-        self._holders[at][0] -= 1
-        if not self._holders[at][0]:
-            self.now -= self._holders.pop(at)[1]
-
-
-class _Saved:
-    """A tensor as autograd keeps it, counted for as long."""
-
-    def __init__(self, counter: SavedBytes, tensor) -> None:
-        self.counter, self.tensor = counter, tensor
-        counter.hold(tensor.untyped_storage())
-
-    def __del__(self) -> None:
-        self.counter.drop(self.tensor.untyped_storage())
 
 
 def prepare(path: str, length: int, rows: int, changes: dict, kind: str = "padded"):
@@ -83,7 +43,9 @@ def prepare(path: str, length: int, rows: int, changes: dict, kind: str = "padde
     ranks = changes.get("model__context_parallel_size", 1)
     groups = [PrefixGroup((sample,) * rows)] if kind == "shared" else PrefixGroup.separate([sample] * rows)
     device = torch.device("cpu")
-    batch = collate(groups, [1e-3] * rows, multiple=multiple, device=device, packed=kind != "padded", context_parallel_size=ranks)
+    batch = collate(
+        groups, [1e-3] * rows, multiple=multiple, device=device, packed=kind != "padded", context_parallel_size=ranks
+    )
 
     def loss(logprobs, entropy, batch):
         return -(batch.weights * logprobs).sum(), {}
@@ -107,7 +69,9 @@ def measure_a_step(path: str, length: int, rows: int, changes: dict, kind: str =
     moments = [state[name] for state in states for name in ("exp_avg", "exp_avg_sq")]
     return {
         "weights": sum(parameter.nbytes for parameter in policy.module.parameters()),
-        "gradients": sum(buffer.grad_data.nbytes for buffer in [*gradients.buffers, *gradients.expert_parallel_buffers]),
+        "gradients": sum(
+            buffer.grad_data.nbytes for buffer in [*gradients.buffers, *gradients.expert_parallel_buffers]
+        ),
         "optimizer": sum(moment.nbytes for moment in moments),
         "activations": saved.peak,
     }

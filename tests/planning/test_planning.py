@@ -40,6 +40,7 @@ def test_a_mixture_of_experts_is_counted_as_transformers_builds_it():
         architectures=["Qwen3MoeForCausalLM"], vocab_size=160, hidden_size=48, num_hidden_layers=3,
         num_attention_heads=4, num_key_value_heads=2, head_dim=20, moe_intermediate_size=24, num_experts=6,
         num_experts_per_tok=2, tie_word_embeddings=False, mlp_only_layers=[], decoder_sparse_step=1,
+        norm_topk_prob=True,
     )  # fmt: skip
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -63,6 +64,11 @@ def test_the_ranks_parameters_add_up(name, layout):
     copy = model.vocabulary * model.hidden if model.tied and layout.pipeline > 1 else 0
     assert layout.tensor * sum(rank.output for rank in ranks) == whole.output + copy
     assert sum(rank.small for rank in ranks) >= whole.small / layout.tensor
+
+
+def test_a_model_that_a_run_would_be_refused_for_is_not_planned():
+    with pytest.raises(ConfigError, match="decoder_sparse_step"):
+        models.from_hugging_face({"architectures": ["Qwen3MoeForCausalLM"], "decoder_sparse_step": 2}, "sparse")
 
 
 # ---------------------------------------------------------------- layouts
@@ -152,6 +158,8 @@ def test_a_named_model_takes_the_place_of_a_recipes_directory(name):
         (["model=Qwen2.5-7B", "trainer.device=8"], "did you mean 'trainer.devices'?"),
         (["model=Qwen2.5-7B", "model.tensor_model_parallel_size=8", "trainer.devices=8"], "28 attention heads"),
         (["model=Qwen2.5-7B", "precision=fp8_blockwise", "hardware=b200"], "is for Hopper"),
+        (["model=Qwen3-30B-A3B", "model.lora={rank: 8, alpha: 16, target_modules: [linear_fc2]}"], "are experts here"),
+        (["model=Qwen3-30B-A3B", "model.expert_model_parallel_size=2"], "does not divide the 1 ranks"),
         (
             ["model=Qwen2.5-Math-7B", "data.max_prompt_tokens=3073", "max_tokens_per_microbatch=8192"],
             "exceeds the 4096 positions",

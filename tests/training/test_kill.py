@@ -30,6 +30,15 @@ def test_killed_while_it_saves(chaos):
     assert said.count("removing what an interrupted run left") == 2
 
 
+def test_killed_where_two_ranks_decode_in_step_with_half_of_the_experts_each(tmp_path):
+    """First in a rollout, in which the other one waits for its rows; then while the experts are saved."""
+    chaos = Chaos(tmp_path, experts=True)
+    lives = chaos.survive("experts", Layout(ep=2), [Kill("rollout", 30, rank=1), Kill("save", 1, rank=1)])
+    assert [life.codes[1] for life in lives[:2]] == [-signal.SIGKILL] * 2
+    assert lives[0].codes[0] > 0
+    assert "another rank is gone" in (tmp_path / "experts.log.0").read_text()
+
+
 def test_all_ranks_killed_in_a_rollout(chaos):
     """The stress script kills at moments of the wall clock too, which a busy machine can let pass."""
     [killed, _] = chaos.survive("all", TWO, [Kill("rollout", 7, everyone=True)])
