@@ -123,9 +123,9 @@ class ReferenceRewards:
                     return stop_requested()
 
                 drawn = self._fill(batch, watch)
-                report(total - len(waiting) * self.samples, total)
-                if parallel.any_rank(stop_requested())[0]:
+                if parallel.any_rank(stop_requested())[0]:  # of the batch, only a part may be there
                     return self.has(missing)
+                report(total - len(waiting) * self.samples, total)
                 if batch:
                     size.observe(drawn, parallel.broadcast_from_first_rank(time.monotonic() - began))
                 else:  # all that is left is in other runs' hands

@@ -28,6 +28,7 @@ from nemo_aapo.utils.files import NO_LOCKS, to_json, write_atomic
 from nemo_aapo.utils.token import make_token
 
 CLIENT = "client"
+"""Name of the file that a client of the servers holds locked; it says who that is."""
 
 
 @dataclass(frozen=True)
