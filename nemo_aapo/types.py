@@ -36,6 +36,23 @@ class Prompt:
     """The place in the data that it came from: ``file:line``."""
 
 
+NO_ROUTE = 255
+"""Stands in ``Routes`` where no choice of experts was recorded: the model's own choice holds."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Routes:
+    """The experts that a mixture of experts sent each token of a sequence to: L layers, k experts each.
+
+    A token has no route in a layer (``NO_ROUTE``) where nothing read what the layer made of it.
+    """
+
+    prompt: np.ndarray
+    """uint8 [P, L, k]; completions of one prompt have one and the same array."""
+    completion: np.ndarray
+    """uint8 [T - 1, L, k], without the last token, which was never fed; [0, L, k] for a completion without tokens."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Completion:
     """One sampled answer, token for token as the engine generated it.
@@ -54,6 +71,8 @@ class Completion:
     """``"stop"``: a stop token was sampled, or a stop string completed. ``"length"``: cut at the length limit."""
     policy_version: int
     """Number of optimizer steps that the policy had taken which the engine served."""
+    routes: Routes | None = None
+    """The engine's choices of experts, for the learner to replay; None where it recorded none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +168,8 @@ class Sample:
     """float32 [T], the engine's."""
     advantage: float
     """A*, the same for all T tokens."""
+    routes: Routes | None = None
+    """The engine's choices of experts, to be replayed; None: the model's own hold."""
 
     @property
     def length(self) -> int:

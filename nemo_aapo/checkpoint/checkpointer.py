@@ -276,7 +276,8 @@ def layout() -> dict[str, int]:
         "world_size": dist.get_world_size(),
         "tensor_model_parallel_size": parallel.tensor_parallel_size(),
         "pipeline_model_parallel_size": parallel.pipeline_parallel_size(),
-        "data_parallel_size": parallel.data_parallel_size(),
+        "context_parallel_size": parallel.context_parallel_size(),
+        "data_parallel_size": parallel.batch_parallel_size(),
     }
 
 

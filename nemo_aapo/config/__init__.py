@@ -10,7 +10,7 @@ from nemo_aapo.config.decisive import END_TOKENS, Identity, decisive_settings, d
 from nemo_aapo.config.parse import check_overrides, parse, parse_evaluation
 from nemo_aapo.config.precision import PRECISIONS, PrecisionKind, kind_of, pad_multiple, with_machine_defaults
 from nemo_aapo.config.schema import Config, EvaluationConfig
-from nemo_aapo.config.sizes import Experts, ModelShape, Sizes, derive
+from nemo_aapo.config.sizes import Experts, ModelShape, Sizes, derive, with_routes_decided
 
 __all__ = [
     "END_TOKENS",
@@ -33,5 +33,6 @@ __all__ = [
     "parse",
     "parse_evaluation",
     "with_machine_defaults",
+    "with_routes_decided",
     "without_secrets",
 ]

@@ -74,17 +74,10 @@ def check_alone(config: Config) -> None:
 def _check_layout(config: Config) -> None:
     """What megatron-core could do and is not wired here, and settings without effect."""
     model = config.model
-    if model.context_parallel_size > 1:
+    if model.context_parallel_size > 1 and model.sequence_packing is False:
         raise ConfigError(
-            f"model.context_parallel_size={model.context_parallel_size}: not wired. Log-probs are taken from whole "
-            "sequences, and the in-process rollout engine knows no such cut. For longer sequences use "
-            "model.tensor_model_parallel_size with sequence_parallel=true, and recompute_granularity=full"
-        )
-    if model.expert_model_parallel_size > 1:
-        raise ConfigError(
-            f"model.expert_model_parallel_size={model.expert_model_parallel_size}: the models that train here (Qwen2, "
-            "Qwen3, Llama) have no experts to distribute; models with experts are refused, as the in-process rollout "
-            "engine has no such layers"
+            f"model.context_parallel_size={model.context_parallel_size} cuts rows of sequences end to end, and "
+            "model.sequence_packing=false pads each sequence to a row: set it to true, or leave it at null"
         )
     if model.recompute_granularity == "selective" and not model.recompute_modules:
         raise ConfigError("model.recompute_granularity=selective recomputes model.recompute_modules, which is empty")

@@ -60,7 +60,9 @@ def with_machine_defaults(config: Config, *, on_gpu: bool) -> Config:
     sharing = model.share_prompts
     if sharing is None:
         sharing = not on_gpu and model.sequence_packing is not False
-    packing = on_gpu or sharing if model.sequence_packing is None else model.sequence_packing
+    packing = model.sequence_packing
+    if packing is None:
+        packing = on_gpu or sharing or model.context_parallel_size > 1
     return dataclasses.replace(
         config,
         precision=dataclasses.replace(config.precision, name=name),
@@ -72,7 +74,7 @@ def pad_multiple(config: Config) -> int:
     """What the token count of a micro-batch is padded to: each sequence's, or with packing the whole pack's.
 
     Sequence parallelism cuts it over the tensor-parallel ranks, and each rank's part has to suit the FP8 kernels;
-    context parallelism would cut each sequence into 2 CP parts.
+    context parallelism cuts each sequence into 2 CP chunks.
     """
     model = config.model
     multiple = PRECISIONS[config.precision.name].token_multiple if config.precision.name != "auto" else 1

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 
 from nemo_aapo.config.precision import check_widths, pad_multiple
 from nemo_aapo.config.schema import Config
 from nemo_aapo.errors import ConfigError
+
+MAX_ROUTED_EXPERTS = 255
+"""A route is one byte, one of whose values says that there is none (``types.NO_ROUTE``)."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class Sizes:
 
     world_size: int
     data_parallel_size: int
+    """Copies of the model, each of which generates: those that share sequences in training counted one by one."""
     prompts_per_rank: int
     completions_per_step: int
     max_sequence_tokens: int
@@ -57,7 +62,8 @@ def derive(config: Config, shape: ModelShape, world_size: int) -> Sizes:
         ConfigError: what does not divide, with both numbers.
     """
     tp, pp = config.model.tensor_model_parallel_size, config.model.pipeline_model_parallel_size
-    if problem := undivided(shape, tp, pp):
+    cp, ep = config.model.context_parallel_size, config.model.expert_model_parallel_size
+    if problem := undivided(shape, tp, pp, ep) or _experts_problem(config, shape):
         raise ConfigError(f"model.{problem}")
     check_widths(config, _widths(shape, tp))
     edges = config.precision.num_layers_at_start_in_bf16, config.precision.num_layers_at_end_in_bf16
@@ -77,14 +83,26 @@ def derive(config: Config, shape: ModelShape, world_size: int) -> Sizes:
             f"trainer.num_nodes={config.trainer.num_nodes} x trainer.devices={config.trainer.devices} = {asked} ranks, "
             f"but {world_size} were started: start them by scripts/launch.py, or set trainer.devices"
         )
-    if world_size % (tp * pp):
+    parts, product = f"tensor {tp} x pipeline {pp}", tp * pp * cp
+    if cp > 1:
+        parts += f" x context {cp}"
+    if world_size % product:
         raise ConfigError(
-            f"{world_size} ranks can't be cut into groups of tensor {tp} x pipeline {pp} = {tp * pp}: "
+            f"{world_size} ranks can't be cut into groups of {parts} = {product}: "
             "change trainer.devices, trainer.num_nodes or the model's parallel sizes"
         )
-    dp = world_size // (tp * pp)
-    if config.prompts_per_step % dp:
-        raise ConfigError(f"prompts_per_step={config.prompts_per_step} is not divisible by the data-parallel size {dp}")
+    if world_size // pp % ep:
+        raise ConfigError(
+            f"model.expert_model_parallel_size={ep} does not divide the {world_size // pp} ranks of a pipeline stage "
+            f"({world_size} ranks / pipeline {pp}), over which the experts of its layers are distributed"
+        )
+    dp = world_size // product
+    copies = dp * cp
+    if config.prompts_per_step % copies:
+        which = f"the data-parallel size {dp}"
+        if cp > 1:
+            which += f" x model.context_parallel_size {cp} = {copies} copies of the model, each of which generates"
+        raise ConfigError(f"prompts_per_step={config.prompts_per_step} is not divisible by {which}")
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     if longest > shape.max_position_embeddings:
         raise ConfigError(
@@ -96,25 +114,55 @@ def derive(config: Config, shape: ModelShape, world_size: int) -> Sizes:
     if -(-longest // multiple) * multiple > config.max_tokens_per_microbatch:
         raise ConfigError(
             f"max_tokens_per_microbatch={config.max_tokens_per_microbatch} can't hold one sequence of {longest} tokens "
-            f"padded to a multiple of {multiple} (precision={config.precision.name}, sequence parallelism)"
+            f"padded to a multiple of {multiple} (precision={config.precision.name}, sequence and context parallelism)"
         )
-    per_rank = config.prompts_per_step // dp
+    per_rank = config.prompts_per_step // copies
     completions = config.prompts_per_step * config.group_size
     updates = config.algorithm.updates_per_rollout
+    place = "data-parallel rank" if cp == 1 else "copy of the model"
+    generating = [f"copies of the model = data-parallel size {dp} x context {cp} = {copies}: each generates"] * (cp > 1)
     return Sizes(
         world_size=world_size,
-        data_parallel_size=dp,
+        data_parallel_size=copies,
         prompts_per_rank=per_rank,
         completions_per_step=completions,
         max_sequence_tokens=longest,
         arithmetic=(
-            f"data-parallel size = {world_size} ranks / (tensor {tp} x pipeline {pp}) = {dp}",
+            f"data-parallel size = {world_size} ranks / ({parts}) = {dp}",
+            *generating,
             f"completions per rollout = prompts_per_step {config.prompts_per_step} x group_size {config.group_size} = "
-            f"{completions}, {per_rank} prompts on each data-parallel rank, {updates} optimizer step(s) on them",
+            f"{completions}, {per_rank} prompts on each {place}, {updates} optimizer step(s) on them",
             f"longest sequence = {config.data.max_prompt_tokens} prompt + {config.rollout.max_new_tokens} new = "
             f"{longest} tokens; a micro-batch holds at least {config.max_tokens_per_microbatch // longest} such",
         ),
     )
+
+
+def with_routes_decided(config: Config, shape: ModelShape) -> Config:
+    """The configuration with ``rollout.replay_routes`` decided for a model; null stays for one without experts.
+
+    Raises:
+        ConfigError: it has no effect, or can't be had.
+    """
+    rollout = config.rollout
+    asked, engine = rollout.replay_routes, rollout.engine
+    if shape.experts is None:
+        if asked is not None:
+            raise ConfigError(f"rollout.replay_routes={str(asked).lower()} has no effect: the model has no experts")
+        return config
+    records = engine == "megatron" or (engine == "remote" and rollout.server.engine == "megatron")
+    if asked and not records:
+        raise ConfigError(
+            f"rollout.replay_routes=true with rollout.engine={engine}, rollout.server.engine={rollout.server.engine}: "
+            "only Megatron's engine, in process or on servers, says which experts it sent a token to; leave it at null"
+        )
+    decided = records if asked is None else asked
+    if decided and shape.experts.count > MAX_ROUTED_EXPERTS:
+        raise ConfigError(
+            f"rollout.replay_routes: a route is one byte, which tells {MAX_ROUTED_EXPERTS} experts apart and not the "
+            f"model's {shape.experts.count}: set it to false"
+        )
+    return dataclasses.replace(config, rollout=dataclasses.replace(rollout, replay_routes=decided))
 
 
 def _widths(shape: ModelShape, tp: int) -> dict[str, int]:
@@ -124,16 +172,64 @@ def _widths(shape: ModelShape, tp: int) -> dict[str, int]:
         "hidden size": shape.hidden_size,
         "query, key and value size of a rank": heads * shape.head_size // tp,
         "attention output of a rank": shape.num_attention_heads * shape.head_size // tp,
-        "feed-forward units of a rank": shape.ffn_hidden_size // tp,
+        **(
+            {"units of an expert": shape.experts.ffn_hidden_size}
+            if shape.experts
+            else {"feed-forward units of a rank": shape.ffn_hidden_size // tp}
+        ),
     }
 
 
-def undivided(shape: ModelShape, tensor_parallel_size: int, pipeline_parallel_size: int) -> str | None:
-    """What of a model the parallel sizes do not divide, beginning with the setting; None if they divide all of it."""
+def _experts_problem(config: Config, shape: ModelShape) -> str | None:
+    """What of the configuration does not go with the model's experts, or without any; None: all of it goes."""
+    model = config.model
+    recomputed = set(model.recompute_modules) if model.recompute_granularity == "selective" else set()
+    if shape.experts is None:
+        if "moe" in recomputed:
+            return f"recompute_modules={list(model.recompute_modules)}: the model has no experts; its layers are mlp"
+        return None
+    if "mlp" in recomputed:
+        return (
+            f"recompute_modules={list(model.recompute_modules)}: mlp recomputes dense layers, of which a model of "
+            "experts has none; name moe"
+        )
+    if model.tensor_model_parallel_size > 1 and not model.sequence_parallel:
+        return (
+            f"tensor_model_parallel_size={model.tensor_model_parallel_size} of a model with experts needs "
+            "model.sequence_parallel=true: otherwise each tensor-parallel rank would send every token to the experts"
+        )
+    expert, tensor = model.expert_model_parallel_size, model.tensor_model_parallel_size
+    if config.rollout.engine == "megatron" and max(expert, tensor) % min(expert, tensor):
+        return (
+            f"expert_model_parallel_size={expert} with model.tensor_model_parallel_size={tensor}: the rollout engine "
+            "in process needs one of them to divide the other"
+        )
+    adapted = sorted({"linear_fc1", "linear_fc2"} & set(model.lora.target_modules if model.lora else ()))
+    if adapted:
+        return (
+            f"lora.target_modules={list(model.lora.target_modules)}: {', '.join(adapted)} are experts here, and "
+            "adapters on experts depend on the layout (Megatron-Bridge 0.3.1). Use [linear_qkv, linear_proj]"
+        )
+    return None
+
+
+def undivided(
+    shape: ModelShape, tensor_parallel_size: int, pipeline_parallel_size: int, expert_parallel_size: int = 1
+) -> str | None:
+    """What of a model the parallel sizes do not divide, beginning with the setting; None if they divide all of it.
+
+    An expert is whole on its rank, whatever the tensor-parallel size.
+    """
+    if shape.experts is None:
+        if expert_parallel_size > 1:
+            return f"expert_model_parallel_size={expert_parallel_size}: a {shape.architecture} has no experts"
+        feed_forward = ("tensor_model_parallel_size", tensor_parallel_size, "feed-forward units", shape.ffn_hidden_size)
+    else:
+        feed_forward = ("expert_model_parallel_size", expert_parallel_size, "experts", shape.experts.count)
     for key, number, what, parts in (
         ("tensor_model_parallel_size", tensor_parallel_size, "attention heads", shape.num_attention_heads),
         ("tensor_model_parallel_size", tensor_parallel_size, "key-value groups", shape.num_query_groups),
-        ("tensor_model_parallel_size", tensor_parallel_size, "feed-forward units", shape.ffn_hidden_size),
+        feed_forward,
         ("pipeline_model_parallel_size", pipeline_parallel_size, "layers", shape.num_layers),
     ):
         if parts % number:

@@ -77,11 +77,13 @@ def _checkpoint(path: Path, source: ModelSource) -> list[str]:
     content = manifest.read(path)
     what = "Megatron model       " if source.kind == "megatron" else "Megatron checkpoint  "
     layout = content.layout
+    names = ("tensor_model_parallel", "pipeline_model_parallel", "context_parallel", "data_parallel")
+    sizes = {name.partition("_")[0]: layout.get(f"{name}_size", 1) for name in names}
     lines = [
         f"{what}{path}",
         f"step                 {content.step}",
-        f"written by           {layout['world_size']} rank(s), tensor {layout['tensor_model_parallel_size']} x "
-        f"pipeline {layout['pipeline_model_parallel_size']} x data {layout['data_parallel_size']}; any layout loads it",
+        f"written by           {layout['world_size']} rank(s), "
+        f"{' x '.join(f'{name} {size}' for name, size in sizes.items())}; any layout loads it",
         f"versions             {', '.join(f'{name} {version}' for name, version in content.versions.items())}",
     ]
     if source.kind == "megatron":

@@ -1,8 +1,8 @@
 """One outcome for all ranks: what one of them does, or all, ends well everywhere or in the same error everywhere.
 
 A rank that raised alone would leave the others waiting in their next collective. Errors cross as their class and
-message: those of ``errors.py`` come out as they are, any other as a RuntimeError. Collectives take a group of their own
-where another thread of the process may be in the midst of one.
+message: those of ``errors.py`` and of arithmetic come out as they are, any other as a RuntimeError. Collectives take a
+group of their own where another thread of the process may be in the midst of one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from nemo_aapo.errors import ConfigError, RunError
 
 T = TypeVar("T")
 Group = dist.ProcessGroup | None
-"""None: the group of all ranks that everybody uses. Any other holds all ranks too."""
+"""None: the group of all ranks that everybody uses. Any other holds all ranks too, but for ``first_error``."""
 Failure = type[RunError] | None
 """What errors of other classes become, but for a ConfigError; None: they stay what they are."""
 
@@ -28,15 +28,21 @@ def agree(action: Callable[[], T]) -> T:
         Whatever it raised here; on ranks where it went well, the first failing rank's error.
     """
     result, error = _attempt(action, None)
-    if dist.get_world_size() > 1:
-        told: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(told, _told(error))
-        failed = [entry for entry in told if entry is not None]
-        if error is None and failed:
-            error = _again(*failed[0])
+    error = first_error(error)
     if error is not None:
         raise error
     return cast(T, result)  # it did not fail
+
+
+def first_error(error: Exception | None, group: Group = None) -> Exception | None:
+    """This rank's error, or else that of the first rank of a group that has one; None if none has. Collective."""
+    if dist.get_world_size(group) > 1:
+        told: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(told, _told(error), group=group)
+        failed = [entry for entry in told if entry is not None]
+        if error is None and failed:
+            return _again(*failed[0])
+    return error
 
 
 def on_first_rank(action: Callable[[], T], group: Group = None, failure: Failure = None) -> T:
@@ -94,4 +100,4 @@ def _told(error: Exception | None) -> tuple[type[Exception], str] | None:
 
 
 def _again(kind: type[Exception], message: str) -> Exception:
-    return kind(message) if issubclass(kind, ValueError | RunError) else RuntimeError(message)
+    return kind(message) if issubclass(kind, ValueError | ArithmeticError | RunError) else RuntimeError(message)

@@ -1,8 +1,10 @@
 """Ranks, their groups, and the few collectives of Python objects that the loop needs, named by what they mean.
 
 The model-parallel group (tensor x pipeline ranks) holds one copy of the model; its ranks do everything alike. The
-data-parallel group joins the ranks that hold the same part of the model. Objects cross only between ranks of one job
-(pickled by torch.distributed); weights never cross this way.
+data-parallel group joins the ranks that hold the same part of the model: each copy generates completions of its own.
+In training, neighbours in it may cut every sequence among them (context parallelism): together they take one share of
+the optimizer batch. Objects cross only between ranks of one job (pickled by torch.distributed); weights never cross
+this way.
 
 Megatron cuts the ranks into groups (``mcore/groups.py``); this module only keeps them, so that what talks to other
 ranks needs torch and no Megatron.
@@ -109,6 +111,16 @@ def data_parallel_size() -> int:
     return dist.get_world_size(groups().data)
 
 
+def batch_parallel_rank() -> int:
+    """Which share of an optimizer batch this rank trains on; the ranks of a context-parallel group have the same."""
+    return data_parallel_rank() // context_parallel_size()
+
+
+def batch_parallel_size() -> int:
+    """Number of shares that an optimizer batch is distributed over."""
+    return data_parallel_size() // context_parallel_size()
+
+
 def tensor_parallel_rank() -> int:
     """Which slice of its pipeline stage this rank holds."""
     return dist.get_rank(groups().tensor)
@@ -207,7 +219,15 @@ def broadcast_from_first_rank(value: T) -> T:
 
 def gather_data_parallel(value: T) -> list[T]:
     """Every data-parallel rank's object, in rank order, on all of them. For small objects: numbers, not sequences."""
-    group = groups().data
+    return _all_gather(value, groups().data)
+
+
+def gather_context_parallel(value: T) -> list[T]:
+    """Every context-parallel rank's object, in rank order, on all of them."""
+    return _all_gather(value, groups().context)
+
+
+def _all_gather(value: T, group: dist.ProcessGroup) -> list[T]:
     size = dist.get_world_size(group)
     if size == 1:
         return [value]
@@ -268,6 +288,14 @@ def any_rank(*flags: bool) -> list[bool]:
     box = torch.tensor(flags, dtype=torch.uint8)
     dist.all_reduce(box, op=dist.ReduceOp.MAX)
     return [bool(flag) for flag in box]
+
+
+def sum_over_ranks(*numbers: float) -> list[float]:
+    """The sum of each over all ranks, on all of them."""
+    box = torch.tensor(numbers, dtype=torch.float64)
+    if dist.get_world_size() > 1:
+        dist.all_reduce(box)
+    return box.tolist()
 
 
 def barrier() -> None:

@@ -39,8 +39,15 @@ def build_engine(
         return TrtllmEngine.from_config(config, colocated=True, policy_version=policy.version)
     from nemo_aapo.engines.megatron.engine import MegatronEngine
 
-    budget = config.rollout.max_concurrent_tokens
-    return MegatronEngine(policy.module, shape.vocab_size, budget, policy.version, decode)
+    rollout = config.rollout
+    return MegatronEngine(
+        policy.module,
+        shape.vocab_size,
+        rollout.max_concurrent_tokens,
+        policy.version,
+        decode,
+        record_routes=bool(rollout.replay_routes),
+    )
 
 
 @dataclass(frozen=True)
@@ -98,6 +105,8 @@ def _hosted_megatron(config: Config, shape: ModelShape) -> HostedEngine:
         config.model,
         tensor_model_parallel_size=1,
         pipeline_model_parallel_size=1,
+        context_parallel_size=1,
+        expert_model_parallel_size=1,
         sequence_parallel=False,
         recompute_granularity=None,
     )
@@ -105,7 +114,14 @@ def _hosted_megatron(config: Config, shape: ModelShape) -> HostedEngine:
     weight_map = WeightMap(config.model.path, precision.dtype(config))
     module = build_module(config, weight_map)
     text = load_text(config.model.path, shape.vocab_size, trust_remote_code=config.model.trust_remote_code)
-    engine = MegatronEngine(module, shape.vocab_size, config.rollout.max_concurrent_tokens, decode=text.decode)
+    rollout = config.rollout
+    engine = MegatronEngine(
+        module,
+        shape.vocab_size,
+        rollout.max_concurrent_tokens,
+        decode=text.decode,
+        record_routes=bool(rollout.replay_routes),
+    )
 
     def load(directory: Path, version: int) -> None:
         weight_map.load(module, directory)

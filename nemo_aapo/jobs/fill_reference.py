@@ -159,7 +159,13 @@ def _not_in(store: str, key: StoreKey, prompts: Sequence[Prompt], samples: int) 
 def _needed(job: Job) -> tuple[StoreKey, list[Prompt]]:
     """The key and the prompts of a run of this job, found by one process whatever the run's layout."""
     config = job.config
-    one_rank = dataclasses.replace(config.model, tensor_model_parallel_size=1, pipeline_model_parallel_size=1)
+    one_rank = dataclasses.replace(
+        config.model,
+        tensor_model_parallel_size=1,
+        pipeline_model_parallel_size=1,
+        context_parallel_size=1,
+        expert_model_parallel_size=1,
+    )
     initialize(dataclasses.replace(config, model=one_rank))
     try:
         with contextlib.ExitStack() as stack:

@@ -17,7 +17,7 @@ from nemo_aapo.algorithms.advantage import zero_advantage
 from nemo_aapo.distributed import parallel
 from nemo_aapo.distributed.device import device
 from nemo_aapo.learner.batch_plan import padding_fraction, plan
-from nemo_aapo.learner.microbatch import PrefixGroup, collate
+from nemo_aapo.learner.microbatch import PrefixGroup, chunks, collate, pad_to
 from nemo_aapo.learner.policy import MegatronPolicy
 from nemo_aapo.mcore.micro_batch import MicroBatch
 from nemo_aapo.types import Group, Sample
@@ -76,7 +76,9 @@ class Learner:
             "parity/abs_logprob_difference": float(np.abs(difference).sum()),
             "parity/kl": float((np.expm1(difference) - difference).sum()),
         }
-        total = [sum(part[key] for part in parallel.gather_data_parallel(sums)) for key in sums]
+        # the ranks of a context-parallel group have all scored the same tokens
+        everyone = parallel.gather_data_parallel(sums)[:: parallel.context_parallel_size()]
+        total = [sum(part[key] for part in everyone) for key in sums]
         return _parity(dict(zip(sums, total, strict=True)))
 
     # ------------------------------------------------------------------ micro-batches
@@ -111,54 +113,73 @@ class Learner:
             weights = alpha * self.algorithm.token_weights(
                 lengths, total_tokens=total_tokens, total_sequences=total_sequences
             )
-            batches.append(collate(members, weights, multiple=self.pad_multiple, device=device(), packed=self.packed))
+            batches.append(
+                collate(
+                    members,
+                    weights,
+                    multiple=self.pad_multiple,
+                    device=device(),
+                    packed=self.packed,
+                    context_parallel_size=parallel.context_parallel_size(),
+                )
+            )
         return batches, {**layout_metrics, "microbatches": float(len(batches)), "alpha": alpha}
+
+    @property
+    def _row_multiple(self) -> int:
+        """What ``collate`` pads a row to."""
+        return math.lcm(self.pad_multiple, chunks(parallel.context_parallel_size()))
 
     def _prefix_groups(self, samples: Sequence[Sample], kept_tokens: int) -> list[PrefixGroup]:
         """The samples of one prompt as the units that are distributed over micro-batches and ranks.
 
         Args:
-            kept_tokens: tokens of the sequences of all ranks. Where there are several ranks, no unit is more than half
-                of a rank's part of them: so even a few groups can be spread evenly.
+            kept_tokens: tokens of the sequences of all ranks. Where there are several shares, no unit is more than half
+                of a share: so even a few groups can be spread evenly.
         """
         if not self.share_prompts:
             return PrefixGroup.separate(samples)
-        budget = self.max_tokens_per_microbatch // self.pad_multiple * self.pad_multiple
-        ranks = parallel.data_parallel_size()
+        budget = self.max_tokens_per_microbatch // self._row_multiple * self._row_multiple
+        ranks = parallel.batch_parallel_size()
         return PrefixGroup.split(samples, budget if ranks == 1 else min(budget, kept_tokens // (2 * ranks)))
 
     def _distribute(self, groups: Sequence[PrefixGroup]) -> tuple[list[list[PrefixGroup]], dict[str, float]]:
         """This rank's micro-batches, after prefix groups have moved to the ranks that the plan assigns; and metrics."""
         sizes = parallel.gather_data_parallel([(group.sequence_tokens, group.row_tokens) for group in groups])
-        rank, size = parallel.data_parallel_rank(), parallel.data_parallel_size()
-        first = sum(len(part) for part in sizes[:rank])
+        first = sum(len(part) for part in sizes[: parallel.data_parallel_rank()])
         lengths, row_lengths = ([pair[k] for part in sizes for pair in part] for k in (0, 1))
+        ranks = parallel.context_parallel_size()
         assigned = plan(
-            lengths,
+            [pad_to(length, chunks(ranks)) for length in lengths],
             budget=self.max_tokens_per_microbatch,
-            data_parallel_size=size,
-            multiple=self.pad_multiple,
+            data_parallel_size=parallel.batch_parallel_size(),
+            multiple=self._row_multiple,
             packed=self.packed,
         )
-        outgoing: list[list[tuple[int, PrefixGroup]]] = [[] for _ in range(size)]
-        for target, batches in enumerate(assigned):
+        outgoing: list[list[tuple[int, PrefixGroup]]] = []
+        for batches in assigned:
             wanted = {i for batch in batches for i in batch}
-            outgoing[target] = [(first + k, group) for k, group in enumerate(groups) if first + k in wanted]
+            share = [(first + k, group) for k, group in enumerate(groups) if first + k in wanted]
+            outgoing += [share] * ranks  # neighbours, which will cut every sequence among them, all need it
         by_index = dict(parallel.exchange_data_parallel(outgoing))
         everything = [batch for part in assigned for batch in part]
-        return [[by_index[i] for i in batch] for batch in assigned[rank]], {
-            "padding_fraction": padding_fraction(everything, row_lengths, self.pad_multiple, self.packed),
+        return [[by_index[i] for i in batch] for batch in assigned[parallel.batch_parallel_rank()]], {
+            "padding_fraction": padding_fraction(everything, row_lengths, self._row_multiple, self.packed),
             "shared_prompt_fraction": 1.0 - sum(row_lengths) / max(sum(lengths), 1),
         }
 
     def _scored(self, batches: list[MicroBatch]) -> list[MicroBatch]:
-        """Add the log-probs that the loss needs besides the current ones: old ones, and the reference's."""
+        """Add the log-probs that the loss needs besides the current ones: old ones, and the reference's.
+
+        Old ones replay the routes that the micro-batches have, as the update will.
+        """
         if self.updates_per_rollout > 1 and self.algorithm.config.loss == "ratio_clip":
             scored = self.policy.score(batches)
             batches = [b.replace(old_logprobs=_like(s, b)) for b, s in zip(batches, scored, strict=True)]
         if self.algorithm.needs_reference_logprobs:
+            # The reference is a model of its own: it sends tokens to the experts that it chooses itself.
             with self.policy.reference_weights():
-                scored = self.policy.score(batches)
+                scored = self.policy.score([batch.replace(routes=None) for batch in batches])
             batches = [b.replace(reference_logprobs=_like(s, b)) for b, s in zip(batches, scored, strict=True)]
         return batches
 
@@ -184,6 +205,7 @@ def _samples(group: Group) -> list[Sample]:
             completion_ids=completion.token_ids,
             rollout_logprobs=completion.logprobs,
             advantage=float(advantage),
+            routes=completion.routes,
         )
         for completion, advantage in zip(group.completions, group.final_advantages, strict=True)
         if not np.isnan(advantage)
@@ -202,8 +224,9 @@ def _means(sums: dict[str, float]) -> dict[str, float]:
     metrics |= {
         key: value / tokens
         for key, value in sums.items()
-        if key not in (*unchanged, "tokens") and not key.startswith(("min/", "parity/"))
+        if key not in (*unchanged, "tokens") and not key.startswith(("min/", "parity/", "router/"))
     }
+    metrics |= {key: value for key, value in sums.items() if key.startswith("router/")}
     metrics |= {key.removeprefix("min/"): value for key, value in sums.items() if key.startswith("min/")}
     return {**metrics, **_parity(sums)}
 

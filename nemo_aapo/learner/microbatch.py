@@ -5,10 +5,16 @@ before it alone. So the prompt need not be computed once for each of them: a pre
 of their prompt. Only attention sees whole sequences: ``expand`` copies queries, keys and values to them, and
 ``contract`` takes its results back to the row. Loss and gradients are the same (up to rounding): each completion's
 gradient flows into the one copy. The idea is that of Prefix Grouper (arXiv 2506.05433).
+
+Context parallelism cuts the row: each prefix group into twice as many chunks as there are ranks, of which a rank takes
+one from the front and its mirror image from the back. A token attends to those before it, so that is equal work. Of
+groups of one sequence it is TransformerEngine's cut (``thd_get_partitioned_indices``).
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,7 +22,7 @@ import numpy as np
 import torch
 
 from nemo_aapo.mcore.micro_batch import MicroBatch
-from nemo_aapo.types import Sample
+from nemo_aapo.types import NO_ROUTE, Sample
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,6 +88,7 @@ def collate(
     multiple: int,
     device: torch.device,
     packed: bool = False,
+    context_parallel_size: int = 1,
 ) -> MicroBatch:
     """One micro-batch of these groups' samples.
 
@@ -91,9 +98,14 @@ def collate(
         token_weights: float [samples], the weight in the loss of each completion token of a sample.
         multiple: what the tokens of a row are padded to.
         packed: True: one row of all groups. False: padded rows, which take groups of one sample only.
+        context_parallel_size: ranks that the row is cut over. Each group is padded for that (``chunks``), whatever
+            ``multiple`` is.
+
+    Raises:
+        ValueError: padded rows with groups of several samples, or to be cut.
     """
     samples = [sample for group in groups for sample in group.samples]
-    rows = (_pack if packed else _pad)(groups, multiple)
+    rows = _pack(groups, multiple, context_parallel_size) if packed else _pad(groups, multiple, context_parallel_size)
     lengths = [len(sample.completion_ids) for sample in samples]
 
     def flat(parts: Sequence[np.ndarray], dtype: torch.dtype) -> torch.Tensor:
@@ -116,7 +128,30 @@ def collate(
         rollout_logprobs=flat([sample.rollout_logprobs for sample in samples], torch.float32),
         expand=index(rows.expand),
         contract=index(rows.contract),
+        parts=index(rows.parts),
+        routes=index(_routes(samples, rows)),
     )
+
+
+def chunks(context_parallel_size: int) -> int:
+    """Pieces that context parallelism cuts a prefix group into; its tokens are padded to a multiple."""
+    return 2 * context_parallel_size if context_parallel_size > 1 else 1
+
+
+def mirrored_parts(bounds: Sequence[int], ranks: int) -> np.ndarray:
+    """Which tokens of a row each rank takes: of 2 ``ranks`` chunks of each piece chunk r and chunk 2 ``ranks`` - 1 - r.
+
+    Args:
+        bounds: where each piece starts, and where the last one ends; pieces are multiples of 2 ``ranks`` tokens.
+
+    Returns:
+        int64 [ranks, tokens / ranks]
+
+    Example:
+        ``mirrored_parts([0, 4, 12], 2)`` is ``[[0, 3, 4, 5, 10, 11], [1, 2, 6, 7, 8, 9]]``.
+    """
+    pieces = [np.arange(start, end).reshape(2 * ranks, -1) for start, end in itertools.pairwise(bounds)]
+    return np.stack([np.concatenate([piece[[r, -1 - r]].ravel() for piece in pieces]) for r in range(ranks)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,10 +170,14 @@ class _Rows:
     """``MicroBatch.expand``"""
     contract: np.ndarray | None = None
     """``MicroBatch.contract``"""
+    parts: np.ndarray | None = None
+    """``MicroBatch.parts``"""
 
 
-def _pad(groups: Sequence[PrefixGroup], multiple: int) -> _Rows:
+def _pad(groups: Sequence[PrefixGroup], multiple: int, ranks: int) -> _Rows:
     """A row for each sequence, padded on the right; hidden states are flattened as [s, b]."""
+    if ranks > 1:
+        raise ValueError("context parallelism cuts one row of sequences, not padded rows: packed=True is needed")
     samples = [sample for group in groups for sample in group.samples]
     if len(samples) > len(groups):
         raise ValueError("padded rows take one sample each: sharing prompts needs packed=True")
@@ -154,10 +193,13 @@ def _pad(groups: Sequence[PrefixGroup], multiple: int) -> _Rows:
     return _Rows(ids, np.tile(np.arange(longest), (rows, 1)), predictions)
 
 
-def _pack(groups: Sequence[PrefixGroup], multiple: int) -> _Rows:
-    """One row of all groups. The padding at its end is a sequence of its own, so that none attends to it."""
+def _pack(groups: Sequence[PrefixGroup], multiple: int, ranks: int) -> _Rows:
+    """One row of all groups. The padding at its end is a sequence of its own, so that none attends to it.
+
+    What pads a group for context parallelism stands behind its last sequence, where no token of that attends to it.
+    """
     ids, positions, predictions, sequences = [], [], [], []
-    end = 0
+    pieces, end = [0], 0
     for group in groups:
         prompt = group.prompt_ids
         at_prompt = end + np.arange(len(prompt))
@@ -172,10 +214,17 @@ def _pack(groups: Sequence[PrefixGroup], multiple: int) -> _Rows:
             sequences.append(np.concatenate([at_prompt, at_completion]))
             predictions.append(np.concatenate([at_prompt[-1:], at_completion])[:length])
             end += length
-    if padding := pad_to(max(end, 1), multiple) - end:
+        if extra := pad_to(end - pieces[-1], chunks(ranks)) - (end - pieces[-1]):
+            ids.append(np.zeros(extra))
+            positions.append(len(sequences[-1]) + np.arange(extra))
+            sequences[-1] = np.concatenate([sequences[-1], end + np.arange(extra)])
+            end += extra
+        pieces.append(end)
+    if padding := pad_to(max(end, 1), math.lcm(multiple, chunks(ranks))) - end:
         ids.append(np.zeros(padding))
         positions.append(np.arange(padding))
         sequences.append(end + np.arange(padding))
+        pieces.append(end + padding)
     bounds = np.cumsum([0, *map(len, sequences)])
     expand = np.concatenate(sequences)
     contract = np.empty(end + padding, np.int64)
@@ -189,4 +238,19 @@ def _pack(groups: Sequence[PrefixGroup], multiple: int) -> _Rows:
         bounds=tuple(bounds.tolist()),
         expand=expand if shared else None,
         contract=contract if shared else None,
+        parts=mirrored_parts(pieces, ranks) if ranks > 1 else None,
     )
+
+
+def _routes(samples: Sequence[Sample], rows: _Rows) -> np.ndarray | None:
+    """``MicroBatch.routes``; None if no sample has any. Of a shared prompt all samples have the same."""
+    width = next((sample.routes.prompt.shape[1:] for sample in samples if sample.routes), None)
+    if width is None:
+        return None
+    stride = len(rows.ids)  # a row's neighbours stand so far apart in the flattened hidden states
+    routes = np.full((rows.ids.size, *width), NO_ROUTE, np.uint8)
+    for sample, at in zip(samples, rows.predictions, strict=True):
+        if sample.routes:
+            routes[at[0] - stride * np.arange(len(sample.prompt_ids))[::-1]] = sample.routes.prompt
+            routes[at[1:]] = sample.routes.completion
+    return routes

@@ -15,6 +15,7 @@ from nemo_aapo.mcore.optimizer import (
     CHECKPOINT_METADATA,
     build_optimizer,
     build_scheduler,
+    clip_gradients,
     data_parallel,
     prepare_to_load,
 )
@@ -59,7 +60,7 @@ class Optimization:
         self.optimizer.zero_grad()
         sums = self.passes.train(batches, loss, self.model)
         self.optimizer.prepare_grads()
-        grad_norm = float(self.optimizer.clip_grad_norm(self.config.model.optim.clip_grad))
+        grad_norm = clip_gradients(self.optimizer)
         if not math.isfinite(sums["loss"]) or not math.isfinite(grad_norm):
             raise NonFiniteError(f"loss {sums['loss']}, gradient norm {grad_norm}")
         self.scheduler.step(1)

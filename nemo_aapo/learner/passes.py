@@ -6,6 +6,7 @@ and ``learner/logprobs.py`` turns them into log-probs chunk by chunk: scoring an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -41,13 +42,19 @@ class TokenPasses:
             wrapped: the module in its gradient buffers, where it trains.
 
         Returns:
-            float32 [n] for each micro-batch, in the order of its targets, on every rank of the model-parallel group.
+            float32 [n] for each micro-batch, in the order of its targets, on every rank of the model-parallel and the
+            context-parallel group.
         """
 
         def logprobs(hidden: torch.Tensor, batch: MicroBatch) -> np.ndarray:
             return self._logprobs(hidden, batch)[0].cpu().numpy()
 
-        return parallel.broadcast_from_last_stage(passes.forward(self.module, batches, logprobs, wrapped))
+        scored = passes.forward(self.module, _own_parts(batches), logprobs, wrapped)
+        scored = parallel.broadcast_from_last_stage(scored)
+        if parallel.context_parallel_size() == 1:
+            return scored
+        everyone = parallel.gather_context_parallel(scored)
+        return [batch.whole(parts) for batch, *parts in zip(batches, *everyone, strict=True)]
 
     def train(
         self, batches: Sequence[MicroBatch], loss: TokenLoss, wrapped: DistributedDataParallel
@@ -55,19 +62,26 @@ class TokenPasses:
         """Add the gradient of the loss to the buffers of ``wrapped``, over all ranks.
 
         Args:
-            batches: this rank's share of the optimizer batch; their weights hold 1 / (global denominator).
+            batches: this rank's share of the optimizer batch; their weights hold 1 / (global denominator). Of each the
+                rank computes its part, where context parallelism cuts them: sums over tokens add up all the same.
             loss: summed over all micro-batches of all ranks it is the loss.
 
         Returns:
-            ``loss`` and the loss function's sums over all ranks (keys that start with ``min/`` are minima).
+            ``loss`` and the loss function's sums over all ranks (keys that start with ``min/`` are minima). With
+            ``rollout.replay_routes`` also ``router/replay_disagreement``: the share of the (token, layer) choices
+            replayed in which the router would have chosen other experts; NaN if none was.
         """
 
         def loss_of_hidden(hidden: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             return loss(*self._logprobs(hidden, batch), batch)
 
-        outputs = passes.forward_and_backward(self.module, batches, loss_of_hidden, wrapped)
+        outputs, replayed = passes.forward_and_backward(self.module, _own_parts(batches), loss_of_hidden, wrapped)
         own = merge([{key: float(value) for key, value in output.items()} for output in outputs])
-        return merge(parallel.gather_data_parallel(parallel.broadcast_from_last_stage(own)))
+        sums = merge(parallel.gather_data_parallel(parallel.broadcast_from_last_stage(own)))
+        if self.config.rollout.replay_routes:
+            known, otherwise = parallel.sum_over_ranks(*replayed)
+            sums["router/replay_disagreement"] = otherwise / known if known else math.nan
+        return sums
 
     def _logprobs(self, hidden: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states [s, b, h] (cut along s under sequence parallelism) -> log-probs and entropy [n]."""
@@ -84,6 +98,13 @@ class TokenPasses:
             vocab_start=shard.start,
             chunk_tokens=self.config.model.logprob_chunk_tokens,
         )
+
+
+def _own_parts(batches: Sequence[MicroBatch]) -> Sequence[MicroBatch]:
+    """What this rank computes of each micro-batch."""
+    if parallel.context_parallel_size() == 1:
+        return batches
+    return [batch.part(parallel.context_parallel_rank()) for batch in batches]
 
 
 def merge(parts: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -16,6 +16,7 @@ from nemo_aapo.distributed.device import device
 from nemo_aapo.errors import ConfigError
 from nemo_aapo.mcore import precision
 from nemo_aapo.mcore.bridge.weights import WeightMap
+from nemo_aapo.mcore.experts.model import expert_fields, mark_experts
 
 
 def build_module(config: Config, weight_map: WeightMap) -> GPTModel:
@@ -30,6 +31,7 @@ def build_module(config: Config, weight_map: WeightMap) -> GPTModel:
         "tensor_model_parallel_size": model.tensor_model_parallel_size,
         "pipeline_model_parallel_size": model.pipeline_model_parallel_size,
         "context_parallel_size": model.context_parallel_size,
+        "cp_comm_type": "p2p",  # of TransformerEngine, whose all-to-all takes no packed rows; a CPU's attention chooses
         "expert_model_parallel_size": model.expert_model_parallel_size,
         "sequence_parallel": model.sequence_parallel,
         "recompute_granularity": model.recompute_granularity,
@@ -60,6 +62,7 @@ def build_stage(weight_map: WeightMap, fields: Mapping[str, Any]) -> GPTModel:
         "calculate_per_token_loss": True,  # neither the schedule nor DDP divides the loss
         "variable_seq_lengths": True,  # micro-batches differ in length
         "moe_token_dispatcher_type": "alltoall",  # mcore wants it with variable lengths, dense models included
+        **expert_fields(provider),
         "batch_p2p_comm": True,
         "batch_p2p_sync": False,
         "deallocate_pipeline_outputs": True,
@@ -75,6 +78,7 @@ def build_stage(weight_map: WeightMap, fields: Mapping[str, Any]) -> GPTModel:
             f"of {provider.vocab_size} entries"
         )
     module = provider.provide(pre_process=parallel.is_first_stage(), post_process=parallel.is_last_stage())
+    mark_experts(module)
     return module.to(device())
 
 

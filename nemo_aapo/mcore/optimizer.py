@@ -8,6 +8,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import optimizer as mcore_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -15,8 +16,9 @@ from nemo_aapo.config import Config, kind_of
 from nemo_aapo.mcore import precision
 from nemo_aapo.mcore.cpu import patches as cpu
 
-CHECKPOINT_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
-"""How the distributed optimizer saves its state: as one tensor a parameter, which any TP x PP x DP can load."""
+CHECKPOINT_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+"""How the optimizer's state is saved: as one tensor a parameter, whichever optimizer of a chain has it, so that any
+TP x PP x EP x DP can load it."""
 
 
 def data_parallel(config: Config, module: GPTModel) -> DistributedDataParallel:
@@ -99,6 +101,23 @@ def build_scheduler(config: Config, optimizer: MegatronOptimizer) -> OptimizerPa
 def parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     """mcore chains optimizers, of dense and of expert parameters."""
     return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+def clip_gradients(optimizer: MegatronOptimizer) -> float:
+    """Scale all gradients down to the configured norm, if theirs is larger.
+
+    mcore's own method takes a chain of optimizers for one (optimizer.py:203).
+
+    Returns:
+        The norm before, over all ranks.
+    """
+    norm = optimizer.get_grad_norm()
+    for part in parts(optimizer):
+        parameters = part.get_parameters()
+        if part.config.clip_grad > 0.0 and parameters:
+            decoupled = part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+            mcore_optimizer.clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, norm, decoupled)
+    return float(norm)
 
 
 def prepare_to_load(optimizer: MegatronOptimizer) -> None:

@@ -12,6 +12,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from nemo_aapo.mcore.experts.routing import RoutingReplay
 from nemo_aapo.mcore.micro_batch import MicroBatch
 from nemo_aapo.mcore.model import hidden_states_out
 from nemo_aapo.mcore.packing import packed_sequences, rotary_positions
@@ -39,12 +40,12 @@ def forward(
     Returns:
         What ``finish`` returned for each micro-batch; empty on other stages than the last.
     """
-    return _run(module, batches, finish, wrapped, forward_only=True)
+    return _run(module, batches, finish, wrapped, RoutingReplay(module, batches, trains=False))
 
 
 def forward_and_backward(
     module: GPTModel, batches: Sequence[MicroBatch], loss: LossOfHidden, wrapped: DistributedDataParallel
-) -> list[Sums]:
+) -> tuple[list[Sums], tuple[float, float]]:
     """Forward and backward passes; the gradients are in the buffers of ``wrapped``, reduced over all ranks. Collective.
 
     Args:
@@ -52,7 +53,8 @@ def forward_and_backward(
         loss: summed over all micro-batches of all ranks it is the loss.
 
     Returns:
-        ``loss`` and the loss function's sums of each micro-batch; empty on other stages than the last.
+        ``loss`` and the loss function's sums of each micro-batch, empty on other stages than the last; and what this
+        rank's routers replayed (``RoutingReplay.counts``).
     """
 
     def three_parts(hidden: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, Sums]:
@@ -64,7 +66,8 @@ def forward_and_backward(
         tokens = torch.tensor(batch.targets.numel(), dtype=torch.int, device=value.device)
         return value, tokens, {"loss": value.detach().clone(), **sums}
 
-    return _run(module, batches, three_parts, wrapped, forward_only=False)
+    replay = RoutingReplay(module, batches, trains=True)
+    return _run(module, batches, three_parts, wrapped, replay, forward_only=False), replay.counts()
 
 
 def connect(wrapped: DistributedDataParallel, optimizer: MegatronOptimizer) -> None:
@@ -91,12 +94,13 @@ def _run(
     batches: Sequence[MicroBatch],
     on_last_stage: Callable[[torch.Tensor, MicroBatch], object],
     wrapped: DistributedDataParallel | None,
-    *,
-    forward_only: bool,
+    replay: RoutingReplay,
+    forward_only: bool = True,
 ) -> list:
     def forward_step(iterator: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
         batch = next(iterator)
         packing = None if batch.cu_seqlens is None else packed_sequences(batch)
+        replay.start(batch)
         with hidden_states_out(module), rotary_positions(module, batch):
             hidden = model(batch.input_ids, batch.position_ids, None, packed_seq_params=packing)
 
@@ -105,13 +109,14 @@ def _run(
 
         return hidden, finish
 
-    return get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=iter(batches),
-        model=[module if wrapped is None else wrapped],
-        num_microbatches=len(batches),
-        seq_length=max(batch.input_ids.shape[1] for batch in batches),
-        micro_batch_size=max(batch.input_ids.shape[0] for batch in batches),
-        forward_only=forward_only,
-        collect_non_loss_data=forward_only,
-    )
+    with replay:
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(batches),
+            model=[module if wrapped is None else wrapped],
+            num_microbatches=len(batches),
+            seq_length=max(batch.input_ids.shape[1] for batch in batches),
+            micro_batch_size=max(batch.input_ids.shape[0] for batch in batches),
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )

@@ -84,7 +84,9 @@ def transformer_engine_layer_spec(config: Any) -> Any:
     """TransformerEngine's layers for a provider's configuration."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
-    return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    return get_gpt_layer_with_transformer_engine_spec(
+        num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm, qk_layernorm=config.qk_layernorm
+    )
 
 
 def fuse_weight_gradients(module: torch.nn.Module) -> int:

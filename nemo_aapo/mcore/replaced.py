@@ -151,6 +151,26 @@ ON_CPU = (
         "it is told that Adam is torch's; and it loads one tensor as the step count of all parameters, which are "
         "given one each afterwards",
     ),
+    Function(
+        "megatron.core.transformer.moe.token_dispatcher:MoEAlltoAllTokenDispatcher.__init__",
+        "dfafd17183db3f0cd29e5248d882efc7ef48330c7a1beb732e565feaf129722d",
+        "it makes a CUDA stream, unless there is something in its place",
+    ),
+    Function(
+        "megatron.core.transformer.moe.token_dispatcher:MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize",
+        "306811df71072b74a18efdbb0b22229771225b71edff95d5231bf391e2813adb",
+        "it copies the numbers of tokens to the host on a CUDA stream; on a CPU they are there",
+    ),
+    Function(
+        "megatron.core.transformer.moe.moe_utils:RouterGatingLinearFunction.forward",
+        "dcba4f9f02b30a3662d27126739a667cbaf345a82443d1a0cff5792491b95580",
+        "it asks for TransformerEngine's product by a name that nobody has defined without it",
+    ),
+    Function(
+        "megatron.core.transformer.moe.moe_utils:RouterGatingLinearFunction.backward",
+        "222f6d592730bd2833e8eee669fc55412b40f923a810e9c2b65f707784db4bbf",
+        "it asks for TransformerEngine's product by a name that nobody has defined without it",
+    ),
 )
 """Checked where there is no GPU: with one, these run as they are."""
 
@@ -168,6 +188,16 @@ OF_BRIDGE = (
         "megatron.bridge.models.conversion.param_mapping:MegatronParamMapping.scatter_to_tp_ranks",
         "3d4d0ac20bd3be95f7f1765eca22caefc0bf8446893645bcb7517713d66b968a",
         "gloo's scatter misreads tensors that are not contiguous, without an error",
+    ),
+    Function(
+        "megatron.bridge.models.conversion.model_bridge:_megatron_local_name_to_global",
+        "c8b4945fdbf48fbb25c7dff6a79691b7589fac37104b6ff63f387dcaccd5e162",
+        "of experts that are modules of their own it leaves the numbers as they are on each rank",
+    ),
+    Function(
+        "megatron.bridge.models.conversion.param_mapping:MegatronParamMapping.gather_from_ep_ranks",
+        "f12c0ea79d5f514ef456aaf9a1ed57209fd8d7fb231e908dfc56a24bc320ecfc",
+        "it finds no number in the names of experts that are modules of their own",
     ),
 )
 """Checked on every machine as Megatron-Bridge is imported."""

@@ -12,7 +12,7 @@ from nemo_aapo.errors import ConfigError
 from nemo_aapo.models.weights import check_weights
 from nemo_aapo.text import transformers5
 
-ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM")
+ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "LlamaForCausalLM")
 """Architectures that can be trained; ``models/families.py`` has those that are only converted."""
 
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -22,8 +22,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "Qwen2ForCausalLM": {"num_key_value_heads": 32},
     "Qwen3ForCausalLM": {"num_key_value_heads": 32, "head_dim": 128},
     "Qwen3MoeForCausalLM": {
+        "intermediate_size": 6144,
         "num_key_value_heads": 4,
-        "head_dim": 128,
         "num_experts": 128,
         "num_experts_per_tok": 8,
         "moe_intermediate_size": 768,

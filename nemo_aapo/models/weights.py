@@ -75,7 +75,7 @@ def _misfit(
 
 def expected_tensors(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that the weight map takes of a model, and writes of it."""
-    hidden, ffn = shape.hidden_size, shape.ffn_hidden_size
+    hidden = shape.hidden_size
     query, key = shape.num_attention_heads * shape.head_size, shape.num_query_groups * shape.head_size
     layer: dict[str, tuple[int, ...]] = {
         "input_layernorm.weight": (hidden,),
@@ -84,13 +84,11 @@ def expected_tensors(shape: ModelShape) -> dict[str, tuple[int, ...]]:
         "self_attn.v_proj.weight": (key, hidden),
         "self_attn.o_proj.weight": (hidden, query),
         "post_attention_layernorm.weight": (hidden,),
-        "mlp.gate_proj.weight": (ffn, hidden),
-        "mlp.up_proj.weight": (ffn, hidden),
-        "mlp.down_proj.weight": (hidden, ffn),
+        **_feed_forward(shape),
     }
     if shape.architecture == "Qwen2ForCausalLM":
         layer |= {f"self_attn.{name}_proj.bias": (size,) for name, size in (("q", query), ("k", key), ("v", key))}
-    if shape.architecture == "Qwen3ForCausalLM":
+    if shape.architecture in ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM"):
         layer |= {f"self_attn.{name}_norm.weight": (shape.head_size,) for name in ("q", "k")}
     return {
         EMBEDDING: (shape.vocab_size, hidden),
@@ -98,6 +96,22 @@ def expected_tensors(shape: ModelShape) -> dict[str, tuple[int, ...]]:
         "model.norm.weight": (hidden,),
         **({} if shape.tied_embeddings else {OUTPUT: (shape.vocab_size, hidden)}),
     }
+
+
+def _feed_forward(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """The tensors of one layer's feed-forward part: dense, or a router and experts."""
+
+    def gated(prefix: str, units: int) -> dict[str, tuple[int, ...]]:
+        hidden = shape.hidden_size
+        sizes = {"gate": (units, hidden), "up": (units, hidden), "down": (hidden, units)}
+        return {f"{prefix}.{name}_proj.weight": size for name, size in sizes.items()}
+
+    if (experts := shape.experts) is None:
+        return gated("mlp", shape.ffn_hidden_size)
+    tensors: dict[str, tuple[int, ...]] = {"mlp.gate.weight": (experts.count, shape.hidden_size)}
+    for number in range(experts.count):
+        tensors |= gated(f"mlp.experts.{number}", experts.ffn_hidden_size)
+    return tensors
 
 
 def own_tensors(headers: Mapping[str, TensorHeader], shape: ModelShape) -> dict[str, TensorHeader]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_aapo.config import Config, ModelShape, Sizes, parse, without_secrets
+from nemo_aapo.config import Config, ModelShape, Sizes, parse, with_routes_decided, without_secrets
 from nemo_aapo.config.command_line import TRAINING, CommandLine, ConfigFile, read_command_line
 from nemo_aapo.config.compose import compose, resolved
 from nemo_aapo.engines.trtllm import settings as trtllm_settings
@@ -144,6 +144,7 @@ def _job(
             trtllm_settings.check(config)
         config = decide(config, world.machine)
     shape, sizes = check_model(config, world.size)
+    config = with_routes_decided(config, shape)
     config = with_date(config, shape.vocab_size)
     check_data(config.data, given)
     if world.machine is not None:
@@ -157,7 +158,8 @@ def _with_decisions(tree: Mapping[str, Any], config: Config) -> dict[str, Any]:
     """The tree with what was left to the machine or to the day of the first start."""
     decided = _plain(config)
     data = {**tree["data"], "date": config.data.date}
-    return {**tree, "precision": decided["precision"], "model": decided["model"], "data": data}
+    rollout = {**tree["rollout"], "replay_routes": config.rollout.replay_routes}
+    return {**tree, "precision": decided["precision"], "model": decided["model"], "data": data, "rollout": rollout}
 
 
 def _plain(config: Config) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from nemo_aapo.config import Config, ModelShape, parse, with_machine_defaults
+from nemo_aapo.config import Config, ModelShape, parse, with_machine_defaults, with_routes_decided
 from nemo_aapo.config.compose import compose
 from nemo_aapo.engines.trtllm import settings as trtllm_settings
 from nemo_aapo.errors import ConfigError
@@ -41,6 +41,7 @@ def prepare_server(words: Words) -> ServerJob:
         trtllm_settings.check(config)
     config = _decided(config, world, hosts_trtllm)
     shape = read_model_dir(config.model.path)
+    config = with_routes_decided(config, shape)
     check_tokenizer(Path(config.model.path), shape.vocab_size)
     check_packages([SERVERS] if hosts_trtllm else [SERVERS, *MEGATRON])
     return ServerJob(config, shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -14,9 +15,11 @@ import numpy as np
 from nemo_aapo.distributed import parallel
 from nemo_aapo.distributed.agreement import agree
 from nemo_aapo.engines.base import BackgroundEngine, OnFinish, PendingCompletions, RolloutEngine, RolloutStats
+from nemo_aapo.engines.elsewhere import arranged
 from nemo_aapo.rollout.length_predictor import LengthPredictor
+from nemo_aapo.rollout.spread import Place, ranks_in_step, spread
 from nemo_aapo.rollout.unscored import Score, Tally
-from nemo_aapo.types import Completion, Group, Prompt, SamplingSpec
+from nemo_aapo.types import Completion, Group, Prompt, Routes, SamplingSpec
 
 Watch = Callable[[int], bool]
 """Called on every rank about once in ``WATCH_S``, with the completions of its shard that have ended; True: enough."""
@@ -59,6 +62,8 @@ class _Shard:
     seeds: Sequence[Sequence[int]]
     texts: dict[tuple[int, int], str] = field(default_factory=dict)
     """The texts of the completions that have ended, by prompt and completion, on the model-parallel source rank."""
+    places: Sequence[Sequence[Place]] | None = None
+    """Where completions are spread over ranks: which one of all each is. None: they are of this rank's own groups."""
 
     @property
     def token_ids(self) -> list[np.ndarray]:
@@ -116,12 +121,13 @@ class Collector:
                 only, be it none.
         """
         shard = self._shard(prompts, seeds)
+        work = self._spread(prompts, seeds) or shard
         start = time.perf_counter()
         with self.offload():
             self.engine.wake()
-            completions = self.engine.generate(shard.token_ids, sampling, shard.seeds, self._scoring(shard, watch))
+            completions = self.engine.generate(work.token_ids, sampling, work.seeds, self._scoring(work, watch))
             self.engine.sleep()
-        return self._groups(shard, completions, start, observe_lengths)
+        return self._groups(shard, completions, start, observe_lengths, work)
 
     def begin(
         self, prompts: Sequence[Prompt], sampling: SamplingSpec, seeds: Sequence[Sequence[int]]
@@ -163,12 +169,37 @@ class Collector:
         order = self.length_predictor.longest_first(prompts)
         return _Shard(order, [prompts[i] for i in order], [seeds[i] for i in order])
 
+    def _spread(self, prompts: Sequence[Prompt], seeds: Sequence[Sequence[int]]) -> _Shard | None:
+        """What this rank's engine generates where ranks decode in step (``spread``); None: its own shard."""
+        ranks = ranks_in_step(self.engine.shares_weights)
+        if ranks == 1:
+            return None
+        me = parallel.data_parallel_rank()
+        first = me - me % ranks
+        neighbours = range(own_shard(len(prompts), first).start, own_shard(len(prompts), first + ranks - 1).stop)
+        theirs = [prompts[i] for i in neighbours]
+        expected = self.length_predictor.expected(theirs)
+        taken: dict[int, list[Place]] = {}
+        for i, j in spread(expected, [len(seeds[i]) for i in neighbours], ranks)[me - first]:
+            taken.setdefault(neighbours[i], []).append(Place(neighbours[i], j))
+        mine = [prompts[i] for i in taken]
+        order = self.length_predictor.longest_first(mine)
+        places = [list(taken.values())[k] for k in order]
+        return _Shard(order, [mine[k] for k in order], [[seeds[i][j] for i, j in row] for row in places], places=places)
+
     def _groups(
-        self, shard: _Shard, completions: list[list[Completion]], start: float, observe_lengths: bool = True
+        self,
+        shard: _Shard,
+        completions: list[list[Completion]],
+        start: float,
+        observe_lengths: bool = True,
+        work: _Shard | None = None,
     ) -> list[Group]:
         generated = time.perf_counter()
         # One rank judges and tells the others: a timeout could strike on one of them and not on the next.
         judged = agree(lambda: {} if self.rewards is None else self.rewards.collect())
+        if work is not None and work.places is not None:
+            completions, judged = _brought_home(shard, work, work.places, completions, judged)
         own = [] if self.rewards is None else _scores(judged, list(map(len, completions)))
         scores, tally = parallel.broadcast_in_model_parallel((own, Tally.of(list(judged.values()))))
         self.seconds = {"rollout": generated - start, "reward": time.perf_counter() - generated}
@@ -176,7 +207,7 @@ class Collector:
         groups = [
             Group(
                 prompt=prompt,
-                completions=tuple(row),
+                completions=_with_one_prompt(row),
                 texts=() if self.rewards is None else tuple(shard.texts[i, j] for j in range(len(row))),
                 rewards=scores[i].rewards,
                 reward_parts=scores[i].parts,
@@ -263,7 +294,46 @@ def _scores(scores: Mapping[Hashable, Score], counts: Sequence[int]) -> list[_Sc
     return found
 
 
-def own_shard(count: int) -> slice:
-    """Which of ``count`` items this data-parallel rank takes: neighbours, as evenly as can be."""
-    rank, size = parallel.data_parallel_rank(), parallel.data_parallel_size()
+def _brought_home(
+    shard: _Shard,
+    work: _Shard,
+    places: Sequence[Sequence[Place]],
+    completions: Sequence[Sequence[Completion]],
+    judged: Mapping[Hashable, Score],
+) -> tuple[list[list[Completion]], dict[Hashable, Score]]:
+    """Completions and scores of this rank's own groups, which other ranks generated and judged. Collective.
+
+    Args:
+        shard: this rank's groups; gets the texts. work: what this rank generated.
+    """
+    sizes = parallel.gather_data_parallel(len(shard.prompts))
+    firsts = np.cumsum([0, *sizes])
+    outgoing: list[list[Any]] = [[] for _ in sizes]
+    for i, row in enumerate(completions):
+        for n, completion in enumerate(row):
+            prompt, j = places[i][n]
+            rank = int(np.searchsorted(firsts, prompt, side="right")) - 1
+            told = completion, work.texts.get((i, n)), judged.get((i, n))
+            outgoing[rank].append((prompt - firsts[rank], j, told))
+    of_prompt = {number: i for i, number in enumerate(shard.order)}
+    found = {(of_prompt[prompt], j): told for prompt, j, told in parallel.exchange_data_parallel(outgoing)}
+    shard.texts.update({place: text for place, (_, text, _) in found.items() if text is not None})
+    rows = arranged([(i, j, completion) for (i, j), (completion, *_) in found.items()], shard.seeds)
+    return rows, {place: score for place, (*_, score) in found.items() if score is not None}
+
+
+def _with_one_prompt(row: Sequence[Completion]) -> tuple[Completion, ...]:
+    """The completions of one prompt, whose routes it has from the first of them, wherever the others were generated."""
+    routes = next((completion.routes for completion in row if completion.routes is not None), None)
+    if routes is None or all(c.routes is not None and c.routes.prompt is routes.prompt for c in row):
+        return tuple(row)
+    return tuple(
+        dataclasses.replace(c, routes=None if c.routes is None else Routes(routes.prompt, c.routes.completion))
+        for c in row
+    )
+
+
+def own_shard(count: int, rank: int | None = None) -> slice:
+    """Which of ``count`` items this data-parallel rank, or another, takes: neighbours, as evenly as can be."""
+    rank, size = parallel.data_parallel_rank() if rank is None else rank, parallel.data_parallel_size()
     return slice(rank * count // size, (rank + 1) * count // size)

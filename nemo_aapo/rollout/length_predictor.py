@@ -37,9 +37,13 @@ class LengthPredictor:
         A prompt that wasn't seen counts as average. Among equals the longest prompt comes first: it leaves the engine
         the rows that are filled most.
         """
-        average = sum(self._means.values()) / len(self._means) if self._means else 0.0
-        expected = [self._means.get(prompt.id, average) for prompt in prompts]
+        expected = self.expected(prompts)
         return sorted(range(len(prompts)), key=lambda i: (-expected[i], -len(prompts[i].token_ids)))
+
+    def expected(self, prompts: Sequence[Prompt]) -> list[float]:
+        """Tokens that a completion of each prompt is expected to have; 0 where no length was ever seen."""
+        average = sum(self._means.values()) / len(self._means) if self._means else 0.0
+        return [self._means.get(prompt.id, average) for prompt in prompts]
 
     def observe(self, lengths: Iterable[tuple[str, float]]) -> None:
         """Take in (prompt id, mean length of its completions), and forget the prompts that were seen longest ago."""

@@ -7,12 +7,12 @@ named by their position in the step, as a resumed run has the same prompts.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from nemo_aapo.errors import DamagedCheckpointError
-from nemo_aapo.types import Completion, Group, Prompt
+from nemo_aapo.types import Completion, Group, Prompt, Routes
 
 FILE_NAME = "rollouts.npz"
 
@@ -25,6 +25,7 @@ def pack(groups: Sequence[Group]) -> bytes:
     completions = [completion for group in groups for completion in group.completions]
     texts = [text.encode("utf-8", "surrogatepass") for group in groups for text in group.texts]
     names = list(groups[0].reward_parts)
+    routes = [completion.routes for completion in completions]
     arrays = {
         "group_sizes": np.array([len(group.completions) for group in groups]),
         "prompts": _strings([group.prompt.id.encode() for group in groups]),
@@ -39,6 +40,7 @@ def pack(groups: Sequence[Group]) -> bytes:
         "failed": np.concatenate([group.failed for group in groups]),
         "reward_names": _strings([name.encode() for name in names]),
         **{f"reward_{i}": np.concatenate([g.reward_parts[name] for g in groups]) for i, name in enumerate(names)},
+        **(_packed_routes(groups) if routes and None not in routes else {}),
     }
     file = io.BytesIO()
     np.savez(file, allow_pickle=False, **arrays)
@@ -62,12 +64,17 @@ def unpack(content: bytes, prompts: Sequence[Prompt]) -> list[Group]:
     token_ids, logprobs = (_split(of[name], of["lengths"]) for name in ("token_ids", "logprobs"))
     texts = [part.tobytes().decode("utf-8", "surrogatepass") for part in _split(of["texts"], of["text_lengths"])]
     names = [name.decode() for name in _unstrings(of["reward_names"])]
+    routes = _unpacked_routes(of)
     groups, first = [], 0
     for prompt, size in zip(prompts, of["group_sizes"], strict=True):
         mine = slice(first, first + int(size))
         completions = tuple(
             Completion(
-                token_ids[k], logprobs[k], "stop" if of["stopped"][k] else "length", int(of["policy_versions"][k])
+                token_ids[k],
+                logprobs[k],
+                "stop" if of["stopped"][k] else "length",
+                int(of["policy_versions"][k]),
+                routes[k],
             )
             for k in range(mine.start, mine.stop)
         )
@@ -83,6 +90,26 @@ def unpack(content: bytes, prompts: Sequence[Prompt]) -> list[Group]:
         )
         first = mine.stop
     return groups
+
+
+def _packed_routes(groups: Sequence[Group]) -> dict[str, np.ndarray]:
+    """The routes of completions that all have some; those of their prompt once for each group."""
+    own = [[c.routes for c in group.completions if c.routes is not None] for group in groups]
+    return {
+        "prompt_lengths": np.array([len(row[0].prompt) if row else 0 for row in own]),
+        "prompt_routes": np.concatenate([row[0].prompt for row in own if row]),
+        "routes": np.concatenate([routes.completion for row in own for routes in row]),
+    }
+
+
+def _unpacked_routes(of: Mapping[str, np.ndarray]) -> list[Routes | None]:
+    """The routes of each completion; None where the file has none."""
+    if "routes" not in of:
+        return [None] * len(of["lengths"])
+    prompts = _split(of["prompt_routes"], of["prompt_lengths"])
+    fed = _split(of["routes"], np.maximum(of["lengths"] - 1, 0))
+    groups = np.repeat(np.arange(len(prompts)), of["group_sizes"])
+    return [Routes(prompts[group], part) for group, part in zip(groups, fed, strict=True)]
 
 
 def _split(flat: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:

@@ -108,7 +108,7 @@ def test_what_the_machine_decides_is_checked_with_the_rest():
         ({"precision__name": "fp8_delayed", "precision__num_layers_at_start_in_bf16": 1}, "use precision=fp8_tensorw"),
         ({"model__recompute_modules": ["layernorm"]}, "known values are core_attn, mlp"),
         ({"precision__name": "fp9"}, "known values are auto, fp32, bf16"),
-        ({"model__context_parallel_size": 2}, "not wired"),
+        ({"model__context_parallel_size": 2, "model__sequence_packing": False}, "sequence_packing=false pads each"),
         ({"model__expert_model_parallel_size": 2}, "no experts"),
         ({"model__recompute_granularity": "selective", "model__recompute_modules": []}, "is empty"),
         ({"model__share_prompts": True, "model__sequence_packing": False}, "sequence_packing=true"),

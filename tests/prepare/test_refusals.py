@@ -108,6 +108,7 @@ FILES = [
     (["model.path=FOLDER/no_data"], "config.json: missing"),
     (["model.path=FOLDER/bare"], "no tokenizer here"),
     (["model.tensor_model_parallel_size=3"], "does not divide"),
+    (["rollout.replay_routes=true"], "has no effect: the model has no experts"),
     (["data.max_prompt_tokens=4000", "max_tokens_per_microbatch=9000"], "exceeds the 4096 positions"),
     (["data.train=FOLDER/trian.jsonl"], "data.train: FOLDER/trian.jsonl: no such file; did you mean"),
     (["data.validation=FOLDER/no_data"], "data.validation: FOLDER/no_data: this is a directory without a data set"),

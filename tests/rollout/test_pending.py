@@ -9,21 +9,29 @@ import pytest
 
 from nemo_aapo.errors import DamagedCheckpointError
 from nemo_aapo.rollout.pending import pack, unpack
-from nemo_aapo.types import Completion, Group, Prompt
+from nemo_aapo.types import Completion, Group, Prompt, Routes
 
 TEXTS = ("", "plain", "two\nlines", "\u221e\U0001f600", "\x00", "\ud800 alone")
 
 
-def random_groups(rng):
+def random_groups(rng, routed=False):
+    """Groups of a mixture of experts with 3 layers and 2 choices, if they are routed."""
+
+    def routes(prompt, length):
+        fed = rng.integers(0, 256, (max(length - 1, 0), 3, 2)).astype(np.uint8)
+        return Routes(prompt, fed) if routed else None
+
     groups = []
     for i in range(rng.integers(1, 5)):
         size = int(rng.integers(1, 5))
+        of_prompt = rng.integers(0, 256, (i + 1, 3, 2)).astype(np.uint8)
         completions = tuple(
             Completion(
                 rng.integers(0, 150_000, length).astype(np.int32),
                 (-10 * rng.random(length)).astype(np.float32),
                 "stop" if rng.random() < 0.5 else "length",
                 int(rng.integers(0, 100)),
+                routes(of_prompt, length),
             )
             for length in rng.integers(0, 9, size)
         )
@@ -37,7 +45,7 @@ def random_groups(rng):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_rollouts_come_back_equal_to_the_bit(seed):
-    groups = random_groups(np.random.default_rng(seed))
+    groups = random_groups(np.random.default_rng(seed), routed=seed % 2 == 1)
     for group, again in zip(groups, unpack(pack(groups), [group.prompt for group in groups]), strict=True):
         assert again.prompt is group.prompt
         assert again.texts == group.texts
@@ -49,6 +57,11 @@ def test_rollouts_come_back_equal_to_the_bit(seed):
             assert same(one.token_ids, other.token_ids)
             assert same(one.logprobs, other.logprobs)
             assert (one.finish_reason, one.policy_version) == (other.finish_reason, other.policy_version)
+            assert (one.routes is None) is (other.routes is None)
+            if one.routes is not None:
+                assert one.routes.prompt is again.completions[0].routes.prompt  # once in memory, too
+                assert same(one.routes.prompt, other.routes.prompt)
+                assert same(one.routes.completion, other.routes.completion)
 
 
 def test_rollouts_of_other_prompts_are_refused():

@@ -73,10 +73,13 @@ class Model:
         sane=NODES,
     )
     context_parallel_size: int = setting(
-        "CP: each sequence cut over so many ranks; only 1 so far", decides=False, minimum=1, sane=NODES
+        "CP: each sequence of a training pass cut over so many ranks; needs sequence packing",
+        decides=False,
+        minimum=1,
+        sane=NODES,
     )
     expert_model_parallel_size: int = setting(
-        "EP: experts distributed over so many ranks; only 1 so far, as no model with experts trains",
+        "EP: experts of a model that has some distributed over so many ranks; divides their number, and TP x CP x DP",
         decides=False,
         minimum=1,
         sane=NODES,
@@ -99,8 +102,8 @@ class Model:
         "recompute_modules",
         decides=False,
     )
-    recompute_modules: tuple[Literal["core_attn", "mlp"], ...] = setting(
-        "selective: of core_attn, mlp (megatron-core's names)", decides=False
+    recompute_modules: tuple[Literal["core_attn", "mlp", "moe"], ...] = setting(
+        "selective: of core_attn, mlp, moe (of a model with experts, in place of mlp)", decides=False
     )
     logprob_chunk_tokens: int = setting(
         "memory bound of log-probs and loss: so many tokens' logits exist at one time",

@@ -102,6 +102,11 @@ class Rollout:
         minimum=0,
         sane=1_000,
     )
+    replay_routes: bool | None = setting(
+        "true: the learner sends each token to the experts that the engine sent it to | null: true for a model with "
+        "experts, where the engine is Megatron's",
+        decides="set",
+    )
     max_parity_error: float = setting(
         "engine against learner on the same tokens: limit of exp(mean |difference of log-probs|)",
         decides=False,

@@ -20,10 +20,10 @@ def model(context: Context) -> Finding:
     derive(config, shape, place.world_size if place.world_size > 1 else asked)
     count = count_parameters(Path(config.model.path))
     tp, pp = config.model.tensor_model_parallel_size, config.model.pipeline_model_parallel_size
+    cp = config.model.context_parallel_size
+    layout = f"tensor {tp} x pipeline {pp}" + (f" x context {cp}" if cp > 1 else "")
     text = f"{shape.architecture}, {shape.num_layers} layers, {count:,} parameters; all files whole, the weights fit"
-    return Finding(
-        "model", "ok", f"{text}; tensor {tp} x pipeline {pp} on {asked} ranks divides it{said(Path(config.model.path))}"
-    )
+    return Finding("model", "ok", f"{text}; {layout} on {asked} ranks divides it{said(Path(config.model.path))}")
 
 
 def tokenizer(context: Context) -> Finding:

@@ -31,8 +31,13 @@ SMALL_BATCHES = (16, 64)
 
 
 def can_be_captured(model: GPTModel) -> bool:
-    """True for a whole model on a GPU whose heads have a size that ``decode_triton`` takes."""
+    """True for a whole dense model on a GPU whose heads have a size that ``decode_triton`` takes.
+
+    The number of rows that each expert has comes to the host, which a graph can't wait for.
+    """
     size = model.config.kv_channels
+    if model.config.num_moe_experts:
+        return False
     return next(model.parameters()).is_cuda and size >= 16 and size & (size - 1) == 0
 
 

@@ -9,13 +9,15 @@ and leaves everything else alone.
 Where the learner computes in FP8, rollouts are in bf16 all the same: FP8 kernels want row counts that a decoding step
 doesn't have. The parity gate measures how far that moves the log-probs.
 
-``Decoder`` knows one kind of layer, that of Qwen2, Qwen2.5, Qwen3 and Llama, and refuses others by name.
+``Decoder`` knows one kind of layer, that of Qwen2, Qwen2.5, Qwen3 and Llama, its feed-forward part dense or a choice of
+experts as in Qwen3-MoE (``experts/``), and refuses others by name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,9 +25,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nemo_aapo.distributed import parallel
+from nemo_aapo.engines.megatron.experts.layer import ExpertLayers, swiglu
+from nemo_aapo.engines.megatron.experts.lockstep import Lockstep
 from nemo_aapo.engines.megatron.kv_cache import Attention, KVCache
 from nemo_aapo.engines.megatron.matmul import add_linear_, linear, pack_weight
 from nemo_aapo.mcore.bridge.lora import base_layer, merged_weight
+from nemo_aapo.mcore.experts.weights import LocalExperts, local_experts
 from nemo_aapo.mcore.groups import gather_columns
 from nemo_aapo.mcore.model import GPTModel, output_weight
 
@@ -50,10 +55,11 @@ class _Layer:
     """[h, heads * s]"""
     mlp_norm: Tensor
     """[h]"""
-    gate_and_up: Tensor
-    """[2 f, h]"""
-    down: Tensor
+    gate_and_up: Tensor | None
+    """[2 f, h]; None: ``experts`` are in its place."""
+    down: Tensor | None
     """[h, f]"""
+    experts: LocalExperts | None
 
 
 class Decoder:
@@ -63,12 +69,14 @@ class Decoder:
     of large weights with ``pack``.
     """
 
-    def __init__(self, model: GPTModel, pack: bool = False) -> None:
+    def __init__(self, model: GPTModel, pack: bool = False, lockstep: Lockstep | None = None) -> None:
         """
         Args:
             model: this rank's stage, unwrapped.
             pack: copy the large weights into the layout that products on a CPU are fast with (``matmul``). It takes as
-                much memory as they do, and the time of a few decoding steps.
+                much memory as they do, and the time of a few decoding steps. Experts stay as they are: they are most
+                of a model, and each has few rows.
+            lockstep: the data-parallel ranks that have to call ``layers`` or ``lend_experts`` together.
 
         Raises:
             ValueError: a kind of model that ``check_supported`` refuses.
@@ -85,6 +93,7 @@ class Decoder:
         self._root_epsilon = torch.tensor(self._config.layernorm_epsilon**0.5)
         self._tp_group = parallel.groups().tensor
         self._tp_size = dist.get_world_size(self._tp_group)
+        self._experts = ExpertLayers(model, lockstep) if self._config.num_moe_experts else None
 
     def new_cache(self, rows: int, length: int) -> KVCache:
         """An empty cache for this stage. rows: sequences at a time. length: tokens that one of them may have."""
@@ -110,12 +119,14 @@ class Decoder:
         dist.all_reduce(hidden, group=self._tp_group)
         return hidden
 
-    def layers(self, hidden: Tensor, cache: Attention) -> Tensor:
+    def layers(self, hidden: Tensor, cache: Attention, routes: list[Tensor] | None = None) -> Tensor:
         """Pass hidden states through this stage's layers.
 
         Args:
             hidden: [T, h], overwritten.
             cache: laid out for these tokens by ``KVCache.begin``.
+            routes: takes the experts of each layer, int64 [T, k]; on the last stage those of the last layer are [rows,
+                k], as what is returned.
 
         Returns:
             [T, h]; on the last stage [rows, h], only the tokens whose logits are wanted.
@@ -127,13 +138,31 @@ class Decoder:
                 query, key, value = mixed.split((self.queries_per_key, 1, 1), dim=2)
                 mixed = torch.cat((self._norm(query, layer.query_norm), self._norm(key, layer.key_norm), value), dim=2)
             context = cache.attend(index, mixed)
-            if index == len(self._layers) - 1 and self._model.post_process and cache.logits_at is not None:
+            if self._is_last(index) and cache.logits_at is not None:
                 # After the last attention only the tokens whose logits are wanted are read any more.
                 hidden, context = hidden[cache.logits_at], context[cache.logits_at]
             hidden = self._add(hidden, context, layer.projection)
-            units = _swiglu(linear(self._norm(hidden, layer.mlp_norm), layer.gate_and_up))
-            hidden = self._add(hidden, units, layer.down)
+            x = self._norm(hidden, layer.mlp_norm)
+            if layer.experts is not None and self._experts is not None:
+                choice = self._experts.choose(x, layer.experts.router)
+                hidden += self._experts.apply(x, choice, layer.experts, self._is_last(index))
+                if routes is not None:
+                    routes.append(choice.experts)
+            else:
+                assert layer.gate_and_up is not None
+                assert layer.down is not None
+                hidden = self._add(hidden, swiglu(linear(x, layer.gate_and_up)), layer.down)
         return hidden
+
+    def lend_experts(self) -> None:
+        """This rank's part in ``layers`` when it has no tokens itself: its experts, for those of other ranks."""
+        for index, layer in enumerate(self._layers):
+            if layer.experts is not None and self._experts is not None:
+                self._experts.lend(layer.experts, self._is_last(index))
+
+    def _is_last(self, index: int) -> bool:
+        """True for the model's last layer, whose experts see only the tokens whose logits are wanted."""
+        return index == len(self._layers) - 1 and self._model.post_process
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [rows, h] -> logits [rows, padded vocabulary]; last stage only.
@@ -151,9 +180,10 @@ class Decoder:
         return logits if self._tp_size == 1 else gather_columns(logits)
 
     def addresses(self) -> tuple[int, ...]:
-        """Addresses of a whole model's weights on its device. A CUDA graph is valid as long as they don't change."""
+        """Addresses of a whole dense model's weights. A CUDA graph is valid as long as they don't change."""
         model = self._model
-        weights = [getattr(layer, field.name) for layer in self._layers for field in fields(layer)]
+        values = [getattr(layer, field.name) for layer in self._layers for field in fields(layer)]
+        weights = [value for value in values if isinstance(value, Tensor)]
         weights += [model.embedding.word_embeddings.weight, model.decoder.final_layernorm.weight, self._output]
         return tuple(weight.data_ptr() for weight in weights if weight is not None)
 
@@ -181,16 +211,6 @@ def _rms_norm(x: Tensor, weight: Tensor, root_epsilon: Tensor) -> Tensor:
     return x.div(torch.hypot(root_mean, root_epsilon)).mul_(weight)
 
 
-def _swiglu(gate_and_up: Tensor) -> Tensor:
-    """[T, 2 f] -> silu(gate) * up [T, f]."""
-    if gate_and_up.is_cuda:
-        from nemo_aapo.engines.megatron import decode_triton  # triton comes with torch's CUDA builds only
-
-        return decode_triton.swiglu(gate_and_up)
-    gate, up = gate_and_up.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)
-
-
 def _as_it_is(weight: Tensor) -> Tensor:
     return weight
 
@@ -198,7 +218,9 @@ def _as_it_is(weight: Tensor) -> Tensor:
 def _layer_weights(layer: torch.nn.Module, convert: Callable[[Tensor], Tensor]) -> _Layer:
     """References to the weights of an mcore TransformerLayer, the projections' after ``convert``."""
     part = layer.get_submodule
-    qkv, fc1 = (base_layer(part(name)) for name in ("self_attention.linear_qkv", "mlp.linear_fc1"))
+    qkv, mlp = base_layer(part("self_attention.linear_qkv")), part("mlp")
+    experts = local_experts(mlp) if hasattr(mlp, "router") else None
+    before_mlp = part("pre_mlp_layernorm")
     return _Layer(
         attention_norm=_norm_weight(qkv, part("input_layernorm")),
         qkv=convert(merged_weight(part("self_attention.linear_qkv"))),
@@ -206,9 +228,10 @@ def _layer_weights(layer: torch.nn.Module, convert: Callable[[Tensor], Tensor]) 
         query_norm=getattr(part("self_attention.q_layernorm"), "weight", None),
         key_norm=getattr(part("self_attention.k_layernorm"), "weight", None),
         projection=convert(merged_weight(part("self_attention.linear_proj"))),
-        mlp_norm=_norm_weight(fc1, part("pre_mlp_layernorm")),
-        gate_and_up=convert(merged_weight(part("mlp.linear_fc1"))),
-        down=convert(merged_weight(part("mlp.linear_fc2"))),
+        mlp_norm=before_mlp.weight if experts else _norm_weight(base_layer(part("mlp.linear_fc1")), before_mlp),
+        gate_and_up=None if experts else convert(merged_weight(part("mlp.linear_fc1"))),
+        down=None if experts else convert(merged_weight(part("mlp.linear_fc2"))),
+        experts=experts,
     )
 
 
@@ -248,16 +271,38 @@ def check_supported(model: GPTModel) -> None:
         "activation_func": (config.activation_func, F.silu),
         "activation_func_clamp_value": (config.activation_func_clamp_value, None),
         "glu_linear_offset": (config.glu_linear_offset, 0.0),
-        "num_moe_experts": (config.num_moe_experts, None),
         "fp32_residual_connection": (config.fp32_residual_connection, False),
         "mtp_num_layers": (config.mtp_num_layers or None, None),
-        "context_parallel_size": (config.context_parallel_size, 1),
         "virtual_pipeline_model_parallel_size": (config.virtual_pipeline_model_parallel_size, None),
         "num_query_groups % tensor_model_parallel_size": (
             config.num_query_groups % config.tensor_model_parallel_size,
             0,
         ),
     }
+    if config.num_moe_experts:
+        found |= expert_settings(config)
     wrong = [f"{name}={value!r} (only {wanted!r})" for name, (value, wanted) in found.items() if value != wanted]
     if wrong:
         raise ValueError(f"the Megatron rollout engine can't decode a model with {', '.join(wrong)}")
+
+
+def expert_settings(config: Any) -> dict[str, tuple[Any, Any]]:
+    """What decides how experts are chosen and weighted, or where they are: (value, the one that is supported)."""
+    tensor, expert = config.tensor_model_parallel_size, config.expert_model_parallel_size
+    return {
+        "moe_router_score_function": (config.moe_router_score_function, "softmax"),
+        "moe_router_load_balancing_type": (config.moe_router_load_balancing_type, "none"),
+        "moe_router_num_groups": (config.moe_router_num_groups, None),
+        "moe_router_topk_scaling_factor": (config.moe_router_topk_scaling_factor, None),
+        "moe_router_enable_expert_bias": (config.moe_router_enable_expert_bias, False),
+        "moe_shared_expert_intermediate_size": (config.moe_shared_expert_intermediate_size, None),
+        "moe_layer_freq": (config.moe_layer_freq, 1),
+        "moe_expert_capacity_factor": (config.moe_expert_capacity_factor, None),
+        "moe_apply_probs_on_input": (config.moe_apply_probs_on_input, False),
+        "moe_latent_size": (config.moe_latent_size, None),
+        "expert_tensor_parallel_size": (config.expert_tensor_parallel_size, 1),
+        "max(expert, tensor parallel size) % min(expert, tensor parallel size)": (
+            max(expert, tensor) % min(expert, tensor),
+            0,
+        ),
+    }

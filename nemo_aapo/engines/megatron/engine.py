@@ -1,7 +1,8 @@
 """The in-process rollout engine: completions from the learner's own weights, on the learner's own ranks.
 
 There is nothing to refit, on any tensor x pipeline layout, on CPU and GPU alike. Each data-parallel rank generates for
-itself: no collective leaves the model-parallel group.
+itself: no collective leaves the model-parallel group. Only where experts are spread over more than the tensor-parallel
+ranks, the ranks that share them decode in step (``experts/lockstep.py``).
 
 Every rank of a model-parallel group runs the same scheduler. To keep in step they need one small broadcast in each
 decoding step, of token ids and log-probs from the rank that samples.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -21,6 +23,8 @@ from nemo_aapo.engines.base import OnFinish, RolloutStats
 from nemo_aapo.engines.elsewhere import arranged
 from nemo_aapo.engines.megatron.cuda_graphs import DecodingGraphs, can_be_captured
 from nemo_aapo.engines.megatron.decoder import Decoder, check_supported
+from nemo_aapo.engines.megatron.experts.lockstep import Lockstep, decodes_in_step
+from nemo_aapo.engines.megatron.experts.routes import RouteRecorder
 from nemo_aapo.engines.megatron.sampling import sample
 from nemo_aapo.engines.megatron.scheduler import Admission, Scheduler, capacity
 from nemo_aapo.engines.megatron.stop_strings import StopStrings
@@ -38,6 +42,7 @@ class MegatronEngine:
         max_concurrent_tokens: int,
         policy_version: int = 0,
         decode: Callable[[np.ndarray], str] | None = None,
+        record_routes: bool = False,
     ) -> None:
         """
         Args:
@@ -46,6 +51,7 @@ class MegatronEngine:
             max_concurrent_tokens: size of the KV cache in tokens; decides how many sequences run at a time.
             policy_version: optimizer steps behind the weights that the model holds now.
             decode: token ids -> text, the same on all ranks; only stop strings need it.
+            record_routes: completions have the experts that each token was sent to; for a model with at most 255.
 
         Raises:
             ValueError: a kind of model that the decoder doesn't know; names the settings in question.
@@ -56,6 +62,7 @@ class MegatronEngine:
         self.max_concurrent_tokens = max_concurrent_tokens
         self.policy_version = policy_version
         self.decode = decode
+        self.record_routes = record_routes
         self.shares_weights = True
         self.stats: RolloutStats | None = None
         self._stop_strings: StopStrings | None = None  # kept from call to call, as it learns the text of each token
@@ -84,12 +91,14 @@ class MegatronEngine:
                 vocabulary, stop strings that are empty or that nothing here can decode, a sequence that may outgrow
                 ``max_concurrent_tokens``.
             FloatingPointError: the model gave log-probs that are not finite.
+            Where ranks decode in step, on all of them; an error of another kind is a RuntimeError on the others.
         """
-        self._check(prompts, sampling, seeds)
         began = time.perf_counter()
-        batch = _Batch(self, prompts, sampling, seeds, on_finish)
-        with torch.inference_mode():
-            while batch.step():
+        lockstep = Lockstep() if decodes_in_step(self.model) else None
+        with torch.inference_mode(), lockstep.failing_together() if lockstep else nullcontext():
+            self._check(prompts, sampling, seeds)
+            batch = _Batch(self, prompts, sampling, seeds, on_finish, lockstep)
+            while batch.step() or batch.lend():
                 pass
         self.graphs = batch.graphs  # only if all went well: an overflow may have left NaN in the cache
         self.stats = batch.stats(time.perf_counter() - began)
@@ -142,15 +151,17 @@ class _Batch:
         sampling: SamplingSpec,
         seeds: Sequence[Sequence[int]],
         on_finish: OnFinish | None,
+        lockstep: Lockstep | None,
     ) -> None:
         self._engine, self._model, self._prompts = engine, engine.model, prompts
         self._sampling, self._on_finish = sampling, on_finish
-        self._seeds = seeds
+        self._seeds, self._lockstep = seeds, lockstep
         self._finished: dict[tuple[int, int], Completion] = {}
         length = max((len(prompt) for prompt in prompts), default=0) + sampling.max_new_tokens
         rows = capacity(engine.max_concurrent_tokens, length, sequences=sum(map(len, seeds)))
         self._scheduler = Scheduler(prompts, seeds, sampling.max_new_tokens, rows)
-        self._decoder = Decoder(engine.model, pack=_packing_pays(engine.model, rows, sampling.max_new_tokens))
+        pack = _packing_pays(engine.model, rows, sampling.max_new_tokens)
+        self._decoder = Decoder(engine.model, pack, lockstep)
         self.graphs = self._reusable_graphs(rows, length)
         self._cache = self.graphs.cache if self.graphs else self._decoder.new_cache(rows, length)
         if self.graphs is None and engine.cuda_graphs and rows:
@@ -158,9 +169,14 @@ class _Batch:
         self._is_stop = np.zeros(engine.vocab_size, dtype=bool)
         self._is_stop[list(sampling.stop_token_ids)] = True
         self._stop_strings = engine.stop_strings(sampling)
+        self._routes = self._new_recorder() if engine.record_routes else None
+        self._chosen: list[torch.Tensor] = []  # the experts of the last pass, layer by layer
         self._steps = self._idle = 0
         self._asked_to_end = False  # by this rank's on_finish
         self._ends = False  # the same of the sampling rank, a step later, which all ranks of the group follow
+
+    def _new_recorder(self) -> RouteRecorder:
+        return RouteRecorder(self._scheduler, len(self._model.decoder.layers), self._model.config.moe_router_topk)
 
     def _reusable_graphs(self, rows: int, length: int) -> DecodingGraphs | None:
         """The last call's graphs, with its cache, if they suit this call. Otherwise their memory is freed."""
@@ -180,6 +196,9 @@ class _Batch:
         for admission in admitted[: len(admitted) - len(prefills)]:
             cache.restore(admission.start, admission.stop)
         decoding_rows = prefills[0].start if prefills else scheduler.running
+        if self._lockstep:
+            tokens_in = decoding_rows + sum(len(self._prompts[admission.prompt]) for admission in prefills)
+            self._lockstep.begin_step(tokens_in, scheduler.running)
         if self.graphs and not prefills:
             sampled = self.graphs.step(scheduler)
         else:
@@ -187,10 +206,23 @@ class _Batch:
             if prefills and prefills[-1].keep:
                 cache.keep(prefills[-1].start, len(self._prompts[prefills[-1].prompt]))
             sampled = self._sample(logits)
+        if self._routes is not None:  # not within the pass: stages wait for one another in it
+            lengths = [len(self._prompts[admission.prompt]) for admission in prefills]
+            self._routes.record(self._chosen, decoding_rows, prefills, lengths)
+        if self._lockstep:
+            self._lockstep.end_step()
         tokens, logprobs = self._finite(sampled)
         scheduler.record(tokens, logprobs, decoding_rows)
         self._steps, self._idle = self._steps + 1, self._idle + scheduler.rows - scheduler.running
         self._retire(self._stopped(tokens))
+        return True
+
+    def lend(self) -> bool:
+        """A step of the ranks in lockstep with this one, which has no sequences left; False: none of them has any."""
+        if self._lockstep is None or not self._lockstep.begin_step(0, 0):
+            return False
+        self._decoder.lend_experts()
+        self._lockstep.end_step()
         return True
 
     def _stopped(self, tokens: np.ndarray) -> np.ndarray:
@@ -216,7 +248,8 @@ class _Batch:
         else:
             hidden = self._cache.kv.new_empty(len(tokens), model.config.hidden_size)
             dist.recv(hidden, parallel.rank_of_neighbour_stage(-1), group=pipeline)
-        hidden = decoder.layers(hidden, self._cache)
+        self._chosen.clear()
+        hidden = decoder.layers(hidden, self._cache, None if self._routes is None else self._chosen)
         if model.post_process:
             return decoder.logits(hidden)
         dist.send(hidden, parallel.rank_of_neighbour_stage(1), group=pipeline)
@@ -252,13 +285,15 @@ class _Batch:
         """Hand over the sequences that finished, and close the gaps that they leave."""
         scheduler = self._scheduler
         done = np.flatnonzero(stopped | (scheduler.sampled[: scheduler.running] == self._sampling.max_new_tokens))
-        for row in done:
+        routes = self._routes.ended(done) if self._routes is not None and len(done) else [None] * len(done)
+        for row, route in zip(done, routes, strict=True):
             i, j, length = int(scheduler.prompt[row]), int(scheduler.completion[row]), scheduler.sampled[row]
             completion = Completion(
                 token_ids=scheduler.tokens[row, :length].copy(),
                 logprobs=scheduler.logprobs[row, :length].copy(),
                 finish_reason="stop" if stopped[row] else "length",
                 policy_version=self._engine.policy_version,
+                routes=route,
             )
             self._finished[i, j] = completion
             if self._on_finish and self._on_finish(i, j, completion):
@@ -266,6 +301,8 @@ class _Batch:
         source, target = scheduler.retire(done)
         if len(target):
             self._cache.move(source, target, int(scheduler.length[target].max()))
+            if self._routes is not None:
+                self._routes.move(source, target, int(scheduler.sampled[target].max()))
 
     def ordered(self) -> list[list[Completion]]:
         """All completions, ``[i][j]`` in the order of prompts and seeds, once ``step`` has returned False."""

@@ -261,6 +261,8 @@ class Fleet:
                 raise ServerError(
                     f"answered with policy version {completion.policy_version} instead of {call.weights.id}"
                 )
+            if completion.routes is not None and len(completion.routes.prompt) != len(request.prompts[k]):
+                raise ServerError(f"sent routes of {len(completion.routes.prompt)} tokens for prompt {k}")
             works[k].left.remove(asked[k][n])
             call.on_finish(works[k].prompt, asked[k][n], completion)
         if any(work.left for work in works):
@@ -274,13 +276,14 @@ class Fleet:
             async with session.post(url, data=body) as response:
                 if response.status != 200:
                     _raise(_complaint(response, answer := wire.load_object(await response.read())), answer)
-                async for line in _lines(response.content):
-                    message = wire.load_object(line)
-                    if "error" in message:
-                        _raise(message["error"], message)
-                    if "done" in message:
-                        return
-                    yield wire.decode_completion(message)
+                messages, prompts = wire.MessageReader(), dict[int, np.ndarray]()
+                async for data in response.content.iter_any():
+                    for message, binary in messages.read(data):
+                        if "error" in message:
+                            _raise(message["error"], message)
+                        if "done" in message:
+                            return
+                        yield wire.decode_completion(message, binary, prompts)
         raise ServerError("the connection ended before the answer did")
 
 
@@ -306,15 +309,6 @@ def distribute(works: Sequence[Work], busy: Sequence[int]) -> list[list[Work]]:
 def _requests(works: Sequence[Work], prompts: Sequence[np.ndarray]) -> Iterator[list[Work]]:
     """One server's part, cut into requests of a bounded size."""
     return buckets(works, lambda work: len(prompts[work.prompt]), REQUEST_TOKENS)
-
-
-async def _lines(stream: aiohttp.StreamReader) -> AsyncIterator[bytes]:
-    """Whole lines, as long as they may be (the stream's own ``readline`` refuses long ones)."""
-    rest = b""
-    async for data in stream.iter_any():
-        *lines, rest = (rest + data).split(b"\n")
-        for line in lines:
-            yield line
 
 
 def _complaint(response: aiohttp.ClientResponse, answer: dict[str, Any]) -> str:

@@ -25,6 +25,7 @@ from nemo_aapo.engines.elsewhere import Finished, arranged, stats_of
 from nemo_aapo.engines.remote.dispatch import Call, Fleet
 from nemo_aapo.engines.remote.weight_store import WeightStore
 from nemo_aapo.engines.remote.wire import Weights, WeightsId
+from nemo_aapo.errors import RunError
 from nemo_aapo.types import Completion, SamplingSpec
 from nemo_aapo.utils.safetensors import model_digest
 
@@ -35,17 +36,18 @@ Outcome = Finished | Exception
 class RemoteEngine:
     """A ``BackgroundEngine`` whose work is done by the servers of one directory."""
 
-    def __init__(self, fleet: Fleet, store: WeightStore, base: Weights) -> None:
+    def __init__(self, fleet: Fleet, store: WeightStore, base: Weights, routes: bool = False) -> None:
         """
         Args:
             fleet: the servers.
             store: where weights are left for them.
             base: the base model's weights, which servers start with: version 0.
+            routes: completions without the experts that each token was sent to are refused.
         """
         self.fleet, self.store = fleet, store
         self.shares_weights = False
         self.stats: RolloutStats | None = None
-        self._weights = base
+        self._weights, self._routes = base, routes
         self._versions = {base.id.policy_version: base}  # those that need not be written
 
     @classmethod
@@ -67,7 +69,7 @@ class RemoteEngine:
             )
         )
         base = Weights(WeightsId(0, on_first_rank(lambda: model_digest(path))), None)
-        return cls(fleet, WeightStore(Path(remote.directory), path), base)
+        return cls(fleet, WeightStore(Path(remote.directory), path), base, bool(config.rollout.replay_routes))
 
     def generate(
         self,
@@ -112,6 +114,11 @@ class RemoteEngine:
         finished: Finished = []
 
         def keep(i: int, j: int, completion: Completion) -> None:
+            if self._routes and completion.routes is None:
+                raise RunError(
+                    "rollout.replay_routes=true, but a rollout server sends completions without the experts that their "
+                    "tokens were sent to: start the servers with the settings of this run"
+                )
             finished.append((i, j, completion))
             if on_finish is not None and on_finish(i, j, completion):
                 raise _Enough

@@ -3,7 +3,8 @@
     GET  /v1/health           the process is up (asks for no token)
     GET  /v1/ready            which weights it serves, or 503
     GET  /v1/metrics          Prometheus text
-    POST /v1/generate         one line of JSON for each completion as it ends, then {"done": how many}
+    POST /v1/generate         one line of JSON for each completion as it ends, bytes of routes behind it where it has
+                              some, then {"done": how many}
     POST /v1/update_weights   check and load other weights; answers when they are served
 
 Errors are {"error": message, "reason": word} with 400 (what was asked), 401 (token), 408, 409 (other weights), 413
@@ -162,13 +163,17 @@ class Service:
             answer: the first one.
             answers: where the others come.
         """
-        response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
+        has_bytes = answer is not None and answer[2].routes is not None
+        kind = "application/octet-stream" if has_bytes else "application/x-ndjson"
+        response = web.StreamResponse(headers={"Content-Type": kind})
         await response.prepare(request)
         count = 0
+        prompts_sent: set[int] = set()
         following: Answer = answer
         while isinstance(following, tuple):
             i, j, completion = following
-            await response.write(wire.encode_completion(i, j, completion))
+            await response.write(wire.encode_completion(i, j, completion, with_prompt=i not in prompts_sent))
+            prompts_sent.add(i)
             self._metrics.finished(completion)
             count += 1
             following = await answers.get()

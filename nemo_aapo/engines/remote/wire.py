@@ -1,14 +1,14 @@
 """The messages between trainer and rollout servers, as JSON, and the checks of what came in.
 
 Both sides use this module and no other. Numbers arrive exactly: a float32 is written as the decimal of the float64 that
-equals it, which reads back to the same bits.
+equals it, which reads back to the same bits. Routes alone, hundreds of small numbers a token, are bytes behind a line.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from nemo_aapo.config import build
 from nemo_aapo.errors import ConfigError, WireError
-from nemo_aapo.types import Completion, SamplingSpec
+from nemo_aapo.types import Completion, Routes, SamplingSpec
 
 T = TypeVar("T")
 
@@ -125,6 +125,36 @@ def dump_object(message: dict[str, Any]) -> bytes:
     return json.dumps(message, allow_nan=False, separators=(",", ":")).encode() + b"\n"
 
 
+class MessageReader:
+    """Cuts what comes over a connection into messages: a line of JSON, and the bytes that follow it.
+
+    Both may be as long as they like; aiohttp's ``readline`` refuses long lines.
+    """
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._message: dict[str, Any] | None = None  # whose bytes have not all come yet
+
+    def read(self, data: bytes) -> Iterator[tuple[dict[str, Any], bytes]]:
+        """The messages that are whole with these next bytes.
+
+        Raises:
+            WireError: a line that is no message.
+        """
+        self._rest += data
+        while True:
+            if self._message is None:
+                line, newline, after = self._rest.partition(b"\n")
+                if not newline:
+                    return
+                self._message, self._rest = load_object(line), after
+            message, size = self._message, binary_size(self._message)
+            if len(self._rest) < size:
+                return
+            binary, self._rest, self._message = self._rest[:size], self._rest[size:], None
+            yield message, binary
+
+
 # ---------------------------------------------------------------- generate
 
 
@@ -202,20 +232,53 @@ def _rows(value: Any, field: str, bound: int, wanted: str) -> list[list[int]]:
 # ---------------------------------------------------------------- completions
 
 
-def encode_completion(i: int, j: int, completion: Completion) -> bytes:
-    """One line of the answer to ``generate``: completion j of prompt i."""
+def encode_completion(i: int, j: int, completion: Completion, with_prompt: bool = True) -> bytes:
+    """A part of the answer to ``generate``, completion j of prompt i: a line, and its routes as bytes behind it.
+
+    Args:
+        with_prompt: the prompt's routes too. They are sent once, with the first of its completions that ends.
+    """
     fields = {field.name: getattr(completion, field.name) for field in dataclasses.fields(completion)}
+    routes: Routes | None = fields.pop("routes")
     plain = {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in fields.items()}
-    return dump_object({"i": i, "j": j, **plain})
+    if routes is None:
+        return dump_object({"i": i, "j": j, **plain})
+    prompt = routes.prompt if with_prompt else routes.prompt[:0]
+    counts = [len(prompt), *routes.completion.shape]
+    return dump_object({"i": i, "j": j, **plain, "routes": counts}) + prompt.tobytes() + routes.completion.tobytes()
 
 
-def decode_completion(message: Mapping[str, Any]) -> tuple[int, int, Completion]:
+def binary_size(message: Mapping[str, Any]) -> int:
+    """Bytes that follow the line of a message.
+
+    Raises:
+        WireError: it says something else than a completion's number of routes.
+    """
+    if "routes" not in message:
+        return 0
+    counts, tokens = message["routes"], message.get("token_ids")
+    if not (isinstance(counts, list) and len(counts) == 4 and all(type(n) is int and 0 <= n < 2**31 for n in counts)):
+        raise WireError(f"routes={str(counts)[:40]}: tokens of prompt and completion, layers and experts are needed")
+    prompt, fed, layers, experts = counts
+    if not isinstance(tokens, list) or fed != max(len(tokens) - 1, 0) or not layers * experts:
+        raise WireError(f"routes={counts}: they are not those of a completion of its length")
+    return (prompt + fed) * layers * experts
+
+
+def decode_completion(
+    message: Mapping[str, Any], binary: bytes = b"", prompts: dict[int, np.ndarray] | None = None
+) -> tuple[int, int, Completion]:
     """The reverse of ``encode_completion``.
+
+    Args:
+        binary: the ``binary_size`` bytes that followed the line.
+        prompts: the prompts' routes by i, as far as they have come: grows, and serves a prompt's later completions.
 
     Raises:
         WireError: a field is missing, unknown or of a wrong type.
     """
     fields = dict(message)
+    counts = fields.pop("routes", None)
     try:
         i, j = int(fields.pop("i")), int(fields.pop("j"))
         fields["token_ids"] = np.array(fields["token_ids"], dtype=np.int32)
@@ -225,7 +288,15 @@ def decode_completion(message: Mapping[str, Any]) -> tuple[int, int, Completion]
         raise WireError(f"not a completion ({type(error).__name__}: {error})") from None
     if completion.token_ids.ndim != 1 or completion.token_ids.shape != completion.logprobs.shape:
         raise WireError(f"completion {i}, {j}: {completion.token_ids.shape} ids, {completion.logprobs.shape} logprobs")
-    return i, j, completion
+    if counts is None:
+        return i, j, completion
+    prompts = {} if prompts is None else prompts
+    routes = np.frombuffer(binary, np.uint8).reshape(-1, *counts[2:])
+    if counts[0]:
+        prompts[i] = routes[: counts[0]]
+    if i not in prompts:
+        raise WireError(f"completion {i}, {j}: the routes of its prompt did not come")
+    return i, j, dataclasses.replace(completion, routes=Routes(prompts[i], routes[counts[0] :]))
 
 
 # ---------------------------------------------------------------- weights

@@ -32,6 +32,7 @@ MODULES = (
     "megatron.core.tensor_parallel.utils",
     "megatron.core.transformer.attention",
     "megatron.core.transformer.dot_product_attention",
+    "megatron.core.transformer.moe.router",
     "megatron.core.transformer.module",
     "megatron.core.transformer.transformer_layer",
     "megatron.core.transformer.utils",

@@ -44,6 +44,7 @@ def install() -> None:
         patch_rng_tracker()
         patch_rotary_embedding()
         patch_weight_gradients()
+        patch_experts()
     _installed = True
 
 
@@ -226,3 +227,22 @@ def patch_weight_gradients() -> None:
         main_grad.addmm_(grad_output.t(), total_input)
 
     layers.fused_weight_gradient_mlp_cuda = types.SimpleNamespace(wgrad_gemm_accum_fp32=wgrad_gemm_accum_fp32)
+
+
+def patch_experts() -> None:
+    """The dispatcher of tokens to experts copies its counts to the host on a CUDA stream of its own
+    (token_dispatcher.py:436, :833), and without TransformerEngine the router's product asks for a kernel by a name
+    that nobody has defined (moe_utils.py:1192).
+    """
+    from megatron.core.transformer.moe import moe_utils
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+
+    def counts_as_numbers(self: Any, point: str, tokens_per_expert: torch.Tensor) -> torch.Tensor:
+        for name in ("input_splits", "output_splits"):
+            if isinstance(counts := getattr(self, name), torch.Tensor):
+                setattr(self, name, counts.tolist())
+        return tokens_per_expert
+
+    MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = "none: there is nothing to copy"
+    MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize = counts_as_numbers
+    moe_utils.te_general_gemm = None

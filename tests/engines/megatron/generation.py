@@ -28,27 +28,22 @@ SEEDS = [[1000 * i + j for j in range(size)] for i, size in enumerate((6, 4, 7, 
 def build(path: Path, tp: int = 1, pp: int = 1, sp: bool = False):
     """This rank's stage, with the weights of a Hugging Face directory."""
     import torch
-    from megatron.core import parallel_state
 
+    from nemo_aapo.distributed import parallel
     from nemo_aapo.launch.world import Machine, decide
     from nemo_aapo.mcore import precision
     from nemo_aapo.mcore.bridge.weights import WeightMap
+    from nemo_aapo.mcore.model import build_stage
 
     weights = WeightMap(str(path), torch.float32)
-    provider = weights.provider()
-    for name, value in {
+    fields = {
         **precision.model_fields(decide(make_config(path), Machine.present())),
         "tensor_model_parallel_size": tp,
         "pipeline_model_parallel_size": pp,
+        "expert_model_parallel_size": parallel.expert_parallel_size(),
         "sequence_parallel": sp,
-        "hidden_dropout": 0.0,
-        "attention_dropout": 0.0,
-    }.items():
-        setattr(provider, name, value)
-    provider.finalize()
-    model = provider.provide(
-        pre_process=parallel_state.is_pipeline_first_stage(), post_process=parallel_state.is_pipeline_last_stage()
-    )
+    }
+    model = build_stage(weights, fields)
     weights.load(model)
     return model
 

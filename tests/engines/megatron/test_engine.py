@@ -37,7 +37,7 @@ def plain_logprobs(model, prompt: np.ndarray, completion: np.ndarray, spec: Samp
     return torch.log_softmax(logits, -1).numpy()
 
 
-@pytest.mark.parametrize("name", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "qwen3_moe", "llama"])
 def test_logprobs_are_those_of_a_plain_forward_pass(ranks, tiny_models, name):
     """Prompts of mixed lengths, rows refilled, groups that enter in parts, a temperature, early stops masked."""
     from transformers import AutoModelForCausalLM

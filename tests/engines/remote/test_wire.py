@@ -12,7 +12,7 @@ import pytest
 
 from nemo_aapo.engines.remote import wire
 from nemo_aapo.errors import WireError
-from nemo_aapo.types import Completion, SamplingSpec
+from nemo_aapo.types import Completion, Routes, SamplingSpec
 
 LIMITS = wire.Limits(vocab_size=150, max_sequence_tokens=64)
 SPEC = SamplingSpec(temperature=0.7, max_new_tokens=24, stop_token_ids=(3, 149), min_new_tokens=2, top_p=0.9)
@@ -37,6 +37,45 @@ def test_every_float32_log_prob_survives_bit_for_bit():
     assert got.logprobs.tobytes() == sent.logprobs.tobytes()
     assert got.token_ids.dtype == np.int32
     np.testing.assert_array_equal(got.token_ids, sent.token_ids)
+
+
+def routed(prompt: np.ndarray, length: int) -> Completion:
+    """A completion of so many tokens of a mixture of experts with 3 layers and 2 choices."""
+    fed = np.random.default_rng(length).integers(0, 256, (max(length - 1, 0), 3, 2)).astype(np.uint8)
+    return Completion(np.arange(length, dtype=np.int32), np.zeros(length, np.float32), "stop", 7, Routes(prompt, fed))
+
+
+@pytest.mark.parametrize("size", [1, 7, 100_000])
+def test_routes_follow_their_line_as_bytes_and_those_of_a_prompt_come_once(size):
+    """However the connection cuts them: a newline among the bytes ends no line."""
+    prompts = [np.full((4, 3, 2), ord("\n"), np.uint8), np.full((2, 3, 2), 255, np.uint8)]
+    sent = [(0, 1, routed(prompts[0], 5)), (1, 0, routed(prompts[1], 1)), (0, 0, routed(prompts[0], 0))]
+    parts = [wire.encode_completion(*sent[0]), wire.encode_completion(*sent[1])]
+    data = b"".join([*parts, wire.encode_completion(*sent[2], with_prompt=False), wire.dump_object({"done": 3})])
+    reader, memory, got = wire.MessageReader(), {}, []
+    for start in range(0, len(data), size):
+        for message, binary in reader.read(data[start : start + size]):
+            got.append(message if "done" in message else wire.decode_completion(message, binary, memory))
+    assert got.pop() == {"done": 3}
+    for (i, j, expected), (i_got, j_got, completion) in zip(sent, got, strict=True):
+        assert (i_got, j_got) == (i, j)
+        np.testing.assert_array_equal(completion.routes.prompt, expected.routes.prompt)
+        np.testing.assert_array_equal(completion.routes.completion, expected.routes.completion)
+    assert got[0][2].routes.prompt is got[2][2].routes.prompt
+
+
+@pytest.mark.parametrize("counts", [None, [4, 4, 3], [4, 3, 3, 2], [4, 4, 0, 2], [-1, 4, 3, 2], [4.0, 4, 3, 2]])
+def test_routes_of_another_number_than_the_completions_tokens_are_refused(counts):
+    with pytest.raises(WireError, match="routes="):
+        wire.binary_size({"routes": counts, "token_ids": [1] * 5})
+
+
+def test_a_completion_whose_prompts_routes_never_came_is_refused():
+    reader = wire.MessageReader()
+    line = wire.encode_completion(0, 0, routed(np.zeros((4, 3, 2), np.uint8), 3), with_prompt=False)
+    ((message, binary),) = reader.read(line)
+    with pytest.raises(WireError, match="routes of its prompt"):
+        wire.decode_completion(message, binary, {})
 
 
 def test_a_request_survives_with_every_field_of_the_sampling_spec():

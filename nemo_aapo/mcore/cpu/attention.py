@@ -1,0 +1,147 @@
+"""mcore's attention on a CPU, for padded rows, packed sequences, and rows that context parallelism cuts.
+
+Of a cut row each rank has queries, keys and values of its tokens. Either they are exchanged for those of all tokens and
+some of the heads (all-to-all, as in DeepSpeed-Ulysses, arXiv 2309.14509), so that attention stays as it is; or, where
+key-value heads are fewer than ranks, every rank gets the keys and values of all tokens, for its own queries.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.tensor_parallel.mappings import all_to_all, gather_from_sequence_parallel_region
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnMaskType
+
+from nemo_aapo.distributed import parallel
+from nemo_aapo.mcore.packing import PackedSequences
+
+
+class LocalAttention(DotProductAttention):
+    """mcore's attention by torch's kernel, which holds no scores; also for packed sequences.
+
+    Packed, which mcore leaves to TransformerEngine, each sequence attends to itself alone: there is no mask that a
+    mistake could leak through.
+    """
+
+    def __init__(self, config: Any, *arguments: Any, **more: Any) -> None:
+        uncut = copy.copy(config)
+        uncut.context_parallel_size = 1  # mcore's own asserts that it is
+        super().__init__(uncut, *arguments, **more)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: PackedSequences | None = None,
+    ) -> torch.Tensor:
+        """Padded: as in mcore. Packed: query [t, heads, size], key and value [t, groups, size] -> [t, heads * size]."""
+        if packed_seq_params is not None and packed_seq_params.parts is not None:
+            return self.cut(query, key, value, packed_seq_params)
+        if packed_seq_params is not None:
+            return self.packed(query, key, value, packed_seq_params)
+        plain = attention_mask is None and attention_bias is None and len(query) == len(key)
+        if plain and self.is_plainly_causal():
+            return self.padded(query, key, value)
+        return super().forward(query, key, value, attention_mask, attn_mask_type, attention_bias)
+
+    def is_plainly_causal(self) -> bool:
+        """Whether softmax(scale q k) under a causal mask is all that the configuration asks for.
+
+        A window, an offset of the softmax, dropout, and a factor that goes out of the product and into the softmax
+        (``apply_query_key_layer_scaling``) are left to mcore. ``attention_softmax_in_fp32`` changes nothing in fp32.
+        """
+        softmax = self.scale_mask_softmax
+        return (
+            self.attn_mask_type is AttnMaskType.causal
+            and softmax.window_size is None
+            and softmax.scale is None
+            and self.config.softmax_type == "vanilla"
+            and self.attention_dropout.p == 0.0
+        )
+
+    def padded(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Causal. query [s, b, heads, size], key and value [s, b, groups, size] -> [s, b, heads * size].
+
+        Rows are padded on the right, so what a real token sees is real; what a padding token gets, nobody reads.
+        """
+        out = self._attend(*(x.permute(1, 2, 0, 3) for x in (query, key, value)))
+        return out.permute(2, 0, 1, 3).flatten(2)
+
+    def packed(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sequences: PackedSequences
+    ) -> torch.Tensor:
+        """Causal within each sequence; shapes as of ``forward``. Sequences of like lengths are padded to one batch."""
+        batches, place = sequences.attention_batches
+        results = []
+        for tokens in batches:  # [b, s]
+            whole = (x.index_select(0, tokens.flatten()).unflatten(0, tokens.shape) for x in (query, key, value))
+            out = self._attend(*(x.transpose(1, 2) for x in whole))
+            results.append(out.transpose(1, 2).flatten(0, 1).flatten(1))  # [b * s, heads * size]
+        return torch.cat(results).index_select(0, place)
+
+    def cut(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sequences: PackedSequences
+    ) -> torch.Tensor:
+        """As ``packed``, of this rank's part: query [t / CP, heads, size] -> [t / CP, heads * size]. Collective."""
+        group = parallel.groups().context
+        if key.shape[1] % group.size():
+            return self.gathered(query, key, value, sequences, group)
+        whole = (_heads_cut(x, group) for x in (query, key, value))
+        return _tokens_cut(self.packed(*whole, sequences), group)
+
+    def gathered(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        sequences: PackedSequences,
+        group: dist.ProcessGroup,
+    ) -> torch.Tensor:
+        """``cut`` for any number of heads: this rank's queries, keys and values of all ranks."""
+        own = sequences.own_queries
+        everyone = gather_from_sequence_parallel_region(  # backward: what all ranks add to each gradient is summed
+            torch.cat((key, value), 1), tensor_parallel_output_grad=True, group=group
+        )
+        seen = dict(zip(own.seen, everyone.index_select(0, own.keys).split(list(own.seen.values())), strict=True))
+        queries = query.index_select(0, own.order).split([run.stop - run.start for run in own.runs])
+        results = []
+        for run, part in zip(own.runs, queries, strict=True):
+            whole = (part, *seen[run.sequence][: run.stop].chunk(2, 1))
+            out = self._attend(*(x.transpose(0, 1)[None] for x in whole), seen_before=run.start)
+            results.append(out[0].transpose(0, 1).flatten(1))
+        return torch.cat(results).index_select(0, own.order.argsort())
+
+    def _attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen_before: int = 0
+    ) -> torch.Tensor:
+        """Causal. query [b, heads, s, size], key and value [b, groups, seen_before + s, size] -> [b, heads, s, size].
+
+        Args:
+            seen_before: how many keys stand before that of the first query's own token.
+        """
+        grouped = query.shape[1] != key.shape[1]
+        mask = None
+        if seen_before:
+            mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril_(seen_before)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale, enable_gqa=grouped
+        )
+
+
+def _heads_cut(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Of this rank's tokens all heads [t / CP, heads, size] -> of all tokens a share of them [t, heads / CP, size]."""
+    return all_to_all(group, x.unflatten(1, (group.size(), -1)).transpose(0, 1).flatten(0, 1))
+
+
+def _tokens_cut(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Of all tokens this rank's heads [t, units / CP] -> of its tokens all of them [t / CP, units]."""
+    return all_to_all(group, x).unflatten(0, (group.size(), -1)).transpose(0, 1).flatten(1)
