@@ -2,7 +2,7 @@
 
     A_i     = (r_i - mean r) / (std r + eps)      group_advantage
     delta_i = clip(r_i - r'_i, low, high)         margin
-    A*_i    = A_i + delta_i                       augmented_advantage
+    A*_i    = A_i + delta_i                       builtin/aapo.py; the margin is not divided by the std
 
 Pure functions of float64 arrays. N is the number of groups (prompts), G the number of completions of a group, K the
 number of rewards of the frozen reference for the same prompt. Every function treats each group by itself, so that the
@@ -127,33 +127,6 @@ def sample_pairs(seeds: Sequence[int], group_size: int, reference_samples: int) 
         )
     partners = [np.random.default_rng(seed).permutation(reference_samples)[:group_size] for seed in seeds]
     return np.array(partners, dtype=np.int64).reshape(len(seeds), group_size)
-
-
-def augmented_advantage(
-    rewards: np.ndarray,
-    reference_rewards: np.ndarray,
-    *,
-    scale_rewards: bool,
-    low: float,
-    high: float,
-    estimator: MarginEstimator,
-    pairs: np.ndarray | None = None,
-) -> np.ndarray:
-    """AAPO's augmented advantage A*_i = A_i + delta_i (arXiv 2505.14264). The margin is not divided by the std.
-
-    Args:
-        rewards: float64 [N, G].
-        reference_rewards: float64 [N, K].
-        scale_rewards: as in ``group_advantage``.
-        low, high, estimator, pairs: as in ``margin``.
-
-    Returns:
-        float64 [N, G]; NaN where the reward is.
-
-    Raises:
-        ValueError: shapes that do not fit, or an infinite reward.
-    """
-    return group_advantage(rewards, scale_rewards) + margin(rewards, reference_rewards, low, high, estimator, pairs)
 
 
 def gpg_alpha(groups: int, dead_groups: int) -> float:

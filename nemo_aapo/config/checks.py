@@ -182,31 +182,42 @@ def _check_trtllm_colocated(config: Config) -> None:
 
 def _check_algorithm(config: Config) -> None:
     algorithm = config.algorithm
+    if algorithm.custom is None:
+        _check_switches(config)
+    if algorithm.reference is None:
+        return _refuse_without_effect(config, "reference_samples", "reference_store", "reference_fill_steps")
+    samples = algorithm.reference_samples
+    if samples is None or samples < config.group_size:
+        raise ConfigError(f"algorithm.reference_samples={samples}: at least group_size={config.group_size} needed")
+    if algorithm.reference == "online" and samples != config.group_size:
+        raise ConfigError(
+            f"algorithm.reference_samples={samples}: online reference rewards are sampled group_size="
+            f"{config.group_size} at a time"
+        )
+    if algorithm.reference == "cached" and algorithm.reference_store is None:
+        raise ConfigError("algorithm.reference_store must name a file for algorithm.reference=cached")
+    if algorithm.reference == "online":
+        _refuse_without_effect(config, "reference_store", "reference_fill_steps")
+
+
+def _check_switches(config: Config) -> None:
+    """Switches of the built-in algorithms that can't go together."""
+    algorithm = config.algorithm
+    if algorithm.settings or algorithm.needs:
+        raise ConfigError(
+            "algorithm.settings and algorithm.needs are those of a class of your own, and have no effect with "
+            "algorithm.custom=null: set them to null"
+        )
     if (algorithm.margin is None) != (algorithm.reference is None):
         raise ConfigError(
             "algorithm.margin and algorithm.reference go together: the margin needs reference rewards, and they have "
             "no other use. Set both or set both to null (algorithm=aapo, algorithm=gpg)"
         )
-    if algorithm.margin is not None:
-        if algorithm.margin.low > 0 or algorithm.margin.high < 0 or algorithm.margin.low == algorithm.margin.high:
-            raise ConfigError(
-                f"algorithm.margin: low={algorithm.margin.low}, high={algorithm.margin.high}: "
-                "low <= 0 <= high with low < high is needed"
-            )
-        samples = algorithm.reference_samples
-        if samples is None or samples < config.group_size:
-            raise ConfigError(f"algorithm.reference_samples={samples}: at least group_size={config.group_size} needed")
-        if algorithm.reference == "online" and samples != config.group_size:
-            raise ConfigError(
-                f"algorithm.reference_samples={samples}: online reference rewards are sampled group_size="
-                f"{config.group_size} at a time"
-            )
-        if algorithm.reference == "cached" and algorithm.reference_store is None:
-            raise ConfigError("algorithm.reference_store must name a file for algorithm.reference=cached")
-        if algorithm.reference == "online":
-            _refuse_without_effect(config, "reference_store", "reference_fill_steps")
-    else:
-        _refuse_without_effect(config, "reference_samples", "reference_store", "reference_fill_steps")
+    margin = algorithm.margin
+    if margin is not None and not (margin.low <= 0 <= margin.high and margin.low < margin.high):
+        raise ConfigError(
+            f"algorithm.margin: low={margin.low}, high={margin.high}: low <= 0 <= high with low < high is needed"
+        )
     if (algorithm.loss == "ratio_clip") != (algorithm.clip is not None):
         raise ConfigError("algorithm.clip is what algorithm.loss=ratio_clip needs and nothing else uses")
     if algorithm.kl_coefficient and algorithm.loss != "ratio_clip":

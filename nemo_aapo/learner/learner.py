@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from nemo_aapo.algorithms import Algorithm
 from nemo_aapo.algorithms.advantage import zero_advantage
+from nemo_aapo.algorithms.base import Tokens
+from nemo_aapo.algorithms.objective import Objective
 from nemo_aapo.distributed import parallel
 from nemo_aapo.distributed.device import device
 from nemo_aapo.learner.batch_plan import padding_fraction, plan
@@ -28,7 +29,7 @@ class Learner:
     """Trains a policy on scored groups by an algorithm; all methods are collective over all ranks."""
 
     policy: MegatronPolicy
-    algorithm: Algorithm
+    objective: Objective
     max_tokens_per_microbatch: int
     """Upper bound of a micro-batch's tokens, padding included."""
     updates_per_rollout: int
@@ -92,7 +93,7 @@ class Learner:
         kept = [
             [sample for sample in row if len(sample.completion_ids)]
             for row, is_dead in zip(samples, dead, strict=True)
-            if self.algorithm.needs_reference_logprobs or not is_dead
+            if self.objective.algorithm.learns_without_advantage or not is_dead
         ]
         counts = parallel.gather_data_parallel(
             (
@@ -106,11 +107,11 @@ class Learner:
         total_tokens, total_sequences, total_groups, dead_groups, kept_tokens = map(sum, zip(*counts, strict=True))
         own = [group for row in kept for group in self._prefix_groups(row, kept_tokens)]
         mine, layout_metrics = self._distribute(own)
-        alpha = self.algorithm.alpha(total_groups, dead_groups)
+        alpha = self.objective.alpha(total_groups, dead_groups)
         batches = []
         for members in mine:
             lengths = [len(sample.completion_ids) for group in members for sample in group.samples]
-            weights = alpha * self.algorithm.token_weights(
+            weights = alpha * self.objective.token_weights(
                 lengths, total_tokens=total_tokens, total_sequences=total_sequences
             )
             batches.append(
@@ -173,10 +174,10 @@ class Learner:
 
         Old ones replay the routes that the micro-batches have, as the update will.
         """
-        if self.updates_per_rollout > 1 and self.algorithm.config.loss == "ratio_clip":
+        if self.updates_per_rollout > 1 and self.objective.algorithm.needs_old_logprobs:
             scored = self.policy.score(batches)
             batches = [b.replace(old_logprobs=_like(s, b)) for b, s in zip(batches, scored, strict=True)]
-        if self.algorithm.needs_reference_logprobs:
+        if self.objective.algorithm.needs_reference_logprobs:
             # The reference is a model of its own: it sends tokens to the experts that it chooses itself.
             with self.policy.reference_weights():
                 scored = self.policy.score([batch.replace(routes=None) for batch in batches])
@@ -186,14 +187,19 @@ class Learner:
     def _loss(
         self, logprobs: torch.Tensor, entropy: torch.Tensor, batch: MicroBatch
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        value, sums = self.algorithm.token_loss(
+        tokens = Tokens(
             logprobs,
             batch.advantages,
             batch.weights,
-            rollout_logprobs=batch.rollout_logprobs,
+            batch.rollout_logprobs,
             old_logprobs=batch.old_logprobs,
             reference_logprobs=batch.reference_logprobs,
+            entropy=entropy,
+            lengths=batch.lengths,
+            versions=batch.versions,
+            reduce=parallel.add_over_context if parallel.context_parallel_size() > 1 else None,
         )
+        value, sums = self.objective.token_loss(tokens)
         return value, {**sums, "entropy": entropy.sum()}
 
 
@@ -205,6 +211,7 @@ def _samples(group: Group) -> list[Sample]:
             completion_ids=completion.token_ids,
             rollout_logprobs=completion.logprobs,
             advantage=float(advantage),
+            version=completion.policy_version,
             routes=completion.routes,
         )
         for completion, advantage in zip(group.completions, group.final_advantages, strict=True)

@@ -125,6 +125,7 @@ def collate(
         lengths=tuple(lengths),
         advantages=flat([np.full(n, s.advantage) for n, s in zip(lengths, samples, strict=True)], torch.float32),
         weights=flat([np.full(n, w) for n, w in zip(lengths, token_weights, strict=True)], torch.float32),
+        versions=tuple(sample.version for sample in samples),
         rollout_logprobs=flat([sample.rollout_logprobs for sample in samples], torch.float32),
         expand=index(rows.expand),
         contract=index(rows.contract),

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
-from nemo_aapo.algorithms import Algorithm
+from nemo_aapo.algorithms.base import Algorithm
+from nemo_aapo.algorithms.objective import Objective
 from nemo_aapo.checkpoint import manifest
 from nemo_aapo.checkpoint.checkpointer import Checkpointer
 from nemo_aapo.checkpoint.directory import CheckpointDirectory
@@ -35,6 +36,7 @@ from nemo_aapo.learner.learner import Learner
 from nemo_aapo.learner.policy import MegatronPolicy
 from nemo_aapo.mcore.groups import initialize_model_parallel
 from nemo_aapo.mcore.offload import LearnerOffload
+from nemo_aapo.prepare.algorithm import with_algorithm
 from nemo_aapo.prepare.job import Job
 from nemo_aapo.rewards.base import Reward
 from nemo_aapo.rewards.workers.runner import RewardRunner
@@ -61,6 +63,8 @@ class Parts(TypedDict, total=False):
     validation_data: PromptSet
     rewards: RewardScorer
     """Scores completions; a ``RewardRunner`` for the job's rewards by default."""
+    algorithm: Algorithm
+    """The two hooks; what ``algorithm`` of the configuration names by default."""
     engine: Callable[[MegatronPolicy], RolloutEngine]
     """Makes an engine for a policy; by default the one that ``rollout.engine`` names."""
 
@@ -105,15 +109,17 @@ def build_training(job: Job, *, reporter: Reporter, stack: contextlib.ExitStack,
     Raises:
         ConfigError, DataError, StoreError: what can't work, on every rank.
     """
+    if (own := parts.get("algorithm")) is not None:
+        job = dataclasses.replace(job, config=with_algorithm(job.config, own))
     config = job.config
     rollouts = build_rollouts(job, reporter=reporter, stack=stack, trains=True, **parts)
-    algorithm = Algorithm(config.algorithm, config.rollout.max_new_tokens)
+    objective = Objective.of(config.algorithm, config.rollout.max_new_tokens, own)
     return AAPOTrainer(
         config=config,
         policy=rollouts.policy,
         rollouts=rollouts.pipeline,
-        algorithm=algorithm,
-        learner=build_learner(rollouts.policy, algorithm),
+        objective=objective,
+        learner=build_learner(rollouts.policy, objective),
         validator=rollouts.validator,
         checkpoints=_checkpointer(config),
         reporter=reporter,
@@ -179,20 +185,20 @@ def build_rollouts(
 
 def build_policy(job: Job, *, trains: bool) -> MegatronPolicy:
     """The policy with the base model's weights."""
-    policy, algorithm = MegatronPolicy(job.config, job.shape), job.config.algorithm
+    policy = MegatronPolicy(job.config, job.shape)
     if trains:
         policy.prepare_training()
-        if algorithm.kl_coefficient > 0 or algorithm.reference is not None:
+        if job.config.algorithm.compares_with_reference:
             policy.keep_reference()
     return policy
 
 
-def build_learner(policy: MegatronPolicy, algorithm: Algorithm) -> Learner:
+def build_learner(policy: MegatronPolicy, objective: Objective) -> Learner:
     """What trains the policy, or only compares its log-probs with an engine's."""
     config = policy.config
     return Learner(
         policy,
-        algorithm,
+        objective,
         config.max_tokens_per_microbatch,
         config.algorithm.updates_per_rollout,
         pad_multiple=pad_multiple(config),

@@ -12,10 +12,10 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator
+from typing import Any
 
-import numpy as np
-
-from nemo_aapo.algorithms import Algorithm
+from nemo_aapo.algorithms.base import ScoredGroups
+from nemo_aapo.algorithms.objective import Objective
 from nemo_aapo.checkpoint.schedule import SaveSchedule
 from nemo_aapo.config import Config
 from nemo_aapo.distributed import parallel
@@ -46,7 +46,7 @@ class AAPOTrainer:
         config: Config,
         policy: Policy,
         rollouts: Rollouts,
-        algorithm: Algorithm,
+        objective: Objective,
         learner: Learner,
         validator: Validator,
         checkpoints: Checkpoints,
@@ -54,7 +54,7 @@ class AAPOTrainer:
     ) -> None:
         """``training.build.build_training`` makes all of these for a job, and takes replacements."""
         self.config, self.policy, self.rollouts = config, policy, rollouts
-        self.algorithm, self.learner, self.validator = algorithm, learner, validator
+        self.objective, self.learner, self.validator = objective, learner, validator
         self.checkpoints, self.reporter = checkpoints, reporter
         self.parity = ParityGate(config.rollout, learner)
         self.step = 0
@@ -129,8 +129,9 @@ class AAPOTrainer:
 
     def _with_advantages(self, groups: list[Group]) -> list[Group]:
         first = own_shard(self.config.prompts_per_step).start
-        pair_seeds = [stream_seed(self.config.seed, "pairs", self.step, first + i) for i in range(len(groups))]
-        return with_advantages(self.algorithm, groups, pair_seeds)
+        seeds = [stream_seed(self.config.seed, "pairs", self.step, first + i) for i in range(len(groups))]
+        max_steps = self.config.trainer.max_steps
+        return with_advantages(self.objective, groups, seeds=seeds, step=self.step, max_steps=max_steps)
 
     def _update(self, groups: list[Group]) -> dict[str, float]:
         """The learner's optimizer steps; a batch that leads to numbers that are not finite is kept for people."""
@@ -278,15 +279,20 @@ class AAPOTrainer:
         self._doing = before
 
 
-def with_advantages(algorithm: Algorithm, groups: list[Group], pair_seeds: list[int]) -> list[Group]:
-    """The groups with their final advantages A*.
+def with_advantages(objective: Objective, groups: list[Group], **of_step: Any) -> list[Group]:
+    """The groups with their final advantages. Collective for an algorithm that looks at the whole batch.
 
     Args:
-        pair_seeds: one per group; which stored reference rewards the sampled margin compares with.
+        of_step: ``seeds``, ``step`` and ``max_steps`` of ``ScoredGroups``.
     """
-    if not groups:
+    own = ScoredGroups.of(groups, **of_step) if groups else None
+    if objective.algorithm.whole_batch:
+        everyone = parallel.gather_data_parallel(own)
+        first = sum(len(part.rewards) for part in everyone[: parallel.data_parallel_rank()] if part is not None)
+        joined = ScoredGroups.joined([part for part in everyone if part is not None])
+        advantages = objective.advantages(joined)[first : first + len(groups)]
+    elif own is not None:
+        advantages = objective.advantages(own)
+    else:
         return []
-    rewards = np.stack([group.rewards for group in groups])
-    known = [group.reference_rewards for group in groups if group.reference_rewards is not None]
-    advantages = algorithm.advantages(rewards, np.stack(known) if known else None, pair_seeds)
     return [group.replace(advantages=row) for group, row in zip(groups, advantages, strict=True)]

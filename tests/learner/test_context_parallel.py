@@ -232,14 +232,14 @@ def test_adapters_are_trained_as_by_one_process(ranks, alone):
 
 def gate(path, more) -> tuple[dict[str, float], list[np.ndarray]]:
     """The parity gate's figures, and the log-probs that it compared."""
-    from nemo_aapo.algorithms import Algorithm
+    from nemo_aapo.algorithms.objective import Objective
     from nemo_aapo.learner.learner import Learner
     from nemo_aapo.rollout.collector import own_shard
     from tests.policies import make_policy
 
     config = make_config(path, max_tokens_per_microbatch=1024, **more)
     policy = make_policy(config, trains=False)
-    learner = Learner(policy, Algorithm(config.algorithm, 16), 1024, 1, packed=True, share_prompts=True)
+    learner = Learner(policy, Objective.of(config.algorithm, 16), 1024, 1, packed=True, share_prompts=True)
     groups = saved_groups(2)[own_shard(2)]
     batches, _ = learner._microbatches(groups)
     return learner.parity(groups), policy.score(batches)

@@ -16,7 +16,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from nemo_aapo.algorithms import Algorithm
+from nemo_aapo.algorithms import ScoredGroups, Tokens
+from nemo_aapo.algorithms.objective import Objective
 from nemo_aapo.config.schema import AlgorithmConfig, Clip
 from tests.peers.peers import needs, run_peer
 from tests.tiny_models import SIZES, make_config, save_character_tokenizer, save_model
@@ -177,17 +178,17 @@ def theirs(given) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_advantages_equal_trls(given, theirs, case):
-    ours = Algorithm(case.ours(), max_new_tokens=LIMIT).advantages(given.rewards)
+    ours = Objective.of(case.ours(), max_new_tokens=LIMIT).advantages(ScoredGroups(given.rewards))
     np.testing.assert_allclose(ours.ravel(), theirs[f"{case.name}/advantages"], rtol=RELATIVE_TOLERANCE, atol=1e-7)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_loss_and_gradient_of_both_updates_equal_trls(given, theirs, case):
-    algorithm = Algorithm(case.ours(), max_new_tokens=LIMIT)
+    algorithm = Objective.of(case.ours(), max_new_tokens=LIMIT)
     lengths = given.lengths
     weights = algorithm.token_weights(lengths, total_tokens=int(lengths.sum()), total_sequences=len(lengths))
     weights = torch.as_tensor(weights)[:, None] * given.valid
-    advantages = torch.as_tensor(algorithm.advantages(given.rewards).reshape(-1, 1)).expand(-1, LIMIT)
+    advantages = torch.as_tensor(algorithm.advantages(ScoredGroups(given.rewards)).reshape(-1, 1)).expand(-1, LIMIT)
     scale = (weights * advantages.abs()).sum().item()  # the loss itself is 0 in a first update without KL
     model = given.load("policy")
     with torch.no_grad():
@@ -197,12 +198,14 @@ def test_loss_and_gradient_of_both_updates_equal_trls(given, theirs, case):
         their_weights = torch.as_tensor(theirs[f"{case.name}/{update}/weights"])
         torch.nn.utils.vector_to_parameters(their_weights, model.parameters())
         loss, metrics = algorithm.token_loss(
-            given.logprobs(model),
-            advantages,
-            weights,
-            rollout_logprobs=given.rollout_logprobs,
-            old_logprobs=old if update else None,
-            reference_logprobs=reference if algorithm.needs_reference_logprobs else None,
+            Tokens(
+                given.logprobs(model),
+                advantages,
+                weights,
+                rollout_logprobs=given.rollout_logprobs,
+                old_logprobs=old if update else None,
+                reference_logprobs=reference,
+            )
         )
         gradient = torch.nn.utils.parameters_to_vector(torch.autograd.grad(loss, list(model.parameters()))).numpy()
         their_gradient = theirs[f"{case.name}/{update}/gradient"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from nemo_aapo.config.schema.facts import section, setting
 from nemo_aapo.config.schema.limits import STEPS
@@ -31,9 +31,13 @@ class Clip:
 
 @section
 class AlgorithmConfig:
-    """What ``algorithms.Algorithm`` picks from the papers."""
+    """Which algorithm, and its switches."""
 
-    name: str = setting("aapo | gpg | grpo: what the settings below amount to, for logs", decides=True)
+    name: str = setting("the algorithm; algorithm=NAME chooses it with its paper's settings", decides=True)
+    custom: str | None = setting(
+        "an algorithm of your own in its place: path/to/file.py:MyClass or package.module:MyClass", decides="set"
+    )
+    settings: dict[str, Any] | None = setting("values of the fields of MyClass: {field: value}", decides="set")
     scale_rewards: bool = setting("divide the centred reward by the group's standard deviation", decides=True)
     reference: Literal["cached", "online"] | None = setting(
         "rewards of the frozen base model: cached (stored once) | online (sampled every step) | null", decides=True
@@ -77,3 +81,22 @@ class AlgorithmConfig:
     importance_weight_cap: float | None = setting(
         "truncated importance weight min(pi_train / pi_rollout, cap); null: none", decides=True, minimum=1, sane=1e6
     )
+    needs: tuple[Literal["reference_logprobs", "old_logprobs"], ...] | None = setting(
+        "what the hooks of MyClass take besides: reference_logprobs, old_logprobs; null: as the class says",
+        decides="set",
+    )
+
+    @property
+    def needs_reference_logprobs(self) -> bool:
+        """Whether the loss takes the frozen reference's log-probs, which cost a forward pass."""
+        return self.kl_coefficient > 0 or "reference_logprobs" in (self.needs or ())
+
+    @property
+    def needs_old_logprobs(self) -> bool:
+        """Whether the loss has a ratio to the log-probs before the first of several updates on a batch."""
+        return self.clip is not None or "old_logprobs" in (self.needs or ())
+
+    @property
+    def compares_with_reference(self) -> bool:
+        """Whether the base model is needed besides the policy, for its rewards or its log-probs."""
+        return self.reference is not None or self.needs_reference_logprobs
