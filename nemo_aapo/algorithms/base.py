@@ -62,7 +62,7 @@ class Algorithm:
 
     @property
     def needs_old_logprobs(self) -> bool:
-        """True if ``token_loss`` takes the learner's log-probs before the first of several updates on a rollout batch."""
+        """True if ``token_loss`` takes the learner's log-probs before the first of several updates on a batch."""
         return False
 
     @property

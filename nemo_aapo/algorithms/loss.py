@@ -2,6 +2,8 @@
 
     L = - sum_i sum_t w_it A_i log pi(o_it)                                      cross_entropy: AAPO, GPG, RLOO
     L = - sum_i sum_t w_it min(rho_it A_i, clip(rho_it) A_i) + beta KL           ratio_clip: GRPO, DAPO, REINFORCE++
+    L = - sum_i sum_t w_it min(s_i A_i, clip(s_i) A_i) + beta KL                 sequence_ratio_clip: GSPO
+    L = - sum_i sum_t w_it sg(clip(rho_it)) A_i log pi(o_it) + beta KL           clipped_weight: CISPO
     w_it = 1 / (denominator of the whole optimizer batch)                        token_weights
 
 Every loss is a plain sum over tokens. As the weights hold the denominator of the whole optimizer batch, adding up
@@ -104,12 +106,41 @@ def ratio_clip(tokens: Tokens, clip: Clip | None, kl_coefficient: float = 0.0) -
         clip: how far the ratio may go from 1.
         kl_coefficient: beta; the reference's log-probs are needed where it is not 0.
     """
-    assert clip is not None, "the checks of the configuration want a clip with the clipped ratio"
+    assert clip is not None, "the checks of the configuration want a clip with a ratio"
     assert tokens.old_logprobs is not None, "an algorithm with a ratio needs the old log-probs"
     rho = ratio(tokens.logprobs - tokens.old_logprobs)
+    return with_kl(*_surrogate(rho, tokens, clip), tokens, kl_coefficient)
+
+
+def sequence_ratio_clip(tokens: Tokens, clip: Clip | None, kl_coefficient: float = 0.0) -> Loss:
+    """``ratio_clip`` with one ratio for each sequence, the geometric mean of its tokens' (GSPO, arXiv 2507.18071).
+
+        s_i = exp((1 / |o_i|) sum_t log(pi(o_it) / pi_old(o_it)))
+
+    The minimum and the clip are of sequences; their gradient spreads over the tokens evenly.
+    """
+    assert clip is not None, "the checks of the configuration want a clip with a ratio"
+    assert tokens.old_logprobs is not None, "an algorithm with a ratio needs the old log-probs"
+    rho = ratio(tokens.sequence_mean(tokens.logprobs - tokens.old_logprobs))
+    return with_kl(*_surrogate(rho, tokens, clip), tokens, kl_coefficient)
+
+
+def clipped_weight(tokens: Tokens, clip: Clip | None, kl_coefficient: float = 0.0) -> Loss:
+    """Cross-entropy under a detached, clipped ratio, which takes no token's gradient away (CISPO, arXiv 2506.13585).
+
+    L = - sum_i sum_t w_it sg(clip(rho_it, 1 - clip_low, 1 + clip_high)) A_i log pi(o_it)
+    """
+    assert clip is not None, "the checks of the configuration want a clip with a ratio"
+    assert tokens.old_logprobs is not None, "an algorithm with a ratio needs the old log-probs"
+    rho = ratio(tokens.logprobs.detach() - tokens.old_logprobs)
+    weights = tokens.weights * rho.clamp(1 - clip.low, 1 + clip.high)
+    metrics = ratio_metrics(rho, tokens, clip)
+    return with_kl(-(weights * tokens.advantages * tokens.logprobs).sum(), metrics, tokens, kl_coefficient)
+
+
+def _surrogate(rho: torch.Tensor, tokens: Tokens, clip: Clip) -> Loss:
     surrogate = torch.minimum(rho * tokens.advantages, rho.clamp(1 - clip.low, 1 + clip.high) * tokens.advantages)
-    metrics = ratio_metrics(rho.detach(), tokens, clip)
-    return with_kl(-(tokens.weights * surrogate).sum(), metrics, tokens, kl_coefficient)
+    return -(tokens.weights * surrogate).sum(), ratio_metrics(rho.detach(), tokens, clip)
 
 
 def with_kl(value: torch.Tensor, metrics: dict[str, torch.Tensor], tokens: Tokens, coefficient: float) -> Loss:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from nemo_aapo.algorithms import advantage, loss
+from nemo_aapo.algorithms import advantage, loss, masks
 from nemo_aapo.algorithms.base import Algorithm, Loss, ScoredGroups, Tokens
 from nemo_aapo.algorithms.registry import algorithm_of
 from nemo_aapo.config.schema import AlgorithmConfig
@@ -42,21 +42,25 @@ class Objective:
         """The final advantages of N groups; ``alpha`` depends on all groups.
 
         Returns:
-            float64 [N, G]; NaN where the reward is.
+            float64 [N, G]; NaN where the reward is, and with ``mask_truncated`` where a completion was cut off:
+            what has no advantage has no part in the loss and its denominator.
 
         Raises:
             ValueError: something needed is missing, shapes that do not fit, an infinite reward or advantage.
         """
-        unscored = np.isnan(groups.rewards)
+        without = np.isnan(groups.rewards)
+        if self.config.mask_truncated:
+            assert groups.truncated is not None, "known of all completions that were sampled"
+            without |= groups.truncated
         made = np.asarray(self.algorithm.advantages(groups), dtype=np.float64)
         name = type(self.algorithm).__name__
-        if made.shape != unscored.shape:
-            raise ValueError(f"{name}.advantages gave an array {made.shape} for rewards {unscored.shape}")
-        if bad := int((~np.isfinite(made) & ~unscored).sum()):
+        if made.shape != without.shape:
+            raise ValueError(f"{name}.advantages gave an array {made.shape} for rewards {without.shape}")
+        if bad := int((~np.isfinite(made) & ~without).sum()):
             raise ValueError(
                 f"{name}.advantages gave {bad} advantages that are not finite, of completions with rewards"
             )
-        return np.where(unscored, np.nan, made)
+        return np.where(without, np.nan, made)
 
     def alpha(self, groups: int, dead_groups: int) -> float:
         """The factor on the whole loss: GPG's B / (B - M) with ``rescale_dead_groups``, else 1.
@@ -98,6 +102,10 @@ class Objective:
         if (cap := self.config.importance_weight_cap) is not None:
             correction, more = loss.importance_weight(learner, tokens.rollout_logprobs, valid, cap)
             tokens, metrics = tokens.replace(weights=tokens.weights * correction), metrics | more
+        kept = masks.kept(self.config, tokens, learner.detach() - tokens.rollout_logprobs)
+        if kept is not None:
+            tokens = tokens.replace(weights=tokens.weights * kept)
+            metrics["masked_fraction"] = (~kept & valid).sum()
         value, own = self.algorithm.token_loss(tokens)
         return value, metrics | own
 

@@ -20,6 +20,12 @@ BUILT_IN = {
     "aapo": "AAPO",
     "gpg": "GPG",
     "grpo": "GRPO",
+    "dr_grpo": "DrGRPO",
+    "dapo": "DAPO",
+    "gspo": "GSPO",
+    "cispo": "CISPO",
+    "rloo": "RLOO",
+    "reinforce_pp": "ReinforcePP",
 }
 """``algorithm.name`` -> its class, in the module of that name in ``algorithms/builtin``."""
 
@@ -53,6 +59,11 @@ def built_in(name: str) -> type[Algorithm]:
     """The class of a built-in algorithm."""
     kind: type[Algorithm] = getattr(importlib.import_module(f"nemo_aapo.algorithms.builtin.{name}"), BUILT_IN[name])
     return kind
+
+
+def paper_of(name: str) -> str:
+    """Name and source of an algorithm in Markdown; the name alone of one that is not built in."""
+    return (name in BUILT_IN and built_in(name).paper) or name
 
 
 def own_algorithm(path: str, settings: Mapping[str, Any] | None) -> Algorithm:

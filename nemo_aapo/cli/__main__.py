@@ -13,18 +13,21 @@ COMMANDS = {
     "launch": "start all ranks of a run, here or by Slurm; status, logs, cancel, requeue",
     "evaluate": "measure models on benchmarks; compare two evaluations",
     "convert": "convert models between Hugging Face and Megatron, inspect and verify them",
+    "check-algorithm": "show that an algorithm of one's own does not depend on how its batch is cut",
     "plan": "memory, time and layouts of a run, without a GPU",
     "doctor": "look at a machine or an allocation before it burns hours",
     "serve": "host a rollout engine behind HTTP",
     "fill": "fill the store of reference rewards",
     "prepare-data": "turn a data set into JSONL that a run takes as it is",
 }
-"""Name -> what it does; ``main`` of the module of that name does it."""
+"""Name -> what it does; ``main`` of the module of that name does it, unless ``ELSEWHERE`` names another."""
+ELSEWHERE = {"check-algorithm": ("train", "check_algorithm")}
+"""Name -> module and function."""
 USAGE = "\n".join(
     (
         "usage: nemo-aapo COMMAND ...      nemo-aapo COMMAND --help says more",
         "",
-        *(f"  {name:<14}{meaning}" for name, meaning in COMMANDS.items()),
+        *(f"  {name:<16}{meaning}" for name, meaning in COMMANDS.items()),
     )
 )
 
@@ -41,7 +44,8 @@ def main() -> int:
         print(f"nemo-aapo: there is no command {name!r}; {hint}", file=sys.stderr)
         return REFUSED
     sys.argv = [f"nemo-aapo {name}", *words]  # what usage lines call it
-    code: int = importlib.import_module(f"nemo_aapo.cli.{name.replace('-', '_')}").main()
+    module, function = ELSEWHERE.get(name, (name.replace("-", "_"), "main"))
+    code: int = getattr(importlib.import_module(f"nemo_aapo.cli.{module}"), function)()
     return code
 
 

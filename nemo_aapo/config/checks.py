@@ -218,10 +218,13 @@ def _check_switches(config: Config) -> None:
         raise ConfigError(
             f"algorithm.margin: low={margin.low}, high={margin.high}: low <= 0 <= high with low < high is needed"
         )
-    if (algorithm.loss == "ratio_clip") != (algorithm.clip is not None):
-        raise ConfigError("algorithm.clip is what algorithm.loss=ratio_clip needs and nothing else uses")
-    if algorithm.kl_coefficient and algorithm.loss != "ratio_clip":
-        raise ConfigError("algorithm.kl_coefficient has an effect with algorithm.loss=ratio_clip only")
+    if (algorithm.loss == "cross_entropy") != (algorithm.clip is None):
+        raise ConfigError(
+            f"algorithm.clip is what a loss with a ratio (algorithm.loss=ratio_clip and the like) needs and nothing "
+            f"else uses: with algorithm.loss={algorithm.loss} {'set it to null' if algorithm.clip else 'set it'}"
+        )
+    if algorithm.kl_coefficient and algorithm.loss == "cross_entropy":
+        raise ConfigError("algorithm.kl_coefficient has no effect with algorithm.loss=cross_entropy: set it to 0")
     if config.group_size == 1 and algorithm.margin is None:
         raise ConfigError(
             f"group_size=1: algorithm={algorithm.name} compares completions of a group; at least 2 needed"

@@ -17,6 +17,7 @@ from nemo_aapo.algorithms.base import Tokens
 from nemo_aapo.algorithms.objective import Objective
 from nemo_aapo.distributed import parallel
 from nemo_aapo.distributed.device import device
+from nemo_aapo.errors import ParityError
 from nemo_aapo.learner.batch_plan import padding_fraction, plan
 from nemo_aapo.learner.microbatch import PrefixGroup, chunks, collate, pad_to
 from nemo_aapo.learner.policy import MegatronPolicy
@@ -50,16 +51,33 @@ class Learner:
         Returns:
             Metrics, the same on all ranks. Those of the first optimizer step where there are several, except
             ``loss``, ``grad_norm`` and ``lr``, which are the last one's.
+
+        Raises:
+            ParityError: on all ranks; more tokens were masked than ``algorithm.max_masked_fraction``.
         """
         batches, shape_metrics = self._microbatches(groups)
         batches = self._scored(batches)
+        nonfinite = shape_metrics.pop("nonfinite_fraction")
         metrics: dict[str, float] = {}
         optimization = self.policy.optimization
         for _ in range(self.updates_per_rollout):
             step = _means(optimization.train_step(batches, self._loss))
+            if nonfinite or "masked_fraction" in step:
+                step["masked_fraction"] = self._check_masked(nonfinite + step.get("masked_fraction", 0.0))
             metrics = {**step, **metrics, **{key: step[key] for key in ("loss", "grad_norm", "lr")}}
         optimization.finish_updates()
         return {**metrics, **shape_metrics}
+
+    def _check_masked(self, fraction: float) -> float:
+        limit = self.objective.config.max_masked_fraction
+        if limit is not None and fraction > limit:
+            raise ParityError(
+                f"{fraction:.1%} of the tokens were masked, more than algorithm.max_masked_fraction={limit}: the engine "
+                "samples from another policy than the one that is trained, and masks would hide it. Look at "
+                "parity/mult_prob_error and rollout/lag; wider bands (algorithm.token_mask, sequence_mask) if that is "
+                "meant. No checkpoint was written of this step"
+            )
+        return fraction
 
     def parity(self, groups: Sequence[Group]) -> dict[str, float]:
         """Compare the engine's log-probs with the learner's on the same tokens, without training: the parity gate.
@@ -102,9 +120,12 @@ class Learner:
                 sum(map(bool, samples)),
                 sum(dead),
                 sum(sample.length for row in kept for sample in row),
+                sum(int((~np.isfinite(sample.rollout_logprobs)).sum()) for row in samples for sample in row),
             )
         )
-        total_tokens, total_sequences, total_groups, dead_groups, kept_tokens = map(sum, zip(*counts, strict=True))
+        total_tokens, total_sequences, total_groups, dead_groups, kept_tokens, nonfinite = map(
+            sum, zip(*counts, strict=True)
+        )
         own = [group for row in kept for group in self._prefix_groups(row, kept_tokens)]
         mine, layout_metrics = self._distribute(own)
         alpha = self.objective.alpha(total_groups, dead_groups)
@@ -124,7 +145,12 @@ class Learner:
                     context_parallel_size=parallel.context_parallel_size(),
                 )
             )
-        return batches, {**layout_metrics, "microbatches": float(len(batches)), "alpha": alpha}
+        return batches, {
+            **layout_metrics,
+            "microbatches": float(len(batches)),
+            "alpha": alpha,
+            "nonfinite_fraction": nonfinite / max(total_tokens, 1),
+        }
 
     @property
     def _row_multiple(self) -> int:

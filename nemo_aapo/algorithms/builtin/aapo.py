@@ -20,6 +20,13 @@ from nemo_aapo.algorithms import advantage, loss
 from nemo_aapo.algorithms.base import Algorithm, Loss, ScoredGroups, Tokens
 from nemo_aapo.config.schema import Clip, Margin
 
+RATIO_LOSSES = {
+    "ratio_clip": loss.ratio_clip,
+    "sequence_ratio_clip": loss.sequence_ratio_clip,
+    "clipped_weight": loss.clipped_weight,
+}
+"""Values of ``algorithm.loss`` that compare the policy with what it was before the first update on a batch."""
+
 
 @dataclass(frozen=True)
 class AAPO(Algorithm):
@@ -27,7 +34,7 @@ class AAPO(Algorithm):
 
     scale_rewards: bool
     margin: Margin | None
-    loss: Literal["cross_entropy", "ratio_clip"]
+    loss: Literal["cross_entropy", "ratio_clip", "sequence_ratio_clip", "clipped_weight"]
     clip: Clip | None
     kl_coefficient: float
 
@@ -78,4 +85,4 @@ class AAPO(Algorithm):
         """The loss that ``algorithm.loss`` names."""
         if self.loss == "cross_entropy":
             return loss.cross_entropy(tokens)
-        return loss.ratio_clip(tokens, self.clip, self.kl_coefficient)
+        return RATIO_LOSSES[self.loss](tokens, self.clip, self.kl_coefficient)

@@ -25,8 +25,16 @@ class Margin:
 class Clip:
     """How far the importance ratio may go from 1."""
 
-    low: float = setting("the importance ratio is cut at 1 - low", decides=True, above=0, below=1)
+    low: float = setting("the importance ratio is cut at 1 - low; 1: no lower bound", decides=True, above=0, maximum=1)
     high: float = setting("the importance ratio is cut at 1 + high", decides=True, above=0, sane=1e6)
+
+
+@section
+class Band:
+    """Ratios of learner to engine that are let through."""
+
+    low: float = setting("a ratio below it is masked", decides=True, minimum=0, maximum=1)
+    high: float = setting("a ratio above it is masked", decides=True, minimum=1, sane=1e6)
 
 
 @section
@@ -61,12 +69,13 @@ class AlgorithmConfig:
     rescale_dead_groups: bool = setting(
         "GPG's alpha = B / (B - M): divide by groups with a signal, not by all", decides=True
     )
-    loss: Literal["cross_entropy", "ratio_clip"] = setting(
-        "cross_entropy (AAPO, GPG) | ratio_clip (GRPO)", decides=True
+    loss: Literal["cross_entropy", "ratio_clip", "sequence_ratio_clip", "clipped_weight"] = setting(
+        "cross_entropy (AAPO, GPG) | ratio_clip (GRPO, DAPO) | sequence_ratio_clip (GSPO) | clipped_weight (CISPO)",
+        decides=True,
     )
-    clip: Clip | None = setting("{low, high} of the importance ratio; only for ratio_clip", decides=True)
+    clip: Clip | None = setting("{low, high} of the importance ratio; not for cross_entropy", decides=True)
     kl_coefficient: float = setting(
-        "weight of KL(policy, reference), k3 estimator; only for ratio_clip", decides=True, minimum=0, sane=1e6
+        "weight of KL(policy, reference), k3 estimator; not for cross_entropy", decides=True, minimum=0, sane=1e6
     )
     loss_aggregation: Literal["token", "sequence", "fixed_length"] = setting(
         "token: one mean over all tokens | sequence: mean of means | fixed_length: sum / (sequences x max_new_tokens)",
@@ -80,6 +89,35 @@ class AlgorithmConfig:
     )
     importance_weight_cap: float | None = setting(
         "truncated importance weight min(pi_train / pi_rollout, cap); null: none", decides=True, minimum=1, sane=1e6
+    )
+    token_mask: Band | None = setting(
+        "{low, high}: drop tokens whose pi_train / pi_rollout is outside (IcePop: 0.5, 5); null: none", decides="set"
+    )
+    sequence_mask: Band | None = setting(
+        "{low, high}: drop completions whose geometric mean of pi_train / pi_rollout is outside; null: none",
+        decides="set",
+    )
+    sequence_kl_limit: float | None = setting(
+        "drop completions whose mean KL(pi_rollout, pi_train) per token is above; null: none",
+        decides="set",
+        above=0,
+        sane=1e6,
+    )
+    probability_change_limit: float | None = setting(
+        "drop tokens whose probability has moved by more than this the way the advantage pushes (DPPO: 0.2); null: none",
+        decides="set",
+        above=0,
+        maximum=1,
+    )
+    max_masked_fraction: float | None = setting(
+        "stop the run where more of a step's tokens are masked: engine and learner disagree; null: never",
+        decides=False,
+        above=0,
+        maximum=1,
+    )
+    mask_truncated: bool | None = setting(
+        "true: a completion cut at the length limit counts in its group's mean and has no part in the loss",
+        decides="set",
     )
     needs: tuple[Literal["reference_logprobs", "old_logprobs"], ...] | None = setting(
         "what the hooks of MyClass take besides: reference_logprobs, old_logprobs; null: as the class says",
