@@ -72,8 +72,8 @@ class Learner:
         limit = self.objective.config.max_masked_fraction
         if limit is not None and fraction > limit:
             raise ParityError(
-                f"{fraction:.1%} of the tokens were masked, more than algorithm.max_masked_fraction={limit}: the engine "
-                "samples from another policy than the one that is trained, and masks would hide it. Look at "
+                f"{fraction:.1%} of the tokens were masked, more than algorithm.max_masked_fraction={limit}: the "
+                "engine samples from another policy than the one that is trained, and masks would hide it. Look at "
                 "parity/mult_prob_error and rollout/lag; wider bands (algorithm.token_mask, sequence_mask) if that is "
                 "meant. No checkpoint was written of this step"
             )

@@ -41,20 +41,26 @@ AAPO, PAPER, GPG = preset("aapo"), preset("aapo_paper"), preset("gpg")
 GRPO = dataclasses.replace(preset("grpo"), clip=Clip(low=0.2, high=0.3))  # two bounds that can't be mixed up
 
 
+NEW = {name: preset(name) for name in ("dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_pp")}
+NEW["dapo"] = dataclasses.replace(NEW["dapo"], mask_truncated=None)
+NEW["gspo"] = dataclasses.replace(NEW["gspo"], clip=Clip(low=0.1, high=0.05))  # of what the made batch moves
+NEW["cispo"] = dataclasses.replace(NEW["cispo"], clip=Clip(low=0.3, high=0.2), kl_coefficient=0.1)
+
+
 def capped(config: AlgorithmConfig) -> AlgorithmConfig:
     return dataclasses.replace(config, importance_weight_cap=1.1)
 
 
-def run(algorithm: Objective, batch: Batch, rows: np.ndarray | None = None, logits: torch.Tensor | None = None):
+def run(objective: Objective, batch: Batch, rows: np.ndarray | None = None, logits: torch.Tensor | None = None):
     """The loss of some rows of the batch, fed the way a learner does it: weights from the rows' own lengths and the
     whole batch's totals, of what was scored. Padding holds NaN wherever a loss function could trip over it."""
     scored = ~np.isnan(batch.rewards).reshape(-1)
     rows = scored.nonzero()[0] if rows is None else rows
     logits = batch.logits if logits is None else logits
-    advantages = algorithm.advantages(ScoredGroups(batch.rewards, batch.reference_rewards))
+    advantages = objective.advantages(ScoredGroups(batch.rewards, batch.reference_rewards))
     dead = int(advantage.zero_advantage(advantages).sum())
-    alpha = algorithm.alpha(int(advantage.scored(advantages).sum()), dead)
-    weights = algorithm.token_weights(
+    alpha = objective.alpha(int(advantage.scored(advantages).sum()), dead)
+    weights = objective.token_weights(
         batch.lengths[rows], total_tokens=int(batch.lengths[scored].sum()), total_sequences=int(scored.sum())
     )
     index = torch.as_tensor(rows)
@@ -67,14 +73,18 @@ def run(algorithm: Objective, batch: Batch, rows: np.ndarray | None = None, logi
         "reference_logprobs": batch.reference,
     }
     others = {name: values[index].masked_fill(~valid, torch.nan) for name, values in others.items()}
-    return algorithm.token_loss(Tokens(logprobs, weights=torch.as_tensor(alpha * weights)[:, None] * valid, **others))
+    tokens = Tokens(logprobs, weights=torch.as_tensor(alpha * weights)[:, None] * valid, **others)
+    if objective.config.loss == "sequence_ratio_clip":  # the tokens end to end, without padding
+        columns = {name: getattr(tokens, name)[valid] for name in ("logprobs", "weights", *others)}
+        tokens = Tokens(**columns, lengths=batch.lengths[rows].tolist())
+    return objective.token_loss(tokens)
 
 
 @pytest.mark.parametrize("aggregation", ["token", "sequence", "fixed_length"])
 @pytest.mark.parametrize(
     "config",
-    [AAPO, PAPER, capped(AAPO), GPG, GRPO, capped(GRPO), dataclasses.replace(AAPO, scale_rewards=False)],
-    ids=["aapo", "aapo_paper", "aapo_capped", "gpg", "grpo", "grpo_capped", "aapo_unscaled"],
+    [AAPO, PAPER, capped(AAPO), GPG, GRPO, capped(GRPO), dataclasses.replace(AAPO, scale_rewards=False), *NEW.values()],
+    ids=["aapo", "aapo_paper", "aapo_capped", "gpg", "grpo", "grpo_capped", "aapo_unscaled", *NEW],
 )
 @pytest.mark.parametrize(("seed", "failures"), [(0, False), (1, False), (2, False), (0, True), (1, True)])
 def test_advantages_loss_gradient_and_metrics_equal_the_papers_equations(config, aggregation, seed, failures):

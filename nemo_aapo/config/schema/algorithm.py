@@ -104,7 +104,7 @@ class AlgorithmConfig:
         sane=1e6,
     )
     probability_change_limit: float | None = setting(
-        "drop tokens whose probability has moved by more than this the way the advantage pushes (DPPO: 0.2); null: none",
+        "drop tokens whose probability has moved by more than this as the advantage pushes (DPPO: 0.2); null: none",
         decides="set",
         above=0,
         maximum=1,
