@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from nemo_aapo.prepare.algorithm import with_algorithm
 from tests.algorithms.test_algorithms import preset
 from tests.tiny_models import make_config
 
+ROOT = Path(__file__).resolve().parents[2]
 FILE = """
 from dataclasses import dataclass
 from nemo_aapo import Algorithm
@@ -88,11 +91,11 @@ def test_what_does_not_fit_is_refused_in_words(file, name, settings, message):
 
 
 def test_a_missing_file_and_an_unknown_name_are_refused():
-    with pytest.raises(ConfigError, match="there is no file gone.py"):
+    with pytest.raises(ConfigError, match=r"there is no file gone\.py"):
         with_algorithm(own("gone.py"))
     with pytest.raises(ConfigError, match=r"no such algorithm \(did you mean 'dapo'\?\)"):
         with_algorithm(make_config("no_model", algorithm__name="dapoo"))
-    with pytest.raises(ConfigError, match="have no effect with algorithm.custom=null"):
+    with pytest.raises(ConfigError, match=r"have no effect with algorithm\.custom=null"):
         make_config("no_model", algorithm__settings={"shift": 1})
 
 
@@ -212,3 +215,27 @@ def test_a_broken_promise_is_found_and_the_remedy_named(kind, promise, words):
     wrong = {finding.promise: finding.wrong for finding in check(kind(), config) if finding.wrong}
     assert any(promise in name and words in said for name, said in wrong.items()), wrong
     assert not [finding.wrong for finding in check(Sound(), config) if finding.wrong]
+
+
+def test_no_part_outside_knows_an_algorithm_by_name():
+    """Neither its name as a text, nor its class, nor its module; ``examples`` and ``benchmarks`` choose by name."""
+    names = {*registry.BUILT_IN, *registry.BUILT_IN.values(), "aapo_paper"}
+    found = []
+    for path in sorted((ROOT / "nemo_aapo").rglob("*.py")):
+        part = path.relative_to(ROOT / "nemo_aapo").parts[0]
+        if part in (
+            "trainer",
+            "training",
+            "learner",
+            "planning",
+            "reference_store",
+            "prepare",
+            "conversion",
+            "rollout",
+        ):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Constant) and node.value in names:
+                    found.append((path.name, node.value))
+                if isinstance(node, ast.Name | ast.Attribute) and ast.unparse(node).rpartition(".")[2] in names:
+                    found.append((path.name, ast.unparse(node)))
+    assert not found

@@ -98,6 +98,7 @@ RULES: tuple[tuple[str, Run | Elsewhere | NotRun], ...] = (
     (r"evaluate\.py .*precision=bf16", COMPOSED),
     (r"evaluate\.py ", Run(FEW_PROBLEMS)),
     (r"(convert|prepare_data)\.py ", Run()),
+    (r"check_algorithm\.py ", Run()),
     (r"plan\.py ", Run(exits=(0, 1))),  # 1: it does not fit, which is an answer
     (r"torchrun .*doctor\.py ", Run("--only versions,model,tokenizer,shared_files", ranks=2)),
     (r"srun .*doctor\.py ", Elsewhere("tests/doctor/test_doctor_ranks.py", "srun")),
