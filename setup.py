@@ -44,7 +44,11 @@ setup(
     # The pages of conf/ go into the wheel as nemo_aapo/conf; scripts/ are entries to nemo_aapo.cli and stay behind.
     packages=[*find_packages(include=["nemo_aapo", "nemo_aapo.*"]), *CONF],
     package_dir=CONF,
-    package_data={"nemo_aapo": ["py.typed"], **{package: ["*.yaml"] for package in CONF}},
+    package_data={
+        "nemo_aapo": ["py.typed"],
+        "nemo_aapo.report": ["assets/*"],
+        **{package: ["*.yaml"] for package in CONF},
+    },
     entry_points={"console_scripts": ["nemo-aapo = nemo_aapo.cli.__main__:main"]},
     install_requires=[
         "torch>=2.6",

@@ -10,7 +10,7 @@ import json
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,8 +44,14 @@ class Step:
 def profile_step(trainer: Any) -> Step:
     """Take a training step and count. Collective."""
     with _marked(trainer):
-        events, _ = _trace(trainer)
+        events, _ = _trace(trainer.train_step)
     return _count(events)
+
+
+def peak_bytes(step: Callable[[], object]) -> int:
+    """Peak of the memory that tensors took beyond what was allocated before; of this thread."""
+    events, _ = _trace(step)
+    return _count(events).peak_bytes
 
 
 def communication_share(trainer: Any) -> float:
@@ -53,7 +59,7 @@ def communication_share(trainer: Any) -> float:
 
     Collective. Waiting for a later rank counts.
     """
-    events, seconds = _trace(trainer)
+    events, seconds = _trace(trainer.train_step)
     spans = sorted((e["ts"], e["ts"] + e["dur"]) for e in events if e["name"].startswith("gloo:") and "dur" in e)
     busy = end = 0.0
     for start, stop in spans:  # microseconds; they may overlap
@@ -62,7 +68,7 @@ def communication_share(trainer: Any) -> float:
     return busy / (1e6 * seconds)
 
 
-def _trace(trainer: Any) -> tuple[list[dict[str, Any]], float]:
+def _trace(step: Callable[[], object]) -> tuple[list[dict[str, Any]], float]:
     """The events of a step's Chrome trace, and the step's seconds."""
     import torch
     from torch.profiler import ProfilerActivity, profile
@@ -71,7 +77,7 @@ def _trace(trainer: Any) -> tuple[list[dict[str, Any]], float]:
     with tempfile.TemporaryDirectory(prefix="aapo_trace_") as folder:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             began = time.perf_counter()
-            trainer.train_step()
+            step()
             seconds = time.perf_counter() - began
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))

@@ -10,11 +10,13 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-TIMEOUT_S = 120.0
+TIMEOUT_S = 600.0
 """A rank waits so long for another one."""
 
 
-def run(function: Callable[..., Any], *arguments: Any, world: int = 1, tp: int = 1, pp: int = 1) -> list[Any]:
+def run(
+    function: Callable[..., Any], *arguments: Any, world: int = 1, tp: int = 1, pp: int = 1, cp: int = 1
+) -> list[Any]:
     """Results of a module's function by rank, called in Megatron's groups over gloo.
 
     Raises:
@@ -26,11 +28,13 @@ def run(function: Callable[..., Any], *arguments: Any, world: int = 1, tp: int =
         ProcessPoolExecutor(world, mp_context=context, max_tasks_per_child=1) as pool,
     ):
         store = str(Path(folder) / "store")
-        calls = [pool.submit(_rank, function, arguments, rank, world, tp, pp, store) for rank in range(world)]
+        calls = [pool.submit(_rank, function, arguments, rank, world, (tp, pp, cp), store) for rank in range(world)]
         return [call.result() for call in calls]
 
 
-def _rank(function: Callable[..., Any], arguments: Any, rank: int, world: int, tp: int, pp: int, store: str) -> Any:
+def _rank(
+    function: Callable[..., Any], arguments: Any, rank: int, world: int, layout: tuple[int, int, int], store: str
+) -> Any:
     import datetime
 
     from nemo_aapo.utils.libraries import importing, quiet
@@ -42,13 +46,18 @@ def _rank(function: Callable[..., Any], arguments: Any, rank: int, world: int, t
 
         from nemo_aapo.mcore.groups import destroy_model_parallel, initialize_model_parallel
 
+    tp, pp, cp = layout
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=TIMEOUT_S)
     dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timeout)
     try:
         initialize_model_parallel(
-            tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, seed=0, timeout_s=TIMEOUT_S
+            tensor_model_parallel_size=tp,
+            pipeline_model_parallel_size=pp,
+            context_parallel_size=cp,
+            seed=0,
+            timeout_s=TIMEOUT_S,
         )
         return function(*arguments)
     finally:

@@ -25,6 +25,9 @@ class Workload:
     hidden_size: int = 64
     layers: int = 4
     vocabulary: int = 160
+    key_value_heads: int = 2
+    positions: int = 1024
+    """Tokens that the model's longest sequence may have."""
     prompts_per_step: int = 8
     group_size: int = 4
     new_tokens: int = 12
@@ -71,8 +74,8 @@ def make_input(workload: Workload, folder: Path) -> None:
         intermediate_size=3 * workload.hidden_size,
         num_hidden_layers=workload.layers,
         num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
+        num_key_value_heads=workload.key_value_heads,
+        max_position_embeddings=workload.positions,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,

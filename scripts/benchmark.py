@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/ and 
 
 from nemo_aapo.errors import FAILED, ConfigError, RunError
 from nemo_aapo.utils.files import write_atomic
+from nemo_aapo.utils.tables import markdown, plain
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,6 +80,27 @@ def rewards(arguments: argparse.Namespace) -> dict[str, Any]:
     speeds, costs = measured.speeds(plan), measured.hostile(plan)
     print(measured.report(speeds, costs), flush=True)
     return {"speeds": [asdict(row) for row in speeds], "hostile": [asdict(row) for row in costs]}
+
+
+def experts(arguments: argparse.Namespace) -> dict[str, Any]:
+    """A layer of experts on a CPU beside mcore's own, and beside a dense layer of the same FLOPs: half a minute."""
+    import torch
+
+    from benchmarks import experts
+    from nemo_aapo.mcore.groups import destroy_model_parallel, initialize_model_parallel
+    from nemo_aapo.utils.libraries import quiet
+
+    quiet()
+    torch.set_num_threads(1)
+    initialize_model_parallel(tensor_model_parallel_size=1, pipeline_model_parallel_size=1, seed=0, timeout_s=600)
+    try:
+        with tempfile.TemporaryDirectory(prefix="aapo_benchmark_") as folder:
+            rows = experts.compare(experts.QUICK if arguments.quick else experts.Plan(), Path(folder))
+    finally:
+        destroy_model_parallel()
+    print("CPU time of forward and backward pass as a multiple of the dense layer's, median (lowest to highest)")
+    print(experts.report(rows), flush=True)
+    return {"rows": [asdict(row) for row in rows]}
 
 
 def refits(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -185,10 +207,25 @@ def scaling(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def context(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Memory of a step on a long sequence, whole and cut over two ranks; writes docs/results/benchmarks.md."""
+    os.environ |= PROFILER_QUIET
+    from benchmarks import context
+    from benchmarks.page import write_section
+
+    plan = context.QUICK if arguments.quick else context.Plan()
+    with tempfile.TemporaryDirectory(prefix="aapo_benchmark_") as folder:
+        rows = context.measure(plan, Path(folder))
+    print(plain(*context.table(rows)), flush=True)
+    if not arguments.quick:
+        write_section(DOCS / "results" / "benchmarks.md", "context", markdown(*context.table(rows)))
+    return {"rows": [asdict(row) for row in rows]}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="WHAT")
-    for run in (rollout, gpu, rewards, refits, guard, scaling, peers):
+    for run in (rollout, gpu, experts, rewards, refits, guard, scaling, context, peers):
         command = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
         command.set_defaults(run=run)
         if run is guard:

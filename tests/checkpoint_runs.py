@@ -18,7 +18,7 @@ from tests.tiny_models import make_config
 DIGEST = "0123456789abcdef"
 
 
-def make_policy(model: Path, tp: int = 1, pp: int = 1, distributed_optimizer: bool = False):
+def make_policy(model: Path, tp: int = 1, pp: int = 1, distributed_optimizer: bool = False, ep: int = 1):
     """The policy of every run here; its learning rate depends on how many steps went before."""
     from tests.policies import make_policy
 
@@ -26,6 +26,8 @@ def make_policy(model: Path, tp: int = 1, pp: int = 1, distributed_optimizer: bo
         model,
         model__tensor_model_parallel_size=tp,
         model__pipeline_model_parallel_size=pp,
+        model__expert_model_parallel_size=ep,
+        model__sequence_parallel=tp > 1 and ep > 1,  # as experts need it
         model__optim__sched__warmup_steps=8,
         model__optim__use_distributed_optimizer=distributed_optimizer,
     )
@@ -61,9 +63,9 @@ def state_of(step: int) -> dict[str, Any]:
     return {"step": step, "sampler": {"epoch": 1, "cursor": 5 * step}, "policy_version": step}
 
 
-def train_and_save(model: Path, directory: Path, tp: int, pp: int, distributed_optimizer: bool = False):
+def train_and_save(model: Path, directory: Path, tp: int, pp: int, distributed_optimizer: bool = False, ep: int = 1):
     """Three steps, saved after each; then the weights as they are now, and after one step more."""
-    policy = make_policy(model, tp, pp, distributed_optimizer)
+    policy = make_policy(model, tp, pp, distributed_optimizer, ep)
     checkpoints = make_checkpointer(directory)
     for step in (1, 2, 3):
         train(policy, step)

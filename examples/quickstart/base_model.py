@@ -1,4 +1,4 @@
-"""A tiny Qwen2 model made in about a minute: supervised on sums, first on right answers, then on partly wrong ones."""
+"""Tiny models made in about a minute: supervised on sums, first on right answers, then on partly wrong ones."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STAMP = "base_model.json"
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """The settings that decide the model, to the bit on one machine."""
+    """The settings that decide a Qwen2 model, to the bit on one machine."""
 
     seed: int = 0
     hidden_size: int = 64
@@ -40,6 +40,16 @@ class Recipe:
     """Steps on partly wrong answers, which teach it to slip."""
     batch_size: int = 64
     learning_rate: float = 2e-3
+
+
+@dataclass(frozen=True, slots=True)
+class MixtureRecipe(Recipe):
+    """The settings of a Qwen3 mixture of experts; a token passes as many units as in the dense model."""
+
+    intermediate_size: int = 128
+    """Units of one expert."""
+    experts: int = 8
+    experts_per_token: int = 2
 
 
 class BaseModelError(RuntimeError):
@@ -120,25 +130,34 @@ def _figures(stamp: dict[str, Any]) -> str:
 def new_model(recipe: Recipe, tokenizer: Any) -> Any:
     """The recipe's transformers model with random weights."""
     import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(recipe.seed)
-    model = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=len(tokenizer),
-            hidden_size=recipe.hidden_size,
-            intermediate_size=recipe.intermediate_size,
-            num_hidden_layers=recipe.layers,
-            num_attention_heads=recipe.heads,
-            num_key_value_heads=recipe.key_value_heads,
-            max_position_embeddings=64,
-            tie_word_embeddings=True,
-            initializer_range=recipe.initializer_range,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    ).float()
+    shared = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": recipe.hidden_size,
+        "intermediate_size": recipe.intermediate_size,
+        "num_hidden_layers": recipe.layers,
+        "num_attention_heads": recipe.heads,
+        "num_key_value_heads": recipe.key_value_heads,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": True,
+        "initializer_range": recipe.initializer_range,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    if isinstance(recipe, MixtureRecipe):
+        experts = {
+            "head_dim": recipe.hidden_size // recipe.heads,
+            "moe_intermediate_size": recipe.intermediate_size,
+            "num_experts": recipe.experts,
+            "num_experts_per_tok": recipe.experts_per_token,
+            "norm_topk_prob": True,
+        }
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**shared, **experts)).float()
+    else:
+        model = Qwen2ForCausalLM(Qwen2Config(**shared)).float()
     # by default transformers samples from the 50 likeliest tokens
     model.generation_config.update(do_sample=True, top_k=0, max_new_tokens=8)
     return model

@@ -277,6 +277,7 @@ def layout() -> dict[str, int]:
         "tensor_model_parallel_size": parallel.tensor_parallel_size(),
         "pipeline_model_parallel_size": parallel.pipeline_parallel_size(),
         "context_parallel_size": parallel.context_parallel_size(),
+        "expert_model_parallel_size": parallel.expert_parallel_size(),
         "data_parallel_size": parallel.batch_parallel_size(),
     }
 

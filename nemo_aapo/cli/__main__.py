@@ -14,15 +14,17 @@ COMMANDS = {
     "evaluate": "measure models on benchmarks; compare two evaluations",
     "convert": "convert models between Hugging Face and Megatron, inspect and verify them",
     "check-algorithm": "show that an algorithm of one's own does not depend on how its batch is cut",
+    "report": "a page that shows a run, or compares several",
+    "runs": "all runs below a folder in a table",
     "plan": "memory, time and layouts of a run, without a GPU",
     "doctor": "look at a machine or an allocation before it burns hours",
     "serve": "host a rollout engine behind HTTP",
     "fill": "fill the store of reference rewards",
     "prepare-data": "turn a data set into JSONL that a run takes as it is",
 }
-"""Name -> what it does; ``main`` of the module of that name does it, unless ``ELSEWHERE`` names another."""
-ELSEWHERE = {"check-algorithm": ("train", "check_algorithm")}
-"""Name -> module and function."""
+"""Name -> what it does; ``main`` of the module of that name does it."""
+FOLDERS = {"check-algorithm": "view", "report": "view", "runs": "view"}
+"""Commands whose module lies in a folder of its own."""
 USAGE = "\n".join(
     (
         "usage: nemo-aapo COMMAND ...      nemo-aapo COMMAND --help says more",
@@ -30,6 +32,15 @@ USAGE = "\n".join(
         *(f"  {name:<16}{meaning}" for name, meaning in COMMANDS.items()),
     )
 )
+
+
+def module_of(name: str) -> str:
+    """The module of a command.
+
+    >>> module_of("prepare-data"), module_of("runs")
+    ('nemo_aapo.cli.prepare_data', 'nemo_aapo.cli.view.runs')
+    """
+    return ".".join(filter(None, ("nemo_aapo.cli", FOLDERS.get(name), name.replace("-", "_"))))
 
 
 def main() -> int:
@@ -44,8 +55,7 @@ def main() -> int:
         print(f"nemo-aapo: there is no command {name!r}; {hint}", file=sys.stderr)
         return REFUSED
     sys.argv = [f"nemo-aapo {name}", *words]  # what usage lines call it
-    module, function = ELSEWHERE.get(name, (name.replace("-", "_"), "main"))
-    code: int = getattr(importlib.import_module(f"nemo_aapo.cli.{module}"), function)()
+    code: int = importlib.import_module(module_of(name)).main()
     return code
 
 

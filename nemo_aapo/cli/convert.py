@@ -109,7 +109,7 @@ def supported(arguments: argparse.Namespace) -> int:
 
 def layout_of(arguments: argparse.Namespace) -> Layout:
     """The ranks that the options ask for."""
-    return Layout(arguments.tp, arguments.pp)
+    return Layout(arguments.tp, arguments.pp, arguments.ep)
 
 
 def needs_ranks(job: ConversionJob) -> bool:
@@ -133,7 +133,8 @@ def session(job: ConversionJob) -> AbstractContextManager[None]:
     """Inside, this process is a rank of the layout."""
     from nemo_aapo.conversion.session import session as ranks
 
-    return ranks(job.layout.tensor_parallel_size, job.layout.pipeline_parallel_size)
+    layout = job.layout
+    return ranks(layout.tensor_parallel_size, layout.pipeline_parallel_size, layout.expert_parallel_size)
 
 
 def say(text: str) -> int:
@@ -171,7 +172,7 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
         if source:
             command.add_argument("source", type=Path, help=source)
         if ranks:
-            for short, long in (("tp", "tensor"), ("pp", "pipeline")):
+            for short, long in (("tp", "tensor"), ("pp", "pipeline"), ("ep", "expert")):
                 text = f"ranks of the {long}-parallel layout to work in; more than one are started here (default 1)"
                 command.add_argument(
                     f"--{long}-model-parallel-size", dest=short, type=positive, default=1, metavar="N", help=text

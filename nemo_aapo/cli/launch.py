@@ -6,6 +6,7 @@ launch.py evaluate model.path=DIR KEY=VALUE ...             as evaluate.py, with
 launch.py fill KEY=VALUE ...                                submit the array job that fills the reference store
 launch.py status DIR                                        all runs below a folder, such as a sweep's or results/
 launch.py status|logs [--follow]|cancel|requeue run.name=NAME   of a run that was submitted
+launch.py cancel|requeue DIR                                of all runs below a folder, such as a sweep's
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from nemo_aapo.config import Config
 from nemo_aapo.config.command_line import EVALUATION, CommandLine, read_command_line
 from nemo_aapo.config.compose import compose
 from nemo_aapo.engines.remote.fleet_status import fleet_lines
-from nemo_aapo.errors import ConfigError
+from nemo_aapo.errors import FAILED, ConfigError
 from nemo_aapo.launch import local, overview, sweep
 from nemo_aapo.launch.slurm import control, logs, submit
 from nemo_aapo.launch.slurm.paths import RunPaths, read_jobs
@@ -211,9 +212,18 @@ def control_run(action: str, words: Sequence[str]) -> int:
         print(overview.table(paths.run_dir, runs))
     elif action == "status":
         print(control.status(paths, fleet_lines))
+    elif not overview.is_run(paths.run_dir) and (runs := overview.runs_below(paths.run_dir)):
+        return control_runs(action, runs)
     else:
         print({"cancel": control.cancel, "requeue": control.requeue}[action](paths))
     return 0
+
+
+def control_runs(action: str, runs: Sequence[Path]) -> int:
+    """``cancel`` or ``requeue`` of all runs of a sweep, or of another folder."""
+    said, failed = (control.cancel_all(runs), 0) if action == "cancel" else control.requeue_all(runs)
+    print(said)
+    return FAILED if failed else 0
 
 
 def run_directory(words: Sequence[str]) -> RunPaths:

@@ -86,7 +86,7 @@ async def _serve(job: ServerJob, directory: Path, token: str, listener: socket.s
     await runner.setup()
     await web.SockSite(runner, listener).start()
     index, address = config.rollout.server.index, _address(listener, config.rollout.server.host)
-    record = ServerRecord(index, address, os.getpid(), uuid.uuid4().hex)
+    record = ServerRecord(index, address, os.getpid(), uuid.uuid4().hex, config.precision.name)
     publish(directory, record)
     _say(index, f"listens on {address}")
     if note := said(Path(config.model.path)):
@@ -125,11 +125,13 @@ def _worker(job: ServerJob, directory: Path) -> EngineWorker:
         return build_hosted_engine(job.config, job.shape)
 
     def locate(weights: Weights, tensors: Set[str]) -> Path:
-        from nemo_aapo.engines.remote.weight_store import verified
+        from nemo_aapo.engines.remote.weight_store import require_architecture, verified
         from nemo_aapo.errors import WeightsError
 
         if weights.manifest is not None:
-            return verified(directory, weights, tensors)
+            folder = verified(directory, weights, tensors)
+            require_architecture(folder, Path(path))
+            return folder
         if weights.id != base():
             raise WeightsError(f"the base model of this server, {path}, is another one than the trainer's")
         return Path(path)

@@ -1,29 +1,33 @@
-"""Trains a policy: one rank, alone or started by torchrun, Slurm or ``launch``. Checks an algorithm of one's own."""
+"""Trains a policy: one rank, alone or started by torchrun, Slurm or ``launch``."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 
-from nemo_aapo.cli.main import exit_code, run_command
-from nemo_aapo.config.compose import load_config
-from nemo_aapo.errors import FAILED, ConfigError
+from nemo_aapo.cli.main import run_command
 from nemo_aapo.prepare import Job, prepare
 from nemo_aapo.utils.libraries import importing
 
 DESCRIPTION = "Train a policy with AAPO: one rank (scripts/launch.py starts many)."
-CHECK_USAGE = """\
-usage: nemo-aapo check-algorithm my_algorithm.py:MyClass [FIELD=VALUE ...]
-       nemo-aapo check-algorithm NAME                        one of those that are built in
-
-Shows on a made-up batch that an algorithm's loss and gradient do not depend on how the batch is cut into micro-batches
-and over ranks, and that they are finite where a run may take them. Exit code 0: all promises hold, 1: one does not.
-"""
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """The command; its exit code."""
-    return run_command(prepare, train, description=DESCRIPTION, words=sys.argv[1:] if words is None else words)
+    words = sys.argv[1:] if words is None else words
+    return run_command(prepare, train, description=DESCRIPTION, words=_settings(list(words)))
+
+
+def _settings(words: list[str]) -> list[str]:
+    """``--replay RUN`` is the setting of that name.
+
+    >>> _settings(["seed=1", "--replay", "results/mine"])
+    ['seed=1', 'rollout.replay=results/mine']
+    """
+    if "--replay" not in words[:-1]:
+        return words
+    at = words.index("--replay")
+    return [*words[:at], f"rollout.replay={words[at + 1]}", *words[at + 2 :]]
 
 
 def train(job: Job) -> int:
@@ -32,31 +36,3 @@ def train(job: Job) -> int:
         from nemo_aapo.jobs import train as training  # torch and Megatron
 
     return training.train(job)
-
-
-def check_algorithm(words: Sequence[str] | None = None) -> int:
-    """The command ``check-algorithm``; its exit code."""
-    words = list(sys.argv[1:] if words is None else words)
-    if not words or "-h" in words or "--help" in words:
-        print(CHECK_USAGE, end="")
-        return 0
-    return exit_code(lambda: _check(words[0], words[1:]))
-
-
-def _check(name: str, fields: Sequence[str]) -> int:
-    if wrong := [word for word in fields if "=" not in word]:
-        raise ConfigError(f"{wrong[0]!r} is not of the form FIELD=VALUE")
-    settings = ", ".join(word.replace("=", ": ", 1) for word in fields)
-    chosen = [f"algorithm.custom={name}", f"algorithm.settings={{{settings}}}"]
-    if ":" not in name:
-        chosen = [f"algorithm={name}", *(f"algorithm.{word}" for word in fields)]
-    config = load_config(["model.path=none", "data.train=none", "data.validation=none", *chosen]).algorithm
-    with importing():
-        from nemo_aapo.algorithms.check import check
-        from nemo_aapo.algorithms.registry import algorithm_of
-    findings = check(algorithm_of(config), config)
-    for finding in findings:
-        print(f"{'WRONG' if finding.wrong else 'ok':<7}{finding.promise}")
-        if finding.wrong:
-            print(f"       {finding.wrong}")
-    return FAILED if any(finding.wrong for finding in findings) else 0

@@ -187,5 +187,9 @@ def _fitting(annotation: Any, value: Any) -> tuple[Any, bool]:
         return annotation, False
     members = typing.get_args(annotation)
     lists = [part for part in members if typing.get_origin(part) is tuple]
-    chosen = lists[0] if lists and isinstance(value, list | tuple | dict) else without_null(annotation)
-    return chosen, type(None) in members
+    words = [part for part in members if typing.get_origin(part) is Literal]
+    if lists and isinstance(value, list | tuple | dict):
+        return lists[0], type(None) in members
+    if words and isinstance(value, str):
+        return words[0], type(None) in members
+    return without_null(annotation), type(None) in members

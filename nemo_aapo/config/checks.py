@@ -139,6 +139,8 @@ def _check_sampling(config: Config) -> None:
             f"rollout.top_p={rollout.top_p}, rollout.top_k={rollout.top_k}: truncated sampling has another "
             "distribution than the loss trains. Keep top_p=1 and top_k=0 (validation.top_p is free)"
         )
+    if rollout.keep_tokens and rollout.keep_groups == 0:
+        raise ConfigError("rollout.keep_tokens=true has no effect with rollout.keep_groups=0, which keeps no rollouts")
     if "" in rollout.stop_strings:
         raise ConfigError("rollout.stop_strings holds an empty string, which would end every completion at once")
     if config.validation.min_new_tokens > rollout.max_new_tokens:

@@ -204,8 +204,8 @@ def _experts_problem(config: Config, shape: ModelShape) -> str | None:
             f"expert_model_parallel_size={expert} with model.tensor_model_parallel_size={tensor}: the rollout engine "
             "in process needs one of them to divide the other"
         )
-    adapted = sorted({"linear_fc1", "linear_fc2"} & set(model.lora.target_modules if model.lora else ()))
-    if adapted:
+    adapted = sorted({"linear_fc1", "linear_fc2"} & set(model.lora.target_modules)) if model.lora else []
+    if model.lora and adapted:
         return (
             f"lora.target_modules={list(model.lora.target_modules)}: {', '.join(adapted)} are experts here, and "
             "adapters on experts depend on the layout (Megatron-Bridge 0.3.1). Use [linear_qkv, linear_proj]"

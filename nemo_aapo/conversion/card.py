@@ -10,7 +10,7 @@ import yaml
 import nemo_aapo
 from nemo_aapo.algorithms.registry import paper_of
 from nemo_aapo.checkpoint.manifest import Manifest
-from nemo_aapo.conversion.source import ModelSource, run_settings
+from nemo_aapo.conversion.source import ModelSource, run_settings, shown_setting
 from nemo_aapo.run.metrics_file import read_metrics
 
 SETTINGS = (
@@ -54,25 +54,25 @@ def model_card(source: ModelSource, content: Manifest, dtype: str, adapter: bool
         ConfigError: the run's configuration or metrics can't be read.
     """
     settings, step = run_settings(source.run), content.step
-    base = content.trainer_state["converted_from"] if source.kind == "megatron" else source.base.name
-    name = settings.get("run", {}).get("name") or source.path.name
+    base = str(content.trainer_state.get("converted_from")) if source.kind == "megatron" else source.base.name
+    name = _get(settings, "run.name") or source.path.name
+    algorithm = shown_setting(settings, "algorithm.name")
     front = {
         "base_model": base,
         "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["nemo_aapo", *([settings["algorithm"]["name"]] if settings else [])],
+        "tags": ["nemo_aapo", *([algorithm] if settings else [])],
     }
     lines = ["---", yaml.safe_dump(front, sort_keys=False).rstrip(), "---", "", f"# {name}", ""]
     version = f"nemo_aapo {nemo_aapo.__version__}"
     if not settings:
         return "\n".join([*lines, f"`{base}` in {dtype}, converted from Megatron by {version}.", ""])
-    algorithm = settings["algorithm"]["name"]
     lines += [
         f"`{base}`, trained for {step} steps with {paper_of(algorithm)} by {version}; weights in {dtype}.",
         "",
-        f"- base model: `{settings['model']['path']}`",
-        f"- training data: `{settings['data']['train']}`",
-        f"- validation data: `{settings['data']['validation']}`",
+        f"- base model: `{shown_setting(settings, 'model.path')}`",
+        f"- training data: `{shown_setting(settings, 'data.train')}`",
+        f"- validation data: `{shown_setting(settings, 'data.validation')}`",
         f"- rewards: {_rewards(settings)}",
         "",
         "| setting | value |",
@@ -85,7 +85,10 @@ def model_card(source: ModelSource, content: Manifest, dtype: str, adapter: bool
 
 
 def _rewards(settings: dict[str, Any]) -> str:
-    return ", ".join(f"{entry['name']} (weight {entry.get('weight', 1.0)})" for entry in settings["rewards"])
+    given = settings.get("rewards")
+    entries = [entry for entry in given if isinstance(entry, dict)] if isinstance(given, list) else []
+    named = (f"{entry.get('name', 'unknown')} (weight {entry.get('weight', 1.0)})" for entry in entries)
+    return ", ".join(named) or "unknown"
 
 
 def _get(settings: dict[str, Any], key: str) -> Any:

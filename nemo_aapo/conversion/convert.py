@@ -3,7 +3,7 @@
     checkpoint_to_hf(find_source("results/math7b"), Path("math7b_hf"))     a run's newest checkpoint -> transformers
     hf_to_megatron(Path("/models/Qwen2.5-7B"), Path("qwen_megatron"))
 
-Tensor- and pipeline-parallel sizes are those that Megatron's groups were made with, whatever wrote a checkpoint.
+Parallel sizes are those that Megatron's groups were made with, whatever wrote a checkpoint.
 """
 
 from __future__ import annotations

@@ -7,11 +7,13 @@ from pathlib import Path
 
 from nemo_aapo.checkpoint import manifest
 from nemo_aapo.checkpoint.manifest import Manifest
-from nemo_aapo.conversion.source import ModelSource, lora_of, run_settings
+from nemo_aapo.config import ModelShape
+from nemo_aapo.conversion.source import ModelSource, lora_of, run_settings, shown_setting
 from nemo_aapo.errors import CheckpointError, ConfigError, RunError
 from nemo_aapo.models import directory as model_dir
 from nemo_aapo.models import writer as hf_directory
 from nemo_aapo.models.families import CONVERTS, TRAINS
+from nemo_aapo.run.metrics_file import number
 from nemo_aapo.run.state import read_state
 from nemo_aapo.utils.safetensors import tensor_headers
 
@@ -48,10 +50,16 @@ def _architecture(path: Path) -> list[str]:
         tied = "tied" if shape.tied_embeddings else "own"
         lines.append(
             f"shape                {shape.num_layers} layers, hidden {shape.hidden_size}, feed-forward "
-            f"{shape.ffn_hidden_size}, {shape.num_attention_heads} heads ({shape.num_query_groups} key-value), "
+            f"{_feed_forward(shape)}, {shape.num_attention_heads} heads ({shape.num_query_groups} key-value), "
             f"vocabulary {shape.vocab_size}, {tied} output layer, {shape.max_position_embeddings} positions"
         )
     return lines
+
+
+def _feed_forward(shape: ModelShape) -> str:
+    if (experts := shape.experts) is None:
+        return str(shape.ffn_hidden_size)
+    return f"{experts.per_token} of {experts.count} experts of {experts.ffn_hidden_size}"
 
 
 def _weights(path: Path) -> list[str]:
@@ -79,11 +87,13 @@ def _checkpoint(path: Path, source: ModelSource) -> list[str]:
     layout = content.layout
     names = ("tensor_model_parallel", "pipeline_model_parallel", "context_parallel", "data_parallel")
     sizes = {name.partition("_")[0]: layout.get(f"{name}_size", 1) for name in names}
+    expert = layout.get("expert_model_parallel_size", 1)
+    experts = f", experts over {expert}" if expert > 1 else ""
     lines = [
         f"{what}{path}",
         f"step                 {content.step}",
         f"written by           {layout['world_size']} rank(s), "
-        f"{' x '.join(f'{name} {size}' for name, size in sizes.items())}; any layout loads it",
+        f"{' x '.join(f'{name} {size}' for name, size in sizes.items())}{experts}; any layout loads it",
         f"versions             {', '.join(f'{name} {version}' for name, version in content.versions.items())}",
     ]
     if source.kind == "megatron":
@@ -137,14 +147,14 @@ def _run(source: ModelSource) -> list[str]:
     ]
     if settings:
         lines += [
-            f"algorithm            {settings['algorithm']['name']}",
-            f"training data        {settings['data']['train']}",
+            f"algorithm            {shown_setting(settings, 'algorithm.name')}",
+            f"training data        {shown_setting(settings, 'data.train')}",
         ]
         if lora := lora_of(source):
             targets = ", ".join(lora.target_modules)
             lines.append(f"LoRA adapters        rank {lora.rank}, alpha {lora.alpha}, on {targets}")
     if state.validation is not None:
-        accuracy = state.validation["validation/accuracy_greedy"]
+        accuracy = number(state.validation, "validation/accuracy_greedy")
         lines.append(f"last validation      step {state.validation['step']}: accuracy {accuracy:.3f} greedy")
     exported = source.path / "hf_model"
     lines.append(f"exported model       {exported if exported.is_dir() else 'none'}")

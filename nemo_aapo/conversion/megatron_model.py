@@ -44,10 +44,12 @@ def build(base: Path, dtype: torch.dtype, lora: Lora | None = None) -> tuple[Wei
     layout = {
         "tensor_model_parallel_size": parallel.tensor_parallel_size(),
         "pipeline_model_parallel_size": parallel.pipeline_parallel_size(),
+        "expert_model_parallel_size": parallel.expert_parallel_size(),
     }
     module = build_stage(weight_map, {**precision.machine_fields(dtype), **layout})
     if lora is not None:
         add_adapters(module, lora, seed=0)  # drawn, and then overwritten
+    module.eval()  # training, mcore wants sequence parallelism for experts with tensor parallelism
     return weight_map, module.to(dtype).requires_grad_(False)  # torch's norms begin in float32
 
 

@@ -13,11 +13,12 @@ TIMEOUT_S = 1800.0
 
 
 @contextlib.contextmanager
-def session(tensor_parallel_size: int, pipeline_parallel_size: int) -> Iterator[None]:
+def session(tensor_parallel_size: int, pipeline_parallel_size: int, expert_parallel_size: int = 1) -> Iterator[None]:
     """Inside, this process is a rank of the layout; torchrun's variables say which, alone without them."""
     initialize_model_parallel(
         tensor_model_parallel_size=tensor_parallel_size,
         pipeline_model_parallel_size=pipeline_parallel_size,
+        expert_model_parallel_size=expert_parallel_size,
         seed=0,  # nothing is drawn but weights that are overwritten
         timeout_s=TIMEOUT_S,
     )

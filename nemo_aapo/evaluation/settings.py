@@ -36,7 +36,7 @@ def engine_settings(config: EvaluationConfig, source: ModelSource, launched: Seq
     """A configuration of training for the parts that evaluation shares with it: layout, precision, rewards, engine.
 
     Args:
-        launched: ``cluster`` and ``dry_run`` of the launcher that starts it.
+        launched: ``cluster`` and ``dry_run`` of the launcher that starts it; with servers beside it, it samples there.
 
     Raises:
         ConfigError: a setting that training refuses.
@@ -47,13 +47,24 @@ def engine_settings(config: EvaluationConfig, source: ModelSource, launched: Seq
     tree["seed"] = config.seed
     tree["precision"]["name"] = config.precision.name
     tree["trainer"].update(asdict(config.trainer))
-    layout = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "trust_remote_code")
-    tree["model"].update(path=str(source.base), **{key: getattr(config.model, key) for key in layout})
-    tree["data"].update(train="none", validation="none", max_prompt_tokens=config.max_prompt_tokens)
-    tree["rollout"].update(
-        max_new_tokens=config.sampling.max_new_tokens, max_concurrent_tokens=config.max_concurrent_tokens
+    layout = [f"{key}_model_parallel_size" for key in ("tensor", "pipeline", "expert")]
+    tensor = config.model.tensor_model_parallel_size
+    tree["model"].update(
+        path=str(source.base),
+        trust_remote_code=config.model.trust_remote_code,
+        sequence_parallel=tensor > 1,  # training with experts needs it, and nothing is trained
+        **{key: getattr(config.model, key) for key in layout},
     )
-    tree["max_tokens_per_microbatch"] = longest
+    tree["data"].update(train="none", validation="none", max_prompt_tokens=config.max_prompt_tokens)
+    beside = tree["cluster"]["servers"]["nodes"] * tree["cluster"]["servers"]["per_node"]
+    tree["rollout"].update(
+        engine="remote" if beside else config.rollout.engine,
+        max_new_tokens=config.sampling.max_new_tokens,
+        max_concurrent_tokens=config.max_concurrent_tokens,
+        remote=asdict(config.rollout.remote) | ({"servers": beside} if beside else {}),
+    )
+    tree["rollout"]["server"]["directory"] = config.rollout.remote.directory
+    tree["max_tokens_per_microbatch"] = longest + tensor  # padded to a multiple of it
     # A multiple of the data-parallel size, whatever that is.
     tree["prompts_per_step"] = config.trainer.num_nodes * config.trainer.devices
     tree["rewards"] = list(config.rewards)

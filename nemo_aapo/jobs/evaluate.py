@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -16,11 +15,9 @@ import yaml
 from tqdm import tqdm
 
 from nemo_aapo.config import Config, EvaluationConfig
-from nemo_aapo.conversion.source import lora_of
 from nemo_aapo.data.tokenizer import load_text
 from nemo_aapo.distributed import parallel
 from nemo_aapo.distributed.agreement import agree, on_first_rank
-from nemo_aapo.engines.base import RolloutEngine
 from nemo_aapo.evaluation import report
 from nemo_aapo.evaluation.benchmarks import Problem
 from nemo_aapo.evaluation.measure import measure
@@ -28,7 +25,7 @@ from nemo_aapo.evaluation.records import Record, Records, claim_identity
 from nemo_aapo.evaluation.settings import reward_name
 from nemo_aapo.evaluation.tasks import Task, load_task, sampling_of
 from nemo_aapo.evaluation.votes import answer_of
-from nemo_aapo.mcore import precision
+from nemo_aapo.jobs.evaluation_engine import build_engine
 from nemo_aapo.mcore.groups import destroy_model_parallel
 from nemo_aapo.prepare.evaluation import EvaluationJob
 from nemo_aapo.rollout.collector import ChecksAnswers, Collector, RewardScorer
@@ -36,11 +33,9 @@ from nemo_aapo.rollout.unscored import ScoringWatch
 from nemo_aapo.run.directory import lock_directory
 from nemo_aapo.run.stop import StopSignal
 from nemo_aapo.seeds import stream_seed
-from nemo_aapo.text.transformers5 import said
 from nemo_aapo.training.build import build_scorer, initialize
 from nemo_aapo.types import Group, SamplingSpec
 from nemo_aapo.utils.files import FINISHED, to_json, write_atomic
-from nemo_aapo.utils.safetensors import model_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -76,7 +71,7 @@ def evaluate(job: EvaluationJob) -> int:
             if len(text.end_tokens) > 1:
                 _say(f"completions end with one of {text}")
             tasks = _load_tasks(config, text.tokenizer, scorer)
-            engine, weights = _build_engine(job, text.decode)
+            engine, weights = build_engine(job, text.decode, stack, _say)
             identity = _identity(config, settings, weights, text.end_tokens)
             agree(lambda: _begin(directory, dict(job.tree), identity) if first else None)
             collector = Collector(engine, scorer, text.decode)
@@ -104,25 +99,6 @@ def _load_tasks(
         return [load_task(config, name, tokenizer, scorer.check_answer, _say) for name in config.benchmarks]
 
     return on_first_rank(load)
-
-
-def _build_engine(job: EvaluationJob, decode: Callable[[np.ndarray], str]) -> tuple[RolloutEngine, str]:
-    """The engine with the weights that are measured, and what tells these from others. Collective."""
-    from nemo_aapo.conversion import megatron_model
-    from nemo_aapo.engines.megatron.engine import MegatronEngine
-
-    source, settings = job.source, job.settings
-    weight_map, module = megatron_model.build(source.base, precision.dtype(settings), lora_of(source))
-    _say(f"loading {source.path}{said(source.base)}")
-    if source.kind == "hf":
-        weight_map.load(module)
-        digest = on_first_rank(lambda: model_digest(str(source.base)))
-    else:
-        content = megatron_model.load_checkpoint(source, module, _say)
-        sums = repr(sorted((name, record.sha256) for name, record in content.files.items()))
-        digest = f"{hashlib.sha256(sums.encode()).hexdigest()[:16]} (step {content.step})"
-    budget = settings.rollout.max_concurrent_tokens
-    return MegatronEngine(module, job.shape.vocab_size, budget, decode=decode), digest
 
 
 def _identity(

@@ -14,6 +14,7 @@ from nemo_aapo.errors import Interrupted
 from nemo_aapo.mcore.groups import destroy_model_parallel
 from nemo_aapo.prepare.job import Job, resolve
 from nemo_aapo.prepare.loggers import check_loggers
+from nemo_aapo.report.own_page import OwnPage
 from nemo_aapo.run.experiment import open_experiment
 from nemo_aapo.run.progress import Progress
 from nemo_aapo.run.reporter import RunReporter
@@ -64,11 +65,21 @@ def train(job: Job | Config, **parts: Unpack[Parts]) -> int:
         ):
             for line in job.sizes.arithmetic:
                 progress.note(line)
-            reporter = RunReporter(experiment, progress, stop, console_samples=config.validation.console_samples)
+            page = OwnPage(Path(config.run.dir), progress.note, enabled=rank == 0)
+            reporter = RunReporter(
+                experiment,
+                progress,
+                stop,
+                console_samples=config.validation.console_samples,
+                after_validation=page.begin,
+            )
             with parallel.lost_ranks_reported(lambda: "the start"):
                 trainer = build_training(job, reporter=reporter, stack=stack, **parts)
             complete = trainer.fit()
-            complete = complete and _finish(trainer, reporter)
+            complete = complete and _export(trainer, reporter)
+            page.finish("finished" if complete else "stopped")
+            if complete:
+                experiment.finish({"step": trainer.step, "policy_version": trainer.policy.version})
             if not complete:
                 progress.note(f"stopped after step {trainer.step}; the same command goes on from there")
         if complete and rank == 0:
@@ -78,8 +89,8 @@ def train(job: Job | Config, **parts: Unpack[Parts]) -> int:
         destroy_model_parallel()
 
 
-def _finish(trainer: AAPOTrainer, reporter: RunReporter) -> bool:
-    """Export the model, then mark the run as finished; False if a stop broke off the export."""
+def _export(trainer: AAPOTrainer, reporter: RunReporter) -> bool:
+    """Export the model where that is asked for; False if a stop broke it off."""
     config, began, stop = trainer.config, time.monotonic(), stop_of(trainer.config, reporter)
     if config.export_hf_model:
         reporter.note("exporting the Hugging Face model")
@@ -91,5 +102,4 @@ def _finish(trainer: AAPOTrainer, reporter: RunReporter) -> bool:
                 )
             except Interrupted:
                 return False
-    reporter.experiment.finish({"step": trainer.step, "policy_version": trainer.policy.version})
     return True

@@ -113,6 +113,11 @@ def refusal(config: Config, machine: Machine) -> str | None:
             "model.share_prompts=true: attention over prompts that sequences share is not wired to TransformerEngine "
             "yet; leave it at null"
         )
+    if config.model.context_parallel_size > 1 and not kind.bf16:
+        return (
+            f"model.context_parallel_size={config.model.context_parallel_size} with precision={name} on a GPU: "
+            "TransformerEngine cuts sequences with flash-attn or cuDNN only, which take no fp32; use precision=bf16"
+        )
     if not machine.transformer_engine:
         return f"precision={name} on a GPU needs TransformerEngine, which is not installed; see the Dockerfile"
     if machine.capability < kind.min_capability:

@@ -5,6 +5,7 @@ groups with advantages -> drop what has no gradient, or no score -> micro-batche
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -99,6 +100,24 @@ class Learner:
         everyone = parallel.gather_data_parallel(sums)[:: parallel.context_parallel_size()]
         total = [sum(part[key] for part in everyone) for key in sums]
         return _parity(dict(zip(sums, total, strict=True)))
+
+    def token_figures(self, groups: Sequence[Group], first: Sequence[int]) -> dict[int, np.ndarray]:
+        """The learner's log-probs and entropies of the tokens of some completions, without training.
+
+        Args:
+            groups: this data-parallel rank's.
+            first: of each group, the number that names its first completion in the whole job, below 2**24; the others
+                follow.
+
+        Returns:
+            Number of a completion -> float32 [2, T], its log-probs and entropies; all ranks', on every rank.
+        """
+        batches, _ = self._microbatches([_numbered(group, start) for group, start in zip(groups, first, strict=True)])
+        everyone = parallel.gather_data_parallel(self.policy.figures(batches))
+        columns = np.hstack([part for parts in everyone for part in parts])
+        columns = columns[:, np.lexsort((columns[1], columns[0]))]  # by completion, then by place in it
+        numbers, starts = np.unique(columns[0], return_index=True)
+        return dict(zip((numbers.astype(int) - 1).tolist(), np.split(columns[2:], starts[1:], axis=1), strict=True))
 
     # ------------------------------------------------------------------ micro-batches
 
@@ -243,6 +262,16 @@ def _samples(group: Group) -> list[Sample]:
         for completion, advantage in zip(group.completions, group.final_advantages, strict=True)
         if not np.isnan(advantage)
     ]
+
+
+def _numbered(group: Group, first: int) -> Group:
+    """A group whose samples say who they are wherever they go: the advantage is 1 + the completion's number, and the
+    engine's log-prob of a token is its place in the completion."""
+    marked = [
+        dataclasses.replace(completion, logprobs=np.arange(len(completion.token_ids), dtype=np.float32))
+        for completion in group.completions
+    ]
+    return group.replace(completions=tuple(marked), advantages=np.arange(len(marked)) + first + 1.0)
 
 
 def _like(scored: np.ndarray, batch: MicroBatch) -> torch.Tensor:

@@ -56,6 +56,23 @@ class TokenPasses:
         everyone = parallel.gather_context_parallel(scored)
         return [batch.whole(parts) for batch, *parts in zip(batches, *everyone, strict=True)]
 
+    @torch.no_grad()
+    def figures(
+        self, batches: Sequence[MicroBatch], wrapped: DistributedDataParallel | None = None
+    ) -> list[np.ndarray]:
+        """What is known of the completion tokens, by rows, without gradients.
+
+        Returns:
+            float32 [4, n] for each micro-batch, on every pipeline stage: the tokens' advantages and rollout log-probs
+            as they came, and the model's log-probs and entropies (nats). n counts the tokens that this rank computes.
+        """
+
+        def table(hidden: torch.Tensor, batch: MicroBatch) -> np.ndarray:
+            computed = self._logprobs(hidden, batch)
+            return torch.stack([batch.advantages, batch.rollout_logprobs, *computed]).float().cpu().numpy()
+
+        return parallel.broadcast_from_last_stage(passes.forward(self.module, batches, table, wrapped))
+
     def train(
         self, batches: Sequence[MicroBatch], loss: TokenLoss, wrapped: DistributedDataParallel
     ) -> dict[str, float]:
@@ -67,17 +84,19 @@ class TokenPasses:
             loss: summed over all micro-batches of all ranks it is the loss.
 
         Returns:
-            ``loss`` and the loss function's sums over all ranks (keys that start with ``min/`` are minima). With
-            ``rollout.replay_routes`` also ``router/replay_disagreement``: the share of the (token, layer) choices
-            replayed in which the router would have chosen other experts; NaN if none was.
+            ``loss`` and the loss function's sums over all ranks (keys that start with ``min/`` are minima), and the
+            routers' metrics. With ``rollout.replay_routes`` also ``router/replay_disagreement``: of the (token, layer)
+            choices replayed, the share in which the router would have chosen other experts; NaN if none was.
         """
 
         def loss_of_hidden(hidden: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             return loss(*self._logprobs(hidden, batch), batch)
 
-        outputs, replayed = passes.forward_and_backward(self.module, _own_parts(batches), loss_of_hidden, wrapped)
+        outputs, replayed, routed = passes.forward_and_backward(
+            self.module, _own_parts(batches), loss_of_hidden, wrapped
+        )
         own = merge([{key: float(value) for key, value in output.items()} for output in outputs])
-        sums = merge(parallel.gather_data_parallel(parallel.broadcast_from_last_stage(own)))
+        sums = merge(parallel.gather_data_parallel(parallel.broadcast_from_last_stage(own))) | routed
         if self.config.rollout.replay_routes:
             known, otherwise = parallel.sum_over_ranks(*replayed)
             sums["router/replay_disagreement"] = otherwise / known if known else math.nan

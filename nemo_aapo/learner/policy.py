@@ -77,6 +77,10 @@ class MegatronPolicy:
         """
         return self.passes.score(batches, self._optimization.model if self._optimization else None)
 
+    def figures(self, batches: Sequence[MicroBatch]) -> list[np.ndarray]:
+        """What is known of the completion tokens: ``TokenPasses.figures``."""
+        return self.passes.figures(batches, self._optimization.model if self._optimization else None)
+
     # ------------------------------------------------------------------ weights
 
     def keep_reference(self) -> None:

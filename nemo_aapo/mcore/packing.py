@@ -93,7 +93,8 @@ class PackedSequences(PackedSeqParams):
                 last = min(first + QUERIES_AT_ONCE, end) - 1
                 runs.append(Run(int(sequences[first]), int(offsets[first]), int(offsets[last]) + 1))
         seen = {run.sequence: run.stop for run in runs}  # the last run of a sequence sees most of it
-        keys = np.concatenate([self._tokens[bounds[i] : bounds[i] + stop] for i, stop in seen.items()])
+        tokens = self._tokens
+        keys = np.concatenate([tokens[bounds[i] : bounds[i] + stop] for i, stop in seen.items()])
         return OwnQueries(torch.from_numpy(order), runs, torch.from_numpy(keys), seen)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
@@ -12,6 +13,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from nemo_aapo.mcore.experts.metrics import RouterWatch
 from nemo_aapo.mcore.experts.routing import RoutingReplay
 from nemo_aapo.mcore.micro_batch import MicroBatch
 from nemo_aapo.mcore.model import hidden_states_out
@@ -45,7 +47,7 @@ def forward(
 
 def forward_and_backward(
     module: GPTModel, batches: Sequence[MicroBatch], loss: LossOfHidden, wrapped: DistributedDataParallel
-) -> tuple[list[Sums], tuple[float, float]]:
+) -> tuple[list[Sums], tuple[float, float], dict[str, float]]:
     """Forward and backward passes; the gradients are in the buffers of ``wrapped``, reduced over all ranks. Collective.
 
     Args:
@@ -53,8 +55,8 @@ def forward_and_backward(
         loss: summed over all micro-batches of all ranks it is the loss.
 
     Returns:
-        ``loss`` and the loss function's sums of each micro-batch, empty on other stages than the last; and what this
-        rank's routers replayed (``RoutingReplay.counts``).
+        ``loss`` and the loss function's sums of each micro-batch, empty on other stages than the last; what this
+        rank's routers replayed (``RoutingReplay.counts``); and what those of all ranks did (``RouterWatch.metrics``).
     """
 
     def three_parts(hidden: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, Sums]:
@@ -67,7 +69,9 @@ def forward_and_backward(
         return value, tokens, {"loss": value.detach().clone(), **sums}
 
     replay = RoutingReplay(module, batches, trains=True)
-    return _run(module, batches, three_parts, wrapped, replay, forward_only=False), replay.counts()
+    with RouterWatch(module) as watch:
+        outputs = _run(module, batches, three_parts, wrapped, replay, watch, forward_only=False)
+    return outputs, replay.counts(), watch.metrics()
 
 
 def connect(wrapped: DistributedDataParallel, optimizer: MegatronOptimizer) -> None:
@@ -95,13 +99,15 @@ def _run(
     on_last_stage: Callable[[torch.Tensor, MicroBatch], object],
     wrapped: DistributedDataParallel | None,
     replay: RoutingReplay,
+    watch: RouterWatch | None = None,
     forward_only: bool = True,
 ) -> list:
     def forward_step(iterator: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
         batch = next(iterator)
         packing = None if batch.cu_seqlens is None else packed_sequences(batch)
         replay.start(batch)
-        with hidden_states_out(module), rotary_positions(module, batch):
+        watching = watch.forward_pass(batch) if watch else contextlib.nullcontext()
+        with hidden_states_out(module), rotary_positions(module, batch), watching:
             hidden = model(batch.input_ids, batch.position_ids, None, packed_seq_params=packing)
 
         def finish(hidden: torch.Tensor, non_loss_data: bool = False) -> object:

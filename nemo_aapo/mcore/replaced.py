@@ -162,6 +162,16 @@ ON_CPU = (
         "it copies the numbers of tokens to the host on a CUDA stream; on a CPU they are there",
     ),
     Function(
+        "megatron.core.transformer.moe.moe_utils:sort_chunks_by_idxs",
+        "0d65adf03323f702e5cc4e08cc25eb041626be958e618df60471b2cf6b5d984b",
+        "it cuts tokens up and joins them again also where they lie in order",
+    ),
+    Function(
+        "megatron.core.transformer.moe.experts:SequentialMLP.forward",
+        "2f6a645f4f9ce7d71b0a6910ec51d9d9fa96fe3086da2b755cc444b845320b62",
+        "it calls experts one after the other; the replacement is one autograd function (mcore/experts/grouped.py)",
+    ),
+    Function(
         "megatron.core.transformer.moe.moe_utils:RouterGatingLinearFunction.forward",
         "dcba4f9f02b30a3662d27126739a667cbaf345a82443d1a0cff5792491b95580",
         "it asks for TransformerEngine's product by a name that nobody has defined without it",

@@ -15,6 +15,8 @@ from nemo_aapo.text import transformers5
 ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "LlamaForCausalLM")
 """Architectures that can be trained; ``models/families.py`` has those that are only converted."""
 
+_SHARED = "an expert that every token passes is not decoded here"
+
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """The values of ``rope_scaling`` that mcore's rotary embedding takes for granted; Llama 3.1, 3.2 and 3.3 have them."""
 
@@ -32,6 +34,34 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "GemmaForCausalLM": {"num_key_value_heads": 16, "head_dim": 256, "tie_word_embeddings": True},
 }
 """What transformers 4.57 takes for a size that ``config.json`` leaves out, where it differs from ``shape_of``'s."""
+
+NO_EXPERT_SETTINGS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "decoder_sparse_step": ((1,), "dense layers among those of experts are not told apart in Megatron-Bridge 0.3.1"),
+    "mlp_only_layers": (([],), "dense layers among those of experts are not told apart in Megatron-Bridge 0.3.1"),
+    "shared_expert_intermediate_size": ((0,), _SHARED),
+    "num_shared_experts": ((0,), _SHARED),
+    "n_shared_experts": ((0,), _SHARED),
+    "scoring_func": (("softmax",), "a router that scores otherwise, with a bias for each expert, is not decoded here"),
+    "routed_scaling_factor": ((1,), "transformers does not scale the experts' weights, and Megatron would"),
+    "n_group": ((1,), "transformers does not limit the choice to groups of experts, and Megatron would"),
+}
+"""Settings of a model with experts: the values that are computed here, besides null, and why no other is."""
+
+REFUSED = {
+    "Gemma2ForCausalLM": "Megatron-Bridge 0.3.1 builds its layers of TransformerEngine classes only "
+    "(TERowParallelLinearLayerNorm), which do not exist on a CPU",
+    "Gemma3ForCausalLM": "Megatron-Bridge 0.3.1 builds its layers of TransformerEngine classes only "
+    "(TERowParallelLinearLayerNorm, Gemma3TEDotProductAttention), which do not exist on a CPU",
+    "OlmoeForCausalLM": "its norms of query and key span all heads, which the in-process engine does not decode; and "
+    "Megatron-Bridge 0.3.1 builds its layers of TransformerEngine classes only",
+    "MixtralForCausalLM": "Megatron-Bridge 0.3.1 has no map for its weights",
+    "Qwen2MoeForCausalLM": _SHARED,
+    "DeepseekV2ForCausalLM": f"latent attention is not decoded here, and {_SHARED}",
+    "DeepseekV3ForCausalLM": f"latent attention and sigmoid routers with a bias are not decoded here, and {_SHARED}",
+    "Glm4MoeForCausalLM": f"sigmoid routers with a bias are not decoded here, and {_SHARED}",
+    "GptOssForCausalLM": "its experts have biases and a clamped activation, and its attention sinks: not decoded here",
+}
+"""Architectures that neither train nor convert, with the reason."""
 
 
 def read_model_dir(path: str, architectures: Sequence[str] = ARCHITECTURES) -> ModelShape:
@@ -52,7 +82,10 @@ def read_model_dir(path: str, architectures: Sequence[str] = ARCHITECTURES) -> M
     config = read_config_json(directory)
     architecture = first_architecture(config)
     if architecture not in architectures:
-        raise ConfigError(f"model.path={path}: architecture {architecture}; supported are {', '.join(architectures)}")
+        reason = f" ({REFUSED[architecture]})" if architecture in REFUSED else ""
+        raise ConfigError(
+            f"model.path={path}: architecture {architecture}{reason}; supported are {', '.join(architectures)}"
+        )
     if problem := twin_problem(config):
         raise ConfigError(f"model.path={path}: {problem}")
     shape = shape_of(config)
@@ -69,7 +102,7 @@ def twin_problem(config: dict[str, Any]) -> str | None:
     if problem := transformers5.problem(config):
         return problem
     config = {**config, **transformers5.translation(config)}
-    return _rope_problem(config) or _window_problem(config)
+    return _rope_problem(config) or _window_problem(config) or _experts_problem(config)
 
 
 def _rope_problem(config: dict[str, Any]) -> str | None:
@@ -94,6 +127,17 @@ def _rope_problem(config: dict[str, Any]) -> str | None:
 def _window_problem(config: dict[str, Any]) -> str | None:
     if config.get("use_sliding_window") and "MistralForCausalLM" not in config["architectures"]:
         return "use_sliding_window=true gets lost in Megatron-Bridge 0.3.1: the Megatron model would differ"
+    return None
+
+
+def _experts_problem(config: dict[str, Any]) -> str | None:
+    if first_architecture(config) != "Qwen3MoeForCausalLM":
+        return None
+    for key, (computed, reason) in NO_EXPERT_SETTINGS.items():
+        if config.get(key) not in (None, *computed):
+            return f"{key}={config[key]!r}: {reason}; the Megatron model would differ"
+    if config.get("num_experts_per_tok") == 1 and config.get("norm_topk_prob"):
+        return "num_experts_per_tok=1 with norm_topk_prob=true: each weight would be 1, and the router never learn"
     return None
 
 

@@ -13,18 +13,10 @@ from typing import Any
 from nemo_aapo.config.sizes import undivided
 from nemo_aapo.errors import ConfigError
 from nemo_aapo.models.directory import ARCHITECTURES as TRAINS
-from nemo_aapo.models.directory import first_architecture, read_config_json, shape_of, twin_problem
+from nemo_aapo.models.directory import REFUSED, first_architecture, read_config_json, shape_of, twin_problem
 
 CONVERTS = (*TRAINS, "MistralForCausalLM", "GemmaForCausalLM")
 """Architectures that convert; those of ``TRAINS`` can be trained as well."""
-
-REFUSED = {
-    "Gemma2ForCausalLM": "Megatron-Bridge 0.3.1 builds its layers of TransformerEngine classes only "
-    "(TERowParallelLinearLayerNorm), which do not exist on a CPU",
-    "Gemma3ForCausalLM": "Megatron-Bridge 0.3.1 builds its layers of TransformerEngine classes only "
-    "(TERowParallelLinearLayerNorm, Gemma3TEDotProductAttention), which do not exist on a CPU",
-}
-"""Architectures that can't be converted, with the reason."""
 
 
 def require_convertible(path: Path) -> dict[str, Any]:
@@ -49,14 +41,16 @@ def require_convertible(path: Path) -> dict[str, Any]:
     return config
 
 
-def require_layout(path: Path, tensor_parallel_size: int, pipeline_parallel_size: int) -> None:
+def require_layout(
+    path: Path, tensor_parallel_size: int, pipeline_parallel_size: int, expert_parallel_size: int = 1
+) -> None:
     """Refuse a model that is not converted, or whose shape the parallel sizes do not divide.
 
     Raises:
         ConfigError: as ``require_convertible``; or the message says what does not divide.
     """
     shape = shape_of(require_convertible(path))
-    problem = undivided(shape, tensor_parallel_size, pipeline_parallel_size)
+    problem = undivided(shape, tensor_parallel_size, pipeline_parallel_size, expert_parallel_size)
     if problem is None and shape.vocab_size % tensor_parallel_size:
         problem = f"tensor_model_parallel_size={tensor_parallel_size} does not divide its {shape.vocab_size} token ids"
     if problem:

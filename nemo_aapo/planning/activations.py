@@ -34,21 +34,24 @@ class Term:
     """The code that saves the tensor."""
     numbers: Literal["compute", "linear_input", "fp32"] = "compute"
     """Dtype of the numbers: the compute dtype; that of inputs of matrix products, a byte under FP8; or float32."""
-    cut: Literal["tensor", "sequence", "whole"] = "tensor"
-    """How the tensor is sharded over the tensor-parallel ranks: always, under sequence parallelism only, or never."""
-    recomputed_with: Literal["core_attn", "mlp"] | None = None
+    cut: Literal["tensor", "sequence", "whole", "row"] = "tensor"
+    """How the tensor is sharded over the tensor-parallel ranks: always, under sequence parallelism only, or never; and
+    always over context-parallel ranks. ``row``: as ``tensor``, but each context-parallel rank has all tokens."""
+    recomputed_with: Literal["core_attn", "mlp", "moe"] | None = None
     """The one of ``model.recompute_modules`` that recomputes it under selective recomputation; None: none does."""
     per_position: bool = False
     """True: one row serves all sequences of the micro-batch."""
-    only: Literal["qk_norm", "copied_query", "dense", "experts", "fp8"] | None = None
-    """The models or precisions that have the tensor; None: all. ``copied_query``: with normalised queries and several
-    groups on a rank, where mcore's reshape is a copy."""
+    only: Literal["qk_norm", "copied_query", "few_keys", "dense", "experts", "fp8"] | None = None
+    """The models, precisions or layouts that have the tensor; None: all. ``copied_query``: with normalised queries and
+    several groups on a rank, where mcore's reshape is a copy. ``few_keys``: with fewer key heads than ranks to cut."""
 
 
 _LOCAL_NORM = "mcore/cpu/kernels.py, rms_norm: the input and 1/rms"
 _LOCAL_LINEAR = "mcore tensor_parallel/layers.py, LinearWithGradAccumulationAndAsyncCommunication: the input"
 _LOCAL_ROTARY = "mcore/cpu/kernels.py, rotary: with the angles, for all layers"
 _LOCAL_ATTENTION = "torch's scaled_dot_product_attention on CPU: q, k, v, out, logsumexp"
+_MOE = "mcore transformer/moe: permuted tokens, router probabilities (tokens spread evenly over the experts)"
+_LOCAL_EXPERTS = "mcore/experts/grouped.py, _Experts: the rows, gate and up"
 _LOCAL_MLP = "mcore/cpu/kernels.py, swiglu: its input"
 
 LOCAL: tuple[Term, ...] = (
@@ -63,18 +66,21 @@ LOCAL: tuple[Term, ...] = (
     Term("query, key", {"query": 1, "key_value": 1}, _LOCAL_ATTENTION),
     Term("attention output", {"query": 1}, _LOCAL_ATTENTION + "; it is the projection's input as well"),
     Term("softmax statistics", {"heads": 1}, _LOCAL_ATTENTION, "fp32", recomputed_with="core_attn"),
+    Term("keys and values of all ranks", {"key_value": 2}, "mcore/cpu/attention.py, gathered", cut="row", only="few_keys"),
     Term("mlp norm input", {"hidden": 1}, _LOCAL_NORM, cut="sequence"),
     Term("mlp norm, 1/rms", {"one": 1}, _LOCAL_NORM, "fp32", "sequence"),
     Term("fc1 input", {"hidden": 1}, _LOCAL_LINEAR, cut="sequence"),
     Term("fc1 output", {"ffn": 2}, _LOCAL_MLP, recomputed_with="mlp", only="dense"),
     Term("fc2 input", {"ffn": 1}, _LOCAL_LINEAR, recomputed_with="mlp", only="dense"),
+    Term("router", {"experts": 2, "sent": 4}, _MOE, "fp32", "sequence", "moe", only="experts"),
+    Term("tokens sent to experts", {"sent_hidden": 1}, _LOCAL_EXPERTS, "compute", "sequence", "moe", only="experts"),
+    Term("experts' fc1 output", {"sent_ffn": 2}, _LOCAL_EXPERTS, "compute", "sequence", "moe", only="experts"),
 )
 
 _TE_NORM_LINEAR = "TransformerEngine module/layernorm_linear.py: inputmat, ln_out, rsigma"
 _TE_LINEAR = "TransformerEngine module/linear.py: saved_inputmat"
 _TE_ATTENTION = "TransformerEngine attention/dot_product_attention/backends.py, FusedAttnFunc: q, k, v, out, statistics"
 _SWIGLU = "mcore fusions/fused_bias_swiglu.py, BiasSwiGLUFunction and SwiGLUFunction: its input"
-_MOE = "mcore transformer/moe: permuted tokens, router probabilities (tokens spread evenly over the experts)"
 
 TRANSFORMER_ENGINE: tuple[Term, ...] = (
     Term("attention norm input", {"hidden": 1}, _TE_NORM_LINEAR, cut="sequence"),
@@ -96,10 +102,10 @@ TRANSFORMER_ENGINE: tuple[Term, ...] = (
     Term("fc1 input", {"hidden": 1}, _TE_NORM_LINEAR, "linear_input", "sequence", recomputed_with="mlp"),
     Term("fc1 output", {"ffn": 2}, _SWIGLU, recomputed_with="mlp", only="dense"),
     Term("fc2 input", {"ffn": 1}, _TE_LINEAR, "linear_input", recomputed_with="mlp", only="dense"),
-    Term("router", {"experts": 2}, _MOE, "fp32", "sequence", only="experts"),
-    Term("tokens sent to experts", {"sent_hidden": 2}, _MOE, cut="sequence", only="experts"),
-    Term("experts' fc1 output", {"sent_ffn": 2}, _MOE, only="experts"),
-    Term("experts' fc2 input", {"sent_ffn": 1}, _MOE, "linear_input", only="experts"),
+    Term("router", {"experts": 2}, _MOE, "fp32", "sequence", "moe", only="experts"),
+    Term("tokens sent to experts", {"sent_hidden": 2}, _MOE, "compute", "sequence", "moe", only="experts"),
+    Term("experts' fc1 output", {"sent_ffn": 2}, _MOE, "compute", "sequence", "moe", only="experts"),
+    Term("experts' fc2 input", {"sent_ffn": 1}, _MOE, "linear_input", "sequence", "moe", only="experts"),
 )
 
 _OF_KIND = {"local": LOCAL, "transformer_engine": TRANSFORMER_ENGINE}
@@ -140,6 +146,7 @@ def dimensions(model: PlannedModel) -> dict[str, float]:
         "head_size": model.head_size,
         "ffn": model.ffn,
         "experts": model.experts,
+        "sent": model.experts_per_token,
         "sent_hidden": model.experts_per_token * model.hidden,
         "sent_ffn": model.experts_per_token * model.ffn,
     }
@@ -152,7 +159,9 @@ def stored(terms: Sequence[Term], model: PlannedModel, layout: Layout, learner: 
     for term in terms:
         if not _applies(term, model, layout, learner):
             continue
-        cut = layout.tensor if term.cut == "tensor" or (term.cut == "sequence" and layout.sequence_parallel) else 1
+        cut = layout.context * {"tensor": layout.tensor, "sequence": layout.sequence_cut}.get(term.cut, 1)
+        if term.cut == "row":
+            cut = layout.tensor
         rows = batch.length if term.per_position else batch.tokens
         width = sum(sizes[dimension] * times for dimension, times in term.width.items())
         total += rows * width / cut * _number_bytes(term, learner)
@@ -164,6 +173,7 @@ def _applies(term: Term, model: PlannedModel, layout: Layout, learner: Learner) 
         None: True,
         "qk_norm": model.qk_norm,
         "copied_query": model.qk_norm and model.groups > layout.tensor,
+        "few_keys": layout.context > 1 and model.groups // layout.tensor % layout.context != 0,
         "dense": not model.experts,
         "experts": model.experts > 0,
         "fp8": learner.numbers == "fp8",

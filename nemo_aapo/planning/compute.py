@@ -1,15 +1,14 @@
 """Tokens, FLOPs and a lower bound on the time of each phase of a step.
 
 Each part takes at least its FLOPs at the GPU's rate or its bytes at the memory's, whichever is longer. Added to it is
-only what mcore does not overlap: pipeline bubble, tensor-parallel collectives, gradient reduction, and the optimizer's
-pass over its state.
+only what mcore does not overlap: pipeline bubble, collectives, and the optimizer's pass over its state.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nemo_aapo.planning import memory, parameters
+from nemo_aapo.planning import collectives, memory, parameters
 from nemo_aapo.planning.hardware import Rates
 from nemo_aapo.planning.inputs import Inputs
 
@@ -103,16 +102,19 @@ def _pairs(inputs: Inputs) -> float:
 
 
 def decode_weight_bytes(inputs: Inputs, rows: float) -> float:
-    """Bytes of weights that one decoding step of a whole engine reads; experts count if a row is sent to them.
+    """Bytes of weights that each working GPU of an engine reads in one decoding step of ``rows`` sequences.
 
-    With rows sent to experts evenly and independently, 1 - (1 - k / E)^rows of the experts are read.
+    Experts are read if a row is sent to them: with rows sent evenly and independently, 1 - (1 - k / E)^rows of them.
+    In process, EP > TP makes EP / TP engines decode in step, each holding a share of the experts for the rows of all;
+    with EP < TP, TP / EP ranks hold the same experts and share the rows.
     """
-    model, count = inputs.model, parameters.whole(inputs.model)
-    experts = count.experts
+    model, count, gpus = inputs.model, parameters.whole(inputs.model), _engine_gpus(inputs)
+    experts, holders = 0.0, inputs.layout.expert if inputs.engine.kind == "megatron" else gpus
     if model.experts:
-        experts *= 1 - (1 - model.experts_per_token / model.experts) ** rows
+        missed = (1 - model.experts_per_token / model.experts) ** (rows * holders / gpus)
+        experts = count.experts / holders * (1 - missed)
     output = model.vocabulary * model.hidden
-    return (count.linear + experts + count.small + output) * memory.engine_number_bytes(inputs)
+    return ((count.linear + count.small + output) / gpus + experts) * memory.engine_number_bytes(inputs)
 
 
 def _engine_gpus(inputs: Inputs) -> int:
@@ -121,9 +123,10 @@ def _engine_gpus(inputs: Inputs) -> int:
 
 
 def decode_step_seconds(inputs: Inputs, rates: Rates, rows: float, context: float) -> float:
-    """One decoding step of ``rows`` sequences: weights + rows x context x bytes of keys and values, over bandwidth."""
-    cache = rows * context * memory.kv_bytes_per_token(inputs, 1, 1)
-    return (decode_weight_bytes(inputs, rows) + cache) / rates.memory / _engine_gpus(inputs)
+    """One decoding step of ``rows`` sequences: weights and rows x context keys and values over bandwidth; collectives."""
+    cache = rows * context * memory.kv_bytes_per_token(inputs, 1, 1) / _engine_gpus(inputs)
+    moving_s = (decode_weight_bytes(inputs, rows) + cache) / rates.memory
+    return moving_s + collectives.decode_seconds(inputs, rows)
 
 
 def rollout_phases(inputs: Inputs, rates: Rates) -> tuple[Phase, Phase]:
@@ -133,22 +136,25 @@ def rollout_phases(inputs: Inputs, rates: Rates) -> tuple[Phase, Phase]:
     prompts, sequences = work.prompts / engine.engines, work.completions / engine.engines
     prefill = forward(inputs, prompts * work.prompt_tokens, prompts * work.prompt_tokens**2 / 2, prompts)
     rows = memory.rows_at_a_time(inputs)
-    read_once = decode_weight_bytes(inputs, rows) / rates.memory / gpus
+    read_once = decode_weight_bytes(inputs, rows) / rates.memory
     length = work.completion_tokens - 1  # the prefill gives the first token
     decoded, steps = sequences * length, max(length, sequences * length / rows)
     attended = sequences * (length * work.prompt_tokens + length**2 / 2)
     decode = forward(inputs, decoded, attended, decoded)
     moved = steps * decode_weight_bytes(inputs, min(rows, sequences))
-    moved += attended * memory.kv_bytes_per_token(inputs, 1, 1)
+    moved += attended * memory.kv_bytes_per_token(inputs, 1, 1) / gpus
 
     def phase(name: str, tokens: float, flops: Flops, moving_s: float) -> Phase:
-        computing_s = flops.seconds(rates, numbers) / gpus
-        limit = "FLOPs" if computing_s > moving_s else "memory bandwidth"
-        return Phase(name, tokens * engine.engines, flops.total * engine.engines, max(computing_s, moving_s), limit)
+        parts = {"FLOPs": flops.seconds(rates, numbers) / gpus, "memory bandwidth": moving_s}
+        sending_s = collectives.decode_seconds(inputs, tokens)
+        seconds = max(parts.values()) + sending_s
+        parts["collectives"] = sending_s
+        limit = max(parts, key=parts.__getitem__)
+        return Phase(name, tokens * engine.engines, flops.total * engine.engines, seconds, limit)
 
     return (
         phase("prefill", prompts * work.prompt_tokens, prefill, read_once),
-        phase("decode", decoded, decode, moved / rates.memory / gpus),
+        phase("decode", decoded, decode, moved / rates.memory),
     )
 
 
@@ -156,28 +162,22 @@ def rollout_phases(inputs: Inputs, rates: Rates) -> tuple[Phase, Phase]:
 
 
 def learner_seconds(inputs: Inputs, rates: Rates, flops: Flops, passes: float) -> dict[str, float]:
-    """Part -> seconds of passes over the whole batch: FLOPs, tensor-parallel collectives, pipeline bubble.
+    """Part -> seconds of passes over the whole batch: FLOPs, collectives, pipeline bubble.
 
     Args:
         flops: FLOPs of all the passes, over all ranks.
         passes: the collectives are those of so many forward passes.
     """
-    layout, work, hardware = inputs.layout, inputs.work, inputs.hardware
+    layout = inputs.layout
     computed = flops.seconds(rates, inputs.learner.numbers) / layout.ranks
-    found = {"FLOPs": computed}
-    if layout.tensor > 1:
-        link = hardware.nvlink if layout.tensor <= layout.ranks_per_node else hardware.network
-        tokens = work.tokens / layout.data
-        sent = 2 * (layout.tensor - 1) / layout.tensor * tokens * inputs.model.hidden * _activation_bytes(inputs)
-        found["tensor-parallel collectives"] = 2 * passes * inputs.model.layers / layout.pipeline * sent / link
+    found = {"FLOPs": computed, **collectives.pass_seconds(inputs, passes)}
+    if layout.context > 1:  # keys and values are sent while attention computes
+        attention = forward(inputs, 0, _pairs(inputs), 0).seconds(rates, inputs.learner.numbers) / layout.ranks
+        found["keys and values over CP"] = passes * max(0.0, collectives.ring_seconds(inputs) - attention)
     if layout.pipeline > 1:
         bubble = (layout.pipeline - 1) / memory.microbatches(inputs)
         found["pipeline bubble"] = bubble * sum(found.values())
     return found
-
-
-def _activation_bytes(inputs: Inputs) -> int:
-    return 4 if inputs.learner.numbers == "fp32" else 2
 
 
 def train_phase(inputs: Inputs, rates: Rates) -> Phase:
@@ -186,34 +186,18 @@ def train_phase(inputs: Inputs, rates: Rates) -> Phase:
     flops = train_flops(inputs)
     parts = learner_seconds(inputs, rates, flops, 3 if learner.recompute == "full" else 2)
     stages = range(layout.pipeline)
-    trained = max(parameters.rank_parameters(inputs.model, layout, stage, learner.lora).trained for stage in stages)
-    parts["gradients and weights over DP"] = trained * _data_parallel_bytes(inputs) / _data_parallel_link(inputs)
-    updated = trained / (layout.data if learner.distributed_optimizer else 1)
+    counts = [parameters.rank_parameters(inputs.model, layout, stage, learner.lora) for stage in stages]
+    most = max(counts, key=lambda count: count.trained)
+    parts["gradients and weights over DP"] = collectives.gradient_seconds(
+        inputs, most.trained - most.trained_experts, most.trained_experts
+    )
+    updated = memory.updated(most, learner, layout)
     traffic = updated * OPTIMIZER_TRAFFIC_BYTES[learner.numbers]
     parts["optimizer"] = traffic * (1 - learner.optimizer_on_host) / rates.memory
     parts["optimizer's way to the host"] = updated * 4 * learner.optimizer_on_host / inputs.hardware.pcie
     times = work.updates
     limit = max(parts, key=parts.__getitem__)
     return Phase("train", times * work.tokens, times * flops.total, times * sum(parts.values()), limit)
-
-
-def _data_parallel_bytes(inputs: Inputs) -> float:
-    """Bytes that a rank sends for each of its parameters, as far as sending is not overlapped.
-
-    A distributed optimizer reduce-scatters gradients and all-gathers weights; without it gradients are all-reduced.
-    """
-    learner, layout = inputs.learner, inputs.layout
-    reduced = 0 if learner.overlap_grad_reduce else memory.GRADIENT_BYTES
-    gathered = 0 if learner.overlap_param_gather else memory.WEIGHT_BYTES[learner.numbers]
-    if not learner.distributed_optimizer:
-        gathered = reduced
-    return (reduced + gathered) * (layout.data - 1) / layout.data
-
-
-def _data_parallel_link(inputs: Inputs) -> float:
-    """Bytes/s of the slowest link of a data-parallel group: ranks are numbered TP first, then DP, then PP."""
-    layout, hardware = inputs.layout, inputs.hardware
-    return hardware.nvlink if layout.tensor * layout.data <= layout.ranks_per_node else hardware.network
 
 
 def score_phase(inputs: Inputs, rates: Rates) -> Phase:
@@ -233,7 +217,7 @@ def reference_phase(inputs: Inputs, rollout: tuple[Phase, Phase]) -> Phase:
         return Phase("reference", 0.0, 0.0, 0.0, "stored" if inputs.work.reference == "cached" else "none")
     swapped = (
         parameters.rank_parameters(inputs.model, inputs.layout, 0, inputs.learner.lora).trained
-        * _activation_bytes(inputs)
+        * memory.WEIGHT_BYTES[inputs.learner.numbers]
         / inputs.hardware.pcie
     )
     return Phase(
@@ -299,4 +283,4 @@ def store_saving(inputs: Inputs, rates: Rates) -> StoreSaving:
 
 def straggler_seconds(inputs: Inputs, rates: Rates, completion_tokens: int) -> float:
     """Seconds of one completion that decodes alone at the end of a rollout: each token reads all weights."""
-    return completion_tokens * decode_weight_bytes(inputs, 1) / rates.memory / _engine_gpus(inputs)
+    return completion_tokens * decode_weight_bytes(inputs, 1) / rates.memory

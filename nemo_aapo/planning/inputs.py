@@ -28,20 +28,41 @@ class Question:
 
 @dataclass(frozen=True)
 class Layout:
-    """How the ranks are divided: tensor x pipeline x data parallel."""
+    """How the ranks are divided: tensor x pipeline x context x data parallel, and experts over those of a stage."""
 
     tensor: int = 1
     pipeline: int = 1
     data: int = 1
     sequence_parallel: bool = False
     ranks_per_node: int = 8
+    context: int = 1
+    """Ranks that cut every sequence among them. For rollouts each is a data-parallel rank of its own."""
+    expert: int = 1
+    """Ranks of a pipeline stage that hold all experts together. Experts themselves are not cut."""
 
     @property
     def ranks(self) -> int:
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.pipeline * self.copies
+
+    @property
+    def copies(self) -> int:
+        """Number of ranks that hold the same part of the model, experts left out."""
+        return self.context * self.data
+
+    @property
+    def expert_copies(self) -> int:
+        """Number of ranks that hold the same experts."""
+        return self.tensor * self.copies // self.expert
+
+    @property
+    def sequence_cut(self) -> int:
+        """Number of parts that sequences are cut into where sequence parallelism cuts them."""
+        return self.tensor if self.sequence_parallel else 1
 
     def __str__(self) -> str:
-        return f"TP {self.tensor} x PP {self.pipeline} x DP {self.data}"
+        context = f" x CP {self.context}" if self.context > 1 else ""
+        expert = f", EP {self.expert}" if self.expert > 1 else ""
+        return f"TP {self.tensor} x PP {self.pipeline}{context} x DP {self.data}{expert}"
 
 
 @dataclass(frozen=True)
@@ -141,13 +162,15 @@ def plan_inputs(config: Config, question: Question) -> Inputs:
 
 
 def layout_of(config: Config) -> Layout:
-    """The configured layout; ranks beyond tensor x pipeline are data-parallel."""
+    """The configured layout; ranks beyond tensor x pipeline x context are data-parallel."""
     model, ranks = config.model, config.trainer.num_nodes * config.trainer.devices
     tensor, pipeline = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
     return Layout(
         tensor=tensor,
         pipeline=pipeline,
-        data=ranks // (tensor * pipeline),
+        context=model.context_parallel_size,
+        expert=model.expert_model_parallel_size,
+        data=ranks // (tensor * pipeline * model.context_parallel_size),
         sequence_parallel=model.sequence_parallel,
         ranks_per_node=config.trainer.devices,
     )
@@ -173,7 +196,7 @@ def _learner(config: Config) -> Learner:
 def _engine(config: Config) -> Engine:
     rollout, layout = config.rollout, layout_of(config)
     trtllm = rollout.trtllm
-    engines, gpus = layout.data, layout.tensor * layout.pipeline
+    engines, gpus = layout.copies, layout.tensor * layout.pipeline
     if rollout.engine == "remote":
         engines, gpus = rollout.remote.servers, 1
         if rollout.server.engine == "trtllm":

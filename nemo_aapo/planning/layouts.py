@@ -35,6 +35,8 @@ def with_layout(config: Config, layout: Layout) -> Config:
         config.model,
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
         sequence_parallel=layout.sequence_parallel,
     )
     return dataclasses.replace(config, model=model)
@@ -48,15 +50,24 @@ def with_gpus(config: Config, gpus: int) -> Config:
     )
 
 
-def candidates(config: Config) -> list[Layout]:
-    """Every TP x PP x DP of the configured GPUs, TP within a node, sequence parallel where TP > 1."""
+def candidates(config: Config, experts: int) -> list[Layout]:
+    """Every TP x PP x CP x DP of the configured GPUs and EP of their experts, if any.
+
+    TP lies within a node, and is sequence parallel where it is more than 1.
+    """
     ranks, node = config.trainer.num_nodes * config.trainer.devices, config.trainer.devices
     found = []
-    for tensor in (size for size in range(1, node + 1) if node % size == 0 and ranks % size == 0):
-        for pipeline in (size for size in range(1, ranks // tensor + 1) if ranks // tensor % size == 0):
-            data = ranks // tensor // pipeline
-            found.append(Layout(tensor, pipeline, data=data, sequence_parallel=tensor > 1, ranks_per_node=node))
+    for tensor in (size for size in _divisors(ranks) if node % size == 0):
+        for pipeline in _divisors(ranks // tensor):
+            for context in _divisors(ranks // tensor // pipeline):
+                data = ranks // tensor // pipeline // context
+                for expert in _divisors(tensor * context * data) if experts else [1]:
+                    found.append(Layout(tensor, pipeline, data, tensor > 1, node, context, expert))
     return found
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
 
 
 def refusal(config: Config, question: Question) -> str | None:
@@ -85,7 +96,7 @@ def judge(config: Config, question: Question) -> Verdict:
 
 def judge_all(config: Config, question: Question) -> list[Verdict]:
     """Judge every layout of the configured GPUs. Fitting ones come first, among them that with the shortest step."""
-    verdicts = [judge(with_layout(config, layout), question) for layout in candidates(config)]
+    verdicts = [judge(with_layout(config, layout), question) for layout in candidates(config, question.model.experts)]
     return sorted(verdicts, key=lambda v: (v.refused is not None, not v.fits, v.seconds if v.fits else v.bytes))
 
 

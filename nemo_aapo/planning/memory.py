@@ -72,10 +72,17 @@ def gradients(count: Parameters) -> float:
 def optimizer(count: Parameters, learner: Learner, layout: Layout) -> float:
     """Bytes of Adam's moments and, under mixed precision, of the float32 weights, wherever they lie.
 
-    A distributed optimizer cuts them over the data-parallel ranks.
+    A distributed optimizer cuts them over the ranks that hold the same parameters.
     """
     state = ADAM_BYTES + (0 if learner.numbers == "fp32" else MASTER_BYTES)
-    return count.trained * state / (layout.data if learner.distributed_optimizer else 1)
+    return updated(count, learner, layout) * state
+
+
+def updated(count: Parameters, learner: Learner, layout: Layout) -> float:
+    """Number of parameters that one rank's optimizer updates."""
+    if not learner.distributed_optimizer:
+        return count.trained
+    return (count.trained - count.trained_experts) / layout.copies + count.trained_experts / layout.expert_copies
 
 
 def logprobs(inputs: Inputs, tokens: float) -> float:
@@ -127,13 +134,13 @@ def rows_at_a_time(inputs: Inputs) -> int:
 
 
 def microbatch(inputs: Inputs) -> activations.MicroBatch:
-    """The largest micro-batch: the token budget, in sequences of the longest length."""
+    """The largest micro-batch: the token budget, in sequences of the longest length. Context ranks cut it."""
     length = inputs.work.max_sequence_tokens
     return activations.MicroBatch(inputs.learner.tokens_per_microbatch / length, length)
 
 
 def microbatches(inputs: Inputs) -> int:
-    """Least number of micro-batches of one data-parallel rank in an optimizer step."""
+    """Least number of micro-batches in an optimizer step, of a data-parallel rank or its context-parallel group."""
     return max(1, math.ceil(inputs.work.tokens / inputs.layout.data / inputs.learner.tokens_per_microbatch))
 
 
@@ -182,7 +189,7 @@ def _training(inputs: Inputs, count: Parameters, stage: int) -> dict[str, float]
     kept = activations.stage_activations(inputs.model, layout, learner, batch, stage, in_flight)
     found = {"activations": kept}
     if stage == layout.pipeline - 1:
-        found["logits chunk and its gradients"] = logprobs(inputs, batch.tokens)
+        found["logits chunk and its gradients"] = logprobs(inputs, batch.tokens / layout.context)
     # The embedding's gradient is made when its micro-batch's activations are gone. A tied output layer's exists until
     # then, so that there are two.
     both = 0 if learner.lora else count.embedding * (2 if inputs.model.tied and layout.pipeline == 1 else 1)
@@ -201,7 +208,10 @@ def _engine_memory(inputs: Inputs, resident: float) -> dict[str, float]:
     if engine.kind == "megatron":
         cached = rows * inputs.work.max_sequence_tokens
         prefill = min(MAX_PREFILL_TOKENS, inputs.work.max_sequence_tokens * rows)
-        width = 3 * model.hidden + (2 * (model.query + 2 * model.key_value) + 3 * model.ffn) / layout.tensor
+        ffn = model.ffn * (model.experts_per_token if model.experts else 1)
+        width = 3 * model.hidden + (2 * (model.query + 2 * model.key_value) + 3 * ffn) / layout.tensor
+        if layout.expert > layout.tensor:  # the rows of all engines that decode in step, and their sum over experts
+            width += 2 * model.hidden * layout.expert // layout.tensor
         logits = rows * model.vocabulary * (number + 8)  # gathered logits, then float32 ones and their softmax
         return {
             "KV cache": cached * kv_bytes_per_token(inputs, layout.tensor, layout.pipeline),

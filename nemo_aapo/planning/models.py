@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_aapo.config import ModelShape
+from nemo_aapo.config import Experts, ModelShape
 from nemo_aapo.errors import ConfigError
 
 
@@ -59,6 +59,7 @@ class PlannedModel:
             vocab_size=self.vocabulary,
             tied_embeddings=self.tied,
             max_position_embeddings=self.max_positions,
+            experts=Experts(self.experts, self.experts_per_token, self.ffn) if self.experts else None,
         )
 
 
@@ -105,6 +106,10 @@ _MODELS = (
         "Qwen3-30B-A3B", "Qwen3MoeForCausalLM", 48, 2048, 32, 4, 128, 768, 151936, False, 40960, qk_norm=True,
         experts=128, experts_per_token=8,
     ),
+    PlannedModel(
+        "Qwen3-235B-A22B", "Qwen3MoeForCausalLM", 94, 4096, 64, 4, 128, 1536, 151936, False, 40960, qk_norm=True,
+        experts=128, experts_per_token=8,
+    ),
 )  # fmt: skip
 KNOWN = {model.name: model for model in _MODELS}
 
@@ -131,7 +136,7 @@ def known_as(name: str) -> str | None:
 
 
 def _plain(name: str) -> str:
-    return name.rstrip("/").rsplit("/", 1)[-1].lower().removesuffix("-instruct")
+    return name.rstrip("/").rsplit("/", 1)[-1].lower().removesuffix("-instruct").removesuffix("-base")
 
 
 def read(path: str) -> PlannedModel:

@@ -19,7 +19,7 @@ class Parameters:
     linear: int
     """Parameters of the layers' matrices that every token passes, without biases."""
     experts: int
-    """Parameters of the experts' matrices."""
+    """Parameters of the experts' matrices, which no tensor-parallel rank cuts."""
     small: int
     """Parameters of norms, biases and routers."""
     output: int
@@ -35,6 +35,11 @@ class Parameters:
     def trained(self) -> int:
         """Number of trained parameters: the adapters if there are any, else all."""
         return self.adapters or self.total
+
+    @property
+    def trained_experts(self) -> int:
+        """Those of ``trained`` that are experts'. Adapters are none: with experts, only attention can have them."""
+        return 0 if self.adapters else self.experts
 
 
 def attention_matrices(model: PlannedModel) -> int:
@@ -82,7 +87,7 @@ def rank_parameters(model: PlannedModel, layout: Layout, stage: int, lora: Lora 
     return Parameters(
         embedding=vocabulary if first else 0,
         linear=layers * linear // tensor,
-        experts=layers * experts // tensor,
+        experts=layers * experts // layout.expert,
         small=layers * small + (model.hidden if last else 0),
         output=vocabulary if last and not (model.tied and first) else 0,
         adapters=layers * _adapter(model, lora) // tensor if lora else 0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import asdict
 from typing import Any
 
@@ -38,7 +39,6 @@ def _head(plan: Plan) -> str:
         lines += [
             f"             {parameters.active(model):,} active: {model.experts_per_token} of {model.experts} experts "
             "a token",
-            "             mixture of experts: planned only, training such a model is refused today",
         ]
     lines += [
         f"lengths      prompts {work.prompt_tokens:,.0f} and completions {work.completion_tokens:,.0f} tokens on "
@@ -125,17 +125,25 @@ def _duration(seconds: float) -> str:
 
 def _layouts(plan: Plan) -> str:
     possible = [verdict for verdict in plan.layouts if verdict.refused is None]
-    rows = [["layouts of these GPUs", "GiB", "", "step, s", ""]]
-    rows += [_verdict(plan, verdict) for verdict in possible[:MOST_LAYOUTS]]
+    shown = [verdict for verdict in possible if _worth_showing(plan, verdict)][:MOST_LAYOUTS]
+    rows = [["layouts of these GPUs", "GiB", "", "step, s", ""], *(_verdict(plan, verdict) for verdict in shown)]
     lines = [_table(rows, left=(0, 2, 4))]
-    if len(possible) > MOST_LAYOUTS:
-        lines.append(f"and {len(possible) - MOST_LAYOUTS} more that are possible (--json has all)")
+    if len(possible) > len(shown):
+        lines.append(f"and {len(possible) - len(shown)} more that are possible (--json has all)")
     refused = len(plan.layouts) - len(possible)
     if refused:
         lines.append(f"left out, as what they cut does not divide: {refused} (--json has the reasons)")
     if not plan.layouts[0].fits:
         lines.append(_smallest(plan.smallest))
     return "\n".join(lines)
+
+
+def _worth_showing(plan: Plan, verdict: Verdict) -> bool:
+    """Context-parallel layouts are for what does not fit otherwise: their ranks would do as data-parallel ones."""
+    layout = verdict.layout
+    otherwise = dataclasses.replace(layout, context=1, data=layout.copies)
+    fitting = {other.layout for other in plan.layouts if other.fits}
+    return layout.context == 1 or layout == plan.inputs.layout or (verdict.fits and otherwise not in fitting)
 
 
 def _verdict(plan: Plan, verdict: Verdict) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from dataclasses import dataclass
@@ -23,11 +24,16 @@ class Layout:
 
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
+    expert_parallel_size: int = 1
 
     @property
     def ranks(self) -> int:
-        """All of them."""
-        return self.tensor_parallel_size * self.pipeline_parallel_size
+        """All of them: as many on each stage as its layers and their experts are distributed over."""
+        return math.lcm(self.tensor_parallel_size, self.expert_parallel_size) * self.pipeline_parallel_size
+
+    def __str__(self) -> str:
+        expert = f" with expert {self.expert_parallel_size}" if self.expert_parallel_size > 1 else ""
+        return f"tensor {self.tensor_parallel_size} x pipeline {self.pipeline_parallel_size}{expert}"
 
 
 @dataclass(frozen=True)
@@ -88,16 +94,15 @@ def _require_whole(directory: Path) -> None:
 
 
 def _require_source(source: ModelSource, layout: Layout) -> None:
-    tp, pp = layout.tensor_parallel_size, layout.pipeline_parallel_size
-    families.require_layout(source.base, tp, pp)
+    sizes = layout.tensor_parallel_size, layout.pipeline_parallel_size, layout.expert_parallel_size
+    families.require_layout(source.base, *sizes)
     check_base(source)
     _require_rows(source.base)
     if source.kind == "hf":
         _require_whole(source.path)
     if "WORLD_SIZE" in os.environ and (started := world_size_of_job()) != layout.ranks:
         raise ConfigError(
-            f"{started} ranks were started, but tensor {tp} x pipeline {pp} = {layout.ranks}: leave "
-            "torchrun away, or start as many"
+            f"{started} ranks were started, but {layout} = {layout.ranks}: leave torchrun away, or start as many"
         )
     check_packages(MEGATRON)
 

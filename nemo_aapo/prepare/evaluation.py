@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 from nemo_aapo.config import Config, EvaluationConfig, ModelShape, without_secrets
 from nemo_aapo.config.command_line import EVALUATION
 from nemo_aapo.config.compose import compose
+from nemo_aapo.config.schema import EvaluationRollout
 from nemo_aapo.conversion.source import ModelSource
 from nemo_aapo.data.records import check_source
 from nemo_aapo.errors import DataError
@@ -18,7 +19,7 @@ from nemo_aapo.evaluation.settings import check_model, engine_settings, find_mod
 from nemo_aapo.launch.world import decide, of_launcher, of_starter
 from nemo_aapo.models.directory import read_model_dir
 from nemo_aapo.prepare.job import Words, command_line
-from nemo_aapo.prepare.packages import MEGATRON, check_packages, rewards_need, source_needs
+from nemo_aapo.prepare.packages import MEGATRON, SERVERS, check_packages, rewards_need, source_needs
 from nemo_aapo.prepare.text import with_evaluation_date
 from nemo_aapo.rewards import reward_of
 from nemo_aapo.rewards.base import Reward
@@ -67,11 +68,19 @@ def resolve_evaluation(
     check_model(config, source, world.size)
     shape = read_model_dir(str(source.base))
     config = with_evaluation_date(config, source, shape.vocab_size)
+    config = replace(config, rollout=EvaluationRollout(_engine(settings), settings.rollout.remote))
     _check_benchmarks(config)
     if world.machine is not None:  # else each rank prepares it again, where it runs
         settings = decide(settings, world.machine)
-        check_packages([*MEGATRON, *rewards_need(config.rewards)])
-    return EvaluationJob(config, {**tree, "date": config.date}, source, settings, shape, reward)
+        servers = [SERVERS] if config.rollout.engine == "remote" else []
+        check_packages([*MEGATRON, *servers, *rewards_need(config.rewards)])
+    tree = {**tree, "date": config.date, "rollout": asdict(config.rollout)}
+    return EvaluationJob(config, tree, source, settings, shape, reward)
+
+
+def _engine(settings: Config) -> Literal["megatron", "remote"]:
+    """Where it samples; servers that a launcher starts beside it are reason enough."""
+    return "remote" if settings.rollout.engine == "remote" else "megatron"
 
 
 def _check_benchmarks(config: EvaluationConfig) -> None:

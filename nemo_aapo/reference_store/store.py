@@ -21,6 +21,7 @@ from urllib.parse import quote
 import numpy as np
 
 from nemo_aapo.errors import ConfigError, StoreError
+from nemo_aapo.reference_store.claims import Claims
 from nemo_aapo.reference_store.key import StoreKey
 
 FORMAT = 1
@@ -56,6 +57,8 @@ class RewardStore:
             StoreError: a directory, not a store, damaged, of a newer format, or (with ``create=False``) missing.
         """
         self.path, self.key, self._timeout_s = Path(path), key, timeout_s
+        self.claims = Claims(self.path, key)
+        """Which prompts this process is at, for others that share the file."""
         if self.path.is_dir():
             raise StoreError(f"{self.path}: is a directory; name a file in it (algorithm.reference_store)")
         exists = self.path.exists()
@@ -167,6 +170,7 @@ class RewardStore:
 
     def close(self) -> None:
         """Close the file."""
+        self.claims.drop()
         self._db.close()
 
     # ------------------------------------------------------------------ SQLite

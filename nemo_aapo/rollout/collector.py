@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -17,9 +16,9 @@ from nemo_aapo.distributed.agreement import agree
 from nemo_aapo.engines.base import BackgroundEngine, OnFinish, PendingCompletions, RolloutEngine, RolloutStats
 from nemo_aapo.engines.elsewhere import arranged
 from nemo_aapo.rollout.length_predictor import LengthPredictor
-from nemo_aapo.rollout.spread import Place, ranks_in_step, spread
+from nemo_aapo.rollout.spread import Place, owner, ranks_in_step, spread, with_one_prompt
 from nemo_aapo.rollout.unscored import Score, Tally
-from nemo_aapo.types import Completion, Group, Prompt, Routes, SamplingSpec
+from nemo_aapo.types import Completion, Group, Prompt, SamplingSpec
 
 Watch = Callable[[int], bool]
 """Called on every rank about once in ``WATCH_S``, with the completions of its shard that have ended; True: enough."""
@@ -174,18 +173,19 @@ class Collector:
         ranks = ranks_in_step(self.engine.shares_weights)
         if ranks == 1:
             return None
-        me = parallel.data_parallel_rank()
-        first = me - me % ranks
-        neighbours = range(own_shard(len(prompts), first).start, own_shard(len(prompts), first + ranks - 1).stop)
-        theirs = [prompts[i] for i in neighbours]
-        expected = self.length_predictor.expected(theirs)
-        taken: dict[int, list[Place]] = {}
-        for i, j in spread(expected, [len(seeds[i]) for i in neighbours], ranks)[me - first]:
-            taken.setdefault(neighbours[i], []).append(Place(neighbours[i], j))
-        mine = [prompts[i] for i in taken]
-        order = self.length_predictor.longest_first(mine)
-        places = [list(taken.values())[k] for k in order]
-        return _Shard(order, [mine[k] for k in order], [[seeds[i][j] for i, j in row] for row in places], places=places)
+        rank = parallel.data_parallel_rank()
+        neighbours = range(rank - rank % ranks, rank - rank % ranks + ranks)
+        theirs = [i for other in neighbours for i in range(len(prompts))[own_shard(len(prompts), other)]]
+        expected = self.length_predictor.expected([prompts[i] for i in theirs])
+        taken: dict[int, list[int]] = {}  # of each prompt which completions, longest expected first
+        for k, j in spread(expected, [len(seeds[i]) for i in theirs], ranks)[rank % ranks]:
+            taken.setdefault(theirs[k], []).append(j)
+        return _Shard(
+            order=range(len(taken)),
+            prompts=[prompts[i] for i in taken],
+            seeds=[[seeds[i][j] for j in row] for i, row in taken.items()],
+            places=[[Place(i, j) for j in row] for i, row in taken.items()],
+        )
 
     def _groups(
         self,
@@ -199,7 +199,7 @@ class Collector:
         # One rank judges and tells the others: a timeout could strike on one of them and not on the next.
         judged = agree(lambda: {} if self.rewards is None else self.rewards.collect())
         if work is not None and work.places is not None:
-            completions, judged = _brought_home(shard, work, work.places, completions, judged)
+            completions, judged = _brought_home(shard, work.places, completions, work.texts, judged)
         own = [] if self.rewards is None else _scores(judged, list(map(len, completions)))
         scores, tally = parallel.broadcast_in_model_parallel((own, Tally.of(list(judged.values()))))
         self.seconds = {"rollout": generated - start, "reward": time.perf_counter() - generated}
@@ -207,7 +207,7 @@ class Collector:
         groups = [
             Group(
                 prompt=prompt,
-                completions=_with_one_prompt(row),
+                completions=with_one_prompt(row),
                 texts=() if self.rewards is None else tuple(shard.texts[i, j] for j in range(len(row))),
                 rewards=scores[i].rewards,
                 reward_parts=scores[i].parts,
@@ -296,41 +296,29 @@ def _scores(scores: Mapping[Hashable, Score], counts: Sequence[int]) -> list[_Sc
 
 def _brought_home(
     shard: _Shard,
-    work: _Shard,
     places: Sequence[Sequence[Place]],
     completions: Sequence[Sequence[Completion]],
+    texts: Mapping[tuple[int, int], str],
     judged: Mapping[Hashable, Score],
 ) -> tuple[list[list[Completion]], dict[Hashable, Score]]:
     """Completions and scores of this rank's own groups, which other ranks generated and judged. Collective.
 
     Args:
-        shard: this rank's groups; gets the texts. work: what this rank generated.
+        shard: this rank's groups; gets the texts.
+        places: which ones the completions are that this rank generated, with their texts and scores.
     """
-    sizes = parallel.gather_data_parallel(len(shard.prompts))
-    firsts = np.cumsum([0, *sizes])
-    outgoing: list[list[Any]] = [[] for _ in sizes]
+    prompts = sum(parallel.gather_data_parallel(len(shard.prompts)))
+    outgoing: list[list[Any]] = [[] for _ in range(parallel.data_parallel_size())]
     for i, row in enumerate(completions):
         for n, completion in enumerate(row):
-            prompt, j = places[i][n]
-            rank = int(np.searchsorted(firsts, prompt, side="right")) - 1
-            told = completion, work.texts.get((i, n)), judged.get((i, n))
-            outgoing[rank].append((prompt - firsts[rank], j, told))
-    of_prompt = {number: i for i, number in enumerate(shard.order)}
-    found = {(of_prompt[prompt], j): told for prompt, j, told in parallel.exchange_data_parallel(outgoing)}
+            place, told = places[i][n], (completion, texts.get((i, n)), judged.get((i, n)))
+            outgoing[owner(place.prompt, prompts, len(outgoing))].append((place, told))
+    first = own_shard(prompts).start
+    local = {first + number: i for i, number in enumerate(shard.order)}
+    found = {(local[prompt], j): told for (prompt, j), told in parallel.exchange_data_parallel(outgoing)}
     shard.texts.update({place: text for place, (_, text, _) in found.items() if text is not None})
     rows = arranged([(i, j, completion) for (i, j), (completion, *_) in found.items()], shard.seeds)
     return rows, {place: score for place, (*_, score) in found.items() if score is not None}
-
-
-def _with_one_prompt(row: Sequence[Completion]) -> tuple[Completion, ...]:
-    """The completions of one prompt, whose routes it has from the first of them, wherever the others were generated."""
-    routes = next((completion.routes for completion in row if completion.routes is not None), None)
-    if routes is None or all(c.routes is not None and c.routes.prompt is routes.prompt for c in row):
-        return tuple(row)
-    return tuple(
-        dataclasses.replace(c, routes=None if c.routes is None else Routes(routes.prompt, c.routes.completion))
-        for c in row
-    )
 
 
 def own_shard(count: int, rank: int | None = None) -> slice:

@@ -181,7 +181,7 @@ class RolloutPipeline:
         """Take over what ``state_dict`` gave.
 
         Raises:
-            RunError: the run began with other reference rewards.
+            ConfigError: the run began with other reference rewards.
             ValueError: the state belongs to another order of prompts.
         """
         self.sampler.load_state_dict(state["sampler"])

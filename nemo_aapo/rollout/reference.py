@@ -10,16 +10,17 @@ goes on without it, the next one that needs it samples it again.
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
 
 from nemo_aapo.distributed import parallel
 from nemo_aapo.distributed.agreement import agree
-from nemo_aapo.errors import RunError
+from nemo_aapo.errors import ConfigError
 from nemo_aapo.reference_store.key import StoreKey
 from nemo_aapo.reference_store.store import RewardStore, is_complete, padded
 from nemo_aapo.rollout.collector import Collector, Watch
@@ -31,6 +32,10 @@ FILL_BATCH = 16
 """Prompts of the first batch of a filling."""
 COMMIT_S = 60.0
 """A kill loses about so much of a filling: batches grow as long as they are done within this."""
+POLL_S = 1.0
+"""Seconds between two looks at the store, while other runs are at all that is left."""
+PATIENCE_S = 1800.0
+"""Other runs that store nothing of what is waited for within this are taken for stuck."""
 PAYS = 1.2
 """They also grow while one of twice the size has so many times the throughput, as an engine on a GPU can be empty."""
 
@@ -62,7 +67,7 @@ class ReferenceRewards:
         online: sample afresh every step instead of storing.
         fill_batch: prompts of the first batch while the store is filled; each is one commit.
         first: which prompt to begin with (modulo their number). Runs that fill one store at the same time begin at
-            different places, and each skips what the others have stored.
+            different places, and each skips what the others have stored or are at.
         """
         self.collector, self.sampling, self.samples, self.seed = collector, sampling, samples, seed
         self.key, self.store, self.online = key, store, online
@@ -104,10 +109,14 @@ class ReferenceRewards:
         waiting, size = missing[first:] + missing[:first], _BatchSize(self.fill_batch)
         total = len(missing) * self.samples
         report(0, total)
-        with served():
+        moved = time.monotonic()
+        with served(), self._dropping_claims():
             while waiting:
-                done, began = total - len(waiting) * self.samples, time.monotonic()
-                batch, waiting = waiting[: size.prompts], waiting[size.prompts :]
+                done, before, began = total - len(waiting) * self.samples, len(waiting), time.monotonic()
+                patient = began - moved < PATIENCE_S
+                batch, waiting = self._claimed(waiting, size.prompts, patient=patient)
+                if patient and len(waiting) < before:
+                    moved = time.monotonic()
 
                 def watch(ended: int, done: int = done, most: int = len(batch) * self.samples) -> bool:
                     report(done + min(ended * parallel.data_parallel_size(), most), total)  # others are as far
@@ -117,8 +126,41 @@ class ReferenceRewards:
                 report(total - len(waiting) * self.samples, total)
                 if parallel.any_rank(stop_requested())[0]:
                     return self.has(missing)
-                size.observe(drawn, parallel.broadcast_from_first_rank(time.monotonic() - began))
+                if batch:
+                    size.observe(drawn, parallel.broadcast_from_first_rank(time.monotonic() - began))
+                else:  # all that is left is in other runs' hands
+                    time.sleep(POLL_S)
         return True
+
+    def _claimed(self, waiting: list[Prompt], most: int, *, patient: bool) -> tuple[list[Prompt], list[Prompt]]:
+        """The next batch, of prompts that no other run is at, and those that are left then.
+
+        Args:
+            patient: False: others are taken for stuck, and nothing is left to them: who samples does not matter.
+        """
+        store = self.store
+
+        def claim() -> list[int]:
+            if store is None or store.read_only:  # writing will say what is wrong
+                return list(range(len(waiting[:most])))
+            store.claims.drop()
+            free = (i for i, prompt in enumerate(waiting) if store.claims.take(prompt.id) or not patient)
+            return list(itertools.islice(free, most))
+
+        mine = set(parallel.broadcast_from_first_rank(agree(claim)))
+        left = [prompt for i, prompt in enumerate(waiting) if i not in mine]
+        if not mine:
+            self._look_up(left)
+            left = [prompt for prompt in left if prompt.id not in self._known]
+        return [waiting[i] for i in sorted(mine)], left
+
+    @contextmanager
+    def _dropping_claims(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            if self.store is not None:
+                self.store.claims.drop()
 
     def rewards(self, prompts: Sequence[Prompt], step: int, served: ReferenceServed) -> dict[str, np.ndarray]:
         """float64 [K] by prompt id, the same on all ranks; NaN where scoring failed."""
@@ -144,11 +186,11 @@ class ReferenceRewards:
         """See that the run goes on with the rewards it began with.
 
         Raises:
-            RunError: they belong to another key; names every part that differs.
+            ConfigError: they belong to another key; names every part that differs.
         """
         if state["digest"] != self.key.digest:
             differences = "; ".join(self.key.differences(state["parts"]))
-            raise RunError(
+            raise ConfigError(
                 f"this run began with other reference rewards than those it would go on with: {differences} (there: "
                 "its checkpoint; here: now). Restore what has changed, or start a new run (run.name=NAME)"
             )

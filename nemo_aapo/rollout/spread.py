@@ -7,10 +7,12 @@ whose group they belong to once they have been generated and judged there. Which
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from nemo_aapo.distributed import parallel
+from nemo_aapo.types import Completion, Routes
 
 
 class Place(NamedTuple):
@@ -29,6 +31,31 @@ def ranks_in_step(shares_weights: bool) -> int:
         shares_weights: the engine serves the learner's own weights, hence also its layout.
     """
     return max(parallel.expert_parallel_size() // parallel.tensor_parallel_size(), 1) if shares_weights else 1
+
+
+def owner(prompt: int, prompts: int, ranks: int) -> int:
+    """The data-parallel rank in whose shard of all prompts one lies (``collector.own_shard``).
+
+    Example:
+        Of 5 prompts rank 0 of 2 has the first two, and ``[owner(i, 5, 2) for i in range(5)]`` is ``[0, 0, 1, 1, 1]``.
+    """
+    return ((prompt + 1) * ranks - 1) // prompts
+
+
+def with_one_prompt(row: Sequence[Completion]) -> tuple[Completion, ...]:
+    """The completions of one prompt, with the prompt's routes that the first of them has.
+
+    Whoever generated the others has made them anew, and in another batch a near tie may have fallen otherwise.
+    """
+    first = next((completion.routes for completion in row if completion.routes is not None), None)
+    if first is None or all(c.routes is not None and c.routes.prompt is first.prompt for c in row):
+        return tuple(row)
+    return tuple(
+        completion
+        if completion.routes is None
+        else dataclasses.replace(completion, routes=Routes(first.prompt, completion.routes.completion))
+        for completion in row
+    )
 
 
 def spread(expected: Sequence[float], completions: Sequence[int], ranks: int) -> list[list[Place]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import errno
 import fcntl
 import importlib.metadata
 import json
@@ -31,14 +30,13 @@ from nemo_aapo.config import (
 from nemo_aapo.errors import ConfigError
 from nemo_aapo.run.identity import identity_of, reference_of
 from nemo_aapo.run.names import STORE, newest_step
-from nemo_aapo.utils.files import LOCK, fitting, read_json, to_json, write_atomic
+from nemo_aapo.utils.files import LOCK, NO_LOCKS, fitting, read_json, to_json, write_atomic
 
 RECORD = "run.json"
 """What the directory belongs to: digest, settings and what model and data hold; and every start with its versions."""
 VERSIONS_OF = ("torch", "megatron-core", "megatron-bridge", "transformers", "nemo-toolkit", "math-verify")
 SHOWN_DIFFERENCES = 12
 _CPU_FACTS = Path("/proc/cpuinfo")
-_NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class Record(TypedDict):
@@ -235,7 +233,7 @@ def lock_directory(directory: Path, named: str) -> TextIO:
             f"run.dir={named}: in use by {holder}. Stop that run, or give this one another name (run.name=NAME)"
         ) from None
     except OSError as error:
-        if error.errno not in _NO_LOCKS_HERE:  # some cluster file systems are mounted without locks
+        if error.errno not in NO_LOCKS:
             raise
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")

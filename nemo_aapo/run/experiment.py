@@ -1,6 +1,6 @@
 """What a run leaves for people and tools: configuration, metrics, samples of rollouts, loggers, the final marker.
 
-    <run_dir>/  config.yaml  run.json  phase.json  metrics.jsonl  rollouts/  tensorboard/  logs/  finished
+    <run_dir>/  config.yaml  run.json  phase.json  metrics.jsonl  rollouts/  tensorboard/  logs/  report.html  finished
 
 Only rank 0 holds an ``Experiment``; the others hold a ``SilentExperiment``, so that the trainer's loop is the same on
 all ranks. NeMo's ``exp_manager`` makes the loggers of TensorBoard and Weights & Biases, and its own log files.
@@ -18,7 +18,7 @@ from nemo_aapo.config import Config
 from nemo_aapo.errors import RunError, one_line
 from nemo_aapo.run.directory import change_of_instruction_set, claim
 from nemo_aapo.run.metrics_file import MetricsFile
-from nemo_aapo.run.names import PHASE, step_of
+from nemo_aapo.run.names import PHASE, ROLLOUTS, step_of
 from nemo_aapo.run.stop import STOP_FILE
 from nemo_aapo.types import Group
 from nemo_aapo.utils.files import FINISHED, to_json, write_atomic
@@ -71,8 +71,8 @@ class Experiment:
         are removed. Lines of ``step`` itself stay, so write a checkpoint after the lines of its step.
         """
         self._metrics.truncate_after(step)
-        for path in (self.directory / "rollouts").glob("step_*.jsonl"):
-            if (step_of(path.stem) or 0) > step:
+        for path in (self.directory / ROLLOUTS).glob("*_*.*"):
+            if any((step_of(path.stem, kind) or 0) > step for kind in ("step", "train")):
                 path.unlink()
         (self.directory / FINISHED).unlink(missing_ok=True)
         for logger in self._loggers:
@@ -105,8 +105,7 @@ class Experiment:
 
     def save_rollouts(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """``rollouts/NAME.jsonl``: one JSON object a completion, as ``rollout_rows`` makes them."""
-        path = self.directory / "rollouts" / f"{name}.jsonl"
-        write_atomic(path, "".join(to_json(row) + "\n" for row in rows))
+        write_atomic(self.directory / ROLLOUTS / f"{name}.jsonl", "".join(to_json(row) + "\n" for row in rows))
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """The run is complete: close the loggers, then write the ``finished`` marker, the last file of a run."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from nemo_aapo.run.experiment import Experiment, SilentExperiment
@@ -43,10 +43,15 @@ class RunReporter:
         stop: StopSignal,
         *,
         console_samples: int,
+        after_validation: Callable[[], None] = lambda: None,
     ) -> None:
-        """Args: console_samples: completions shown on the screen at each validation."""
+        """
+        Args:
+            console_samples: completions shown on the screen at each validation.
+            after_validation: called once a validation is in the files.
+        """
         self.experiment, self.progress, self.stop = experiment, progress, stop
-        self.console_samples = console_samples
+        self.console_samples, self.after_validation = console_samples, after_validation
         self._phase: str | None = None
         self._done = 0
         self._began = self._written = 0.0
@@ -92,6 +97,7 @@ class RunReporter:
         self.experiment.log_validation(step, metrics)
         self.experiment.save_rollouts(f"step_{step:06d}", samples)
         self.progress.validation(step, metrics)
+        self.after_validation()
         for sample in samples[:: max(1, len(samples) // max(1, self.console_samples))][: self.console_samples]:
             reward = "not scored" if math.isnan(sample["reward"]) else f"reward {sample['reward']:g}"
             self.note(

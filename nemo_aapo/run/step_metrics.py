@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nemo_aapo.types import Group
+from nemo_aapo.types import RIGHT, Group
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +46,15 @@ def group_numbers(group: Group) -> GroupNumbers:
     )
 
 
-def step_metrics(groups: Sequence[GroupNumbers], policy_version: int) -> dict[str, float]:
+def step_metrics(groups: Sequence[GroupNumbers], policy_version: int, verdict: str) -> dict[str, float]:
     """Metrics of the groups of one training step, over all ranks, before a policy of this version learns from them.
 
     ``groups/zero_std`` counts groups whose rewards are all equal, ``groups/zero_advantage`` those without any final
     advantage: the difference is the number of groups that learn by the margin alone. All are over what was scored, and
     NaN where nothing was; ``groups/failed`` counts the groups of which no completion was.
+
+    Args:
+        verdict: name of the reward that tells right from wrong.
     """
     rewards = np.concatenate([group.rewards for group in groups])
     advantages = np.concatenate([group.advantages for group in groups])
@@ -64,6 +67,7 @@ def step_metrics(groups: Sequence[GroupNumbers], policy_version: int) -> dict[st
         "advantage/abs_mean": _mean(np.abs(advantages)),
         "groups/zero_std": _mean(np.array([float((own == own[0]).all()) for own, _ in scored])),
         "groups/zero_advantage": _mean(np.array([float((own == 0).all()) for _, own in scored])),
+        **_verdicts([group.reward_parts[verdict] for group in groups if verdict in group.reward_parts]),
         "groups/failed": 1.0 - len(scored) / len(groups),
         "rollout/lag": policy_version - np.mean([group.policy_version for group in groups]),
         **_lengths(groups),
@@ -74,6 +78,15 @@ def step_metrics(groups: Sequence[GroupNumbers], policy_version: int) -> dict[st
         for name in groups[0].reward_parts:
             metrics[f"reward/{name}"] = _mean(np.concatenate([group.reward_parts[name] for group in groups]))
     return {key: float(value) for key, value in metrics.items()}
+
+
+def _verdicts(values: Sequence[np.ndarray]) -> dict[str, float]:
+    """Shares of the groups that were judged whose completions are all right, or all wrong."""
+    shares = np.array([float((_there(row) >= RIGHT).mean()) for row in values if len(_there(row))])
+    return {
+        "groups/all_right": _mean((shares == 1.0).astype(float)),
+        "groups/all_wrong": _mean((shares == 0.0).astype(float)),
+    }
 
 
 def _there(values: np.ndarray) -> np.ndarray:

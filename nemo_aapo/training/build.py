@@ -41,6 +41,7 @@ from nemo_aapo.prepare.job import Job
 from nemo_aapo.rewards.base import Reward
 from nemo_aapo.rewards.workers.runner import RewardRunner
 from nemo_aapo.rollout.collector import Collector, RewardScorer
+from nemo_aapo.rollout.kept import KeptRollouts
 from nemo_aapo.rollout.pipeline import RolloutPipeline
 from nemo_aapo.run.identity import identity_of
 from nemo_aapo.run.names import CHECKPOINTS
@@ -114,14 +115,16 @@ def build_training(job: Job, *, reporter: Reporter, stack: contextlib.ExitStack,
     config = job.config
     rollouts = build_rollouts(job, reporter=reporter, stack=stack, trains=True, **parts)
     objective = Objective.of(config.algorithm, config.rollout.max_new_tokens, own)
+    learner = build_learner(rollouts.policy, objective)
     return AAPOTrainer(
         config=config,
         policy=rollouts.policy,
         rollouts=rollouts.pipeline,
         objective=objective,
-        learner=build_learner(rollouts.policy, objective),
+        learner=learner,
         validator=rollouts.validator,
         checkpoints=_checkpointer(config),
+        kept=KeptRollouts(config, learner, rollouts.pipeline.collector.decode, reporter.note),
         reporter=reporter,
     )
 

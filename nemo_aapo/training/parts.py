@@ -10,6 +10,7 @@ from nemo_aapo.types import Group, Prompt
 
 if TYPE_CHECKING:
     from nemo_aapo.checkpoint.checkpointer import Checkpointable, ResumeMode
+    from nemo_aapo.rollout.kept import KeptGroup
 
 
 class Policy(Protocol):
@@ -51,6 +52,14 @@ class Learner(Protocol):
 
     def update(self, groups: Sequence[Group]) -> dict[str, float]: ...
     def parity(self, groups: Sequence[Group]) -> dict[str, float]: ...
+
+
+class Kept(Protocol):
+    """What is kept of each step's rollouts for people; ``rollout.kept.KeptRollouts``."""
+
+    def choose(self, step: int, groups: Sequence[Group]) -> list[KeptGroup]: ...
+    def write(self, step: int, kept: Sequence[KeptGroup]) -> None: ...
+    def wait(self) -> None: ...
 
 
 class Validator(Protocol):

@@ -19,14 +19,15 @@ from nemo_aapo.algorithms.objective import Objective
 from nemo_aapo.checkpoint.schedule import SaveSchedule
 from nemo_aapo.config import Config
 from nemo_aapo.distributed import parallel
-from nemo_aapo.errors import CheckpointError, Interrupted, NonFiniteError, first_line
+from nemo_aapo.errors import CheckpointError, Interrupted, NonFiniteError, RewardError, first_line
 from nemo_aapo.rollout.collector import own_shard
+from nemo_aapo.rollout.kept import KeptGroup
 from nemo_aapo.run.experiment import rollout_rows
 from nemo_aapo.run.reporter import Reporter
 from nemo_aapo.run.step_metrics import group_numbers, step_metrics
 from nemo_aapo.seeds import stream_seed
 from nemo_aapo.training.parity import ParityGate
-from nemo_aapo.training.parts import Checkpoints, Learner, Policy, Rollouts, Validator
+from nemo_aapo.training.parts import Checkpoints, Kept, Learner, Policy, Rollouts, Validator
 from nemo_aapo.types import Group
 from nemo_aapo.utils.clock import seconds_since_start
 
@@ -50,16 +51,18 @@ class AAPOTrainer:
         learner: Learner,
         validator: Validator,
         checkpoints: Checkpoints,
+        kept: Kept,
         reporter: Reporter,
     ) -> None:
         """``training.build.build_training`` makes all of these for a job, and takes replacements."""
         self.config, self.policy, self.rollouts = config, policy, rollouts
         self.objective, self.learner, self.validator = objective, learner, validator
-        self.checkpoints, self.reporter = checkpoints, reporter
+        self.checkpoints, self.kept, self.reporter = checkpoints, kept, reporter
         self.parity = ParityGate(config.rollout, learner)
         self.step = 0
         """Training steps done."""
         self.schedule = SaveSchedule(config.checkpoint, elapsed=seconds_since_start())
+        self._saved = 0  # the step of the newest checkpoint
         self._latest: dict[str, float] = {}  # metrics of the last step and the last validation
         self._doing = "the start"
 
@@ -76,23 +79,28 @@ class AAPOTrainer:
             NonFiniteError: loss or gradient were not finite; the last good checkpoint is untouched.
             ParityError: engine and learner disagreed before the first step.
             LostRankError: another rank is gone; training goes on from the last checkpoint.
+            RewardError: nothing can be scored any more; all steps that were made are in a checkpoint.
         """
         with parallel.lost_ranks_reported(lambda: self._doing), contextlib.closing(self.checkpoints):
-            saved, stopping = self._begin()
-            while self.step < self.config.trainer.max_steps and not stopping:
-                if not self._fill_reference():  # a stop signal came meanwhile
-                    break
-                self.train_step()
-                if self._due(self.config.trainer.val_check_interval):
-                    self._validate()
-                stopping, save_now = self._stop_or_save()
-                if save_now:
-                    self._save()
-                    saved = self.step
-            if self.step > saved:
-                self._save()
-            self._wait_for_checkpoint()
+            try:
+                self._run_steps(stopping=self._begin())
+            except RewardError:  # no fault of the policy, whose steps are worth keeping until the reward is mended
+                self._save_rest()
+                raise
+            self._save_rest()
+            self.kept.wait()
             return self.step >= self.config.trainer.max_steps
+
+    def _run_steps(self, *, stopping: bool) -> None:
+        while self.step < self.config.trainer.max_steps and not stopping:
+            if not self._fill_reference():  # a stop signal came meanwhile
+                break
+            self.train_step()
+            if self._due(self.config.trainer.val_check_interval):
+                self._validate()
+            stopping, save_now = self._stop_or_save()
+            if save_now:
+                self._save()
 
     def train_step(self) -> None:
         """One step of ``fit``, without what stands around it: reference rewards, validation, checkpoints."""
@@ -104,13 +112,14 @@ class AAPOTrainer:
         version = self.policy.version
         self._check_parity(groups, version)
         groups = self._with_advantages(groups)
+        kept = self._choose_kept(groups)
         began = time.perf_counter()
         metrics = self._update(groups)
         train_s = time.perf_counter() - began
         if not self.rollouts.runs_ahead:
             self._refit()
         self.step += 1
-        self._log(groups, version, metrics, train_s, start)
+        self._log(groups, kept, version, metrics, train_s, start)
 
     # ------------------------------------------------------------------ a step's verbs
 
@@ -133,6 +142,11 @@ class AAPOTrainer:
         max_steps = self.config.trainer.max_steps
         return with_advantages(self.objective, groups, seeds=seeds, step=self.step, max_steps=max_steps)
 
+    def _choose_kept(self, groups: list[Group]) -> list[KeptGroup]:
+        """This rank's part of the groups that people will see, as the policy stands before the update."""
+        with self._phase(f"step {self.step + 1}, kept rollouts"):
+            return self.kept.choose(self.step, groups)
+
     def _update(self, groups: list[Group]) -> dict[str, float]:
         """The learner's optimizer steps; a batch that leads to numbers that are not finite is kept for people."""
         with self._phase(f"step {self.step + 1}, train"):
@@ -151,18 +165,30 @@ class AAPOTrainer:
         with self._phase(f"step {self.step + 1}, refit"):
             self.rollouts.refit()
 
-    def _log(self, groups: list[Group], version: int, update: dict[str, float], train_s: float, start: float) -> None:
-        """Metrics of the step over all ranks.
+    def _log(
+        self,
+        groups: list[Group],
+        kept: list[KeptGroup],
+        version: int,
+        update: dict[str, float],
+        train_s: float,
+        start: float,
+    ) -> None:
+        """Metrics of the step over all ranks, and what is kept of its rollouts.
 
         Args:
+            kept: this rank's part.
             version: of the policy before the update.
             update: the learner's metrics.
             train_s, start: seconds of the update, and when the step began.
         """
-        numbers = [n for part in parallel.gather_data_parallel([group_numbers(g) for g in groups]) for n in part]
+        everyone = parallel.gather_data_parallel(([group_numbers(group) for group in groups], kept))
+        numbers = [n for part, _ in everyone for n in part]
+        rewards, advantages = np.stack([n.rewards for n in numbers]), np.stack([n.advantages for n in numbers])
         seconds = {**self.rollouts.seconds, "train": train_s, "step": time.perf_counter() - start}
         metrics = {
-            **step_metrics(numbers, version),
+            **step_metrics(numbers, version, self.config.validation.reward),
+            **self.algorithm.margin_metrics(rewards, advantages),
             **update,
             **self.rollouts.metrics,
             "tokens_per_second": sum(int(n.lengths.sum()) for n in numbers) / seconds["step"],
@@ -171,16 +197,18 @@ class AAPOTrainer:
         }
         self._latest |= metrics
         self.reporter.log_step(self.step, metrics)
+        self.kept.write(self.step, [group for _, part in everyone for group in part])
         if warning := self.parity.watch(self.step, metrics):
             self.reporter.note(warning)
 
     # ------------------------------------------------------------------ around it
 
-    def _begin(self) -> tuple[int, bool]:
-        """Resume, and validate where that is due: the step that has a checkpoint, and whether to stop already."""
+    def _begin(self) -> bool:
+        """Resume, and validate where that is due; whether to stop already."""
         resumed = self._resume()
+        self._saved = self.step
         due = self._latest.pop(BROKEN_OFF, 0.0) if resumed else self.config.trainer.val_check_interval
-        return self.step, bool(due) and not self._validate()
+        return bool(due) and not self._validate()
 
     def _resume(self) -> bool:
         """Go on from the last checkpoint; False without one."""
@@ -210,7 +238,11 @@ class AAPOTrainer:
         return complete
 
     def _validate(self) -> bool:
-        """Measure the policy; False if a stop broke it off, which a resumed run makes up for."""
+        """Measure the policy; False if a stop broke it off, which a resumed run makes up for.
+
+        Raises:
+            RewardError: nothing could be scored; a resumed run makes up for it, too.
+        """
         with self._phase(f"step {self.step + 1}, rollout"):
             self.rollouts.settle()
         self._refit()
@@ -218,8 +250,10 @@ class AAPOTrainer:
             self.reporter.phase("validating", 0, len(self.validator.prompts))
             try:
                 metrics, samples = self.validator.run()
-            except Interrupted:
+            except (Interrupted, RewardError) as error:
                 self._latest[BROKEN_OFF] = 1.0
+                if isinstance(error, RewardError):
+                    raise
                 return False
             self._latest |= metrics
             self.reporter.log_validation(self.step, metrics, samples)
@@ -246,6 +280,7 @@ class AAPOTrainer:
             rollouts = self.rollouts.pending_files()
         with self._phase(f"the checkpoint of step {self.step}"):
             self.reporter.note(f"saving a checkpoint at step {self.step}")
+            self.kept.wait()
             state = {
                 "step": self.step,
                 "policy_version": self.policy.version,
@@ -254,7 +289,14 @@ class AAPOTrainer:
                 "metrics": {k: v for k, v in self._latest.items() if math.isfinite(v) and not k.startswith("time/")},
             }
             self.checkpoints.save(self.step, self.policy, state, rollouts)
+            self._saved = self.step
             self.schedule.saved()
+
+    def _save_rest(self) -> None:
+        """Have the last step in a checkpoint that is whole on the disk."""
+        if self.step > self._saved:
+            self._save()
+        self._wait_for_checkpoint()
 
     def _wait_for_checkpoint(self) -> None:
         with self._phase(f"the checkpoint of step {self.step}"):

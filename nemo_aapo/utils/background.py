@@ -15,7 +15,9 @@ CLOSE_S = 60.0
 class Background:
     """Runs a job in a thread. The thread is a daemon: a job that never ends can't keep the process alive."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "checkpoint") -> None:
+        """Args: name: of the thread."""
+        self._name = name
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -30,7 +32,7 @@ class Background:
             except BaseException as error:  # raised again in the main thread, by ``wait``
                 self._error = error
 
-        self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
+        self._thread = threading.Thread(target=run, name=self._name, daemon=True)
         self._thread.start()
 
     def failed(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import math
@@ -23,21 +24,24 @@ FINISHED = "finished"
 """Name of the file in the run directory that says that the run is complete; its JSON sums the run up."""
 LOCK = ".lock"
 """Name of the file in the run directory that the process which writes there holds locked."""
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What locking fails with where a file system is mounted without locks, as some of clusters are."""
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 
 
-def write_atomic(path: Path, text: str, mode: int = 0o666) -> None:
+def write_atomic(path: Path, content: str | bytes, mode: int = 0o666) -> None:
     """Write a whole file or none: a reader, or a run that starts after a crash, never sees half of it.
 
     Args:
+        content: text is written as UTF-8.
         mode: permissions of the new file, less the umask.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with open(partial, "w", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, mode)) as file:
-            file.write(text)
+        with open(partial, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -174,8 +178,12 @@ def free_space(path: Path) -> str:
 
 
 def to_json(value: object) -> str:
-    """One line of strict JSON: numpy becomes plain, and what is not finite becomes null (``NaN`` is no JSON)."""
-    return json.dumps(_plain(value), allow_nan=False, ensure_ascii=False)
+    """One line of strict JSON: numpy becomes plain, and what is not finite becomes null (``NaN`` is no JSON).
+
+    Half a surrogate pair, which UTF-8 has no code for, becomes an escape of JSON that reads back as it was.
+    """
+    text = json.dumps(_plain(value), allow_nan=False, ensure_ascii=False)
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def read_json(path: Path, read: Callable[[Any], T], failure: type[ConfigError | RunError], remedy: str) -> T | None:

@@ -13,18 +13,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nemo_aapo.cli import launch
+from nemo_aapo.cli import convert, doctor, evaluate, fill, launch, plan, prepare_data, serve
 from nemo_aapo.cli.main import exit_code, run_command
-from nemo_aapo.config import Config
-from nemo_aapo.config.command_line import CommandLine, read_command_line
+from nemo_aapo.config import Config, EvaluationConfig
+from nemo_aapo.config.command_line import EVALUATION, CommandLine, read_command_line
 from nemo_aapo.config.compose import compose, resolved
 from nemo_aapo.config.schema.facts import settings_of
-from nemo_aapo.conversion.source import find_source, lora_of
+from nemo_aapo.conversion.source import check_base, find_source, lora_of
 from nemo_aapo.errors import FAILED, REFUSED
 from nemo_aapo.evaluation import compare
+from nemo_aapo.evaluation.settings import find_model
 from nemo_aapo.launch.slurm import commands, control, submit
 from nemo_aapo.launch.slurm.commands import JobState
 from nemo_aapo.prepare import Job, job, prepare
+from nemo_aapo.prepare.conversion import Layout, prepare_megatron_to_hf
+from nemo_aapo.prepare.text import with_evaluation_date
 from nemo_aapo.reference_store.key import StoreKey
 from nemo_aapo.reference_store.store import RewardStore, other_rewards
 from nemo_aapo.run.experiment import Experiment
@@ -160,7 +163,14 @@ def run_files() -> dict[str, Any]:
     validation = {"step": 3, **VALIDATION, "validation/accuracy_sampled_stderr": 0.1}
     return {
         "run.json": {"id": "1", "digest": "DIGEST", "settings": {"seed": 1}, "contents": {}, "starts": [{"host": "n"}]},
-        "config.yaml": {"model": {"path": "/m", "lora": None}, "seed": 1},
+        "config.yaml": {
+            "model": {"path": "/m", "lora": None},
+            "seed": 1,
+            "run": {"name": "r"},
+            "algorithm": {"name": "aapo"},
+            "data": {"train": "t", "validation": "v"},
+            "rewards": [{"name": "accuracy", "weight": 1.0}],
+        },
         "phase.json": {"phase": "validating", "done": 1, "total": 3, "began": 1.0},
         "metrics.jsonl": [{"step": 0, **VALIDATION}, *({"step": k, **METRICS} for k in (1, 2, 3)), validation],
         "slurm/jobs.json": [{"id": "7", "what": "train"}],
@@ -218,10 +228,12 @@ def test_200_damaged_files_of_a_run_directory_are_named_in_words(tmp_path, monke
     monkeypatch.setattr(commands, "slurm", lambda *words, **more: "")
     monkeypatch.setattr("nemo_aapo.run.directory.instruction_set", lambda: "AVX2")
     made = prepare(words)
+    measured = EVALUATION.parse(compose(read_command_line([f"model.path={run_dir}", "benchmarks=[gsm8k]"], EVALUATION)))
     dice, silent = random.Random(11), 0
     for _ in range(200):
         files = run_files()
         files["run.json"]["digest"] = digest_of(made)
+        files["config.yaml"]["model"]["path"] = made.config.model.path
         name = dice.choice(list(files))
         content = damaged(dice, name, files[name])
         for other, whole in files.items():
@@ -229,7 +241,7 @@ def test_200_damaged_files_of_a_run_directory_are_named_in_words(tmp_path, monke
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             path.write_text(text_of(other, whole))
         (run_dir / name).write_bytes(content)
-        codes = [command() for command in readers(words, run_dir)]
+        codes = [command() for command in readers(words, run_dir, measured)]
         said = capsys.readouterr().err
         assert set(codes) <= {0, FAILED, REFUSED}, (name, content, codes)
         assert "Traceback" not in said, (name, content, said)
@@ -245,7 +257,7 @@ def digest_of(made: Job) -> str:
     return digest(made.config, identity_of(made.config))
 
 
-def readers(words: list[str], run_dir: Path) -> list[Callable[[], int]]:
+def readers(words: list[str], run_dir: Path, measured: EvaluationConfig) -> list[Callable[[], int]]:
     """Whatever reads the files of a run directory, as the commands end it."""
     other = run_dir.parent / "other_evaluation"
 
@@ -257,10 +269,16 @@ def readers(words: list[str], run_dir: Path) -> list[Callable[[], int]]:
     def model() -> int:
         return bool(lora_of(find_source(run_dir))) and 0
 
-    def manifest() -> int:
+    def card() -> int:
         from nemo_aapo.checkpoint.manifest import read
+        from nemo_aapo.conversion.card import model_card
 
-        return read(run_dir / "checkpoints" / "step_000003").step and 0
+        source = prepare_megatron_to_hf(run_dir, None, run_dir / "out", Layout()).source
+        return bool(model_card(source, read(source.candidates()[0]), "bfloat16")) and 0
+
+    def measure() -> int:
+        check_base(source := find_model(measured))
+        return bool(with_evaluation_date(measured, source, 64)) and 0
 
     return [
         *(functools.partial(launch.main, [action]) for action in ("status", "logs", "requeue", "cancel")),
@@ -268,7 +286,9 @@ def readers(words: list[str], run_dir: Path) -> list[Callable[[], int]]:
         lambda: exit_code(lambda: len(compare.compare(run_dir, other, None)) and 0),
         lambda: exit_code(servers),
         lambda: exit_code(model),
-        lambda: exit_code(manifest),
+        lambda: exit_code(card),
+        lambda: exit_code(measure),
+        lambda: convert.main(["inspect", str(run_dir)]),
     ]
 
 
@@ -278,6 +298,43 @@ def resume(made: Job) -> int:
         experiment.resume_at(2)
         summary_table(made.config)
     return 0
+
+
+OWN_WORDS = {
+    plan.main: ("model=", "hardware=", "mean_prompt_tokens=", "dataset_prompts=", "--json", "model.path="),
+    doctor.main: ("--only=", "--skip=", "--quick", "--json", "--only"),
+    fill.main: ("--shard=", "--shards=", "--merge", "--status", "--shard"),
+    evaluate.main: ("compare", "samples=", "sources.gsm8k=", "rollout.remote.servers=", "benchmarks="),
+    serve.main: ("rollout.server.port=", "rollout.server.host=", "rollout.server.index="),
+    convert.main: ("inspect", "verify", "--base=", "hf-to-megatron", "--out=", "megatron-to-hf", "--tolerance="),
+    prepare_data.main: ("--out=", "gsm8k", "--source="),
+    launch.main: ("status", "cancel", "requeue", "logs", "sweep", "seed=", "fill", "max_parallel="),
+}
+"""Command -> words that it alone knows; one that ends in = gets a value."""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_100_random_words_of_the_other_commands_are_taken_or_refused_in_words(
+    tmp_path, monkeypatch, capsys, unforeseen_fails
+):
+    monkeypatch.chdir(tmp_path)
+    for started in ("nemo_aapo.cli.doctor.examine", "nemo_aapo.cli.serve.serve", "nemo_aapo.cli.fill.fill",
+                    "nemo_aapo.cli.evaluate.evaluate", "nemo_aapo.launch.local.launch"):  # fmt: skip
+        monkeypatch.setattr(started, lambda *given, **more: 0)
+    dice = random.Random(5)
+    for number in range(100):
+        main = list(OWN_WORDS)[number % len(OWN_WORDS)]
+        drawn = dice.sample(OWN_WORDS[main], k=dice.randrange(1, 3)) + dice.sample(VALUES, k=dice.randrange(2))
+        words = [word + dice.choice(VALUES) if word.endswith("=") else word for word in drawn]
+        try:
+            code = main(words)
+        except SystemExit as end:  # argparse's own
+            code = end.code
+        said = capsys.readouterr().err
+        assert code in (0, FAILED, REFUSED), (main, words, code, said)
+        assert "Traceback" not in said, (main, words, said)
+        assert bool(said) or code != REFUSED, (main, words)
 
 
 @pytest.mark.slow

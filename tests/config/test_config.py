@@ -199,6 +199,12 @@ def test_settings_without_a_default_must_be_given():
             8,
             "engine=trtllm .* 4 x 2 GPUs .* 12 attention",
         ),
+        (["model.context_parallel_size=2", "trainer.devices=3"], 3, "tensor 1 x pipeline 1 x context 2 = 2"),
+        (
+            ["model.context_parallel_size=2", "trainer.devices=4", "prompts_per_step=6"],
+            4,
+            "=6 is not divisible by the data-parallel size 2 x model.context_parallel_size 2 = 4 copies of the model",
+        ),
         (["data.max_prompt_tokens=3073"], 1, r"= 4097 exceeds the 4096 positions"),
     ],
 )
@@ -209,13 +215,16 @@ def test_layouts_that_do_not_fit_model_and_ranks_are_refused(words, world_size, 
 
 
 def test_derived_sizes_multiply_out():
-    for tp, pp, dp in ((1, 1, 1), (2, 1, 2), (2, 3, 1), (4, 2, 4)):
-        world = tp * pp * dp
+    for tp, pp, cp, dp in ((1, 1, 1, 1), (2, 1, 1, 2), (2, 3, 1, 1), (4, 2, 1, 4), (2, 1, 2, 4)):
+        world = tp * pp * cp * dp
         config = config_of(
             f"model.tensor_model_parallel_size={tp}",
             f"model.pipeline_model_parallel_size={pp}",
+            f"model.context_parallel_size={cp}",
             f"trainer.devices={world}",
         )
         sizes = derive(config, SHAPE, world)
-        assert (sizes.data_parallel_size, sizes.prompts_per_rank * dp) == (dp, config.prompts_per_step)
+        copies = cp * dp  # each generates and judges its share of the prompts, whoever shares a sequence in training
+        assert (sizes.data_parallel_size, sizes.prompts_per_rank * copies) == (copies, config.prompts_per_step)
+        assert any(f"context {cp} = {copies}: each generates" in line for line in sizes.arithmetic) == (cp > 1)
         assert sizes.completions_per_step == config.prompts_per_step * config.group_size

@@ -84,6 +84,19 @@ def test_memory_that_is_not_there_cannot_be_moved():
     assert "precision=bf16" in refusal(fp32, H200)
 
 
+def test_a_sequence_that_is_cut_lies_in_a_row_of_sequences():
+    apart = {"model__share_prompts": False}
+    assert decided(CPU, **apart).model.sequence_packing is False
+    assert decided(CPU, **apart, model__context_parallel_size=2).model.sequence_packing is True
+
+
+def test_transformer_engine_cuts_no_sequence_of_fp32():
+    cut = {"model__context_parallel_size": 2}
+    assert refusal(decided(H200, **cut), H200) is None
+    assert "use precision=bf16" in refusal(decided(H200, **cut, precision__name="fp32"), H200)
+    assert refusal(decided(CPU, **cut), CPU) is None
+
+
 def test_prompts_are_shared_on_a_cpu_alone():
     asked = {"model__share_prompts": True}
     assert refusal(decided(CPU, **asked), CPU) is None
@@ -106,10 +119,9 @@ def test_what_the_machine_decides_is_checked_with_the_rest():
         ({"precision__num_layers_at_start_in_bf16": 1}, "no effect with precision=auto"),
         ({"precision__name": "bf16", "precision__num_layers_at_end_in_bf16": 1}, "no effect with precision=bf16"),
         ({"precision__name": "fp8_delayed", "precision__num_layers_at_start_in_bf16": 1}, "use precision=fp8_tensorw"),
-        ({"model__recompute_modules": ["layernorm"]}, "known values are core_attn, mlp"),
+        ({"model__recompute_modules": ["layernorm"]}, "known values are core_attn, mlp, moe"),
         ({"precision__name": "fp9"}, "known values are auto, fp32, bf16"),
         ({"model__context_parallel_size": 2, "model__sequence_packing": False}, "sequence_packing=false pads each"),
-        ({"model__expert_model_parallel_size": 2}, "no experts"),
         ({"model__recompute_granularity": "selective", "model__recompute_modules": []}, "is empty"),
         ({"model__share_prompts": True, "model__sequence_packing": False}, "sequence_packing=true"),
         ({"model__optim__cpu_offload_fraction": 1.5}, r"\[0, 1\]"),

@@ -55,12 +55,13 @@ def convert_there_and_back(path, folder):
     checkpoint_to_hf(find_source(folder / "megatron"), folder / "back", max_shard_bytes=60_000)
 
 
-@pytest.mark.parametrize("name", ["qwen2", "qwen2_tied", "qwen3", "llama", "llama3", "mistral", "gemma"])
+@pytest.mark.parametrize("name", ["qwen2", "qwen2_tied", "qwen3", "qwen3_moe", "llama", "llama3", "mistral", "gemma"])
 def test_every_byte_survives_the_way_to_megatron_and_back(ranks, more_models, tmp_path, name):
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    ranks.run(convert_there_and_back, more_models[name], tmp_path, world=2, tp=2)
+    layout = {"ep": 2} if name == "qwen3_moe" else {"tp": 2}
+    ranks.run(convert_there_and_back, more_models[name], tmp_path, world=2, **layout)
     back = tmp_path / "back"
     before = load_file(more_models[name] / "model.safetensors")
     index = json.loads((back / "model.safetensors.index.json").read_text())
@@ -204,7 +205,7 @@ def _verify(source, directory):
     return verify(find_source(source), Path(directory), ["1 + 1 = ?", "x", "What is 17 times 23? Think first."])
 
 
-@pytest.mark.parametrize("name", ["qwen2_tied", "qwen3", "llama3", "mistral", "gemma"])
+@pytest.mark.parametrize("name", ["qwen2_tied", "qwen3", "qwen3_moe", "llama3", "mistral", "gemma"])
 def test_megatron_computes_what_transformers_computes(ranks, more_models, name):
     [verdict, *others] = ranks.run(_verify, more_models[name], more_models[name], world=2, pp=2)
     assert verdict.ok(1e-4), verdict

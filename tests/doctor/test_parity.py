@@ -43,8 +43,9 @@ def folder(tmp_path_factory):
     return make_input(tmp_path_factory.mktemp("doctor"))
 
 
-def test_engine_and_learner_agree_on_the_configured_layout_and_nothing_is_left_behind(ranks, folder):
-    words = settings(folder, folder / "run", world=2, tp=2)
+@pytest.mark.parametrize("layout", ["tensor_model_parallel_size", "context_parallel_size"])
+def test_engine_and_learner_agree_on_the_configured_layout_and_nothing_is_left_behind(ranks, folder, layout):
+    words = settings(folder, folder / "run", f"model.{layout}=2", world=2)
     found = ranks.run(_judge, words, False, world=2, tp=None)
     assert found[0] == found[1]
     assert found[0][0] == "ok", found

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from nemo_aapo.engines.remote.directory import Claim, ServerRecord, publish
 from nemo_aapo.errors import ConfigError
 from tests.pool import RankError
+from tests.servers import Servers, ask, wait_until_ready
 from tests.training_runs import make_input, run, settings
 
 PROBLEMS = 7
@@ -52,8 +54,8 @@ def words(folder: Path, name: str, *more: str) -> list[str]:
     ]
 
 
-def evaluate(overrides: list[str], stop_after: int | None = None) -> int:
-    """One rank of a whole evaluation; as if a scheduler ended it after so many batches."""
+def evaluate(overrides: list[str], at_batch: int | None = None, pid: int | None = None, number: int = 15) -> int:
+    """One rank of a whole evaluation; in a batch a process gets a signal, as if a scheduler ended this one."""
     from nemo_aapo.jobs import evaluate as evaluation_job
     from nemo_aapo.prepare.evaluation import prepare_evaluation
 
@@ -61,8 +63,8 @@ def evaluate(overrides: list[str], stop_after: int | None = None) -> int:
 
     def counted(*arguments):
         batches.append(1)
-        if len(batches) == stop_after:
-            os.kill(os.getpid(), signal.SIGTERM)
+        if len(batches) == at_batch:
+            os.kill(pid or os.getpid(), number)
         return measure(*arguments)
 
     evaluation_job.measure = counted
@@ -105,6 +107,18 @@ def test_an_evaluation_leaves_completions_figures_and_tables(whole):
     assert (whole / "finished").exists()
 
 
+def test_a_mixture_of_experts_draws_the_same_wherever_its_experts_are(ranks, folder, tiny_models):
+    found = {}
+    for name, tp in (("one", 1), ("tensor", 2), ("data", 1)):  # experts on tensor ranks, and on data-parallel ones
+        world = 1 if name == "one" else 2
+        layout = [f"trainer.devices={world}", f"model.tensor_model_parallel_size={tp}"]
+        more = [f"model.path={tiny_models['qwen3_moe']}", *layout, f"model.expert_model_parallel_size={world}"]
+        assert set(ranks.run(evaluate, words(folder, f"experts_{name}", *more), world=world, tp=None)) == {0}
+        found[name] = completions(folder / f"experts_{name}")
+    assert len(found["one"]) == 3 * PROBLEMS
+    assert found["tensor"] == found["data"] == found["one"]
+
+
 @pytest.mark.parametrize(("world", "tp", "pp"), [(2, 1, 1), (4, 2, 2)])
 def test_every_layout_draws_the_same_completions(ranks, folder, whole, world, tp, pp):
     name = f"layout{tp}{pp}"
@@ -137,14 +151,83 @@ def test_more_samples_are_added_to_those_that_are_there(ranks, folder, whole):
     assert results(folder / "grown")["benchmarks"]["problems"]["samples"] == 1
 
 
-def test_a_checkpoint_of_training_measures_as_the_model_that_it_exports(ranks, folder, whole):
+@pytest.fixture(scope="module")
+def trained(ranks, folder) -> Path:
+    """A run of two steps, and what its checkpoint measures, ``by_run``."""
     training = settings(folder, folder / "run", "trainer.max_steps=2", world=2, tp=2)
     assert ranks.run(run, training, tp=None, world=2) == [0, 0]
-    for name, model in (("by_run", "run"), ("by_step", "run/checkpoints/step_000002"), ("by_export", "run/hf_model")):
-        assert ranks.run(evaluate, words(folder, name, f"model.path={folder / model}"), tp=None) == [0]
+    assert ranks.run(evaluate, words(folder, "by_run", f"model.path={folder / 'run'}"), tp=None) == [0]
+    return folder / "run"
+
+
+def test_a_checkpoint_of_training_measures_as_the_model_that_it_exports(ranks, folder, whole, trained):
+    for name, model in (("by_step", "checkpoints/step_000002"), ("by_export", "hf_model")):
+        assert ranks.run(evaluate, words(folder, name, f"model.path={trained / model}"), tp=None) == [0]
         assert completions(folder / name) == completions(folder / "by_run")
     assert completions(folder / "by_run") != completions(whole)
     assert "(step 2)" in results(folder / "by_run")["model"]
+
+
+# ---------------------------------------------------------------- through rollout servers
+
+
+@pytest.fixture(scope="module")
+def servers(folder):
+    """Two servers of the base model."""
+    started = Servers(folder / "servers")
+    for index in (0, 1):
+        started.start(index, settings(folder, folder / "none"))
+    for index in (0, 1):
+        wait_until_ready(started.directory, index, timeout_s=120)
+    yield started
+    started.close()
+
+
+def on_servers(folder, name, servers, *more):
+    there = f"rollout.remote.directory={servers.directory}"
+    return words(folder, name, "rollout.engine=remote", there, "rollout.remote.wait_s=20", *more)
+
+
+def served(servers) -> list[dict]:
+    return [ask(servers.directory, index, "/v1/ready")[1] for index in (0, 1)]
+
+
+def test_servers_draw_the_same_completions_of_a_model_and_of_a_checkpoint(ranks, folder, whole, trained, servers):
+    for name, model, world, like in (("s_hf", folder / "model", 2, "whole"), ("s_run", trained, 1, "by_run")):
+        more = (f"model.path={model}", f"trainer.devices={world}", "rollout.remote.servers=2")
+        assert ranks.run(evaluate, on_servers(folder, name, servers, *more), tp=None, world=world)[0] == 0
+        assert completions(folder / name) == completions(folder / like)
+        assert results(folder / name) == results(folder / like)
+        assert [of["policy_version"] for of in served(servers)] == [1, 1]
+        assert list((servers.directory / "weights").iterdir()) == []
+
+
+def test_no_weights_of_another_client_are_replaced_and_what_servers_cannot_do_is_said(ranks, folder, servers):
+    before = served(servers)
+    training = Claim(servers.directory, "results/training")
+    training.take()
+    with pytest.raises(RankError, match=r"ConfigError: .*its servers are in use by process \d+ .*results/training"):
+        ranks.run(evaluate, on_servers(folder, "busy", servers), tp=None)
+    training.drop()
+    other = shutil.copytree(folder / "model", folder / "other")
+    (other / "config.json").write_text((other / "config.json").read_text().replace("1e-06", "1e-05"))
+    of_another = on_servers(folder, "other_model", servers, f"model.path={other}", "rollout.remote.wait_s=1")
+    with pytest.raises(RankError, match=r"(?s)RunError: after 1 s .*rms_norm_eps=1e-05 \(here 1e-06\)"):
+        ranks.run(evaluate, of_another, tp=None)
+    assert served(servers) == before
+    publish(servers.directory, ServerRecord(7, "http://127.0.0.1:1", 1, "gone", "bf16"))
+    with pytest.raises(RankError, match=r"precision\.name=fp32: rollout server 7 .* computes in bf16\. Ask for that"):
+        ranks.run(evaluate, on_servers(folder, "bf16", servers), tp=None)
+    (servers.directory / "server_7.json").unlink()
+    alone = words(folder, "alone", "rollout.engine=remote", "rollout.remote.wait_s=1")
+    with pytest.raises(RankError, match=r"(?s)RunError: after 1 s .*none has announced itself in"):
+        ranks.run(evaluate, alone, tp=None)
+
+
+def test_a_server_that_dies_in_an_evaluation_changes_nothing_of_it(ranks, folder, whole, servers):
+    more = on_servers(folder, "dead", servers, "rollout.remote.servers=2")
+    assert ranks.run(evaluate, more, 2, servers.processes[0].pid, signal.SIGKILL, tp=None) == [0]
+    assert completions(folder / "dead") == completions(whole)
 
 
 def test_a_run_without_a_checkpoint_is_a_refusal_on_all_ranks(ranks, folder):

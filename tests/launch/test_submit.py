@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 
 import pytest
 
+from nemo_aapo.cli import launch
+from nemo_aapo.errors import REFUSED
 from nemo_aapo.launch.slurm.commands import outside_of_jobs
 from nemo_aapo.launch.slurm.paths import RunPaths, add_jobs, original_of, own_jobs, read_jobs
 from nemo_aapo.launch.slurm.submit import moved
+from nemo_aapo.prepare import prepare
+from nemo_aapo.run.directory import claim
+from tests.tiny_models import save_empty_input
 
 
 @pytest.fixture
@@ -76,3 +82,18 @@ def test_a_submission_from_within_a_job_takes_nothing_of_it_along():
     goes += ["PMI_RANK", "PMIX_ID", "OMPI_COMM_WORLD_RANK"]
     goes += ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"]
     assert outside_of_jobs({**stays, **dict.fromkeys(goes, "1")}) == stays
+
+
+@pytest.mark.parametrize("where", ["cluster=local", "cluster=slurm"])
+def test_fewer_steps_than_were_made_are_refused_before_ranks_are_started_or_a_job_is_submitted(tmp_path, capsys, where):
+    words = [*save_empty_input(tmp_path), "precision=fp32", "exp_manager.create_tensorboard_logger=false"]
+    job = prepare(words)
+    with contextlib.closing(claim(job.config, job.tree, 1)[0]):
+        (tmp_path / "run" / "checkpoints" / "step_000003").mkdir(parents=True)
+    asked = [*words, where, "dry_run=true"]
+    assert launch.main([*asked, "trainer.max_steps=2"]) == REFUSED
+    told = capsys.readouterr()
+    assert "trainer.max_steps=2" in told.err
+    assert "holds a checkpoint of step 3 already" in told.err
+    assert told.out == ""
+    assert launch.main([*asked, "trainer.max_steps=3"]) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -157,7 +158,8 @@ def attention_of_parts(heads: int) -> list[float]:
         expected = attention.packed(*whole, packing.packed_sequences(batch.replace(parts=None)))
         expected.backward(upstream)
         parts = [x.detach()[own].requires_grad_() for x in whole]
-        out = attention(*parts, None, packed_seq_params=packing.packed_sequences(batch))
+        with mock.patch.object(packing, "QUERIES_AT_ONCE", 7):  # so that a run has several pieces
+            out = attention(*parts, None, packed_seq_params=packing.packed_sequences(batch))
         out.backward(upstream[own])
         found.append(float((out - expected[own]).abs().max()))
         found += [float((part.grad - x.grad[own]).abs().max()) for part, x in zip(parts, whole, strict=True)]
@@ -166,7 +168,7 @@ def attention_of_parts(heads: int) -> list[float]:
 
 @pytest.mark.exact
 @pytest.mark.parametrize("size", [2, 4])
-def test_attention_of_a_cut_row_is_that_of_a_whole_one_for_any_number_of_heads(ranks, monkeypatch, size):
+def test_attention_of_a_cut_row_is_that_of_a_whole_one_for_any_number_of_heads(ranks, size):
     for heads in (1, 2, 4):
         for differences in ranks.run(attention_of_parts, heads, world=size, cp=size):
             assert max(differences) < 1e-5
@@ -206,6 +208,22 @@ def test_loss_and_gradient_are_those_of_one_process(ranks, alone, layout):
 
 
 @pytest.mark.exact
+def test_so_are_those_of_a_mixture_of_experts(ranks, tiny_models):
+    """The experts of a layer lie on the ranks that cut a sequence among them, and gradients reach each expert once."""
+    path = tiny_models["qwen3_moe"]
+    ((expected, weights),) = ranks.run(learn, path, 1, 1, 1024, {})
+    for tp, more in ((1, SHARED | FULL_RECOMPUTE), (2, PACKED | SEQUENCE_PARALLEL | DISTRIBUTED_OPTIMIZER)):
+        words = (path, tp, 1, 128, context(2, more | {"model__expert_model_parallel_size": 2}))
+        for metrics, updated in ranks.run(learn, *words, world=2 * tp, tp=tp, cp=2, ep=2):
+            assert metrics["loss"] == pytest.approx(expected["loss"], rel=1e-6, abs=1e-7)
+            assert metrics["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
+            for key in ("entropy", "router/load", "router/entropy", "router/dropped"):
+                assert metrics[key] == pytest.approx(expected[key], rel=1e-5), key
+            for name, tensor in updated.items():
+                np.testing.assert_allclose(tensor, weights[name], atol=2e-6, err_msg=name)
+
+
+@pytest.mark.exact
 def test_the_old_policys_and_the_references_log_probs_reach_every_rank(ranks, alone):
     """GRPO with its KL term: several updates need the log-probs of all tokens, whoever computed them."""
     path, _ = alone[2]
@@ -220,12 +238,11 @@ def test_the_old_policys_and_the_references_log_probs_reach_every_rank(ranks, al
 
 @pytest.mark.exact
 def test_adapters_are_trained_as_by_one_process(ranks, alone):
-    lora = PACKED | {
-        "model__lora": {"rank": 4, "alpha": 8, "target_modules": ["linear_qkv", "linear_proj", "linear_fc1"]}
-    }
+    lora = {"rank": 4, "alpha": 8, "target_modules": ["linear_qkv", "linear_proj", "linear_fc1"]}
+    more = PACKED | {"model__lora": lora}
     path, _ = alone[1]
-    [expected] = ranks.run(metrics_of, path, 1, 1, 1024, lora)
-    for metrics in ranks.run(metrics_of, path, 1, 1, 128, context(2, lora), world=2, cp=2):
+    [expected] = ranks.run(metrics_of, path, 1, 1, 1024, more)
+    for metrics in ranks.run(metrics_of, path, 1, 1, 128, context(2, more), world=2, cp=2):
         assert metrics["loss"] == pytest.approx(expected["loss"], rel=1e-6, abs=1e-7)
         assert metrics["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
 

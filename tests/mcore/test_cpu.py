@@ -174,6 +174,28 @@ def _weight_gradients():
     torch.testing.assert_close(weight.main_grad, 1.0 + x.sum((0, 1)).expand(5, 3))
 
 
+def _tokens_are_sent_to_experts_without_a_stream():
+    import torch
+    from megatron.core.transformer.moe.moe_utils import router_gating_linear
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher, sort_chunks_by_idxs
+
+    made = MoEAlltoAllTokenDispatcher.__new__(MoEAlltoAllTokenDispatcher)
+    made.input_splits, made.output_splits = torch.tensor([2, 3]), None
+    counts = torch.tensor([1, 4])
+    assert made._maybe_dtoh_and_synchronize("before_ep_alltoall", counts) is counts
+    assert (made.input_splits, made.output_splits) == ([2, 3], None)
+
+    tokens, sizes = torch.arange(6.0), torch.tensor([1, 2, 3])
+    assert sort_chunks_by_idxs(tokens, sizes, torch.arange(3), tokens)[0] is tokens
+    assert sort_chunks_by_idxs(tokens, sizes, torch.tensor([2, 0, 1]))[0].tolist() == [3, 4, 5, 0, 1, 2]
+
+    x, weight = torch.randn(5, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
+    scores = router_gating_linear(x, weight, None, torch.float32)
+    torch.testing.assert_close(scores, x @ weight.t())
+    scores.sum().backward()
+    torch.testing.assert_close(weight.grad, x.sum(0).expand(3, 4))
+
+
 @pytest.mark.parametrize(
     "promise",
     [
@@ -182,6 +204,7 @@ def _weight_gradients():
         _rng_tracker,
         _rotary_embedding,
         _weight_gradients,
+        _tokens_are_sent_to_experts_without_a_stream,
         _parameters_are_named_as_on_a_gpu_only_inside,
         _mcore_takes_torchs_adam_and_norms,
         _mcore_gives_nothing_to_a_compiler,

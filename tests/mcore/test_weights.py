@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +16,16 @@ pytestmark = pytest.mark.exact
 LAYOUTS = {"1x1": (1, 1, 1, False), "2x1": (2, 2, 1, False), "1x2": (2, 1, 2, False), "2x2+sp": (4, 2, 2, True)}
 
 
-def _round_trip(path, tp, pp, sp):
+EXPERT_LAYOUTS = {  # ranks, TP, PP, sequence parallelism, EP
+    "1": (1, 1, 1, False, 1),
+    "EP 2": (2, 1, 1, False, 2),
+    "TP 2": (2, 2, 1, True, 1),
+    "TP 2, EP 2": (2, 2, 1, True, 2),
+    "PP 2, EP 2": (4, 1, 2, False, 2),
+}
+
+
+def _round_trip(path, tp, pp, sp, ep=1):
     from nemo_aapo.learner.microbatch import PrefixGroup, collate
     from nemo_aapo.types import Sample
     from tests.policies import make_policy
@@ -23,6 +35,7 @@ def _round_trip(path, tp, pp, sp):
         model__tensor_model_parallel_size=tp,
         model__pipeline_model_parallel_size=pp,
         model__sequence_parallel=sp,
+        model__expert_model_parallel_size=ep,
         rollout__temperature=0.7,
     )
     policy = make_policy(config)
@@ -45,11 +58,33 @@ def sequences():
 @pytest.mark.parametrize("name", ["qwen2", "qwen2_tied", "qwen3", "llama"])
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 def test_weights_survive_the_round_trip_and_logprobs_equal_those_of_transformers(ranks, tiny_models, name, layout):
-    from transformers import AutoModelForCausalLM
-
     world, tp, pp, sp = LAYOUTS[layout]
     results = ranks.run(_round_trip, tiny_models[name], tp, pp, sp, world=world, tp=tp, pp=pp)
-    reference = AutoModelForCausalLM.from_pretrained(tiny_models[name]).eval()
+    compare(tiny_models[name], results)
+
+
+@pytest.mark.parametrize("layout", list(EXPERT_LAYOUTS))
+def test_so_do_those_of_experts_wherever_they_are(ranks, tiny_models, layout):
+    world, tp, pp, sp, ep = EXPERT_LAYOUTS[layout]
+    path = tiny_models["qwen3_moe"]
+    compare(path, ranks.run(_round_trip, path, tp, pp, sp, ep, world=world, tp=tp, pp=pp, ep=ep))
+
+
+@pytest.mark.parametrize("written", [{"norm_topk_prob": False}, {}])
+def test_shares_of_all_experts_are_those_of_transformers_too(ranks, tiny_models, tmp_path, written):
+    """Where ``norm_topk_prob`` is false, or left out, the weights of a token's experts do not add up to 1."""
+    path = shutil.copytree(tiny_models["qwen3_moe"], tmp_path / "model")
+    config = json.loads((path / "config.json").read_text())
+    del config["norm_topk_prob"]
+    (path / "config.json").write_text(json.dumps({**config, **written}))
+    compare(path, ranks.run(_round_trip, path, 1, 1, False))
+
+
+def compare(path, results):
+    """Hold weights and log-probs against those of transformers, the latter to 1e-5."""
+    from transformers import AutoModelForCausalLM
+
+    reference = AutoModelForCausalLM.from_pretrained(path).eval()
     expected = []
     with torch.no_grad():
         for prompt, completion in sequences():

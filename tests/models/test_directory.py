@@ -49,6 +49,8 @@ def test_a_missing_shard_is_named(model):
     [
         ({"architectures": ["GPT2LMHeadModel"]}, r"GPT2LMHeadModel; supported are Qwen2ForCausalLM"),
         ({"architectures": None}, "none named"),
+        ({"architectures": ["DeepseekV3ForCausalLM"]}, "sigmoid routers with a bias are not decoded here"),
+        ({"architectures": ["MixtralForCausalLM"]}, "no map for its weights"),
     ],
 )
 def test_other_architectures_are_refused(model, change, message):
@@ -65,6 +67,13 @@ def test_other_architectures_are_refused(model, change, message):
         ("qwen2", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling of type yarn gets lost"),
         ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling of type linear gets lost"),
         ("llama", {"rope_scaling": {"rope_type": "llama3", "low_freq_factor": 2.0}}, "'low_freq_factor': 2.0"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step=2: dense layers among"),
+        ("qwen3_moe", {"mlp_only_layers": [0]}, r"mlp_only_layers=\[0\]: dense layers among"),
+        ("qwen3_moe", {"shared_expert_intermediate_size": 32}, "shared_expert_intermediate_size=32: an expert that"),
+        ("qwen3_moe", {"n_shared_experts": 1}, "n_shared_experts=1: an expert that every token passes"),
+        ("qwen3_moe", {"scoring_func": "sigmoid"}, "scoring_func='sigmoid': a router that scores otherwise"),
+        ("qwen3_moe", {"routed_scaling_factor": 2.5}, "routed_scaling_factor=2.5: .* Megatron would"),
+        ("qwen3_moe", {"num_experts_per_tok": 1}, "num_experts_per_tok=1 with norm_topk_prob=true"),
         ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "rope_theta contradict"),
     ],
 )

@@ -20,6 +20,7 @@ PUBLISHED_PARAMETERS = {
     "Llama-3.1-8B": 8_030_261_248,
     "Llama-3.1-70B": 70_553_706_496,
     "Qwen3-30B-A3B": 30_532_122_624,
+    "Qwen3-235B-A22B": 235_093_634_560,
 }
 """The totals of the safetensors headers, as the Hugging Face Hub shows them."""
 

@@ -73,6 +73,7 @@ COMPOSED = Run("--cfg job")
 SLURM_TEST = "tests/launch/slurm/test_submission.py"
 
 RULES: tuple[tuple[str, Run | Elsewhere | NotRun], ...] = (
+    (r"(train|launch)\.py experiment=quickstart_moe", Elsewhere("tests/examples/test_quickstart_moe.py", "quickstart_moe")),
     (r"train\.py .*rollout\.engine=trtllm", COMPOSED),
     (r"train\.py .*reasoning_gym", COMPOSED),  # the package is an extra; tests/data/test_reasoning_gym.py trains on it
     (r"torchrun .*train\.py .*run\.name=tp2pp2", Run(f"{SMALL} {TWO_RANKS}", ranks=2)),
@@ -92,10 +93,11 @@ RULES: tuple[tuple[str, Run | Elsewhere | NotRun], ...] = (
     (r"launch\.py logs", Elsewhere(SLURM_TEST, "logs")),
     (r"launch\.py requeue", Elsewhere("tests/launch/slurm/test_interruptions.py", "requeue")),
     (r"launch\.py cancel", Elsewhere("tests/launch/slurm/test_interruptions.py", "cancel")),
-    (r"launch\.py experiment=paper_", COMPOSED),
+    (r"launch\.py experiment=(paper_|aapo_qwen3_30b_a3b)", COMPOSED),
     (r"evaluate\.py compare results/r1_", NotRun("of two evaluations that need GPUs")),
     (r"evaluate\.py compare", Run()),
     (r"evaluate\.py .*precision=bf16", COMPOSED),
+    (r"evaluate\.py .*engine=remote", Elsewhere("tests/evaluation/test_evaluation_ranks.py", "engine=remote")),
     (r"evaluate\.py ", Run(FEW_PROBLEMS)),
     (r"(convert|prepare_data)\.py ", Run()),
     (r"check_algorithm\.py ", Run()),
@@ -104,6 +106,7 @@ RULES: tuple[tuple[str, Run | Elsewhere | NotRun], ...] = (
     (r"srun .*doctor\.py ", Elsewhere("tests/doctor/test_doctor_ranks.py", "srun")),
     (r"doctor\.py", Run("--only versions,model,tokenizer,disk")),
     (r"reference_rewards\.py ", Run(SMALL, exits=(0, 1))),  # 1: --merge, --status: rewards are missing
+    (r"nemo-aapo (report|runs) ", Elsewhere("tests/report/test_read.py", "report.main")),
     (r"nemo-aapo \w+", Elsewhere("tests/project/test_wheel.py", "nemo-aapo")),
     (r"nemo_aapo\.engines\.trtllm\.check", Elsewhere("tests/engines/trtllm/test_check.py", "check")),
     (r"make_base_model\.py", Elsewhere("tests/examples/test_base_model.py", "make_base_model")),

@@ -27,6 +27,7 @@ LAYERS = (
     {"algorithms", "models", "data"},
     {"rewards"},
     {"launch"},
+    {"report"},
     {"planning"},
     {"mcore"},
     {"checkpoint"},

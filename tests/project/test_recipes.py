@@ -1,4 +1,4 @@
-"""The recipes of conf/experiment/paper_*: each composes, says what was published, and fits its model on eight GPUs."""
+"""The recipes of conf/experiment: each composes, says what was published or planned, and fits its model on its GPUs."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from nemo_aapo.cli import launch
 from nemo_aapo.config import Config, derive
 from nemo_aapo.config.command_line import read_command_line
 from nemo_aapo.config.compose import load_config
 from nemo_aapo.models.directory import read_model_dir
+from nemo_aapo.planning import layouts
+from nemo_aapo.planning.inputs import layout_of
+from nemo_aapo.prepare.plan import prepare_plan
 from nemo_aapo.rewards import build_reward
-from tests.tiny_models import save_empty_model
+from tests.tiny_models import save_empty_input, save_empty_model
 
 MODELS = {  # config.json: layers, hidden, feed-forward, heads, key-value groups, head size, vocabulary, positions
     "r1_distill_qwen_1_5b": ("Qwen2ForCausalLM", 28, 1536, 8960, 12, 2, 128, 151936, 131072),
@@ -104,3 +108,28 @@ def test_a_recipe_has_the_papers_algorithm_and_precision_and_fits_its_model_on_e
     assert config.rollout.max_concurrent_tokens == rollout  # all of a step's completions at once, and no more
     for entry in config.rewards:
         build_reward({key: value for key, value in entry.items() if key != "weight"})
+
+
+EXPERTS_RECIPE = "experiment=aapo_qwen3_30b_a3b"
+EXPERTS_MODEL = {  # config.json of Qwen3-30B-A3B-Base
+    "architectures": ["Qwen3MoeForCausalLM"], "num_hidden_layers": 48, "hidden_size": 2048, "intermediate_size": 6144,
+    "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 151936, "num_experts": 128,
+    "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True, "decoder_sparse_step": 1,
+    "mlp_only_layers": [], "max_position_embeddings": 32768,
+}  # fmt: skip
+
+
+def test_the_recipe_with_experts_dry_runs_as_a_job_of_two_nodes(tmp_path, capsys):
+    """As it stands, but for the places of model, data and run."""
+    _, *places = save_empty_input(tmp_path)
+    model = save_empty_model(tmp_path / "experts", **EXPERTS_MODEL)
+    words = [EXPERTS_RECIPE, f"model.path={model}", *places, "cluster=slurm", "dry_run=true"]
+    assert launch.main(words) == 0
+    assert "#SBATCH --nodes=2" in capsys.readouterr().out
+
+
+def test_the_recipe_with_experts_has_the_quickest_layout_that_is_planned_to_fit():
+    config, question = prepare_plan([EXPERTS_RECIPE, "model=Qwen3-30B-A3B"])
+    best, *others = [verdict for verdict in layouts.judge_all(config, question) if verdict.fits]
+    assert best.layout == layout_of(config)
+    assert others

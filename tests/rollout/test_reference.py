@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
+import signal
 
 import pytest
 
@@ -151,6 +153,47 @@ def prepare_beside_another(trainer):
     return by_question(reference._known, trainer), drawn
 
 
+@pytest.mark.parametrize("stores", [True, False])
+def test_what_another_run_is_sampling_is_waited_for_or_taken_over_once_it_is_gone(ranks, folder, filled_first, stores):
+    config = settings(folder, folder / f"claimed_{stores}", *SHORT)
+    ((values, drawn, told),) = ranks.run(with_trainer, config, prepare_while_another_samples, stores, tp=None)
+    assert values == filled_first[1]
+    assert len(drawn) == (1 if stores else 2)  # the other run's four prompts are never sampled twice at once
+    assert told.count(24) >= 3
+
+
+def prepare_while_another_samples(trainer, stores):
+    """A process has claimed four of ten prompts; left alone it ends, having stored them or not."""
+    from nemo_aapo.reference_store.store import RewardStore
+    from nemo_aapo.rollout import reference as module
+
+    reference, theirs = trainer.rollouts.reference, list(trainer.rollouts.data[2:6])
+    rewards = reference._sample(theirs, reference_seeds(reference, theirs))
+    read, write = os.pipe()
+    if not (other := os.fork()):
+        taken = [reference.store.claims.take(prompt.id) for prompt in theirs]
+        os.write(write, bytes(taken))
+        signal.pause()
+    assert os.read(read, 4) == bytes([1, 1, 1, 1])
+    drawn, told = counted(trainer), []
+    module.POLL_S, before = 0.01, module.POLL_S
+
+    def report(done, total):
+        told.append(done)
+        if done == 24 and told.count(24) == 3:
+            if stores:
+                with contextlib.closing(RewardStore(reference.store.path, reference.key)) as store:
+                    store.write(rewards)
+            os.kill(other, signal.SIGKILL)
+            os.waitpid(other, 0)
+
+    try:
+        assert reference.prepare(trainer.rollouts.data, trainer.rollouts.reference_served, report)
+    finally:
+        module.POLL_S = before
+    return by_question(reference._known, trainer), drawn, told
+
+
 def reference_seeds(reference, prompts):
     from nemo_aapo.seeds import stream_seed
 
@@ -183,7 +226,7 @@ def test_a_checkpoint_is_not_resumed_with_the_rewards_of_another_reference(ranks
     resumed = settings(tmp_path, tmp_path / "run", *SHORT, tp=2, world=2)
     with pytest.raises(AssertionError) as raised:
         ranks.run(by_few_bytes, resumed, fit, world=2, tp=None)
-    assert str(raised.value).count("RunError: this run began with other reference rewards") == 2  # on both ranks
+    assert str(raised.value).count("ConfigError: this run began with other reference rewards") == 2  # on both ranks
     assert "model: " in str(raised.value)
 
 

@@ -60,12 +60,13 @@ def test_metrics_of_a_step_are_those_of_what_was_scored():
             np.array(rewards), parts, np.array(references), np.array(advantages), lengths, cut, np.isnan(rewards), 0
         )
 
-    found = step_metrics([group([1.0, nan], [0.0, nan], [nan, 0.5]), group([nan, nan], [nan, nan], [nan, nan])], 0)
+    found = step_metrics([group([1.0, nan], [0.0, nan], [nan, 0.5]), group([nan, nan], [nan, nan], [nan, nan])], 0, "a")
     expected = {"reward/mean": 1.0, "reward/std": 0.0, "reward/failed_fraction": 0.75, "reward/a": 1.0, "reward/b": 1.0}
     expected |= {"advantage/mean": 0.0, "groups/zero_std": 1.0, "groups/zero_advantage": 1.0, "groups/failed": 0.5}
-    expected |= {"reference_reward/mean": 0.5, "completion_length/mean": 4.0}
+    expected |= {"groups/all_right": 1.0, "groups/all_wrong": 0.0, "reference_reward/mean": 0.5}
+    expected |= {"completion_length/mean": 4.0}
     assert {key: found[key] for key in expected} == expected
-    nothing = step_metrics([group([nan, nan], [nan, nan], [nan, nan])], 0)
+    nothing = step_metrics([group([nan, nan], [nan, nan], [nan, nan])], 0, "a")
     assert all(math.isnan(nothing[key]) for key in ("reward/mean", "reward/std", "groups/zero_std", "advantage/mean"))
 
 

@@ -56,8 +56,8 @@ class Rollouts:
         if self.ahead is None:
             assert self.served == self.policy.version, "stale weights in the engine"
         version = self.served if self.ahead is None else self.ahead[1]
-        self.ahead, self.cursor = None, step + 1
         self.journal.write(f"generate {step} by {version}")
+        self.ahead, self.cursor = None, step + 1
         return groups(version)
 
     def begin(self, step):
@@ -119,8 +119,8 @@ class Validator:
 class Checkpoints:
     """A disk that outlives the trainer."""
 
-    def __init__(self, journal, disk) -> None:
-        self.journal, self.disk, self.policy = journal, disk, None
+    def __init__(self, journal, disk, kept) -> None:
+        self.journal, self.disk, self.kept, self.policy = journal, disk, kept, None
         self.seconds, self.resumed_from, self.broken = 0.0, None, False
 
     def resume(self, policy, mode):
@@ -133,6 +133,7 @@ class Checkpoints:
 
     def save(self, step, policy, trainer_state, extra_files=None):
         self.journal.write(f"save {step}")
+        assert self.kept.waiting is None, "a checkpoint before what was kept of its step"
         self.disk[step] = {**trainer_state, "files": extra_files}
 
     def failed(self):
@@ -145,6 +146,23 @@ class Checkpoints:
 
     def close(self):
         self.journal.write("close")
+
+
+class Kept:
+    """Has to be on the disk before the checkpoint of its step."""
+
+    def __init__(self) -> None:
+        self.waiting = None
+
+    def choose(self, step, groups):
+        return [f"of {step}"]
+
+    def write(self, step, kept):
+        assert kept == [f"of {step - 1}"]
+        self.waiting = step
+
+    def wait(self):
+        self.waiting = None
 
 
 class Reporter:
@@ -184,7 +202,7 @@ def groups(version):
 
 def make(config, disk=None, runs_ahead=False):
     """A trainer of fakes that share a journal."""
-    journal, policy = Journal(), Policy()
+    journal, policy, kept = Journal(), Policy(), Kept()
     return AAPOTrainer(
         config=config,
         policy=policy,
@@ -192,7 +210,8 @@ def make(config, disk=None, runs_ahead=False):
         objective=Objective.of(config.algorithm, 4),
         learner=Learner(journal, policy),
         validator=Validator(journal, policy),
-        checkpoints=Checkpoints(journal, {} if disk is None else disk),
+        checkpoints=Checkpoints(journal, {} if disk is None else disk, kept),
+        kept=kept,
         reporter=Reporter(journal),
     )
 

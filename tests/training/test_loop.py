@@ -8,7 +8,7 @@ import pytest
 
 from nemo_aapo.config.compose import load_config
 from nemo_aapo.distributed import parallel
-from nemo_aapo.errors import CheckpointError, Interrupted, LostRankError, NonFiniteError, ParityError
+from nemo_aapo.errors import CheckpointError, Interrupted, LostRankError, NonFiniteError, ParityError, RewardError
 from tests.training.fakes import (
     APART,
     STEPS,
@@ -203,6 +203,28 @@ def test_a_save_in_the_background_that_has_failed_ends_the_run_after_the_step(co
         trainer.fit()
     assert trainer.reporter.journal[-3:] == ["log 3", "wait", "close"]
     assert max(trainer.checkpoints.disk) == 2
+
+
+@pytest.mark.parametrize("runs_ahead", [False, True])
+@pytest.mark.parametrize(
+    ("line", "done"), [("fill 3", 3), ("generate 3 by 3", 3), ("validate 4", 4), ("generate 0 by 0", 0)]
+)
+def test_rewards_that_fail_for_everything_end_the_run_with_a_checkpoint_of_its_last_step(
+    config, line, done, runs_ahead
+):
+    line = line.replace("3 by 3", "3 by 2") if runs_ahead else line
+    disk, updates = {}, []
+    trainer = make(config, disk, runs_ahead)
+    happen(trainer, line, fails_with(RewardError("not one completion could be scored")))
+    with pytest.raises(RewardError, match="not one completion"):
+        trainer.fit()
+    assert trainer.reporter.journal[-2:] == ["wait", "close"]
+    assert max(disk, default=0) == done
+    updates += trainer.reporter.journal.of("update")
+    resumed = make(config, disk, runs_ahead)
+    assert resumed.fit()
+    assert updates + resumed.reporter.journal.of("update") == [f"update {k}" for k in range(STEPS)]
+    assert ("validate 4" in resumed.reporter.journal) == (done != 4 or line == "validate 4")
 
 
 def test_a_save_that_fails_ends_the_run(config):

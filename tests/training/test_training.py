@@ -42,7 +42,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def uninterrupted(ranks, folder):
     run_dir = folder / "uninterrupted"
-    logged = settings(folder, run_dir, "exp_manager.create_tensorboard_logger=true")
+    logged = settings(folder, run_dir, "exp_manager.create_tensorboard_logger=true", "rollout.keep_tokens=true")
     assert ranks.run(run, logged, tp=None) == [0]
     return run_dir
 
@@ -72,16 +72,37 @@ def test_a_run_leaves_what_its_contract_says(uninterrupted):
     assert set(rows[0]) >= {"prompt", "completion", "answer", "reward", "finish_reason"}
 
 
+def test_some_rollouts_of_each_step_are_kept_with_their_tokens(uninterrupted):
+    rows, tokens = kept(uninterrupted)
+    assert list(rows) == list(tokens) == [f"train_{step:06d}" for step in range(1, 7)]
+    for name, lines in rows.items():
+        of = {key: np.array(value) for key, value in tokens[name].items()}
+        assert len({line["group"] for line in lines}) == 2
+        assert len(lines) == 2 * 4
+        assert [line["tokens"] for line in lines] == of["lengths"].tolist()
+        assert np.abs(of["logprobs"] - of["learner_logprobs"]).max() < 1e-4  # the engine's and the learner's
+        assert (of["entropy"] > 0).all()
+        assert len(of["entropy"]) == of["lengths"].sum()
+        last = np.cumsum(of["lengths"]) - 1
+        assert of["text_ends"][last].tolist() == [len(line["completion"]) for line in lines]
+        for line in lines:
+            assert line["group_advantage"] + line["margin"] == pytest.approx(line["advantage"], abs=1e-12)
+            assert line["reference_rewards"]
+            assert line["policy_version"] == line["step"] - 1
+
+
 def test_a_stopped_run_goes_on_to_the_same_bits(ranks, folder, uninterrupted):
     run_dir = folder / "stopped"
-    assert ranks.run(run, settings(folder, run_dir), IN_THE_THIRD_STEP, tp=None) == [0]
+    config = settings(folder, run_dir, "rollout.keep_tokens=true")
+    assert ranks.run(run, config, IN_THE_THIRD_STEP, tp=None) == [0]
     assert [line["step"] for line in metrics(run_dir)] == [0, 1, 2, 2, 3]
     assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["step_000002", "step_000003"]
     assert not (run_dir / "finished").exists()
-    assert ranks.run(run, settings(folder, run_dir), tp=None) == [0]
+    assert ranks.run(run, config, tp=None) == [0]
     assert metrics(run_dir) == metrics(uninterrupted)
     assert exported(run_dir) == exported(uninterrupted)
     assert expected_lengths(run_dir) == expected_lengths(uninterrupted) != {}
+    assert kept(run_dir) == kept(uninterrupted)
 
 
 def test_a_run_that_was_moved_with_its_model_and_data_goes_on_to_the_same_bits(ranks, folder, uninterrupted, tmp_path):
@@ -170,9 +191,15 @@ def test_the_distributed_optimizers_state_moves_to_another_layout_too(ranks, fol
 
 def test_a_run_on_four_ranks_gives_the_metrics_of_one(ranks, folder, uninterrupted):
     run_dir = folder / "tp2dp2"
-    config = settings(folder, run_dir, "model.sequence_parallel=true", world=4, tp=2)
+    config = settings(folder, run_dir, "model.sequence_parallel=true", "rollout.keep_tokens=true", world=4, tp=2)
     assert ranks.run(run, config, world=4, tp=None) == [0] * 4
     assert_same_run(run_dir, uninterrupted)
+    (rows, tokens), (expected_rows, expected) = kept(run_dir), kept(uninterrupted)
+    assert [[line["prompt"] for line in lines] for lines in rows.values()] == [
+        [line["prompt"] for line in lines] for lines in expected_rows.values()
+    ]
+    for key, values in expected["train_000001"].items():  # later policies differ in their last bits
+        np.testing.assert_allclose(tokens["train_000001"][key], values, atol=1e-4, err_msg=key)
 
 
 def _states_of_generators(overrides):
@@ -207,6 +234,18 @@ def test_the_loop_draws_from_no_global_generator_so_a_checkpoint_needs_none(rank
     config = settings(folder, folder / "generators", "trainer.max_steps=2", "export_hf_model=false")
     [[before, after]] = ranks.run(_states_of_generators, config, tp=None)
     assert before == after
+
+
+def kept(run_dir):
+    """All that was kept of the training steps but the times, as plain numbers and texts."""
+    from safetensors.numpy import load_file
+
+    rows, tokens = {}, {}
+    for path in sorted((run_dir / "rollouts").glob("train_*.jsonl")):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        rows[path.stem] = [{key: value for key, value in line.items() if key != "time"} for line in lines]
+        tokens[path.stem] = {k: v.tolist() for k, v in load_file(path.with_suffix(".safetensors")).items()}
+    return rows, tokens
 
 
 def assert_same_run(run_dir, other):

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from nemo_aapo.config.schema.facts import section, setting
 from nemo_aapo.config.schema.limits import COMPLETIONS, NODES, RANKS_OF_NODE, SECONDS, SEED, TOKENS
+from nemo_aapo.config.schema.rollout import Remote
 
 
 @section
@@ -48,6 +49,12 @@ class EvaluatedModel:
         decides=False,
         minimum=1,
         main=True,
+        sane=NODES,
+    )
+    expert_model_parallel_size: int = setting(
+        "EP: experts of a model that has some distributed over so many ranks; divides their number, and TP x DP",
+        decides=False,
+        minimum=1,
         sane=NODES,
     )
 
@@ -95,6 +102,16 @@ class Sampling:
     top_p: float = setting("nucleus truncation", decides=True, above=0, maximum=1, main=True)
     max_new_tokens: int = setting("completions are cut here", decides=True, minimum=1, main=True, sane=TOKENS)
     stop_strings: tuple[str, ...] = setting("a completion also ends once its text contains one of these", decides=True)
+
+
+@section
+class EvaluationRollout:
+    """Where completions are sampled."""
+
+    engine: Literal["megatron", "remote"] = setting(
+        "megatron: in process | remote: on rollout servers, which are handed the weights", decides=False, main=True
+    )
+    remote: Remote
 
 
 @section
@@ -172,6 +189,7 @@ class EvaluationConfig:
         "k: completions of each problem; more can be added later", decides=False, minimum=1, main=True, sane=COMPLETIONS
     )
     sampling: Sampling
+    rollout: EvaluationRollout
     rewards: tuple[dict[str, Any], ...] = setting("the one that tells right (1) from wrong", decides=True)
     reward_runner: EvaluationRunner
     problems_per_batch: int = setting(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from nemo_aapo.config.schema.facts import section, setting
-from nemo_aapo.config.schema.limits import BYTES, COMPLETIONS, NODES, NUMBER, SECONDS, TOKENS
+from nemo_aapo.config.schema.limits import BYTES, COMPLETIONS, COMPLETIONS_OF_STEP, NODES, NUMBER, SECONDS, TOKENS
 
 
 @section
@@ -121,6 +121,22 @@ class Rollout:
     )
     on_parity_error: Literal["warn", "stop"] = setting(
         "over one of the two limits after the first step: warn | stop; before it, it is always an error", decides=False
+    )
+    keep_groups: int | Literal["all"] = setting(
+        "so many groups of each step, chosen by the seed, are kept in rollouts/train_*.jsonl; or all",
+        decides=False,
+        minimum=0,
+        sane=COMPLETIONS_OF_STEP,
+    )
+    keep_tokens: bool = setting(
+        "also their tokens, with log-probs of engine and learner and entropies; one more forward pass over them",
+        decides=False,
+    )
+    keep_bytes: int = setting(
+        "kept rollouts take no more; then every second one of the older half is removed",
+        decides=False,
+        minimum=0,
+        sane=BYTES,
     )
     trtllm: Trtllm
     remote: Remote

@@ -22,6 +22,8 @@ def model(context: Context) -> Finding:
     tp, pp = config.model.tensor_model_parallel_size, config.model.pipeline_model_parallel_size
     cp = config.model.context_parallel_size
     layout = f"tensor {tp} x pipeline {pp}" + (f" x context {cp}" if cp > 1 else "")
+    if shape.experts is not None:
+        layout += f", {shape.experts.count} experts over {config.model.expert_model_parallel_size},"
     text = f"{shape.architecture}, {shape.num_layers} layers, {count:,} parameters; all files whole, the weights fit"
     return Finding("model", "ok", f"{text}; {layout} on {asked} ranks divides it{said(Path(config.model.path))}")
 

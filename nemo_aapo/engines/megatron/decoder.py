@@ -103,7 +103,7 @@ class Decoder:
             length=length,
             heads=self.key_value_heads,
             queries_per_key=self.queries_per_key,
-            angles=self._model.rotary_pos_emb(length)[:, 0, 0],
+            angles=self._model.rotary_pos_emb(length, packed_seq=True)[:, 0, 0],  # whole: sequences are not cut here
             scale=self._config.softmax_scale or self.head_size**-0.5,
             dtype=self._layers[0].qkv.dtype,
         )
@@ -182,10 +182,9 @@ class Decoder:
     def addresses(self) -> tuple[int, ...]:
         """Addresses of a whole dense model's weights. A CUDA graph is valid as long as they don't change."""
         model = self._model
-        values = [getattr(layer, field.name) for layer in self._layers for field in fields(layer)]
-        weights = [value for value in values if isinstance(value, Tensor)]
+        weights = [getattr(layer, field.name) for layer in self._layers for field in fields(layer)]
         weights += [model.embedding.word_embeddings.weight, model.decoder.final_layernorm.weight, self._output]
-        return tuple(weight.data_ptr() for weight in weights if weight is not None)
+        return tuple(weight.data_ptr() for weight in weights if isinstance(weight, Tensor))
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         if x.is_cuda:
@@ -220,7 +219,7 @@ def _layer_weights(layer: torch.nn.Module, convert: Callable[[Tensor], Tensor]) 
     part = layer.get_submodule
     qkv, mlp = base_layer(part("self_attention.linear_qkv")), part("mlp")
     experts = local_experts(mlp) if hasattr(mlp, "router") else None
-    before_mlp = part("pre_mlp_layernorm")
+    after_mlp_norm = mlp if experts else base_layer(part("mlp.linear_fc1"))
     return _Layer(
         attention_norm=_norm_weight(qkv, part("input_layernorm")),
         qkv=convert(merged_weight(part("self_attention.linear_qkv"))),
@@ -228,7 +227,7 @@ def _layer_weights(layer: torch.nn.Module, convert: Callable[[Tensor], Tensor]) 
         query_norm=getattr(part("self_attention.q_layernorm"), "weight", None),
         key_norm=getattr(part("self_attention.k_layernorm"), "weight", None),
         projection=convert(merged_weight(part("self_attention.linear_proj"))),
-        mlp_norm=before_mlp.weight if experts else _norm_weight(base_layer(part("mlp.linear_fc1")), before_mlp),
+        mlp_norm=_norm_weight(after_mlp_norm, part("pre_mlp_layernorm")),
         gate_and_up=None if experts else convert(merged_weight(part("mlp.linear_fc1"))),
         down=None if experts else convert(merged_weight(part("mlp.linear_fc2"))),
         experts=experts,

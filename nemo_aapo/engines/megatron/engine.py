@@ -29,7 +29,7 @@ from nemo_aapo.engines.megatron.sampling import sample
 from nemo_aapo.engines.megatron.scheduler import Admission, Scheduler, capacity
 from nemo_aapo.engines.megatron.stop_strings import StopStrings
 from nemo_aapo.mcore.model import GPTModel
-from nemo_aapo.types import Completion, SamplingSpec
+from nemo_aapo.types import NO_ROUTE, Completion, SamplingSpec
 
 
 class MegatronEngine:
@@ -54,9 +54,14 @@ class MegatronEngine:
             record_routes: completions have the experts that each token was sent to; for a model with at most 255.
 
         Raises:
-            ValueError: a kind of model that the decoder doesn't know; names the settings in question.
+            ValueError: a kind of model that the decoder doesn't know; names the settings in question. Routes of a
+                model that has no experts, or more than a byte can number.
         """
         check_supported(model)
+        if record_routes and not 0 < (model.config.num_moe_experts or 0) <= NO_ROUTE:
+            raise ValueError(
+                f"record_routes with num_moe_experts={model.config.num_moe_experts}: 1 to {NO_ROUTE} needed"
+            )
         self.model = model
         self.vocab_size = vocab_size
         self.max_concurrent_tokens = max_concurrent_tokens

@@ -3,23 +3,31 @@
     token             the bearer token; whoever comes first makes it
     server_3.json     the address of server 3, while it listens
     weights/          what the servers load (weight_store.py)
+    client            held by whoever decides what they load
 
 No torch: the launcher may import it.
 """
 
 from __future__ import annotations
 
+import fcntl
+import functools
 import json
 import os
 import re
+import socket
 import stat
+import weakref
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TextIO
 
 from nemo_aapo.config.build import build
 from nemo_aapo.errors import ConfigError
-from nemo_aapo.utils.files import to_json, write_atomic
+from nemo_aapo.utils.files import NO_LOCKS, to_json, write_atomic
 from nemo_aapo.utils.token import make_token
+
+CLIENT = "client"
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,8 @@ class ServerRecord:
     """Its process id on its host."""
     instance: str
     """A new random word at each start: a restarted server is another one."""
+    precision: str = ""
+    """What it computes in, as ``precision.name`` has it; empty where that is not known."""
 
 
 def open_directory(path: str | Path) -> Path:
@@ -66,6 +76,64 @@ def open_token(directory: Path) -> str:
     if not re.fullmatch(r"[\w.~+/=-]{16,}", token, re.ASCII):
         raise ConfigError(f"{path}: not a token (at least 16 letters, digits, - or _). Remove it: a new one is made")
     return token
+
+
+class Claim:
+    """The right to decide what the servers of a directory serve, until it is dropped or its process ends.
+
+    Any number of clients may share servers that stay with the base model; one that has them load something else must
+    be alone.
+    """
+
+    def __init__(self, directory: Path, owner: str) -> None:
+        """Share the servers.
+
+        Args:
+            owner: who this is, for those that are refused.
+
+        Raises:
+            ConfigError: another client has them load weights of its own.
+        """
+        self.directory, self.owner = directory, owner
+        self._file = os.fdopen(os.open(directory / CLIENT, os.O_RDWR | os.O_CREAT, 0o600), "r+", encoding="utf-8")
+        os.register_at_fork(after_in_child=functools.partial(_close, weakref.ref(self._file)))
+        self._lock(fcntl.LOCK_SH)
+
+    def take(self) -> None:
+        """Be the only one from now on.
+
+        Raises:
+            ConfigError: the servers have another client.
+        """
+        self._lock(fcntl.LOCK_EX)
+
+    def drop(self) -> None:
+        """Leave the servers to others."""
+        self._file.close()
+
+    def _lock(self, kind: int) -> None:
+        try:
+            fcntl.flock(self._file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.seek(0)
+            holder = self._file.read().strip() or "another process"
+            raise ConfigError(
+                f"rollout.remote.directory={self.directory}: its servers are in use by {holder}, and a server serves "
+                "one client's weights at a time. Wait for its end, or start other servers in another directory"
+            ) from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+        self._file.seek(0)
+        self._file.truncate()
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()} ({self.owner})\n")
+        self._file.flush()
+
+
+def _close(file: weakref.ref[TextIO]) -> None:
+    """In a child: one that outlives this process must not keep the servers."""
+    if (held := file()) is not None:
+        held.close()
 
 
 def publish(directory: Path, record: ServerRecord) -> None:

@@ -22,6 +22,7 @@ from nemo_aapo.distributed import parallel
 from nemo_aapo.distributed.agreement import agree, on_first_rank
 from nemo_aapo.engines.base import OnFinish, PendingCompletions, RolloutStats
 from nemo_aapo.engines.elsewhere import Finished, arranged, stats_of
+from nemo_aapo.engines.remote.directory import Claim
 from nemo_aapo.engines.remote.dispatch import Call, Fleet
 from nemo_aapo.engines.remote.weight_store import WeightStore
 from nemo_aapo.engines.remote.wire import Weights, WeightsId
@@ -36,15 +37,18 @@ Outcome = Finished | Exception
 class RemoteEngine:
     """A ``BackgroundEngine`` whose work is done by the servers of one directory."""
 
-    def __init__(self, fleet: Fleet, store: WeightStore, base: Weights, routes: bool = False) -> None:
+    def __init__(
+        self, fleet: Fleet, store: WeightStore, base: Weights, claim: Claim | None, routes: bool = False
+    ) -> None:
         """
         Args:
             fleet: the servers.
             store: where weights are left for them.
             base: the base model's weights, which servers start with: version 0.
+            claim: on rank 0, the right to the servers.
             routes: completions without the experts that each token was sent to are refused.
         """
-        self.fleet, self.store = fleet, store
+        self.fleet, self.store, self.claim = fleet, store, claim
         self.shares_weights = False
         self.stats: RolloutStats | None = None
         self._weights, self._routes = base, routes
@@ -55,7 +59,7 @@ class RemoteEngine:
         """Make the engine that ``rollout.remote`` describes. Collective.
 
         Raises:
-            ConfigError: directory or token are open to others.
+            ConfigError: directory or token are open to others, or another client has the servers load its weights.
         """
         remote, path = config.rollout.remote, config.model.path
         fleet = agree(
@@ -68,8 +72,9 @@ class RemoteEngine:
                 retries=remote.retries,
             )
         )
+        claim = agree(lambda: Claim(fleet.directory, config.run.dir) if parallel.rank() == 0 else None)
         base = Weights(WeightsId(0, on_first_rank(lambda: model_digest(path))), None)
-        return cls(fleet, WeightStore(Path(remote.directory), path), base, bool(config.rollout.replay_routes))
+        return cls(fleet, WeightStore(Path(remote.directory), path), base, claim, bool(config.rollout.replay_routes))
 
     def generate(
         self,
@@ -157,9 +162,11 @@ class RemoteEngine:
         (``named_tensors`` then stays unread, on all ranks).
 
         Raises:
+            ConfigError: the servers have another client.
             RunError: they can't be written, or no server takes them; older versions are as they were.
         """
         first = parallel.rank() == 0
+        agree(lambda: self.claim.take() if self.claim and version not in self._versions else None)
 
         def write() -> Weights:
             if first:
@@ -184,8 +191,9 @@ class RemoteEngine:
 
     def close(self) -> None:
         """Remove the weights that were left for the servers; they go on serving what they have loaded."""
-        if parallel.rank() == 0:
+        if self.claim:
             self.store.prune(keep=())
+            self.claim.drop()
 
 
 class _Enough(Exception):

@@ -27,12 +27,18 @@ import torch
 from nemo_aapo.checkpoint.manifest import FileRecord, problem_with
 from nemo_aapo.engines.remote.wire import Weights, WeightsId
 from nemo_aapo.errors import RunError, WeightsError, WireError
+from nemo_aapo.models.directory import read_config_json
 from nemo_aapo.utils.buckets import tensor_buckets
 from nemo_aapo.utils.files import begin_directory, commit_directory, free_space, partial_of, to_json
 from nemo_aapo.utils.safetensors import INDEX
 
 FOLDER = "weights"
 MANIFEST = "manifest.json"
+NOT_COMPUTED = {"_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache"} | {
+    f"{token}_token_id" for token in ("bos", "eos", "pad")
+}
+"""Settings of a ``config.json`` on which no log-prob depends, or which the server has by other ways."""
+SHOWN = 4
 BUCKET_BYTES = 512 * 2**20
 """Bytes of weights that trainer and server hold in memory at a time, unless one tensor alone is larger."""
 
@@ -138,6 +144,26 @@ def verified(directory: Path, weights: Weights, tensors: Set[str]) -> Path:
     if missing := sorted(tensors - index["weight_map"].keys()):
         raise WeightsError(f"{manifest.parent}: {len(missing)} tensors of the model are missing, {missing[0]} first")
     return manifest.parent
+
+
+def require_architecture(folder: Path, model: Path) -> None:
+    """Refuse weights of another architecture than the one that a server has built: some would load all the same.
+
+    Args:
+        folder: of a version.
+        model: the server's own model directory.
+
+    Raises:
+        WeightsError: the settings of their ``config.json`` that differ.
+    """
+    theirs, ours = (read_config_json(directory) for directory in (folder, model))
+    names = sorted({*theirs, *ours} - NOT_COMPUTED)
+    if different := [name for name in names if theirs.get(name) != ours.get(name)]:
+        values = ", ".join(f"{name}={theirs.get(name)!r} (here {ours.get(name)!r})" for name in different[:SHOWN])
+        raise WeightsError(
+            f"they are of another architecture than this server's model {model}: {values}. Start servers whose "
+            "model.path is of that kind"
+        )
 
 
 def _write(path: Path, content: bytes) -> FileRecord:

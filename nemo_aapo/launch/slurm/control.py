@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from nemo_aapo.errors import RunError
+from nemo_aapo.errors import ConfigError, RunError
 from nemo_aapo.launch.slurm.attempts import History, read_history, summary
 from nemo_aapo.launch.slurm.commands import JobState, job_states, slurm
 from nemo_aapo.launch.slurm.paths import RunPaths, is_same, original_of, own_jobs, read_jobs
@@ -81,8 +81,23 @@ def cancel(paths: RunPaths) -> str:
             f"{paths.run_dir}: nothing was submitted from here. It is a copy of {there}, which job {', '.join(ids)} "
             f"belongs to: scripts/launch.py cancel run.dir={there}"
         )
-    if not active:
-        return "no job of this run waits or runs"
+    return _cancelled(active) if active else "no job of this run waits or runs"
+
+
+def cancel_all(runs: Sequence[Path]) -> str:
+    """Cancel all jobs of many runs, those that wait first, or they would begin in the place of others.
+
+    Raises:
+        RunError: nothing was submitted from any of them.
+    """
+    jobs = [job["id"] for run in runs for job in own_jobs(RunPaths(run))]
+    if not jobs:
+        raise RunError(f"{len(runs)} runs, and none of them was submitted to Slurm: end what started them here instead")
+    active = [state for state in job_states(jobs) if not state.is_over]
+    return _cancelled(active) if active else f"no job of {len(runs)} runs waits or runs"
+
+
+def _cancelled(active: Sequence[JobState]) -> str:
     ids = [state.id for state in sorted(active, key=lambda state: state.state == "RUNNING")]
     slurm("scancel", *ids)
     return f"cancelled {', '.join(ids)}"
@@ -110,6 +125,19 @@ def requeue(paths: RunPaths) -> str:
     if waiting:
         return f"job {waiting[0]} waits already"
     return f"submitted {submit_again(paths)}: {paths.script}"
+
+
+def requeue_all(runs: Sequence[Path]) -> tuple[str, int]:
+    """``requeue`` of many runs, but for those that are finished: a line each, and how many could not be."""
+    lines, failed = [], 0
+    for run in runs:
+        try:
+            done = read_state(run).finished
+            lines.append(f"{run.name}: {'finished' if done else requeue(RunPaths(run))}")
+        except (RunError, ConfigError) as error:
+            failed += 1
+            lines.append(f"{run.name}: {error}")
+    return "\n".join(lines), failed
 
 
 def states_of(paths: RunPaths) -> list[JobState]:

@@ -62,7 +62,11 @@ class Role:
 
 def render_training(config: Config, site: Site) -> str:
     """The script that trains, with rollout servers beside the trainer if the configuration asks for them."""
-    roles = training_roles(config, site)
+    return _render_job(config, site, training_roles(config, site))
+
+
+def _render_job(config: Config, site: Site, roles: Sequence[Role]) -> str:
+    """The script of a job with a history, which requeues itself; the first of its roles decides when it ends."""
     blocks = [batch_header(config, site)]
     for role in roles[1:]:
         flags = _flags(config, site, role, job_name(config, role.name, len(roles)))
@@ -88,10 +92,9 @@ def render_fill(config: Config, site: Site) -> str:
 
 
 def render_evaluation(config: Config, site: Site) -> str:
-    """The script that evaluates, by what an evaluation shares with training."""
+    """The script that evaluates, by what an evaluation shares with training; with rollout servers likewise."""
     role = _trainer_role(config, (*COMMANDS, "evaluate", *frozen_config_file(config, site)))
-    mode = ["job", f"--max-requeues={config.cluster.max_requeues}"]
-    return _script(config, site, [batch_header(config, site)], supervisor_words(config, site, [role], mode))
+    return _render_job(config, site, [role, *_server_role(config, frozen_config_file(config, site, SERVERS))])
 
 
 def render_merge(config: Config, site: Site, after: str) -> str:
@@ -107,13 +110,16 @@ def render_merge(config: Config, site: Site, after: str) -> str:
 def training_roles(config: Config, site: Site) -> list[Role]:
     """The trainer first: its first node runs the script."""
     config_file = frozen_config_file(config, site)
-    roles = [_trainer_role(config, (*COMMANDS, "train", *config_file))]
+    return [_trainer_role(config, (*COMMANDS, "train", *config_file)), *_server_role(config, config_file)]
+
+
+def _server_role(config: Config, config_file: Sequence[str]) -> list[Role]:
+    """The rollout servers, where there are to be some."""
     servers = config.cluster.servers
-    if servers.nodes:
-        own = ("rollout.server.index={rank}", "rollout.server.host={address}")
-        words = (*COMMANDS, "serve", *config_file, *own)
-        roles.append(Role(SERVERS, servers.nodes, servers.per_node, servers.gpus_per_node, words, "server_%t"))
-    return roles
+    if not servers.nodes:
+        return []
+    words = (*COMMANDS, "serve", *config_file, "rollout.server.index={rank}", "rollout.server.host={address}")
+    return [Role(SERVERS, servers.nodes, servers.per_node, servers.gpus_per_node, words, "server_%t")]
 
 
 def supervisor_words(config: Config, site: Site, roles: Sequence[Role], mode: Sequence[str]) -> list[str]:
@@ -138,9 +144,9 @@ def paths_of(config: Config, site: Site) -> RunPaths:
     return RunPaths(site.directory / config.run.dir)
 
 
-def frozen_config_file(config: Config, site: Site) -> tuple[str, ...]:
-    """The words that make a script read the frozen configuration."""
-    return ("--config-path", str(paths_of(config, site).folder), "--config-name", FROZEN)
+def frozen_config_file(config: Config, site: Site, name: str = FROZEN) -> tuple[str, ...]:
+    """The words that make a script read the frozen configuration, or another one beside it."""
+    return ("--config-path", str(paths_of(config, site).folder), "--config-name", name)
 
 
 def _trainer_role(config: Config, words: tuple[str, ...]) -> Role:

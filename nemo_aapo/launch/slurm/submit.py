@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from nemo_aapo.config import Config, parse
+from nemo_aapo.config import Config, parse, without_secrets
 from nemo_aapo.errors import ConfigError, SlurmError
 from nemo_aapo.launch.slurm import nemo_run
 from nemo_aapo.launch.slurm.attempts import read_history, write_history
 from nemo_aapo.launch.slurm.commands import job_states, outside_of_jobs, slurm
 from nemo_aapo.launch.slurm.paths import RunPaths, add_jobs, is_same, own_jobs, read_jobs
 from nemo_aapo.launch.slurm.script import (
+    SERVERS,
     Site,
     environment_file,
     paths_of,
@@ -28,7 +30,7 @@ from nemo_aapo.launch.slurm.script import (
     supervisor_words,
     training_roles,
 )
-from nemo_aapo.utils.files import FINISHED, write_atomic
+from nemo_aapo.utils.files import FINISHED, to_json, write_atomic
 
 
 def check_here(config: Config) -> None:
@@ -146,11 +148,10 @@ def submit_evaluation(config: Config, tree: dict[str, Any], site: Site) -> int:
         ConfigError: as ``submit_training``; or a kind of job that evaluations have not.
     """
     cluster = config.cluster
-    if cluster.kind != "slurm" or cluster.launcher != "sbatch" or cluster.chain > 1 or cluster.servers.nodes:
+    if cluster.kind != "slurm" or cluster.launcher != "sbatch" or cluster.chain > 1:
         raise ConfigError(
             "launch.py evaluate starts ranks here (cluster=local), or submits one job that requeues itself "
-            "(cluster=slurm). It has no chain, no nemo_run, and no rollout servers: an evaluation samples with the "
-            "in-process engine, since the servers' weights come from a trainer. More speed: more ranks"
+            "(cluster=slurm, cluster=slurm_servers). It has no chain and no nemo_run"
         )
     script = render_evaluation(config, site)
     if config.dry_run:
@@ -158,6 +159,9 @@ def submit_evaluation(config: Config, tree: dict[str, Any], site: Site) -> int:
         return 0
     paths = freeze(config, tree, site)
     (paths.run_dir / FINISHED).unlink(missing_ok=True)  # the job looks for what is missing by itself
+    if cluster.servers.nodes:  # servers read the settings of a training
+        tree = without_secrets(json.loads(to_json(asdict(config))))
+        write_atomic(paths.folder / f"{SERVERS}.yaml", yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
     write_atomic(paths.script, script)
     write_history(paths.history, read_history(paths.history).submitted_again())
     job = sbatch(paths.script)

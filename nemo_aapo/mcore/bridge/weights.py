@@ -60,6 +60,9 @@ class WeightMap:
             # The Bridge hands over transformers' sliding_window, which counts the token itself; mcore's left width
             # does not.
             provider.window_size = (provider.window_size[0] - 1, 0)
+        if provider.num_moe_experts:
+            # The weights of the chosen experts are their share in the softmax over all of them, or over those alone.
+            provider.moe_router_pre_softmax = not self.auto_bridge.hf_pretrained.config.norm_topk_prob
         return provider
 
     def load(self, model: torch.nn.Module, directory: str | os.PathLike | None = None) -> None:

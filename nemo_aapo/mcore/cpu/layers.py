@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from nemo_aapo.mcore.cpu.attention import LocalAttention
 from nemo_aapo.mcore.cpu.kernels import rms_norm, swiglu
+from nemo_aapo.mcore.experts.grouped import GroupedExperts
 
 
 def local_layer_spec(config: Any) -> TransformerBlockSubmodules:
@@ -27,7 +28,10 @@ def local_layer_spec(config: Any) -> TransformerBlockSubmodules:
         attention.q_layernorm = attention.k_layernorm = TorchNorm
     if is_swiglu(config):
         mlp = layer.submodules.mlp.submodules
-        (mlp.experts.submodules if config.num_moe_experts else mlp).activation_func = swiglu
+        if config.num_moe_experts:
+            mlp.experts.module = GroupedExperts
+            mlp = mlp.experts.submodules
+        mlp.activation_func = swiglu
         config.use_te_activation_func = True  # mcore's word for: call the module's own activation
     layers = [layer] * get_num_layers_to_build(config, vp_stage=None, pp_rank=None)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=TorchNorm)

@@ -232,10 +232,23 @@ def patch_weight_gradients() -> None:
 def patch_experts() -> None:
     """The dispatcher of tokens to experts copies its counts to the host on a CUDA stream of its own
     (token_dispatcher.py:436, :833), and without TransformerEngine the router's product asks for a kernel by a name
-    that nobody has defined (moe_utils.py:1192).
+    that nobody has defined (moe_utils.py:1192). Where a rank holds all experts, tokens lie in their order already, and
+    are cut up and joined again for nothing (token_dispatcher.py:704, :762).
     """
-    from megatron.core.transformer.moe import moe_utils
-    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    dispatcher, sort = token_dispatcher.MoEAlltoAllTokenDispatcher, token_dispatcher.sort_chunks_by_idxs
+
+    def sort_chunks(
+        tokens: torch.Tensor,
+        split_sizes: torch.Tensor,
+        sorted_idxs: torch.Tensor,
+        probs: torch.Tensor | None = None,
+        fused: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if bool((sorted_idxs[1:] > sorted_idxs[:-1]).all()):
+            return tokens, probs
+        return sort(tokens, split_sizes, sorted_idxs, probs, fused)
 
     def counts_as_numbers(self: Any, point: str, tokens_per_expert: torch.Tensor) -> torch.Tensor:
         for name in ("input_splits", "output_splits"):
@@ -243,6 +256,7 @@ def patch_experts() -> None:
                 setattr(self, name, counts.tolist())
         return tokens_per_expert
 
-    MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = "none: there is nothing to copy"
-    MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize = counts_as_numbers
+    dispatcher.cuda_dtoh_stream = "none: there is nothing to copy"
+    dispatcher._maybe_dtoh_and_synchronize = counts_as_numbers
+    token_dispatcher.sort_chunks_by_idxs = sort_chunks
     moe_utils.te_general_gemm = None

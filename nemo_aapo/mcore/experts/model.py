@@ -29,6 +29,7 @@ def expert_fields(provider: Any) -> dict[str, Any]:
         "moe_grouped_gemm": on_gpu,
         "moe_permute_fusion": on_gpu,
         "moe_router_dtype": "fp32",
+        "moe_router_fusion": False,  # it would choose by itself where routes are to be replayed
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
     }
@@ -40,6 +41,6 @@ def mark_experts(module: torch.nn.Module) -> None:
     mcore does so where experts are distributed alone. With tensor parallelism, and each rank holding all experts, it
     would sum them over the wrong ranks, without an error; and an optimizer's state would have another form.
     """
-    for name, parameter in module.named_parameters():
-        if EXPERTS in name:
-            parameter.allreduce = False
+    experts: list[Any] = [parameter for name, parameter in module.named_parameters() if EXPERTS in name]
+    for parameter in experts:
+        parameter.allreduce = False

@@ -33,7 +33,9 @@ class RouterReplay:
         """
         self.routes: torch.Tensor | None = None
         """Those of the micro-batch that comes next; None: the router's own choice holds for all of it."""
-        self.known, self.otherwise = 0.0, 0.0
+        self.counted: torch.Tensor | None = None
+        """int64 [n], which of its T tokens are counted, once each; None: all."""
+        self.known, self.otherwise = torch.zeros(2, dtype=torch.int64)
         """Tokens that had a route, and those of them that the router would have sent elsewhere."""
         self._trains = trains
         self._recomputed: deque[torch.Tensor | None] = deque()  # of passes that will be made again, first in first out
@@ -56,10 +58,15 @@ class RouterReplay:
             return values, own
         chosen = torch.where(routes == NO_ROUTE, own, routes.long())
         if not again:
-            known = routes[:, 0] != NO_ROUTE
-            self.known += float(known.sum())
-            self.otherwise += float((chosen.sort(1).values != own.sort(1).values).any(1).sum())
+            self._count(routes != NO_ROUTE, chosen, own)
         return scores.gather(1, chosen), chosen
+
+    def _count(self, known: torch.Tensor, chosen: torch.Tensor, own: torch.Tensor) -> None:
+        """Add to the sums, which stay on the device: a number on the host would be waited for in each layer."""
+        rows = slice(None) if self.counted is None else self.counted
+        differs = chosen[rows].sort(1).values != own[rows].sort(1).values
+        self.known = self.known.to(own.device) + known[rows, 0].sum()
+        self.otherwise = self.otherwise.to(own.device) + differs.any(1).sum()
 
 
 class RoutingReplay:
@@ -77,16 +84,22 @@ class RoutingReplay:
 
     def start(self, batch: MicroBatch) -> None:
         """The forward pass of a micro-batch begins."""
-        routes = batch.routes
+        routes, counted = batch.routes, batch.positions
         if routes is not None and self._cut:
             routes = routes.chunk(parallel.tensor_parallel_size())[parallel.tensor_parallel_rank()]
+            counted = counted - parallel.tensor_parallel_rank() * len(routes)
+            counted = counted[(counted >= 0) & (counted < len(routes))]
         for number, replay in self._replays.items():
             replay.routes = None if routes is None else routes[:, number]
+            replay.counted = counted
 
     def counts(self) -> tuple[float, float]:
-        """Choices, of this rank's tokens and layers, that were replayed, and those that would have fallen otherwise."""
+        """Choices, of this rank's tokens and layers, that were replayed, and those that would have fallen otherwise.
+
+        Tokens are those that the loss reads, each once for each of its predictions: they are the same on all layouts.
+        """
         replays = self._replays.values()
-        return sum(replay.known for replay in replays), sum(replay.otherwise for replay in replays)
+        return float(sum(replay.known for replay in replays)), float(sum(replay.otherwise for replay in replays))
 
     def __enter__(self) -> RoutingReplay:
         for number, router in self._routers.items():

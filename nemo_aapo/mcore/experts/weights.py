@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core.transformer.moe.experts import SequentialMLP
 from torch import Tensor
 
 GroupedLinear = Callable[[Tensor, Sequence[int]], Tensor]
@@ -38,7 +39,7 @@ def local_experts(mlp: torch.nn.Module) -> LocalExperts:
     """
     experts: Any = mlp.get_submodule("experts")
     kind = type(experts).__name__
-    if kind == "SequentialMLP":
+    if isinstance(experts, SequentialMLP):
         first, second = (
             _one_by_one([getattr(expert, name).weight for expert in experts.local_experts]) for name in LINEAR
         )

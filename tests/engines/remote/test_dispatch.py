@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -17,6 +18,8 @@ from aiohttp import web
 from nemo_aapo.engines.remote import dispatch, wire
 from nemo_aapo.engines.remote.directory import ServerRecord, open_directory, open_token, publish
 from nemo_aapo.engines.remote.dispatch import Call, Fleet, Work, distribute
+from nemo_aapo.engines.remote.engine import RemoteEngine
+from nemo_aapo.engines.remote.weight_store import WeightStore
 from nemo_aapo.errors import RunError
 from nemo_aapo.types import Completion, SamplingSpec
 
@@ -306,3 +309,18 @@ def test_an_error_of_the_callback_is_the_callers_own(start, fleet):
     with pytest.raises(TimeoutError, match="a reward's"):
         fleet().generate(Call(call.weights, call.prompts, call.sampling, call.seeds, fail))
     assert len(server.asked) == 1
+
+
+def test_once_it_is_enough_the_connections_are_closed_and_the_next_call_goes_on(start, fleet, tmp_path):
+    """As a stop breaks a rollout off; servers drop what nobody waits for."""
+    first, second = start(lambda: "hang 3", lambda: "hang 3")
+    engine = RemoteEngine(fleet(2, timeout_s=60), WeightStore(tmp_path, "model"), WEIGHTS, None)
+    prompts, seeds, ended = [np.array([5, n], np.int32) for n in range(4)], [[1, 2, 3]] * 4, []
+    asked = (WEIGHTS, prompts, SPEC, seeds)
+    began = time.monotonic()
+    outcome = engine._ask_servers(*asked, lambda i, j, completion: ended.append((i, j)) or len(ended) == 4)
+    assert time.monotonic() - began < 30  # and not the timeout of servers that are silent
+    assert [(i, j) for i, j, _ in outcome] == ended
+    assert len(ended) == 4
+    first.script = second.script = lambda: "well"
+    assert len(engine._ask_servers(*asked, None)) == 12

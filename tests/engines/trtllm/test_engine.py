@@ -110,6 +110,19 @@ def test_completions_come_in_order_with_the_log_probs_of_the_drawn_tokens(engine
     assert math.isnan(engine.stats.idle_fraction)
 
 
+def test_once_it_is_enough_the_rest_is_broken_off_and_the_engine_goes_on(engine):
+    engine.wake()
+    whole, ended = tokens(engine.generate(PROMPTS, SAMPLING, SEEDS)), []
+    cut = tokens(
+        engine.generate(PROMPTS, SAMPLING, SEEDS, lambda i, j, completion: ended.append((i, j)) or len(ended) == 5)
+    )
+    assert len(ended) == 5
+    assert all(row == whole[i][: len(row)] for i, row in enumerate(cut))
+    assert sum(map(len, cut)) <= 5  # a row ends before its first completion that was broken off
+    assert engine.stats.tokens == sum(len(whole[i][j]) for i, j in ended)
+    assert tokens(engine.generate(PROMPTS, SAMPLING, SEEDS)) == whole
+
+
 def test_a_completion_depends_on_its_seed_and_not_on_the_batch_or_the_engine(fake, engine):
     engine.wake()
     whole = tokens(engine.generate(PROMPTS, SAMPLING, SEEDS))

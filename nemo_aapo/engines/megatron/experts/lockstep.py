@@ -90,18 +90,18 @@ class Lockstep:
     def gathered(
         self, x: Tensor, experts: Tensor, weights: Tensor, wanted_alone: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The rows of all copies of the model, x [n, h], experts int64 [n, k] and weights float32 [n, k] of each.
+        """The rows of all copies of the model: hidden states, experts and weights, as ``ExpertLayers`` has its own.
 
         All copies' rows are padded to the same number; padding is sent to no expert. Tensor-parallel ranks have the
         same rows, and each sends its share of them.
         """
         share = self._share(wanted_alone)
         own = slice(self._tensor_rank * share, (self._tensor_rank + 1) * share)
-        parts = (x, experts.add(1).to(torch.int16), weights)  # 0: no expert
-        sent = torch.zeros(share, sum(part.shape[1] * part.element_size() for part in parts), dtype=torch.uint8)
-        sent = sent.to(x.device)
-        sent[: len(x[own])] = torch.cat([part[own].contiguous().view(torch.uint8) for part in parts], dim=1)
-        received = torch.empty(self._copies * self._tensor_ranks * share, sent.shape[1], dtype=torch.uint8).to(x.device)
+        parts = x, experts.add(1).to(torch.int16), weights  # the bytes of padding, which are zero, name no expert
+        packed = torch.cat([part[own].contiguous().view(torch.uint8) for part in parts], dim=1)
+        sent = packed.new_zeros(share, packed.shape[1])
+        sent[: len(packed)] = packed
+        received = packed.new_empty(self._copies * self._tensor_ranks * share, packed.shape[1])
         dist.all_gather_into_tensor(received, sent, group=self._experts)
         widths = [part.shape[1] * part.element_size() for part in parts]
         hidden, chosen, weighted = (

@@ -1,0 +1,211 @@
+"""The completions that the page shows: of training steps spread over the run, and how each held-out prompt fared.
+
+A completion is hostile input. Here it is only cut to a length; what makes it inert stands in ``page.py`` and in the
+page's script.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load
+
+from nemo_aapo.errors import RunError
+from nemo_aapo.run.names import ROLLOUTS, kept_name, step_name, step_of
+from nemo_aapo.types import RIGHT
+
+COMPLETIONS = 2_000
+"""At most so many completions of training are on a page."""
+TEXT_BYTES = 1_400_000
+"""They take at most so many bytes of it, and their tokens so many:"""
+TOKEN_BYTES = 500_000
+HEAD, TAIL = 2_500, 1_500
+"""A longer completion is shown by so many characters of its start and its end."""
+NAME = (150, 50)
+"""The same of names: places in the data, and rewards."""
+PROMPTS = 500
+"""Held-out prompts whose history is shown."""
+TOLD = 100
+"""So many of them with the end of their greedy completions."""
+VALIDATIONS = 20
+"""Of at most so many validations."""
+ANSWER_TAIL = 120
+"""Characters of the end of a greedy completion in a prompt's history."""
+
+Row = dict[str, Any]
+
+
+def read_groups(directory: Path, budget: float = 1.0) -> list[dict[str, Any]]:
+    """Kept groups of training, by step: all of them, or of steps spread evenly over the run.
+
+    Args:
+        budget: this run's part of a page, in (0, 1].
+
+    Returns:
+        One dict a group; ``completions`` are lists [text, reward, A, delta, A*, tokens, finish reason, failed, parts,
+        figures of tokens or None], in the order that the page's script reads.
+
+    Raises:
+        RunError: a file is damaged.
+    """
+    folder, found = directory / ROLLOUTS, []
+    count, size, token_bytes = COMPLETIONS * budget, TEXT_BYTES * budget, TOKEN_BYTES * budget
+    for step in spread(_steps_in(folder, "train")):
+        if count <= 0:
+            break
+        path = folder / f"{kept_name(step)}.jsonl"
+        rows = _rows(path)
+        figures = _figures(path.with_suffix(".safetensors"), rows)
+        for group in _by_group(rows, figures):
+            taken, tokens = _size(group)
+            if tokens > token_bytes:
+                for completion in group["completions"]:
+                    completion[-1] = None
+                tokens = 0
+            if taken > size or len(group["completions"]) > count:
+                continue
+            count, size, token_bytes = count - len(group["completions"]), size - taken, token_bytes - tokens
+            found.append(group)
+    return sorted(found, key=lambda group: (group["step"], group["index"]))
+
+
+def read_history(directory: Path, verdict: str, budget: float = 1.0) -> dict[str, Any]:
+    """How held-out prompts fared from validation to validation.
+
+    Args:
+        verdict: name of the reward that tells right from wrong.
+        budget: this run's part of a page, in (0, 1].
+
+    Returns:
+        ``steps`` of the validations; and ``prompts``, of each its text, answer and place in the data, and for each
+        validation [completions that were right, completions, the end of the first one, which is the greedy one, or
+        None], or None.
+
+    Raises:
+        RunError: a file is damaged.
+    """
+    folder = directory / ROLLOUTS
+    steps = sorted(spread(_steps_in(folder, "step"))[:VALIDATIONS])
+    prompts: dict[str, dict[str, Any]] = {}
+    told: set[str] = set()
+    for place, step in enumerate(steps):
+        for row in _rows(folder / f"{step_name(step)}.jsonl"):
+            if row["source"] not in prompts:
+                if len(prompts) >= PROMPTS * budget:
+                    continue
+                if len(prompts) < TOLD * budget:
+                    told.add(row["source"])
+                shown = {"prompt": clipped(row["prompt"], 200, 200), "answer": clipped(str(row["answer"]), 100, 50)}
+                prompts[row["source"]] = {**shown, "source": row["source"], "at": [None] * len(steps)}
+            at = prompts[row["source"]]["at"]
+            if at[place] is None:
+                at[place] = [0, 0, row["completion"][-ANSWER_TAIL:] if row["source"] in told else None]
+            value = row["reward_parts"].get(verdict)
+            at[place][0] += value is not None and value >= RIGHT
+            at[place][1] += 1
+    return {"steps": steps, "prompts": list(prompts.values())}
+
+
+def spread(steps: Sequence[int]) -> list[int]:
+    """The same steps in an order of which every beginning is spread over the run; the newest comes first.
+
+    >>> spread([1, 2, 3, 4, 5])
+    [5, 1, 3, 4, 2]
+    """
+    newest_first = sorted(steps, reverse=True)
+    stride = 1 << max(0, (len(newest_first) - 1).bit_length() - 1)
+    found: dict[int, None] = {}
+    while stride:
+        found.update(dict.fromkeys(newest_first[::stride]))
+        stride //= 2
+    return list(found)
+
+
+def clipped(text: str, head: int = HEAD, tail: int = TAIL) -> str:
+    """The start and the end of a long text."""
+    if len(text) <= head + tail:
+        return text
+    return f"{text[:head]}\n[... {len(text) - head - tail:,} characters left out ...]\n{text[len(text) - tail :]}"
+
+
+# ---------------------------------------------------------------- files
+
+
+def _steps_in(folder: Path, kind: str) -> list[int]:
+    found = [step_of(path.stem, kind) for path in folder.glob(f"{kind}_*.jsonl")]
+    return sorted(step for step in found if step is not None)
+
+
+def _rows(path: Path) -> list[Row]:
+    try:
+        found = [json.loads(line) for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if line]
+        for row in found:
+            row["prompt"], row["completion"] = str(row["prompt"]), str(row["completion"])
+            row["source"] = clipped(str(row["source"]), *NAME)
+            row["reward_parts"] = {clipped(name, *NAME): value for name, value in (row["reward_parts"] or {}).items()}
+    except FileNotFoundError:  # thinned just now
+        return []
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise RunError(f"{path}: no rollouts ({type(error).__name__}). Remove it: it is only for people") from None
+    return found
+
+
+def _figures(path: Path, rows: Sequence[Row]) -> list[list[Any] | None]:
+    """Of each completion, if its tokens were kept: characters of each token, and in hundredths its engine log-prob and
+    entropy, in ten-thousandths the learner's log-prob less the engine's."""
+    nothing: list[list[Any] | None] = [None] * len(rows)
+    if not path.exists():
+        return nothing
+    try:
+        of = load(path.read_bytes())
+        bounds = np.cumsum(of["lengths"])[:-1]
+        names = ("text_ends", "logprobs", "learner_logprobs", "entropy")
+        parts = zip(*(np.split(of[name], bounds) for name in names), strict=True)
+        found = [
+            [np.diff(ends, prepend=0), 100 * own, 10_000 * (learner - own), 100 * entropy]
+            for ends, own, learner, entropy in parts
+        ]
+    except Exception as error:  # the library raises its own, and what it reads may be anything
+        raise RunError(f"{path}: no tokens ({type(error).__name__}). Remove it: it is only for people") from None
+    shown = [len(row["completion"]) <= HEAD + TAIL for row in rows]
+    if len(found) != len(rows):
+        return nothing
+    return [
+        [np.rint(np.nan_to_num(column)).astype(int).tolist() for column in columns] if fits else None
+        for columns, fits in zip(found, shown, strict=True)
+    ]
+
+
+def _by_group(rows: Sequence[Row], figures: Sequence[list[Any] | None]) -> Iterator[dict[str, Any]]:
+    groups: dict[int, dict[str, Any]] = {}
+    for row, of_tokens in zip(rows, figures, strict=True):
+        group = groups.setdefault(
+            row["group"],
+            {
+                "step": row["step"],
+                "index": row["group"],
+                "prompt": clipped(row["prompt"]),
+                "answer": clipped(str(row["answer"]), 300, 100),
+                "source": row["source"],
+                "references": row.get("reference_rewards"),
+                "version": row.get("policy_version"),
+                "time": row.get("time"),
+                "completions": [],
+            },
+        )
+        names = ("reward", "group_advantage", "margin", "advantage")
+        numbers = [None if row.get(name) is None else round(row[name], 4) for name in names]
+        more = [row.get("tokens"), row.get("finish_reason"), bool(row.get("failed")), row.get("reward_parts")]
+        group["completions"].append([clipped(row["completion"]), *numbers, *more, of_tokens])
+    return iter(groups.values())
+
+
+def _size(group: Mapping[str, Any]) -> tuple[int, int]:
+    """Bytes on the page of its texts and numbers, and of its tokens' figures."""
+    tokens = sum(len(json.dumps(c[-1], separators=(",", ":"))) for c in group["completions"] if c[-1] is not None)
+    plain = {**group, "completions": [c[:-1] for c in group["completions"]]}
+    return len(json.dumps(plain, ensure_ascii=False).encode("utf-8", "backslashreplace")), tokens

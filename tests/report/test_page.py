@@ -1,0 +1,144 @@
+"""The page in a real browser: it draws without a network, filters, and stays what it is whatever completions hold."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+from nemo_aapo.report.page import write_report
+from tests.report import browser as chromium
+from tests.report.made_runs import make_run
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(chromium.BINARY is None, reason=chromium.MISSING),
+]
+
+HOSTILE = (
+    "</script><script>document.body.dataset.hacked = 'yes'</script>"
+    "<img src=x onerror=\"document.body.dataset.hacked='yes'\"><a href='javascript:alert(1)'>&lt;b&gt; "
+    "\u202etxet desrever\u202c \x00\x07\x1b[31m \ud800 \u2028 \u2029 ${7*7} $x^2$ \\boxed{}"
+)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    found = chromium.Browser(tmp_path_factory.mktemp("profile"))
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    run = make_run(tmp_path_factory.mktemp("runs") / "quickstart")
+    write_report([run], run / "report.html")
+    return run / "report.html"
+
+
+def says(browser, selector: str) -> str:
+    return browser.evaluate(f"document.querySelector({selector!r}).textContent")
+
+
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (1280, True), (390, False)])
+def test_the_page_draws_its_curves_without_a_network_or_a_complaint(browser, page, width, dark, tmp_path):
+    browser.open(page, width, dark)
+    assert browser.requests == [page.as_uri()]
+    assert browser.complaints == []
+    assert int(browser.evaluate("document.body.dataset.ready")) > 15
+    painted = """[...document.querySelectorAll('canvas')].every((c) =>
+        c.getContext('2d').getImageData(0, 0, c.width, c.height).data.some((v) => v > 0))"""
+    assert browser.evaluate(painted)
+    assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth"), "wider than the screen"
+    back = browser.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, back[4:-1].split(","))) < 150) == dark
+    assert len(browser.screenshot(tmp_path / "page.png")) > 20_000
+    assert says(browser, "#findings").count("Nothing stands out") == 1
+
+
+def test_completions_are_filtered_coloured_and_shown_beside_their_group(browser, page):
+    browser.open(page)
+    assert says(browser, "#found") == "80 of 80 completions"
+    browser.evaluate("""(() => { const box = document.getElementById('search');
+        box.value = 'STEP 17 '; box.dispatchEvent(new Event('input')); })()""")
+    assert says(browser, "#found") == "2 of 80 completions"
+    assert says(browser, "#completions pre.text").startswith("prompt 17")
+    choose(browser, "show", "wrong")
+    assert says(browser, "#found") == "1 of 80 completions"
+    choose(browser, "colour", "entropy")
+    assert browser.evaluate("document.querySelectorAll('#completions pre.text span').length") == 60
+    browser.evaluate("document.querySelector('#completions button').click()")
+    assert browser.evaluate("document.querySelectorAll('#completions .member').length") == 2
+    browser.evaluate("document.querySelector('#prompts button.quiet-button').click()")
+    assert "step 40, 3 of 3 right; the greedy one ends:answer 0" in says(browser, "#prompts tr.detail")
+    assert browser.complaints == []
+
+
+def choose(browser, label: str, value: str) -> None:
+    browser.evaluate(f"""(() => {{ const box = [...document.querySelectorAll('#rollouts label')]
+        .find((l) => l.textContent.startsWith({label!r})).querySelector('select');
+        box.value = {value!r}; box.dispatchEvent(new Event('change')); }})()""")
+
+
+def test_smoothing_and_zoom_reach_all_curves(browser, page):
+    browser.open(page)
+    browser.evaluate("setRange({ min: 10, max: 20 })")
+    assert browser.evaluate(
+        "plots.filter(({ u }) => u).every(({ u }) => u.scales.x.min === 10 && u.scales.x.max === 20)"
+    )
+    browser.evaluate("setRange(null)")
+    assert browser.evaluate("plots.find(({ u }) => u).u.scales.x.max") == 40
+    assert browser.evaluate("smoothed([0, null, 1], 0.5)") == [0, None, pytest.approx(2 / 3)]
+
+
+def test_hostile_texts_are_shown_and_do_nothing(browser, tmp_path):
+    run = make_run(tmp_path / "a<b>&'\"<script>", steps=4, text=HOSTILE)
+    rows = (run / "rollouts" / "train_000004.jsonl").read_text().split("\n")
+    long = {
+        **json.loads(rows[0]),
+        **dict.fromkeys(("prompt", "completion", "source", "answer"), "x" * 1_000_000),
+        "group": 9,
+    }
+    (run / "rollouts" / "train_000004.jsonl").write_text("\n".join([*rows[:-1], json.dumps(long), ""]))
+    write_report([run], tmp_path / "page.html")
+    assert (tmp_path / "page.html").stat().st_size < 300_000
+    browser.open(tmp_path / "page.html")
+    for element in ("#rollouts button", "#prompts button.quiet-button"):
+        browser.evaluate(f"document.querySelectorAll({element!r}).forEach((b) => b.click())")
+    assert browser.requests == [(tmp_path / "page.html").as_uri()]
+    assert browser.complaints == []
+    assert browser.evaluate("document.body.dataset.hacked") is None
+    assert (
+        browser.evaluate("document.querySelectorAll('img, iframe, object, script').length") == 2
+    )  # its data and script
+    assert browser.evaluate("[...document.links].every((a) => a.getAttribute('href').startsWith('#'))")
+    text = says(browser, "#completions")
+    assert "</script><script>" in text
+    assert "996,000 characters left out" in text
+    assert all(mark in text for mark in ("⟦U+202E⟧", "⟦U+0000⟧", "⟦U+001B⟧", "⟦U+D800⟧", "⟦U+2028⟧"))
+
+
+def test_runs_are_drawn_over_each_other_with_their_seeds_as_a_band(browser, tmp_path):
+    runs = [
+        make_run(tmp_path / name, seed=seed, lr=lr)
+        for name, seed, lr in (("a", 1, 1e-6), ("b", 2, 1e-6), ("c", 1, 5e-6))
+    ]
+    write_report(runs, tmp_path / "comparison.html")
+    browser.open(tmp_path / "comparison.html")
+    assert browser.complaints == []
+    assert "model.optim.lr" in says(browser, "#differences")
+    assert browser.evaluate("linesOf(DATA.charts.curves[0]).map((line) => [line.label, Boolean(line.low)])") == [
+        ["a (2 seeds)", True],
+        ["c", False],
+    ]
+    assert "8 prompts" in says(browser, "#overview")
+
+
+def test_a_long_run_is_a_small_page_that_opens_at_once(browser, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # two thousand files for the test alone
+    run = make_run(tmp_path / "long", steps=1_000, length=500)
+    write_report([run], run / "report.html")
+    assert (run / "report.html").stat().st_size < 3_000_000
+    assert min(browser.open(run / "report.html") for _ in range(3)) < 2.0
+    assert says(browser, "#found") == "2,000 of 2,000 completions"

@@ -1,0 +1,125 @@
+"""A run directory as the page's data: which settings differ, thinned curves, which completions, how runs compare."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import json
+import re
+
+import pytest
+
+from nemo_aapo.cli.view import report, runs
+from nemo_aapo.errors import ConfigError, RunError
+from nemo_aapo.report import completions
+from nemo_aapo.report.compare import differing_settings, paired_differences, seeds_alike
+from nemo_aapo.report.completions import clipped, read_groups, read_history, spread
+from nemo_aapo.report.own_page import OwnPage
+from nemo_aapo.report.page import describe, inert_json
+from nemo_aapo.report.read import read_run
+from nemo_aapo.report.series import columns
+from tests.report.made_runs import make_run
+
+pytestmark = pytest.mark.slow
+
+PUBLISHED = {
+    "uPlot.LICENSE": "8f989229699b4fe2f1a0432d0e9edc338a8a911e250e2d1b01ecd770a5f5b1bd",
+    "uPlot.iife.min.js": "19c8d4c6ad88929a79f4ae49d6f7161566dfd0ba3d15cc495e974f787eb78f1f",
+    "uPlot.min.css": "df630c6a8d6f8eeaff264b50f73ce5b114f646ffd9a0bb74f049b0a00135fa04",
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("runs") / "run", steps=12)
+
+
+def test_settings_that_were_set_are_those_that_differ_from_the_defaults(run):
+    found = read_run(run)
+    changed = {key: (value, default) for key, value, default in found["changed"]}
+    assert changed.items() >= {"trainer.max_steps": ("12", "100"), "seed": ("1", "1234")}.items()
+    must_be_given = {key for key, (_, default) in changed.items() if default == "???"}
+    assert set(changed) - must_be_given == {"run.name", "seed", "trainer.max_steps", "validation.reward"}
+    assert found["state"] == "interrupted"
+    assert found["steps"]["step"] == list(range(1, 13))
+    assert found["steps"]["tokens"][-1] == 12 * 7500
+    assert found["steps"]["time/other"][0] == pytest.approx(0.2)
+    assert [found["steps"][f"groups/{kind}"][0] for kind in ("mixed", "by_margin")] == pytest.approx([0.7, 0.25])
+
+
+def test_a_long_curve_is_thinned_by_means_and_the_lowest_stays_the_lowest():
+    lines = [{"step": s, "loss": float(s), "negative_advantage_logprob": -float(s == 77)} for s in range(1, 1001)]
+    thin = columns(lines, points=100)
+    assert thin["step"] == list(range(10, 1001, 10))
+    assert thin["loss"][:2] == [5.5, 15.5]
+    assert min(thin["negative_advantage_logprob"]) == -1.0
+
+
+def test_a_page_has_completions_of_the_whole_run_within_its_budget(run, monkeypatch):
+    assert [group["step"] for group in read_groups(run)] == list(range(1, 13))
+    monkeypatch.setattr(completions, "COMPLETIONS", 8)
+    kept = [group["step"] for group in read_groups(run)]
+    assert kept[-1] == 12
+    assert len(kept) == 4
+    assert kept[0] < 6
+    monkeypatch.setattr(completions, "TOKEN_BYTES", 0)
+    assert all(c[-1] is None for group in read_groups(run) for c in group["completions"])
+    order = spread(range(1, 1001))
+    assert sorted(order) == list(range(1, 1001))
+    assert max(b - a for a, b in zip(sorted(order[:40]), sorted(order[:40])[1:], strict=False)) < 70
+    assert clipped("a" * 9, 2, 3).startswith("aa\n[... 4 characters left out")
+
+
+def test_a_damaged_file_is_named_and_ends_no_run(run, tmp_path):
+    path = run / "rollouts" / "train_000003.jsonl"
+    before, notes = path.read_text(), []
+    path.write_text(before + '{"half')
+    with pytest.raises(RunError, match=r"train_000003\.jsonl: no rollouts"):
+        read_groups(run)
+    page = OwnPage(run, notes.append, enabled=True)
+    page.finish("stopped")
+    assert re.match(r"warning: .*report\.html could not be written: .*train_000003", notes[0])
+    path.write_text(before)
+    page.finish("stopped")
+    assert len(notes) == 1
+    assert (run / "report.html").stat().st_size > 50_000
+    with pytest.raises(ConfigError, match="no run is there"):
+        read_run(tmp_path)
+
+
+def test_no_text_ends_the_element_that_holds_the_data():
+    hostile = ["</script>", "<!--", "]]>", "&amp;", "\u2028", "\ud800", "\x00"]
+    text = inert_json(hostile)
+    assert not set("<>&\u2028") & set(text)
+    assert json.loads(text) == hostile
+
+
+def test_runs_are_told_apart_by_settings_and_paired_by_prompt(tmp_path, monkeypatch):
+    made = [make_run(tmp_path / n, 8, seed=s, lr=lr) for n, s, lr in (("a", 1, 1e-6), ("b", 2, 1e-6), ("c", 1, 5e-6))]
+    rows = (made[2] / "rollouts" / "step_000008.jsonl").read_text().splitlines()
+    worse = [{**json.loads(line), "reward_parts": {"math": float(i % 3 == 0)}} for i, line in enumerate(rows)]
+    (made[2] / "rollouts" / "step_000008.jsonl").write_text("".join(json.dumps(row) + "\n" for row in worse))
+    found = [describe(path) for path in made]
+    assert {row["key"] for row in differing_settings(found)} == {"seed", "model.optim.lr"}
+    assert seeds_alike(found) == [[0, 1], [2]]
+    _, same, other = paired_differences(found)
+    assert (same["difference"], same["stderr"], same["prompts"], same["step"]) == (0.0, 0.0, 8, 8)
+    assert other["difference"] == pytest.approx(-2 / 3)
+    history = read_history(made[0], "math")
+    assert history["steps"] == [0, 2, 4, 6, 8]
+    assert [prompt["at"][0] for prompt in history["prompts"]][:2] == [[0, 3, "answer 0"], [0, 3, "answer 0"]]
+    monkeypatch.setattr(completions, "TOLD", 1)
+    ends = [[at[2] for at in prompt["at"]] for prompt in read_history(made[0], "math")["prompts"]]
+    assert ends == [["answer 0"] * 5, *[[None] * 5] * 7]
+    assert report.main([str(tmp_path), f"out={tmp_path}/all.html"]) == 0
+    assert (tmp_path / "all.html").stat().st_size > 100_000
+    assert report.main([str(made[0])]) == runs.main([str(tmp_path)]) == 0
+    assert report.main([str(tmp_path / "nowhere")]) == 2
+
+
+def test_what_the_page_is_drawn_with_is_what_was_published():
+    """The digests of npm's uplot-1.6.32.tgz, whose integrity in the registry is sha512-KIMVnG68zvu5XXUbC4LQ...."""
+    folder = importlib.resources.files("nemo_aapo.report") / "assets"
+    digests = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in PUBLISHED}
+    assert digests == PUBLISHED
+    assert "MIT" in (folder / "uPlot.LICENSE").read_text()
