@@ -9,7 +9,15 @@ from pathlib import Path
 
 from tests.tiny_models import SIZES, save_character_tokenizer, save_model
 
-TIMES = ("time/", "tokens_per_second", "rollout/idle_fraction", "rollout/tokens_per_second")
+TIMES = (
+    "time/",
+    "tokens_per_second",
+    "tflops/",
+    "mfu",
+    "memory/",
+    "rollout/idle_fraction",
+    "rollout/tokens_per_second",
+)
 
 
 class Parity:

@@ -166,6 +166,28 @@ def scored(values: np.ndarray) -> np.ndarray:
     return ~np.isnan(values).all(axis=1)
 
 
+def margin_metrics(own: np.ndarray, advantages: np.ndarray, *, low: float, high: float) -> dict[str, float]:
+    """How much of final advantages A* = A + delta is the group's, and how much the margin over the reference.
+
+    Args:
+        own, advantages: float64 [N, G] of a step's groups, A and A*; NaN where there is none.
+        low, high: the margin's bounds.
+
+    Returns:
+        Means over the scored completions: ``advantage/group_abs_mean`` of abs(A_i), ``margin/mean`` and
+        ``margin/abs_mean`` of delta_i, and ``margin/at_bound``, the share of completions with one of its two bounds.
+    """
+    there = ~np.isnan(advantages)
+    own, delta = own[there], (advantages - own)[there]
+    values = {
+        "advantage/group_abs_mean": np.abs(own),
+        "margin/mean": delta,
+        "margin/abs_mean": np.abs(delta),
+        "margin/at_bound": np.isclose(delta, low, atol=1e-9) | np.isclose(delta, high, atol=1e-9),
+    }
+    return {name: float(value.mean()) if len(value) else float("nan") for name, value in values.items()}
+
+
 def _mean(values: np.ndarray) -> np.ndarray:
     """Over the last axis, of what is not NaN; 0 where there is nothing."""
     there = ~np.isnan(values)

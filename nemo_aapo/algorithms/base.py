@@ -78,8 +78,8 @@ class Algorithm:
         """The loss of these tokens as a sum of ``tokens.weights`` times something, and sums for metrics."""
         raise NotImplementedError
 
-    def metrics(self, groups: ScoredGroups, advantages: np.ndarray) -> dict[str, float]:
-        """Numbers of a step, from this rank's groups and their advantages; rank 0's are logged as they are."""
+    def metrics(self, rewards: np.ndarray, advantages: np.ndarray) -> dict[str, float]:
+        """Numbers of a step that are logged as they are, from the rewards and advantages [N, G] of all ranks."""
         return {}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from nemo_aapo.algorithms import advantage, loss, masks
 from nemo_aapo.algorithms.base import Algorithm, Loss, ScoredGroups, Tokens
 from nemo_aapo.algorithms.registry import algorithm_of
 from nemo_aapo.config.schema import AlgorithmConfig
+from nemo_aapo.distributed import parallel
+from nemo_aapo.types import Group
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,29 @@ class Objective:
                 f"{name}.advantages gave {bad} advantages that are not finite, of completions with rewards"
             )
         return np.where(without, np.nan, made)
+
+    def with_advantages(self, groups: list[Group], **of_step: Any) -> list[Group]:
+        """The groups with their final advantages. Collective for an algorithm that looks at the whole batch.
+
+        Args:
+            groups: this rank's.
+            of_step: ``seeds``, ``step`` and ``max_steps`` of ``ScoredGroups``.
+        """
+        own = ScoredGroups.of(groups, **of_step) if groups else None
+        if self.algorithm.whole_batch:
+            everyone = parallel.gather_data_parallel(own)
+            first = sum(len(part.rewards) for part in everyone[: parallel.data_parallel_rank()] if part is not None)
+            joined = ScoredGroups.joined([part for part in everyone if part is not None])
+            advantages = self.advantages(joined)[first : first + len(groups)]
+        elif own is not None:
+            advantages = self.advantages(own)
+        else:
+            return []
+        return [group.replace(advantages=row) for group, row in zip(groups, advantages, strict=True)]
+
+    def metrics(self, rewards: Sequence[np.ndarray], advantages: Sequence[np.ndarray]) -> dict[str, float]:
+        """What the algorithm has to say of a step: of the rewards and advantages [G] of each group of all ranks."""
+        return self.algorithm.metrics(np.stack(rewards), np.stack(advantages))
 
     def alpha(self, groups: int, dead_groups: int) -> float:
         """The factor on the whole loss: GPG's B / (B - M) with ``rescale_dead_groups``, else 1.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import math
+from pathlib import Path
 from typing import Any
 
 from nemo_aapo.config.build import check_limits, check_name
@@ -139,6 +140,7 @@ def _check_sampling(config: Config) -> None:
             f"rollout.top_p={rollout.top_p}, rollout.top_k={rollout.top_k}: truncated sampling has another "
             "distribution than the loss trains. Keep top_p=1 and top_k=0 (validation.top_p is free)"
         )
+    _check_replay(config)
     if rollout.keep_tokens and rollout.keep_groups == 0:
         raise ConfigError("rollout.keep_tokens=true has no effect with rollout.keep_groups=0, which keeps no rollouts")
     if "" in rollout.stop_strings:
@@ -148,6 +150,21 @@ def _check_sampling(config: Config) -> None:
             f"validation.min_new_tokens={config.validation.min_new_tokens} is more than "
             f"rollout.max_new_tokens={rollout.max_new_tokens}: no completion could end by itself"
         )
+
+
+def _check_replay(config: Config) -> None:
+    """What a replayed run, which has no engine, can't do."""
+    replay, directory = config.rollout.replay, config.run.dir
+    if replay is None:
+        return
+    if config.trainer.val_check_interval:
+        raise ConfigError(
+            f"rollout.replay={replay} has no engine that could be validated: set trainer.val_check_interval=0"
+        )
+    if config.rollout.async_depth or config.data.sampling != "uniform":
+        raise ConfigError("rollout.replay has no effect with rollout.async_depth=1 or data.sampling other than uniform")
+    if Path(replay).absolute() == Path(directory).absolute():
+        raise ConfigError(f"rollout.replay={replay}: is this run itself. Give this one another name (run.name=NAME)")
 
 
 def _check_trtllm(config: Config) -> None:

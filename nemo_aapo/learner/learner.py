@@ -115,6 +115,8 @@ class Learner:
         batches, _ = self._microbatches([_numbered(group, start) for group, start in zip(groups, first, strict=True)])
         everyone = parallel.gather_data_parallel(self.policy.figures(batches))
         columns = np.hstack([part for parts in everyone for part in parts])
+        if not columns.size:
+            return {}
         columns = columns[:, np.lexsort((columns[1], columns[0]))]  # by completion, then by place in it
         numbers, starts = np.unique(columns[0], return_index=True)
         return dict(zip((numbers.astype(int) - 1).tolist(), np.split(columns[2:], starts[1:], axis=1), strict=True))

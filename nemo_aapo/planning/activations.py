@@ -66,7 +66,9 @@ LOCAL: tuple[Term, ...] = (
     Term("query, key", {"query": 1, "key_value": 1}, _LOCAL_ATTENTION),
     Term("attention output", {"query": 1}, _LOCAL_ATTENTION + "; it is the projection's input as well"),
     Term("softmax statistics", {"heads": 1}, _LOCAL_ATTENTION, "fp32", recomputed_with="core_attn"),
-    Term("keys and values of all ranks", {"key_value": 2}, "mcore/cpu/attention.py, gathered", cut="row", only="few_keys"),
+    Term(
+        "keys and values of all ranks", {"key_value": 2}, "mcore/cpu/attention.py, gathered", cut="row", only="few_keys"
+    ),
     Term("mlp norm input", {"hidden": 1}, _LOCAL_NORM, cut="sequence"),
     Term("mlp norm, 1/rms", {"one": 1}, _LOCAL_NORM, "fp32", "sequence"),
     Term("fc1 input", {"hidden": 1}, _LOCAL_LINEAR, cut="sequence"),

@@ -1,13 +1,15 @@
-"""What the data sources that a configuration names tell before they are read. No torch."""
+"""What the files that a configuration names tell before they are read: data, a run to replay. No torch."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from pathlib import Path
 
-from nemo_aapo.config.schema import Data
+from nemo_aapo.config.schema import Config, Data
 from nemo_aapo.config.sources import Source, sources_of
 from nemo_aapo.data.records import check_source
-from nemo_aapo.errors import DataError
+from nemo_aapo.errors import ConfigError, DataError
+from nemo_aapo.run.names import ROLLOUTS, kept_name
 
 
 def check_data(data: Data, given: Collection[str] = ()) -> None:
@@ -25,6 +27,20 @@ def check_data(data: Data, given: Collection[str] = ()) -> None:
                 check_source(source)
             except DataError as error:
                 raise DataError(f"{key}: {error}") from None
+
+
+def check_replay(config: Config) -> None:
+    """Refuse a run to replay that has kept nothing.
+
+    Raises:
+        ConfigError: the setting, and what is needed.
+    """
+    replay = config.rollout.replay
+    if replay is not None and not (Path(replay) / ROLLOUTS / f"{kept_name(1)}.safetensors").is_file():
+        raise ConfigError(
+            f"rollout.replay={replay}: no rollouts with their tokens are there. Name the directory of a run that was "
+            "made with rollout.keep_groups=all rollout.keep_tokens=true"
+        )
 
 
 def named_sources(data: Data, given: Collection[str]) -> Iterator[tuple[str, Source]]:

@@ -17,7 +17,7 @@ from nemo_aapo.errors import ConfigError
 from nemo_aapo.launch.world import Machine, World, decide, of_rank
 from nemo_aapo.models.directory import check_model
 from nemo_aapo.prepare.algorithm import with_algorithm
-from nemo_aapo.prepare.files import check_data
+from nemo_aapo.prepare.files import check_data, check_replay
 from nemo_aapo.prepare.loggers import check_loggers
 from nemo_aapo.prepare.packages import check_packages, loggers_need, packages_of
 from nemo_aapo.prepare.text import with_date
@@ -141,6 +141,7 @@ def _training(config: Config, tree: Mapping[str, Any], world: Callable[[Config],
     """What logs and writes a run directory."""
     job = _job(config, tree, world)
     check_run_directory(job.config)
+    check_replay(job.config)
     check_loggers(job.config, here=job.machine is not None)
     return job
 

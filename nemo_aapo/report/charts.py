@@ -90,7 +90,9 @@ TIMES = (
         "of the step, of its rollout",
     ),
     Chart("idle", "Idle rows of the engine", ("rollout/idle_fraction",), "share, averaged over its steps"),
-    Chart("mfu", "Model FLOP/s utilisation", ("mfu",), "of the whole step"),
+    Chart("mfu", "Model FLOP/s utilisation", ("mfu",), "of the whole step, over the GPU's peak"),
+    Chart("tflops", "TFLOP/s of a rank", ("tflops/train", "tflops/step"), "in training, and over the whole step"),
+    Chart("memory", "Peak memory", ("memory/peak_gib",), "of rank 0 so far, GiB"),
     Chart(
         "padding",
         "Padding and shared prompts",

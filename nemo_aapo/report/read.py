@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -172,12 +173,19 @@ def _checkpoints(
         {
             "step": step,
             "written": path.stat().st_mtime,
-            "bytes": sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
+            "bytes": _bytes_of(path),
             "reward": rewards.get(step),
             "accuracy": accuracy.get(step),
         }
         for step, path in sorted(found)
     ]
+
+
+def _bytes_of(directory: Path) -> int:
+    """Of all its files; a checkpoint may be removed meanwhile."""
+    with contextlib.suppress(FileNotFoundError):
+        return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
+    return 0
 
 
 def column(run: Mapping[str, Any], metric: str) -> Column:

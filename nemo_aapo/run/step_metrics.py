@@ -30,6 +30,8 @@ class GroupNumbers:
     """bool [G], True where scoring failed"""
     policy_version: int
     """Version of the policy that generated the completions."""
+    prompt_tokens: int
+    """Tokens of the prompt."""
 
 
 def group_numbers(group: Group) -> GroupNumbers:
@@ -43,6 +45,7 @@ def group_numbers(group: Group) -> GroupNumbers:
         truncated=np.array([completion.finish_reason == "length" for completion in group.completions]),
         failed=group.failed,
         policy_version=group.completions[0].policy_version,
+        prompt_tokens=len(group.prompt.token_ids),
     )
 
 

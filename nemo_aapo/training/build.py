@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
+import numpy as np
+
 from nemo_aapo.algorithms.base import Algorithm
 from nemo_aapo.algorithms.objective import Objective
 from nemo_aapo.checkpoint import manifest
@@ -43,12 +45,14 @@ from nemo_aapo.rewards.workers.runner import RewardRunner
 from nemo_aapo.rollout.collector import Collector, RewardScorer
 from nemo_aapo.rollout.kept import KeptRollouts
 from nemo_aapo.rollout.pipeline import RolloutPipeline
+from nemo_aapo.rollout.replay import NoValidation, ReplayedRollouts
 from nemo_aapo.run.identity import identity_of
 from nemo_aapo.run.names import CHECKPOINTS
 from nemo_aapo.run.reporter import Notes, Reporter
 from nemo_aapo.text.transformers5 import said
 from nemo_aapo.training.build_reference import build_reference, open_reference_store
-from nemo_aapo.training.read_data import read_data
+from nemo_aapo.training.read_data import count, left_out, read_data
+from nemo_aapo.training.throughput import Throughput
 from nemo_aapo.training.trainer import AAPOTrainer
 from nemo_aapo.types import SamplingSpec
 from nemo_aapo.utils.clock import seconds_since_start
@@ -77,6 +81,21 @@ class Rollouts:
     policy: MegatronPolicy
     pipeline: RolloutPipeline
     validator: Validator
+
+    @property
+    def decode(self) -> Callable[[np.ndarray], str]:
+        """Token ids -> text."""
+        return self.pipeline.collector.decode
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """The same of a run that trains on what another one kept."""
+
+    policy: MegatronPolicy
+    pipeline: ReplayedRollouts
+    decode: Callable[[np.ndarray], str]
+    validator: NoValidation = dataclasses.field(default_factory=NoValidation)
 
 
 def initialize(config: Config) -> None:
@@ -113,7 +132,11 @@ def build_training(job: Job, *, reporter: Reporter, stack: contextlib.ExitStack,
     if (own := parts.get("algorithm")) is not None:
         job = dataclasses.replace(job, config=with_algorithm(job.config, own))
     config = job.config
-    rollouts = build_rollouts(job, reporter=reporter, stack=stack, trains=True, **parts)
+    rollouts: Rollouts | Replay
+    if config.rollout.replay is None:
+        rollouts = build_rollouts(job, reporter=reporter, stack=stack, trains=True, **parts)
+    else:
+        rollouts = _build_replay(job, reporter, parts.get("data"))
     objective = Objective.of(config.algorithm, config.rollout.max_new_tokens, own)
     learner = build_learner(rollouts.policy, objective)
     return AAPOTrainer(
@@ -124,7 +147,8 @@ def build_training(job: Job, *, reporter: Reporter, stack: contextlib.ExitStack,
         learner=learner,
         validator=rollouts.validator,
         checkpoints=_checkpointer(config),
-        kept=KeptRollouts(config, learner, rollouts.pipeline.collector.decode, reporter.note),
+        kept=KeptRollouts(config, learner, rollouts.decode, reporter.note),
+        throughput=Throughput(config),
         reporter=reporter,
     )
 
@@ -151,7 +175,7 @@ def build_rollouts(
     given = parts.get("data"), parts.get("validation_data")
     data, validation_data = read_data(config, text.tokenizer, scorer, *given, reporter.note)
     for name, prompts in (("training", data), ("validation", validation_data)):
-        reporter.note(f"{_count(prompts)} {name} prompts from {prompts.path}{_left_out(config, prompts)}")
+        reporter.note(f"{count(prompts)} {name} prompts from {prompts.path}{left_out(config, prompts)}")
     sampler = build_sampler(config, data)
     if trains:
         check_resumed_data(config, sampler)
@@ -181,6 +205,18 @@ def build_rollouts(
     )
     stop = stop_of(config, reporter)
     return Rollouts(policy, pipeline, _validator(config, collector, validation_data, sampling, stop))
+
+
+def _build_replay(job: Job, reporter: Notes, data: PromptSet | None) -> Replay:
+    """A policy and its data, without engine, rewards and reference store."""
+    config = job.config
+    text = load_text(config.model.path, job.shape.vocab_size, trust_remote_code=config.model.trust_remote_code)
+    data, _ = read_data(config, text.tokenizer, None, data, note=reporter.note)
+    sampler = build_sampler(config, data)
+    check_resumed_data(config, sampler)
+    reporter.note(f"training on the rollouts that {config.rollout.replay} kept, without an engine")
+    policy = build_policy(job, trains=True)
+    return Replay(policy, ReplayedRollouts(config, data.prompts, sampler), text.decode)
 
 
 # ---------------------------------------------------------------- parts
@@ -299,20 +335,3 @@ def _checkpointer(config: Config) -> Checkpointer:
         background=config.checkpoint.async_save,
         timeout_s=config.trainer.distributed_timeout_s,
     )
-
-
-def _count(prompts: PromptSet) -> str:
-    endless = sum(size is None for size, _ in prompts.shares)
-    finite = [str(len(prompts.prompts))] if len(prompts.prompts) else []
-    return " + ".join([*finite, *["endless"] * endless])
-
-
-def _left_out(config: Config, prompts: PromptSet) -> str:
-    counts = {
-        "bad lines": prompts.bad_lines,
-        "over the length limit": prompts.dropped_long,
-        "duplicates": prompts.duplicates,
-        "among the held-out ones": prompts.contaminated if config.data.on_contamination == "drop" else 0,
-    }
-    named = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
-    return f" (left out: {named})" if named else ""

@@ -11,6 +11,7 @@ from nemo_aapo.types import Group, Prompt
 if TYPE_CHECKING:
     from nemo_aapo.checkpoint.checkpointer import Checkpointable, ResumeMode
     from nemo_aapo.rollout.kept import KeptGroup
+    from nemo_aapo.run.step_metrics import GroupNumbers
 
 
 class Policy(Protocol):
@@ -60,6 +61,12 @@ class Kept(Protocol):
     def choose(self, step: int, groups: Sequence[Group]) -> list[KeptGroup]: ...
     def write(self, step: int, kept: Sequence[KeptGroup]) -> None: ...
     def wait(self) -> None: ...
+
+
+class Throughput(Protocol):
+    """How much of the hardware a step used; ``training.throughput.Throughput``."""
+
+    def metrics(self, groups: Sequence[GroupNumbers], seconds: Mapping[str, float]) -> dict[str, float]: ...
 
 
 class Validator(Protocol):

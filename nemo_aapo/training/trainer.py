@@ -12,9 +12,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator
-from typing import Any
 
-from nemo_aapo.algorithms.base import ScoredGroups
 from nemo_aapo.algorithms.objective import Objective
 from nemo_aapo.checkpoint.schedule import SaveSchedule
 from nemo_aapo.config import Config
@@ -27,7 +25,7 @@ from nemo_aapo.run.reporter import Reporter
 from nemo_aapo.run.step_metrics import group_numbers, step_metrics
 from nemo_aapo.seeds import stream_seed
 from nemo_aapo.training.parity import ParityGate
-from nemo_aapo.training.parts import Checkpoints, Kept, Learner, Policy, Rollouts, Validator
+from nemo_aapo.training.parts import Checkpoints, Kept, Learner, Policy, Rollouts, Throughput, Validator
 from nemo_aapo.types import Group
 from nemo_aapo.utils.clock import seconds_since_start
 
@@ -52,12 +50,14 @@ class AAPOTrainer:
         validator: Validator,
         checkpoints: Checkpoints,
         kept: Kept,
+        throughput: Throughput,
         reporter: Reporter,
     ) -> None:
         """``training.build.build_training`` makes all of these for a job, and takes replacements."""
         self.config, self.policy, self.rollouts = config, policy, rollouts
         self.objective, self.learner, self.validator = objective, learner, validator
-        self.checkpoints, self.kept, self.reporter = checkpoints, kept, reporter
+        self.checkpoints, self.kept = checkpoints, kept
+        self.throughput, self.reporter = throughput, reporter
         self.parity = ParityGate(config.rollout, learner)
         self.step = 0
         """Training steps done."""
@@ -88,7 +88,6 @@ class AAPOTrainer:
                 self._save_rest()
                 raise
             self._save_rest()
-            self.kept.wait()
             return self.step >= self.config.trainer.max_steps
 
     def _run_steps(self, *, stopping: bool) -> None:
@@ -140,7 +139,7 @@ class AAPOTrainer:
         first = own_shard(self.config.prompts_per_step).start
         seeds = [stream_seed(self.config.seed, "pairs", self.step, first + i) for i in range(len(groups))]
         max_steps = self.config.trainer.max_steps
-        return with_advantages(self.objective, groups, seeds=seeds, step=self.step, max_steps=max_steps)
+        return self.objective.with_advantages(groups, seeds=seeds, step=self.step, max_steps=max_steps)
 
     def _choose_kept(self, groups: list[Group]) -> list[KeptGroup]:
         """This rank's part of the groups that people will see, as the policy stands before the update."""
@@ -184,15 +183,15 @@ class AAPOTrainer:
         """
         everyone = parallel.gather_data_parallel(([group_numbers(group) for group in groups], kept))
         numbers = [n for part, _ in everyone for n in part]
-        rewards, advantages = np.stack([n.rewards for n in numbers]), np.stack([n.advantages for n in numbers])
         seconds = {**self.rollouts.seconds, "train": train_s, "step": time.perf_counter() - start}
         metrics = {
             **step_metrics(numbers, version, self.config.validation.reward),
-            **self.algorithm.margin_metrics(rewards, advantages),
+            **self.objective.metrics([n.rewards for n in numbers], [n.advantages for n in numbers]),
             **update,
             **self.rollouts.metrics,
             "tokens_per_second": sum(int(n.lengths.sum()) for n in numbers) / seconds["step"],
             "epoch": self.rollouts.epochs(self.step),
+            **self.throughput.metrics(numbers, seconds),
             **{f"time/{name}": value for name, value in seconds.items()},
         }
         self._latest |= metrics
@@ -301,6 +300,7 @@ class AAPOTrainer:
     def _wait_for_checkpoint(self) -> None:
         with self._phase(f"the checkpoint of step {self.step}"):
             self.checkpoints.wait()
+            self.kept.wait()
 
     def _due(self, interval: int) -> bool:
         last = self.step >= self.config.trainer.max_steps
@@ -319,22 +319,3 @@ class AAPOTrainer:
         except FloatingPointError as error:
             raise NonFiniteError(f"{name}: {error}. No checkpoint was written") from error
         self._doing = before
-
-
-def with_advantages(objective: Objective, groups: list[Group], **of_step: Any) -> list[Group]:
-    """The groups with their final advantages. Collective for an algorithm that looks at the whole batch.
-
-    Args:
-        of_step: ``seeds``, ``step`` and ``max_steps`` of ``ScoredGroups``.
-    """
-    own = ScoredGroups.of(groups, **of_step) if groups else None
-    if objective.algorithm.whole_batch:
-        everyone = parallel.gather_data_parallel(own)
-        first = sum(len(part.rewards) for part in everyone[: parallel.data_parallel_rank()] if part is not None)
-        joined = ScoredGroups.joined([part for part in everyone if part is not None])
-        advantages = objective.advantages(joined)[first : first + len(groups)]
-    elif own is not None:
-        advantages = objective.advantages(own)
-    else:
-        return []
-    return [group.replace(advantages=row) for group, row in zip(groups, advantages, strict=True)]

@@ -83,7 +83,9 @@ def prepare(path: str, length: int, rows: int, changes: dict, kind: str = "padde
     ranks = changes.get("model__context_parallel_size", 1)
     groups = [PrefixGroup((sample,) * rows)] if kind == "shared" else PrefixGroup.separate([sample] * rows)
     device = torch.device("cpu")
-    batch = collate(groups, [1e-3] * rows, multiple=multiple, device=device, packed=kind != "padded", context_parallel_size=ranks)
+    batch = collate(
+        groups, [1e-3] * rows, multiple=multiple, device=device, packed=kind != "padded", context_parallel_size=ranks
+    )
 
     def loss(logprobs, entropy, batch):
         return -(batch.weights * logprobs).sum(), {}
@@ -107,7 +109,9 @@ def measure_a_step(path: str, length: int, rows: int, changes: dict, kind: str =
     moments = [state[name] for state in states for name in ("exp_avg", "exp_avg_sq")]
     return {
         "weights": sum(parameter.nbytes for parameter in policy.module.parameters()),
-        "gradients": sum(buffer.grad_data.nbytes for buffer in [*gradients.buffers, *gradients.expert_parallel_buffers]),
+        "gradients": sum(
+            buffer.grad_data.nbytes for buffer in [*gradients.buffers, *gradients.expert_parallel_buffers]
+        ),
         "optimizer": sum(moment.nbytes for moment in moments),
         "activations": saved.peak,
     }

@@ -95,6 +95,9 @@ TRAINING = [
     (["rewards=[{name: http, url: 'ftp://x'}]", "validation.reward=http"], "must be http://"),
     (["validation.reward=format"], "is none of rewards"),
     (["rollout.top_p=0.9"], "Keep top_p=1"),
+    (["rollout.keep_groups=some"], "known values are all"),
+    (["rollout.keep_groups=0", "rollout.keep_tokens=true"], "keeps no rollouts"),
+    (["rollout.replay=gone"], "set trainer.val_check_interval=0"),
     (["algorithm.margin=null"], "go together"),
     (["cluster.account=lab", "cluster=local"], "no effect on this machine"),
 ]
@@ -102,6 +105,7 @@ TRAINING = [
 FILES = [
     (["model.path=FOLDER/gone"], "no such directory"),
     (["model.path=FOLDER/truncated"], "not JSON"),
+    (["rollout.replay=FOLDER/gone", "trainer.val_check_interval=0"], "no rollouts with their tokens"),
     ([f"model.path=FOLDER/{'a' * 300}"], "File name too long"),
     ([f"data.train=FOLDER/{'a' * 300}"], "File name too long"),
     ([f"run.dir=FOLDER/{'a' * 300}"], "File name too long"),

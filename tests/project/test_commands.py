@@ -73,7 +73,10 @@ COMPOSED = Run("--cfg job")
 SLURM_TEST = "tests/launch/slurm/test_submission.py"
 
 RULES: tuple[tuple[str, Run | Elsewhere | NotRun], ...] = (
-    (r"(train|launch)\.py experiment=quickstart_moe", Elsewhere("tests/examples/test_quickstart_moe.py", "quickstart_moe")),
+    (
+        r"(train|launch)\.py experiment=quickstart_moe",
+        Elsewhere("tests/examples/test_quickstart_moe.py", "quickstart_moe"),
+    ),
     (r"train\.py .*rollout\.engine=trtllm", COMPOSED),
     (r"train\.py .*reasoning_gym", COMPOSED),  # the package is an extra; tests/data/test_reasoning_gym.py trains on it
     (r"torchrun .*train\.py .*run\.name=tp2pp2", Run(f"{SMALL} {TWO_RANKS}", ranks=2)),

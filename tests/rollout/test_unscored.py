@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from nemo_aapo.algorithms.advantage import group_advantage, margin, margin_metrics
 from nemo_aapo.errors import RewardError
 from nemo_aapo.rewards.workers.runner import RewardRunner
 from nemo_aapo.rollout.unscored import IN_A_ROW, TOTAL, ScoringWatch, Tally
@@ -57,7 +58,7 @@ def test_metrics_of_a_step_are_those_of_what_was_scored():
         parts = {"a": np.array(rewards), "b": np.array([1.0, nan])}
         lengths, cut = np.array([3, 5]), np.zeros(2, bool)
         return GroupNumbers(
-            np.array(rewards), parts, np.array(references), np.array(advantages), lengths, cut, np.isnan(rewards), 0
+            np.array(rewards), parts, np.array(references), np.array(advantages), lengths, cut, np.isnan(rewards), 0, 7
         )
 
     found = step_metrics([group([1.0, nan], [0.0, nan], [nan, 0.5]), group([nan, nan], [nan, nan], [nan, nan])], 0, "a")
@@ -68,6 +69,20 @@ def test_metrics_of_a_step_are_those_of_what_was_scored():
     assert {key: found[key] for key in expected} == expected
     nothing = step_metrics([group([nan, nan], [nan, nan], [nan, nan])], 0, "a")
     assert all(math.isnan(nothing[key]) for key in ("reward/mean", "reward/std", "groups/zero_std", "advantage/mean"))
+
+
+def test_the_margins_metrics_are_those_of_what_was_scored():
+    rewards = np.array([[1.0, 1.0], [1.0, math.nan]])
+    advantages = augmented(rewards, np.array([[0.0, 0.0], [1.0, 1.0]]))
+    found = margin_metrics(group_advantage(rewards, True), advantages, low=-0.2, high=0.28)
+    expected = {"margin/mean": 0.28 * 2 / 3, "margin/abs_mean": 0.28 * 2 / 3, "margin/at_bound": 2 / 3}
+    assert found == pytest.approx({"advantage/group_abs_mean": 0.0, **expected})
+    nothing = np.full((1, 2), math.nan)
+    assert math.isnan(margin_metrics(nothing, nothing, low=-0.2, high=0.28)["margin/mean"])
+
+
+def augmented(rewards, references):
+    return group_advantage(rewards, True) + margin(rewards, references, -0.2, 0.28, "expected")
 
 
 def test_rollouts_that_could_not_be_scored_at_all_are_not_kept_for_a_resumed_run():

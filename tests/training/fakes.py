@@ -165,6 +165,11 @@ class Kept:
         self.waiting = None
 
 
+class Throughput:
+    def metrics(self, groups, seconds):
+        return {}
+
+
 class Reporter:
     def __init__(self, journal) -> None:
         self.journal, self.stop, self.saved, self.notes, self.metrics = journal, False, [], [], []
@@ -212,6 +217,7 @@ def make(config, disk=None, runs_ahead=False):
         validator=Validator(journal, policy),
         checkpoints=Checkpoints(journal, {} if disk is None else disk, kept),
         kept=kept,
+        throughput=Throughput(),
         reporter=Reporter(journal),
     )
 

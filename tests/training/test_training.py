@@ -91,6 +91,23 @@ def test_some_rollouts_of_each_step_are_kept_with_their_tokens(uninterrupted):
             assert line["policy_version"] == line["step"] - 1
 
 
+def test_a_run_is_replayed_without_an_engine_to_the_same_updates(ranks, folder, uninterrupted):
+    """Of a run that kept all of its steps; its rewards, which only the tests have, are not asked for again."""
+    kept_all = ["rollout.keep_groups=all", "rollout.keep_tokens=true", "trainer.max_steps=2"]
+    source, again = folder / "kept_all", folder / "replayed"
+    assert ranks.run(run, settings(folder, source, *kept_all), tp=None) == [0]
+    replay = [f"rollout.replay={source}", "trainer.val_check_interval=0", "trainer.max_steps=2"]
+    assert ranks.run(run, settings(folder, again, *replay), None, False, tp=None) == [0]
+    told = {"loss", "grad_norm", "entropy", "reward/mean", "advantage/abs_mean", "parity/mult_prob_error", "epoch"}
+    for line, expected in zip(metrics(again), [m for m in metrics(source) if "loss" in m], strict=True):
+        assert {key: line[key] for key in told} == {key: expected[key] for key in told}
+    assert exported(again) == exported(source)
+    (rows, _), (expected_rows, _) = kept(source), kept(uninterrupted)
+    assert [line for line in rows["train_000001"] if line in expected_rows["train_000001"]] == expected_rows[
+        "train_000001"
+    ]
+
+
 def test_a_stopped_run_goes_on_to_the_same_bits(ranks, folder, uninterrupted):
     run_dir = folder / "stopped"
     config = settings(folder, run_dir, "rollout.keep_tokens=true")

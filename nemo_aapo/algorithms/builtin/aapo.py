@@ -81,6 +81,13 @@ class AAPO(Algorithm):
             groups.rewards, groups.reference_rewards, margin.low, margin.high, margin.estimator, pairs
         )
 
+    def metrics(self, rewards: np.ndarray, advantages: np.ndarray) -> dict[str, float]:
+        """What is the margin's part in A*; nothing without a margin."""
+        if self.margin is None:
+            return {}
+        own = self.group_advantages(ScoredGroups(rewards))
+        return advantage.margin_metrics(own, advantages, low=self.margin.low, high=self.margin.high)
+
     def token_loss(self, tokens: Tokens) -> Loss:
         """The loss that ``algorithm.loss`` names."""
         if self.loss == "cross_entropy":

@@ -138,6 +138,10 @@ class Rollout:
         minimum=0,
         sane=BYTES,
     )
+    replay: str | None = setting(
+        "train on all that this run kept (keep_groups=all, keep_tokens=true), without an engine; train.py --replay RUN",
+        decides="set",
+    )
     trtllm: Trtllm
     remote: Remote
     server: Server
