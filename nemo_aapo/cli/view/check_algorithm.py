@@ -1,4 +1,4 @@
-"""Shows whether an algorithm keeps its promises: ``nemo-aapo check-algorithm my_algorithm.py:MyClass FIELD=VALUE ...``."""
+"""Shows whether an algorithm keeps its promises: ``nemo-aapo check-algorithm my_algorithm.py:MyClass``."""
 
 from __future__ import annotations
 
