@@ -82,6 +82,7 @@ RULES: tuple[tuple[str, Run | Elsewhere | NotRun], ...] = (
     (r"torchrun .*train\.py .*run\.name=tp2pp2", Run(f"{SMALL} {TWO_RANKS}", ranks=2)),
     (r"train\.py .*rollout\.engine=remote", Run(f"{SMALL} trainer.val_check_interval=0")),
     (r"train\.py .*create_(wandb|mlflow)_logger", COMPOSED),  # packages that are extras
+    (r"train\.py .*algorithm\.custom=", Elsewhere("tests/examples/test_algorithms.py", "FadingMargin")),
     (r"train\.py ", Run(SMALL)),
     (r"mypy$", Elsewhere("scripts/test.sh", "mypy")),
     (r"nohup python scripts/serve\.py", Elsewhere("tests/engines/remote/test_server_start.py", "nohup")),
