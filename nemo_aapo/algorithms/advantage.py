@@ -14,6 +14,7 @@ advantage is NaN: the rest is what it would be had that completion never been sa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -104,6 +105,13 @@ def margin(
             "give one reference reward per completion, or pass pairs"
         )
     return np.where(np.isnan(reference_rewards), expected, np.clip(rewards - reference_rewards, low, high))
+
+
+def schedule(shape: Literal["linear", "cosine"], done: float, end: float) -> float:
+    """A share that goes from 1 to ``end`` while ``done`` goes from 0 to 1, and stays there."""
+    done = min(done, 1.0)
+    left = 1.0 - done if shape == "linear" else (1.0 + math.cos(math.pi * done)) / 2.0
+    return end + (1.0 - end) * left
 
 
 def sample_pairs(seeds: Sequence[int], group_size: int, reference_samples: int) -> np.ndarray:

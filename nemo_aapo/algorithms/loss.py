@@ -91,7 +91,7 @@ def cross_entropy(tokens: Tokens) -> Loss:
     return -(tokens.weights * tokens.advantages * tokens.logprobs).sum(), {}
 
 
-def ratio_clip(tokens: Tokens, clip: Clip | None, kl_coefficient: float = 0.0) -> Loss:
+def ratio_clip(tokens: Tokens, clip: Clip, kl_coefficient: float = 0.0, dual_clip: float | None = None) -> Loss:
     """GRPO's clipped surrogate with the KL term in the loss (DeepSeekMath, arXiv 2402.03300, equations 3 and 4).
 
         rho_it = pi(o_it) / pi_old(o_it)
@@ -105,32 +105,32 @@ def ratio_clip(tokens: Tokens, clip: Clip | None, kl_coefficient: float = 0.0) -
     Args:
         clip: how far the ratio may go from 1.
         kl_coefficient: beta; the reference's log-probs are needed where it is not 0.
+        dual_clip: c > 1: with a negative advantage the surrogate is at least c A (Ye et al., arXiv 1912.09729).
     """
-    assert clip is not None, "the checks of the configuration want a clip with a ratio"
     assert tokens.old_logprobs is not None, "an algorithm with a ratio needs the old log-probs"
     rho = ratio(tokens.logprobs - tokens.old_logprobs)
-    return with_kl(*_surrogate(rho, tokens, clip), tokens, kl_coefficient)
+    return with_kl(*_surrogate(rho, tokens, clip, dual_clip), tokens, kl_coefficient)
 
 
-def sequence_ratio_clip(tokens: Tokens, clip: Clip | None, kl_coefficient: float = 0.0) -> Loss:
+def sequence_ratio_clip(
+    tokens: Tokens, clip: Clip, kl_coefficient: float = 0.0, dual_clip: float | None = None
+) -> Loss:
     """``ratio_clip`` with one ratio for each sequence, the geometric mean of its tokens' (GSPO, arXiv 2507.18071).
 
         s_i = exp((1 / |o_i|) sum_t log(pi(o_it) / pi_old(o_it)))
 
     The minimum and the clip are of sequences; their gradient spreads over the tokens evenly.
     """
-    assert clip is not None, "the checks of the configuration want a clip with a ratio"
     assert tokens.old_logprobs is not None, "an algorithm with a ratio needs the old log-probs"
     rho = ratio(tokens.sequence_mean(tokens.logprobs - tokens.old_logprobs))
-    return with_kl(*_surrogate(rho, tokens, clip), tokens, kl_coefficient)
+    return with_kl(*_surrogate(rho, tokens, clip, dual_clip), tokens, kl_coefficient)
 
 
-def clipped_weight(tokens: Tokens, clip: Clip | None, kl_coefficient: float = 0.0) -> Loss:
+def clipped_weight(tokens: Tokens, clip: Clip, kl_coefficient: float = 0.0) -> Loss:
     """Cross-entropy under a detached, clipped ratio, which takes no token's gradient away (CISPO, arXiv 2506.13585).
 
     L = - sum_i sum_t w_it sg(clip(rho_it, 1 - clip_low, 1 + clip_high)) A_i log pi(o_it)
     """
-    assert clip is not None, "the checks of the configuration want a clip with a ratio"
     assert tokens.old_logprobs is not None, "an algorithm with a ratio needs the old log-probs"
     rho = ratio(tokens.logprobs.detach() - tokens.old_logprobs)
     weights = tokens.weights * rho.clamp(1 - clip.low, 1 + clip.high)
@@ -138,8 +138,11 @@ def clipped_weight(tokens: Tokens, clip: Clip | None, kl_coefficient: float = 0.
     return with_kl(-(weights * tokens.advantages * tokens.logprobs).sum(), metrics, tokens, kl_coefficient)
 
 
-def _surrogate(rho: torch.Tensor, tokens: Tokens, clip: Clip) -> Loss:
+def _surrogate(rho: torch.Tensor, tokens: Tokens, clip: Clip, dual_clip: float | None) -> Loss:
     surrogate = torch.minimum(rho * tokens.advantages, rho.clamp(1 - clip.low, 1 + clip.high) * tokens.advantages)
+    if dual_clip is not None:  # the minimum leaves a large ratio with a negative advantage without a bound
+        bound = torch.where(tokens.advantages < 0, dual_clip * tokens.advantages, -torch.inf)
+        surrogate = torch.maximum(surrogate, bound)
     return -(tokens.weights * surrogate).sum(), ratio_metrics(rho.detach(), tokens, clip)
 
 

@@ -52,6 +52,8 @@ class Objective:
             ValueError: something needed is missing, shapes that do not fit, an infinite reward or advantage.
         """
         without = np.isnan(groups.rewards)
+        if self.config.min_group_size is not None:
+            without |= (~without).sum(axis=1, keepdims=True) < self.config.min_group_size
         if self.config.mask_truncated:
             assert groups.truncated is not None, "known of all completions that were sampled"
             without |= groups.truncated

@@ -203,6 +203,9 @@ def _check_algorithm(config: Config) -> None:
     algorithm = config.algorithm
     if algorithm.custom is None:
         _check_switches(config)
+    least = algorithm.min_group_size
+    if least is not None and least > config.group_size:
+        raise ConfigError(f"algorithm.min_group_size={least}: no group has more than group_size={config.group_size}")
     if algorithm.reference is None:
         return _refuse_without_effect(config, "reference_samples", "reference_store", "reference_fill_steps")
     samples = algorithm.reference_samples
@@ -241,6 +244,12 @@ def _check_switches(config: Config) -> None:
         raise ConfigError(
             f"algorithm.clip is what a loss with a ratio (algorithm.loss=ratio_clip and the like) needs and nothing "
             f"else uses: with algorithm.loss={algorithm.loss} {'set it to null' if algorithm.clip else 'set it'}"
+        )
+    if algorithm.margin_schedule is not None and algorithm.margin is None:
+        raise ConfigError("algorithm.margin_schedule has no effect with algorithm.margin=null: set it to null")
+    if algorithm.dual_clip is not None and algorithm.loss not in ("ratio_clip", "sequence_ratio_clip"):
+        raise ConfigError(
+            f"algorithm.dual_clip has no effect with algorithm.loss={algorithm.loss}: set it to null"
         )
     if algorithm.kl_coefficient and algorithm.loss == "cross_entropy":
         raise ConfigError("algorithm.kl_coefficient has no effect with algorithm.loss=cross_entropy: set it to 0")

@@ -42,7 +42,8 @@ def with_algorithm(config: Config, given: Algorithm | None = None) -> Config:
         names = ("reference", "reference_samples", "reference_store", "reference_fill_steps")
         changes |= dict.fromkeys(names)
     needs = tuple(name for name in NEEDS if getattr(own, f"needs_{name}"))
-    changes |= {"name": type(own).__name__, "needs": needs or None, "margin": None, "clip": None, "kl_coefficient": 0.0}
+    changes |= {"name": type(own).__name__, "needs": needs or None, "kl_coefficient": 0.0}
+    changes |= dict.fromkeys(("margin", "margin_schedule", "clip", "dual_clip"))
     return dataclasses.replace(config, algorithm=dataclasses.replace(settings, **changes))
 
 

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from nemo_aapo.algorithms import ScoredGroups, Tokens, advantage, loss
 from nemo_aapo.algorithms.objective import Objective
-from nemo_aapo.config.schema import AlgorithmConfig, Clip, Margin
+from nemo_aapo.config.schema import AlgorithmConfig, Clip, Margin, MarginSchedule
 from tests.equations import (
     GROUPS,
     LIMIT,
@@ -100,7 +100,8 @@ def test_advantages_loss_gradient_and_metrics_equal_the_papers_equations(config,
     )
     there = [[a for a in row if not math.isnan(a)] for row in expected]
     groups, dead = sum(map(bool, there)), sum(bool(row) and not any(row) for row in there)
-    assert dead >= 1 or failures  # or the rescaling would not be exercised
+    # or the rescaling would not be exercised; a baseline of the whole batch leaves no group without a signal
+    assert dead >= 1 or failures or config.name == "reinforce_pp"
     alpha = groups / (groups - dead) if config.rescale_dead_groups else 1.0
     value, grads, metrics = loss_by_equation(config, batch, expected, alpha)
 
@@ -313,6 +314,38 @@ def test_first_update_has_ratio_one_and_the_gradient_of_the_policy():
     value.backward()
     assert logprobs.grad.tolist() == [-1.0, 0.5]
     assert sums["ratio/mean"] == sums["tokens"] == 2
+
+
+@pytest.mark.parametrize(("shape", "half"), [("linear", 0.6), ("cosine", 0.6)])
+def test_the_margins_bounds_shrink_to_a_share_of_them_and_stay(shape, half):
+    by = MarginSchedule(shape=shape, steps=10, end=0.2)
+    objective = Objective.of(dataclasses.replace(AAPO, margin_schedule=by), LIMIT)
+    rewards, reference = np.array([[1.0, 1.0]]), np.array([[0.0, 0.0]])
+    deltas = [objective.advantages(ScoredGroups(rewards, reference, step=step))[0, 0] for step in (0, 5, 10, 50)]
+    assert deltas == pytest.approx([0.28, half * 0.28, 0.2 * 0.28, 0.2 * 0.28])
+    assert advantage.schedule(shape, 0.25, 0.0) == pytest.approx({"linear": 0.75, "cosine": 0.5 + 0.5**1.5}[shape])
+
+
+def test_a_dual_clip_bounds_what_a_negative_advantage_pushes():
+    """Ratios of 2 and 5 under A = -1 and bound 3: the second one counts 3 and has no gradient; A = 1 is as it was."""
+    config = dataclasses.replace(GRPO, kl_coefficient=0.0, dual_clip=3.0)
+    old = torch.full((3,), -3.0, dtype=torch.float64)
+    logprobs = (old + torch.tensor([2.0, 5.0, 5.0]).double().log()).requires_grad_()
+    tokens = Tokens(logprobs, torch.tensor([-1.0, -1.0, 1.0]).double(), torch.ones(3).double(), old, old_logprobs=old)
+    value, _ = Objective.of(config, LIMIT).token_loss(tokens)
+    value.backward()
+    assert value.item() == pytest.approx(2 + 3 - 1.3)
+    assert logprobs.grad.tolist() == pytest.approx([2.0, 0.0, 0.0])
+
+
+def test_a_group_of_too_few_scored_completions_leaves_the_step_and_truncated_ones_their_loss():
+    rewards = np.array([[1.0, 0.0, np.nan, np.nan], [1.0, 0.0, 0.0, np.nan]])
+    truncated = np.array([[False] * 4, [True, False, False, False]])
+    config = dataclasses.replace(GPG, min_group_size=3, mask_truncated=True)
+    made = Objective.of(config, LIMIT).advantages(ScoredGroups(rewards, truncated=truncated))
+    assert np.isnan(made[0]).all()
+    assert made[1, 1:3].tolist() == [-1 / 3, -1 / 3]  # what was cut off counts in the mean
+    assert np.isnan(made[1, [0, 3]]).all()
 
 
 def test_mistakes_are_named():

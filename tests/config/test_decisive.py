@@ -59,6 +59,7 @@ def test_the_decisive_settings_are_those_whose_facts_say_so(changes):
         return True
 
     null = {"algorithm.clip.", "algorithm.token_mask.", "algorithm.sequence_mask.", "model.lora."}
+    null |= {"algorithm.margin_schedule."}
     null -= {"algorithm.clip."} if changes else set()
     for setting in settings_of(Config):
         if not setting.key.startswith(tuple(null)):

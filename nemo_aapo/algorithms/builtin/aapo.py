@@ -18,14 +18,7 @@ import numpy as np
 
 from nemo_aapo.algorithms import advantage, loss
 from nemo_aapo.algorithms.base import Algorithm, Loss, ScoredGroups, Tokens
-from nemo_aapo.config.schema import Clip, Margin
-
-RATIO_LOSSES = {
-    "ratio_clip": loss.ratio_clip,
-    "sequence_ratio_clip": loss.sequence_ratio_clip,
-    "clipped_weight": loss.clipped_weight,
-}
-"""Values of ``algorithm.loss`` that compare the policy with what it was before the first update on a batch."""
+from nemo_aapo.config.schema import Clip, Margin, MarginSchedule
 
 
 @dataclass(frozen=True)
@@ -34,8 +27,10 @@ class AAPO(Algorithm):
 
     scale_rewards: bool
     margin: Margin | None
+    margin_schedule: MarginSchedule | None
     loss: Literal["cross_entropy", "ratio_clip", "sequence_ratio_clip", "clipped_weight"]
     clip: Clip | None
+    dual_clip: float | None
     kl_coefficient: float
 
     paper: ClassVar[str] = "AAPO ([arXiv 2505.14264](https://arxiv.org/abs/2505.14264))"
@@ -77,9 +72,11 @@ class AAPO(Algorithm):
             if groups.seeds is None:
                 raise ValueError(f"choosing {group_size} of {samples} reference rewards needs seeds of the groups")
             pairs = advantage.sample_pairs(groups.seeds, group_size, samples)
-        return advantage.margin(
-            groups.rewards, groups.reference_rewards, margin.low, margin.high, margin.estimator, pairs
-        )
+        share = 1.0
+        if (by := self.margin_schedule) is not None:
+            share = advantage.schedule(by.shape, groups.step / by.steps, by.end)
+        low, high = share * margin.low, share * margin.high
+        return advantage.margin(groups.rewards, groups.reference_rewards, low, high, margin.estimator, pairs)
 
     def metrics(self, rewards: np.ndarray, advantages: np.ndarray) -> dict[str, float]:
         """What is the margin's part in A*; nothing without a margin."""
@@ -92,4 +89,8 @@ class AAPO(Algorithm):
         """The loss that ``algorithm.loss`` names."""
         if self.loss == "cross_entropy":
             return loss.cross_entropy(tokens)
-        return RATIO_LOSSES[self.loss](tokens, self.clip, self.kl_coefficient)
+        assert self.clip is not None, "the checks of the configuration want a clip with a ratio"
+        if self.loss == "clipped_weight":
+            return loss.clipped_weight(tokens, self.clip, self.kl_coefficient)
+        of_ratios = loss.ratio_clip if self.loss == "ratio_clip" else loss.sequence_ratio_clip
+        return of_ratios(tokens, self.clip, self.kl_coefficient, self.dual_clip)

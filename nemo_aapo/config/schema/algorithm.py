@@ -22,6 +22,15 @@ class Margin:
 
 
 @section
+class MarginSchedule:
+    """How the margin's bounds shrink in the course of a run."""
+
+    shape: Literal["linear", "cosine"] = setting("the way from 1 to end", decides=True)
+    steps: int = setting("training steps until the end is reached", decides=True, minimum=1, sane=STEPS)
+    end: float = setting("share of the bounds that is left from then on", decides=True, minimum=0, maximum=1)
+
+
+@section
 class Clip:
     """How far the importance ratio may go from 1."""
 
@@ -114,6 +123,21 @@ class AlgorithmConfig:
         decides=False,
         above=0,
         maximum=1,
+    )
+    margin_schedule: MarginSchedule | None = setting(
+        "{shape, steps, end}: the margin's bounds shrink to a share of them; null: they stay", decides="set"
+    )
+    dual_clip: float | None = setting(
+        "with a negative advantage no token counts more than so many times it (3, say); for ratio_clip; null: no bound",
+        decides="set",
+        above=1,
+        sane=1e6,
+    )
+    min_group_size: int | None = setting(
+        "a group of which fewer completions could be scored leaves the step; null: none does",
+        decides="set",
+        minimum=2,
+        sane=1_000_000,
     )
     mask_truncated: bool | None = setting(
         "true: a completion cut at the length limit counts in its group's mean and has no part in the loss",
