@@ -19,13 +19,16 @@ from nemo_aapo.algorithms.loss import k3, ratio
 from nemo_aapo.config.schema import AlgorithmConfig, Band
 
 
-def kept(settings: AlgorithmConfig, tokens: Tokens, log_ratio: torch.Tensor) -> torch.Tensor | None:
+def kept(settings: AlgorithmConfig, tokens: Tokens, logprobs: torch.Tensor) -> torch.Tensor | None:
     """bool [n], True for tokens that all masks of the settings let through; None if none is set.
 
     Args:
-        log_ratio: float [n], without a gradient, 0 at padding.
+        logprobs: float [n], log pi(o_it) above; like the engine's 0 at padding.
     """
-    made = []
+    masks = (settings.token_mask, settings.sequence_mask, settings.sequence_kl_limit, settings.probability_change_limit)
+    if all(mask is None for mask in masks):
+        return None
+    made, log_ratio = [], logprobs.detach() - tokens.rollout_logprobs
     if settings.token_mask is not None:
         made.append(token_band(log_ratio, settings.token_mask))
     if settings.sequence_mask is not None:
@@ -34,7 +37,7 @@ def kept(settings: AlgorithmConfig, tokens: Tokens, log_ratio: torch.Tensor) -> 
         made.append(sequence_kl(log_ratio, settings.sequence_kl_limit, tokens))
     if settings.probability_change_limit is not None:
         made.append(not_overshot(tokens, settings.probability_change_limit))
-    return torch.stack(made).all(dim=0) if made else None
+    return torch.stack(made).all(dim=0)
 
 
 def token_band(log_ratio: torch.Tensor, band: Band) -> torch.Tensor:

@@ -125,12 +125,12 @@ class Objective:
         valid = tokens.weights > 0
         metrics = loss.token_metrics(tokens.logprobs, tokens.advantages, valid)
         tokens = self._complete(tokens, valid)
-        learner = tokens.logprobs.detach() if tokens.old_logprobs is None else tokens.old_logprobs
+        learner = tokens.logprobs if tokens.old_logprobs is None else tokens.old_logprobs
         metrics |= loss.parity_metrics(learner, tokens.rollout_logprobs)
         if (cap := self.config.importance_weight_cap) is not None:
             correction, more = loss.importance_weight(learner, tokens.rollout_logprobs, valid, cap)
             tokens, metrics = tokens.replace(weights=tokens.weights * correction), metrics | more
-        kept = masks.kept(self.config, tokens, learner.detach() - tokens.rollout_logprobs)
+        kept = masks.kept(self.config, tokens, learner)
         if kept is not None:
             tokens = tokens.replace(weights=tokens.weights * kept)
             metrics["masked_fraction"] = (~kept & valid).sum()
