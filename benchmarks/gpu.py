@@ -268,7 +268,7 @@ def decode(policy: Any, plan: Plan, rows: int, bytes_per_s: float) -> dict[str, 
 
 def parity(policy: Any, plan: Plan) -> dict[str, float]:
     """The two figures of the parity gate, on completions that the engine generates."""
-    from nemo_aapo.algorithms import Algorithm
+    from nemo_aapo.algorithms.objective import Objective
     from nemo_aapo.config import pad_multiple
     from nemo_aapo.engines.megatron.engine import MegatronEngine
     from nemo_aapo.learner.learner import Learner
@@ -287,7 +287,7 @@ def parity(policy: Any, plan: Plan) -> dict[str, float]:
     ]
     learner = Learner(
         policy,
-        Algorithm(config.algorithm, 128),
+        Objective.of(config.algorithm, 128),
         plan.micro_batch_tokens,
         1,
         pad_multiple(config),

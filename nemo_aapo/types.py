@@ -168,6 +168,8 @@ class Sample:
     """float32 [T], the engine's."""
     advantage: float
     """A*, the same for all T tokens."""
+    version: int = 0
+    """Optimizer steps that the policy had taken which sampled it."""
     routes: Routes | None = None
     """The engine's choices of experts, to be replayed; None: the model's own hold."""
 

@@ -58,6 +58,7 @@ def with_failures(batch: Batch, seed: int) -> Batch:
 
 def advantages_by_equation(config, rewards, reference_rewards):
     """A* by loops over what was scored; the sampled margin pairs by index."""
+    everyone = [reward for group in rewards.tolist() for reward in group if not math.isnan(reward)]
     result = []
     for group, reference in zip(rewards.tolist(), reference_rewards.tolist(), strict=True):
         scored = [reward for reward in group if not math.isnan(reward)]
@@ -72,6 +73,10 @@ def advantages_by_equation(config, rewards, reference_rewards):
                 value = reward - math.fsum(scored) / len(scored)
                 if config.scale_rewards:
                     value /= statistics.stdev(scored) + 1e-4
+                if config.name == "rloo":
+                    value = reward - (math.fsum(scored) - reward) / (len(scored) - 1)
+            if config.name == "reinforce_pp":
+                value = (reward - math.fsum(everyone) / len(everyone)) / (statistics.stdev(everyone) + 1e-4)
             if config.margin is not None and known:
                 paired = config.margin.estimator == "sampled" and not math.isnan(reference[i])
                 partners = [reference[i]] if paired else known
@@ -94,6 +99,12 @@ def loss_by_equation(config, batch, advantages, alpha):
     lowest = math.inf
     for s in scored:
         length, a = lengths[s], advantages[s // G][s % G]
+        mean_ratio = math.exp(
+            math.fsum(
+                float(batch.logits[s, t].log_softmax(-1)[batch.targets[s, t]] - batch.old[s, t]) for t in range(length)
+            )
+            / max(length, 1)
+        )
         denominator = {"token": tokens, "sequence": len(scored) * length, "fixed_length": len(scored) * LIMIT}
         for t in range(length):
             weight = alpha / denominator[config.loss_aggregation]
@@ -104,7 +115,7 @@ def loss_by_equation(config, batch, advantages, alpha):
             target = int(batch.targets[s, t])
             logp = row[target] - largest - math.log(math.fsum(exps))
             old, ref, rollout = (float(x[s, t]) for x in (batch.old, batch.reference, batch.rollout))
-            learner = old if config.loss == "ratio_clip" else logp
+            learner = logp if config.loss == "cross_entropy" else old
             correction = 1.0
             if config.importance_weight_cap is not None:
                 correction = min(math.exp(learner - rollout), config.importance_weight_cap)
@@ -114,13 +125,17 @@ def loss_by_equation(config, batch, advantages, alpha):
                 total += -weight * correction * a * logp
                 slope = -weight * correction * a
             else:
-                ratio = math.exp(logp - old)
+                ratio = mean_ratio if config.loss == "sequence_ratio_clip" else math.exp(logp - old)
                 low, high = 1 - config.clip.low, 1 + config.clip.high
                 clipped = min(max(ratio, low), high)
                 kl = math.exp(ref - logp) - (ref - logp) - 1
-                total += weight * (-correction * min(ratio * a, clipped * a) + config.kl_coefficient * kl)
                 dead = (a > 0 and ratio > high) or (a < 0 and ratio < low)
-                slope = 0.0 if dead else -weight * correction * ratio * a
+                if config.loss == "clipped_weight":
+                    total += weight * (-correction * clipped * a * logp + config.kl_coefficient * kl)
+                    slope = -weight * correction * clipped * a
+                else:
+                    total += weight * (-correction * min(ratio * a, clipped * a) + config.kl_coefficient * kl)
+                    slope = 0.0 if dead else -weight * correction * ratio * a
                 slope += weight * config.kl_coefficient * (1 - math.exp(ref - logp))
                 metrics["ratio/mean"] += ratio
                 metrics["ratio/clipped_low_fraction"] += dead and a < 0

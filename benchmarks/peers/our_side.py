@@ -14,6 +14,7 @@ import numpy as np
 
 from benchmarks.peers import plan as settings
 from benchmarks.peers.orders import Orders, peak_bytes
+from nemo_aapo.algorithms import ScoredGroups
 from nemo_aapo.rewards.base import Reward
 from nemo_aapo.types import Completion, Group, Prompt
 
@@ -85,7 +86,7 @@ def agree(trainer: Any, recorded: dict[str, Any]) -> dict[str, float]:
                 rewards=rewards,
                 reward_parts={"coin_toss": rewards},
                 failed=np.zeros(size, bool),
-                advantages=trainer.algorithm.advantages(rewards[None])[0],
+                advantages=trainer.objective.advantages(ScoredGroups(rewards[None]))[0],
             )
         )
     # exp of the mean absolute difference of the log-probs

@@ -2,7 +2,7 @@
 
     A_i     = (r_i - mean r) / (std r + eps)      group_advantage
     delta_i = clip(r_i - r'_i, low, high)         margin
-    A*_i    = A_i + delta_i                       augmented_advantage
+    A*_i    = A_i + delta_i                       builtin/aapo.py; the margin is not divided by the std
 
 Pure functions of float64 arrays. N is the number of groups (prompts), G the number of completions of a group, K the
 number of rewards of the frozen reference for the same prompt. Every function treats each group by itself, so that the
@@ -14,6 +14,7 @@ advantage is NaN: the rest is what it would be had that completion never been sa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -106,6 +107,13 @@ def margin(
     return np.where(np.isnan(reference_rewards), expected, np.clip(rewards - reference_rewards, low, high))
 
 
+def schedule(shape: Literal["linear", "cosine"], done: float, end: float) -> float:
+    """A share that goes from 1 to ``end`` while ``done`` goes from 0 to 1, and stays there."""
+    done = min(done, 1.0)
+    left = 1.0 - done if shape == "linear" else (1.0 + math.cos(math.pi * done)) / 2.0
+    return end + (1.0 - end) * left
+
+
 def sample_pairs(seeds: Sequence[int], group_size: int, reference_samples: int) -> np.ndarray:
     """The partners k(i): one of the K reference samples for each completion, without repeats inside a group.
 
@@ -127,33 +135,6 @@ def sample_pairs(seeds: Sequence[int], group_size: int, reference_samples: int) 
         )
     partners = [np.random.default_rng(seed).permutation(reference_samples)[:group_size] for seed in seeds]
     return np.array(partners, dtype=np.int64).reshape(len(seeds), group_size)
-
-
-def augmented_advantage(
-    rewards: np.ndarray,
-    reference_rewards: np.ndarray,
-    *,
-    scale_rewards: bool,
-    low: float,
-    high: float,
-    estimator: MarginEstimator,
-    pairs: np.ndarray | None = None,
-) -> np.ndarray:
-    """AAPO's augmented advantage A*_i = A_i + delta_i (arXiv 2505.14264). The margin is not divided by the std.
-
-    Args:
-        rewards: float64 [N, G].
-        reference_rewards: float64 [N, K].
-        scale_rewards: as in ``group_advantage``.
-        low, high, estimator, pairs: as in ``margin``.
-
-    Returns:
-        float64 [N, G]; NaN where the reward is.
-
-    Raises:
-        ValueError: shapes that do not fit, or an infinite reward.
-    """
-    return group_advantage(rewards, scale_rewards) + margin(rewards, reference_rewards, low, high, estimator, pairs)
 
 
 def gpg_alpha(groups: int, dead_groups: int) -> float:
@@ -193,21 +174,18 @@ def scored(values: np.ndarray) -> np.ndarray:
     return ~np.isnan(values).all(axis=1)
 
 
-def margin_metrics(
-    rewards: np.ndarray, advantages: np.ndarray, *, scale_rewards: bool, low: float, high: float
-) -> dict[str, float]:
+def margin_metrics(own: np.ndarray, advantages: np.ndarray, *, low: float, high: float) -> dict[str, float]:
     """How much of final advantages A* = A + delta is the group's, and how much the margin over the reference.
 
     Args:
-        rewards, advantages: float64 [N, G] of a step's groups; NaN where scoring failed.
-        scale_rewards, low, high: as they were computed with.
+        own, advantages: float64 [N, G] of a step's groups, A and A*; NaN where there is none.
+        low, high: the margin's bounds.
 
     Returns:
         Means over the scored completions: ``advantage/group_abs_mean`` of abs(A_i), ``margin/mean`` and
         ``margin/abs_mean`` of delta_i, and ``margin/at_bound``, the share of completions with one of its two bounds.
     """
-    own = group_advantage(rewards, scale_rewards)
-    there = ~np.isnan(own)
+    there = ~np.isnan(advantages)
     own, delta = own[there], (advantages - own)[there]
     values = {
         "advantage/group_abs_mean": np.abs(own),

@@ -1,8 +1,10 @@
-"""Policy losses: pure functions of per-token tensors, of any one shape [...] (flat or padded).
+"""Log-probs and advantages -> the loss: the equations that the papers share.
 
-    L = - sum_i sum_t w_it A*_i log pi(o_it)                                    cross_entropy_loss: AAPO, GPG
-    L = - sum_i sum_t w_it min(rho_it A_i, clip(rho_it) A_i) + beta KL          ratio_clip_loss: GRPO
-    w_it = 1 / (denominator of the whole optimizer batch)                       token_weights
+    L = - sum_i sum_t w_it A_i log pi(o_it)                                      cross_entropy: AAPO, GPG, RLOO
+    L = - sum_i sum_t w_it min(rho_it A_i, clip(rho_it) A_i) + beta KL           ratio_clip: GRPO, DAPO, REINFORCE++
+    L = - sum_i sum_t w_it min(s_i A_i, clip(s_i) A_i) + beta KL                 sequence_ratio_clip: GSPO
+    L = - sum_i sum_t w_it sg(clip(rho_it)) A_i log pi(o_it) + beta KL           clipped_weight: CISPO
+    w_it = 1 / (denominator of the whole optimizer batch)                        token_weights
 
 Every loss is a plain sum over tokens. As the weights hold the denominator of the whole optimizer batch, adding up
 micro-batches and data-parallel ranks in any way gives the loss of that batch.
@@ -20,6 +22,9 @@ from typing import Literal
 
 import numpy as np
 import torch
+
+from nemo_aapo.algorithms.base import Loss, Tokens
+from nemo_aapo.config.schema import Clip
 
 LossAggregation = Literal["token", "sequence", "fixed_length"]
 
@@ -75,129 +80,110 @@ def token_weights(
     return np.where(lengths > 0, 1.0 / np.maximum(denominators, 1), 0.0)
 
 
-def cross_entropy_loss(
-    logprobs: torch.Tensor,
-    advantages: torch.Tensor,
-    weights: torch.Tensor,
-    *,
-    rollout_logprobs: torch.Tensor,
-    importance_weight_cap: float | None = None,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def cross_entropy(tokens: Tokens) -> Loss:
     """Advantage-weighted cross-entropy, the loss of AAPO (arXiv 2505.14264) and GPG (arXiv 2504.02546).
 
         L = - sum_i sum_t w_it A*_i log pi(o_it)
 
-    No ratio, no clip, no KL. With ``importance_weight_cap`` each token's term is multiplied by the detached
-    min(pi / pi_rollout, cap), which corrects for the engine's numerics and, after a first update, for the policy's lag.
-
-    Args:
-        logprobs: float [...], log pi(o_t) under the current weights at the sampling temperature; carries the gradient.
-        advantages: float [...], A* of the token's completion.
-        weights: float [...], from ``token_weights``; 0 at padding.
-        rollout_logprobs: float [...], the engine's.
-        importance_weight_cap: None means no importance weight.
-
-    Returns:
-        The loss L (a scalar sum), and sums for metrics.
+    No ratio, no clip. With ``algorithm.importance_weight_cap`` w_it holds the detached min(pi / pi_rollout, cap), which
+    corrects for the engine's numerics and, after a first update, for the policy's lag.
     """
-    valid = weights > 0
-    logprobs, rollout_logprobs = (_blank(x, valid) for x in (logprobs, rollout_logprobs))
-    metrics = _token_metrics(logprobs, advantages, valid) | _parity_metrics(logprobs, rollout_logprobs)
-    if importance_weight_cap is not None:
-        correction, more = _importance_weight(logprobs, rollout_logprobs, valid, importance_weight_cap)
-        weights, metrics = weights * correction, metrics | more
-    return -(weights * _blank(advantages, valid) * logprobs).sum(), metrics
+    return -(tokens.weights * tokens.advantages * tokens.logprobs).sum(), {}
 
 
-def ratio_clip_loss(
-    logprobs: torch.Tensor,
-    advantages: torch.Tensor,
-    weights: torch.Tensor,
-    *,
-    rollout_logprobs: torch.Tensor,
-    old_logprobs: torch.Tensor | None,
-    clip_low: float,
-    clip_high: float,
-    kl_coefficient: float = 0.0,
-    reference_logprobs: torch.Tensor | None = None,
-    importance_weight_cap: float | None = None,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def ratio_clip(tokens: Tokens, clip: Clip, kl_coefficient: float = 0.0, dual_clip: float | None = None) -> Loss:
     """GRPO's clipped surrogate with the KL term in the loss (DeepSeekMath, arXiv 2402.03300, equations 3 and 4).
 
         rho_it = pi(o_it) / pi_old(o_it)
         L      = sum_i sum_t w_it ( - min(rho_it A_i, clip(rho_it, 1 - clip_low, 1 + clip_high) A_i) + beta KL_it )
         KL_it  = pi_ref / pi - log(pi_ref / pi) - 1         (k3: unbiased for KL(pi, pi_ref) and never negative)
 
-    Two bounds as in DAPO (arXiv 2503.14476). With ``importance_weight_cap`` the surrogate, not the KL, is multiplied by
-    the detached min(pi_old / pi_rollout, cap): the ratio corrects for the policy's lag, this for the engine's numerics.
+    Two bounds as in DAPO (arXiv 2503.14476). In the first update the ratio is 1, with the gradient of pi. With
+    ``algorithm.importance_weight_cap`` the surrogate, not the KL, is multiplied by the detached min(pi_old /
+    pi_rollout, cap): the ratio corrects for the policy's lag, this for the engine's numerics.
 
     Args:
-        logprobs: float [...], log pi(o_t) under the current weights at the sampling temperature; carries the gradient.
-        advantages: float [...], A of the token's completion.
-        weights: float [...], from ``token_weights``; 0 at padding.
-        rollout_logprobs: float [...], the engine's.
-        old_logprobs: float [...], the learner's before the first of several updates. None in the first update: the
-            ratio is then 1, with the gradient of pi.
-        clip_low: how far below 1 the ratio may go.
-        clip_high: how far above 1 the ratio may go.
-        kl_coefficient: beta.
-        reference_logprobs: float [...], the frozen reference's; needed where ``kl_coefficient`` is not 0.
-        importance_weight_cap: None means no importance weight.
-
-    Returns:
-        The loss (a scalar sum), and sums for metrics.
-
-    Raises:
-        ValueError: a KL term without reference log-probs.
+        clip: how far the ratio may go from 1.
+        kl_coefficient: beta; the reference's log-probs are needed where it is not 0.
+        dual_clip: c > 1: with a negative advantage the surrogate is at least c A (Ye et al., arXiv 1912.09729).
     """
-    valid = weights > 0
-    logprobs, rollout_logprobs, advantages = (_blank(x, valid) for x in (logprobs, rollout_logprobs, advantages))
-    old_logprobs = logprobs.detach() if old_logprobs is None else _blank(old_logprobs, valid)
-    ratio = _ratio(logprobs - old_logprobs)
-    surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
-    metrics = _token_metrics(logprobs, advantages, valid) | _parity_metrics(old_logprobs, rollout_logprobs)
-    metrics |= _ratio_metrics(ratio.detach(), advantages, valid, clip_low, clip_high)
-    if importance_weight_cap is not None:
-        correction, more = _importance_weight(old_logprobs, rollout_logprobs, valid, importance_weight_cap)
-        surrogate, metrics = surrogate * correction, metrics | more
-    loss = -(weights * surrogate).sum()
-    if kl_coefficient:
-        if reference_logprobs is None:
-            raise ValueError(f"kl_coefficient={kl_coefficient} needs the reference's log-probs")
-        kl = _k3(_blank(reference_logprobs, valid) - logprobs)
-        loss = loss + kl_coefficient * (weights * kl).sum()
-        metrics["kl"] = kl.detach().sum()
-    return loss, metrics
+    assert tokens.old_logprobs is not None, "an algorithm with a ratio needs the old log-probs"
+    rho = ratio(tokens.logprobs - tokens.old_logprobs)
+    return with_kl(*_surrogate(rho, tokens, clip, dual_clip), tokens, kl_coefficient)
 
 
-def _blank(values: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+def sequence_ratio_clip(
+    tokens: Tokens, clip: Clip, kl_coefficient: float = 0.0, dual_clip: float | None = None
+) -> Loss:
+    """``ratio_clip`` with one ratio for each sequence, the geometric mean of its tokens' (GSPO, arXiv 2507.18071).
+
+        s_i = exp((1 / |o_i|) sum_t log(pi(o_it) / pi_old(o_it)))
+
+    The minimum and the clip are of sequences; their gradient spreads over the tokens evenly.
+    """
+    assert tokens.old_logprobs is not None, "an algorithm with a ratio needs the old log-probs"
+    rho = ratio(tokens.sequence_mean(tokens.logprobs - tokens.old_logprobs))
+    return with_kl(*_surrogate(rho, tokens, clip, dual_clip), tokens, kl_coefficient)
+
+
+def clipped_weight(tokens: Tokens, clip: Clip, kl_coefficient: float = 0.0) -> Loss:
+    """Cross-entropy under a detached, clipped ratio, which takes no token's gradient away (CISPO, arXiv 2506.13585).
+
+    L = - sum_i sum_t w_it sg(clip(rho_it, 1 - clip_low, 1 + clip_high)) A_i log pi(o_it)
+    """
+    assert tokens.old_logprobs is not None, "an algorithm with a ratio needs the old log-probs"
+    rho = ratio(tokens.logprobs.detach() - tokens.old_logprobs)
+    weights = tokens.weights * rho.clamp(1 - clip.low, 1 + clip.high)
+    metrics = ratio_metrics(rho, tokens, clip)
+    return with_kl(-(weights * tokens.advantages * tokens.logprobs).sum(), metrics, tokens, kl_coefficient)
+
+
+def _surrogate(rho: torch.Tensor, tokens: Tokens, clip: Clip, dual_clip: float | None) -> Loss:
+    surrogate = torch.minimum(rho * tokens.advantages, rho.clamp(1 - clip.low, 1 + clip.high) * tokens.advantages)
+    if dual_clip is not None:  # the minimum leaves a large ratio with a negative advantage without a bound
+        bound = torch.where(tokens.advantages < 0, dual_clip * tokens.advantages, -torch.inf)
+        surrogate = torch.maximum(surrogate, bound)
+    return -(tokens.weights * surrogate).sum(), ratio_metrics(rho.detach(), tokens, clip)
+
+
+def with_kl(value: torch.Tensor, metrics: dict[str, torch.Tensor], tokens: Tokens, coefficient: float) -> Loss:
+    """The loss with the KL term of ``ratio_clip``."""
+    if not coefficient:
+        return value, metrics
+    assert tokens.reference_logprobs is not None, "an algorithm with a KL term needs the reference's log-probs"
+    assert tokens.shares is not None, "set before an algorithm sees the tokens"
+    kl = k3(tokens.reference_logprobs - tokens.logprobs)
+    return value + coefficient * (tokens.shares * kl).sum(), {**metrics, "kl": kl.detach().sum()}
+
+
+def blank(values: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     """The values with zeros at padding. Multiplying by weight 0 would not do, as 0 * NaN is NaN."""
     return torch.where(valid, values, 0.0)
 
 
-def _ratio(log_ratio: torch.Tensor) -> torch.Tensor:
+def ratio(log_ratio: torch.Tensor) -> torch.Tensor:
     return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
-def _k3(log_ratio: torch.Tensor) -> torch.Tensor:
+def k3(log_ratio: torch.Tensor) -> torch.Tensor:
     """Schulman's estimator of KL(p, q) from samples of p, with ``log_ratio`` = log q - log p; 0 where they agree."""
     log_ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     return log_ratio.exp() - log_ratio - 1.0
 
 
-def _importance_weight(
+def importance_weight(
     logprobs: torch.Tensor, rollout_logprobs: torch.Tensor, valid: torch.Tensor, cap: float
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """min(pi / pi_rollout, cap), and metrics of the weight before it is capped."""
-    weight = _ratio(logprobs.detach() - rollout_logprobs)
+    weight = ratio(logprobs.detach() - rollout_logprobs)
     metrics = {
-        "importance_weight/mean": _blank(weight, valid).sum(),
+        "importance_weight/mean": blank(weight, valid).sum(),
         "importance_weight/truncated_fraction": ((weight > cap) & valid).sum(),
     }
     return weight.clamp(max=cap), metrics
 
 
-def _token_metrics(logprobs: torch.Tensor, advantages: torch.Tensor, valid: torch.Tensor) -> dict[str, torch.Tensor]:
+def token_metrics(logprobs: torch.Tensor, advantages: torch.Tensor, valid: torch.Tensor) -> dict[str, torch.Tensor]:
     """The token count, and the lowest log-prob among tokens that are pushed down.
 
     A negative advantage pushes without bound; a minimum that falls from step to step is the first sign of it.
@@ -207,19 +193,18 @@ def _token_metrics(logprobs: torch.Tensor, advantages: torch.Tensor, valid: torc
     return {"tokens": valid.sum(), "min/negative_advantage_logprob": lowest}
 
 
-def _parity_metrics(logprobs: torch.Tensor, rollout_logprobs: torch.Tensor) -> dict[str, torch.Tensor]:
+def parity_metrics(logprobs: torch.Tensor, rollout_logprobs: torch.Tensor) -> dict[str, torch.Tensor]:
     """How far the engine's log-probs are from the learner's: exp of the first metric is the multiplicative
     probability error, the second estimates KL(pi_rollout, pi)."""
     difference = logprobs.detach() - rollout_logprobs
-    return {"parity/abs_logprob_difference": difference.abs().sum(), "parity/kl": _k3(difference).sum()}
+    return {"parity/abs_logprob_difference": difference.abs().sum(), "parity/kl": k3(difference).sum()}
 
 
-def _ratio_metrics(
-    ratio: torch.Tensor, advantages: torch.Tensor, valid: torch.Tensor, clip_low: float, clip_high: float
-) -> dict[str, torch.Tensor]:
+def ratio_metrics(rho: torch.Tensor, tokens: Tokens, clip: Clip) -> dict[str, torch.Tensor]:
     """The mean ratio, and how many tokens the clip left without a gradient, on each side."""
+    valid, advantages = tokens.valid, tokens.advantages
     return {
-        "ratio/mean": _blank(ratio, valid).sum(),
-        "ratio/clipped_low_fraction": (valid & (ratio < 1 - clip_low) & (advantages < 0)).sum(),
-        "ratio/clipped_high_fraction": (valid & (ratio > 1 + clip_high) & (advantages > 0)).sum(),
+        "ratio/mean": blank(rho, valid).sum(),
+        "ratio/clipped_low_fraction": (valid & (rho < 1 - clip.low) & (advantages < 0)).sum(),
+        "ratio/clipped_high_fraction": (valid & (rho > 1 + clip.high) & (advantages > 0)).sum(),
     }

@@ -13,6 +13,7 @@ COMMANDS = {
     "launch": "start all ranks of a run, here or by Slurm; status, logs, cancel, requeue",
     "evaluate": "measure models on benchmarks; compare two evaluations",
     "convert": "convert models between Hugging Face and Megatron, inspect and verify them",
+    "check-algorithm": "show that an algorithm of one's own does not depend on how its batch is cut",
     "report": "a page that shows a run, or compares several",
     "runs": "all runs below a folder in a table",
     "plan": "memory, time and layouts of a run, without a GPU",
@@ -22,13 +23,13 @@ COMMANDS = {
     "prepare-data": "turn a data set into JSONL that a run takes as it is",
 }
 """Name -> what it does; ``main`` of the module of that name does it."""
-FOLDERS = {"report": "view", "runs": "view"}
+FOLDERS = {"check-algorithm": "view", "report": "view", "runs": "view"}
 """Commands whose module lies in a folder of its own."""
 USAGE = "\n".join(
     (
         "usage: nemo-aapo COMMAND ...      nemo-aapo COMMAND --help says more",
         "",
-        *(f"  {name:<14}{meaning}" for name, meaning in COMMANDS.items()),
+        *(f"  {name:<16}{meaning}" for name, meaning in COMMANDS.items()),
     )
 )
 

@@ -32,14 +32,16 @@ def build(cls: type[T], tree: Any, path: str = "") -> T:
     """
     if not isinstance(tree, dict):
         raise ConfigError(f"{path or 'the configuration'} must be a mapping, not {tree!r}")
-    hints = typing.get_type_hints(cls)
+    annotations, fields = typing.get_type_hints(cls), dataclasses.fields(cls)  # type: ignore[arg-type]
+    hints = {field.name: annotations[field.name] for field in fields}
     for key in tree:
         if key not in hints:
             full = f"{path}.{key}" if path else str(key)
             known = [f"{path}.{name}" if path else name for name in hints]
             raise ConfigError(f"unknown setting {full!r}{nearest(full, known)}")
     values = {}
-    optional = {field.name for field in dataclasses.fields(cls) if field.default is not dataclasses.MISSING}  # type: ignore[arg-type]
+    none = dataclasses.MISSING
+    optional = {field.name for field in fields if field.default is not none or field.default_factory is not none}
     for name, annotation in hints.items():
         full = f"{path}.{name}" if path else name
         if name in optional and name not in tree:

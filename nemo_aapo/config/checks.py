@@ -201,35 +201,58 @@ def _check_trtllm_colocated(config: Config) -> None:
 
 def _check_algorithm(config: Config) -> None:
     algorithm = config.algorithm
+    if algorithm.custom is None:
+        _check_switches(config)
+    least = algorithm.min_group_size
+    if least is not None and least > config.group_size:
+        raise ConfigError(f"algorithm.min_group_size={least}: no group has more than group_size={config.group_size}")
+    if algorithm.reference is None:
+        return _refuse_without_effect(config, "reference_samples", "reference_store", "reference_fill_steps")
+    samples = algorithm.reference_samples
+    if samples is None or samples < config.group_size:
+        raise ConfigError(f"algorithm.reference_samples={samples}: at least group_size={config.group_size} needed")
+    if algorithm.reference == "online" and samples != config.group_size:
+        raise ConfigError(
+            f"algorithm.reference_samples={samples}: online reference rewards are sampled group_size="
+            f"{config.group_size} at a time"
+        )
+    if algorithm.reference == "cached" and algorithm.reference_store is None:
+        raise ConfigError("algorithm.reference_store must name a file for algorithm.reference=cached")
+    if algorithm.reference == "online":
+        _refuse_without_effect(config, "reference_store", "reference_fill_steps")
+
+
+def _check_switches(config: Config) -> None:
+    """Switches of the built-in algorithms that can't go together."""
+    algorithm = config.algorithm
+    if algorithm.settings or algorithm.needs:
+        raise ConfigError(
+            "algorithm.settings and algorithm.needs are those of a class of your own, and have no effect with "
+            "algorithm.custom=null: set them to null"
+        )
     if (algorithm.margin is None) != (algorithm.reference is None):
         raise ConfigError(
             "algorithm.margin and algorithm.reference go together: the margin needs reference rewards, and they have "
             "no other use. Set both or set both to null (algorithm=aapo, algorithm=gpg)"
         )
-    if algorithm.margin is not None:
-        if algorithm.margin.low > 0 or algorithm.margin.high < 0 or algorithm.margin.low == algorithm.margin.high:
-            raise ConfigError(
-                f"algorithm.margin: low={algorithm.margin.low}, high={algorithm.margin.high}: "
-                "low <= 0 <= high with low < high is needed"
-            )
-        samples = algorithm.reference_samples
-        if samples is None or samples < config.group_size:
-            raise ConfigError(f"algorithm.reference_samples={samples}: at least group_size={config.group_size} needed")
-        if algorithm.reference == "online" and samples != config.group_size:
-            raise ConfigError(
-                f"algorithm.reference_samples={samples}: online reference rewards are sampled group_size="
-                f"{config.group_size} at a time"
-            )
-        if algorithm.reference == "cached" and algorithm.reference_store is None:
-            raise ConfigError("algorithm.reference_store must name a file for algorithm.reference=cached")
-        if algorithm.reference == "online":
-            _refuse_without_effect(config, "reference_store", "reference_fill_steps")
-    else:
-        _refuse_without_effect(config, "reference_samples", "reference_store", "reference_fill_steps")
-    if (algorithm.loss == "ratio_clip") != (algorithm.clip is not None):
-        raise ConfigError("algorithm.clip is what algorithm.loss=ratio_clip needs and nothing else uses")
-    if algorithm.kl_coefficient and algorithm.loss != "ratio_clip":
-        raise ConfigError("algorithm.kl_coefficient has an effect with algorithm.loss=ratio_clip only")
+    margin = algorithm.margin
+    if margin is not None and not (margin.low <= 0 <= margin.high and margin.low < margin.high):
+        raise ConfigError(
+            f"algorithm.margin: low={margin.low}, high={margin.high}: low <= 0 <= high with low < high is needed"
+        )
+    if (algorithm.loss == "cross_entropy") != (algorithm.clip is None):
+        raise ConfigError(
+            f"algorithm.clip is what a loss with a ratio (algorithm.loss=ratio_clip and the like) needs and nothing "
+            f"else uses: with algorithm.loss={algorithm.loss} {'set it to null' if algorithm.clip else 'set it'}"
+        )
+    if algorithm.margin_schedule is not None and algorithm.margin is None:
+        raise ConfigError("algorithm.margin_schedule has no effect with algorithm.margin=null: set it to null")
+    if algorithm.dual_clip is not None and algorithm.loss not in ("ratio_clip", "sequence_ratio_clip"):
+        raise ConfigError(
+            f"algorithm.dual_clip has no effect with algorithm.loss={algorithm.loss}: set it to null"
+        )
+    if algorithm.kl_coefficient and algorithm.loss == "cross_entropy":
+        raise ConfigError("algorithm.kl_coefficient has no effect with algorithm.loss=cross_entropy: set it to 0")
     if config.group_size == 1 and algorithm.margin is None:
         raise ConfigError(
             f"group_size=1: algorithm={algorithm.name} compares completions of a group; at least 2 needed"

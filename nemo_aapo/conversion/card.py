@@ -8,17 +8,14 @@ from typing import Any
 import yaml
 
 import nemo_aapo
+from nemo_aapo.algorithms.registry import paper_of
 from nemo_aapo.checkpoint.manifest import Manifest
 from nemo_aapo.conversion.source import ModelSource, run_settings, shown_setting
 from nemo_aapo.run.metrics_file import read_metrics
 
-PAPERS = {
-    "aapo": "AAPO ([arXiv 2505.14264](https://arxiv.org/abs/2505.14264))",
-    "gpg": "GPG ([arXiv 2504.02546](https://arxiv.org/abs/2504.02546))",
-    "grpo": "GRPO ([arXiv 2402.03300](https://arxiv.org/abs/2402.03300))",
-}
-"""The algorithms that have a paper, with a link to it."""
 SETTINGS = (
+    "algorithm.custom",
+    "algorithm.settings",
     "algorithm.loss",
     "algorithm.reference",
     "algorithm.scale_rewards",
@@ -71,7 +68,7 @@ def model_card(source: ModelSource, content: Manifest, dtype: str, adapter: bool
     if not settings:
         return "\n".join([*lines, f"`{base}` in {dtype}, converted from Megatron by {version}.", ""])
     lines += [
-        f"`{base}`, trained for {step} steps with {PAPERS.get(algorithm, algorithm)} by {version}; weights in {dtype}.",
+        f"`{base}`, trained for {step} steps with {paper_of(algorithm)} by {version}; weights in {dtype}.",
         "",
         f"- base model: `{shown_setting(settings, 'model.path')}`",
         f"- training data: `{shown_setting(settings, 'data.train')}`",

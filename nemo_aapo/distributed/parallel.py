@@ -227,6 +227,27 @@ def gather_context_parallel(value: T) -> list[T]:
     return _all_gather(value, groups().context)
 
 
+def add_over_context(values: torch.Tensor) -> torch.Tensor:
+    """The sum over the context-parallel ranks, with its gradient: each rank's result counts in the loss of its own."""
+    return _AddOverContext.apply(values)  # type: ignore[no-untyped-call]
+
+
+class _AddOverContext(torch.autograd.Function):
+    """An all-reduce forward and backward: what a rank adds changes the loss of every rank."""
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor) -> torch.Tensor:
+        total = values.clone()
+        dist.all_reduce(total, group=groups().context)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        total = gradient.clone()
+        dist.all_reduce(total, group=groups().context)
+        return total
+
+
 def _all_gather(value: T, group: dist.ProcessGroup) -> list[T]:
     size = dist.get_world_size(group)
     if size == 1:

@@ -49,7 +49,7 @@ def train(job: Job | Config, **parts: Unpack[Parts]) -> int:
     """
     forgive_console()
     if isinstance(job, Config):
-        job = resolve(job, world_size_of_job(), given=parts)
+        job = resolve(job, world_size_of_job(), given=parts, algorithm=parts.get("algorithm"))
         check_loggers(job.config, here=True)
     initialize(job.config)
     rank = parallel.rank()

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from nemo_aapo.algorithms import Algorithm
 from nemo_aapo.algorithms.advantage import zero_advantage
+from nemo_aapo.algorithms.base import Tokens
+from nemo_aapo.algorithms.objective import Objective
 from nemo_aapo.distributed import parallel
 from nemo_aapo.distributed.device import device
+from nemo_aapo.errors import ParityError
 from nemo_aapo.learner.batch_plan import padding_fraction, plan
 from nemo_aapo.learner.microbatch import PrefixGroup, chunks, collate, pad_to
 from nemo_aapo.learner.policy import MegatronPolicy
@@ -29,7 +31,7 @@ class Learner:
     """Trains a policy on scored groups by an algorithm; all methods are collective over all ranks."""
 
     policy: MegatronPolicy
-    algorithm: Algorithm
+    objective: Objective
     max_tokens_per_microbatch: int
     """Upper bound of a micro-batch's tokens, padding included."""
     updates_per_rollout: int
@@ -50,16 +52,33 @@ class Learner:
         Returns:
             Metrics, the same on all ranks. Those of the first optimizer step where there are several, except
             ``loss``, ``grad_norm`` and ``lr``, which are the last one's.
+
+        Raises:
+            ParityError: on all ranks; more tokens were masked than ``algorithm.max_masked_fraction``.
         """
         batches, shape_metrics = self._microbatches(groups)
         batches = self._scored(batches)
+        nonfinite = shape_metrics.pop("nonfinite_fraction")
         metrics: dict[str, float] = {}
         optimization = self.policy.optimization
         for _ in range(self.updates_per_rollout):
             step = _means(optimization.train_step(batches, self._loss))
+            if nonfinite or "masked_fraction" in step:
+                step["masked_fraction"] = self._check_masked(nonfinite + step.get("masked_fraction", 0.0))
             metrics = {**step, **metrics, **{key: step[key] for key in ("loss", "grad_norm", "lr")}}
         optimization.finish_updates()
         return {**metrics, **shape_metrics}
+
+    def _check_masked(self, fraction: float) -> float:
+        limit = self.objective.config.max_masked_fraction
+        if limit is not None and fraction > limit:
+            raise ParityError(
+                f"{fraction:.1%} of the tokens were masked, more than algorithm.max_masked_fraction={limit}: the "
+                "engine samples from another policy than the one that is trained, and masks would hide it. Look at "
+                "parity/mult_prob_error and rollout/lag; wider bands (algorithm.token_mask, sequence_mask) if that is "
+                "meant. No checkpoint was written of this step"
+            )
+        return fraction
 
     def parity(self, groups: Sequence[Group]) -> dict[str, float]:
         """Compare the engine's log-probs with the learner's on the same tokens, without training: the parity gate.
@@ -113,7 +132,7 @@ class Learner:
         kept = [
             [sample for sample in row if len(sample.completion_ids)]
             for row, is_dead in zip(samples, dead, strict=True)
-            if self.algorithm.needs_reference_logprobs or not is_dead
+            if self.objective.algorithm.learns_without_advantage or not is_dead
         ]
         counts = parallel.gather_data_parallel(
             (
@@ -122,16 +141,19 @@ class Learner:
                 sum(map(bool, samples)),
                 sum(dead),
                 sum(sample.length for row in kept for sample in row),
+                sum(int((~np.isfinite(sample.rollout_logprobs)).sum()) for row in samples for sample in row),
             )
         )
-        total_tokens, total_sequences, total_groups, dead_groups, kept_tokens = map(sum, zip(*counts, strict=True))
+        total_tokens, total_sequences, total_groups, dead_groups, kept_tokens, nonfinite = map(
+            sum, zip(*counts, strict=True)
+        )
         own = [group for row in kept for group in self._prefix_groups(row, kept_tokens)]
         mine, layout_metrics = self._distribute(own)
-        alpha = self.algorithm.alpha(total_groups, dead_groups)
+        alpha = self.objective.alpha(total_groups, dead_groups)
         batches = []
         for members in mine:
             lengths = [len(sample.completion_ids) for group in members for sample in group.samples]
-            weights = alpha * self.algorithm.token_weights(
+            weights = alpha * self.objective.token_weights(
                 lengths, total_tokens=total_tokens, total_sequences=total_sequences
             )
             batches.append(
@@ -144,7 +166,12 @@ class Learner:
                     context_parallel_size=parallel.context_parallel_size(),
                 )
             )
-        return batches, {**layout_metrics, "microbatches": float(len(batches)), "alpha": alpha}
+        return batches, {
+            **layout_metrics,
+            "microbatches": float(len(batches)),
+            "alpha": alpha,
+            "nonfinite_fraction": nonfinite / max(total_tokens, 1),
+        }
 
     @property
     def _row_multiple(self) -> int:
@@ -194,10 +221,10 @@ class Learner:
 
         Old ones replay the routes that the micro-batches have, as the update will.
         """
-        if self.updates_per_rollout > 1 and self.algorithm.config.loss == "ratio_clip":
+        if self.updates_per_rollout > 1 and self.objective.algorithm.needs_old_logprobs:
             scored = self.policy.score(batches)
             batches = [b.replace(old_logprobs=_like(s, b)) for b, s in zip(batches, scored, strict=True)]
-        if self.algorithm.needs_reference_logprobs:
+        if self.objective.algorithm.needs_reference_logprobs:
             # The reference is a model of its own: it sends tokens to the experts that it chooses itself.
             with self.policy.reference_weights():
                 scored = self.policy.score([batch.replace(routes=None) for batch in batches])
@@ -207,14 +234,19 @@ class Learner:
     def _loss(
         self, logprobs: torch.Tensor, entropy: torch.Tensor, batch: MicroBatch
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        value, sums = self.algorithm.token_loss(
+        tokens = Tokens(
             logprobs,
             batch.advantages,
             batch.weights,
-            rollout_logprobs=batch.rollout_logprobs,
+            batch.rollout_logprobs,
             old_logprobs=batch.old_logprobs,
             reference_logprobs=batch.reference_logprobs,
+            entropy=entropy,
+            lengths=batch.lengths,
+            versions=batch.versions,
+            reduce=parallel.add_over_context if parallel.context_parallel_size() > 1 else None,
         )
+        value, sums = self.objective.token_loss(tokens)
         return value, {**sums, "entropy": entropy.sum()}
 
 
@@ -226,6 +258,7 @@ def _samples(group: Group) -> list[Sample]:
             completion_ids=completion.token_ids,
             rollout_logprobs=completion.logprobs,
             advantage=float(advantage),
+            version=completion.policy_version,
             routes=completion.routes,
         )
         for completion, advantage in zip(group.completions, group.final_advantages, strict=True)

@@ -124,7 +124,12 @@ def collate(
         targets=flat([sample.completion_ids for sample in samples], torch.int64),
         lengths=tuple(lengths),
         advantages=flat([np.full(n, s.advantage) for n, s in zip(lengths, samples, strict=True)], torch.float32),
-        weights=flat([np.full(n, w) for n, w in zip(lengths, token_weights, strict=True)], torch.float32),
+        # A log-prob that is not finite says nothing of what sampled the token, which then has no part in the loss.
+        weights=flat(
+            [np.where(np.isfinite(s.rollout_logprobs), w, 0.0) for s, w in zip(samples, token_weights, strict=True)],
+            torch.float32,
+        ),
+        versions=tuple(sample.version for sample in samples),
         rollout_logprobs=flat([sample.rollout_logprobs for sample in samples], torch.float32),
         expand=index(rows.expand),
         contract=index(rows.contract),

@@ -43,6 +43,8 @@ class MicroBatch:
     """float32 [n], the token's share of the loss: 1 / (global denominator)."""
     rollout_logprobs: torch.Tensor
     """float32 [n], the rollout engine's log-probs of the tokens."""
+    versions: tuple[int, ...] = ()
+    """Optimizer steps that the policy had taken which sampled each sequence."""
     expand: torch.Tensor | None = None
     """int64 [cu_seqlens[-1]], where in the row each token of the whole sequences stands. None: no prompt is shared, the
     row is those sequences."""

@@ -214,8 +214,8 @@ def _engine(config: Config) -> Engine:
 
 def _work(config: Config, question: Question) -> Work:
     algorithm = config.algorithm
-    old = algorithm.updates_per_rollout > 1 and algorithm.loss == "ratio_clip"
-    kl = algorithm.kl_coefficient > 0
+    old = algorithm.updates_per_rollout > 1 and algorithm.needs_old_logprobs
+    kl = algorithm.needs_reference_logprobs
     return Work(
         steps=config.trainer.max_steps,
         prompts=config.prompts_per_step,
@@ -227,7 +227,7 @@ def _work(config: Config, question: Question) -> Work:
         scoring_passes=int(old) + int(kl),
         reference=algorithm.reference,
         reference_samples=algorithm.reference_samples or 0,
-        keeps_reference=kl or algorithm.reference is not None,
+        keeps_reference=algorithm.compares_with_reference,
         scores_reference=kl,
         draws_from_reference=algorithm.reference == "online" or algorithm.reference_fill_steps is not None,
         dataset_prompts=question.dataset_prompts,

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from nemo_aapo.algorithms.base import Algorithm
 from nemo_aapo.config import Config, ModelShape, Sizes, parse, with_routes_decided, without_secrets
 from nemo_aapo.config.command_line import TRAINING, CommandLine, ConfigFile, read_command_line
 from nemo_aapo.config.compose import compose, resolved
@@ -15,6 +16,7 @@ from nemo_aapo.engines.trtllm import settings as trtllm_settings
 from nemo_aapo.errors import ConfigError
 from nemo_aapo.launch.world import Machine, World, decide, of_rank
 from nemo_aapo.models.directory import check_model
+from nemo_aapo.prepare.algorithm import with_algorithm
 from nemo_aapo.prepare.files import check_data, check_replay
 from nemo_aapo.prepare.loggers import check_loggers
 from nemo_aapo.prepare.packages import check_packages, loggers_need, packages_of
@@ -68,6 +70,7 @@ def prepare_fill(words: Words, world: Callable[[Config], World]) -> Job:
         ConfigError, DataError: as ``prepare``; or the algorithm stores no reference rewards.
     """
     config, tree = settings_of(words)
+    config = with_algorithm(config)
     if config.algorithm.reference != "cached":
         mode = config.algorithm.reference or "null"
         raise ConfigError(f"algorithm.reference={mode}: only cached reference rewards are stored (algorithm=aapo)")
@@ -110,7 +113,13 @@ def rewards_of(config: Config) -> tuple[tuple[Reward, float], ...]:
     return tuple(reward_of(entry) for entry in config.rewards)
 
 
-def resolve(config: Config, world_size: int, tree: Mapping[str, Any] | None = None, given: Collection[str] = ()) -> Job:
+def resolve(
+    config: Config,
+    world_size: int,
+    tree: Mapping[str, Any] | None = None,
+    given: Collection[str] = (),
+    algorithm: Algorithm | None = None,
+) -> Job:
     """The job of a configuration of one's own, for ranks on this machine.
 
     Args:
@@ -118,11 +127,13 @@ def resolve(config: Config, world_size: int, tree: Mapping[str, Any] | None = No
         tree: the configuration as it was composed; None: made from ``config``.
         given: parts that the caller brings, by their names in ``nemo_aapo.train``: ``rewards``, ``data``,
             ``validation_data``. What the configuration says of these is not looked at.
+        algorithm: of the caller's own, in place of the one that the configuration names.
 
     Raises:
         ConfigError, DataError: what can't work, with the reason and the remedy.
     """
     world = World(world_size, Machine.present())
+    config = with_algorithm(config, algorithm)
     return _job(config, without_secrets(_plain(config)) if tree is None else tree, lambda config: world, given)
 
 
@@ -140,6 +151,8 @@ def _job(
 ) -> Job:
     world = world_of(config)
     rewards = () if "rewards" in given else rewards_of(config)
+    elsewhere = world.machine is None and not _runs_this_python(config)
+    config = config if elsewhere else with_algorithm(config)
     if world.machine is not None:
         if config.rollout.engine == "trtllm":
             trtllm_settings.check(config)
@@ -150,9 +163,14 @@ def _job(
     check_data(config.data, given)
     if world.machine is not None:
         check_packages(packages_of(config, given))
-    elif config.cluster.python is None and config.cluster.container.image is None:  # the job runs this very Python
+    elif not elsewhere:
         check_packages(loggers_need(config))
     return Job(config, _with_decisions(tree, config), shape, sizes, rewards, world.machine)
+
+
+def _runs_this_python(config: Config) -> bool:
+    """Whether a job that a launcher submits finds the packages that are here."""
+    return config.cluster.python is None and config.cluster.container.image is None
 
 
 def _with_decisions(tree: Mapping[str, Any], config: Config) -> dict[str, Any]:
@@ -160,7 +178,15 @@ def _with_decisions(tree: Mapping[str, Any], config: Config) -> dict[str, Any]:
     decided = _plain(config)
     data = {**tree["data"], "date": config.data.date}
     rollout = {**tree["rollout"], "replay_routes": config.rollout.replay_routes}
-    return {**tree, "precision": decided["precision"], "model": decided["model"], "data": data, "rollout": rollout}
+    algorithm = tree["algorithm"] if config.algorithm.custom is None else decided["algorithm"]
+    return {
+        **tree,
+        "algorithm": algorithm,
+        "precision": decided["precision"],
+        "model": decided["model"],
+        "data": data,
+        "rollout": rollout,
+    }
 
 
 def _plain(config: Config) -> dict[str, Any]:

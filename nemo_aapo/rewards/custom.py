@@ -7,17 +7,16 @@ import functools
 import hashlib
 import importlib
 import importlib.machinery
-import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any, ClassVar
 
 from nemo_aapo.rewards.base import Reward
 from nemo_aapo.types import Completion, Prompt
+from nemo_aapo.utils.libraries import load_file
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class Custom(Reward):
 @functools.cache
 def _load_function(path: str) -> Callable[..., float]:
     module_path, _, name = path.rpartition(":")
-    module = _load_file(Path(module_path)) if module_path.endswith(".py") else importlib.import_module(module_path)
+    module = load_file(Path(module_path)) if module_path.endswith(".py") else importlib.import_module(module_path)
     function = getattr(module, name, None)
     if not callable(function):
         near = difflib.get_close_matches(name, [n for n, v in vars(module).items() if callable(v)], n=1)
@@ -98,41 +97,3 @@ def _module_file(module: str) -> Path | None:
             return None
         path = spec.submodule_search_locations or []
     return Path(spec.origin) if spec is not None and spec.has_location and spec.origin else None
-
-
-@functools.cache
-def _load_file(path: Path) -> ModuleType:
-    """The file as a module, with its folder on the import path, as ``python file.py`` has it.
-
-    It is in ``sys.modules`` before it runs, under the file's own name: dataclasses, pickle and the processes that
-    ``multiprocessing`` spawns find classes and functions by the name of their module.
-    """
-    path = path.resolve()
-    name = _module_name(path)
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{path}: not a Python file that can be imported")
-    if str(path.parent) not in sys.path:
-        sys.path.insert(0, str(path.parent))
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except BaseException as error:
-        del sys.modules[name]
-        if isinstance(error, ImportError) and error.name != name:
-            raise ImportError(
-                f"{error}. {path.name} can import what lies beside it, by absolute imports (import NAME), and what is "
-                "installed or on PYTHONPATH; a file of a package is named as package.module:function"
-            ).with_traceback(error.__traceback__) from error
-        raise
-    return module
-
-
-def _module_name(path: Path) -> str:
-    """The file's stem, or a name of its own where another module has that one, or it is no name."""
-    stem = path.stem
-    free = stem.isidentifier() and stem not in sys.modules and stem not in sys.stdlib_module_names
-    other = importlib.machinery.PathFinder.find_spec(stem) if free else None
-    if free and (other is None or (other.origin and Path(other.origin).resolve() == path)):
-        return stem
-    return f"nemo_aapo_custom_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"

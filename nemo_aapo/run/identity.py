@@ -49,8 +49,7 @@ def reference_of(config: Config) -> str | None:
     Raises:
         ConfigError: weights that are not there, or not whole.
     """
-    algorithm = config.algorithm
-    compares = algorithm.kl_coefficient > 0 or algorithm.reference is not None
+    compares = config.algorithm.compares_with_reference
     return model_digest(config.model.path) if compares and has_weights(Path(config.model.path)) else None
 
 

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
-from nemo_aapo.algorithms import Algorithm
+from nemo_aapo.algorithms.base import Algorithm
+from nemo_aapo.algorithms.objective import Objective
 from nemo_aapo.checkpoint import manifest
 from nemo_aapo.checkpoint.checkpointer import Checkpointer
 from nemo_aapo.checkpoint.directory import CheckpointDirectory
@@ -37,6 +38,7 @@ from nemo_aapo.learner.learner import Learner
 from nemo_aapo.learner.policy import MegatronPolicy
 from nemo_aapo.mcore.groups import initialize_model_parallel
 from nemo_aapo.mcore.offload import LearnerOffload
+from nemo_aapo.prepare.algorithm import with_algorithm
 from nemo_aapo.prepare.job import Job
 from nemo_aapo.rewards.base import Reward
 from nemo_aapo.rewards.workers.runner import RewardRunner
@@ -49,7 +51,7 @@ from nemo_aapo.run.names import CHECKPOINTS
 from nemo_aapo.run.reporter import Notes, Reporter
 from nemo_aapo.text.transformers5 import said
 from nemo_aapo.training.build_reference import build_reference, open_reference_store
-from nemo_aapo.training.read_data import read_data
+from nemo_aapo.training.read_data import count, left_out, read_data
 from nemo_aapo.training.throughput import Throughput
 from nemo_aapo.training.trainer import AAPOTrainer
 from nemo_aapo.types import SamplingSpec
@@ -66,6 +68,8 @@ class Parts(TypedDict, total=False):
     validation_data: PromptSet
     rewards: RewardScorer
     """Scores completions; a ``RewardRunner`` for the job's rewards by default."""
+    algorithm: Algorithm
+    """The two hooks; what ``algorithm`` of the configuration names by default."""
     engine: Callable[[MegatronPolicy], RolloutEngine]
     """Makes an engine for a policy; by default the one that ``rollout.engine`` names."""
 
@@ -125,19 +129,21 @@ def build_training(job: Job, *, reporter: Reporter, stack: contextlib.ExitStack,
     Raises:
         ConfigError, DataError, StoreError: what can't work, on every rank.
     """
+    if (own := parts.get("algorithm")) is not None:
+        job = dataclasses.replace(job, config=with_algorithm(job.config, own))
     config = job.config
     rollouts: Rollouts | Replay
     if config.rollout.replay is None:
         rollouts = build_rollouts(job, reporter=reporter, stack=stack, trains=True, **parts)
     else:
         rollouts = _build_replay(job, reporter, parts.get("data"))
-    algorithm = Algorithm(config.algorithm, config.rollout.max_new_tokens)
-    learner = build_learner(rollouts.policy, algorithm)
+    objective = Objective.of(config.algorithm, config.rollout.max_new_tokens, own)
+    learner = build_learner(rollouts.policy, objective)
     return AAPOTrainer(
         config=config,
         policy=rollouts.policy,
         rollouts=rollouts.pipeline,
-        algorithm=algorithm,
+        objective=objective,
         learner=learner,
         validator=rollouts.validator,
         checkpoints=_checkpointer(config),
@@ -169,7 +175,7 @@ def build_rollouts(
     given = parts.get("data"), parts.get("validation_data")
     data, validation_data = read_data(config, text.tokenizer, scorer, *given, reporter.note)
     for name, prompts in (("training", data), ("validation", validation_data)):
-        reporter.note(f"{_count(prompts)} {name} prompts from {prompts.path}{_left_out(config, prompts)}")
+        reporter.note(f"{count(prompts)} {name} prompts from {prompts.path}{left_out(config, prompts)}")
     sampler = build_sampler(config, data)
     if trains:
         check_resumed_data(config, sampler)
@@ -218,20 +224,20 @@ def _build_replay(job: Job, reporter: Notes, data: PromptSet | None) -> Replay:
 
 def build_policy(job: Job, *, trains: bool) -> MegatronPolicy:
     """The policy with the base model's weights."""
-    policy, algorithm = MegatronPolicy(job.config, job.shape), job.config.algorithm
+    policy = MegatronPolicy(job.config, job.shape)
     if trains:
         policy.prepare_training()
-        if algorithm.kl_coefficient > 0 or algorithm.reference is not None:
+        if job.config.algorithm.compares_with_reference:
             policy.keep_reference()
     return policy
 
 
-def build_learner(policy: MegatronPolicy, algorithm: Algorithm) -> Learner:
+def build_learner(policy: MegatronPolicy, objective: Objective) -> Learner:
     """What trains the policy, or only compares its log-probs with an engine's."""
     config = policy.config
     return Learner(
         policy,
-        algorithm,
+        objective,
         config.max_tokens_per_microbatch,
         config.algorithm.updates_per_rollout,
         pad_multiple=pad_multiple(config),
@@ -329,20 +335,3 @@ def _checkpointer(config: Config) -> Checkpointer:
         background=config.checkpoint.async_save,
         timeout_s=config.trainer.distributed_timeout_s,
     )
-
-
-def _count(prompts: PromptSet) -> str:
-    endless = sum(size is None for size, _ in prompts.shares)
-    finite = [str(len(prompts.prompts))] if len(prompts.prompts) else []
-    return " + ".join([*finite, *["endless"] * endless])
-
-
-def _left_out(config: Config, prompts: PromptSet) -> str:
-    counts = {
-        "bad lines": prompts.bad_lines,
-        "over the length limit": prompts.dropped_long,
-        "duplicates": prompts.duplicates,
-        "among the held-out ones": prompts.contaminated if config.data.on_contamination == "drop" else 0,
-    }
-    named = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
-    return f" (left out: {named})" if named else ""

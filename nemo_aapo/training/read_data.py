@@ -74,3 +74,22 @@ def seen_by_all(prompts: PromptSet, run_dir: Path) -> PromptSet:
         return prompts
     copy = run_dir / "prepared" / views.path.name
     return on_first_rank(lambda: copied_to(prompts, copy))
+
+
+def count(prompts: PromptSet) -> str:
+    """How many prompts there are, in words."""
+    endless = sum(size is None for size, _ in prompts.shares)
+    finite = [str(len(prompts.prompts))] if len(prompts.prompts) else []
+    return " + ".join([*finite, *["endless"] * endless])
+
+
+def left_out(config: Config, prompts: PromptSet) -> str:
+    """How many rows of the data are not among the prompts, and why; empty if all are."""
+    counts = {
+        "bad lines": prompts.bad_lines,
+        "over the length limit": prompts.dropped_long,
+        "duplicates": prompts.duplicates,
+        "among the held-out ones": prompts.contaminated if config.data.on_contamination == "drop" else 0,
+    }
+    named = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+    return f" (left out: {named})" if named else ""

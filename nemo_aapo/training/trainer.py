@@ -13,10 +13,7 @@ import math
 import time
 from collections.abc import Iterator
 
-import numpy as np
-
-from nemo_aapo.algorithms import Algorithm
-from nemo_aapo.algorithms.advantage import margin_metrics
+from nemo_aapo.algorithms.objective import Objective
 from nemo_aapo.checkpoint.schedule import SaveSchedule
 from nemo_aapo.config import Config
 from nemo_aapo.distributed import parallel
@@ -25,7 +22,7 @@ from nemo_aapo.rollout.collector import own_shard
 from nemo_aapo.rollout.kept import KeptGroup
 from nemo_aapo.run.experiment import rollout_rows
 from nemo_aapo.run.reporter import Reporter
-from nemo_aapo.run.step_metrics import GroupNumbers, group_numbers, step_metrics
+from nemo_aapo.run.step_metrics import group_numbers, step_metrics
 from nemo_aapo.seeds import stream_seed
 from nemo_aapo.training.parity import ParityGate
 from nemo_aapo.training.parts import Checkpoints, Kept, Learner, Policy, Rollouts, Throughput, Validator
@@ -48,7 +45,7 @@ class AAPOTrainer:
         config: Config,
         policy: Policy,
         rollouts: Rollouts,
-        algorithm: Algorithm,
+        objective: Objective,
         learner: Learner,
         validator: Validator,
         checkpoints: Checkpoints,
@@ -58,7 +55,7 @@ class AAPOTrainer:
     ) -> None:
         """``training.build.build_training`` makes all of these for a job, and takes replacements."""
         self.config, self.policy, self.rollouts = config, policy, rollouts
-        self.algorithm, self.learner, self.validator = algorithm, learner, validator
+        self.objective, self.learner, self.validator = objective, learner, validator
         self.checkpoints, self.kept = checkpoints, kept
         self.throughput, self.reporter = throughput, reporter
         self.parity = ParityGate(config.rollout, learner)
@@ -140,8 +137,9 @@ class AAPOTrainer:
 
     def _with_advantages(self, groups: list[Group]) -> list[Group]:
         first = own_shard(self.config.prompts_per_step).start
-        pair_seeds = [stream_seed(self.config.seed, "pairs", self.step, first + i) for i in range(len(groups))]
-        return with_advantages(self.algorithm, groups, pair_seeds)
+        seeds = [stream_seed(self.config.seed, "pairs", self.step, first + i) for i in range(len(groups))]
+        max_steps = self.config.trainer.max_steps
+        return self.objective.with_advantages(groups, seeds=seeds, step=self.step, max_steps=max_steps)
 
     def _choose_kept(self, groups: list[Group]) -> list[KeptGroup]:
         """This rank's part of the groups that people will see, as the policy stands before the update."""
@@ -188,7 +186,7 @@ class AAPOTrainer:
         seconds = {**self.rollouts.seconds, "train": train_s, "step": time.perf_counter() - start}
         metrics = {
             **step_metrics(numbers, version, self.config.validation.reward),
-            **self._margin_metrics(numbers),
+            **self.objective.metrics([n.rewards for n in numbers], [n.advantages for n in numbers]),
             **update,
             **self.rollouts.metrics,
             "tokens_per_second": sum(int(n.lengths.sum()) for n in numbers) / seconds["step"],
@@ -201,17 +199,6 @@ class AAPOTrainer:
         self.kept.write(self.step, [group for _, part in everyone for group in part])
         if warning := self.parity.watch(self.step, metrics):
             self.reporter.note(warning)
-
-    def _margin_metrics(self, groups: list[GroupNumbers]) -> dict[str, float]:
-        """Of an algorithm with a margin."""
-        settings = self.config.algorithm
-        if (margin := settings.margin) is None:
-            return {}
-        rewards, advantages = (
-            np.stack(column) for column in zip(*((g.rewards, g.advantages) for g in groups), strict=True)
-        )
-        bounds = {"low": margin.low, "high": margin.high}
-        return margin_metrics(rewards, advantages, scale_rewards=settings.scale_rewards, **bounds)
 
     # ------------------------------------------------------------------ around it
 
@@ -332,17 +319,3 @@ class AAPOTrainer:
         except FloatingPointError as error:
             raise NonFiniteError(f"{name}: {error}. No checkpoint was written") from error
         self._doing = before
-
-
-def with_advantages(algorithm: Algorithm, groups: list[Group], pair_seeds: list[int]) -> list[Group]:
-    """The groups with their final advantages A*.
-
-    Args:
-        pair_seeds: one per group; which stored reference rewards the sampled margin compares with.
-    """
-    if not groups:
-        return []
-    rewards = np.stack([group.rewards for group in groups])
-    known = [group.reference_rewards for group in groups if group.reference_rewards is not None]
-    advantages = algorithm.advantages(rewards, np.stack(known) if known else None, pair_seeds)
-    return [group.replace(advantages=row) for group, row in zip(groups, advantages, strict=True)]

@@ -1,13 +1,19 @@
-"""Heavy libraries without their noise: what they say that no reader of a training run can use."""
+"""Importing: heavy libraries without their noise, and a user's own files."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
+import hashlib
+import importlib.machinery
+import importlib.util
 import logging
 import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
 
 
 def quiet() -> None:
@@ -66,3 +72,41 @@ def importing() -> Iterator[None]:
             gc.freeze()
         if searching:
             gc.enable()
+
+
+@functools.cache
+def load_file(path: Path) -> ModuleType:
+    """The file as a module, with its folder on the import path, as ``python file.py`` has it.
+
+    It is in ``sys.modules`` before it runs, under the file's own name: dataclasses, pickle and the processes that
+    ``multiprocessing`` spawns find classes and functions by the name of their module.
+    """
+    path = path.resolve()
+    name = _module_name(path)
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path}: not a Python file that can be imported")
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException as error:
+        del sys.modules[name]
+        if isinstance(error, ImportError) and error.name != name:
+            raise ImportError(
+                f"{error}. {path.name} can import what lies beside it, by absolute imports (import NAME), and what is "
+                "installed or on PYTHONPATH; a file of a package is named as package.module:NAME"
+            ).with_traceback(error.__traceback__) from error
+        raise
+    return module
+
+
+def _module_name(path: Path) -> str:
+    """The file's stem, or a name of its own where another module has that one, or it is no name."""
+    stem = path.stem
+    free = stem.isidentifier() and stem not in sys.modules and stem not in sys.stdlib_module_names
+    other = importlib.machinery.PathFinder.find_spec(stem) if free else None
+    if free and (other is None or (other.origin and Path(other.origin).resolve() == path)):
+        return stem
+    return f"nemo_aapo_custom_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"

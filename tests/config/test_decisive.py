@@ -58,7 +58,9 @@ def test_the_decisive_settings_are_those_whose_facts_say_so(changes):
             inner = inner[part]
         return True
 
-    null = {"algorithm.clip.", "model.lora."} - ({"algorithm.clip."} if changes else set())
+    null = {"algorithm.clip.", "algorithm.token_mask.", "algorithm.sequence_mask.", "model.lora."}
+    null |= {"algorithm.margin_schedule."}
+    null -= {"algorithm.clip."} if changes else set()
     for setting in settings_of(Config):
         if not setting.key.startswith(tuple(null)):
             decides = setting.facts.decides is True  # max_steps decides with a cosine schedule only

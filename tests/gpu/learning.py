@@ -78,7 +78,7 @@ def make_groups(seed: int = 3, count: int = 8, size: int = 4):
 
 def learn(path: Path | str, updates: int = 1, groups=None, policy=None, **settings: Any) -> dict[str, Any]:
     """Loss and gradient norm of each update, the first gradient by parameter, log-probs before, weights after all."""
-    from nemo_aapo.algorithms import Algorithm
+    from nemo_aapo.algorithms.objective import Objective
     from nemo_aapo.config import pad_multiple
     from nemo_aapo.learner.learner import Learner
     from tests.policies import make_policy
@@ -95,7 +95,7 @@ def learn(path: Path | str, updates: int = 1, groups=None, policy=None, **settin
     policy = policy or make_policy(config)
     config = policy.config
     learner = Learner(
-        policy, Algorithm(config.algorithm, 256), BUDGET, 1, pad_multiple(config), config.model.sequence_packing
+        policy, Objective.of(config.algorithm, 256), BUDGET, 1, pad_multiple(config), config.model.sequence_packing
     )
     groups = groups or make_groups()
     batches, _ = learner._microbatches(groups)

@@ -180,7 +180,7 @@ def test_the_learner_makes_room_for_an_engine_and_goes_on_to_the_same_bits(one_r
 
 @pytest.mark.parametrize("precision", ["bf16", *FP8])
 def test_engine_and_learner_agree_within_the_parity_gates_limits(one_rank, model, precision):
-    from nemo_aapo.algorithms import Algorithm
+    from nemo_aapo.algorithms.objective import Objective
     from nemo_aapo.config import pad_multiple
     from nemo_aapo.engines.megatron.engine import MegatronEngine
     from nemo_aapo.learner.learner import Learner
@@ -197,7 +197,7 @@ def test_engine_and_learner_agree_within_the_parity_gates_limits(one_rank, model
     drawn = engine.generate([g.prompt.token_ids for g in groups], spec, [[i, i + 100] for i in range(len(groups))])
     scored = [g.replace(completions=tuple(row)) for g, row in zip(groups, drawn, strict=True)]
     learner = Learner(
-        policy, Algorithm(config.algorithm, 128), 2048, 1, pad_multiple(config), config.model.sequence_packing
+        policy, Objective.of(config.algorithm, 128), 2048, 1, pad_multiple(config), config.model.sequence_packing
     )
     found = learner.parity(scored)
     print(f"FIGURES parity {precision} {json.dumps(found)}")

@@ -54,7 +54,7 @@ def shuffled(groups, rng):
 
 def gradients(path, orders, budgets):
     """Loss and gradient [parameters of this rank] by (seed, order, budget); the weights stay as they are."""
-    from nemo_aapo.algorithms import Algorithm
+    from nemo_aapo.algorithms.objective import Objective
     from nemo_aapo.learner.learner import Learner
     from nemo_aapo.rollout.collector import own_shard
     from tests.policies import make_policy
@@ -76,7 +76,7 @@ def gradients(path, orders, budgets):
             if order:
                 groups = shuffled(groups, np.random.default_rng(order))
             for budget in budgets:
-                learner = Learner(policy, Algorithm(config.algorithm, MAX_NEW_TOKENS), budget, 1, 1)
+                learner = Learner(policy, Objective.of(config.algorithm, MAX_NEW_TOKENS), budget, 1, 1)
                 loss = learner.update(groups[own_shard(len(groups))])["loss"]
                 found[seed, order, budget] = loss, kept.pop()
     return found

@@ -224,12 +224,15 @@ def test_so_are_those_of_a_mixture_of_experts(ranks, tiny_models):
 
 
 @pytest.mark.exact
-def test_the_old_policys_and_the_references_log_probs_reach_every_rank(ranks, alone):
-    """GRPO with its KL term: several updates need the log-probs of all tokens, whoever computed them."""
+@pytest.mark.parametrize("loss", ["ratio_clip", "sequence_ratio_clip"])
+def test_the_old_policys_and_the_references_log_probs_reach_every_rank(ranks, alone, loss):
+    """GRPO with its KL term: several updates need the log-probs of all tokens, whoever computed them. GSPO's loss: a
+    sequence has one ratio, whose tokens lie on several ranks."""
     path, _ = alone[2]
-    [expected] = ranks.run(metrics_of, path, 1, 1, 1024, PACKED | GRPO, 2)
+    settings = GRPO | {"algorithm__loss": loss}
+    [expected] = ranks.run(metrics_of, path, 1, 1, 1024, PACKED | settings, 2)
     assert expected["ratio/mean"] == pytest.approx(1.0, abs=1e-6)
-    for metrics in ranks.run(metrics_of, path, 1, 1, 128, context(2, PACKED | GRPO), 2, world=2, cp=2):
+    for metrics in ranks.run(metrics_of, path, 1, 1, 128, context(2, PACKED | settings), 2, world=2, cp=2):
         assert metrics["loss"] == pytest.approx(expected["loss"], rel=1e-6, abs=1e-7)
         assert metrics["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
         for key in ("kl", "entropy", "ratio/mean", "ratio/clipped_low_fraction", "ratio/clipped_high_fraction"):
@@ -249,14 +252,14 @@ def test_adapters_are_trained_as_by_one_process(ranks, alone):
 
 def gate(path, more):
     """The parity gate's figures, the log-probs that it compared, and those of each completion by its number."""
-    from nemo_aapo.algorithms import Algorithm
+    from nemo_aapo.algorithms.objective import Objective
     from nemo_aapo.learner.learner import Learner
     from nemo_aapo.rollout.collector import own_shard
     from tests.policies import make_policy
 
     config = make_config(path, max_tokens_per_microbatch=1024, **more)
     policy = make_policy(config, trains=False)
-    learner = Learner(policy, Algorithm(config.algorithm, 16), 1024, 1, packed=True, share_prompts=True)
+    learner = Learner(policy, Objective.of(config.algorithm, 16), 1024, 1, packed=True, share_prompts=True)
     groups = saved_groups(2)[own_shard(2)]
     batches, _ = learner._microbatches(groups)
     first = [own_shard(2).start * 100 + 100 * i for i in range(len(groups))]

@@ -95,7 +95,7 @@ def metrics_of(*arguments):
 
 def update(path, tp, pp, budget, more, updates=1, change=None, gone=False):
     """The policy after the updates, and their metrics."""
-    from nemo_aapo.algorithms import Algorithm
+    from nemo_aapo.algorithms.objective import Objective
     from nemo_aapo.config import pad_multiple
     from nemo_aapo.learner.learner import Learner
     from nemo_aapo.rollout.collector import own_shard
@@ -115,7 +115,7 @@ def update(path, tp, pp, budget, more, updates=1, change=None, gone=False):
         policy.keep_reference()
     learner = Learner(
         policy,
-        Algorithm(config.algorithm, 16),
+        Objective.of(config.algorithm, 16),
         budget,
         updates,
         pad_multiple(policy.config),
@@ -237,14 +237,14 @@ def test_no_attention_leaks_between_packed_sequences(ranks, tiny_models, share_p
 
 def tokens_of_one_group(path):
     """Completion tokens that this of two ranks trains on, of a step with a single group."""
-    from nemo_aapo.algorithms import Algorithm
+    from nemo_aapo.algorithms.objective import Objective
     from nemo_aapo.learner.learner import Learner
     from nemo_aapo.rollout.collector import own_shard
     from tests.policies import make_policy
 
     config = make_config(path, max_tokens_per_microbatch=1024)
     policy = make_policy(config)
-    learner = Learner(policy, Algorithm(config.algorithm, 16), 1024, 1, packed=True, share_prompts=True)
+    learner = Learner(policy, Objective.of(config.algorithm, 16), 1024, 1, packed=True, share_prompts=True)
     batches, metrics = learner._microbatches(saved_groups(1, size=8)[own_shard(1)])
     assert metrics["shared_prompt_fraction"] > 0.1
     return sum(batch.targets.numel() for batch in batches)

@@ -146,7 +146,7 @@ def test_old_log_probs_replay_the_policys_routes_and_the_reference_routes_by_its
 
 def _generated_and_learned(path):
     """Metrics of an update on what the engine drew from the same weights, and of the parity gate."""
-    from nemo_aapo.algorithms import Algorithm
+    from nemo_aapo.algorithms.objective import Objective
     from nemo_aapo.engines.megatron.engine import MegatronEngine
     from nemo_aapo.learner.learner import Learner
     from tests.engines.megatron.generation import ROOMY, SEEDS, SPEC, VOCAB_SIZE, prompts
@@ -169,7 +169,7 @@ def _generated_and_learned(path):
         for i, (ids, row) in enumerate(zip(prompts(), completions, strict=True))
         if len(row) > 1
     ]
-    learner = Learner(policy, Algorithm(config.algorithm, 24), 1024, 1, packed=True, share_prompts=True)
+    learner = Learner(policy, Objective.of(config.algorithm, 24), 1024, 1, packed=True, share_prompts=True)
     routers = [layer.mlp.router for layer in policy.module.decoder.layers]
     metrics = learner.update(groups)
     assert all(router.router_replay is None for router in routers)  # nothing stays behind

@@ -16,7 +16,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from nemo_aapo.algorithms import Algorithm
+from nemo_aapo.algorithms import ScoredGroups, Tokens
+from nemo_aapo.algorithms.objective import Objective
 from nemo_aapo.config.schema import AlgorithmConfig, Clip
 from tests.peers.peers import needs, run_peer
 from tests.tiny_models import SIZES, make_config, save_character_tokenizer, save_model
@@ -28,7 +29,7 @@ pytestmark = needs("trl")
 GROUPS, G, LIMIT, TEMPERATURE = 4, 4, 12, 0.7
 RELATIVE_TOLERANCE = 2e-6  # float32 are TRL's rewards and advantages, and the norms inside the model
 
-AGGREGATION = {"grpo": "sequence", "dr_grpo": "fixed_length", "dapo": "token"}
+AGGREGATION = {"grpo": "sequence", "dr_grpo": "fixed_length", "dapo": "token", "cispo": "token"}
 """TRL's ``loss_type`` and our ``loss_aggregation``."""
 
 
@@ -38,6 +39,8 @@ class Case:
     kl_coefficient: float
     scale_rewards: bool = True
     importance_weight_cap: float | None = None
+    of_sequences: bool = False
+    """GSPO's ratio."""
 
     @property
     def name(self) -> str:
@@ -50,14 +53,15 @@ class Case:
             "beta": self.kl_coefficient,
             "use_bias_correction_kl": False,
             "scale_rewards": "group" if self.scale_rewards else "none",
-            "epsilon": 0.2,
-            "epsilon_high": 0.28,
+            "epsilon": self.clip.low,
+            "epsilon_high": self.clip.high + (self.loss_type == "cispo"),  # of which TRL takes the bound itself
+            "importance_sampling_level": "sequence" if self.of_sequences else "token",
         }
         if self.importance_weight_cap is not None:
             arguments["vllm_importance_sampling_mode"] = "token_truncate"
             arguments["vllm_importance_sampling_clip_max"] = self.importance_weight_cap
         # Steps that push enough ratios over both bounds; dr_grpo's denominator makes for the smallest gradient.
-        lr = {"grpo": 0.02, "dr_grpo": 0.05, "dapo": 0.02}[self.loss_type]
+        lr = {"grpo": 0.02, "dr_grpo": 0.05, "dapo": 0.02, "cispo": 0.02}[self.loss_type]
         return {
             "name": self.name,
             "arguments": arguments,
@@ -65,12 +69,29 @@ class Case:
             "lr": lr,
         }
 
+    @property
+    def clip(self) -> Clip:
+        """Bounds that the second update goes beyond; the mean ratio of a sequence moves less than a token's."""
+        return Clip(low=0.02, high=0.028) if self.of_sequences else Clip(low=self._low, high=0.28)
+
+    @property
+    def _low(self) -> float:
+        return 1.0 if self.loss_type == "cispo" else 0.2
+
+    @property
+    def loss(self) -> str:
+        """``algorithm.loss``"""
+        return {"cispo": "clipped_weight"}.get(
+            self.loss_type, "sequence_ratio_clip" if self.of_sequences else "ratio_clip"
+        )
+
     def ours(self) -> AlgorithmConfig:
         """As our switches, on top of ``conf/algorithm/grpo.yaml``."""
         page = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "algorithm" / "grpo.yaml"))
         return dataclasses.replace(
             make_config("no_model", algorithm=page).algorithm,
-            clip=Clip(low=0.2, high=0.28),
+            loss=self.loss,
+            clip=self.clip,
             kl_coefficient=self.kl_coefficient,
             loss_aggregation=AGGREGATION[self.loss_type],
             scale_rewards=self.scale_rewards,
@@ -79,7 +100,9 @@ class Case:
 
 
 CASES = [
-    *(Case(loss_type, beta) for loss_type in AGGREGATION for beta in (0.0, 0.04)),
+    *(Case(loss_type, beta) for loss_type in ("grpo", "dr_grpo", "dapo") for beta in (0.0, 0.04)),
+    Case("cispo", 0.0),
+    Case("grpo", 0.0, of_sequences=True),
     Case("dr_grpo", 0.04, scale_rewards=False),
     Case("dapo", 0.04, importance_weight_cap=1.1),
 ]
@@ -177,17 +200,17 @@ def theirs(given) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_advantages_equal_trls(given, theirs, case):
-    ours = Algorithm(case.ours(), max_new_tokens=LIMIT).advantages(given.rewards)
+    ours = Objective.of(case.ours(), max_new_tokens=LIMIT).advantages(ScoredGroups(given.rewards))
     np.testing.assert_allclose(ours.ravel(), theirs[f"{case.name}/advantages"], rtol=RELATIVE_TOLERANCE, atol=1e-7)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_loss_and_gradient_of_both_updates_equal_trls(given, theirs, case):
-    algorithm = Algorithm(case.ours(), max_new_tokens=LIMIT)
+    algorithm = Objective.of(case.ours(), max_new_tokens=LIMIT)
     lengths = given.lengths
     weights = algorithm.token_weights(lengths, total_tokens=int(lengths.sum()), total_sequences=len(lengths))
     weights = torch.as_tensor(weights)[:, None] * given.valid
-    advantages = torch.as_tensor(algorithm.advantages(given.rewards).reshape(-1, 1)).expand(-1, LIMIT)
+    advantages = torch.as_tensor(algorithm.advantages(ScoredGroups(given.rewards)).reshape(-1, 1)).expand(-1, LIMIT)
     scale = (weights * advantages.abs()).sum().item()  # the loss itself is 0 in a first update without KL
     model = given.load("policy")
     with torch.no_grad():
@@ -197,17 +220,21 @@ def test_loss_and_gradient_of_both_updates_equal_trls(given, theirs, case):
         their_weights = torch.as_tensor(theirs[f"{case.name}/{update}/weights"])
         torch.nn.utils.vector_to_parameters(their_weights, model.parameters())
         loss, metrics = algorithm.token_loss(
-            given.logprobs(model),
-            advantages,
-            weights,
-            rollout_logprobs=given.rollout_logprobs,
-            old_logprobs=old if update else None,
-            reference_logprobs=reference if algorithm.needs_reference_logprobs else None,
+            Tokens(
+                given.logprobs(model)[given.valid],
+                advantages[given.valid],
+                weights[given.valid],
+                rollout_logprobs=given.rollout_logprobs[given.valid],
+                old_logprobs=old[given.valid] if update else None,
+                reference_logprobs=reference[given.valid],
+                lengths=lengths.tolist(),
+            )
         )
         gradient = torch.nn.utils.parameters_to_vector(torch.autograd.grad(loss, list(model.parameters()))).numpy()
         their_gradient = theirs[f"{case.name}/{update}/gradient"]
         assert abs(loss.item() - theirs[f"{case.name}/{update}/loss"]) < RELATIVE_TOLERANCE * scale
         difference = np.linalg.norm(gradient - their_gradient) / np.linalg.norm(their_gradient)
         assert difference < RELATIVE_TOLERANCE
-    assert metrics["ratio/clipped_low_fraction"] >= 3  # tokens of the second update: both bounds were at work
+    if case.loss_type != "cispo":  # which has no lower bound
+        assert metrics["ratio/clipped_low_fraction"] >= 3  # tokens of the second update: both bounds were at work
     assert metrics["ratio/clipped_high_fraction"] >= 3

@@ -82,6 +82,7 @@ RULES: tuple[tuple[str, Run | Elsewhere | NotRun], ...] = (
     (r"torchrun .*train\.py .*run\.name=tp2pp2", Run(f"{SMALL} {TWO_RANKS}", ranks=2)),
     (r"train\.py .*rollout\.engine=remote", Run(f"{SMALL} trainer.val_check_interval=0")),
     (r"train\.py .*create_(wandb|mlflow)_logger", COMPOSED),  # packages that are extras
+    (r"train\.py .*algorithm\.custom=", Elsewhere("tests/examples/test_algorithms.py", "FadingMargin")),
     (r"train\.py ", Run(SMALL)),
     (r"mypy$", Elsewhere("scripts/test.sh", "mypy")),
     (r"nohup python scripts/serve\.py", Elsewhere("tests/engines/remote/test_server_start.py", "nohup")),
@@ -103,6 +104,7 @@ RULES: tuple[tuple[str, Run | Elsewhere | NotRun], ...] = (
     (r"evaluate\.py .*engine=remote", Elsewhere("tests/evaluation/test_evaluation_ranks.py", "engine=remote")),
     (r"evaluate\.py ", Run(FEW_PROBLEMS)),
     (r"(convert|prepare_data)\.py ", Run()),
+    (r"check_algorithm\.py ", Run()),
     (r"plan\.py ", Run(exits=(0, 1))),  # 1: it does not fit, which is an answer
     (r"torchrun .*doctor\.py ", Run("--only versions,model,tokenizer,shared_files", ranks=2)),
     (r"srun .*doctor\.py ", Elsewhere("tests/doctor/test_doctor_ranks.py", "srun")),

@@ -74,11 +74,11 @@ def test_metrics_of_a_step_are_those_of_what_was_scored():
 def test_the_margins_metrics_are_those_of_what_was_scored():
     rewards = np.array([[1.0, 1.0], [1.0, math.nan]])
     advantages = augmented(rewards, np.array([[0.0, 0.0], [1.0, 1.0]]))
-    found = margin_metrics(rewards, advantages, scale_rewards=True, low=-0.2, high=0.28)
+    found = margin_metrics(group_advantage(rewards, True), advantages, low=-0.2, high=0.28)
     expected = {"margin/mean": 0.28 * 2 / 3, "margin/abs_mean": 0.28 * 2 / 3, "margin/at_bound": 2 / 3}
     assert found == pytest.approx({"advantage/group_abs_mean": 0.0, **expected})
     nothing = np.full((1, 2), math.nan)
-    assert math.isnan(margin_metrics(nothing, nothing, scale_rewards=True, low=-0.2, high=0.28)["margin/mean"])
+    assert math.isnan(margin_metrics(nothing, nothing, low=-0.2, high=0.28)["margin/mean"])
 
 
 def augmented(rewards, references):

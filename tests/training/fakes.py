@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nemo_aapo.algorithms import Algorithm
+from nemo_aapo.algorithms.objective import Objective
 from nemo_aapo.errors import CheckpointError
 from nemo_aapo.training.trainer import AAPOTrainer
 from nemo_aapo.types import Completion, Group, Prompt
@@ -212,7 +212,7 @@ def make(config, disk=None, runs_ahead=False):
         config=config,
         policy=policy,
         rollouts=Rollouts(journal, policy, runs_ahead),
-        algorithm=Algorithm(config.algorithm, 4),
+        objective=Objective.of(config.algorithm, 4),
         learner=Learner(journal, policy),
         validator=Validator(journal, policy),
         checkpoints=Checkpoints(journal, {} if disk is None else disk, kept),

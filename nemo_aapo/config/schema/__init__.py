@@ -1,6 +1,6 @@
 """The schemas of training and evaluation: the type of every setting and the facts that are known of it."""
 
-from nemo_aapo.config.schema.algorithm import AlgorithmConfig, Clip, Margin
+from nemo_aapo.config.schema.algorithm import AlgorithmConfig, Band, Clip, Margin, MarginSchedule
 from nemo_aapo.config.schema.cluster import Cluster, Container, Servers
 from nemo_aapo.config.schema.evaluation import (
     EvaluatedModel,
@@ -27,6 +27,7 @@ from nemo_aapo.config.schema.training import Checkpoint, Config, ExpManager, Pre
 
 __all__ = [
     "AlgorithmConfig",
+    "Band",
     "Checkpoint",
     "Clip",
     "Cluster",
@@ -44,6 +45,7 @@ __all__ = [
     "ExpManager",
     "Lora",
     "Margin",
+    "MarginSchedule",
     "Model",
     "Optim",
     "Precision",

@@ -69,7 +69,7 @@ def measure(config: Config, engine: Callable[[MegatronPolicy], RolloutEngine] | 
     Returns:
         ``parity/mult_prob_error``, ``parity/gen_kl``, and how many ``tokens`` and ``prompts`` they are of.
     """
-    from nemo_aapo.algorithms import Algorithm
+    from nemo_aapo.algorithms.objective import Objective
     from nemo_aapo.data.tokenizer import load_text
     from nemo_aapo.distributed import parallel
     from nemo_aapo.engines.build import build_engine
@@ -90,9 +90,9 @@ def measure(config: Config, engine: Callable[[MegatronPolicy], RolloutEngine] | 
         train, held_out = read_data(config, text.tokenizer, None)
         data = train.prompts if len(train.prompts) else held_out.prompts  # a source without end has none yet
         prompts = [data[i % len(data)] for i in range(max(PROMPTS, parallel.data_parallel_size()))]
-        algorithm = Algorithm(config.algorithm, config.rollout.max_new_tokens)
+        objective = Objective.of(config.algorithm, config.rollout.max_new_tokens)
         policy = build.build_policy(job, trains=False)
-        learner = build.build_learner(policy, algorithm)
+        learner = build.build_learner(policy, objective)
         made = engine(policy) if engine else build_engine(config, policy, job.shape, text.decode)
         stack.callback(made.close)
         sampling = build.sampling_of(config, text.end_tokens)
