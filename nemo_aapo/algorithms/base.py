@@ -170,18 +170,14 @@ class Tokens:
     """float [n], of the policy at each token; carries no gradient."""
     shares: torch.Tensor | None = None
     """float [n], 1 / denominator alone: for terms that do not depend on what sampled the token, as a KL term."""
+    valid: torch.Tensor | None = None
+    """bool [n], False at padding; there when an algorithm sees the tokens, as ``shares`` is."""
     lengths: Sequence[int] | None = None
     """Tokens at hand of each of the S sequences; they sum to n. Context parallelism cuts a sequence over ranks."""
     versions: Sequence[int] | None = None
     """Optimizer steps that the policy had taken which sampled each of the S sequences."""
     reduce: Callable[[torch.Tensor], torch.Tensor] | None = None
     """Adds up over the ranks that a sequence is cut over, with its gradient; None: it is whole."""
-
-    @property
-    def valid(self) -> torch.Tensor:
-        """bool [n], False at padding."""
-        assert self.shares is not None, "set before an algorithm sees the tokens"
-        return self.shares > 0
 
     def sequence_mean(self, values: torch.Tensor) -> torch.Tensor:
         """The mean of the values [n] over each token's whole sequence, at each of its tokens: [n], with a gradient.

@@ -203,6 +203,7 @@ def parity_metrics(logprobs: torch.Tensor, rollout_logprobs: torch.Tensor) -> di
 def ratio_metrics(rho: torch.Tensor, tokens: Tokens, clip: Clip) -> dict[str, torch.Tensor]:
     """The mean ratio, and how many tokens the clip left without a gradient, on each side."""
     valid, advantages = tokens.valid, tokens.advantages
+    assert valid is not None, "set before an algorithm sees the tokens"
     return {
         "ratio/mean": blank(rho, valid).sum(),
         "ratio/clipped_low_fraction": (valid & (rho < 1 - clip.low) & (advantages < 0)).sum(),

@@ -154,4 +154,5 @@ class Objective:
             old_logprobs=old,
             reference_logprobs=reference,
             shares=tokens.weights,
+            valid=valid,
         )
