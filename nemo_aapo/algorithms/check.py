@@ -10,6 +10,7 @@ import dataclasses
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -118,7 +119,7 @@ class _Batch:
     leaf: torch.Tensor
     advantages: Sequence[float]
     lengths: Sequence[int]
-    columns: dict[str, torch.Tensor]
+    columns: dict[str, Any]
 
     @classmethod
     def of(cls, objective: Objective, groups: ScoredGroups) -> _Batch:
@@ -189,9 +190,11 @@ def _finite(objective: Objective, groups: ScoredGroups) -> Iterator[str]:
     batch = _Batch.of(objective, groups)
     everyone = range(len(batch.lengths))
     far = torch.where(torch.arange(sum(batch.lengths)) % 2 == 0, -200.0, 200.0).double()
-    others = {name: batch.columns[name] + far for name in ("rollout_logprobs", "old_logprobs", "reference_logprobs")}
+    others: dict[str, Any] = {
+        name: batch.columns[name] + far for name in ("rollout_logprobs", "old_logprobs", "reference_logprobs")
+    }
     nan = torch.full_like(far, torch.nan)
-    padding = dict.fromkeys((*others, "advantages"), nan)
+    padding: dict[str, Any] = dict.fromkeys((*others, "advantages"), nan)
     for words, tokens in (
         ("log-probs that differ by 200", batch.tokens(everyone, **others)),
         ("padding", batch.tokens(everyone, weights=torch.zeros_like(far), **padding)),

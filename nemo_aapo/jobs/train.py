@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nemo_aapo.config import Config
 from nemo_aapo.distributed import parallel
@@ -68,12 +69,17 @@ def train(job: Job | Config, **parts: Unpack[Parts]) -> int:
                 progress.note(line)
             trackers = Trackers(experiment.loggers, progress.note)
             page = OwnPage(Path(config.run.dir), progress.note, enabled=rank == 0)
+
+            def after_validation(step: int, samples: Sequence[dict[str, Any]]) -> None:
+                page.begin()
+                trackers.completions(step, samples)
+
             reporter = RunReporter(
                 experiment,
                 progress,
                 stop,
                 console_samples=config.validation.console_samples,
-                after_validation=lambda step, samples: (page.begin(), trackers.completions(step, samples)),
+                after_validation=after_validation,
             )
             with parallel.lost_ranks_reported(lambda: "the start"):
                 trainer = build_training(job, reporter=reporter, stack=stack, **parts)

@@ -70,7 +70,7 @@ class PackedSequences(PackedSeqParams):
     @property
     def _tokens(self) -> np.ndarray:
         """int64 [t'], where each token of the whole sequences is among those of the row (or of the gathered parts)."""
-        tokens = np.arange(self.bounds[-1]) if self.expand is None else self.expand.numpy()
+        tokens = np.arange(int(self.bounds[-1])) if self.expand is None else self.expand.numpy()
         return tokens if self.parts is None else np.argsort(self.parts.flatten().numpy())[tokens]
 
     @functools.cached_property

@@ -73,7 +73,8 @@ class LocalAttention(DotProductAttention):
 
         Rows are padded on the right, so what a real token sees is real; what a padding token gets, nobody reads.
         """
-        out = self._attend(*(x.permute(1, 2, 0, 3) for x in (query, key, value)))
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        out = self._attend(q, k, v)
         return out.permute(2, 0, 1, 3).flatten(2)
 
     def packed(
@@ -84,7 +85,8 @@ class LocalAttention(DotProductAttention):
         results = []
         for tokens in batches:  # [b, s]
             whole = (x.index_select(0, tokens.flatten()).unflatten(0, tokens.shape) for x in (query, key, value))
-            out = self._attend(*(x.transpose(1, 2) for x in whole))
+            q, k, v = (x.transpose(1, 2) for x in whole)
+            out = self._attend(q, k, v)
             results.append(out.transpose(1, 2).flatten(0, 1).flatten(1))  # [b * s, heads * size]
         return torch.cat(results).index_select(0, place)
 
@@ -95,8 +97,8 @@ class LocalAttention(DotProductAttention):
         group = parallel.groups().context
         if key.shape[1] % group.size():
             return self.gathered(query, key, value, sequences, group)
-        whole = (_heads_cut(x, group) for x in (query, key, value))
-        return _tokens_cut(self.packed(*whole, sequences), group)
+        q, k, v = (_heads_cut(x, group) for x in (query, key, value))
+        return _tokens_cut(self.packed(q, k, v, sequences), group)
 
     def gathered(
         self,
@@ -116,7 +118,8 @@ class LocalAttention(DotProductAttention):
         results = []
         for run, part in zip(own.runs, queries, strict=True):
             whole = (part, *seen[run.sequence][: run.stop].chunk(2, 1))
-            out = self._attend(*(x.transpose(0, 1)[None] for x in whole), seen_before=run.start)
+            q, k, v = (x.transpose(0, 1)[None] for x in whole)
+            out = self._attend(q, k, v, seen_before=run.start)
             results.append(out[0].transpose(0, 1).flatten(1))
         return torch.cat(results).index_select(0, own.order.argsort())
 
