@@ -18,14 +18,11 @@ SHORT = (
 )
 
 
-QUICK = replace(MixtureRecipe(), experts=4, clean_steps=300, noisy_steps=60)
-"""A model that can add and slips, in half of the recipe's time."""
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
+    """A model that gets a quarter of the sums right: enough to reinforce, in a third of the recipe's time."""
     directory = tmp_path_factory.mktemp("moe") / "base"
-    make_base_model(directory, QUICK, force=False, log=print)
+    make_base_model(directory, replace(MixtureRecipe(), clean_steps=200, noisy_steps=0), force=False, log=print)
     return directory
 
 
@@ -47,5 +44,5 @@ def test_it_learns_and_two_ranks_with_half_of_the_experts_each_learn_the_same(ra
         assert other["loss"] == pytest.approx(line["loss"], rel=1e-6, abs=1e-7), line["step"]
         assert other["grad_norm"] == pytest.approx(line["grad_norm"], rel=1e-5), line["step"]
         assert line["router/replay_disagreement"] == 0  # engine and learner chose alike
-    first, last = one[0]["reward/mean"], (one[-1]["reward/mean"] + one[-2]["reward/mean"]) / 2
-    assert last > first + 0.1
+    rewards = [line["reward/mean"] for line in one]
+    assert sum(rewards[3:]) > sum(rewards[:3]) + 0.05
