@@ -175,7 +175,8 @@ class Overflowing(Sound):
 @dataclass(frozen=True)
 class NotANumber(Sound):
     def advantages(self, groups):
-        return groups.rewards / groups.rewards.std(axis=1, keepdims=True)
+        deviation = groups.rewards.std(axis=1, keepdims=True)
+        return np.divide(groups.rewards, deviation, out=np.full_like(groups.rewards, np.inf), where=deviation > 0)
 
 
 @dataclass(frozen=True)

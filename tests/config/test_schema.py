@@ -15,7 +15,13 @@ from nemo_aapo.config.schema.reference import REFERENCE, SCHEMAS, reference, typ
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = {name: (config_directory() / f"{name}.yaml").read_text() for name in SCHEMAS}
-NULL_THERE = ("algorithm.clip.", "model.lora.")  # these sections are null by default
+NULL_THERE = (
+    "algorithm.clip.",
+    "algorithm.margin_schedule.",
+    "algorithm.sequence_mask.",
+    "algorithm.token_mask.",
+    "model.lora.",
+)  # these sections are null by default
 FREE = (
     "rewards.",
     "sources.",
