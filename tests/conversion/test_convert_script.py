@@ -105,9 +105,10 @@ def test_ranks_are_started_where_a_layout_has_several(tiny_models, tmp_path):
 def test_what_is_not_on_the_list_is_refused_but_shown():
     from nemo_aapo.models.families import supported
 
-    text = supported(["LlamaForCausalLM", "OlmoeForCausalLM", "Gemma2ForCausalLM", "MistralForCausalLM"])
+    text = supported(["LlamaForCausalLM", "NemotronForCausalLM", "OlmoeForCausalLM", "Gemma2ForCausalLM", "MistralForCausalLM"])
     lines = {line.split()[0]: line for line in text.splitlines()}
     assert lines["LlamaForCausalLM"].endswith("trains and converts")
     assert lines["MistralForCausalLM"].endswith(" converts")
     assert "TransformerEngine" in lines["Gemma2ForCausalLM"]
-    assert "not tested here, refused" in lines["OlmoeForCausalLM"]
+    assert "norms of query and key span all heads" in lines["OlmoeForCausalLM"]
+    assert "not tested here, refused" in lines["NemotronForCausalLM"]
