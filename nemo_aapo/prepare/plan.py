@@ -39,11 +39,13 @@ def prepare_plan(words: Sequence[str]) -> tuple[Config, Question]:
     own_groups: dict[str, list[str]] = {word: [] for word in OWN_WORDS}  # so that a mistyped one is recognised
     check_overrides(command.overrides, {**command.groups(), **own_groups})
     tree = compose(command)
-    model = _model(own, tree["model"]["path"], any(word.startswith("model.path=") for word in command.overrides))
+    path_is_missing = tree["model"]["path"] == MISSING
     for section, key in (("model", "path"), ("data", "train"), ("data", "validation")):
         if tree[section][key] == MISSING:
             tree[section][key] = NOT_NEEDED
     config = with_machine_defaults(parse(tree), on_gpu=True)
+    is_typed = any(word.startswith("model.path=") for word in command.overrides)
+    model = _model(own, MISSING if path_is_missing else config.model.path, is_typed)
     rewards_of(config)
     gpu = hardware.find(own.get("hardware", DEFAULT_HARDWARE))
     newer = kind_of(config).below_capability

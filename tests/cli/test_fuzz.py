@@ -94,7 +94,7 @@ def test_300_random_settings_are_taken_or_refused_in_words(tmp_path, monkeypatch
             assert bool(said) == (code == REFUSED), (word, said)
             outcomes.append(code)
     assert sorted(tmp_path.rglob("*")) == before
-    assert 10 < outcomes.count(0) < 300  # what is harmless is taken
+    assert 5 < outcomes.count(0) < 300  # what is harmless is taken
 
 
 def train(words: list[str]) -> int:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel.mappings import all_to_all, gather_from_sequence_parallel_region
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
+from torch.utils.checkpoint import checkpoint
 
 from nemo_aapo.distributed import parallel
 from nemo_aapo.mcore.packing import PackedSequences
@@ -119,7 +120,8 @@ class LocalAttention(DotProductAttention):
         for run, part in zip(own.runs, queries, strict=True):
             whole = (part, *seen[run.sequence][: run.stop].chunk(2, 1))
             q, k, v = (x.transpose(0, 1)[None] for x in whole)
-            out = self._attend(q, k, v, seen_before=run.start)
+            # Made again for the backward pass: kept, the masks would take as much as the scores that the kernel spares.
+            out = checkpoint(self._attend, q, k, v, run.start, use_reentrant=False, preserve_rng_state=False)
             results.append(out[0].transpose(0, 1).flatten(1))
         return torch.cat(results).index_select(0, own.order.argsort())
 
