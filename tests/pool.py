@@ -19,6 +19,11 @@ from typing import Any
 MAX_RANKS = 4
 
 
+MOST_THREADS = 250
+"""Threads of a worker at which the pool starts afresh. mcore's distributed optimizer is never collected, and with it stay
+its groups and their threads; hundreds of them slow every later test."""
+
+
 class RankError(AssertionError):
     """A rank raised; the message holds its traceback."""
 
@@ -53,12 +58,15 @@ class RankPool:
                 pipe.send((function, args, rank, world, tp, pp, ep, cp, seed, store, timeout_s))
             answers = self._collect(world, timeout_s)
         failures = [f"rank {rank}: {text}" for rank, (ok, text) in sorted(answers.items()) if not ok]
-        if len(answers) < world or any("died with exit code" in text for text in failures):
+        if len(answers) < world or any("died with exit code" in text for text in failures) or self._is_crowded():
             self.close()
         if failures or len(answers) < world:
             missing = sorted(set(range(world)) - set(answers))
             raise RankError("\n".join(failures) + (f"\nno answer from ranks {missing}" if missing else ""))
         return [answers[rank][1] for rank in range(world)]
+
+    def _is_crowded(self) -> bool:
+        return any(len(os.listdir(f"/proc/{process.pid}/task")) > MOST_THREADS for process, _ in self._workers)
 
     def _start(self, world: int) -> None:
         context = multiprocessing.get_context("spawn")
