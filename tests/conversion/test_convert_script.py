@@ -105,7 +105,8 @@ def test_ranks_are_started_where_a_layout_has_several(tiny_models, tmp_path):
 def test_what_is_not_on_the_list_is_refused_but_shown():
     from nemo_aapo.models.families import supported
 
-    text = supported(["LlamaForCausalLM", "NemotronForCausalLM", "OlmoeForCausalLM", "Gemma2ForCausalLM", "MistralForCausalLM"])
+    names = ("Llama", "Nemotron", "Olmoe", "Gemma2", "Mistral")
+    text = supported([f"{name}ForCausalLM" for name in names])
     lines = {line.split()[0]: line for line in text.splitlines()}
     assert lines["LlamaForCausalLM"].endswith("trains and converts")
     assert lines["MistralForCausalLM"].endswith(" converts")
