@@ -7,8 +7,6 @@ import pytest
 
 from tests.checkpoint_runs import make_checkpointer, make_policy, same, train, train_and_save, weights
 
-pytestmark = pytest.mark.exact
-
 LAYOUTS = {  # ranks, TP, PP, EP
     "EP 2": (2, 1, 1, 2),
     "one rank": (1, 1, 1, 1),

@@ -192,7 +192,6 @@ def alone(ranks, tmp_path_factory):
     return found
 
 
-@pytest.mark.exact
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 def test_loss_and_gradient_are_those_of_one_process(ranks, alone, layout):
     heads, (tp, pp, cp, dp), more = LAYOUTS[layout]
@@ -207,7 +206,6 @@ def test_loss_and_gradient_are_those_of_one_process(ranks, alone, layout):
             np.testing.assert_allclose(tensor, weights[name], atol=2e-6, err_msg=name)
 
 
-@pytest.mark.exact
 def test_so_are_those_of_a_mixture_of_experts(ranks, tiny_models):
     """The experts of a layer lie on the ranks that cut a sequence among them, and gradients reach each expert once."""
     path = tiny_models["qwen3_moe"]
@@ -223,7 +221,6 @@ def test_so_are_those_of_a_mixture_of_experts(ranks, tiny_models):
                 np.testing.assert_allclose(tensor, weights[name], atol=2e-6, err_msg=name)
 
 
-@pytest.mark.exact
 @pytest.mark.parametrize("loss", ["ratio_clip", "sequence_ratio_clip"])
 def test_the_old_policys_and_the_references_log_probs_reach_every_rank(ranks, alone, loss):
     """GRPO with its KL term: several updates need the log-probs of all tokens, whoever computed them. GSPO's loss: a
@@ -239,7 +236,6 @@ def test_the_old_policys_and_the_references_log_probs_reach_every_rank(ranks, al
             assert metrics[key] == pytest.approx(expected[key], rel=1e-5, abs=1e-9), key
 
 
-@pytest.mark.exact
 def test_adapters_are_trained_as_by_one_process(ranks, alone):
     lora = {"rank": 4, "alpha": 8, "target_modules": ["linear_qkv", "linear_proj", "linear_fc1"]}
     more = PACKED | {"model__lora": lora}
@@ -266,7 +262,6 @@ def gate(path, more):
     return learner.parity(groups), policy.score(batches), learner.token_figures(groups, first)
 
 
-@pytest.mark.exact
 def test_scoring_returns_every_token_to_every_rank(ranks, alone):
     path, _ = alone[2]
     [(figures, scored, kept)] = ranks.run(gate, path, {})

@@ -17,8 +17,6 @@ from tests.learner.test_layouts import (
 )
 from tests.tiny_models import make_config
 
-pytestmark = pytest.mark.exact
-
 RECOMPUTED_EXPERTS = {"model__recompute_granularity": "selective", "model__recompute_modules": ["core_attn", "moe"]}
 LAYOUTS = {  # TP, PP, DP, EP; micro-batch budget; what else is set
     "2x1x1+sp, all experts on each rank": ((2, 1, 1, 1), 128, SEQUENCE_PARALLEL),

@@ -7,8 +7,6 @@ import pytest
 
 from tests.tiny_models import SIZES, make_config, save_character_tokenizer, save_model
 
-pytestmark = pytest.mark.exact
-
 PACKED = {"model__sequence_packing": True}
 SHARED = {**PACKED, "model__share_prompts": True}
 SEQUENCE_PARALLEL = {"model__sequence_parallel": True}
@@ -146,6 +144,7 @@ def alone(ranks, tiny_models):
     return learned
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 def test_loss_and_gradient_are_those_of_one_process(ranks, tiny_models, alone, layout):
     (tp, pp, dp), budget, more = LAYOUTS[layout]

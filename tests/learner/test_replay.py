@@ -11,8 +11,6 @@ from nemo_aapo.types import NO_ROUTE, Group, Prompt, Routes
 from tests.learner.test_layouts import GRPO, learn, metrics_of, saved_groups
 from tests.tiny_models import make_config
 
-pytestmark = pytest.mark.exact
-
 LAYERS, EXPERTS = 4, 8
 REPLAY = {"rollout__replay_routes": True}
 PACKED = {"model__sequence_packing": True, "model__share_prompts": False}
