@@ -92,12 +92,12 @@ def test_some_rollouts_of_each_step_are_kept_with_their_tokens(uninterrupted):
 
 
 def test_a_run_is_replayed_without_an_engine_to_the_same_updates(ranks, folder, uninterrupted):
-    """Of a run that kept all of its steps; its rewards, which only the tests have, are not asked for again."""
+    """Of a run that kept all of its steps."""
     kept_all = ["rollout.keep_groups=all", "rollout.keep_tokens=true", "trainer.max_steps=2"]
     source, again = folder / "kept_all", folder / "replayed"
     assert ranks.run(run, settings(folder, source, *kept_all), tp=None) == [0]
     replay = [f"rollout.replay={source}", "trainer.val_check_interval=0", "trainer.max_steps=2"]
-    assert ranks.run(run, settings(folder, again, *replay), None, False, tp=None) == [0]
+    assert ranks.run(run, settings(folder, again, *replay), tp=None) == [0]
     told = {"loss", "grad_norm", "entropy", "reward/mean", "advantage/abs_mean", "parity/mult_prob_error", "epoch"}
     for line, expected in zip(metrics(again), [m for m in metrics(source) if "loss" in m], strict=True):
         assert {key: line[key] for key in told} == {key: expected[key] for key in told}
