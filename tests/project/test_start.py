@@ -30,8 +30,8 @@ except SystemExit as end:
     assert not end.code
 json.dump(sorted(sys.modules), open(found, "w"))
 """
-AT_MOST = 3450
-"""Modules; 3,290 when this was written, 5,000 with all of NeMo, Megatron-Bridge and torch's compiler."""
+AT_MOST = 3550
+"""Modules; 3,460 when this was written, 5,000 with all of NeMo, Megatron-Bridge and torch's compiler."""
 
 
 def python(code: str, *words: str) -> str:
