@@ -42,14 +42,14 @@ class Throughput:
             seconds: of the phases ``train`` and ``step``.
 
         Returns:
-            ``tokens_per_second/rank``; ``memory/peak_gib`` of this rank, a GPU's or, without one, the process's; where
-            the planner knows the model, ``tflops/train`` and ``tflops/step``, TFLOP/s of a rank in training and over
-            the whole step, rollouts in these processes included; and where it knows the GPU, ``mfu``, the latter over
-            the peak of the dtype that is computed in.
+            ``tokens_per_second_per_rank``; ``memory/peak_gib`` of this rank, a GPU's or, without one, the process's;
+            where the planner knows the model, ``tflops/train`` and ``tflops/step``, TFLOP/s of a rank in training and
+            over the whole step, rollouts in these processes included; and where it knows the GPU, ``mfu``, the latter
+            over the peak of the dtype that is computed in.
         """
         tokens = sum(int(group.lengths.sum()) for group in groups)
         found = {
-            "tokens_per_second/rank": tokens / seconds["step"] / self._ranks,
+            "tokens_per_second_per_rank": tokens / seconds["step"] / self._ranks,
             "memory/peak_gib": peak_bytes() / 2**30,
         }
         if self._inputs is None:

@@ -64,7 +64,7 @@ def test_a_rollout_is_one_pass_over_each_prompt_and_every_token(config):
 def test_metrics_are_those_of_a_rank(config):
     two = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, devices=2))
     one, half = (Throughput(c).metrics([group()], {"train": 2.0, "step": 4.0}) for c in (config, two))
-    assert half["tokens_per_second/rank"] == one["tokens_per_second/rank"] / 2 == 10 / 4 / 2
+    assert half["tokens_per_second_per_rank"] == one["tokens_per_second_per_rank"] / 2 == 10 / 4 / 2
     assert half["tflops/train"] == pytest.approx(one["tflops/train"] / 2)
     assert one["tflops/step"] > one["tflops/train"] / 2 > 0
     assert 0.01 < one["memory/peak_gib"] < 1_000
@@ -74,4 +74,4 @@ def test_metrics_are_those_of_a_rank(config):
 def test_a_model_that_the_planner_does_not_know_has_no_flops(config, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**SHAPE, "architectures": ["Other"]}))
     found = Throughput(config).metrics([group()], {"train": 2.0, "step": 4.0})
-    assert set(found) == {"tokens_per_second/rank", "memory/peak_gib"}
+    assert set(found) == {"tokens_per_second_per_rank", "memory/peak_gib"}

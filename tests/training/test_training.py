@@ -67,6 +67,8 @@ def test_a_run_leaves_what_its_contract_says(uninterrupted):
     assert all(np.isfinite(line[key]) for line in steps for key in STEP_KEYS)
     assert all(line["parity/mult_prob_error"] < 1.0001 for line in steps)
     assert lines[0] == validations[0]  # before any update
+    names = set().union(*lines)  # MLflow keeps a metric in a file of its name: none can be the folder of others
+    assert not [name for name in names if any(other.startswith(f"{name}/") for other in names)]
     rows = [json.loads(line) for line in (uninterrupted / "rollouts" / "step_000002.jsonl").read_text().splitlines()]
     assert len(rows) == 6 * (1 + 2)
     assert set(rows[0]) >= {"prompt", "completion", "answer", "reward", "finish_reason"}
