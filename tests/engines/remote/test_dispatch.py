@@ -321,6 +321,6 @@ def test_once_it_is_enough_the_connections_are_closed_and_the_next_call_goes_on(
     outcome = engine._ask_servers(*asked, lambda i, j, completion: ended.append((i, j)) or len(ended) == 4)
     assert time.monotonic() - began < 30  # and not the timeout of servers that are silent
     assert [(i, j) for i, j, _ in outcome] == ended
-    assert len(ended) == 4
+    assert 4 <= len(ended) <= 6  # what servers had sent by then comes too, and no more: each hangs after three
     first.script = second.script = lambda: "well"
     assert len(engine._ask_servers(*asked, None)) == 12
