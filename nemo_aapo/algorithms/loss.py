@@ -162,6 +162,7 @@ def blank(values: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
 
 
 def ratio(log_ratio: torch.Tensor) -> torch.Tensor:
+    """exp of log-ratios [n], which are bounded first: no overflow, whatever two policies disagree about."""
     return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 

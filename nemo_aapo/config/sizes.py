@@ -103,19 +103,7 @@ def derive(config: Config, shape: ModelShape, world_size: int) -> Sizes:
         if cp > 1:
             which += f" x model.context_parallel_size {cp} = {copies} copies of the model, each of which generates"
         raise ConfigError(f"prompts_per_step={config.prompts_per_step} is not divisible by {which}")
-    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-    if longest > shape.max_position_embeddings:
-        raise ConfigError(
-            f"data.max_prompt_tokens={config.data.max_prompt_tokens} + rollout.max_new_tokens="
-            f"{config.rollout.max_new_tokens} = {longest} exceeds the {shape.max_position_embeddings} positions of the "
-            "model (max_position_embeddings): lower them"
-        )
-    multiple = pad_multiple(config)
-    if -(-longest // multiple) * multiple > config.max_tokens_per_microbatch:
-        raise ConfigError(
-            f"max_tokens_per_microbatch={config.max_tokens_per_microbatch} can't hold one sequence of {longest} tokens "
-            f"padded to a multiple of {multiple} (precision={config.precision.name}, sequence and context parallelism)"
-        )
+    longest = _longest_sequence(config, shape)
     per_rank = config.prompts_per_step // copies
     completions = config.prompts_per_step * config.group_size
     updates = config.algorithm.updates_per_rollout
@@ -163,6 +151,24 @@ def with_routes_decided(config: Config, shape: ModelShape) -> Config:
             f"model's {shape.experts.count}: set it to false"
         )
     return dataclasses.replace(config, rollout=dataclasses.replace(rollout, replay_routes=decided))
+
+
+def _longest_sequence(config: Config, shape: ModelShape) -> int:
+    """Tokens of the longest sequence, which model and micro-batch can hold."""
+    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    if longest > shape.max_position_embeddings:
+        raise ConfigError(
+            f"data.max_prompt_tokens={config.data.max_prompt_tokens} + rollout.max_new_tokens="
+            f"{config.rollout.max_new_tokens} = {longest} exceeds the {shape.max_position_embeddings} positions of the "
+            "model (max_position_embeddings): lower them"
+        )
+    multiple = pad_multiple(config)
+    if -(-longest // multiple) * multiple > config.max_tokens_per_microbatch:
+        raise ConfigError(
+            f"max_tokens_per_microbatch={config.max_tokens_per_microbatch} can't hold one sequence of {longest} tokens "
+            f"padded to a multiple of {multiple} (precision={config.precision.name}, sequence and context parallelism)"
+        )
+    return longest
 
 
 def _widths(shape: ModelShape, tp: int) -> dict[str, int]:

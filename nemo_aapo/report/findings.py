@@ -53,6 +53,7 @@ def findings(run: Run) -> list[dict[str, str]]:
 
 
 def truncated(run: Run) -> str | None:
+    """Completions that are cut give no signal about what their end would have been."""
     now = mean(_last(run, "truncated_fraction"))
     if now is None or now < 0.2:
         return None
@@ -83,6 +84,7 @@ def saturated(run: Run) -> str | None:
 
 
 def no_signal(run: Run) -> str | None:
+    """Groups without any advantage, most of them all wrong: the prompts are too hard for the policy."""
     nothing = mean(_last(run, "groups/zero_advantage"))
     wrong = mean(_last(run, "groups/all_wrong"))
     if nothing is None or nothing < 0.5 or len(_last(run, "groups/zero_advantage")) < ENOUGH or (wrong or 0.0) < 0.3:
@@ -91,6 +93,7 @@ def no_signal(run: Run) -> str | None:
 
 
 def forgetting(run: Run) -> str | None:
+    """Held-out accuracy has fallen from its best by more than its standard error explains."""
     accuracy, errors = values(column(run, _accuracy(run))), values(column(run, "validation/accuracy_sampled_stderr"))
     if len(accuracy) < 3:
         return None
@@ -114,6 +117,7 @@ def gaming(run: Run) -> str | None:
 
 
 def spikes(run: Run) -> str | None:
+    """Single gradient norms far above the others."""
     norms = values(column(run, "grad_norm"))
     if len(norms) < 2 * ENOUGH:
         return None
@@ -124,6 +128,7 @@ def spikes(run: Run) -> str | None:
 
 
 def disparity(run: Run) -> str | None:
+    """The engine samples from another policy than the learner trains."""
     errors = _last(run, "parity/mult_prob_error")
     worst = max(errors, default=1.0)
     return (
@@ -134,11 +139,13 @@ def disparity(run: Run) -> str | None:
 
 
 def unscored(run: Run) -> str | None:
+    """Completions that no reward could score."""
     failed = mean(_last(run, "reward/failed_fraction"))
     return f"scoring failed for {failed:.1%} of completions" if failed is not None and failed > 0.01 else None
 
 
 def idle(run: Run) -> str | None:
+    """Rows of the engine that stand empty while the longest completions end."""
     share, rollout, step = (mean(_last(run, name)) for name in ("rollout/idle_fraction", "time/rollout", "time/step"))
     tail = mean(_last(run, "rollout/tail_factor"))
     if share is None or not step or rollout is None or share < 0.6 or rollout < 0.5 * step or step < 10:
@@ -148,6 +155,7 @@ def idle(run: Run) -> str | None:
 
 
 def waits_for_rewards(run: Run) -> str | None:
+    """Rewards that take longer than generation hides."""
     reward, step = mean(_last(run, "time/reward")), mean(_last(run, "time/step"))
     if reward is None or not step or reward < 0.15 * step or reward < 0.5:
         return None
@@ -155,11 +163,13 @@ def waits_for_rewards(run: Run) -> str | None:
 
 
 def padding(run: Run) -> str | None:
+    """Tokens of training passes that are computed for nothing."""
     share = mean(_last(run, "padding_fraction"))
     return f"{share:.0%} of the training passes' tokens are padding" if share is not None and share > 0.4 else None
 
 
 def interrupted(run: Run) -> str | None:
+    """Attempts of this run that failed or were lost."""
     failed = [attempt for attempt in run["attempts"] if attempt["end"] in ("failed", "lost")]
     if not failed:
         return None
