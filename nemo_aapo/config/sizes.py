@@ -150,6 +150,11 @@ def with_routes_decided(config: Config, shape: ModelShape) -> Config:
             f"rollout.replay_routes: a route is one byte, which tells {MAX_ROUTED_EXPERTS} experts apart and not the "
             f"model's {shape.experts.count}: set it to false"
         )
+    if decided and rollout.replay is not None:
+        raise ConfigError(
+            f"rollout.replay={rollout.replay}: the experts that tokens were sent to are not kept with rollouts. Set "
+            "rollout.replay_routes=false: losses are then those of the run but for tokens that are routed otherwise"
+        )
     return dataclasses.replace(config, rollout=dataclasses.replace(rollout, replay_routes=decided))
 
 

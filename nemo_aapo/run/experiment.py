@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from nemo_aapo.config import Config
-from nemo_aapo.errors import RunError, one_line
+from nemo_aapo.errors import RunError, first_line, one_line
 from nemo_aapo.run.directory import change_of_instruction_set, claim
 from nemo_aapo.run.metrics_file import MetricsFile
 from nemo_aapo.run.names import PHASE, ROLLOUTS, step_of
@@ -122,13 +123,22 @@ class Experiment:
 
     def _close_loggers(self, status: str) -> None:
         self._metrics.close()
-        for logger in self.loggers:
-            logger.finalize(status)
+        self._tell_loggers(lambda logger: logger.finalize(status))
 
     def _log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._metrics.append(step, metrics)
-        for logger in self.loggers:
-            logger.log_metrics({key: float(value) for key, value in metrics.items()}, step=step)
+        numbers = {key: float(value) for key, value in metrics.items()}
+        self._tell_loggers(lambda logger: logger.log_metrics(numbers, step=step))
+
+    def _tell_loggers(self, tell: Callable[[Any], None]) -> None:
+        """A logger that fails, as when its server has gone away, is left out from then on: it ends no run."""
+        for logger in list(self.loggers):
+            try:
+                tell(logger)
+            except Exception as error:  # the loggers' libraries raise their own, and the network's
+                self.loggers.remove(logger)
+                name = type(logger).__name__
+                print(f"warning: {name} is left out from now on: {first_line(error)}", file=sys.stderr, flush=True)
 
 
 class SilentExperiment:

@@ -131,6 +131,32 @@ def test_a_checkpoint_of_step_0_keeps_the_first_validation(settings):
     assert [record["step"] for record in read_metrics(run.directory / "metrics.jsonl")] == [0]
 
 
+def test_a_logger_whose_server_has_gone_away_is_left_out_and_ends_no_run(settings, monkeypatch, capsys):
+    class Logger:
+        told = 0
+
+        def log_metrics(self, metrics, step):
+            self.told += 1
+            if step == 2:
+                raise ConnectionError("the server is gone\nmore")
+
+        def finalize(self, status): ...
+
+    gone, well = Logger(), Logger()
+    well.log_metrics = lambda metrics, step: setattr(well, "told", well.told + 1)
+    monkeypatch.setattr(experiment_module, "nemo_loggers", lambda config, run_id: [gone, well])
+    for name in ("_begin", "_forget_after"):  # which know Lightning's loggers
+        monkeypatch.setattr(experiment_module, name, lambda logger, what: None)
+    with opened(settings) as run:
+        run.resume_at(-1)
+        for step in (1, 2, 3):
+            run.log_step(step, {"loss": 1.0})
+        run.finish({})
+    assert (gone.told, well.told) == (2, 3)
+    assert capsys.readouterr().err == "warning: Logger is left out from now on: the server is gone\n"
+    assert [line["step"] for line in read_metrics(run.directory / "metrics.jsonl")] == [1, 2, 3]
+
+
 def test_a_step_can_not_be_logged_twice_nor_before_the_record_knows_where_it_stands(settings):
     with opened(settings) as run:
         with pytest.raises(RuntimeError):
