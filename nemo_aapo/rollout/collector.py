@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -15,6 +16,7 @@ from nemo_aapo.distributed import parallel
 from nemo_aapo.distributed.agreement import agree
 from nemo_aapo.engines.base import BackgroundEngine, OnFinish, PendingCompletions, RolloutEngine, RolloutStats
 from nemo_aapo.engines.elsewhere import arranged
+from nemo_aapo.errors import Interrupted
 from nemo_aapo.rollout.length_predictor import LengthPredictor
 from nemo_aapo.rollout.spread import Place, owner, ranks_in_step, spread, with_one_prompt
 from nemo_aapo.rollout.unscored import Score, Tally
@@ -118,13 +120,17 @@ class Collector:
             observe_lengths: let the completions' lengths decide the order of later calls.
             watch: once it has returned True, what has not ended is broken off, and a group has its first completions
                 only, be it none.
+
+        Raises:
+            Interrupted: on all ranks; a stop broke off the waiting for servers or rewards, and all of it is lost.
         """
         shard = self._shard(prompts, seeds)
         work = self._spread(prompts, seeds) or shard
         start = time.perf_counter()
         with self.offload():
             self.engine.wake()
-            completions = self.engine.generate(work.token_ids, sampling, work.seeds, self._scoring(work, watch))
+            ask = functools.partial(self.engine.generate, work.token_ids, sampling, work.seeds)
+            completions = _unless_stopped(lambda: ask(self._scoring(work, watch)))
             self.engine.sleep()
         return self._groups(shard, completions, start, observe_lengths, work)
 
@@ -147,7 +153,7 @@ class Collector:
     def finish(self, rollout: InFlightRollout) -> list[Group]:
         """Wait for what ``begin`` began; what ``collect`` would have returned."""
         start = time.perf_counter()
-        return self._groups(rollout.shard, rollout.completions.result(), start)
+        return self._groups(rollout.shard, _unless_stopped(rollout.completions.result), start)
 
     def _scoring(self, shard: _Shard, watch: Watch | None = None) -> OnFinish | None:
         """What has each completion scored as soon as it ends, which one rank does, and asks whether it is enough."""
@@ -190,19 +196,25 @@ class Collector:
     def _groups(
         self,
         shard: _Shard,
-        completions: list[list[Completion]],
+        generated: list[list[Completion]] | Interrupted,
         start: float,
         observe_lengths: bool = True,
         work: _Shard | None = None,
     ) -> list[Group]:
-        generated = time.perf_counter()
+        ended = time.perf_counter()
+
+        def judge() -> tuple[list[list[Completion]], Mapping[Hashable, Score]]:
+            if isinstance(generated, Interrupted):
+                raise generated
+            return generated, {} if self.rewards is None else self.rewards.collect()
+
         # One rank judges and tells the others: a timeout could strike on one of them and not on the next.
-        judged = agree(lambda: {} if self.rewards is None else self.rewards.collect())
+        completions, judged = agree(judge)
         if work is not None and work.places is not None:
             completions, judged = _brought_home(shard, work.places, completions, work.texts, judged)
         own = [] if self.rewards is None else _scores(judged, list(map(len, completions)))
         scores, tally = parallel.broadcast_in_model_parallel((own, Tally.of(list(judged.values()))))
-        self.seconds = {"rollout": generated - start, "reward": time.perf_counter() - generated}
+        self.seconds = {"rollout": ended - start, "reward": time.perf_counter() - ended}
         self._record(shard.prompts, completions, observe_lengths, tally)
         groups = [
             Group(
@@ -235,6 +247,14 @@ class Collector:
         self.tally = sum((part for *_, part in everyone), Tally())
         if observe_lengths:
             self.length_predictor.observe(mean for _, part, _ in everyone for mean in part)
+
+
+def _unless_stopped(generate: Callable[[], list[list[Completion]]]) -> list[list[Completion]] | Interrupted:
+    """The completions; the error where a stop came, of which other ranks may not know yet."""
+    try:
+        return generate()
+    except Interrupted as error:
+        return error
 
 
 def engine_metrics(stats: Sequence[RolloutStats]) -> dict[str, float]:

@@ -89,6 +89,7 @@ class RolloutPipeline:
             FloatingPointError: the engine's log-probs are not finite.
             RuntimeError: the engine does not serve the policy: ``refit`` comes first.
             RewardError: on all ranks; the rewards fail for everything, and nothing of the step was taken up.
+            Interrupted: on all ranks; a stop broke off a wait, and nothing of the step was taken up.
         """
         self.seconds = dict.fromkeys(("rollout", "reward", "reference", "refit"), 0.0)
         prompts, groups = self.prompts(step), self.settle()
@@ -96,11 +97,11 @@ class RolloutPipeline:
             self._require_refitted()
             groups = self._collected(lambda: self.collector.collect(prompts, self.sampling, self._seeds(step, prompts)))
         self._watch.check(self._tally, f"step {step + 1}")
+        with self._timed("reference"):
+            rewards = self.reference.rewards(prompts, step, self.reference_served) if self.reference else {}
         self._ahead = None
         self.sampler.step = step + 1
         self._observe(step, groups)  # before the next step's prompts are asked for
-        with self._timed("reference"):
-            rewards = self.reference.rewards(prompts, step, self.reference_served) if self.reference else {}
         return [group.replace(reference_rewards=rewards.get(group.prompt.id)) for group in groups]
 
     def begin(self, step: int) -> None:
@@ -111,9 +112,13 @@ class RolloutPipeline:
             self._ahead = self.collector.begin(prompts, self.sampling, self._seeds(step, prompts))
 
     def settle(self) -> list[Group] | None:
-        """Wait for what is under way, so that the engine is free; the next step's groups, where it runs ahead."""
+        """Wait for what is under way, so that the engine is free; the next step's groups, where it runs ahead.
+
+        Raises:
+            Interrupted: on all ranks; a stop broke off the wait, and what was under way is lost.
+        """
         if isinstance(self._ahead, InFlightRollout):
-            rollout = self._ahead
+            rollout, self._ahead = self._ahead, None
             self._ahead = self._collected(lambda: self.collector.finish(rollout))
         return self._ahead
 

@@ -84,11 +84,13 @@ class AAPOTrainer:
         with parallel.lost_ranks_reported(lambda: self._doing), contextlib.closing(self.checkpoints):
             try:
                 self._run_steps(stopping=self._begin())
+            except Interrupted:  # a stop came while something was waited for: nothing of the next step was taken up
+                pass
             except RewardError:  # no fault of the policy, whose steps are worth keeping until the reward is mended
                 self._save_rest()
                 raise
             self._save_rest()
-            return self.step >= self.config.trainer.max_steps
+            return self.step >= self.config.trainer.max_steps and BROKEN_OFF not in self._latest
 
     def _run_steps(self, *, stopping: bool) -> None:
         while self.step < self.config.trainer.max_steps and not stopping:
@@ -106,8 +108,9 @@ class AAPOTrainer:
         start = time.perf_counter()
         groups = self._generate()
         if self.rollouts.runs_ahead:
-            self._refit()
-            self._generate_ahead()
+            with contextlib.suppress(Interrupted):  # by a stop: the loop ends with this step
+                self._refit()
+                self._generate_ahead()
         version = self.policy.version
         self._check_parity(groups, version)
         groups = self._with_advantages(groups)
@@ -116,7 +119,8 @@ class AAPOTrainer:
         metrics = self._update(groups)
         train_s = time.perf_counter() - began
         if not self.rollouts.runs_ahead:
-            self._refit()
+            with contextlib.suppress(Interrupted):
+                self._refit()
         self.step += 1
         self._log(groups, kept, version, metrics, train_s, start)
 
@@ -205,7 +209,6 @@ class AAPOTrainer:
     def _begin(self) -> bool:
         """Resume, and validate where that is due; whether to stop already."""
         resumed = self._resume()
-        self._saved = self.step
         due = self._latest.pop(BROKEN_OFF, 0.0) if resumed else self.config.trainer.val_check_interval
         return bool(due) and not self._validate()
 
@@ -215,6 +218,7 @@ class AAPOTrainer:
         if state is not None:
             try:
                 self.step, self._latest = int(state["step"]), dict(state["metrics"])
+                self._saved = self.step
                 self.rollouts.load_state_dict(state)
             except (KeyError, TypeError) as error:
                 where, what = self.checkpoints.resumed_from, first_line(error)
@@ -242,20 +246,20 @@ class AAPOTrainer:
         Raises:
             RewardError: nothing could be scored; a resumed run makes up for it, too.
         """
-        with self._phase(f"step {self.step + 1}, rollout"):
-            self.rollouts.settle()
-        self._refit()
-        with self._phase(f"the validation after step {self.step}"):
-            self.reporter.phase("validating", 0, len(self.validator.prompts))
-            try:
+        try:
+            with self._phase(f"step {self.step + 1}, rollout"):
+                self.rollouts.settle()
+            self._refit()
+            with self._phase(f"the validation after step {self.step}"):
+                self.reporter.phase("validating", 0, len(self.validator.prompts))
                 metrics, samples = self.validator.run()
-            except (Interrupted, RewardError) as error:
-                self._latest[BROKEN_OFF] = 1.0
-                if isinstance(error, RewardError):
-                    raise
-                return False
-            self._latest |= metrics
-            self.reporter.log_validation(self.step, metrics, samples)
+                self._latest |= metrics
+                self.reporter.log_validation(self.step, metrics, samples)
+        except (Interrupted, RewardError) as error:
+            self._latest[BROKEN_OFF] = 1.0
+            if isinstance(error, RewardError):
+                raise
+            return False
         return True
 
     def _stop_or_save(self) -> tuple[bool, bool]:

@@ -70,8 +70,8 @@ class Rollouts:
 
     def refit(self):
         if self.served != self.policy.version:
+            self.journal.write(f"refit to {self.policy.version}")
             self.served = self.policy.version
-            self.journal.write(f"refit to {self.served}")
 
     def epochs(self, step):
         return float(step)

@@ -9,6 +9,7 @@ whether one did before.
 from __future__ import annotations
 
 import asyncio
+import math
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
@@ -24,6 +25,7 @@ from nemo_aapo.engines.base import OnFinish
 from nemo_aapo.engines.remote import wire
 from nemo_aapo.engines.remote.directory import ServerRecord, open_directory, open_token, read_servers
 from nemo_aapo.errors import RunError, ServerError, WireError
+from nemo_aapo.run.stop import heed
 from nemo_aapo.types import Completion, SamplingSpec
 from nemo_aapo.utils.buckets import buckets
 
@@ -31,6 +33,8 @@ PROBE_S = 10.0
 """A server that does not answer ``ready`` within this is hanging."""
 POLL_S = 0.25
 """Pause before servers that were not usable are asked again."""
+HEED_S = 1.0
+"""Pause before a call looks again whether a stop was asked for."""
 FORGIVE_S = 60.0
 """A server that failed is asked again after this, or when nobody else is left."""
 REQUEST_TOKENS = 1 << 20
@@ -81,6 +85,8 @@ class Fleet:
         wait_s: float,
         timeout_s: float,
         retries: int,
+        patience_s: float = math.inf,
+        admit: Callable[[ServerRecord], None] = lambda server: None,
         log: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
     ) -> None:
         """
@@ -91,6 +97,9 @@ class Fleet:
             wait_s: how long to wait for them.
             timeout_s: the longest silence of a server that has work.
             retries: how often a prompt is sent again.
+            patience_s: what servers are at is waited for so long once a stop was asked for; servers that are not there
+                are not.
+            admit: raises where a server must not be used at all; asked before it is told of any weights.
             log: told once of each server that is left out.
 
         Raises:
@@ -99,7 +108,7 @@ class Fleet:
         self.directory = open_directory(directory)
         self.servers, self.min_servers = servers, min_servers
         self.wait_s, self.timeout_s, self.retries = wait_s, timeout_s, retries
-        self._log = log
+        self.patience_s, self.admit, self._log = patience_s, admit, log
         self._complete = False
         self._failed: dict[str, tuple[float, str]] = {}  # by instance: when and why
 
@@ -110,6 +119,7 @@ class Fleet:
 
         Raises:
             RunError: too few do in time; names each server and why.
+            Interrupted: a stop broke it off.
         """
         asyncio.run(self._with_session(lambda session: self._usable(session, weights)))
 
@@ -119,6 +129,7 @@ class Fleet:
         Raises:
             RunError: too few servers are left, or a prompt has failed too often; names each server and why.
             FloatingPointError: a server's weights give log-probs that are not finite.
+            Interrupted: a stop broke it off.
         """
         asyncio.run(self._with_session(lambda session: self._generate(session, call)))
 
@@ -127,7 +138,14 @@ class Fleet:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=PROBE_S, sock_read=self.timeout_s)
         # trust_env stays off: no proxy has a part in this, and the token goes to the servers alone
         async with aiohttp.ClientSession(headers=headers, timeout=timeout) as session:
-            await action(session)
+            acting = asyncio.ensure_future(action(session))
+            try:
+                while not (await asyncio.wait([acting], timeout=HEED_S))[0]:
+                    heed("rollout servers", self.patience_s)
+                acting.result()
+            finally:
+                acting.cancel()
+                await asyncio.gather(acting, return_exceptions=True)
 
     # ------------------------------------------------------------------ which servers
 
@@ -138,6 +156,8 @@ class Fleet:
             records, now = read_servers(self.directory), time.monotonic()
             asked = [r for r in records if now - self._failed.get(r.instance, (-FORGIVE_S, ""))[0] >= FORGIVE_S]
             asked = asked or records
+            for record in asked:
+                self.admit(record)
             problems = await asyncio.gather(*(self._problem(session, record, weights) for record in asked))
             usable = [record for record, problem in zip(asked, problems, strict=True) if problem is None]
             if len(usable) >= (self.min_servers if self._complete else self.servers):
@@ -146,6 +166,7 @@ class Fleet:
             if time.monotonic() >= end:
                 reasons = {record.index: problem for record, problem in zip(asked, problems, strict=True)}
                 raise RunError(self._too_few(records, reasons, len(usable)))
+            heed("rollout servers")
             await asyncio.sleep(POLL_S)
 
     async def _problem(self, session: aiohttp.ClientSession, server: ServerRecord, weights: wire.Weights) -> str | None:

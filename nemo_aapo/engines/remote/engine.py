@@ -22,7 +22,7 @@ from nemo_aapo.distributed import parallel
 from nemo_aapo.distributed.agreement import agree, on_first_rank
 from nemo_aapo.engines.base import OnFinish, PendingCompletions, RolloutStats
 from nemo_aapo.engines.elsewhere import Finished, arranged, stats_of
-from nemo_aapo.engines.remote.directory import Claim
+from nemo_aapo.engines.remote.directory import Claim, ServerRecord
 from nemo_aapo.engines.remote.dispatch import Call, Fleet
 from nemo_aapo.engines.remote.weight_store import WeightStore
 from nemo_aapo.engines.remote.wire import Weights, WeightsId
@@ -55,8 +55,11 @@ class RemoteEngine:
         self._versions = {base.id.policy_version: base}  # those that need not be written
 
     @classmethod
-    def from_config(cls, config: Config) -> RemoteEngine:
+    def from_config(cls, config: Config, admit: Callable[[ServerRecord], None] = lambda server: None) -> RemoteEngine:
         """Make the engine that ``rollout.remote`` describes. Collective.
+
+        Args:
+            admit: raises where a server must not be used.
 
         Raises:
             ConfigError: directory or token are open to others, or another client has the servers load its weights.
@@ -70,6 +73,8 @@ class RemoteEngine:
                 wait_s=remote.wait_s,
                 timeout_s=remote.timeout_s,
                 retries=remote.retries,
+                patience_s=config.cluster.signal_s / 2,
+                admit=admit,
             )
         )
         claim = agree(lambda: Claim(fleet.directory, config.run.dir) if parallel.rank() == 0 else None)
