@@ -28,6 +28,9 @@ from nemo_aapo.utils.libraries import import_nemo, importing
 RUN_TAG = "nemo_aapo_run"
 """MLflow's runs have an id of MLflow's choice; this tag holds the run's own."""
 
+MLFLOW_PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "30", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2"}
+"""Unless the environment says otherwise: MLflow's own 120 s and 7 retries would hold a step for a quarter of an hour."""
+
 
 def open_experiment(
     config: Config, tree: Mapping[str, Any], *, rank: int, world_size: int
@@ -238,6 +241,8 @@ def _mlflow_logger(config: Config, run_id: str) -> Any:
     with importing():
         from lightning.pytorch.loggers import MLFlowLogger
 
+    for name, value in MLFLOW_PATIENCE.items():
+        os.environ.setdefault(name, value)
     given = dict(config.exp_manager.mlflow_logger_kwargs)
     local = f"file:{Path(config.exp_manager.explicit_log_dir).absolute() / 'mlruns'}"
     given["tracking_uri"] = given.get("tracking_uri") or os.environ.get("MLFLOW_TRACKING_URI") or local

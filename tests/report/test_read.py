@@ -6,12 +6,13 @@ import hashlib
 import importlib.resources
 import json
 import re
+import threading
 
 import pytest
 
 from nemo_aapo.cli.view import report, runs
 from nemo_aapo.errors import ConfigError, RunError
-from nemo_aapo.report import completions
+from nemo_aapo.report import completions, own_page
 from nemo_aapo.report.compare import differing_settings, paired_differences, seeds_alike
 from nemo_aapo.report.completions import clipped, read_groups, read_history, spread
 from nemo_aapo.report.own_page import OwnPage
@@ -85,6 +86,19 @@ def test_a_damaged_file_is_named_and_ends_no_run(run, tmp_path):
     assert (run / "report.html").stat().st_size > 50_000
     with pytest.raises(ConfigError, match="no run is there"):
         read_run(tmp_path)
+
+
+def test_a_page_that_is_never_done_holds_no_run(tmp_path, monkeypatch):
+    done, notes = threading.Event(), []
+    monkeypatch.setattr(own_page, "write_report", lambda *args: done.wait(60))
+    monkeypatch.setattr(own_page, "FINISH_S", 0.05)
+    page = OwnPage(tmp_path, notes.append, enabled=True)
+    page.begin()
+    page.begin()
+    page.finish("stopped")
+    done.set()
+    assert len(notes) == 2
+    assert all(re.match(r"warning: .*report\.html could not be written: report: not written within", n) for n in notes)
 
 
 def test_no_text_ends_the_element_that_holds_the_data():
