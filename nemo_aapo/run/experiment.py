@@ -29,7 +29,7 @@ RUN_TAG = "nemo_aapo_run"
 """MLflow's runs have an id of MLflow's choice; this tag holds the run's own."""
 
 MLFLOW_PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "30", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2"}
-"""Unless the environment says otherwise: MLflow's own 120 s and 7 retries would hold a step for a quarter of an hour."""
+"""Unless the environment says otherwise: MLflow's own 120 s and 7 retries would hold a step for many minutes."""
 
 
 def open_experiment(
