@@ -18,11 +18,11 @@ import sys
 from collections.abc import Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
-from unittest import mock
 
 import pytest
 
 from nemo_aapo.launch.local import free_port, rank_environments
+from tests.forked import forking
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
@@ -167,10 +167,7 @@ class Workplace:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["tests.warm"])
-        with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)):
-            multiprocessing.forkserver.ensure_running()
+        self._context = forking()
         self._done: set[str] = set()
         make_inputs(folder)
         given = "python scripts/train.py model.path=/models/any data.train=train.jsonl data.validation=test.jsonl"

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
 import os
 import sqlite3
 import sys
 import time
 from pathlib import Path
-from unittest import mock
 
 import pytest
 
 from nemo_aapo.launch.local import free_port, rank_environments
-from tests.chaos import ROOT
+from tests.forked import forking
 from tests.training_runs import Parity, make_input, metrics, settings
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -63,10 +61,7 @@ def live(environment: dict[str, str], words: list[str], slow: str, log: str) -> 
 
 
 def begin(words: list[str], slow: str, log: Path):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.warm"])
-    with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)):
-        multiprocessing.forkserver.ensure_running()
+    context = forking()
     (environment,) = rank_environments({}, 1, free_port())
     process = context.Process(target=live, args=(environment, words, slow, str(log)), daemon=True)
     process.start()
@@ -85,10 +80,10 @@ def test_a_step_that_waits_for_servers_or_for_rewards_ends_soon_after_a_sigterm(
         f"rewards=[{{name: custom, function: {folder}/slow.py:slow}}]",
     )
     more = (*more, "validation.reward=slow", "reward_runner.timeout_s=1000", "reward_runner.workers=1")
-    remote = ("rollout.engine=remote", f"rollout.remote.directory={folder}/servers", "rollout.remote.wait_s=1000")
+    remote = ("rollout.engine=remote", f"rollout.remote.directory={folder}/fleet", "rollout.remote.wait_s=1000")
     runs = {
         begin(settings(folder, folder / name, *more, *other), OTHERS, log): (name, reached)
-        for name, other, reached in (("rewards", (), folder / "scoring"), ("servers", remote, folder / "servers"))
+        for name, other, reached in (("rewards", (), folder / "scoring"), ("servers", remote, folder / "fleet"))
     }
     deadline = time.monotonic() + 120
     for process, (_, reached) in runs.items():
