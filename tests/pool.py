@@ -22,8 +22,8 @@ MAX_RANKS = 4
 
 
 MOST_THREADS = 250
-"""Threads of a worker at which the pool starts afresh. mcore's distributed optimizer is never collected, and with it
-stay its groups and their threads; hundreds of them slow every later test."""
+"""Threads of a worker at which the pool starts afresh: groups that a test has kept alive keep theirs, and hundreds of
+them slow every later test."""
 
 
 class RankError(AssertionError):
