@@ -113,7 +113,7 @@ def quoted(text: str) -> str:
 
 
 def _check_swept(key: str) -> None:
-    if key.startswith(("run.", "cluster", "exp_manager.explicit_log_dir", "dry_run")) or key == "run":
+    if key.startswith(("run.", "cluster", "exp_manager.explicit_log_dir", "dry_run", "hydra")) or key == "run":
         raise ConfigError(f"launch.py sweep: {key} can't have several values: runs are named by the others' values")
 
 

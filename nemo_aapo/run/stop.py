@@ -74,7 +74,7 @@ class StopSignal:
         """True once a signal came, the stop file exists or the time is over. Each call asks the file system."""
         if self.reason is None and self._file is not None and self._file.exists():
             self._ask(str(self._file), f"{self._file} is there: {self._ending}.")
-        if self.reason is None and seconds_since_start() > self._limit_s:
+        if self.reason is None and self._limit_s < math.inf and seconds_since_start() > self._limit_s:
             self._ask("checkpoint.max_time_s", f"{self._limit_s:g} s are over (checkpoint.max_time_s): {self._ending}.")
         return self.reason is not None
 

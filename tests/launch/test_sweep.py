@@ -53,6 +53,7 @@ def test_every_combination_is_a_run_named_by_its_values(words, names):
     [
         ("seed=1", "no key has several values"),
         ("run.name=a,b", "run.name can't have several values"),
+        ("hydra.job.num=1,2", "hydra.job.num can't have several values"),
         ("cluster=slurm,local", "cluster can't have several values"),
         ("seed=1,2 seed=3,4", "seed is given twice"),
         ("seed=1,2 seed=3", "seed is given twice"),
