@@ -37,8 +37,9 @@ class OwnPage:
     def finish(self, state: str) -> None:
         """Write the last page; all files but ``finished`` are there."""
         self._wait(FINISH_S)
-        self.begin(state)
-        self._wait(FINISH_S)
+        if not self._job.busy():
+            self.begin(state)
+            self._wait(FINISH_S)
 
     def _wait(self, timeout_s: float) -> None:
         try:
