@@ -18,6 +18,7 @@ from nemo_aapo.engines.elsewhere import arranged
 from nemo_aapo.rollout.length_predictor import LengthPredictor
 from nemo_aapo.rollout.spread import Place, owner, ranks_in_step, spread, with_one_prompt
 from nemo_aapo.rollout.unscored import Score, Tally
+from nemo_aapo.trace import spans
 from nemo_aapo.types import Completion, Group, Prompt, SamplingSpec
 
 Watch = Callable[[int], bool]
@@ -158,6 +159,8 @@ class Collector:
         def score(i: int, j: int, completion: Completion) -> bool:
             shard.texts[i, j] = self.decode(completion.token_ids)
             scorer.submit((i, j), shard.prompts[i], shard.texts[i, j], completion)
+            if spans.recorder is not None:
+                spans.recorder.sample("completions", ended=len(shard.texts))
             return enough()
 
         return score
@@ -202,7 +205,10 @@ class Collector:
             completions, judged = _brought_home(shard, work.places, completions, work.texts, judged)
         own = [] if self.rewards is None else _scores(judged, list(map(len, completions)))
         scores, tally = parallel.broadcast_in_model_parallel((own, Tally.of(list(judged.values()))))
-        self.seconds = {"rollout": generated - start, "reward": time.perf_counter() - generated}
+        judged_at = time.perf_counter()
+        self.seconds = {"rollout": generated - start, "reward": judged_at - generated}
+        spans.timed("rollout", start, generated)
+        spans.timed("reward", generated, judged_at)
         self._record(shard.prompts, completions, observe_lengths, tally)
         groups = [
             Group(
