@@ -113,7 +113,7 @@ function completionCard(c) {
     el("details", { className: "prompt" }, el("summary", {}, visible(c.group.prompt.replace(/\s+/g, " ").slice(0, 160))),
       el("pre", { className: "text" }, visible(c.group.prompt)),
       el("p", { className: "muted" }, `answer ${visible(c.group.answer)} · ${visible(c.group.source)} · sampled by version ${c.group.version} · reference rewards ` +
-        `${c.group.references ? c.group.references.map((r) => shown(r)).join(", ") : "none"}${c.group.time ? ` · ${visible(c.group.time)}` : ""}`)),
+        `${c.group.references.length ? c.group.references.map((r) => shown(r)).join(", ") : "none"}${c.group.time ? ` · ${visible(c.group.time)}` : ""}`)),
     textOf(c), group);
 }
 
