@@ -77,15 +77,15 @@ def test_whatever_a_damaged_line_holds_is_shown_as_numbers_and_texts_or_refused_
     run = make_run(tmp_path / "strange", steps=2)
     path = run / "rollouts" / f"{name}.jsonl"
     first, *others = path.read_text().splitlines()
-    row, shown = json.loads(first), 0
+    row, refused = json.loads(first), []
     for key, value in [(key, value) for key in row for value in STRANGE]:
         path.write_text("\n".join([json.dumps({**row, key: value}), *others, ""]))
         try:
             inert_json([read_groups(run), read_history(run, "math")])
-            shown += 1
         except RunError as error:
-            assert f"{name}.jsonl: no rollouts" in str(error)
-    assert 0.3 < shown / (len(row) * len(STRANGE)) < 0.9
+            refused.append(str(error))
+    assert all(f"{name}.jsonl: no rollouts" in said for said in refused)
+    assert 0.1 < len(refused) / (len(row) * len(STRANGE)) < 0.7
 
 
 def test_a_number_that_is_not_finite_is_a_gap_wherever_it_stands(tmp_path):
