@@ -39,7 +39,7 @@ def read_traces(directory: Path) -> list[dict[str, Any]]:
         RunError: a file is damaged.
     """
     steps = sorted(step for path in (directory / TRACES).glob("step_*.json") if (step := step_of(path.stem)))
-    found = []
+    found: list[dict[str, Any]] = []
     for step in reversed(steps):
         file = f"{TRACES}/{step_name(step)}.json"
         size = (directory / file).stat().st_size

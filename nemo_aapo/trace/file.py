@@ -45,7 +45,8 @@ def trace_of(step: int, parts: Sequence[Part]) -> dict[str, Any]:
     ]
     samples = [s._replace(at=s.at - offsets[part.machine]) for part in parts for s in part.samples]
     zero = min((*(span.start for span in spans), *(sample.at for sample in samples)), default=0)
-    pids = {name: pid for pid, name in enumerate(_ordered({item.process for item in (*spans, *samples)}))}
+    owners = {span.process for span in spans} | {sample.process for sample in samples}
+    pids = {name: pid for pid, name in enumerate(_ordered(owners))}
     events: list[Event] = []
     for name, pid in pids.items():
         own = [span for span in spans if span.process == name]

@@ -27,31 +27,31 @@ SANE_NS = 2**62
 
 @dataclass(frozen=True)
 class Exchange:
-    """A request to a server, seen from here."""
+    """A request to a server that was sent while somebody recorded, seen from here."""
 
-    recorder: Recorder
     server: int
     """Its number."""
     sent: int
     """Nanoseconds of this clock."""
 
     def ends(self, message: Mapping[str, Any], sequences: int) -> None:
-        """Record the request, and what its last message says of the server.
+        """Record the request, and what its last message says of the server, if somebody still or again records.
 
         Raises:
             WireError: that can't be read.
         """
-        came, process = time.perf_counter_ns(), f"rollout server {self.server}"
-        track = f"requests of {self.recorder.process}"
-        facts = {"completions": sequences}
-        self.recorder.add("request", self.sent, came, "server", process=process, track=track, facts=facts)
+        came, process, recorder = time.perf_counter_ns(), f"rollout server {self.server}", spans.recorder
+        if recorder is None:
+            return
+        track, facts = f"requests of {recorder.process}", {"completions": sequences}
+        recorder.add("request", self.sent, came, "server", process=process, track=track, facts=facts)
         if "trace" in message:
-            self.recorder.take(*decode(message["trace"], process, self.sent, came))
+            recorder.take(*decode(message["trace"], process, self.sent, came))
 
 
 def begin(server: int) -> Exchange | None:
     """A request is about to be sent; None: nobody records."""
-    return None if spans.recorder is None else Exchange(spans.recorder, server, time.perf_counter_ns())
+    return None if spans.recorder is None else Exchange(server, time.perf_counter_ns())
 
 
 def encode(received: int, recorder: Recorder) -> dict[str, Any]:
@@ -86,6 +86,8 @@ def decode(body: object, process: str, sent: int, came: int) -> tuple[list[Span]
             Span(process, _name(track), _name(name), "server", _number(start) - ahead, _number(end) - ahead, _plain(f))
             for track, name, start, end, f in body["spans"]
         ]
+        if any(span.end < span.start for span in own):
+            raise ValueError("an end before its start")
         samples = [Sample(process, _name(name), _number(at) - ahead, _plain(of)) for name, at, of in body["samples"]]
     except (KeyError, TypeError, ValueError) as error:
         raise WireError(f"not a server's trace ({type(error).__name__}: {error})") from None
