@@ -51,6 +51,7 @@ def check_alone(config: Config) -> None:
             f"rollout.remote.min_servers={remote.min_servers}: the start waits for no more than rollout.remote.servers="
             f"{remote.servers}"
         )
+    _check_trace(config)
     _check_lora(config)
     _check_rewards(config)
     check_data(config)
@@ -70,6 +71,18 @@ def check_alone(config: Config) -> None:
                 f"{key}={_get(config, key)} can't hold one sequence: data.max_prompt_tokens="
                 f"{config.data.max_prompt_tokens} + rollout.max_new_tokens={config.rollout.max_new_tokens} = {longest}"
             )
+
+
+MOST_TRACED = 100
+"""Steps of a run that may be traced; a trace takes some MB."""
+
+
+def _check_trace(config: Config) -> None:
+    steps, last = config.trace.steps, config.trainer.max_steps
+    if later := [step for step in steps if step > last]:
+        raise ConfigError(f"trace.steps names step {later[0]}, and the run ends at trainer.max_steps={last}")
+    if len(steps) > MOST_TRACED:
+        raise ConfigError(f"trace.steps names {len(steps)} steps: up to {MOST_TRACED} of a run can be traced")
 
 
 def _check_layout(config: Config) -> None:

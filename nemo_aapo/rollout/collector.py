@@ -20,6 +20,7 @@ from nemo_aapo.errors import Interrupted
 from nemo_aapo.rollout.length_predictor import LengthPredictor
 from nemo_aapo.rollout.spread import Place, owner, ranks_in_step, spread, with_one_prompt
 from nemo_aapo.rollout.unscored import Score, Tally
+from nemo_aapo.trace import spans
 from nemo_aapo.types import Completion, Group, Prompt, SamplingSpec
 
 Watch = Callable[[int], bool]
@@ -164,6 +165,8 @@ class Collector:
         def score(i: int, j: int, completion: Completion) -> bool:
             shard.texts[i, j] = self.decode(completion.token_ids)
             scorer.submit((i, j), shard.prompts[i], shard.texts[i, j], completion)
+            if spans.recorder is not None:
+                spans.recorder.sample("completions", ended=len(shard.texts))
             return enough()
 
         return score
@@ -214,7 +217,10 @@ class Collector:
             completions, judged = _brought_home(shard, work.places, completions, work.texts, judged)
         own = [] if self.rewards is None else _scores(judged, list(map(len, completions)))
         scores, tally = parallel.broadcast_in_model_parallel((own, Tally.of(list(judged.values()))))
-        self.seconds = {"rollout": ended - start, "reward": time.perf_counter() - ended}
+        judged_at = time.perf_counter()
+        self.seconds = {"rollout": ended - start, "reward": judged_at - ended}
+        spans.timed("rollout", start, ended)
+        spans.timed("reward", ended, judged_at)
         self._record(shard.prompts, completions, observe_lengths, tally)
         groups = [
             Group(

@@ -27,6 +27,7 @@ from nemo_aapo.rollout.collector import Collector, InFlightRollout, own_shard
 from nemo_aapo.rollout.reference import ReferenceRewards
 from nemo_aapo.rollout.unscored import TOTAL, ScoringWatch, Tally
 from nemo_aapo.seeds import stream_seed
+from nemo_aapo.trace import spans
 from nemo_aapo.types import Group, Prompt, SamplingSpec
 
 
@@ -247,4 +248,6 @@ class RolloutPipeline:
     def _timed(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        end = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + end - start
+        spans.timed(name, start, end)

@@ -1,6 +1,7 @@
 """What a run leaves for people and tools: configuration, metrics, samples of rollouts, loggers, the final marker.
 
-    <run_dir>/  config.yaml  run.json  phase.json  metrics.jsonl  rollouts/  tensorboard/  logs/  report.html  finished
+    <run_dir>/  config.yaml  run.json  phase.json  metrics.jsonl  rollouts/  trace/  tensorboard/  logs/  report.html
+                finished
 
 Only rank 0 holds an ``Experiment``; the others hold a ``SilentExperiment``, so that the trainer's loop is the same on
 all ranks. NeMo's ``exp_manager`` makes the loggers of TensorBoard and Weights & Biases, and its own log files.
@@ -19,7 +20,7 @@ from nemo_aapo.config import Config
 from nemo_aapo.errors import RunError, first_line, one_line
 from nemo_aapo.run.directory import change_of_instruction_set, claim
 from nemo_aapo.run.metrics_file import MetricsFile
-from nemo_aapo.run.names import PHASE, ROLLOUTS, step_of
+from nemo_aapo.run.names import PHASE, ROLLOUTS, TRACES, step_of
 from nemo_aapo.run.stop import STOP_FILE
 from nemo_aapo.types import Group
 from nemo_aapo.utils.files import FINISHED, to_json, write_atomic
@@ -72,11 +73,11 @@ class Experiment:
     def resume_at(self, step: int) -> None:
         """Take the record back to the state after ``step`` optimizer steps; -1: nothing was done, it begins empty.
 
-        Lines and rollout files of later steps come from a part of the run that ended after its last checkpoint; they
-        are removed. Lines of ``step`` itself stay, so write a checkpoint after the lines of its step.
+        Lines, rollout files and traces of later steps come from a part of the run that ended after its last checkpoint;
+        they are removed. Lines of ``step`` itself stay, so write a checkpoint after the lines of its step.
         """
         self._metrics.truncate_after(step)
-        for path in (self.directory / ROLLOUTS).glob("*_*.*"):
+        for path in (*(self.directory / ROLLOUTS).glob("*_*.*"), *(self.directory / TRACES).glob("step_*.json")):
             if any((step_of(path.stem, kind) or 0) > step for kind in ("step", "train")):
                 path.unlink()
         (self.directory / FINISHED).unlink(missing_ok=True)

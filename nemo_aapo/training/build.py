@@ -49,6 +49,7 @@ from nemo_aapo.run.identity import identity_of
 from nemo_aapo.run.names import CHECKPOINTS
 from nemo_aapo.run.reporter import Notes, Reporter
 from nemo_aapo.text.transformers5 import said
+from nemo_aapo.trace.tracer import Tracer
 from nemo_aapo.training.build_reference import build_reference, open_reference_store
 from nemo_aapo.training.read_data import count, left_out, read_data
 from nemo_aapo.training.throughput import Throughput
@@ -147,6 +148,7 @@ def build_training(job: Job, *, reporter: Reporter, stack: contextlib.ExitStack,
         checkpoints=_checkpointer(config),
         kept=KeptRollouts(config, learner, rollouts.decode, reporter.note),
         throughput=Throughput(config),
+        tracer=Tracer(Path(config.run.dir), config.trace.steps, reporter.note),
         reporter=reporter,
     )
 

@@ -84,6 +84,7 @@ RULES: tuple[tuple[str, Run | Elsewhere | NotRun], ...] = (
     (r"train\.py .*create_(wandb|mlflow)_logger", COMPOSED),  # packages that are extras
     (r"train\.py .*algorithm\.custom=", Elsewhere("tests/examples/test_algorithms.py", "FadingMargin")),
     (r"train\.py .*--replay", Elsewhere("tests/training/test_training.py", "rollout.replay=")),
+    (r"train\.py .*trace\.steps=", Elsewhere("tests/trace/test_traced_runs.py", "trace.steps=")),
     (r"train\.py ", Run(SMALL)),
     (r"mypy$", Elsewhere("scripts/test.sh", "mypy")),
     (r"nohup python scripts/serve\.py", Elsewhere("tests/engines/remote/test_server_start.py", "nohup")),

@@ -107,11 +107,12 @@ def test_any_sequence_of_interruptions_leaves_the_lines_of_an_uninterrupted_run(
     assert rollouts == [f"step_{step:06d}.jsonl" for step in range(1, total + 1)]
 
 
-def test_resuming_removes_rollouts_of_later_steps_and_the_finished_marker(settings):
+def test_resuming_removes_rollouts_and_traces_of_later_steps_and_the_finished_marker(settings):
     with opened(settings) as run:
         run.resume_at(-1)
         for step in (1, 2):
             run.save_rollouts(f"step_{step:06d}", [])
+            write_atomic(run.directory / "trace" / f"step_{step:06d}.json", "{}")
         run.finish({"steps": 2})
     finished = run.directory / "finished"
     assert json.loads(finished.read_text()) == {"steps": 2}
@@ -120,6 +121,7 @@ def test_resuming_removes_rollouts_of_later_steps_and_the_finished_marker(settin
         run.resume_at(1)
         assert not finished.exists()
         assert [path.name for path in (run.directory / "rollouts").iterdir()] == ["step_000001.jsonl"]
+        assert [path.name for path in (run.directory / "trace").iterdir()] == ["step_000001.json"]
 
 
 def test_a_checkpoint_of_step_0_keeps_the_first_validation(settings):

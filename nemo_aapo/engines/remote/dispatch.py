@@ -22,10 +22,11 @@ import aiohttp
 import numpy as np
 
 from nemo_aapo.engines.base import OnFinish
-from nemo_aapo.engines.remote import wire
+from nemo_aapo.engines.remote import server_trace, wire
 from nemo_aapo.engines.remote.directory import ServerRecord, open_directory, open_token, read_servers
 from nemo_aapo.errors import RunError, ServerError, WireError
 from nemo_aapo.run.stop import heed
+from nemo_aapo.trace import spans
 from nemo_aapo.types import Completion, SamplingSpec
 from nemo_aapo.utils.buckets import buckets
 
@@ -190,6 +191,7 @@ class Fleet:
 
     async def _update(self, session: aiohttp.ClientSession, server: ServerRecord, weights: wire.Weights) -> None:
         url, body = f"{server.address}{wire.API}/update_weights", wire.encode_weights(weights)
+        began = time.perf_counter_ns()
         with _failures_named(self.timeout_s):
             async with session.post(url, data=body) as response:
                 answer = wire.load_object(await response.read())
@@ -197,6 +199,9 @@ class Fleet:
                     raise ServerError(_complaint(response, answer))
                 if wire.decode_weights_id(answer) != weights.id:
                     raise ServerError(f"was told to load {weights.id} and loaded {answer}")
+        if (recorder := spans.recorder) is not None:
+            name, process = f"refit to version {weights.id.policy_version}", f"rollout server {server.index}"
+            recorder.add(name, began, time.perf_counter_ns(), "server", process=process, track="refit")
 
     def _fail(self, server: ServerRecord, reason: str) -> None:
         if server.instance not in self._failed:
@@ -293,8 +298,10 @@ class Fleet:
         self, session: aiohttp.ClientSession, server: ServerRecord, request: wire.GenerateRequest
     ) -> AsyncIterator[tuple[int, int, Completion]]:
         url, body = f"{server.address}{wire.API}/generate", wire.encode_request(request)
+        traced = server_trace.begin(server.index)
+        headers = {server_trace.HEADER: "1"} if traced else None
         with _failures_named(self.timeout_s):
-            async with session.post(url, data=body) as response:
+            async with session.post(url, data=body, headers=headers) as response:
                 if response.status != 200:
                     _raise(_complaint(response, answer := wire.load_object(await response.read())), answer)
                 messages, prompts = wire.MessageReader(), dict[int, np.ndarray]()
@@ -303,6 +310,8 @@ class Fleet:
                         if "error" in message:
                             _raise(message["error"], message)
                         if "done" in message:
+                            if traced:
+                                traced.ends(message, request.sequences)
                             return
                         yield wire.decode_completion(message, binary, prompts)
         raise ServerError("the connection ended before the answer did")
