@@ -48,6 +48,7 @@ def check(algorithm: Algorithm, config: AlgorithmConfig) -> list[Finding]:
         ("loss: loss and gradient are the same over any micro-batches and ranks", _split),
         ("loss: loss and gradient are the same where sequences are cut over ranks", _cut),
         ("loss: a completion without an advantage has no gradient, so that it may be left out", _without),
+        ("loss: no gradient through tokens.entropy that a run would not compute", _entropy),
         ("metrics: sums without a gradient, over any micro-batches", _metrics),
     )
     return [Finding(promise, _first(lambda test=test: test(objective, groups))) for promise, test in tests]  # type: ignore[misc]
@@ -120,6 +121,8 @@ class _Batch:
     advantages: Sequence[float]
     lengths: Sequence[int]
     columns: dict[str, Any]
+    entropy_gradient: bool
+    """Whether the entropies carry a gradient, as they do in a run that needs it."""
 
     @classmethod
     def of(cls, objective: Objective, groups: ScoredGroups) -> _Batch:
@@ -136,7 +139,8 @@ class _Batch:
         columns = {name: near + part for name, part in zip(names, noise, strict=True)}
         columns["weights"] = torch.from_numpy(np.repeat(weights, lengths))
         columns["advantages"] = torch.from_numpy(np.repeat(advantages[kept], lengths))
-        return cls(leaf.requires_grad_(), advantages[kept].tolist(), lengths, columns)
+        needed = objective.config.entropy_coefficient > 0 or objective.algorithm.needs_entropy_gradient
+        return cls(leaf.requires_grad_(), advantages[kept].tolist(), lengths, columns, needed)
 
     def tokens(self, sequences: Sequence[int], part: slice = slice(None), **changes: object) -> Tokens:
         """Of these sequences, and of each of them a part."""
@@ -144,9 +148,10 @@ class _Batch:
         index = [np.arange(starts[i], starts[i + 1])[part] for i in sequences]
         at = torch.from_numpy(np.concatenate([*index, np.zeros(0, np.int64)]))
         distribution = self.leaf[at].log_softmax(-1)
+        entropy = -(distribution.exp() * distribution).sum(-1)
         return Tokens(
             logprobs=distribution[:, 0],
-            entropy=-(distribution.exp() * distribution).sum(-1).detach(),
+            entropy=entropy if self.entropy_gradient else entropy.detach(),
             lengths=[len(part) for part in index],
             versions=[3] * len(index),
             **{name: column[at] for name, column in self.columns.items()},
@@ -270,13 +275,21 @@ def _cut(objective: Objective, groups: ScoredGroups) -> Iterator[str]:
 
 
 def _without(objective: Objective, groups: ScoredGroups) -> Iterator[str]:
-    if objective.algorithm.learns_without_advantage:
+    if objective.learns_without_advantage:
         return
     batch = _Batch.of(objective, groups)
     nothing = batch.tokens(range(len(batch.lengths)), advantages=torch.zeros(sum(batch.lengths)).double())
     value, gradient, _ = _run(objective, batch, [nothing])
     if value or gradient.any():
         yield "tokens whose advantage is 0 have a loss, and would be left out: set learns_without_advantage = True"
+
+
+def _entropy(objective: Objective, groups: ScoredGroups) -> Iterator[str]:
+    batch = _Batch.of(objective, groups)
+    entropy = torch.ones(sum(batch.lengths), dtype=torch.float64, requires_grad=True)
+    objective.token_loss(batch.tokens(range(len(batch.lengths)), entropy=entropy))[0].backward()
+    if not batch.entropy_gradient and entropy.grad is not None and entropy.grad.any():
+        yield "tokens.entropy has no gradient in a run: set needs_entropy_gradient = True, or take its detach()"
 
 
 def _metrics(objective: Objective, groups: ScoredGroups) -> Iterator[str]:

@@ -18,6 +18,7 @@ from nemo_aapo.algorithms.base import Algorithm, Loss, ScoredGroups, Tokens
 from nemo_aapo.algorithms.registry import algorithm_of
 from nemo_aapo.config.schema import AlgorithmConfig
 from nemo_aapo.distributed import parallel
+from nemo_aapo.run.step_metrics import GroupNumbers
 from nemo_aapo.types import Group
 
 
@@ -40,6 +41,11 @@ class Objective:
             ConfigError: there is no such algorithm.
         """
         return cls(config, max_new_tokens, algorithm_of(config) if algorithm is None else algorithm)
+
+    @property
+    def learns_without_advantage(self) -> bool:
+        """Whether a completion whose advantage is zero can have a gradient."""
+        return self.config.entropy_coefficient > 0 or self.algorithm.learns_without_advantage
 
     def advantages(self, groups: ScoredGroups) -> np.ndarray:
         """The final advantages of N groups; ``alpha`` depends on all groups.
@@ -86,9 +92,23 @@ class Objective:
             return []
         return [group.replace(advantages=row) for group, row in zip(groups, advantages, strict=True)]
 
-    def metrics(self, rewards: Sequence[np.ndarray], advantages: Sequence[np.ndarray]) -> dict[str, float]:
-        """What the algorithm has to say of a step: of the rewards and advantages [G] of each group of all ranks."""
-        return self.algorithm.metrics(np.stack(rewards), np.stack(advantages))
+    def metrics(self, numbers: Sequence[GroupNumbers], **of_step: Any) -> dict[str, float]:
+        """What the algorithm has to say of a step.
+
+        Args:
+            numbers: of the groups of all ranks.
+            of_step: ``step`` and ``max_steps`` of ``ScoredGroups``.
+        """
+        known = [group.reference_rewards for group in numbers if group.reference_rewards is not None]
+        groups = ScoredGroups(
+            rewards=np.stack([group.rewards for group in numbers]),
+            reference_rewards=np.stack(known) if known else None,
+            reward_parts={name: np.stack([g.reward_parts[name] for g in numbers]) for name in numbers[0].reward_parts},
+            lengths=np.stack([group.lengths for group in numbers]),
+            truncated=np.stack([group.truncated for group in numbers]),
+            **of_step,
+        )
+        return self.algorithm.metrics(groups, np.stack([group.advantages for group in numbers]))
 
     def alpha(self, groups: int, dead_groups: int) -> float:
         """The factor on the whole loss: GPG's B / (B - M) with ``rescale_dead_groups``, else 1.
@@ -135,6 +155,8 @@ class Objective:
             tokens = tokens.replace(weights=tokens.weights * kept)
             metrics["masked_fraction"] = (~kept & valid).sum()
         value, own = self.algorithm.token_loss(tokens)
+        if (coefficient := self.config.entropy_coefficient) > 0:
+            value = value - coefficient * loss.entropy_sum(tokens)
         return value, metrics | own
 
     def _complete(self, tokens: Tokens, valid: torch.Tensor) -> Tokens:
@@ -147,12 +169,16 @@ class Objective:
             if tokens.reference_logprobs is None:
                 raise ValueError(f"{type(needs).__name__} needs the reference's log-probs")
             reference = blank(tokens.reference_logprobs)
+        entropy = tokens.entropy
+        if entropy is not None and entropy.requires_grad:
+            entropy = blank(entropy)
         return tokens.replace(
             logprobs=logprobs,
             rollout_logprobs=blank(tokens.rollout_logprobs),
             advantages=blank(tokens.advantages),
             old_logprobs=old,
             reference_logprobs=reference,
+            entropy=entropy,
             shares=tokens.weights,
             valid=valid,
         )

@@ -260,6 +260,8 @@ def _check_switches(config: Config) -> None:
         )
     if algorithm.margin_schedule is not None and algorithm.margin is None:
         raise ConfigError("algorithm.margin_schedule has no effect with algorithm.margin=null: set it to null")
+    if algorithm.scale_margin and algorithm.margin is None:
+        raise ConfigError("algorithm.scale_margin=true has no effect with algorithm.margin=null: set it to false")
     if algorithm.dual_clip is not None and algorithm.loss not in ("ratio_clip", "sequence_ratio_clip"):
         raise ConfigError(f"algorithm.dual_clip has no effect with algorithm.loss={algorithm.loss}: set it to null")
     if algorithm.kl_coefficient and algorithm.loss == "cross_entropy":

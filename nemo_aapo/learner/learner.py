@@ -132,7 +132,7 @@ class Learner:
         kept = [
             [sample for sample in row if len(sample.completion_ids)]
             for row, is_dead in zip(samples, dead, strict=True)
-            if self.objective.algorithm.learns_without_advantage or not is_dead
+            if self.objective.learns_without_advantage or not is_dead
         ]
         counts = parallel.gather_data_parallel(
             (
@@ -247,7 +247,8 @@ class Learner:
             reduce=parallel.add_over_context if parallel.context_parallel_size() > 1 else None,
         )
         value, sums = self.objective.token_loss(tokens)
-        return value, {**sums, "entropy": entropy.sum()}
+        with torch.no_grad():
+            return value, {**sums, "entropy": entropy.sum()}
 
 
 def _samples(group: Group) -> list[Sample]:

@@ -11,7 +11,7 @@ from nemo_aapo.algorithms.registry import check_name, own_algorithm
 from nemo_aapo.config import Config
 from nemo_aapo.errors import ConfigError
 
-NEEDS = ("reference_logprobs", "old_logprobs")
+NEEDS = ("reference_logprobs", "old_logprobs", "entropy_gradient")
 
 
 def with_algorithm(config: Config, given: Algorithm | None = None) -> Config:
@@ -42,7 +42,7 @@ def with_algorithm(config: Config, given: Algorithm | None = None) -> Config:
         names = ("reference", "reference_samples", "reference_store", "reference_fill_steps")
         changes |= dict.fromkeys(names)
     needs = tuple(name for name in NEEDS if getattr(own, f"needs_{name}"))
-    changes |= {"name": type(own).__name__, "needs": needs or None, "kl_coefficient": 0.0}
+    changes |= {"name": type(own).__name__, "needs": needs or None, "kl_coefficient": 0.0, "scale_margin": False}
     changes |= dict.fromkeys(("margin", "margin_schedule", "clip", "dual_clip"))
     return dataclasses.replace(config, algorithm=dataclasses.replace(settings, **changes))
 

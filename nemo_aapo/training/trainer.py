@@ -203,7 +203,7 @@ class AAPOTrainer:
         seconds = {**self.rollouts.seconds, "train": train_s, "step": ended - start}
         metrics = {
             **step_metrics(numbers, version, self.config.validation.reward),
-            **self.objective.metrics([n.rewards for n in numbers], [n.advantages for n in numbers]),
+            **self.objective.metrics(numbers, step=self.step - 1, max_steps=self.config.trainer.max_steps),
             **update,
             **self.rollouts.metrics,
             "tokens_per_second": sum(int(n.lengths.sum()) for n in numbers) / seconds["step"],

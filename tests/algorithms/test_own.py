@@ -197,6 +197,18 @@ class Entropic(Sound):
         return (tokens.weights * (1 - tokens.advantages) * tokens.logprobs).sum(), {}
 
 
+@dataclass(frozen=True)
+class Bonus(Sound):
+    def token_loss(self, tokens):
+        value, metrics = super().token_loss(tokens)
+        return value - 0.1 * (tokens.weights * tokens.advantages.abs() * tokens.entropy).sum(), metrics
+
+
+@dataclass(frozen=True)
+class DeclaredBonus(Bonus):
+    needs_entropy_gradient = True
+
+
 @pytest.mark.parametrize(
     ("kind", "promise", "words"),
     [
@@ -209,13 +221,15 @@ class Entropic(Sound):
         (Drawn, "a finite number", "groups.random"),
         (Attached, "sums without a gradient", "detach it"),
         (Entropic, "has no gradient", "learns_without_advantage"),
+        (Bonus, "through tokens.entropy", "needs_entropy_gradient = True"),
     ],
 )
 def test_a_broken_promise_is_found_and_the_remedy_named(kind, promise, words):
     config: AlgorithmConfig = preset("gpg")
     wrong = {finding.promise: finding.wrong for finding in check(kind(), config) if finding.wrong}
     assert any(promise in name and words in said for name, said in wrong.items()), wrong
-    assert not [finding.wrong for finding in check(Sound(), config) if finding.wrong]
+    for sound in (Sound(), DeclaredBonus()):
+        assert not [finding.wrong for finding in check(sound, config) if finding.wrong]
 
 
 def test_no_part_outside_knows_an_algorithm_by_name():
