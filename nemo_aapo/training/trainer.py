@@ -2,7 +2,7 @@
 
     resume -> [ fill reference -> generate -> parity -> advantages -> update -> refit -> log -> validate -> save ] ...
 
-With ``rollout.async_depth=1`` the refit comes before the update, and the next step's completions are generated
+With ``rollout.async_depth`` the refit comes before the update, and the completions of later steps are generated
 meanwhile (``rollout/pipeline.py``).
 """
 
@@ -310,9 +310,12 @@ class AAPOTrainer:
             self.schedule.saved()
 
     def _save_rest(self) -> None:
-        """Have the last step in a checkpoint that is whole on the disk."""
+        """Have the last step in a checkpoint that is whole on the disk, unless a stop broke off what belongs to it."""
         if self.step > self._saved:
-            self._save()
+            try:
+                self._save()
+            except Interrupted:  # what would be drawn with later weights is rather drawn with the same ones again
+                self.reporter.note(f"completions of the next steps were not waited for: step {self._saved} is kept")
         self._wait_for_checkpoint()
 
     def _wait_for_checkpoint(self) -> None:
