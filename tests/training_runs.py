@@ -17,6 +17,7 @@ TIMES = (
     "memory/",
     "rollout/idle_fraction",
     "rollout/tokens_per_second",
+    "rollout/refit_bytes",
 )
 
 

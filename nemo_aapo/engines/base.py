@@ -48,6 +48,8 @@ class RolloutEngine(Protocol):
     """True: it serves the learner's own weights. False: it has a copy, which ``update_weights`` replaces."""
     stats: RolloutStats | None
     """The last ``generate`` call's figures; None before the first."""
+    refit_bytes: int
+    """Bytes that the last ``update_weights`` wrote or sent; 0 where there was nothing to move."""
 
     def generate(
         self,

@@ -123,6 +123,8 @@ class RolloutPipeline:
         if self._served != version:
             with self._timed("refit"):
                 self.collector.engine.update_weights(self.policy.named_weights(), version)
+            if not self.collector.engine.shares_weights:
+                self.metrics["rollout/refit_bytes"] = self.collector.engine.refit_bytes
             self._served = version
 
     # ------------------------------------------------------------------ the reference

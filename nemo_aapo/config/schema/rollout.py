@@ -102,6 +102,10 @@ class Rollout:
         minimum=0,
         sane=1_000,
     )
+    refit: Literal["files", "delta"] = setting(
+        "how servers get new weights: files: whole, in rollout.remote.directory | delta: there, the bits that changed",
+        decides=False,
+    )
     replay_routes: bool | None = setting(
         "true: the learner sends each token to the experts that the engine sent it to | null: true for a model with "
         "experts, where the engine is Megatron's",

@@ -70,6 +70,7 @@ class MegatronEngine:
         self.record_routes = record_routes
         self.shares_weights = True
         self.stats: RolloutStats | None = None
+        self.refit_bytes = 0
         self._stop_strings: StopStrings | None = None  # kept from call to call, as it learns the text of each token
         self.group = parallel.groups().model
         ranks = dist.get_process_group_ranks(self.group)

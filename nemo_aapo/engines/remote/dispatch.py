@@ -23,7 +23,7 @@ import numpy as np
 from nemo_aapo.engines.base import OnFinish
 from nemo_aapo.engines.remote import wire
 from nemo_aapo.engines.remote.directory import ServerRecord, open_directory, open_token, read_servers
-from nemo_aapo.errors import RunError, ServerError, WireError
+from nemo_aapo.errors import RunError, ServerError, WeightsRefusedError, WireError
 from nemo_aapo.types import Completion, SamplingSpec
 from nemo_aapo.utils.buckets import buckets
 
@@ -99,6 +99,8 @@ class Fleet:
         self.directory = open_directory(directory)
         self.servers, self.min_servers = servers, min_servers
         self.wait_s, self.timeout_s, self.retries = wait_s, timeout_s, retries
+        self.whole_of: Callable[[wire.Weights], wire.Weights | None] = lambda weights: None
+        """Weights in another form, for a server that can't use the first one; None: there is none."""
         self._log = log
         self._complete = False
         self._failed: dict[str, tuple[float, str]] = {}  # by instance: when and why
@@ -168,12 +170,20 @@ class Fleet:
         return None
 
     async def _update(self, session: aiohttp.ClientSession, server: ServerRecord, weights: wire.Weights) -> None:
+        try:
+            await self._post_update(session, server, weights)
+        except WeightsRefusedError:
+            if (whole := await asyncio.to_thread(self.whole_of, weights)) is None:
+                raise
+            await self._post_update(session, server, whole)
+
+    async def _post_update(self, session: aiohttp.ClientSession, server: ServerRecord, weights: wire.Weights) -> None:
         url, body = f"{server.address}{wire.API}/update_weights", wire.encode_weights(weights)
         with _failures_named(self.timeout_s):
             async with session.post(url, data=body) as response:
                 answer = wire.load_object(await response.read())
                 if response.status != 200:
-                    raise ServerError(_complaint(response, answer))
+                    raise (WeightsRefusedError if response.status == 422 else ServerError)(_complaint(response, answer))
                 if wire.decode_weights_id(answer) != weights.id:
                     raise ServerError(f"was told to load {weights.id} and loaded {answer}")
 

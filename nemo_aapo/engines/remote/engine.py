@@ -22,6 +22,7 @@ from nemo_aapo.distributed import parallel
 from nemo_aapo.distributed.agreement import agree, on_first_rank
 from nemo_aapo.engines.base import OnFinish, PendingCompletions, RolloutStats
 from nemo_aapo.engines.elsewhere import Finished, arranged, stats_of
+from nemo_aapo.engines.remote.deltas import DeltaStore
 from nemo_aapo.engines.remote.directory import Claim
 from nemo_aapo.engines.remote.dispatch import Call, Fleet
 from nemo_aapo.engines.remote.weight_store import WeightStore
@@ -53,6 +54,8 @@ class RemoteEngine:
         self.stats: RolloutStats | None = None
         self._weights, self._routes = base, routes
         self._versions = {base.id.policy_version: base}  # those that need not be written
+        self.refit_bytes = 0
+        fleet.whole_of = store.whole_of
 
     @classmethod
     def from_config(cls, config: Config) -> RemoteEngine:
@@ -74,7 +77,8 @@ class RemoteEngine:
         )
         claim = agree(lambda: Claim(fleet.directory, config.run.dir) if parallel.rank() == 0 else None)
         base = Weights(WeightsId(0, on_first_rank(lambda: model_digest(path))), None)
-        return cls(fleet, WeightStore(Path(remote.directory), path), base, claim, bool(config.rollout.replay_routes))
+        store = (DeltaStore if config.rollout.refit == "delta" else WeightStore)(Path(remote.directory), path)
+        return cls(fleet, store, base, claim, bool(config.rollout.replay_routes))
 
     def generate(
         self,
@@ -174,8 +178,10 @@ class RemoteEngine:
             deque(named_tensors, maxlen=0)  # the part that this rank has in making them
             return self._weights  # rank 0's come in its place
 
+        self.refit_bytes = 0
         if version not in self._versions:
             self._versions[version] = parallel.broadcast_from_first_rank(agree(write))
+            self.refit_bytes = self.store.written_bytes
         self._weights = self._versions[version]
         agree(lambda: self.fleet.prepare(self._weights) if first else None)
         # The base model, which is the reference, comes back; older ones of the policy's don't.

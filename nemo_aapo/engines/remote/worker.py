@@ -13,6 +13,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Set
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -71,14 +72,14 @@ class EngineWorker:
         self,
         build: Callable[[], HostedEngine],
         base: Callable[[], WeightsId],
-        locate: Callable[[Weights, Set[str]], Path],
+        locate: Callable[[Weights, Set[str]], AbstractContextManager[Path]],
     ) -> None:
         """
         Args:
             build: makes the engine with the base model's weights, in the worker's thread.
             base: their name.
             locate: checks every byte of the files of some weights, and that they hold the tensors of these names;
-                returns their folder.
+                their folder, which stays while it is held.
         """
         self.weights: WeightsId | None = None
         """The weights that the engine serves; None while it has none that are whole."""
@@ -168,16 +169,14 @@ class EngineWorker:
         if load.weights.id == self.weights:
             load.done.set_result(None)
             return
+        touched = False
         try:
-            folder = self._locate(load.weights, self._hosted.tensors)
-        except Exception as error:  # nothing was touched: what was served goes on being served
-            load.done.set_exception(error)
-            return
-        self.weights = None
-        try:
-            self._hosted.load(folder, load.weights.id.policy_version)
-        except Exception as error:  # half loaded: not ready until a whole version is
-            traceback.print_exc()
+            with self._locate(load.weights, self._hosted.tensors) as folder:
+                self.weights, touched = None, True  # half loaded: not ready until a whole version is
+                self._hosted.load(folder, load.weights.id.policy_version)
+        except Exception as error:  # what was not touched goes on being served
+            if touched:
+                traceback.print_exc()
             load.done.set_exception(error)
             return
         self.weights = load.weights.id
