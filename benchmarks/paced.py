@@ -153,7 +153,7 @@ def serving(pace: Pace, place: Path) -> Iterator[None]:
     started = []
     try:
         for index in range(pace.servers):
-            begun = asyncio.run_coroutine_threadsafe(_start(pace, directory, token), loop)
+            begun = asyncio.run_coroutine_threadsafe(_start(pace, directory, token, index), loop)
             worker, runner, address = begun.result(WAIT_S)
             started.append((worker, runner))
             publish(directory, ServerRecord(index, address, 0, f"paced{index}"))
@@ -166,21 +166,21 @@ def serving(pace: Pace, place: Path) -> Iterator[None]:
         thread.join(WAIT_S)
 
 
-async def _start(pace: Pace, directory: Path, token: str) -> tuple[Any, Any, str]:
+async def _start(pace: Pace, directory: Path, token: str, index: int) -> tuple[Any, Any, str]:
     """One server: its worker, its runner and its address."""
     from aiohttp import web
 
     from nemo_aapo.engines.build import HostedEngine
     from nemo_aapo.engines.remote import wire
     from nemo_aapo.engines.remote.service import Service
-    from nemo_aapo.engines.remote.weight_store import verified
+    from nemo_aapo.engines.remote.deltas import VersionReader
     from nemo_aapo.engines.remote.worker import EngineWorker
 
-    engine = PacedEngine(pace)
+    engine, reader = PacedEngine(pace), VersionReader(directory, directory / f"copy_{index}")
     worker = EngineWorker(
         lambda: HostedEngine(engine, engine.load, frozenset({"w"}), can_break_off=True),
-        lambda: BASE(),
-        lambda weights, tensors: verified(directory, weights, tensors),
+        base,
+        reader.whole,
     )
     runner = Service(worker, token, wire.Limits(VOCABULARY, 1 << 20), 1 << 24).runner()
     await runner.setup()
@@ -189,7 +189,7 @@ async def _start(pace: Pace, directory: Path, token: str) -> tuple[Any, Any, str
     return worker, runner, f"http://127.0.0.1:{runner.addresses[0][1]}"
 
 
-def BASE() -> Any:
+def base() -> Any:
     """The name of the weights that servers begin with."""
     from nemo_aapo.engines.remote.wire import WeightsId
 
@@ -278,7 +278,7 @@ def _trainer(pace: Pace, config: Config, folder: Path, stack: contextlib.ExitSta
 
     directory, policy, clock, nothing = folder / "servers", PacedPolicy(), Clock(), Nothing()
     fleet = Fleet(directory, servers=pace.servers, wait_s=WAIT_S, timeout_s=WAIT_S, retries=0)
-    engine = RemoteEngine(fleet, WeightStore(directory, str(folder)), Weights(BASE(), None), None)
+    engine = RemoteEngine(fleet, WeightStore(directory, str(folder)), Weights(base(), None), None)
     stack.callback(engine.close)
     rewards = stack.enter_context(RewardRunner([(MeanToken(), 1.0)], workers=0, timeout_s=WAIT_S))
     data = [Prompt(str(i), np.array([5, i], np.int32), str(i), "0", f"made:{i}") for i in range(pace.prompts * 8)]

@@ -125,6 +125,8 @@ class Fleet:
         asyncio.run(self._with_session(lambda session: self._generate(session, call)))
 
     async def _with_session(self, action: Callable[[aiohttp.ClientSession], Awaitable[object]]) -> None:
+        if not self.directory.is_dir():
+            raise RunError(f"{self.directory}: the rollout servers' directory is gone; start them again with the run")
         headers = {"Authorization": f"Bearer {open_token(self.directory)}"}
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=PROBE_S, sock_read=self.timeout_s)
         # trust_env stays off: no proxy has a part in this, and the token goes to the servers alone
@@ -286,14 +288,17 @@ class Fleet:
             async with session.post(url, data=body) as response:
                 if response.status != 200:
                     _raise(_complaint(response, answer := wire.load_object(await response.read())), answer)
-                messages, prompts = wire.MessageReader(), dict[int, np.ndarray]()
+                messages, prompts, heard = wire.MessageReader(), dict[int, np.ndarray](), time.monotonic()
                 async for data in response.content.iter_any():
+                    if time.monotonic() - heard > self.timeout_s:  # bytes came, and never a whole message
+                        raise ServerError(f"sent no whole message for {self.timeout_s:g} s")
                     for message, binary in messages.read(data):
+                        heard = time.monotonic()
                         if "error" in message:
                             _raise(message["error"], message)
                         if "done" in message:
                             return
-                        yield wire.decode_completion(message, binary, prompts)
+                        yield wire.as_asked(wire.decode_completion(message, binary, prompts), request.sampling)
         raise ServerError("the connection ended before the answer did")
 
 

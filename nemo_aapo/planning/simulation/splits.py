@@ -96,7 +96,7 @@ def simulate(config: Config, question: Question, lengths: Lengths, gpus: int) ->
     mean = sum(map(sum, drawn)) / STEPS / count
     question = dataclasses.replace(question, mean_completion_tokens=mean)
     colocated = _best_layout(_with_engine(config, "megatron"), question, gpus)
-    splits = [_split(colocated, None, 0, batches)] if colocated else []
+    splits = [_split(colocated, None, 0, "none", batches)] if colocated else []
     splits += _with_servers(_with_engine(config, "remote"), question, gpus, batches)
     if not splits:
         raise ConfigError(f"gpus={gpus}: neither side fits, however they are divided. More GPUs, or a smaller model")
@@ -133,11 +133,12 @@ def refit_seconds(question: Question, trainer_gpus: int, servers: int, each: int
 
 
 def _split(
-    trainer: Inputs, server: Inputs | None, each: int, batches: Sequence[Sequence[Sequence[int]]], kind: str = "files"
+    trainer: Inputs, server: Inputs | None, each: int, kind: str, batches: Sequence[Sequence[Sequence[int]]]
 ) -> Split:
     """Args:
     server: what the servers compute with; None: colocated, the trainer's GPUs generate.
     each: GPUs of one server.
+    kind: of refit.
     batches: the lengths of each step's completions, by prompt; prompts go round the engines.
     """
     rates, side = trainer.hardware.peak, server or trainer
@@ -173,7 +174,7 @@ def _with_servers(
     for share in sorted({max(1, gpus * part // SHARES) for part in range(1, SHARES)}):
         if share < gpus and (trainer := _best_layout(config, question, gpus - share)) is not None:
             each_size = [
-                _split(trainer, _server(trainer, share // each, each), each, batches)
+                _split(trainer, _server(trainer, share // each, each), each, config.rollout.refit, batches)
                 for each in sizes
                 if share % each == 0
             ]

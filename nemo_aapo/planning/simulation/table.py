@@ -27,7 +27,7 @@ def rows(simulation: Simulation) -> list[list[str]]:
         found.append([_name(split), *cells, *_busy(split.outcomes[max(split.outcomes)])])
     for refit in simulation.refits:
         cells = [_seconds(refit.outcomes[depth], False) for depth in DEPTHS]
-        found.append([f"  of the fastest with servers, refit {refit.kind}", *cells, *_busy(refit.outcomes[DEPTHS[-1]])])
+        found.append([f"  of the fastest with servers, refit={refit.kind}", *cells, *_busy(refit.outcomes[DEPTHS[-1]])])
     return found
 
 
