@@ -90,6 +90,8 @@ class Servers:
         asyncio.run(self.with_session(lambda session: self.usable(session, weights)))
 
     async def with_session(self, action: Callable[[aiohttp.ClientSession], Awaitable[object]]) -> None:
+        if not self.directory.is_dir():
+            raise RunError(f"{self.directory}: the rollout servers' directory is gone; start them again with the run")
         headers = {"Authorization": f"Bearer {open_token(self.directory)}"}
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=PROBE_S, sock_read=self.timeout_s)
         # trust_env stays off: no proxy has a part in this, and the token goes to the servers alone

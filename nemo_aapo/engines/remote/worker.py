@@ -6,6 +6,7 @@ what comes after it waits for the refit, so that no completion is ever sampled f
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 import time
@@ -93,11 +94,13 @@ class EngineWorker:
         """The weights that the engine serves; None while it has none that are whole."""
         self.outstanding = 0
         """Number of completions that were asked for and are not generated yet."""
-        self.busy_seconds = 0.0
-        """Seconds spent in ``generate`` so far."""
+        self.refit_seconds = self.refit_bytes = math.nan
+        """What the last refit took, once its turn had come, and the bytes of the weights that it loaded."""
         self.built: Future[None] = Future()
         """Done once there is an engine; holds the error if there can't be one."""
         self._build, self._base, self._locate = build, base, locate
+        self._generated_s = 0.0  # by the batches that have ended
+        self._began: float | None = None  # the batch that runs
         self._queue: deque[Job | _Load] = deque()
         self._changed = threading.Condition()
         self._stopping = False
@@ -114,6 +117,22 @@ class EngineWorker:
         load = _Load(weights)
         self._put(load)
         return load.done
+
+    @property
+    def waiting(self) -> int:
+        """Number of requests and refits that wait for their turn."""
+        return len(self._queue)
+
+    @property
+    def busy_seconds(self) -> float:
+        """Seconds spent generating so far."""
+        began = self._began
+        return self._generated_s + (0.0 if began is None else time.perf_counter() - began)
+
+    @property
+    def kv_cache_use(self) -> float:
+        """Share of the engine's KV cache that is in use now; NaN where it does not tell, and without an engine."""
+        return self._hosted.kv_cache_use() if self.built.done() and not self.built.exception() else math.nan
 
     def stop(self, wait_s: float) -> bool:
         """Drop what waits, break off what runs at its next finished completion; True if the thread has ended."""
@@ -177,17 +196,18 @@ class EngineWorker:
         if load.weights.id == self.weights:
             load.done.set_result(None)
             return
-        touched = False
+        touched, began = False, time.perf_counter()
         try:
             with self._locate(load.weights, self._hosted.tensors) as folder:
                 self.weights, touched = None, True  # half loaded: not ready until a whole version is
                 self._hosted.load(folder, load.weights.id.policy_version)
+                self.refit_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         except Exception as error:  # what was not touched goes on being served
             if touched:
                 traceback.print_exc()
             load.done.set_exception(error)
             return
-        self.weights = load.weights.id
+        self.weights, self.refit_seconds = load.weights.id, time.perf_counter() - began
         load.done.set_result(None)
 
     def _generate(self, jobs: list[Job]) -> None:
@@ -209,7 +229,7 @@ class EngineWorker:
             if self._stopping or (self._hosted.can_break_off and all(job.cancelled for job in jobs)):
                 raise _Aborted
 
-        began = time.perf_counter()
+        self._began = time.perf_counter()
         _record(jobs)
         end: Failure | None = None
         try:
@@ -230,7 +250,7 @@ class EngineWorker:
             end = Failure("engine", f"the engine failed: {type(error).__name__}: {error}")
         spans.stop()
         self._count(-left)
-        self.busy_seconds += time.perf_counter() - began
+        self._generated_s, self._began = self.busy_seconds, None
         for job in jobs:
             job.emit(end)
 
