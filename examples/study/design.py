@@ -6,10 +6,12 @@ nothing but their arm: prompts come in the same order, and completions are sampl
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from examples.study.tasks import DATA, Task
+from examples.study.tasks import DATA, TASKS, Task
+from nemo_aapo.errors import ConfigError
 
 PROMPTS_PER_STEP, GROUP_SIZE = 32, 8
 VALIDATED_EVERY = 10
@@ -45,8 +47,8 @@ LEVERS = ("aapo, sampled", "aapo, half bounds", "aapo, wide bounds", "no margin"
 STALE = tuple(name for name in ARMS if "behind" in name)
 PARTS = {
     "algorithms": tuple((task, arm) for task in ("sums", "rare", "words") for arm in ALGORITHMS),
-    "levers": tuple((task, arm) for task in ("sums", "rare") for arm in LEVERS),
-    "staleness": tuple(("sums", arm) for arm in STALE),
+    "levers": tuple((task, arm) for task in ("sums", "rare") for arm in ("aapo", *LEVERS)),
+    "staleness": tuple(("sums", arm) for arm in ("aapo", "grpo", *STALE)),
 }
 """Part of the study -> its tasks and arms."""
 
@@ -95,8 +97,8 @@ COMPARISONS: tuple[Comparison, ...] = (
     Comparison("rare", "aapo", "aapo, sampled", "steps", "equal"),
     Comparison("rare", "aapo", "aapo, half bounds", "steps", "equal"),
     Comparison("rare", "aapo", "aapo, wide bounds", "steps", "lower"),
-    # A curve that is L steps behind is lower by about L of 60 parts of its rise, a point for each; the tokens' probabilities
-    # hardly move in two steps, so that a mask drops few of them.
+    # A curve that is L steps behind is lower by about L of 60 parts of its rise, a point for each; the tokens'
+    # probabilities hardly move in two steps, so that a mask drops few of them.
     *(
         Comparison("sums", f"{name}, {lag} behind", name, "steps", "lower")
         for name in ("aapo", "grpo")
@@ -149,3 +151,17 @@ class Run:
             *self.task.words,
             *self.settings,
         ]
+
+
+def runs_of(parts: Sequence[str], seeds: Sequence[int], settings: tuple[str, ...] = ()) -> list[Run]:
+    """The runs of some parts, seed by seed, so that an unfinished study has all arms of some seeds.
+
+    Raises:
+        ConfigError: no such part, a seed twice, or a single one, which gives no interval.
+    """
+    if unknown := set(parts) - set(PARTS):
+        raise ConfigError(f"parts {','.join(sorted(unknown))}: no such part; there is {', '.join(PARTS)}")
+    if len(seeds) < 2 or len(set(seeds)) < len(seeds):
+        raise ConfigError(f"seeds {tuple(seeds)}: each once, and at least two, or there is no interval")
+    arms = dict.fromkeys(pair for part in PARTS if part in parts for pair in PARTS[part])
+    return [Run(TASKS[task], arm, seed, settings) for seed in seeds for task, arm in arms]

@@ -69,7 +69,7 @@ class Words(Recipe):
 
 
 class Verifier(ReasoningGym):
-    """The verifier of ``spell_backward``: the share of letters that are right. It always ends, so no worker is needed."""
+    """The verifier of ``spell_backward``: the share of letters that are right. It always ends, and needs no worker."""
 
     in_process = True
 
@@ -91,7 +91,7 @@ class Task:
     title: str
     recipe: Recipe
     rewards: Callable[[], Sequence[tuple[Reward, float]]] | None = None
-    """In place of the quickstart's, with weights; only reported where the weight is 0. The last one says what is right."""
+    """In place of the quickstart's, with weights; one of weight 0 only says what is right."""
     words: tuple[str, ...] = ()
     """Settings of its own."""
     steps: int = 60
