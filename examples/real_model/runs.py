@@ -21,7 +21,7 @@ from pathlib import Path
 
 from nemo_aapo.errors import RunError
 from nemo_aapo.run.metrics_file import read_metrics
-from nemo_aapo.utils.files import FINISHED, write_atomic
+from nemo_aapo.utils.files import FINISHED, whole_directory, write_atomic
 
 ROOT = Path(__file__).resolve().parents[2]
 ALGORITHMS = ("aapo", "gpg", "grpo")
@@ -89,7 +89,8 @@ class Demonstration:
         shorter = f"trainer.max_steps={COMPARED}"
         if not two.exists():
             self._kill(self.command("train.py", "killed", "aapo", shorter), killed)
-            shutil.copytree(killed, two)
+            with whole_directory(two) as partial:
+                shutil.copytree(killed, partial, dirs_exist_ok=True)
         if not (killed / FINISHED).exists():
             self._run("killed", self.command("train.py", "killed", "aapo", shorter))
         if not (two / FINISHED).exists():
@@ -125,14 +126,15 @@ class Demonstration:
         self.log(f"killed: started; it is killed after step {KILLED_AFTER}")
         with self._costs("killed"):
             process = self._start("killed", command)
-            deadline = time.monotonic() + LIMIT_S
-            while steps_done(directory) < KILLED_AFTER:
-                if process.poll() is not None or time.monotonic() > deadline:
-                    process.kill()
-                    raise RunError(f"killed: it made no {KILLED_AFTER} steps; see {self._log_of('killed')}")
-                time.sleep(0.2)
-            process.send_signal(signal.SIGKILL)
-            process.wait(60)
+            try:
+                deadline = time.monotonic() + LIMIT_S
+                while steps_done(directory) < KILLED_AFTER:
+                    if process.poll() is not None or time.monotonic() > deadline:
+                        raise RunError(f"killed: it made no {KILLED_AFTER} steps; see {self._log_of('killed')}")
+                    time.sleep(0.2)
+            finally:
+                process.send_signal(signal.SIGKILL)
+                process.wait(60)
 
     def _start(self, name: str, command: Sequence[str], environment: dict[str, str] | None = None) -> subprocess.Popen:
         threads = str(os.cpu_count()) if name != "two_stages" else "1"

@@ -16,6 +16,9 @@ from nemo_aapo.errors import ConfigError
 PROMPTS_PER_STEP, GROUP_SIZE = 32, 8
 VALIDATED_EVERY = 10
 SEEDS = (1, 2, 3, 4, 5)
+BEHIND_1 = ("rollout.async_depth=1", "algorithm.importance_weight_cap=2.0")
+BEHIND_2 = ("rollout.async_depth=2", "algorithm.importance_weight_cap=2.0")
+"""A run that trains on another policy's completions is asked to weigh their tokens, by at most 2."""
 MASK = ("algorithm.token_mask={low: 0.5, high: 5}",)
 """IcePop's band: a token is dropped whose probability has moved by more since it was sampled."""
 
@@ -31,15 +34,15 @@ ARMS: dict[str, tuple[str, ...]] = {
     "aapo, half bounds": ("algorithm=aapo", "algorithm.margin.low=-0.1", "algorithm.margin.high=0.14"),
     "aapo, wide bounds": ("algorithm=aapo", "algorithm.margin.low=-1", "algorithm.margin.high=1"),
     "no margin": ("algorithm=gpg", "algorithm.scale_rewards=true", "algorithm.rescale_dead_groups=false"),
-    # completions of a policy that is so many optimizer steps behind, with and without a mask
-    "aapo, 1 behind": ("algorithm=aapo", "rollout.async_depth=1"),
-    "aapo, 2 behind": ("algorithm=aapo", "rollout.async_depth=2"),
-    "aapo, 1 behind, masked": ("algorithm=aapo", "rollout.async_depth=1", *MASK),
-    "aapo, 2 behind, masked": ("algorithm=aapo", "rollout.async_depth=2", *MASK),
-    "grpo, 1 behind": ("algorithm=grpo", "rollout.async_depth=1"),
-    "grpo, 2 behind": ("algorithm=grpo", "rollout.async_depth=2"),
-    "grpo, 1 behind, masked": ("algorithm=grpo", "rollout.async_depth=1", *MASK),
-    "grpo, 2 behind, masked": ("algorithm=grpo", "rollout.async_depth=2", *MASK),
+    # completions of a policy that is so many optimizer steps behind, with and without a mask besides the weight
+    "aapo, 1 behind": ("algorithm=aapo", *BEHIND_1),
+    "aapo, 2 behind": ("algorithm=aapo", *BEHIND_2),
+    "aapo, 1 behind, masked": ("algorithm=aapo", *BEHIND_1, *MASK),
+    "aapo, 2 behind, masked": ("algorithm=aapo", *BEHIND_2, *MASK),
+    "grpo, 1 behind": ("algorithm=grpo", *BEHIND_1),
+    "grpo, 2 behind": ("algorithm=grpo", *BEHIND_2),
+    "grpo, 1 behind, masked": ("algorithm=grpo", *BEHIND_1, *MASK),
+    "grpo, 2 behind, masked": ("algorithm=grpo", *BEHIND_2, *MASK),
 }
 """Name -> settings."""
 ALGORITHMS = ("aapo", "gpg", "grpo", "dapo", "gspo")
