@@ -91,7 +91,7 @@ def learning_curves(arms: Mapping[tuple[str, str], Sequence[Curve]]) -> str:
         right = (place + 1) * width
         over, title = "completions sampled, thousands", TASKS[task].title
         parts.append(
-            panel(lines, left, right, "accuracy on held-out prompts", upper=1.0, over=over, marks=3, title=title)
+            panel(lines, left, right, "accuracy on held-out prompts", upper=1.0, over=over, marks=2, title=title)
         )
     seeds = len(next(iter(arms.values())))
     return svg(f"At equal completions: mean of {seeds} seeds, shaded: its 95 % interval", parts)
@@ -101,20 +101,23 @@ def differences(results: Sequence[tuple[Comparison, Interval]]) -> str:
     """A line for each comparison: the difference and its interval; hollow where it is not what was expected."""
     row, left, right = 18, 430, WIDTH - 30
     height = TOP + row * len(results) + 50
-    reach = max(abs(i.mean) + i.half for _, i in results) or 1.0
-    middle, scale = (left + right) / 2, (right - left) / 2 / reach
-    parts = [f'<line x1="{middle}" y1="{TOP - 20}" x2="{middle}" y2="{height - 40}" stroke="#888"/>']
+    low = min(0.0, *(i.mean - i.half for _, i in results))
+    high = max(0.0, *(i.mean + i.half for _, i in results))
+    scale = (right - left) / max(high - low, 1e-6)
+    tick = _tick(max(high - low, 1e-6))
+    parts = []
+    for k in range(math.ceil(low / tick), math.floor(high / tick) + 1):
+        x, colour = left + scale * (k * tick - low), "#888" if k == 0 else "#ddd"
+        parts.append(f'<line x1="{x:.1f}" y1="{TOP - 20}" x2="{x:.1f}" y2="{height - 40}" stroke="{colour}"/>')
+        parts.append(f'<text x="{x:.1f}" y="{height - 22}" text-anchor="middle">{k * tick:+.2f}</text>')
     for k, (c, i) in enumerate(results):
         y, colour = TOP + row * k, COLOURS[list(TASKS).index(c.task)]
-        low, high, x = (middle + scale * value for value in (i.mean - i.half, i.mean + i.half, i.mean))
+        start, end, x = (left + scale * (value - low) for value in (i.mean - i.half, i.mean + i.half, i.mean))
         fill = colour if i.verdict == c.expected else "#fff"
         name = escape(f"{c.task}, equal {c.axis}: {c.arm} \N{MINUS SIGN} {c.other}")
         parts.append(f'<text x="{left - 12}" y="{y + 4}" text-anchor="end" font-size="12">{name}</text>')
-        parts.append(f'<line x1="{low:.1f}" y1="{y}" x2="{high:.1f}" y2="{y}" stroke="{colour}" stroke-width="2"/>')
+        parts.append(f'<line x1="{start:.1f}" y1="{y}" x2="{end:.1f}" y2="{y}" stroke="{colour}" stroke-width="2"/>')
         parts.append(f'<circle cx="{x:.1f}" cy="{y}" r="4.5" fill="{fill}" stroke="{colour}" stroke-width="2"/>')
-    for value in (-reach, -reach / 2, 0.0, reach / 2, reach):
-        x = middle + scale * value
-        parts.append(f'<text x="{x:.1f}" y="{height - 22}" text-anchor="middle">{value:+.3f}</text>')
     return svg("Differences of mean accuracy with 95 % intervals; hollow: other than expected", parts, height)
 
 

@@ -113,7 +113,7 @@ def _comparisons_table(results: Sequence[tuple[Comparison, Interval]]) -> str:
         ]
         for c, found in results
     ]
-    return markdown(["task", "difference", "equal", "points / 100", "expected", "found", "as expected"], rows)
+    return markdown(["task", "difference", "equal", "mean accuracy", "expected", "found", "as expected"], rows)
 
 
 def _cpu_seconds(runs: Sequence[Run], study: Path) -> float:
