@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from examples.real_model.runs import ALGORITHMS, COMPARED, SAVED_AT, VALIDATION_PROMPTS
+from examples.real_model.runs import ALGORITHMS, COMPARED, SAVED_AT, STEPS, VALIDATION_PROMPTS
 from examples.study.picture import COLOURS, NAMES, WIDTH, Line, panel, svg
 from examples.study.statistics import Interval
 from nemo_aapo.run.metrics_file import read_metrics
@@ -27,12 +27,10 @@ Record = Mapping[str, Any]
 
 def write(directory: Path) -> str:
     """Sum up what is finished; the report's text."""
-    runs = {n: read_metrics(directory / n / "metrics.jsonl") for n in ALGORITHMS if (directory / n / FINISHED).exists()}
-    twins = {
-        name: read_metrics(directory / name / "metrics.jsonl")
-        for name in ("killed", "two_stages")
-        if (directory / name / FINISHED).exists()
-    }
+    names = [name for name in (*ALGORITHMS, "killed", "two_stages") if (directory / name / FINISHED).exists()]
+    metrics = {name: read_metrics(directory / name / "metrics.jsonl") for name in names}
+    runs = {name: lines for name, lines in metrics.items() if name in ALGORITHMS}
+    twins = {name: lines for name, lines in metrics.items() if name not in ALGORITHMS}
     costs = json.loads((directory / "costs.json").read_text(encoding="utf-8"))
     parts = [accuracy_table(runs), time_table(runs, costs), *(completions(directory / name) for name in runs)]
     if "aapo" in runs:
@@ -46,8 +44,8 @@ def write(directory: Path) -> str:
 
 
 def validations(lines: Sequence[Record]) -> list[Record]:
-    """The records of a run's validations."""
-    return [line for line in lines if GREEDY in line]
+    """The records of a run's validations; of a run that went on longer, those that the others have, too."""
+    return [line for line in lines if GREEDY in line and line["step"] <= STEPS]
 
 
 def steps(lines: Sequence[Record]) -> list[Record]:
@@ -62,37 +60,34 @@ def accuracy_table(runs: Mapping[str, Sequence[Record]]) -> str:
     for name, lines in runs.items():
         greedy = {line["step"]: f"{line[GREEDY]:.3f}" for line in validations(lines)}
         rows.append([f"{NAMES[name]}, greedy, held out", *(greedy.get(step, "") for step in at)])
-        sampled = [f"{mean:.3f}" for mean in block_rewards(lines)][: len(at) - 1]
+        sampled = [f"{mean:.3f}" for mean in block_rewards(lines)]
         rows.append([f"{NAMES[name]}, sampled, in training", "", *sampled, *[""] * (len(at) - 1 - len(sampled))])
     return markdown(["accuracy", *(f"step {step}" for step in at)], rows)
 
 
 def block_rewards(lines: Sequence[Record]) -> list[float]:
     """Mean reward of the training completions between two validations."""
-    rewards = [line["reward/mean"] for line in steps(lines)]
+    rewards = [line["reward/mean"] for line in steps(lines)][:STEPS]
     return [fmean(rewards[i : i + SAVED_AT]) for i in range(0, len(rewards), SAVED_AT)]
 
 
 def time_table(runs: Mapping[str, Sequence[Record]], costs: Mapping[str, Mapping[str, float]]) -> str:
-    """Seconds by phase, summed over the steps; the rest is starts, reference rewards, validations, checkpoints."""
+    """Seconds of each phase, summed over the steps; the rest is starts, reference rewards, validations, checkpoints."""
     rows = []
     for name, cost in costs.items():
-        found = steps(runs.get(name, ()))
-        phases = [sum(line[f"time/{phase}"] for line in found) for phase in PHASES] if found else []
-        whole = sum(line["time/step"] for line in found)
-        cells = [f"{s:.0f}" for s in phases] or [""] * len(PHASES)
-        rest = f"{cost['wall_s'] - whole:.0f}" if found else ""
-        rows.append([name, *cells, rest, f"{cost['wall_s']:.0f}", f"{cost['cpu_s']:.0f}", f"{cost['starts']:.0f}"])
-    return markdown(["seconds", *PHASES, "the rest", "wall clock", "CPU", "starts"], rows)
+        made = steps(runs.get(name, ()))
+        known = [*(sum(line[f"time/{phase}"] for line in made) for phase in PHASES)]
+        known.append(cost["wall_s"] - sum(line["time/step"] for line in made))
+        cells = [f"{seconds:.0f}" for seconds in known] if made else [""] * len(known)
+        whole = [f"{cost[key]:.0f}" for key in ("wall_s", "cpu_s", "starts")]
+        rows.append([name, f"{len(made) or ''}", *cells, *whole])
+    return markdown(["seconds", "steps", *PHASES, "the rest", "wall clock", "CPU", "starts"], rows)
 
 
 def completions(directory: Path) -> str:
     """The greedy answers to the first held-out questions, before and after training."""
-    names = sorted(path for path in (directory / "rollouts").glob("step_*.jsonl"))
-    before, after = (
-        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()][:SHOWN]
-        for path in (names[0], names[-1])
-    )
+    paths = [directory / "rollouts" / f"step_{step:06d}.jsonl" for step in (0, STEPS)]
+    before, after = ([json.loads(line) for line in path.read_text("utf-8").splitlines()][:SHOWN] for path in paths)
     rows = [
         [str(old["answer"]), *(f"{row['completion']!r}{' ✓' * (row['reward'] == 1)}" for row in (old, new))]
         for old, new in zip(before, after, strict=True)
@@ -122,11 +117,11 @@ def curves(runs: Mapping[str, Sequence[Record]]) -> str:
         spread = [Interval(p, 1.96 * math.sqrt(p * (1 - p) / VALIDATION_PROMPTS)) for p in values]
         held_out.append((NAMES[name], colour, [line["step"] for line in found], spread))
         blocks = [Interval(mean, 0.0) for mean in block_rewards(lines)]
-        ends = [min((i + 1) * SAVED_AT, len(steps(lines))) for i in range(len(blocks))]
+        ends = [(i + 1) * SAVED_AT for i in range(len(blocks))]
         training.append((NAMES[name], colour, ends, blocks))
     top = "top left"
     parts = [
-        panel(held_out, 64, 470, "greedy accuracy", legend=top, marks=4, title=f"{VALIDATION_PROMPTS} held-out sums"),
-        panel(training, 566, WIDTH - 20, "share of right completions", legend=top, marks=4, title="in training"),
+        panel(held_out, 64, 470, "greedy accuracy", legend=top, marks=2, title=f"{VALIDATION_PROMPTS} held-out sums"),
+        panel(training, 566, WIDTH - 20, "share of right completions", legend=top, marks=2, title="in training"),
     ]
     return svg("SmolLM2-135M-Instruct learns sums of two-digit numbers; shaded: 95 % interval of the sums", parts)

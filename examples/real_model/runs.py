@@ -25,7 +25,7 @@ from nemo_aapo.utils.files import FINISHED, whole_directory, write_atomic
 
 ROOT = Path(__file__).resolve().parents[2]
 ALGORITHMS = ("aapo", "gpg", "grpo")
-STEPS, SAVED_AT, KILLED_AFTER, COMPARED = 20, 5, 6, 7
+STEPS, SAVED_AT, KILLED_AFTER, COMPARED = 10, 5, 6, 7
 """Steps of a run; between its checkpoints; after which the twin of ``aapo`` is killed; that the twin makes in all."""
 TRAINING_PROMPTS, VALIDATION_PROMPTS = 1000, 128
 LIMIT_S = 3600
