@@ -109,6 +109,14 @@ class ScoredGroups:
     max_steps: int = 1
     """``trainer.max_steps``"""
 
+    def __post_init__(self) -> None:
+        """Nobody writes into the arrays: what others go on with would change."""
+        for name in ("rewards", "reference_rewards", "lengths", "truncated"):
+            if (values := getattr(self, name)) is not None:
+                view = np.asarray(values).view()
+                view.setflags(write=False)
+                object.__setattr__(self, name, view)
+
     @classmethod
     def of(cls, groups: Sequence[Group], **more: Any) -> ScoredGroups:
         """Of at least one group.

@@ -6,6 +6,7 @@ denominators are those of the whole optimizer batch, and importance weights stan
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from nemo_aapo.algorithms import advantage, loss, masks
+from nemo_aapo.algorithms import advantage, hooks, loss, masks
 from nemo_aapo.algorithms.base import Algorithm, Loss, ScoredGroups, Tokens
 from nemo_aapo.algorithms.registry import algorithm_of
 from nemo_aapo.config.schema import AlgorithmConfig
 from nemo_aapo.distributed import parallel
+from nemo_aapo.errors import AlgorithmError
 from nemo_aapo.run.step_metrics import GroupNumbers
 from nemo_aapo.types import Group
 
@@ -55,21 +57,20 @@ class Objective:
             what has no advantage has no part in the loss and its denominator.
 
         Raises:
-            ValueError: something needed is missing, shapes that do not fit, an infinite reward or advantage.
+            AlgorithmError: of the hook; or an advantage that is not finite.
         """
+        if (least := self.config.min_group_size) is not None:
+            few = np.sum(~np.isnan(groups.rewards), axis=1, keepdims=True) < least
+            groups = dataclasses.replace(groups, rewards=np.where(few, np.nan, groups.rewards))
         without = np.isnan(groups.rewards)
-        if self.config.min_group_size is not None:
-            without |= (~without).sum(axis=1, keepdims=True) < self.config.min_group_size
         if self.config.mask_truncated:
             assert groups.truncated is not None, "known of all completions that were sampled"
             without |= groups.truncated
-        made = np.asarray(self.algorithm.advantages(groups), dtype=np.float64)
-        name = type(self.algorithm).__name__
-        if made.shape != without.shape:
-            raise ValueError(f"{name}.advantages gave an array {made.shape} for rewards {without.shape}")
+        made = hooks.advantages(self.algorithm, groups)
         if bad := int((~np.isfinite(made) & ~without).sum()):
-            raise ValueError(
-                f"{name}.advantages gave {bad} advantages that are not finite, of completions with rewards"
+            raise AlgorithmError(
+                f"{type(self.algorithm).__name__}.advantages gave {bad} advantages that are not finite, of completions "
+                "with rewards"
             )
         return np.where(without, np.nan, made)
 
@@ -108,7 +109,7 @@ class Objective:
             truncated=np.stack([group.truncated for group in numbers]),
             **of_step,
         )
-        return self.algorithm.metrics(groups, np.stack([group.advantages for group in numbers]))
+        return hooks.metrics(self.algorithm, groups, np.stack([group.advantages for group in numbers]))
 
     def alpha(self, groups: int, dead_groups: int) -> float:
         """The factor on the whole loss: GPG's B / (B - M) with ``rescale_dead_groups``, else 1.
@@ -141,6 +142,7 @@ class Objective:
 
         Raises:
             ValueError: log-probs that the algorithm needs are missing.
+            AlgorithmError: of the hook.
         """
         valid = tokens.weights > 0
         metrics = loss.token_metrics(tokens.logprobs, tokens.advantages, valid)
@@ -154,7 +156,7 @@ class Objective:
         if kept is not None:
             tokens = tokens.replace(weights=tokens.weights * kept)
             metrics["masked_fraction"] = (~kept & valid).sum()
-        value, own = self.algorithm.token_loss(tokens)
+        value, own = hooks.token_loss(self.algorithm, tokens, metrics)
         if (coefficient := self.config.entropy_coefficient) > 0:
             value = value - coefficient * loss.entropy_sum(tokens)
         return value, metrics | own

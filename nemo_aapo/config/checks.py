@@ -266,10 +266,6 @@ def _check_switches(config: Config) -> None:
         raise ConfigError(f"algorithm.dual_clip has no effect with algorithm.loss={algorithm.loss}: set it to null")
     if algorithm.kl_coefficient and algorithm.loss == "cross_entropy":
         raise ConfigError("algorithm.kl_coefficient has no effect with algorithm.loss=cross_entropy: set it to 0")
-    if config.group_size == 1 and algorithm.margin is None:
-        raise ConfigError(
-            f"group_size=1: algorithm={algorithm.name} compares completions of a group; at least 2 needed"
-        )
 
 
 def _check_async(config: Config) -> None:

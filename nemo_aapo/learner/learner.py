@@ -63,8 +63,9 @@ class Learner:
         optimization = self.policy.optimization
         for _ in range(self.updates_per_rollout):
             step = _means(optimization.train_step(batches, self._loss))
-            if nonfinite or "masked_fraction" in step:
-                step["masked_fraction"] = self._check_masked(nonfinite + step.get("masked_fraction", 0.0))
+            masked = step.get("masked_fraction", 0.0)
+            if nonfinite or "masked_fraction" in step:  # NaN: no tokens are left of which to mask some
+                step["masked_fraction"] = self._check_masked(nonfinite + (0.0 if math.isnan(masked) else masked))
             metrics = {**step, **metrics, **{key: step[key] for key in ("loss", "grad_norm", "lr")}}
         optimization.finish_updates()
         return {**metrics, **shape_metrics}

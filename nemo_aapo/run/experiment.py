@@ -18,7 +18,7 @@ from typing import Any
 
 from nemo_aapo.config import Config
 from nemo_aapo.errors import RunError, first_line, one_line
-from nemo_aapo.run.directory import change_of_instruction_set, claim
+from nemo_aapo.run.directory import changes_since_the_start_before, claim
 from nemo_aapo.run.metrics_file import MetricsFile
 from nemo_aapo.run.names import PHASE, ROLLOUTS, TRACES, step_of
 from nemo_aapo.run.stop import STOP_FILE
@@ -53,8 +53,8 @@ class Experiment:
     def __init__(self, config: Config, tree: Mapping[str, Any], world_size: int) -> None:
         self.directory = Path(config.run.dir)
         self._lock, run_id = claim(config, tree, world_size)
-        self.warning = change_of_instruction_set(self.directory)
-        """What a resumed run is told about this machine."""
+        self.warnings = changes_since_the_start_before(self.directory)
+        """What a resumed run is told about this machine and its algorithm."""
         self.save_phase(None)
         (self.directory / STOP_FILE).unlink(missing_ok=True)  # it asked an earlier part of the run to stop
         self._metrics = MetricsFile(self.directory / "metrics.jsonl")
@@ -148,7 +148,7 @@ class Experiment:
 class SilentExperiment:
     """What ranks other than 0 hold: the methods of ``Experiment``, without effect."""
 
-    warning: str | None = None
+    warnings: Sequence[str] = ()
     loggers: Sequence[Any] = ()
 
     def __enter__(self) -> SilentExperiment:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import fcntl
 import inspect
@@ -367,6 +368,19 @@ def test_a_run_that_goes_on_by_another_instruction_set_says_so(settings, monkeyp
         "warning: the start before this one computed by AVX512, this machine computes by AVX2: "
         "the run goes on, but not to the same bits"
     ]
+
+
+def test_a_run_that_goes_on_with_a_changed_algorithm_of_ones_own_says_so(settings, tmp_path):
+    config, tree = settings
+    file, said = tmp_path / "mine.py", []
+    progress = type("Progress", (), {"note": lambda self, text: said.append(text)})()
+    config = dataclasses.replace(config, algorithm=dataclasses.replace(config.algorithm, custom=f"{file}:Mine"))
+    for text in ("one", "one", "two", "two"):
+        file.write_text(text)
+        with opened((config, tree)) as run:
+            RunReporter(run, progress, stop=None, console_samples=0).begin(2)
+    [warning] = [words for words in said if "going on from" not in words]
+    assert warning.startswith("warning: the file of algorithm.custom has changed since the start before this one")
 
 
 @pytest.mark.slow

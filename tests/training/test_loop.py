@@ -6,6 +6,8 @@ import dataclasses
 
 import pytest
 
+from nemo_aapo.algorithms import Algorithm
+from nemo_aapo.algorithms.objective import Objective
 from nemo_aapo.config.compose import load_config
 from nemo_aapo.distributed import parallel
 from nemo_aapo.errors import CheckpointError, Interrupted, LostRankError, NonFiniteError, ParityError, RewardError
@@ -174,6 +176,29 @@ def test_a_stop_that_breaks_off_a_wait_loses_no_step_and_makes_none_twice(config
     assert updates + resumed.reporter.journal.of("update") == [f"update {k}" for k in range(STEPS)]
     validated = {*trainer.reporter.journal.of("validate"), *resumed.reporter.journal.of("validate")}
     assert validated == {"validate 0", "validate 2", "validate 4", "validate 5"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Clock(Algorithm):
+    """Advantages and metrics that say at which step they were asked for."""
+
+    def advantages(self, groups):
+        return groups.rewards + groups.step
+
+    def metrics(self, groups, advantages):
+        return {"clock/advantages": (advantages - groups.rewards).max(), "clock/metrics": groups.step}
+
+
+def test_an_algorithms_schedule_goes_on_where_a_stopped_run_was(config):
+    disk, seen = {}, []
+    for stop in (True, False):
+        trainer = make(config, disk)
+        trainer.objective = Objective.of(config.algorithm, 4, Clock())
+        if stop:
+            happen(trainer, "log 3", lambda trainer=trainer: setattr(trainer.reporter, "stop", True))
+        assert trainer.fit() is not stop
+        seen += [(metrics["clock/advantages"], metrics["clock/metrics"]) for metrics in trainer.reporter.metrics]
+    assert seen == [(step, step) for step in range(STEPS)]
 
 
 def test_a_resumed_runs_engine_has_the_policys_weights_before_it_generates(config):

@@ -16,7 +16,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from nemo_aapo.algorithms import advantage, loss
+from nemo_aapo.algorithms import advantage
 from nemo_aapo.algorithms.base import Algorithm, Loss, ScoredGroups, Tokens
 from nemo_aapo.config.schema import Clip, Margin, MarginSchedule
 
@@ -93,6 +93,8 @@ class AAPO(Algorithm):
 
     def token_loss(self, tokens: Tokens) -> Loss:
         """The loss that ``algorithm.loss`` names."""
+        from nemo_aapo.algorithms import loss  # torch, without which settings are checked
+
         if self.loss == "cross_entropy":
             return loss.cross_entropy(tokens)
         assert self.clip is not None, "the checks of the configuration want a clip with a ratio"
