@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Trains a real pretrained model, SmolLM2-135M-Instruct, on sums with AAPO, GPG and GRPO; kills one run and lets it go on.
 #
-#   bash scripts/real_model.sh [PART ...]     parts: model data aapo gpg grpo resume report; without any, all of them
+#   bash scripts/real_model.sh [PART ...]     parts: model data aapo gpg grpo resume report; without any, all of these
+#   bash scripts/real_model.sh publish        the report into docs/
 #
 # It leaves results/real_model with the model, the runs and report.md. What is done is not done again, and a run that was
 # broken off goes on from its last checkpoint. The packages for the conversion come into .venv-gguf, a folder for

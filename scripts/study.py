@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -21,6 +22,8 @@ from examples.study.design import PARTS, SEEDS, runs_of
 from examples.study.runs import make_runs
 from nemo_aapo.cli.main import exit_code
 
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -29,6 +32,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=_numbers, default=SEEDS, help="1,2,3,4,5")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (%(default)s)")
     parser.add_argument("--report", action="store_true", help="make no runs; sum up those that are there")
+    parser.add_argument("--publish", action="store_true", help="put tables and pictures into docs/ as well")
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="settings of all runs")
     return exit_code(lambda: study(parser.parse_intermixed_args()))
 
@@ -44,8 +48,21 @@ def study(words: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             print(f"{words.out}: stopped; the same command goes on from there", file=sys.stderr)
             raise
-    print(f"\n{report.write(runs, directory)}\n{directory / 'tables.md'}")
+    tables = report.write(runs, directory)
+    print(f"\n{tables}\n{directory / 'tables.md'}")
+    if words.publish:
+        publish(directory, tables)
     return 0
+
+
+def publish(directory: Path, tables: str) -> None:
+    """Put what the study left into its page."""
+    from benchmarks.page import write_section
+
+    write_section(DOCS / "results" / "study.md", "study", tables)
+    shutil.copy(directory / "study.json", DOCS / "results" / "study.json")
+    for name in ("learning_curves", "differences"):
+        shutil.copy(directory / f"{name}.svg", DOCS / "images" / f"study_{name}.svg")
 
 
 def _words(text: str) -> tuple[str, ...]:

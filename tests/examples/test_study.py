@@ -129,3 +129,10 @@ def test_a_small_study_makes_each_run_once_and_reports_what_they_did(tmp_path, m
     (runs[0].directory(tmp_path) / WORDS).unlink()
     with pytest.raises(RunError, match="its log ends in"):
         make_runs([replace(runs[0], settings=(*small, "seed=7"))], tmp_path, 2, print)
+
+
+def test_the_first_study_keeps_its_picture_and_tables():
+    text = (ROOT / "docs" / "results" / "results.md").read_text()
+    assert "images/learning_curves.svg" in text
+    assert all(f"| `{algorithm}` " in text for algorithm in ("aapo", "gpg", "grpo"))
+    xml.dom.minidom.parse(str(ROOT / "docs" / "images" / "learning_curves.svg"))
