@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, TypeVar
 
 import aiohttp
 import numpy as np
@@ -26,6 +26,8 @@ from nemo_aapo.engines.remote.directory import ServerRecord, open_directory, ope
 from nemo_aapo.errors import RunError, ServerError, WeightsRefusedError, WireError
 from nemo_aapo.types import Completion, SamplingSpec
 from nemo_aapo.utils.buckets import buckets
+
+T = TypeVar("T")
 
 PROBE_S = 10.0
 """A server that does not answer ``ready`` within this is hanging."""
@@ -113,7 +115,7 @@ class Fleet:
         Raises:
             RunError: too few do in time; names each server and why.
         """
-        asyncio.run(self._with_session(lambda session: self._usable(session, weights)))
+        asyncio.run(self.with_session(lambda session: self._usable(session, weights)))
 
     def generate(self, call: Call) -> None:
         """Have everything generated; ``call.on_finish`` is told of each completion exactly once.
@@ -122,14 +124,15 @@ class Fleet:
             RunError: too few servers are left, or a prompt has failed too often; names each server and why.
             FloatingPointError: a server's weights give log-probs that are not finite.
         """
-        asyncio.run(self._with_session(lambda session: self._generate(session, call)))
+        asyncio.run(self.with_session(lambda session: self._generate(session, call)))
 
-    async def _with_session(self, action: Callable[[aiohttp.ClientSession], Awaitable[object]]) -> None:
+    async def with_session(self, action: Callable[[aiohttp.ClientSession], Awaitable[T]]) -> T:
+        """The action's result, which may talk to the servers."""
         headers = {"Authorization": f"Bearer {open_token(self.directory)}"}
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=PROBE_S, sock_read=self.timeout_s)
         # trust_env stays off: no proxy has a part in this, and the token goes to the servers alone
         async with aiohttp.ClientSession(headers=headers, timeout=timeout) as session:
-            await action(session)
+            return await action(session)
 
     # ------------------------------------------------------------------ which servers
 
@@ -142,42 +145,62 @@ class Fleet:
             asked = asked or records
             problems = await asyncio.gather(*(self._problem(session, record, weights) for record in asked))
             usable = [record for record, problem in zip(asked, problems, strict=True) if problem is None]
-            if len(usable) >= (self.min_servers if self._complete else self.servers):
-                self._complete = True
+            if self.are_enough(len(usable)):
                 return usable
             if time.monotonic() >= end:
                 reasons = {record.index: problem for record, problem in zip(asked, problems, strict=True)}
-                raise RunError(self._too_few(records, reasons, len(usable)))
+                raise RunError(self.too_few(records, reasons, len(usable)))
             await asyncio.sleep(POLL_S)
+
+    def are_enough(self, servers: int, settled: bool = True) -> bool:
+        """Whether so many servers are: all at first; once they were there (and ``settled``), the least number."""
+        enough = servers >= (self.min_servers if self._complete else self.servers)
+        self._complete |= enough and settled
+        return enough
 
     async def _problem(self, session: aiohttp.ClientSession, server: ServerRecord, weights: wire.Weights) -> str | None:
         """Why a server can't be used now; None: it serves these weights."""
         try:
-            with _failures_named(PROBE_S):
-                async with session.get(f"{server.address}{wire.API}/ready", timeout=_PROBE) as response:
-                    answer = wire.load_object(await response.read())
-                    if response.status == 503 and answer.get("reason") == "starting":
-                        return "is still loading its model"
-                    if response.status not in (200, 503):  # 503 else: a refit failed half-way; a whole one mends it
-                        raise ServerError(_complaint(response, answer))
-                    has = wire.decode_weights_id(answer) if response.status == 200 else None
+            has = await self.served(session, server)
+            if has == "starting":
+                return "is still loading its model"
             if has != weights.id:
                 await self._update(session, server, weights)
         except ServerError as error:
-            self._fail(server, str(error))
+            self.fail(server, str(error))
             return str(error)
         self._failed.pop(server.instance, None)
         return None
 
+    async def served(
+        self, session: aiohttp.ClientSession, server: ServerRecord
+    ) -> wire.WeightsId | Literal["starting"] | None:
+        """What a server serves now; None: a refit has failed half-way, and a whole one mends it."""
+        with _failures_named(PROBE_S):
+            async with session.get(f"{server.address}{wire.API}/ready", timeout=_PROBE) as response:
+                answer = wire.load_object(await response.read())
+                if response.status == 503:
+                    return "starting" if answer.get("reason") == "starting" else None
+                if response.status != 200:
+                    raise ServerError(_complaint(response, answer))
+                return wire.decode_weights_id(answer)
+
     async def _update(self, session: aiohttp.ClientSession, server: ServerRecord, weights: wire.Weights) -> None:
+        if weights.sent:
+            raise ServerError("has other weights; the trainer's ranks send it theirs at the next refit")
         try:
-            await self._post_update(session, server, weights)
+            await self.post_update(session, server, weights)
         except WeightsRefusedError:
             if (whole := await asyncio.to_thread(self.whole_of, weights)) is None:
                 raise
-            await self._post_update(session, server, whole)
+            await self.post_update(session, server, whole)
 
-    async def _post_update(self, session: aiohttp.ClientSession, server: ServerRecord, weights: wire.Weights) -> None:
+    async def post_update(self, session: aiohttp.ClientSession, server: ServerRecord, weights: wire.Weights) -> None:
+        """Have a server take weights, and wait until it serves them.
+
+        Raises:
+            ServerError: why it does not; a ``WeightsRefusedError`` where that is due to the weights.
+        """
         url, body = f"{server.address}{wire.API}/update_weights", wire.encode_weights(weights)
         with _failures_named(self.timeout_s):
             async with session.post(url, data=body) as response:
@@ -187,12 +210,14 @@ class Fleet:
                 if wire.decode_weights_id(answer) != weights.id:
                     raise ServerError(f"was told to load {weights.id} and loaded {answer}")
 
-    def _fail(self, server: ServerRecord, reason: str) -> None:
+    def fail(self, server: ServerRecord, reason: str) -> None:
+        """Note that a server has failed."""
         if server.instance not in self._failed:
             self._log(f"rollout server {server.index} ({server.address}) is left out: {reason}")
         self._failed[server.instance] = (time.monotonic(), reason)
 
-    def _too_few(self, records: Sequence[ServerRecord], reasons: dict[int, str | None], usable: int) -> str:
+    def too_few(self, records: Sequence[ServerRecord], reasons: dict[int, str | None], usable: int) -> str:
+        """The message that so many usable servers are not enough."""
         lines = [f"none has announced itself in {self.directory}"]
         if records:
             now = {r.index: reasons.get(r.index, self._failed.get(r.instance, (0, ""))[1]) or "ready" for r in records}
@@ -233,7 +258,7 @@ class Fleet:
                     try:
                         task.result()
                     except ServerError as error:
-                        self._fail(server, str(error))
+                        self.fail(server, str(error))
                         servers = [other for other in servers if other is not server]
                         waiting += self._again(works, f"server {server.index} ({server.address}): {error}")
         finally:

@@ -29,7 +29,10 @@ def fleet_lines(directory: Path) -> list[str]:
     token = (directory / "token").read_text(encoding="ascii").strip()
     with ThreadPoolExecutor(min(len(records), 64)) as threads:
         states = list(threads.map(lambda record: _state(record, token), records))
-    return [f"server      {r.index} {r.address} {state}" for r, state in zip(records, states, strict=True)]
+    return [
+        f"server      {r.index} {r.address} {f'{r.layout}, ' if r.layout else ''}{state}"
+        for r, state in zip(records, states, strict=True)
+    ]
 
 
 def _state(record: ServerRecord, token: str) -> str:

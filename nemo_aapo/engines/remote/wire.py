@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from nemo_aapo.config import build
+from nemo_aapo.engines.collective.plan import Rendezvous
 from nemo_aapo.errors import ConfigError, WireError
 from nemo_aapo.types import Completion, Routes, SamplingSpec
 
@@ -36,7 +37,7 @@ class WeightsId:
     policy_version: int
     """Number of optimizer steps behind them."""
     digest: str
-    """The SHA-256 of their manifest, which holds that of each file; for the base model, its ``model_digest``."""
+    """Of their manifest, tensors or numbers, as ``rollout.refit`` proves them; ``model_digest`` of the base model."""
 
     def __str__(self) -> str:
         return f"policy version {self.policy_version} ({self.digest[:8]})"
@@ -52,6 +53,10 @@ class Weights:
     id: WeightsId
     manifest: str | None
     """Path relative to the directory that trainer and servers both see; None: the base model, ``model.path``."""
+    sent: bool = False
+    """The trainer's ranks send them; there is nothing to read."""
+    rendezvous: Rendezvous | None = None
+    """Where they do."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,7 @@ class _Update:
     policy_version: int
     digest: str
     manifest: str | None
+    rendezvous: Rendezvous | None = None
 
 
 # ---------------------------------------------------------------- JSON
@@ -304,7 +310,8 @@ def decode_completion(
 
 def encode_weights(weights: Weights) -> bytes:
     """The body of ``update_weights``."""
-    return dump_object({**dataclasses.asdict(weights.id), "manifest": weights.manifest})
+    where = {"rendezvous": dataclasses.asdict(weights.rendezvous)} if weights.rendezvous else {}
+    return dump_object({**dataclasses.asdict(weights.id), "manifest": weights.manifest, **where})
 
 
 def decode_weights(body: Mapping[str, Any]) -> Weights:
@@ -314,7 +321,7 @@ def decode_weights(body: Mapping[str, Any]) -> Weights:
         WireError: as ``decode_request``.
     """
     update = _typed(_Update, body)
-    return Weights(WeightsId(update.policy_version, update.digest), update.manifest)
+    return Weights(WeightsId(update.policy_version, update.digest), update.manifest, rendezvous=update.rendezvous)
 
 
 def encode_weights_id(weights: WeightsId) -> bytes:
