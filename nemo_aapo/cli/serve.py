@@ -82,7 +82,7 @@ def _follow(job: ServerJob) -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     from nemo_aapo.engines.build import build_hosted_engine
-    from nemo_aapo.engines.remote.ranks import follow
+    from nemo_aapo.engines.ranks import follow
 
     follow(build_hosted_engine(job.config, job.shape))
     return 0
@@ -168,7 +168,7 @@ def _worker(job: ServerJob, directory: Path) -> EngineWorker:
         hosted = build_hosted_engine(job.config, job.shape)
         if job.ranks == 1:
             return hosted
-        from nemo_aapo.engines.remote.ranks import led
+        from nemo_aapo.engines.ranks import led
 
         return led(hosted)
 

@@ -14,7 +14,8 @@ from nemo_aapo.distributed import parallel
 from nemo_aapo.distributed.agreement import on_first_rank
 from nemo_aapo.engines.collective.sender import WeightSender
 from nemo_aapo.engines.remote.directory import ServerRecord, read_servers
-from nemo_aapo.engines.remote.dispatch import POLL_S, Fleet
+from nemo_aapo.engines.remote.dispatch import Fleet
+from nemo_aapo.engines.remote.servers import POLL_S
 from nemo_aapo.engines.remote.wire import Weights, WeightsId
 from nemo_aapo.errors import RunError, ServerError
 
@@ -100,18 +101,18 @@ class CollectiveRefit:
         while True:
             records = read_servers(self.fleet.directory)
             answers = await asyncio.gather(*(self.fleet.served(session, r) for r in records), return_exceptions=True)
-            found = list(zip(records, answers, strict=True))
-            usable = sum(has == weights for has in answers)
-            reasons = {r.index: _problem(has) for r, has in found if has != weights}
-            others = [r for r, has in found if has != weights and not _problem(has) and r.instance not in tried]
+            reasons: dict[int, str | None] = {}
+            usable, others = 0, list[ServerRecord]()
+            for record, answer in zip(records, answers, strict=True):
+                if isinstance(answer, BaseException):
+                    reasons[record.index] = str(answer)
+                elif answer[0] == weights:
+                    usable += 1
+                elif record.instance not in tried:
+                    others.append(record)
             if self.fleet.are_enough(usable + len(others), settled=not others):
                 return others
             if time.monotonic() >= deadline:
                 raise RunError(self.fleet.too_few(records, reasons, usable))
             tried.clear()
             await asyncio.sleep(POLL_S)
-
-
-def _problem(has: object) -> str | None:
-    """Why a server can't take weights now."""
-    return "is still loading its model" if has == "starting" else str(has) if isinstance(has, BaseException) else None
