@@ -18,6 +18,7 @@ TIMES = (
     "rollout/idle_fraction",
     "rollout/tokens_per_second",
     "rollout/refit_bytes",
+    "servers/",
 )
 
 

@@ -31,9 +31,9 @@ from nemo_aapo.utils.safetensors import model_digest
 
 if TYPE_CHECKING:
     from nemo_aapo.engines.build import HostedEngine
-    from nemo_aapo.engines.remote.deltas import VersionReader
-    from nemo_aapo.engines.remote.wire import Weights, WeightsId
+    from nemo_aapo.engines.deltas import VersionReader
     from nemo_aapo.engines.remote.worker import EngineWorker
+    from nemo_aapo.engines.weights import Weights, WeightsId
 
 STOP_S = 10.0
 """After a signal the running batch is broken off at its next finished completion, or left alone after this."""
@@ -145,8 +145,8 @@ async def _serve(job: ServerJob, directory: Path, token: str, listener: socket.s
 
 
 def _worker(job: ServerJob, directory: Path) -> EngineWorker:
-    from nemo_aapo.engines.remote.wire import WeightsId  # with numpy, which refusals do without
     from nemo_aapo.engines.remote.worker import EngineWorker
+    from nemo_aapo.engines.weights import WeightsId  # with numpy, which refusals do without
 
     path = job.config.model.path
 
@@ -156,7 +156,7 @@ def _worker(job: ServerJob, directory: Path) -> EngineWorker:
 
     @functools.cache
     def reader() -> VersionReader:
-        from nemo_aapo.engines.remote.deltas import VersionReader
+        from nemo_aapo.engines.deltas import VersionReader
 
         name = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:8]
         mine = open_directory(Path(tempfile.gettempdir()) / f"nemo_aapo-{os.getuid()}")

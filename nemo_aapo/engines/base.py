@@ -32,6 +32,15 @@ class RolloutStats:
     """Share of the rows that stood empty, averaged over the steps; NaN where the engine can't tell."""
 
 
+@runtime_checkable
+class ReportsServers(Protocol):
+    """An engine whose work is done by servers, which are worth metrics of their own."""
+
+    def server_metrics(self) -> dict[str, float]:
+        """``servers/...`` of a step, on rank 0; empty elsewhere. Returns at once."""
+        ...
+
+
 class PendingCompletions(Protocol):
     """Completions that are being generated."""
 

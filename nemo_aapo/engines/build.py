@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -18,7 +19,7 @@ from nemo_aapo.utils.libraries import importing
 
 if TYPE_CHECKING:  # servers with another engine do without Megatron
     from nemo_aapo.engines.collective.plan import Rendezvous
-    from nemo_aapo.engines.remote.wire import WeightsId
+    from nemo_aapo.engines.weights import WeightsId
     from nemo_aapo.learner.policy import MegatronPolicy
 
 
@@ -65,10 +66,12 @@ class HostedEngine:
     """Names of all tensors that such a directory must have."""
     can_break_off: bool
     """``generate`` may be left by an exception of ``on_finish``, and the engine goes on."""
-    meeting: Callable[[Rendezvous, WeightsId], AbstractContextManager[Callable[[], None]]] | None = None
-    """Meets the trainer's ranks; inside, the call takes over what they send. None: it takes files only."""
+    meeting: Callable[[Rendezvous, WeightsId], AbstractContextManager[Callable[[], int]]] | None = None
+    """Meets the trainer's ranks; inside, the call takes over what they send, and returns its bytes. None: takes files."""
     idle: Callable[[], None] | None = None
     """To be called every few seconds while there is nothing to do; None: nobody waits for that."""
+    kv_cache_use: Callable[[], float] = lambda: math.nan
+    """Share of the KV cache that is in use now; NaN where the engine does not tell."""
 
 
 def build_hosted_engine(config: Config, shape: ModelShape) -> HostedEngine:
@@ -137,9 +140,11 @@ def _hosted_megatron(config: Config, shape: ModelShape) -> HostedEngine:
     receiver = WeightReceiver(module, shape.vocab_size, rollout.server.index, rollout.remote.timeout_s)
 
     @contextmanager
-    def meeting(where: Rendezvous, weights: WeightsId) -> Iterator[Callable[[], None]]:
+    def meeting(where: Rendezvous, weights: WeightsId) -> Iterator[Callable[[], int]]:
         with receiver.meeting(where, weights) as take:
             yield take
         engine.update_weights((), weights.policy_version)
 
-    return HostedEngine(engine, load, tensors, can_break_off=True, meeting=meeting)
+    return HostedEngine(
+        engine, load, tensors, can_break_off=True, meeting=meeting, kv_cache_use=lambda: engine.kv_cache_use
+    )

@@ -22,7 +22,7 @@ from nemo_aapo.distributed.agreement import first_error
 from nemo_aapo.engines.base import OnFinish
 from nemo_aapo.engines.build import HostedEngine
 from nemo_aapo.engines.collective.plan import Rendezvous
-from nemo_aapo.engines.remote.wire import WeightsId
+from nemo_aapo.engines.weights import WeightsId
 from nemo_aapo.errors import LostRankError, RunError, ServerError, first_line
 from nemo_aapo.types import Completion, SamplingSpec
 
@@ -35,9 +35,14 @@ def led(hosted: HostedEngine) -> HostedEngine:
     ranks = _Ranks(hosted)
 
     @contextmanager
-    def meeting(where: Rendezvous, weights: WeightsId) -> Iterator[Callable[[], None]]:
+    def meeting(where: Rendezvous, weights: WeightsId) -> Iterator[Callable[[], int]]:
         ranks.call("meet", where, weights)
-        yield lambda: ranks.call("take")
+
+        def take() -> int:
+            ranks.call("take")
+            return ranks.taken
+
+        yield take
 
     return HostedEngine(
         _LedEngine(ranks),
@@ -46,6 +51,7 @@ def led(hosted: HostedEngine) -> HostedEngine:
         hosted.can_break_off,
         meeting,
         lambda: ranks.call("idle"),
+        hosted.kv_cache_use,
     )
 
 
@@ -66,7 +72,9 @@ class _Ranks:
     def __init__(self, hosted: HostedEngine) -> None:
         self.hosted = hosted
         self._met = ExitStack()
-        self._take: Callable[[], None] | None = None
+        self._take: Callable[[], int] | None = None
+        self.taken = 0
+        """Bytes of this rank's part of what the trainer has sent."""
 
     def call(self, name: str, *arguments: Any, on_finish: OnFinish | None = None) -> None:
         """On rank 0: have all ranks make a call.
@@ -149,7 +157,7 @@ class _Ranks:
         """Take over what they send."""
         assert self._take is not None, "meet() comes first"
         with self._met.pop_all():
-            self._take()
+            self.taken = self._take()
 
     def idle(self) -> None:
         """Show that all ranks are there."""

@@ -11,7 +11,7 @@ from nemo_aapo.distributed import parallel
 from nemo_aapo.engines.collective.digest import digest
 from nemo_aapo.engines.collective.meeting import Meeting, boxes_of, failures_named, meet, open_store
 from nemo_aapo.engines.collective.plan import PROTOCOL, Rendezvous
-from nemo_aapo.engines.remote.wire import WeightsId
+from nemo_aapo.engines.weights import WeightsId
 from nemo_aapo.errors import WeightsError
 from nemo_aapo.mcore.model import GPTModel
 from nemo_aapo.mcore.state import weight_parts
@@ -34,8 +34,10 @@ class WeightReceiver:
         self._meeting: Meeting | None = None
 
     @contextmanager
-    def meeting(self, where: Rendezvous, weights: WeightsId) -> Iterator[Callable[[], None]]:
+    def meeting(self, where: Rendezvous, weights: WeightsId) -> Iterator[Callable[[], int]]:
         """Meet the trainer, if that was not done before. Inside, the call that takes the weights and proves them.
+
+        That call returns the bytes of this rank's part.
 
         Nothing is touched before that call.
 
@@ -73,7 +75,7 @@ class WeightReceiver:
             timeout_s=self.timeout_s,
         )
 
-    def _take(self, weights: WeightsId) -> None:
+    def _take(self, weights: WeightsId) -> int:
         assert self._meeting is not None, "called inside ``meeting``"
         with failures_named("receiving weights"):
             self._meeting.exchange(self._meeting.senders + dist.get_rank(), self._parts)
@@ -81,3 +83,4 @@ class WeightReceiver:
             raise WeightsError(
                 f"rank {parallel.rank()}: {weights} did not arrive as the trainer has it: its digest here is {has}"
             )
+        return sum(part.tensor.nbytes for part in self._parts)

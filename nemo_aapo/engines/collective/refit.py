@@ -16,7 +16,7 @@ from nemo_aapo.engines.collective.sender import WeightSender
 from nemo_aapo.engines.remote.directory import ServerRecord, read_servers
 from nemo_aapo.engines.remote.dispatch import Fleet
 from nemo_aapo.engines.remote.servers import POLL_S
-from nemo_aapo.engines.remote.wire import Weights, WeightsId
+from nemo_aapo.engines.weights import Weights, WeightsId
 from nemo_aapo.errors import RunError, ServerError
 
 Update = tuple[ServerRecord, Weights]

@@ -23,12 +23,13 @@ from nemo_aapo.distributed.agreement import agree, on_first_rank
 from nemo_aapo.engines.base import OnFinish, PendingCompletions, RolloutStats
 from nemo_aapo.engines.collective.refit import CollectiveRefit
 from nemo_aapo.engines.collective.sender import WeightSender
+from nemo_aapo.engines.deltas import DeltaStore
 from nemo_aapo.engines.elsewhere import Finished, arranged, stats_of
-from nemo_aapo.engines.remote.deltas import DeltaStore
 from nemo_aapo.engines.remote.directory import Claim
 from nemo_aapo.engines.remote.dispatch import Call, Fleet
+from nemo_aapo.engines.remote.fleet_status import FleetWatch
 from nemo_aapo.engines.remote.weight_store import WeightStore
-from nemo_aapo.engines.remote.wire import Weights, WeightsId
+from nemo_aapo.engines.weights import Weights, WeightsId
 from nemo_aapo.errors import RunError
 from nemo_aapo.mcore.model import GPTModel
 from nemo_aapo.types import Completion, SamplingSpec
@@ -66,6 +67,7 @@ class RemoteEngine:
         self._versions = {base.id.policy_version: base}  # those that need not be written
         self.refit_bytes = 0
         fleet.whole_of = store.whole_of
+        self._watch = FleetWatch(fleet.directory)
         self._under_way: list[Weights] = []  # of the calls that were started and not waited for
 
     @classmethod
@@ -218,6 +220,10 @@ class RemoteEngine:
         self._versions = {v: weights for v, weights in self._versions.items() if v == 0 or v >= needed}
         if first:
             self.store.prune(keep=self._versions.values())
+
+    def server_metrics(self) -> dict[str, float]:
+        """See ``ReportsServers.server_metrics``."""
+        return self._watch.metrics() if parallel.rank() == 0 else {}
 
     def sleep(self) -> None:
         """Nothing to give back: the servers have devices of their own."""

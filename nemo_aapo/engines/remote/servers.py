@@ -64,6 +64,8 @@ class Servers:
         self.directory = open_directory(directory)
         self.servers, self.min_servers = servers, min_servers
         self.wait_s, self.timeout_s, self.retries = wait_s, timeout_s, retries
+        self.whole_of: Callable[[wire.Weights], wire.Weights | None] = lambda weights: None
+        """Weights in another form, for a server that can't use the first one; None: there is none."""
         self._log = log
         self._complete = False
         self._failed: dict[str, tuple[float, str]] = {}  # by instance: when and why
@@ -82,6 +84,8 @@ class Servers:
 
     async def with_session(self, action: Callable[[aiohttp.ClientSession], Awaitable[T]]) -> T:
         """The action's result, which may talk to the servers."""
+        if not self.directory.is_dir():
+            raise RunError(f"{self.directory}: the rollout servers' directory is gone; start them again with the run")
         headers = {"Authorization": f"Bearer {open_token(self.directory)}"}
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=PROBE_S, sock_read=self.timeout_s)
         # trust_env stays off: no proxy has a part in this, and the token goes to the servers alone

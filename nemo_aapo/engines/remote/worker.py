@@ -6,6 +6,7 @@ what comes after it waits for the refit, so that no completion is ever sampled f
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 import time
@@ -88,13 +89,15 @@ class EngineWorker:
         """The weights that the engine serves; None while it has none that are whole."""
         self.outstanding = 0
         """Number of completions that were asked for and are not generated yet."""
-        self.busy_seconds = 0.0
-        """Seconds spent in ``generate`` so far."""
+        self.refit_seconds = self.refit_bytes = math.nan
+        """What the last refit took, once its turn had come, and the bytes of the weights that it loaded."""
         self.built: Future[None] = Future()
         """Done once there is an engine; holds the error if there can't be one."""
         self.lost: Future[LostRankError] = Future()
         """Done once one of the server's ranks is gone: nothing is generated any more."""
         self._build, self._base, self._locate = build, base, locate
+        self._generated_s = 0.0  # by the batches that have ended
+        self._began: float | None = None  # the batch that runs
         self._queue: deque[Job | _Load] = deque()
         self._changed = threading.Condition()
         self._stopping = False
@@ -111,6 +114,22 @@ class EngineWorker:
         load = _Load(weights)
         self._put(load)
         return load.done
+
+    @property
+    def waiting(self) -> int:
+        """Number of requests and refits that wait for their turn."""
+        return len(self._queue)
+
+    @property
+    def busy_seconds(self) -> float:
+        """Seconds spent generating so far."""
+        began = self._began
+        return self._generated_s + (0.0 if began is None else time.perf_counter() - began)
+
+    @property
+    def kv_cache_use(self) -> float:
+        """Share of the engine's KV cache that is in use now; NaN where it does not tell, and without an engine."""
+        return self._hosted.kv_cache_use() if self.built.done() and not self.built.exception() else math.nan
 
     def stop(self, wait_s: float) -> bool:
         """Drop what waits, break off what runs at its next finished completion; True if the thread has ended."""
@@ -184,11 +203,11 @@ class EngineWorker:
         if load.weights.id == self.weights:
             load.done.set_result(None)
             return
-        touched = False
+        touched, began = False, time.perf_counter()
         try:
             with self._at_hand(load.weights) as take:
                 self.weights, touched = None, True  # half loaded: not ready until a whole version is
-                take()
+                self.refit_bytes = take()
         except Exception as error:  # what was not touched goes on being served
             if touched and not isinstance(error, RunError | ServerError):
                 traceback.print_exc()
@@ -197,15 +216,20 @@ class EngineWorker:
             if isinstance(error, LostRankError):
                 raise
             return
-        self.weights = load.weights.id
+        self.weights, self.refit_seconds = load.weights.id, time.perf_counter() - began
         load.done.set_result(None)
 
     @contextmanager
-    def _at_hand(self, weights: Weights) -> Iterator[Callable[[], None]]:
-        """Inside, all is there of some weights, and the call takes them over."""
+    def _at_hand(self, weights: Weights) -> Iterator[Callable[[], int]]:
+        """Inside, all is there of some weights, and the call takes them over; it returns their bytes."""
         if weights.rendezvous is None:
             with self._locate(weights, self._hosted.tensors) as folder:
-                yield lambda: self._hosted.load(folder, weights.id.policy_version)
+
+                def load() -> int:
+                    self._hosted.load(folder, weights.id.policy_version)
+                    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+                yield load
         elif self._hosted.meeting is None:
             raise WeightsError("this server's engine takes weights from files only: rollout.refit=files or delta")
         else:
@@ -231,7 +255,7 @@ class EngineWorker:
             if self._stopping or (self._hosted.can_break_off and all(job.cancelled for job in jobs)):
                 raise _Aborted
 
-        began = time.perf_counter()
+        self._began = time.perf_counter()
         end: Failure | None = None
         try:
             if self.weights != jobs[0].request.weights:
@@ -253,7 +277,7 @@ class EngineWorker:
             traceback.print_exc(file=sys.stderr)
             end = Failure("engine", f"the engine failed: {type(error).__name__}: {error}")
         self._count(-left)
-        self.busy_seconds += time.perf_counter() - began
+        self._generated_s, self._began = self.busy_seconds, None
         for job in jobs:
             job.emit(end)
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_aapo.engines.remote import deltas
-from nemo_aapo.engines.remote.deltas import DeltaStore, VersionReader
+from nemo_aapo.engines import deltas
+from nemo_aapo.engines.deltas import DeltaStore, VersionReader
 from nemo_aapo.engines.remote.weight_store import WeightStore
 from nemo_aapo.engines.remote.wire import Weights, WeightsId
 from nemo_aapo.errors import WeightsError

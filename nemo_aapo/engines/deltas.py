@@ -43,7 +43,7 @@ from nemo_aapo.engines.remote.weight_store import (
     write_new,
     write_whole,
 )
-from nemo_aapo.engines.remote.wire import Weights, WeightsId
+from nemo_aapo.engines.weights import Weights, WeightsId
 from nemo_aapo.errors import WeightsError
 from nemo_aapo.models.reader import WeightFiles
 from nemo_aapo.models.writer import write_shards
