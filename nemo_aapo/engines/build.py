@@ -67,7 +67,7 @@ class HostedEngine:
     can_break_off: bool
     """``generate`` may be left by an exception of ``on_finish``, and the engine goes on."""
     meeting: Callable[[Rendezvous, WeightsId], AbstractContextManager[Callable[[], int]]] | None = None
-    """Meets the trainer's ranks; inside, the call takes over what they send, and returns its bytes. None: takes files."""
+    """Meets the trainer's ranks; inside, the call takes what they send, and returns its bytes. None: only files."""
     idle: Callable[[], None] | None = None
     """To be called every few seconds while there is nothing to do; None: nobody waits for that."""
     kv_cache_use: Callable[[], float] = lambda: math.nan
