@@ -44,11 +44,11 @@ class Pace:
     mean_tokens: float = 30.0
     tail_factor: float = 5.0
     """Longest completion of a step over the mean."""
-    token_s: float = 0.02
+    token_s: float = 0.04
     """Seconds of a decoding step of a server, whatever the number of its sequences."""
     train_token_s: float = 0.001
     """Seconds of the learner on one completion token."""
-    steps: int = 16
+    steps: int = 12
 
     @property
     def completions(self) -> int:
@@ -107,6 +107,22 @@ def step_seconds(pace: Pace, folder: Path, *words: str) -> float:
         trainer, clock = _trainer(pace, config, folder, stack)
         trainer.fit()
     return (clock.ends[-1] - clock.ends[0]) / (len(clock.ends) - 1)
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this process is the only rank of a job; nothing here needs Megatron."""
+    import torch.distributed as dist
+
+    from nemo_aapo.distributed import parallel
+
+    parallel.join(WAIT_S)
+    world = dist.group.WORLD
+    parallel.use(parallel.Groups(world, world, world, world, world, world))
+    try:
+        yield
+    finally:
+        parallel.leave()
 
 
 # ---------------------------------------------------------------- the servers' side
@@ -172,8 +188,8 @@ async def _start(pace: Pace, directory: Path, token: str, index: int) -> tuple[A
 
     from nemo_aapo.engines.build import HostedEngine
     from nemo_aapo.engines.remote import wire
-    from nemo_aapo.engines.remote.service import Service
     from nemo_aapo.engines.remote.deltas import VersionReader
+    from nemo_aapo.engines.remote.service import Service
     from nemo_aapo.engines.remote.worker import EngineWorker
 
     engine, reader = PacedEngine(pace), VersionReader(directory, directory / f"copy_{index}")

@@ -76,6 +76,7 @@ class RemoteEngine:
                 wait_s=remote.wait_s,
                 timeout_s=remote.timeout_s,
                 retries=remote.retries,
+                share=(parallel.data_parallel_rank(), parallel.data_parallel_size()),
             )
         )
         claim = agree(lambda: Claim(fleet.directory, config.run.dir) if parallel.rank() == 0 else None)

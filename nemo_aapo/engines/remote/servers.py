@@ -44,6 +44,7 @@ class Servers:
         wait_s: float,
         timeout_s: float,
         retries: int,
+        share: tuple[int, int] = (0, 1),
         log: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
     ) -> None:
         """
@@ -54,6 +55,7 @@ class Servers:
             wait_s: how long to wait for them.
             timeout_s: the longest silence of a server that has work.
             retries: how often a prompt is sent again.
+            share: which of how many ranks asks these servers, each for prompts of its own.
             log: told once of each server that is left out.
 
         Raises:
@@ -61,7 +63,7 @@ class Servers:
         """
         self.directory = open_directory(directory)
         self.servers, self.min_servers = servers, min_servers
-        self.wait_s, self.timeout_s, self.retries = wait_s, timeout_s, retries
+        self.wait_s, self.timeout_s, self.retries, self.share = wait_s, timeout_s, retries, share
         self.whole_of: Callable[[wire.Weights], wire.Weights | None] = lambda weights: None
         """Weights in another form, for a server that can't use the first one; None: there is none."""
         self._log = log
@@ -183,6 +185,8 @@ class Servers:
 
 
 def complaint(response: aiohttp.ClientResponse, answer: dict[str, Any]) -> str:
+    if response.status == 404:
+        return f"HTTP 404: not a server of {wire.API}, but of another version of this code"
     return f"HTTP {response.status}: {answer.get('error') or response.reason}"
 
 
