@@ -187,8 +187,8 @@ async def _start(pace: Pace, directory: Path, token: str, index: int) -> tuple[A
     from aiohttp import web
 
     from nemo_aapo.engines.build import HostedEngine
+    from nemo_aapo.engines.deltas import VersionReader
     from nemo_aapo.engines.remote import wire
-    from nemo_aapo.engines.remote.deltas import VersionReader
     from nemo_aapo.engines.remote.service import Service
     from nemo_aapo.engines.remote.worker import EngineWorker
 

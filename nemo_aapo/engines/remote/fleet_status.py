@@ -93,7 +93,8 @@ def fleet_lines(directory: Path) -> list[str]:
         ConfigError: as ``ask_all``.
     """
     return [
-        f"server      {record.index} {record.address} {figures if isinstance(figures, str) else _said(figures)}"
+        f"server      {record.index} {record.address} {record.layout and f'{record.layout}, '}"
+        f"{figures if isinstance(figures, str) else _said(figures)}"
         for record, figures in ask_all(directory).items()
     ]
 

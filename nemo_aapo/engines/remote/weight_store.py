@@ -28,7 +28,7 @@ import safetensors.torch
 import torch
 
 from nemo_aapo.checkpoint.manifest import FileRecord, problem_with
-from nemo_aapo.engines.remote.wire import Weights, WeightsId
+from nemo_aapo.engines.weights import Weights, WeightsId
 from nemo_aapo.errors import RunError, WeightsError, WireError
 from nemo_aapo.models.directory import read_config_json
 from nemo_aapo.utils.buckets import tensor_buckets

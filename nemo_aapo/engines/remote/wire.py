@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from nemo_aapo.config import build
+from nemo_aapo.engines.collective.plan import Rendezvous
+from nemo_aapo.engines.weights import Weights, WeightsId
 from nemo_aapo.errors import ConfigError, WireError
 from nemo_aapo.types import Completion, Routes, SamplingSpec
 
@@ -26,34 +28,6 @@ MAX_SEED = 2**63
 """Seeds are below this."""
 MAX_LINE = 1 << 28
 """Bytes of the longest message; a completion of a million tokens takes a tenth of it."""
-
-
-@dataclass(frozen=True)
-class WeightsId:
-    """Names weights: two runs may have the same version of different ones.
-
-    Example: ``WeightsId(5, "1a2b3c4d...")``, shown as ``policy version 5 (1a2b3c4d)``.
-    """
-
-    policy_version: int
-    """Number of optimizer steps behind them."""
-    digest: str
-    """The SHA-256 of their manifest, which holds that of each file; for the base model, its ``model_digest``."""
-
-    def __str__(self) -> str:
-        return f"policy version {self.policy_version} ({self.digest[:8]})"
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Weights and where they lie.
-
-    Example: ``Weights(WeightsId(5, "1a2b..."), "weights/v5-1a2b3c4d/manifest.json")``
-    """
-
-    id: WeightsId
-    manifest: str | None
-    """Path relative to the directory that trainer and servers both see; None: the base model, ``model.path``."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +72,7 @@ class _Update:
     policy_version: int
     digest: str
     manifest: str | None
+    rendezvous: Rendezvous | None = None
 
 
 # ---------------------------------------------------------------- JSON
@@ -331,7 +306,8 @@ def as_asked(answer: tuple[int, int, Completion], sampling: SamplingSpec) -> tup
 
 def encode_weights(weights: Weights) -> bytes:
     """The body of ``update_weights``."""
-    return dump_object({**dataclasses.asdict(weights.id), "manifest": weights.manifest})
+    where = {"rendezvous": dataclasses.asdict(weights.rendezvous)} if weights.rendezvous else {}
+    return dump_object({**dataclasses.asdict(weights.id), "manifest": weights.manifest, **where})
 
 
 def decode_weights(body: Mapping[str, Any]) -> Weights:
@@ -341,7 +317,7 @@ def decode_weights(body: Mapping[str, Any]) -> Weights:
         WireError: as ``decode_request``.
     """
     update = _typed(_Update, body)
-    return Weights(WeightsId(update.policy_version, update.digest), update.manifest)
+    return Weights(WeightsId(update.policy_version, update.digest), update.manifest, rendezvous=update.rendezvous)
 
 
 def encode_weights_id(weights: WeightsId) -> bytes:

@@ -12,17 +12,20 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterator, Set
 from concurrent.futures import Future
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from nemo_aapo.engines.build import HostedEngine
 from nemo_aapo.engines.remote.wire import GenerateRequest, Weights, WeightsId
+from nemo_aapo.errors import LostRankError, RunError, ServerError, WeightsError
 from nemo_aapo.types import Completion
 
+IDLE_S = 5.0
+"""An engine of several ranks is called no later than this, so that they know of one another."""
 MERGE_S = 0.02
 """Seconds that a batch waits for requests that were sent together with its first one."""
 
@@ -90,6 +93,8 @@ class EngineWorker:
         """What the last refit took, once its turn had come, and the bytes of the weights that it loaded."""
         self.built: Future[None] = Future()
         """Done once there is an engine; holds the error if there can't be one."""
+        self.lost: Future[LostRankError] = Future()
+        """Done once one of the server's ranks is gone: nothing is generated any more."""
         self._build, self._base, self._locate = build, base, locate
         self._generated_s = 0.0  # by the batches that have ended
         self._began: float | None = None  # the batch that runs
@@ -158,17 +163,23 @@ class EngineWorker:
         except BaseException as error:  # for the main thread, which waits for it
             self.built.set_exception(error)
             return
-        while (batch := self._next()) is not None:
-            if isinstance(batch, _Load):
-                self._load(batch)
-            else:
-                self._generate(batch)
+        try:
+            while (batch := self._next()) is not None:
+                if isinstance(batch, _Load):
+                    self._load(batch)
+                else:
+                    self._generate(batch)
+            self._hosted.engine.close()
+        except LostRankError as error:
+            self.weights, self._stopping = None, True
+            self.lost.set_result(error)
         for item in self._queue:
             _drop(item)
-        self._hosted.engine.close()
 
     def _next(self) -> list[Job] | _Load | None:
         """What to do next: a refit, or a batch of requests that go together; None: stop."""
+        while self._hosted.idle is not None and not self._wait(IDLE_S):
+            self._hosted.idle()
         with self._changed:
             self._changed.wait_for(lambda: self._queue or self._stopping)
             if not self._stopping and isinstance(self._queue[0], Job):
@@ -184,23 +195,46 @@ class EngineWorker:
                 self._queue.popleft()
             return batch
 
+    def _wait(self, seconds: float) -> bool:
+        with self._changed:
+            return bool(self._changed.wait_for(lambda: self._queue or self._stopping, seconds))
+
     def _load(self, load: _Load) -> None:
         if load.weights.id == self.weights:
             load.done.set_result(None)
             return
         touched, began = False, time.perf_counter()
         try:
-            with self._locate(load.weights, self._hosted.tensors) as folder:
+            with self._at_hand(load.weights) as take:
                 self.weights, touched = None, True  # half loaded: not ready until a whole version is
-                self._hosted.load(folder, load.weights.id.policy_version)
-                self.refit_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+                self.refit_bytes = take()
         except Exception as error:  # what was not touched goes on being served
-            if touched:
+            if touched and not isinstance(error, RunError | ServerError):
                 traceback.print_exc()
+            print(f"refit to {load.weights.id} failed: {error}", file=sys.stderr, flush=True)
             load.done.set_exception(error)
+            if isinstance(error, LostRankError):
+                raise
             return
         self.weights, self.refit_seconds = load.weights.id, time.perf_counter() - began
         load.done.set_result(None)
+
+    @contextmanager
+    def _at_hand(self, weights: Weights) -> Iterator[Callable[[], int]]:
+        """Inside, all is there of some weights, and the call takes them over; it returns their bytes."""
+        if weights.rendezvous is None:
+            with self._locate(weights, self._hosted.tensors) as folder:
+
+                def load() -> int:
+                    self._hosted.load(folder, weights.id.policy_version)
+                    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+                yield load
+        elif self._hosted.meeting is None:
+            raise WeightsError("this server's engine takes weights from files only: rollout.refit=files or delta")
+        else:
+            with self._hosted.meeting(weights.rendezvous, weights.id) as take:
+                yield take
 
     def _generate(self, jobs: list[Job]) -> None:
         prompts, seeds, owners = [], [], []
@@ -235,6 +269,10 @@ class EngineWorker:
             end = _STOPPING
         except FloatingPointError as error:
             end = Failure("not_finite", str(error))
+        except LostRankError as error:
+            for job in jobs:
+                job.emit(Failure("engine", str(error)))
+            raise
         except Exception as error:  # the client learns of it and asks elsewhere; the rest is for this server's log
             traceback.print_exc(file=sys.stderr)
             end = Failure("engine", f"the engine failed: {type(error).__name__}: {error}")

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_aapo.engines.remote import deltas
-from nemo_aapo.engines.remote.deltas import DeltaStore, VersionReader
+from nemo_aapo.engines import deltas
+from nemo_aapo.engines.deltas import DeltaStore, VersionReader
 from nemo_aapo.engines.remote.weight_store import WeightStore
 from nemo_aapo.engines.remote.wire import Weights, WeightsId
 from nemo_aapo.errors import WeightsError
@@ -79,11 +79,15 @@ def test_servers_that_miss_repeat_and_reorder_versions_have_the_trainers_bytes(s
     assert 3 <= wholes <= 4
 
 
-def test_only_what_the_newest_version_needs_stays_and_what_a_server_reads(store, directory):
+def test_only_what_versions_that_are_asked_for_need_stays_and_what_a_server_reads(store, directory, monkeypatch):
     trainer = Trainer(store)
     for _ in range(3):
         weights = trainer.step()
         store.prune(keep=[weights])
+    monkeypatch.setattr(deltas, "WHOLE_EVERY", 2)
+    trainer.step()
+    store.prune(keep=[weights, trainer.versions[-1][0]])  # the newest is whole; the one before is still asked for
+    assert_has(VersionReader(directory, directory.parent / "late"), *trainer.versions[-2])
     reader = VersionReader(directory, directory.parent / "copy")
     with reader.whole(weights, set()):
         store.prune(keep=())

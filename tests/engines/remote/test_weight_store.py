@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_aapo.engines.remote.deltas import VersionReader
+from nemo_aapo.engines.deltas import VersionReader
 from nemo_aapo.engines.remote.weight_store import WeightStore
 from nemo_aapo.engines.remote.wire import Weights
 from nemo_aapo.errors import RunError, WeightsError, WireError

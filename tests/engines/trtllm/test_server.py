@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 
 from nemo_aapo.config import ModelShape
 from nemo_aapo.engines.build import build_hosted_engine
+from nemo_aapo.engines.deltas import VersionReader
 from nemo_aapo.engines.remote import wire
-from nemo_aapo.engines.remote.deltas import VersionReader
 from nemo_aapo.engines.remote.directory import ServerRecord, open_directory, open_token, publish
 from nemo_aapo.engines.remote.dispatch import Call, Fleet
 from nemo_aapo.engines.remote.service import Service

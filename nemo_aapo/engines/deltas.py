@@ -43,7 +43,7 @@ from nemo_aapo.engines.remote.weight_store import (
     write_new,
     write_whole,
 )
-from nemo_aapo.engines.remote.wire import Weights, WeightsId
+from nemo_aapo.engines.weights import Weights, WeightsId
 from nemo_aapo.errors import WeightsError
 from nemo_aapo.models.reader import WeightFiles
 from nemo_aapo.models.writer import write_shards
@@ -65,6 +65,7 @@ class DeltaStore(WeightStore):
         super().__init__(directory, model_path, bucket_bytes)
         self._last: dict[str, torch.Tensor] = {}
         self._chain: list[Weights] = []  # from the last whole version to the newest one
+        self._chains: dict[WeightsId, list[Weights]] = {}  # the same of older ones that may still be asked for
         self._lock = threading.Lock()
 
     def write(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> Weights:
@@ -82,6 +83,7 @@ class DeltaStore(WeightStore):
                 self._chain = []  # what is in memory is no version
                 raise
             self._chain.append(weights)
+            self._chains[weights.id] = list(self._chain)
             return weights
 
     def whole_of(self, weights: Weights) -> Weights | None:
@@ -101,8 +103,11 @@ class DeltaStore(WeightStore):
             return self._chain[0]
 
     def prune(self, keep: Collection[Weights]) -> None:
-        """As ``WeightStore.prune``; what a server that comes late needs for the newest version stays, too."""
-        super().prune([*keep, *(self._chain if keep else ())])
+        """As ``WeightStore.prune``; what these and the newest version are to be reached from stays, too."""
+        with self._lock:
+            self._chains = {weights.id: self._chains.get(weights.id, [weights]) for weights in keep}
+            newest = self._chain if keep else []
+        super().prune([*(link for chain in self._chains.values() for link in chain), *newest])
 
     def _write_files(
         self, tensors: Iterator[tuple[str, torch.Tensor]], folder: Path, version: int
