@@ -207,7 +207,7 @@ async def _start(pace: Pace, directory: Path, token: str, index: int) -> tuple[A
 
 def base() -> Any:
     """The name of the weights that servers begin with."""
-    from nemo_aapo.engines.remote.wire import WeightsId
+    from nemo_aapo.engines.weights import WeightsId
 
     return WeightsId(0, "0" * 64)
 
@@ -286,7 +286,7 @@ def _trainer(pace: Pace, config: Config, folder: Path, stack: contextlib.ExitSta
     from nemo_aapo.engines.remote.dispatch import Fleet
     from nemo_aapo.engines.remote.engine import RemoteEngine
     from nemo_aapo.engines.remote.weight_store import WeightStore
-    from nemo_aapo.engines.remote.wire import Weights
+    from nemo_aapo.engines.weights import Weights
     from nemo_aapo.rewards.workers.runner import RewardRunner
     from nemo_aapo.rollout.collector import Collector
     from nemo_aapo.rollout.pipeline import RolloutPipeline

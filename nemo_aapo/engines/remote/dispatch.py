@@ -215,8 +215,23 @@ class Fleet(Servers):
                             _raise(message["error"], message)
                         if "done" in message:
                             return
-                        yield wire.as_asked(wire.decode_completion(message, binary, prompts), request.sampling)
+                        yield _as_asked(wire.decode_completion(message, binary, prompts), request.sampling)
         raise ServerError("the connection ended before the answer did")
+
+
+def _as_asked(answer: tuple[int, int, Completion], sampling: SamplingSpec) -> tuple[int, int, Completion]:
+    """The answer itself, if it can be one of this sampling: a wrong one must not reach the learner."""
+    completion = answer[2]
+    if completion.finish_reason not in ("stop", "length"):
+        raise ServerError(f"sent a completion with finish_reason={str(completion.finish_reason)[:40]!r}")
+    if len(completion.token_ids) > sampling.max_new_tokens:
+        raise ServerError(
+            f"sent a completion of {len(completion.token_ids)} tokens, but sampling.max_new_tokens is "
+            f"{sampling.max_new_tokens}"
+        )
+    if not np.isfinite(completion.logprobs).all():
+        raise ServerError("sent log-probs that are not finite")
+    return answer
 
 
 def distribute(works: Sequence[Work], busy: Sequence[int], share: tuple[int, int] = (0, 1)) -> list[list[Work]]:

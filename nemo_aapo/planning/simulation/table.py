@@ -14,7 +14,7 @@ def head(simulation: Simulation) -> str:
     return (
         f"{simulation.steps} steps simulated on {simulation.gpus} GPUs, at the same lower bounds; lengths: "
         f"{simulation.lengths}\n(drawn: mean {simulation.mean_tokens:,.0f} tokens, the longest of a step "
-        f"{simulation.tail_factor:.1f} x)"
+        f"{simulation.tail_factor:.1f} x; rollout.max_new_tokens cuts {simulation.truncated_fraction:.1%})"
     )
 
 
