@@ -44,11 +44,11 @@ class Pace:
     mean_tokens: float = 30.0
     tail_factor: float = 5.0
     """Longest completion of a step over the mean."""
-    token_s: float = 0.02
+    token_s: float = 0.04
     """Seconds of a decoding step of a server, whatever the number of its sequences."""
     train_token_s: float = 0.001
     """Seconds of the learner on one completion token."""
-    steps: int = 16
+    steps: int = 12
 
     @property
     def completions(self) -> int:
@@ -107,6 +107,22 @@ def step_seconds(pace: Pace, folder: Path, *words: str) -> float:
         trainer, clock = _trainer(pace, config, folder, stack)
         trainer.fit()
     return (clock.ends[-1] - clock.ends[0]) / (len(clock.ends) - 1)
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this process is the only rank of a job; nothing here needs Megatron."""
+    import torch.distributed as dist
+
+    from nemo_aapo.distributed import parallel
+
+    parallel.join(WAIT_S)
+    world = dist.group.WORLD
+    parallel.use(parallel.Groups(world, world, world, world, world, world))
+    try:
+        yield
+    finally:
+        parallel.leave()
 
 
 # ---------------------------------------------------------------- the servers' side
@@ -191,7 +207,7 @@ async def _start(pace: Pace, directory: Path, token: str, index: int) -> tuple[A
 
 def base() -> Any:
     """The name of the weights that servers begin with."""
-    from nemo_aapo.engines.remote.wire import WeightsId
+    from nemo_aapo.engines.weights import WeightsId
 
     return WeightsId(0, "0" * 64)
 
@@ -270,7 +286,7 @@ def _trainer(pace: Pace, config: Config, folder: Path, stack: contextlib.ExitSta
     from nemo_aapo.engines.remote.dispatch import Fleet
     from nemo_aapo.engines.remote.engine import RemoteEngine
     from nemo_aapo.engines.remote.weight_store import WeightStore
-    from nemo_aapo.engines.remote.wire import Weights
+    from nemo_aapo.engines.weights import Weights
     from nemo_aapo.rewards.workers.runner import RewardRunner
     from nemo_aapo.rollout.collector import Collector
     from nemo_aapo.rollout.pipeline import RolloutPipeline

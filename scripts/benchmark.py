@@ -135,18 +135,12 @@ def refit(arguments: argparse.Namespace) -> dict[str, Any]:
 def staleness(arguments: argparse.Namespace) -> dict[str, Any]:
     """A step's time by rollout.async_depth on servers that wait for each token; writes docs/results/benchmarks.md."""
     from benchmarks import staleness
+    from benchmarks.paced import alone
     from benchmarks.page import write_section
-    from nemo_aapo.mcore.groups import destroy_model_parallel, initialize_model_parallel
-    from nemo_aapo.utils.libraries import quiet
 
-    quiet()
-    initialize_model_parallel(tensor_model_parallel_size=1, pipeline_model_parallel_size=1, seed=0, timeout_s=600)
     plan = staleness.QUICK if arguments.quick else staleness.Plan()
-    try:
-        with tempfile.TemporaryDirectory(prefix="aapo_benchmark_") as folder:
-            rows = staleness.measure(plan, Path(folder), lambda text: print(text, file=sys.stderr, flush=True))
-    finally:
-        destroy_model_parallel()
+    with tempfile.TemporaryDirectory(prefix="aapo_benchmark_") as folder, alone():
+        rows = staleness.measure(plan, Path(folder), lambda text: print(text, file=sys.stderr, flush=True))
     print(plain(*staleness.table(rows)), flush=True)
     if not arguments.quick:
         write_section(DOCS / "results" / "benchmarks.md", "staleness", markdown(*staleness.table(rows)))

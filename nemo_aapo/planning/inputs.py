@@ -203,7 +203,7 @@ def _engine(config: Config) -> Engine:
     trtllm = rollout.trtllm
     engines, gpus = layout.copies, layout.tensor * layout.pipeline
     if rollout.engine == "remote":
-        engines, gpus = rollout.remote.servers, 1
+        engines, gpus = rollout.remote.servers, rollout.server.tensor_parallel_size  # its stages take turns
         if rollout.server.engine == "trtllm":
             gpus = trtllm.tensor_parallel_size or 1
     return Engine(

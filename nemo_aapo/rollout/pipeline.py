@@ -1,10 +1,8 @@
 """The groups of each training step: generated when the step comes, or L = ``rollout.async_depth`` steps ahead of it.
 
-    L = 0    generate k          | train k      | refit | generate k+1          | train k+1 ...
-    L = 1    wait for k  | refit | train k              | wait for k+1  | refit | train k+1 ...
-                         | generate k+1 in the background               | generate k+2 ...
-    L = 2    wait for k  | refit | train k              | wait for k+1  | refit | train k+1 ...
-                         | generate k+2, while k+1 goes on              | generate k+3 ...
+    L = 0    generate k                  | train k          | refit | generate k+1            | train k+1 ...
+    L = 1    refit | begin k+1, wait for k | train k        | refit | begin k+2, wait for k+1 | train k+1 ...
+    L = 2    refit | begin k+2, wait for k | train k        | refit | begin k+3, wait for k+1 | train k+1 ...
 
 Step k trains on completions of the policy as it stood before step max(0, k - L), and steps are taken in order: which
 policy draws a completion follows from its step alone, never from how fast anybody was. With an engine that generates
@@ -76,6 +74,7 @@ class RolloutPipeline:
         """Since the last ``generate`` began, on this rank: rollout, reward, reference, refit."""
         self.metrics: dict[str, float] = {}
         """The engine's, over all ranks, when it generated the last groups; NaN where a checkpoint held them."""
+        self._refit_metrics: dict[str, float] = {}
         self._served: int = policy.version  # of the weights that the engine has
         self._ahead: dict[int, InFlightRollout | ScoredRollout] = {}  # by step: under way, or in hand
         self.buffer = RolloutBuffer(InOrder(config.rollout.async_depth), config.prompts_per_step)
@@ -101,9 +100,9 @@ class RolloutPipeline:
             RewardError: on all ranks; the rewards fail for everything, and nothing of the step was taken up.
             Interrupted: on all ranks; a stop broke off a wait, and nothing of the step was taken up.
         """
-        self.seconds = dict.fromkeys(("rollout", "reward", "reference", "refit"), 0.0)
-        if step > self.buffer.done:
-            self.buffer.trained()
+        refit_s = self.seconds.get("refit", 0.0) if self.runs_ahead else 0.0  # it came before
+        self.seconds = {**dict.fromkeys(("rollout", "reward", "reference"), 0.0), "refit": refit_s}
+        self._trained_before(step)
         rollout = self._finished(step) if step in self._ahead else self._drawn(step)
         self._watch.check(rollout.tally, f"step {step + 1}")
         with self._timed("reference"):
@@ -111,7 +110,7 @@ class RolloutPipeline:
             rewards = self.reference.rewards(prompts, step, self.reference_served) if self.reference else {}
         self._ahead.pop(step, None)
         self.buffer.take()
-        self.metrics = rollout.metrics
+        self.metrics = rollout.metrics | self._refit_metrics
         # What a step's completions tell counts from here on, whenever they were drawn.
         self.collector.length_predictor.observe(rollout.lengths)
         self.sampler.step = step + 1
@@ -119,14 +118,15 @@ class RolloutPipeline:
         return [group.replace(reference_rewards=rewards.get(group.prompt.id)) for group in rollout.groups]
 
     def begin(self, step: int) -> None:
-        """Have the completions of this step and of those behind it begun, ``rollout.async_depth`` steps in all.
+        """Have the completions begun that the policy draws before it is trained on this step.
 
-        Those that were not begun yet come from the policy that the engine serves now. They are generated in the
-        background, or by an engine that can't in the foreground.
+        Those are of the steps up to L = ``rollout.async_depth`` behind it, as far as the sampler knows their prompts.
+        They are generated in the background, or by an engine that can't in the foreground.
         """
+        self._trained_before(step)
         depth, background = self.config.rollout.async_depth, isinstance(self.collector.engine, BackgroundEngine)
-        for later in range(step, min(step + depth, self.config.trainer.max_steps)):
-            if later not in self._ahead:
+        for later in range(self.sampler.step, min(step + depth + 1, self.config.trainer.max_steps)):
+            if later not in self._ahead and self.sampler.knows(later):
                 self._ahead[later] = self._begun(later) if background else self._drawn(later)
 
     def settle(self) -> list[ScoredRollout]:
@@ -141,13 +141,16 @@ class RolloutPipeline:
         """Bring the engine to the policy's weights, where it has others; what is under way keeps those that it has."""
         version = self.policy.version
         if self._served != version:
+            engine = self.collector.engine
+            self.seconds["refit"] = 0.0
             with self._timed("refit"):
-                self.collector.engine.update_weights(self.policy.named_weights(), version)
-            if not self.collector.engine.shares_weights:
-                self.metrics["rollout/refit_bytes"] = self.collector.engine.refit_bytes
-            if isinstance(self.collector.engine, ReportsServers):
-                self.metrics |= self.collector.engine.server_metrics()
+                engine.update_weights(self.policy.named_weights(), version)
             self._served = version
+            if not engine.shares_weights:
+                self._refit_metrics = {"rollout/refit_bytes": engine.refit_bytes}
+            if isinstance(engine, ReportsServers):
+                self._refit_metrics |= engine.server_metrics()
+            self.metrics |= self._refit_metrics
 
     # ------------------------------------------------------------------ the reference
 
@@ -256,6 +259,10 @@ class RolloutPipeline:
                 f"the engine serves policy version {self._served}, the policy is at {self.policy.version}: refit() "
                 "comes before the next rollout"
             )
+
+    def _trained_before(self, step: int) -> None:
+        if step > self.buffer.done:
+            self.buffer.trained()
 
     def _observe(self, step: int, groups: Sequence[Group]) -> None:
         """Tell a sampler that goes by accuracy how many completions of each prompt were right, of those judged."""

@@ -2,8 +2,8 @@
 
     resume -> [ fill reference -> generate -> parity -> advantages -> update -> refit -> log -> validate -> save ] ...
 
-With ``rollout.async_depth`` the refit comes before the update, and the completions of later steps are generated
-meanwhile (``rollout/pipeline.py``).
+With ``rollout.async_depth`` the refit comes before a step's completions are waited for, and those of later steps are
+generated meanwhile (``rollout/pipeline.py``).
 """
 
 from __future__ import annotations
@@ -114,11 +114,9 @@ class AAPOTrainer:
     def train_step(self) -> None:
         """One step of ``fit``, without what stands around it: reference rewards, validation, checkpoints."""
         start = time.perf_counter()
+        self._run_ahead()  # before it is waited: an engine that has ended its part goes on meanwhile
         groups = self._generate()
-        if self.rollouts.runs_ahead:
-            with contextlib.suppress(Interrupted):  # by a stop: the loop ends with this step
-                self._refit()
-                self._generate_ahead()
+        self._run_ahead()  # with prompts that this step's completions have decided
         version = self.policy.version
         self._check_parity(groups, version)
         groups = self._with_advantages(groups)
@@ -140,9 +138,13 @@ class AAPOTrainer:
         with self._phase(f"step {self.step + 1}, rollout", "groups"):
             return self.rollouts.generate(self.step)
 
-    def _generate_ahead(self) -> None:
-        with self._phase(f"step {self.step + 2}, rollout", "next step's rollout begins"):
-            self.rollouts.begin(self.step + 1)
+    def _run_ahead(self) -> None:
+        """Where rollouts run ahead, have those begun that the policy draws before this step changes it."""
+        if self.rollouts.runs_ahead:
+            with contextlib.suppress(Interrupted):  # by a stop: the loop ends with this step
+                self._refit()
+                with self._phase(f"step {self.step + 1}, rollout", "next steps' rollouts begin"):
+                    self.rollouts.begin(self.step)
 
     def _check_parity(self, groups: list[Group], version: int) -> None:
         with self._phase(f"step {self.step + 1}, parity"):

@@ -57,19 +57,19 @@ def test_a_run_does_what_it_does_in_this_order(config):
     ]  # fmt: skip
 
 
-def test_one_step_ahead_the_next_rollout_begins_after_a_refit_and_before_the_update(config):
+def test_one_step_ahead_the_next_rollout_begins_after_a_refit_and_before_it_is_waited_for_this_steps(config):
     trainer = make(config, runs_ahead=True)
     assert trainer.fit()
     seen = trainer.reporter.journal.of("generate", "begin", "update", "refit")
-    assert seen[:8] == [
-        "generate 0 by 0", "begin 1 by 0", "update 0",
-        "generate 1 by 0", "refit to 1", "begin 2 by 1", "update 1", "refit to 2",  # for the validation
+    assert seen[:9] == [
+        "begin 0 by 0", "begin 1 by 0", "generate 0 by 0", "update 0",
+        "refit to 1", "begin 2 by 1", "generate 1 by 0", "update 1", "refit to 2",  # for the validation
     ]  # fmt: skip
     assert [line for line in seen if line.startswith("generate")] == [
         "generate 0 by 0", "generate 1 by 0", "generate 2 by 1", "generate 3 by 2", "generate 4 by 3",
     ]  # fmt: skip
     assert trainer.reporter.metrics[-1]["rollout/lag"] == 1
-    assert trainer.checkpoints.disk[2]["files"] == {"pending": b"(2, 1)"}
+    assert trainer.checkpoints.disk[2]["files"] == {"pending": b"{2: 1}"}
 
 
 @pytest.mark.parametrize(("interval", "steps"), [(0, []), (1, [0, 1, 2, 3, 4, 5]), (3, [0, 3, 5]), (9, [0, 5])])

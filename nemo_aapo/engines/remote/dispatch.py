@@ -118,7 +118,7 @@ class Fleet(Servers):
                     if fresh := not servers or len(servers) < self.min_servers:
                         servers = await self.usable(session, call.weights if alone else None)
                     busy = [self.queues.tokens(server.instance) for server in servers]
-                    for server, works in zip(servers, distribute(waiting, busy), strict=True):
+                    for server, works in zip(servers, distribute(waiting, busy, self.share), strict=True):
                         start(server, works, has_weights=fresh and alone)
                     waiting = []
                 done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
@@ -220,11 +220,26 @@ class Fleet(Servers):
                             if traced:
                                 traced.ends(message, request.sequences)
                             return
-                        yield wire.as_asked(wire.decode_completion(message, binary, prompts), request.sampling)
+                        yield _as_asked(wire.decode_completion(message, binary, prompts), request.sampling)
         raise ServerError("the connection ended before the answer did")
 
 
-def distribute(works: Sequence[Work], busy: Sequence[int]) -> list[list[Work]]:
+def _as_asked(answer: tuple[int, int, Completion], sampling: SamplingSpec) -> tuple[int, int, Completion]:
+    """The answer itself, if it can be one of this sampling: a wrong one must not reach the learner."""
+    completion = answer[2]
+    if completion.finish_reason not in ("stop", "length"):
+        raise ServerError(f"sent a completion with finish_reason={str(completion.finish_reason)[:40]!r}")
+    if len(completion.token_ids) > sampling.max_new_tokens:
+        raise ServerError(
+            f"sent a completion of {len(completion.token_ids)} tokens, but sampling.max_new_tokens is "
+            f"{sampling.max_new_tokens}"
+        )
+    if not np.isfinite(completion.logprobs).all():
+        raise ServerError("sent log-probs that are not finite")
+    return answer
+
+
+def distribute(works: Sequence[Work], busy: Sequence[int], share: tuple[int, int] = (0, 1)) -> list[list[Work]]:
     """Give each server its part of the work: a prompt goes to the server with the fewest tokens so far.
 
     Prompts with the most completions are given away first; among equals the order of the prompts counts, which is
@@ -233,11 +248,15 @@ def distribute(works: Sequence[Work], busy: Sequence[int]) -> list[list[Work]]:
 
     Args:
         busy: tokens that each server has to generate already.
+        share: which of how many ranks does this. Among equals each begins with another server: ranks that have fewer
+            prompts than there are servers would all ask the first ones.
     """
+    rank, ranks = share
+    order = [(k + rank * len(busy) // ranks) % len(busy) for k in range(len(busy))]
     parts: list[list[Work]] = [[] for _ in busy]
     tokens = list(busy)
     for work in sorted(works, key=lambda work: (-len(work.left), work.prompt)):
-        least = tokens.index(min(tokens))
+        least = min(order, key=tokens.__getitem__)
         parts[least].append(work)
         tokens[least] += work.tokens
     return [sorted(part, key=lambda work: work.prompt) for part in parts]

@@ -97,6 +97,7 @@ class RemoteEngine:
                 retries=remote.retries,
                 patience_s=config.cluster.signal_s / 2,
                 admit=admit,
+                share=(parallel.data_parallel_rank(), parallel.data_parallel_size()),
             )
         )
         claim = agree(lambda: Claim(fleet.directory, config.run.dir) if parallel.rank() == 0 else None)

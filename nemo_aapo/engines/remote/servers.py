@@ -53,6 +53,7 @@ class Servers:
         retries: int,
         patience_s: float = math.inf,
         admit: Callable[[ServerRecord], None] = lambda server: None,
+        share: tuple[int, int] = (0, 1),
         log: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
     ) -> None:
         """
@@ -66,6 +67,7 @@ class Servers:
             patience_s: what servers are at is waited for so long once a stop was asked for; servers that are not there
                 are not.
             admit: raises where a server must not be used at all; asked before it is told of any weights.
+            share: which of how many ranks asks these servers, each for prompts of its own.
             log: told once of each server that is left out.
 
         Raises:
@@ -73,7 +75,7 @@ class Servers:
         """
         self.directory = open_directory(directory)
         self.servers, self.min_servers = servers, min_servers
-        self.wait_s, self.timeout_s, self.retries = wait_s, timeout_s, retries
+        self.wait_s, self.timeout_s, self.retries, self.share = wait_s, timeout_s, retries, share
         self.patience_s, self.admit, self._log = patience_s, admit, log
         self.whole_of: Callable[[wire.Weights], wire.Weights | None] = lambda weights: None
         """Weights in another form, for a server that can't use the first one; None: there is none."""
@@ -81,8 +83,6 @@ class Servers:
         self._failed: dict[str, tuple[float, str]] = {}  # by instance: when and why
         self.queues = Queues()
         """Of this process's requests."""
-        self.whole_of: Callable[[wire.Weights], wire.Weights | None] = lambda weights: None
-        """Weights in another form, for a server that can't use the first one; None: there is none."""
 
     def prepare(self, weights: wire.Weights) -> None:
         """Have all servers serve these weights.
@@ -236,6 +236,8 @@ class Servers:
 
 
 def complaint(response: aiohttp.ClientResponse, answer: dict[str, Any]) -> str:
+    if response.status == 404:
+        return f"HTTP 404: not a server of {wire.API}, but of another version of this code"
     return f"HTTP {response.status}: {answer.get('error') or response.reason}"
 
 

@@ -264,7 +264,7 @@ def decode_completion(
         if tokens.size and (tokens.dtype.kind != "i" or tokens.min() < 0 or tokens.max() >= 2**31):
             raise ValueError("token_ids: integers from 0 on are needed")
         fields["token_ids"] = tokens.astype(np.int32)
-        with np.errstate(over="ignore"):  # ``as_asked`` refuses what is infinite then
+        with np.errstate(over="ignore"):  # what is infinite then is refused as such (dispatch.py)
             fields["logprobs"] = np.array(fields["logprobs"], dtype=np.float32)
         completion = Completion(**fields)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
@@ -280,25 +280,6 @@ def decode_completion(
     if i not in prompts:
         raise WireError(f"completion {i}, {j}: the routes of its prompt did not come")
     return i, j, dataclasses.replace(completion, routes=Routes(prompts[i], routes[counts[0] :]))
-
-
-def as_asked(answer: tuple[int, int, Completion], sampling: SamplingSpec) -> tuple[int, int, Completion]:
-    """The answer itself, if a completion can be one of this sampling: a wrong one must not reach the learner.
-
-    Raises:
-        WireError: it is too long, ended for a reason that there is not, or its log-probs are not finite.
-    """
-    i, j, completion = answer
-    if completion.finish_reason not in ("stop", "length"):
-        raise WireError(f"completion {i}, {j}: finish_reason={str(completion.finish_reason)[:40]!r}")
-    if len(completion.token_ids) > sampling.max_new_tokens:
-        raise WireError(
-            f"completion {i}, {j}: {len(completion.token_ids)} tokens, but sampling.max_new_tokens is "
-            f"{sampling.max_new_tokens}"
-        )
-    if not np.isfinite(completion.logprobs).all():
-        raise WireError(f"completion {i}, {j}: log-probs that are not finite")
-    return answer
 
 
 # ---------------------------------------------------------------- weights

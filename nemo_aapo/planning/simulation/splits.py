@@ -66,6 +66,8 @@ class Simulation:
     """Mean of the lengths drawn, cut at the limit."""
     tail_factor: float
     """Longest of a step's completions over their mean, averaged over the steps."""
+    truncated_fraction: float
+    """Share of the completions that the limit cut."""
     steps: int
     splits: list[Split]
     """Those on which everything fits: colocated first, then by the servers' share."""
@@ -106,6 +108,7 @@ def simulate(config: Config, question: Question, lengths: Lengths, gpus: int) ->
         lengths=str(lengths),
         mean_tokens=mean,
         tail_factor=sum(max(row) * count / sum(row) for row in drawn) / STEPS,
+        truncated_fraction=sum(n >= config.rollout.max_new_tokens for row in drawn for n in row) / STEPS / count,
         steps=STEPS,
         splits=splits,
         refits=[_refitted(fastest, question, kind) for kind in REFITS] if fastest else [],

@@ -14,7 +14,7 @@ def head(simulation: Simulation) -> str:
     return (
         f"{simulation.steps} steps simulated on {simulation.gpus} GPUs, at the same lower bounds; lengths: "
         f"{simulation.lengths}\n(drawn: mean {simulation.mean_tokens:,.0f} tokens, the longest of a step "
-        f"{simulation.tail_factor:.1f} x)"
+        f"{simulation.tail_factor:.1f} x; rollout.max_new_tokens cuts {simulation.truncated_fraction:.1%})"
     )
 
 
@@ -27,7 +27,7 @@ def rows(simulation: Simulation) -> list[list[str]]:
         found.append([_name(split), *cells, *_busy(split.outcomes[max(split.outcomes)])])
     for refit in simulation.refits:
         cells = [_seconds(refit.outcomes[depth], False) for depth in DEPTHS]
-        found.append([f"  of the fastest with servers, refit={refit.kind}", *cells, *_busy(refit.outcomes[DEPTHS[-1]])])
+        found.append([f"  fastest with servers, refit={refit.kind}", *cells, *_busy(refit.outcomes[DEPTHS[-1]])])
     return found
 
 
@@ -38,8 +38,14 @@ def verdict(simulation: Simulation) -> str:
     on_policy, fastest = best[0].outcomes[0].step_s, best[depth].outcomes[depth].step_s
     said = f"best on policy: {_name(best[0])}, {on_policy:.2f} s"
     if depth == 0:
-        return f"{said}; no staleness is faster"
-    return f"{said}; best of all: {_name(best[depth])} at async_depth {depth}, {on_policy / fastest:.2f} times as fast"
+        said = f"{said}; no staleness is faster"
+    else:
+        said = f"{said}; best: {_name(best[depth])}, async_depth {depth}, {on_policy / fastest:.2f} times as fast"
+    shortest = {refit.kind: min(outcome.step_s for outcome in refit.outcomes.values()) for refit in simulation.refits}
+    kind = min(shortest, key=shortest.__getitem__, default=None)
+    if kind is None or shortest[kind] >= fastest:
+        return said
+    return f"{said}\nrollout.refit={kind} on the fastest split with servers: {shortest[kind]:.2f} s"
 
 
 def tree(simulation: Simulation) -> dict[str, Any]:
@@ -51,7 +57,8 @@ def tree(simulation: Simulation) -> dict[str, Any]:
 def _name(split: Split) -> str:
     if not split.servers:
         return f"colocated, {split.layout}"
-    return f"{split.layout.ranks} GPUs, {split.servers} x {split.server_gpus} of servers"
+    servers = "1 server" if split.servers == 1 else f"{split.servers} servers"
+    return f"{split.layout.ranks} GPUs + {servers} x {split.server_gpus}"
 
 
 def _seconds(outcome: Outcome | None, best: bool) -> str:

@@ -27,6 +27,7 @@ from nemo_aapo.engines.remote.weight_store import WeightStore
 from nemo_aapo.errors import ConfigError, Interrupted, RunError
 from nemo_aapo.run import stop
 from nemo_aapo.types import Completion, SamplingSpec
+from tests.engines.remote.test_service import TOKEN, Server
 
 WEIGHTS = wire.Weights(wire.WeightsId(5, "5" * 64), "weights/v5-55555555/manifest.json")
 SPEC = SamplingSpec(temperature=1.0, max_new_tokens=8, stop_token_ids=(1,))
@@ -273,6 +274,22 @@ def test_a_directory_that_is_removed_in_the_middle_is_an_error_that_says_so(star
         ready.generate(make_call([2])[0])
 
 
+def test_a_server_of_another_protocol_version_is_said_to_be_one(fleet, tmp_path, monkeypatch):
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True).start()
+    with monkeypatch.context() as other_version:
+        other_version.setattr(wire, "API", "/v2")
+        server = Server(loop)
+    directory = open_directory(tmp_path / "servers")
+    (directory / "token").write_text(TOKEN)
+    (directory / "token").chmod(0o600)
+    publish(directory, ServerRecord(0, f"http://127.0.0.1:{server.listener.getsockname()[1]}", 1, "other"))
+    with pytest.raises(RunError, match=r"server 0 .*of another version of this code"):
+        fleet(1, wait_s=0.3).prepare(WEIGHTS)
+    assert server.harness.worker.stop(10)
+    loop.call_soon_threadsafe(loop.stop)
+
+
 def test_servers_that_never_come_are_missed_by_number(start, fleet, tmp_path):
     with pytest.raises(RunError, match=r"none has announced itself in .*servers"):
         fleet(1, wait_s=0.3).prepare(WEIGHTS)
@@ -318,6 +335,8 @@ def test_work_goes_where_the_least_is_to_be_drawn_the_longest_expected_first_and
             loads[taker] += work.tokens
         for part in parts:
             assert [w.prompt for w in part] == sorted(w.prompt for w in part)
+    few = [[len(part) for part in distribute([Work(0, [0], 9)] * 2, [0] * 8, (rank, 4))] for rank in range(4)]
+    assert [sum(column) for column in zip(*few, strict=True)] == [1] * 8  # ranks with two prompts each
     servers = start(always("well"), always("well"))
     call, _, _ = make_call([8, 1, 1, 1, 1])
     fleet(2).generate(call)
