@@ -94,7 +94,7 @@ class RolloutEngine(Protocol):
 
 @runtime_checkable
 class BackgroundEngine(RolloutEngine, Protocol):
-    """An engine that generates elsewhere while this process does something else: for ``rollout.async_depth=1``."""
+    """An engine that generates elsewhere while this process does something else: for ``rollout.async_depth``."""
 
     def start(
         self,
@@ -105,7 +105,8 @@ class BackgroundEngine(RolloutEngine, Protocol):
     ) -> PendingCompletions:
         """As ``generate``, but returns at once.
 
-        ``on_finish`` is called from another thread. Until ``result`` has returned, nothing else may be asked of the
-        engine. No collective is begun before ``result``.
+        ``on_finish`` is called from another thread. Several calls may be under way: each keeps the weights that were
+        served when it began, also where ``update_weights`` brings others meanwhile, and none waits for a later one. No
+        collective is begun before ``result``.
         """
         ...

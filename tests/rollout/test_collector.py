@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nemo_aapo.engines.base import RolloutStats
-from nemo_aapo.rollout.collector import engine_metrics
+from nemo_aapo.rollout.scored import engine_metrics
 from nemo_aapo.types import Prompt
 from tests.engines.megatron.generation import SEEDS, SPEC, TIGHT, VOCAB_SIZE, build, prompts
 
@@ -25,8 +25,8 @@ class Scores:
         assert text == str(completion.token_ids.tolist())
         self.items[index] = prompt.id, float(completion.token_ids.sum())
 
-    def collect(self):
-        items, self.items = self.items, {}
+    def collect(self, indices):
+        items = {index: self.items.pop(index) for index in indices}
         return {
             index: SimpleNamespace(score=score, parts={"sum": score}, failure=None)
             for index, (_, score) in items.items()
@@ -96,15 +96,16 @@ def _broken_off(where):
     from nemo_aapo.errors import Interrupted
     from nemo_aapo.rollout.collector import Collector
 
-    def stopped(*given):
+    def stopped(outcome):
         if parallel.rank() == 1:
             raise Interrupted("SIGTERM came")
-        return [[] for _ in given[0]] if given else {}
+        return outcome
 
     nothing = SimpleNamespace(wake=lambda: None, sleep=lambda: None, shares_weights=False, stats=None)
-    engine = SimpleNamespace(generate=stopped if where == "servers" else lambda ids, *_: [[] for _ in ids])
-    rewards = SimpleNamespace(submit=None, collect=stopped if where == "rewards" else dict)
-    collector = Collector(SimpleNamespace(**vars(nothing), **vars(engine)), rewards, str)
+    waits = {"servers": lambda outcome: outcome, "rewards": lambda outcome: outcome, where: stopped}
+    engine = SimpleNamespace(generate=lambda ids, *_: waits["servers"]([[] for _ in ids]), **vars(nothing))
+    rewards = SimpleNamespace(submit=None, collect=lambda indices: waits["rewards"]({}))
+    collector = Collector(engine, rewards, str)
     with pytest.raises(Interrupted) as broken:
         collector.collect([Prompt(str(i), ids, "", "", "") for i, ids in enumerate(prompts())], SPEC, SEEDS)
     return str(broken.value)

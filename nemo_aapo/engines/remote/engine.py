@@ -53,6 +53,7 @@ class RemoteEngine:
         self.stats: RolloutStats | None = None
         self._weights, self._routes = base, routes
         self._versions = {base.id.policy_version: base}  # those that need not be written
+        self._under_way: list[Weights] = []  # of the calls that were started and not waited for
 
     @classmethod
     def from_config(cls, config: Config, admit: Callable[[ServerRecord], None] = lambda server: None) -> RemoteEngine:
@@ -105,12 +106,21 @@ class RemoteEngine:
         on_finish: OnFinish | None = None,
     ) -> PendingCompletions:
         """See ``BackgroundEngine.start``; ``result`` raises what ``generate`` would have."""
-        ask = functools.partial(self._ask_servers, self._weights, prompts, sampling, seeds, on_finish)
         answered: Future[Outcome] = Future()
+        weights = self._weights
         if parallel.is_model_parallel_source():
+            number = self.fleet.queues.enter(weights.id)  # here, where calls begin in their order
+            ask = functools.partial(self._ask_servers, weights, prompts, sampling, seeds, on_finish, number)
             # A daemon: a run that ends in an error meanwhile does not wait for it.
             threading.Thread(target=lambda: answered.set_result(ask()), name="rollouts", daemon=True).start()
-        return _Pending(functools.partial(self._on_all_ranks, answered.result, seeds, on_finish, time.perf_counter()))
+        self._under_way.append(weights)
+        began = time.perf_counter()
+
+        def result() -> list[list[Completion]]:
+            self._under_way.remove(weights)
+            return self._on_all_ranks(answered.result, seeds, on_finish, began)
+
+        return _Pending(result)
 
     def _ask_servers(
         self,
@@ -119,6 +129,7 @@ class RemoteEngine:
         sampling: SamplingSpec,
         seeds: Sequence[Sequence[int]],
         on_finish: OnFinish | None,
+        number: int | None = None,
     ) -> Outcome:
         """Have the servers generate; called on the source rank alone, and not collective."""
         finished: Finished = []
@@ -134,8 +145,7 @@ class RemoteEngine:
                 raise _Enough
 
         try:
-            if any(seeds):
-                self.fleet.generate(Call(weights, prompts, sampling, seeds, keep))
+            self.fleet.generate(Call(weights, prompts, sampling, seeds, keep), number)
         except _Enough:  # its connections are closed, and servers drop what nobody waits for
             return finished
         except Exception as error:  # raised by ``_on_all_ranks``
@@ -182,9 +192,11 @@ class RemoteEngine:
         if version not in self._versions:
             self._versions[version] = parallel.broadcast_from_first_rank(agree(write))
         self._weights = self._versions[version]
-        agree(lambda: self.fleet.prepare(self._weights) if first else None)
-        # The base model, which is the reference, comes back; older ones of the policy's don't.
-        self._versions = {v: weights for v, weights in self._versions.items() if v == 0 or v >= version}
+        if not self._under_way:  # else each server takes them when it has ended what is
+            agree(lambda: self.fleet.prepare(self._weights) if first else None)
+        # The base model, which is the reference, comes back; older ones of the policy's that nothing waits for don't.
+        needed = min([version, *(weights.id.policy_version for weights in self._under_way)])
+        self._versions = {v: weights for v, weights in self._versions.items() if v == 0 or v >= needed}
         if first:
             self.store.prune(keep=self._versions.values())
 

@@ -113,7 +113,8 @@ class Service:
             return _error(503, "starting", "the model is being loaded")
         if weights is None:
             return _error(503, "no_weights", "no whole weights are loaded: a refit is going on, or failed half-way")
-        return web.Response(body=wire.encode_weights_id(weights), content_type="application/json")
+        served = {"policy_version": weights.policy_version, "digest": weights.digest}
+        return web.json_response({**served, "outstanding": self.worker.outstanding})
 
     async def _show_metrics(self, request: web.Request) -> web.Response:
         text = generate_latest(self._metrics.registry)

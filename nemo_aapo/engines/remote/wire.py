@@ -323,12 +323,12 @@ def encode_weights_id(weights: WeightsId) -> bytes:
 
 
 def decode_weights_id(body: Mapping[str, Any]) -> WeightsId:
-    """The reverse of ``encode_weights_id``.
+    """The reverse of ``encode_weights_id``; what else ``ready`` says is left alone.
 
     Raises:
         WireError: as ``decode_request``.
     """
-    return _typed(WeightsId, body)
+    return _typed(WeightsId, {name: value for name, value in body.items() if name in ("policy_version", "digest")})
 
 
 def _require_all(cls: type, fields: Any, path: str) -> None:
