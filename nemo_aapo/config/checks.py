@@ -45,6 +45,7 @@ def check_alone(config: Config) -> None:
         _check_trtllm_colocated(config)
     _check_algorithm(config)
     _check_async(config)
+    _check_refit(config)
     remote = config.rollout.remote
     if remote.min_servers > remote.servers:
         raise ConfigError(
@@ -275,6 +276,22 @@ def _check_async(config: Config) -> None:
         raise ConfigError(
             f"rollout.async_depth={depth} with data.sampling={config.data.sampling}: which prompts a step takes would "
             "depend on steps that are not trained on yet when it begins. Use data.sampling=uniform, or a depth of 1"
+        )
+
+
+def _check_refit(config: Config) -> None:
+    if config.rollout.refit != "collective":
+        return
+    if config.model.lora is not None or config.rollout.server.engine != "megatron":
+        which = "model.lora" if config.model.lora is not None else "rollout.server.engine=trtllm"
+        raise ConfigError(
+            f"rollout.refit=collective sends Megatron's own weights, and {which} makes those of trainer and server "
+            "differ: use rollout.refit=files or delta"
+        )
+    if config.rollout.async_depth > 1:
+        raise ConfigError(
+            f"rollout.refit=collective with rollout.async_depth={config.rollout.async_depth}: servers take weights at "
+            "different times then, and the trainer has the newest only. Use rollout.refit=files or delta"
         )
 
 

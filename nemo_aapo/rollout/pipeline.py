@@ -26,7 +26,7 @@ import torch
 from nemo_aapo.config import Config
 from nemo_aapo.data.sampler import PromptSampler
 from nemo_aapo.distributed import parallel
-from nemo_aapo.engines.base import BackgroundEngine
+from nemo_aapo.engines.base import BackgroundEngine, ReportsServers
 from nemo_aapo.rollout import pending
 from nemo_aapo.rollout.buffer import InOrder, RolloutBuffer
 from nemo_aapo.rollout.collector import Collector, InFlightRollout, own_shard
@@ -142,6 +142,10 @@ class RolloutPipeline:
         if self._served != version:
             with self._timed("refit"):
                 self.collector.engine.update_weights(self.policy.named_weights(), version)
+            if not self.collector.engine.shares_weights:
+                self.metrics["rollout/refit_bytes"] = self.collector.engine.refit_bytes
+            if isinstance(self.collector.engine, ReportsServers):
+                self.metrics |= self.collector.engine.server_metrics()
             self._served = version
 
     # ------------------------------------------------------------------ the reference

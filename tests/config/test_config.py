@@ -158,6 +158,13 @@ def test_words_that_are_right_pass():
             "512 + rollout.max_new_tokens=1024 = 1536",
         ),
         (["rollout.max_concurrent_tokens=99"], "rollout.max_concurrent_tokens=99", "can't hold one sequence"),
+        (["rollout.refit=copy"], "rollout.refit", "files"),
+        (["rollout.refit=collective", "rollout.server.engine=trtllm"], "rollout.refit=collective", "files or delta"),
+        (
+            ["cluster=slurm_servers", "cluster.servers.gpus_per_node=4", "rollout.server.tensor_parallel_size=8"],
+            "cluster.servers.gpus_per_node=4",
+            "a server is on one node",
+        ),
     ],
 )
 def test_what_can_not_work_is_refused_with_key_and_reason(words, key, reason):

@@ -87,6 +87,10 @@ RULES: tuple[tuple[str, Run | Elsewhere | NotRun], ...] = (
     (r"train\.py ", Run(SMALL)),
     (r"mypy$", Elsewhere("scripts/test.sh", "mypy")),
     (r"nohup python scripts/serve\.py", Elsewhere("tests/engines/remote/test_server_start.py", "nohup")),
+    (
+        r"serve\.py .*tensor_parallel_size=2",
+        Elsewhere("tests/engines/remote/test_server_ranks.py", "tensor_parallel_size"),
+    ),
     (r"serve\.py ", Run(SMALL)),
     (r"launch\.py (cluster=local|.*run\.name=tp2dp2)", Run(f"{SMALL} {TWO_RANKS}")),
     (r"launch\.py (fill )?cluster=(slurm|slurm_servers|interactive) (?!.*nemo_run)", DRY),
@@ -118,6 +122,7 @@ RULES: tuple[tuple[str, Run | Elsewhere | NotRun], ...] = (
     (r"bash scripts/(quickstart|environment)\.sh", Elsewhere("tests/project/test_scripts.py", "quickstart.sh")),
     (r"bash scripts/test\.sh", NotRun("it would run itself; CI runs it as it stands")),
     (r"benchmark\.py gpu|pytest.* tests/gpu", NotRun("needs a GPU")),
+    (r"benchmark\.py refit$", Elsewhere("tests/benchmarks/test_refit.py", "refit")),
     (r"benchmark\.py guard", Elsewhere("tests/benchmarks/test_guard.py", "guard")),
     (r"python -m pytest", NotRun("one of this session's own tests")),
     (r"bash scripts/nemo_run\.sh", NotRun("installs an environment: scripts/test.sh runs it")),

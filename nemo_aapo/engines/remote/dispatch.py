@@ -9,6 +9,7 @@ whether one did before.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -205,14 +206,17 @@ class Fleet(Servers):
             async with session.post(url, data=body) as response:
                 if response.status != 200:
                     _raise(complaint(response, answer := wire.load_object(await response.read())), answer)
-                messages, prompts = wire.MessageReader(), dict[int, np.ndarray]()
+                messages, prompts, heard = wire.MessageReader(), dict[int, np.ndarray](), time.monotonic()
                 async for data in response.content.iter_any():
+                    if time.monotonic() - heard > self.timeout_s:  # bytes came, and never a whole message
+                        raise ServerError(f"sent no whole message for {self.timeout_s:g} s")
                     for message, binary in messages.read(data):
+                        heard = time.monotonic()
                         if "error" in message:
                             _raise(message["error"], message)
                         if "done" in message:
                             return
-                        yield wire.decode_completion(message, binary, prompts)
+                        yield wire.as_asked(wire.decode_completion(message, binary, prompts), request.sampling)
         raise ServerError("the connection ended before the answer did")
 
 

@@ -125,10 +125,12 @@ class Service:
         try:
             await asyncio.shield(asyncio.wrap_future(self.worker.load(weights)))
         except WeightsError as error:
+            self._metrics.failed("weights")
             return _error(422, "weights", str(error))
         except WireError:
             raise
         except Exception as error:  # the worker has logged it
+            self._metrics.failed("refit")
             return _error(500, "engine", f"{weights.id} could not be loaded: {type(error).__name__}: {error}")
         self._metrics.refits.inc()
         return web.Response(body=wire.encode_weights_id(weights.id), content_type="application/json")
@@ -150,6 +152,7 @@ class Service:
         try:
             answer = await answers.get()
             if isinstance(answer, Failure):  # before the first completion: the status can still say so
+                self._metrics.failed(answer.reason)
                 return _error(_STATUS[answer.reason], answer.reason, answer.message)
             return await self._stream(request, answer, answers)
         finally:
@@ -178,7 +181,10 @@ class Service:
             self._metrics.finished(completion)
             count += 1
             following = await answers.get()
-        end = {"done": count} if following is None else {"error": following.message, "reason": following.reason}
+        end: dict[str, Any] = {"done": count}
+        if following is not None:
+            self._metrics.failed(following.reason)
+            end = {"error": following.message, "reason": following.reason}
         await response.write(wire.dump_object(end))
         return response
 
@@ -196,9 +202,16 @@ class _Metrics:
         )
         self.tokens = Counter("rollout_tokens", "Tokens of the completions sent", registry=self.registry)
         self.refits = Counter("rollout_refits", "Refits that ended well", registry=self.registry)
+        self.failures = Counter(
+            "rollout_failures", "Answers and refits that failed by reason", ["reason"], registry=self.registry
+        )
         for name, text, value in (
             ("rollout_outstanding_completions", "Asked for and not drawn yet", lambda: worker.outstanding),
+            ("rollout_waiting_requests", "Requests and refits whose turn has not come", lambda: worker.waiting),
+            ("rollout_kv_cache_use", "Share of the KV cache in use, NaN where not known", lambda: worker.kv_cache_use),
             ("rollout_generate_seconds", "Time spent generating", lambda: worker.busy_seconds),
+            ("rollout_last_refit_seconds", "Of the last refit, NaN before the first", lambda: worker.refit_seconds),
+            ("rollout_last_refit_bytes", "Bytes of the weights that it loaded", lambda: worker.refit_bytes),
             ("rollout_ready", "1 while whole weights are loaded", lambda: float(worker.weights is not None)),
             (
                 "rollout_policy_version",
@@ -207,6 +220,10 @@ class _Metrics:
             ),
         ):
             Gauge(name, text, registry=self.registry).set_function(value)
+
+    def failed(self, reason: str) -> None:
+        """Count an answer or a refit that failed."""
+        self.failures.labels(reason).inc()
 
     def finished(self, completion: Completion) -> None:
         """Count a completion that was sent."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import shutil
 import signal
 import threading
 import time
@@ -114,7 +115,16 @@ class ScriptedServer:
         if misdeed == "drop":
             request.transport.abort()
             return response
+        if misdeed == "drip":
+            for _ in range(200):
+                await response.write(b" ")
+                await asyncio.sleep(0.05)
+        following = lines[at % len(lines)] if lines else b"{}"
         extra = {
+            "long": spoilt(following, token_ids=[1] * 9, logprobs=[-1.0] * 9),
+            "negative": spoilt(following, token_ids=[-1], logprobs=[-1.0]),
+            "infinite": spoilt(following, token_ids=[1], logprobs=[-1e39]),
+            "bored": spoilt(following, finish_reason="bored"),
             "garbage": b"{not json\n",
             "twice": lines[at - 1],
             "unasked": lines[0].replace(b'"i":0', b'"i":99').replace(b'"j":0', b'"j":99').replace(b'"j":1', b'"j":98'),
@@ -128,7 +138,14 @@ class ScriptedServer:
         return response
 
 
-MISDEEDS = ("refuse", "html", "stale", "hang", "drop", "garbage", "twice", "unasked", "fail", "short")
+def spoilt(line: bytes, **fields) -> bytes:
+    return wire.dump_object({**wire.load_object(line), **fields})
+
+
+MISDEEDS = (
+    "refuse", "html", "stale", "hang", "drip", "drop", "garbage", "twice", "unasked", "fail", "short", "long",
+    "negative", "infinite", "bored",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -191,7 +208,7 @@ def test_a_server_that_misbehaves_costs_no_completion_and_doubles_none(start, fl
 
 def test_any_sequence_of_misdeeds_of_two_of_three_servers_is_survived(start, fleet):
     rng = random.Random(1)
-    quick = [misdeed for misdeed in MISDEEDS if misdeed != "hang"]
+    quick = [misdeed for misdeed in MISDEEDS if misdeed not in ("hang", "drip")]
 
     def script() -> str:
         return f"{rng.choice([*quick, 'well'])} {rng.randrange(30)}"
@@ -245,6 +262,15 @@ def test_a_step_goes_on_with_those_that_are_left_and_waits_for_no_more_than_min_
     assert sorted(told) == sorted(wanted)
     assert third.refits == [WEIGHTS]
     assert third.asked
+
+
+def test_a_directory_that_is_removed_in_the_middle_is_an_error_that_says_so(start, fleet, tmp_path):
+    start(always("well"))
+    ready = fleet()
+    ready.prepare(WEIGHTS)
+    shutil.rmtree(tmp_path / "servers")
+    with pytest.raises(RunError, match="servers: the rollout servers' directory is gone"):
+        ready.generate(make_call([2])[0])
 
 
 def test_servers_that_never_come_are_missed_by_number(start, fleet, tmp_path):
