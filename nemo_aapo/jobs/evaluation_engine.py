@@ -61,9 +61,8 @@ def _on_servers(
     """
     from nemo_aapo.engines.remote.engine import RemoteEngine
 
-    engine = RemoteEngine.from_config(
-        job.settings, admit=functools.partial(_require_precision, job.settings.precision.name)
-    )
+    admit = functools.partial(_require_precision, job.settings.precision.name)
+    engine = RemoteEngine.from_config(job.settings, admit=admit)
     stack.callback(engine.close)
     log(f"handing {job.source.path} to the rollout servers of {engine.fleet.directory}")
     if job.source.kind == "hf":

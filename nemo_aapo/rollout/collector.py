@@ -209,17 +209,17 @@ class Collector:
         observe_lengths: bool = True,
         work: _Shard | None = None,
     ) -> list[Group]:
-        ended, work = time.perf_counter(), work or shard
+        ended, did = time.perf_counter(), work or shard
 
         def judge() -> tuple[list[list[Completion]], Mapping[Hashable, Score]]:
             if isinstance(generated, Interrupted):
                 raise generated
-            return generated, self._judged(work)
+            return generated, self._judged(did)
 
         # One rank judges and tells the others: a timeout could strike on one of them and not on the next.
         completions, judged = agree(judge)
-        if work.places is not None:
-            completions, judged = _brought_home(shard, work.places, completions, work.texts, judged)
+        if did.places is not None:
+            completions, judged = _brought_home(shard, did.places, completions, did.texts, judged)
         own = [] if self.rewards is None else _scores(judged, list(map(len, completions)))
         scores, tally = parallel.broadcast_in_model_parallel((own, Tally.of(list(judged.values()))))
         judged_at = time.perf_counter()

@@ -133,7 +133,8 @@ class RolloutPipeline:
         """Wait for what is under way, so that the engine is free; the rollouts of the steps to come, in order.
 
         Raises:
-            Interrupted: on all ranks; a stop broke off the wait, and what was under way is lost.
+            Interrupted: on all ranks; a stop broke off the wait, and the first that was not there is lost, with those
+                behind it.
         """
         return [self._finished(step) for step in sorted(self._ahead)]
 
@@ -226,8 +227,8 @@ class RolloutPipeline:
             Interrupted: on all ranks; a stop broke off what draws them, so that a run which went on from here would
                 draw them with later weights.
         """
-        step, depth = self.sampler.step, self.config.rollout.async_depth
-        if any(later not in self._ahead for later in range(step, min(step + depth, self.config.trainer.max_steps))):
+        end = min(self.sampler.step + self.config.rollout.async_depth, self.config.trainer.max_steps)
+        if any(step not in self._ahead and self.sampler.knows(step) for step in range(self.sampler.step, end)):
             raise Interrupted("completions of the steps to come were not all begun")
         # What could not be scored at all is better sampled anew.
         kept = list(itertools.takewhile(lambda r: not r.tally.completions or r.tally.scored[TOTAL], self.settle()))
@@ -301,7 +302,10 @@ class RolloutPipeline:
         """The rollout of a step that was begun."""
         rollout = self._ahead[step]
         if isinstance(rollout, InFlightRollout):
+            behind = {later: self._ahead.pop(later) for later in sorted(self._ahead) if later > step}
+            del self._ahead[step]  # lost, as those behind it, if a stop breaks off the wait
             rollout = self._ahead[step] = self._scored(step, self.collector.finish(rollout))
+            self._ahead |= behind
         return rollout
 
     def _scored(self, step: int, groups: list[Group]) -> ScoredRollout:
