@@ -91,7 +91,7 @@ def test_rollouts_that_could_not_be_scored_at_all_are_not_kept_for_a_resumed_run
 
     trainer = SimpleNamespace(max_steps=2)
     config = SimpleNamespace(rollout=SimpleNamespace(async_depth=1), prompts_per_step=1, trainer=trainer)
-    sampler = SimpleNamespace(step=0)
+    sampler = SimpleNamespace(step=0, knows=lambda step: True)
     parts = {"collector": None, "sampling": None, "prompts": [], "sampler": sampler, "reference": None}
     pipeline = RolloutPipeline(config=config, policy=SimpleNamespace(version=0), **parts)
     pipeline._ahead = {0: ScoredRollout([], [], tally(8, a=0)), 1: ScoredRollout([], [], tally(8, a=1))}
