@@ -64,8 +64,6 @@ class Servers:
         self.directory = open_directory(directory)
         self.servers, self.min_servers = servers, min_servers
         self.wait_s, self.timeout_s, self.retries = wait_s, timeout_s, retries
-        self.whole_of: Callable[[wire.Weights], wire.Weights | None] = lambda weights: None
-        """Weights in another form, for a server that can't use the first one; None: there is none."""
         self._log = log
         self._complete = False
         self._failed: dict[str, tuple[float, str]] = {}  # by instance: when and why
