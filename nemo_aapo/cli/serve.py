@@ -130,7 +130,8 @@ async def _serve(job: ServerJob, directory: Path, token: str, listener: socket.s
             built.result()
             _say(index, f"serves {worker.weights}")
         lost = asyncio.wrap_future(worker.lost)
-        await asyncio.wait({stop, lost}, return_when=asyncio.FIRST_COMPLETED)
+        ends: set[asyncio.Future[Any]] = {stop, lost}
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         if not stop.done():
             raise lost.result()
         _say(index, f"stopping: {stop.result()}")

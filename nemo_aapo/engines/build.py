@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -108,7 +108,7 @@ def _hosted_megatron(config: Config, shape: ModelShape) -> HostedEngine:
     # torch would keep a record of the last 2,000 collectives, 2 MB
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "0")
     server = config.rollout.server
-    layout = {
+    layout: dict[str, Any] = {
         "tensor_model_parallel_size": server.tensor_parallel_size,
         "pipeline_model_parallel_size": server.pipeline_parallel_size,
         "expert_model_parallel_size": server.expert_parallel_size,

@@ -12,14 +12,14 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch.distributed as dist
 
 from nemo_aapo.distributed import parallel
 from nemo_aapo.distributed.agreement import first_error
-from nemo_aapo.engines.base import OnFinish
+from nemo_aapo.engines.base import OnFinish, RolloutEngine
 from nemo_aapo.engines.build import HostedEngine
 from nemo_aapo.engines.collective.plan import Rendezvous
 from nemo_aapo.engines.weights import WeightsId
@@ -45,7 +45,7 @@ def led(hosted: HostedEngine) -> HostedEngine:
         yield take
 
     return HostedEngine(
-        _LedEngine(ranks),
+        cast(RolloutEngine, _LedEngine(ranks)),
         lambda folder, version: ranks.call("load", folder, version),
         hosted.tensors,
         hosted.can_break_off,
@@ -114,7 +114,8 @@ class _Ranks:
         """Raises: LostRankError: the others can't know of what happened here, and may wait for this rank in vain."""
         try:
             if name == "generate":
-                self.generate(*arguments, on_finish=on_finish)
+                prompts, sampling, seeds = arguments
+                self.generate(prompts, sampling, seeds, on_finish)
             else:
                 getattr(self, name)(*arguments)
         except (*_ALIKE, dist.DistError):

@@ -77,8 +77,6 @@ class Servers:
         self.servers, self.min_servers = servers, min_servers
         self.wait_s, self.timeout_s, self.retries, self.share = wait_s, timeout_s, retries, share
         self.patience_s, self.admit, self._log = patience_s, admit, log
-        self.whole_of: Callable[[wire.Weights], wire.Weights | None] = lambda weights: None
-        """Weights in another form, for a server that can't use the first one; None: there is none."""
         self._complete = False
         self._failed: dict[str, tuple[float, str]] = {}  # by instance: when and why
         self.queues = Queues()
