@@ -81,6 +81,8 @@ class Servers:
         self._failed: dict[str, tuple[float, str]] = {}  # by instance: when and why
         self.queues = Queues()
         """Of this process's requests."""
+        self.whole_of: Callable[[wire.Weights], wire.Weights | None] = lambda weights: None
+        """Weights in another form, for a server that can't use the first one; None: there is none."""
 
     def prepare(self, weights: wire.Weights) -> None:
         """Have all servers serve these weights.
