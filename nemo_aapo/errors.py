@@ -42,6 +42,10 @@ class DriftError(RunError):
     """A function of an installed library is not the one that its replacement here was written for."""
 
 
+class AlgorithmError(RunError, ValueError):
+    """A hook of an algorithm raised something, or gave something else than it must; the message names hook and line."""
+
+
 class ParityError(RunError):
     """Engine and learner disagree on the log-probs of the same tokens."""
 

@@ -9,10 +9,10 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from unittest import mock
 
 from nemo_aapo.engines.remote.directory import ServerRecord, read_servers
 from nemo_aapo.launch.local import free_port, rank_environments
+from tests.forked import forking
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -23,10 +23,7 @@ class Servers:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         directory.parent.mkdir(parents=True, exist_ok=True)
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["tests.warm"])
-        with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)):
-            multiprocessing.forkserver.ensure_running()
+        self._context = forking()
         self.processes: dict[int, multiprocessing.Process] = {}
         self.others: list[multiprocessing.Process] = []
 

@@ -25,6 +25,7 @@ from nemo_aapo.config import Config
 from nemo_aapo.data.sampler import PromptSampler
 from nemo_aapo.distributed import parallel
 from nemo_aapo.engines.base import BackgroundEngine, ReportsServers
+from nemo_aapo.errors import Interrupted
 from nemo_aapo.rollout import pending
 from nemo_aapo.rollout.buffer import InOrder, RolloutBuffer
 from nemo_aapo.rollout.collector import Collector, InFlightRollout, own_shard
@@ -32,6 +33,7 @@ from nemo_aapo.rollout.reference import ReferenceRewards
 from nemo_aapo.rollout.scored import ScoredRollout, mean_lengths
 from nemo_aapo.rollout.unscored import TOTAL, ScoringWatch
 from nemo_aapo.seeds import stream_seed
+from nemo_aapo.trace import spans
 from nemo_aapo.types import Group, Prompt, SamplingSpec
 
 
@@ -96,12 +98,16 @@ class RolloutPipeline:
             FloatingPointError: the engine's log-probs are not finite.
             RuntimeError: the engine does not serve the policy: ``refit`` comes first.
             RewardError: on all ranks; the rewards fail for everything, and nothing of the step was taken up.
+            Interrupted: on all ranks; a stop broke off a wait, and nothing of the step was taken up.
         """
         refit_s = self.seconds.get("refit", 0.0) if self.runs_ahead else 0.0  # it came before
         self.seconds = {**dict.fromkeys(("rollout", "reward", "reference"), 0.0), "refit": refit_s}
         self._trained_before(step)
         rollout = self._finished(step) if step in self._ahead else self._drawn(step)
         self._watch.check(rollout.tally, f"step {step + 1}")
+        with self._timed("reference"):
+            prompts = self.prompts(step)
+            rewards = self.reference.rewards(prompts, step, self.reference_served) if self.reference else {}
         self._ahead.pop(step, None)
         self.buffer.take()
         self.metrics = rollout.metrics | self._refit_metrics
@@ -109,9 +115,6 @@ class RolloutPipeline:
         self.collector.length_predictor.observe(rollout.lengths)
         self.sampler.step = step + 1
         self._observe(step, rollout.groups)  # before the next step's prompts are asked for
-        with self._timed("reference"):
-            prompts = self.prompts(step)
-            rewards = self.reference.rewards(prompts, step, self.reference_served) if self.reference else {}
         return [group.replace(reference_rewards=rewards.get(group.prompt.id)) for group in rollout.groups]
 
     def begin(self, step: int) -> None:
@@ -127,7 +130,12 @@ class RolloutPipeline:
                 self._ahead[later] = self._begun(later) if background else self._drawn(later)
 
     def settle(self) -> list[ScoredRollout]:
-        """Wait for what is under way, so that the engine is free; the rollouts of the steps to come, in order."""
+        """Wait for what is under way, so that the engine is free; the rollouts of the steps to come, in order.
+
+        Raises:
+            Interrupted: on all ranks; a stop broke off the wait, and the first that was not there is lost, with those
+                behind it.
+        """
         return [self._finished(step) for step in sorted(self._ahead)]
 
     def refit(self) -> None:
@@ -214,7 +222,14 @@ class RolloutPipeline:
         """Rollouts made and not yet trained on, as files for a checkpoint; rank 0's count.
 
         All that were begun are waited for: the weights that would go on with them are gone when the run is resumed.
+
+        Raises:
+            Interrupted: on all ranks; a stop broke off what draws them, so that a run which went on from here would
+                draw them with later weights.
         """
+        end = min(self.sampler.step + self.config.rollout.async_depth, self.config.trainer.max_steps)
+        if any(step not in self._ahead and self.sampler.knows(step) for step in range(self.sampler.step, end)):
+            raise Interrupted("completions of the steps to come were not all begun")
         # What could not be scored at all is better sampled anew.
         kept = list(itertools.takewhile(lambda r: not r.tally.completions or r.tally.scored[TOTAL], self.settle()))
         if not kept:
@@ -287,7 +302,10 @@ class RolloutPipeline:
         """The rollout of a step that was begun."""
         rollout = self._ahead[step]
         if isinstance(rollout, InFlightRollout):
+            behind = {later: self._ahead.pop(later) for later in sorted(self._ahead) if later > step}
+            del self._ahead[step]  # lost, as those behind it, if a stop breaks off the wait
             rollout = self._ahead[step] = self._scored(step, self.collector.finish(rollout))
+            self._ahead |= behind
         return rollout
 
     def _scored(self, step: int, groups: list[Group]) -> ScoredRollout:
@@ -303,4 +321,6 @@ class RolloutPipeline:
     def _timed(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        end = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + end - start
+        spans.timed(name, start, end)

@@ -143,7 +143,6 @@ def test_words_that_are_right_pass():
         (["algorithm.loss=ratio_clip"], "algorithm.clip", "ratio_clip"),
         (["algorithm=grpo", "algorithm.clip.low=1.5"], "algorithm.clip.low", "(0, 1]"),
         (["algorithm.importance_weight_cap=0.5"], "algorithm.importance_weight_cap", "at least 1"),
-        (["algorithm=gpg", "group_size=1"], "group_size=1", "at least 2"),
         (["rewards=[]"], "rewards", "name at least one"),
         (["rewards=[{weight: 1}]"], "rewards[0]", "needs a name"),
         (["rewards=[{name: accuracy, weight: heavy}]"], "rewards[0].weight", "number"),

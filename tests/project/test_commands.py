@@ -18,11 +18,11 @@ import sys
 from collections.abc import Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
-from unittest import mock
 
 import pytest
 
 from nemo_aapo.launch.local import free_port, rank_environments
+from tests.forked import forking
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
@@ -84,6 +84,7 @@ RULES: tuple[tuple[str, Run | Elsewhere | NotRun], ...] = (
     (r"train\.py .*create_(wandb|mlflow)_logger", COMPOSED),  # packages that are extras
     (r"train\.py .*algorithm\.custom=", Elsewhere("tests/examples/test_algorithms.py", "FadingMargin")),
     (r"train\.py .*--replay", Elsewhere("tests/training/test_training.py", "rollout.replay=")),
+    (r"train\.py .*trace\.steps=", Elsewhere("tests/trace/test_traced_runs.py", "trace.steps=")),
     (r"train\.py ", Run(SMALL)),
     (r"mypy$", Elsewhere("scripts/test.sh", "mypy")),
     (r"nohup python scripts/serve\.py", Elsewhere("tests/engines/remote/test_server_start.py", "nohup")),
@@ -172,10 +173,7 @@ class Workplace:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["tests.warm"])
-        with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)):
-            multiprocessing.forkserver.ensure_running()
+        self._context = forking()
         self._done: set[str] = set()
         make_inputs(folder)
         given = "python scripts/train.py model.path=/models/any data.train=train.jsonl data.validation=test.jsonl"

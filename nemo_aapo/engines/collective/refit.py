@@ -18,6 +18,7 @@ from nemo_aapo.engines.remote.dispatch import Fleet
 from nemo_aapo.engines.remote.servers import POLL_S
 from nemo_aapo.engines.weights import Weights, WeightsId
 from nemo_aapo.errors import RunError, ServerError
+from nemo_aapo.run.stop import heed
 
 Update = tuple[ServerRecord, Weights]
 """A server and what it is to take, where."""
@@ -100,6 +101,8 @@ class CollectiveRefit:
         """
         while True:
             records = read_servers(self.fleet.directory)
+            for record in records:
+                self.fleet.admit(record)
             answers = await asyncio.gather(*(self.fleet.served(session, r) for r in records), return_exceptions=True)
             reasons: dict[int, str | None] = {}
             usable, others = 0, list[ServerRecord]()
@@ -115,4 +118,5 @@ class CollectiveRefit:
             if time.monotonic() >= deadline:
                 raise RunError(self.fleet.too_few(records, reasons, usable))
             tried.clear()
+            heed("rollout servers")
             await asyncio.sleep(POLL_S)

@@ -29,6 +29,7 @@ from nemo_aapo.engines.megatron.sampling import sample
 from nemo_aapo.engines.megatron.scheduler import Admission, Scheduler, capacity
 from nemo_aapo.engines.megatron.stop_strings import StopStrings
 from nemo_aapo.mcore.model import GPTModel
+from nemo_aapo.trace import spans
 from nemo_aapo.types import NO_ROUTE, Completion, SamplingSpec
 
 
@@ -230,6 +231,8 @@ class _Batch:
             self._lockstep.end_step()
         tokens, logprobs = self._finite(sampled)
         scheduler.record(tokens, logprobs, decoding_rows)
+        if spans.recorder is not None:
+            spans.recorder.sample("rows", live=scheduler.running, waiting=scheduler.waiting)
         self._steps, self._idle = self._steps + 1, self._idle + scheduler.rows - scheduler.running
         self._retire(self._stopped(tokens))
         return True

@@ -25,7 +25,7 @@ from nemo_aapo.engines.collective.refit import CollectiveRefit
 from nemo_aapo.engines.collective.sender import WeightSender
 from nemo_aapo.engines.deltas import DeltaStore
 from nemo_aapo.engines.elsewhere import Finished, arranged, stats_of
-from nemo_aapo.engines.remote.directory import Claim
+from nemo_aapo.engines.remote.directory import Claim, ServerRecord
 from nemo_aapo.engines.remote.dispatch import Call, Fleet
 from nemo_aapo.engines.remote.fleet_status import FleetWatch
 from nemo_aapo.engines.remote.weight_store import WeightStore
@@ -71,11 +71,17 @@ class RemoteEngine:
         self._under_way: list[Weights] = []  # of the calls that were started and not waited for
 
     @classmethod
-    def from_config(cls, config: Config, model: tuple[GPTModel, int] | None = None) -> RemoteEngine:
+    def from_config(
+        cls,
+        config: Config,
+        model: tuple[GPTModel, int] | None = None,
+        admit: Callable[[ServerRecord], None] = lambda server: None,
+    ) -> RemoteEngine:
         """Make the engine that ``rollout.remote`` describes. Collective.
 
         Args:
             model: for ``rollout.refit=collective``, this rank's stage and the size of its vocabulary.
+            admit: raises where a server must not be used.
 
         Raises:
             ConfigError: directory or token are open to others, or another client has the servers load its weights.
@@ -89,6 +95,8 @@ class RemoteEngine:
                 wait_s=remote.wait_s,
                 timeout_s=remote.timeout_s,
                 retries=remote.retries,
+                patience_s=config.cluster.signal_s / 2,
+                admit=admit,
                 share=(parallel.data_parallel_rank(), parallel.data_parallel_size()),
             )
         )

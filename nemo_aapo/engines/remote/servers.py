@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
@@ -16,6 +17,8 @@ from nemo_aapo.engines.remote import wire
 from nemo_aapo.engines.remote.directory import ServerRecord, open_directory, open_token, read_servers
 from nemo_aapo.engines.remote.queues import Queues
 from nemo_aapo.errors import RunError, ServerError, WeightsRefusedError, WireError
+from nemo_aapo.run.stop import heed
+from nemo_aapo.trace import spans
 
 T = TypeVar("T")
 
@@ -25,6 +28,8 @@ POLL_S = 0.25
 """Pause before servers that were not usable are asked again."""
 TURN_S = 0.05
 """Pause before it is asked again whether a server has ended what comes first."""
+HEED_S = 1.0
+"""Pause before a call looks again whether a stop was asked for."""
 FORGIVE_S = 60.0
 """A server that failed is asked again after this, or when nobody else is left."""
 _PROBE = aiohttp.ClientTimeout(total=PROBE_S)
@@ -46,6 +51,8 @@ class Servers:
         wait_s: float,
         timeout_s: float,
         retries: int,
+        patience_s: float = math.inf,
+        admit: Callable[[ServerRecord], None] = lambda server: None,
         share: tuple[int, int] = (0, 1),
         log: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
     ) -> None:
@@ -57,6 +64,9 @@ class Servers:
             wait_s: how long to wait for them.
             timeout_s: the longest silence of a server that has work.
             retries: how often a prompt is sent again.
+            patience_s: what servers are at is waited for so long once a stop was asked for; servers that are not there
+                are not.
+            admit: raises where a server must not be used at all; asked before it is told of any weights.
             share: which of how many ranks asks these servers, each for prompts of its own.
             log: told once of each server that is left out.
 
@@ -66,9 +76,9 @@ class Servers:
         self.directory = open_directory(directory)
         self.servers, self.min_servers = servers, min_servers
         self.wait_s, self.timeout_s, self.retries, self.share = wait_s, timeout_s, retries, share
+        self.patience_s, self.admit, self._log = patience_s, admit, log
         self.whole_of: Callable[[wire.Weights], wire.Weights | None] = lambda weights: None
         """Weights in another form, for a server that can't use the first one; None: there is none."""
-        self._log = log
         self._complete = False
         self._failed: dict[str, tuple[float, str]] = {}  # by instance: when and why
         self.queues = Queues()
@@ -79,6 +89,7 @@ class Servers:
 
         Raises:
             RunError: too few do in time; names each server and why.
+            Interrupted: a stop broke it off.
         """
         asyncio.run(self.with_session(lambda session: self.usable(session, weights)))
 
@@ -90,7 +101,14 @@ class Servers:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=PROBE_S, sock_read=self.timeout_s)
         # trust_env stays off: no proxy has a part in this, and the token goes to the servers alone
         async with aiohttp.ClientSession(headers=headers, timeout=timeout) as session:
-            return await action(session)
+            acting = asyncio.ensure_future(action(session))
+            try:
+                while not (await asyncio.wait([acting], timeout=HEED_S))[0]:
+                    heed("rollout servers", self.patience_s)
+                return acting.result()
+            finally:
+                acting.cancel()
+                await asyncio.gather(acting, return_exceptions=True)
 
     async def usable(self, session: aiohttp.ClientSession, weights: wire.Weights | None) -> list[ServerRecord]:
         """The servers that have these weights, after those that had others were told to load them; None: all there."""
@@ -99,6 +117,8 @@ class Servers:
             records, now = read_servers(self.directory), time.monotonic()
             asked = [r for r in records if now - self._failed.get(r.instance, (-FORGIVE_S, ""))[0] >= FORGIVE_S]
             asked = asked or records
+            for record in asked:
+                self.admit(record)
             problems = await asyncio.gather(*(self._problem(session, record, weights) for record in asked))
             usable = [record for record, problem in zip(asked, problems, strict=True) if problem is None]
             if self.are_enough(len(usable)):
@@ -106,6 +126,7 @@ class Servers:
             if time.monotonic() >= end:
                 reasons = {record.index: problem for record, problem in zip(asked, problems, strict=True)}
                 raise RunError(self.too_few(records, reasons, len(usable)))
+            heed("rollout servers")
             await asyncio.sleep(POLL_S)
 
     def are_enough(self, servers: int, settled: bool = True) -> bool:
@@ -183,6 +204,7 @@ class Servers:
             ServerError: why it does not; a ``WeightsRefusedError`` where that is due to the weights.
         """
         url, body = f"{server.address}{wire.API}/update_weights", wire.encode_weights(weights)
+        began = time.perf_counter_ns()
         with failures_named(self.timeout_s):
             async with session.post(url, data=body) as response:
                 answer = wire.load_object(await response.read())
@@ -190,6 +212,9 @@ class Servers:
                     raise (WeightsRefusedError if response.status == 422 else ServerError)(complaint(response, answer))
                 if wire.decode_weights_id(answer) != weights.id:
                     raise ServerError(f"was told to load {weights.id} and loaded {answer}")
+        if (recorder := spans.recorder) is not None:
+            name, process = f"refit to version {weights.id.policy_version}", f"rollout server {server.index}"
+            recorder.add(name, began, time.perf_counter_ns(), "server", process=process, track="refit")
 
     def fail(self, server: ServerRecord, reason: str) -> None:
         """Note that a server has failed."""

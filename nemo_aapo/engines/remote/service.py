@@ -4,7 +4,7 @@
     GET  /v1/ready            which weights it serves, or 503
     GET  /v1/metrics          Prometheus text
     POST /v1/generate         one line of JSON for each completion as it ends, bytes of routes behind it where it has
-                              some, then {"done": how many}
+                              some, then {"done": how many}; with the header X-Trace also "trace": what was done when
     POST /v1/update_weights   check and load other weights; answers when they are served
 
 Errors are {"error": message, "reason": word} with 400 (what was asked), 401 (token), 408, 409 (other weights), 413
@@ -23,7 +23,7 @@ from typing import Any
 from aiohttp import http_exceptions, web
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
-from nemo_aapo.engines.remote import wire
+from nemo_aapo.engines.remote import server_trace, wire
 from nemo_aapo.engines.remote.worker import Answer, EngineWorker, Failure, Job
 from nemo_aapo.errors import WeightsError, WireError, one_line
 from nemo_aapo.types import Completion
@@ -147,25 +147,30 @@ class Service:
         def emit(answer: Answer) -> None:
             loop.call_soon_threadsafe(answers.put_nowait, answer)
 
-        job = Job(asked, emit)
+        job = Job(asked, emit, traced=server_trace.HEADER in request.headers)
         self.worker.generate(job)
         try:
             answer = await answers.get()
             if isinstance(answer, Failure):  # before the first completion: the status can still say so
                 self._metrics.failed(answer.reason)
                 return _error(_STATUS[answer.reason], answer.reason, answer.message)
-            return await self._stream(request, answer, answers)
+            return await self._stream(request, answer, answers, job)
         finally:
             job.cancelled = True  # the client may have gone away in the middle
 
     async def _stream(
-        self, request: web.Request, answer: tuple[int, int, Completion] | None, answers: asyncio.Queue[Answer]
+        self,
+        request: web.Request,
+        answer: tuple[int, int, Completion] | None,
+        answers: asyncio.Queue[Answer],
+        job: Job,
     ) -> web.StreamResponse:
         """Send the first answer and those that follow, up to the end of the job.
 
         Args:
             answer: the first one.
             answers: where the others come.
+            job: what they answer.
         """
         has_bytes = answer is not None and answer[2].routes is not None
         kind = "application/octet-stream" if has_bytes else "application/x-ndjson"
@@ -185,6 +190,8 @@ class Service:
         if following is not None:
             self._metrics.failed(following.reason)
             end = {"error": following.message, "reason": following.reason}
+        if job.recorder is not None:
+            end["trace"] = server_trace.encode(job.received, job.recorder)
         await response.write(wire.dump_object(end))
         return response
 

@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import Literal
 
 from nemo_aapo.engines.build import HostedEngine
+from nemo_aapo.engines.remote import server_trace
 from nemo_aapo.engines.remote.wire import GenerateRequest, Weights, WeightsId
 from nemo_aapo.errors import LostRankError, RunError, ServerError, WeightsError
+from nemo_aapo.trace import spans
 from nemo_aapo.types import Completion
 
 IDLE_S = 5.0
@@ -53,6 +55,12 @@ class Job:
     request: GenerateRequest
     emit: Callable[[Answer], None]
     """Takes each answer; called from the worker's thread."""
+    traced: bool = False
+    """Whether its sender records a trace."""
+    received: int = field(default_factory=time.perf_counter_ns)
+    """When it came, nanoseconds."""
+    recorder: spans.Recorder | None = None
+    """At the end, what was done for it, if it was traced; of a batch the first such request has all of it."""
     cancelled: bool = False
     """True once nobody waits for the answers any more; whoever asked sets it."""
 
@@ -256,6 +264,7 @@ class EngineWorker:
                 raise _Aborted
 
         self._began = time.perf_counter()
+        _record(jobs)
         end: Failure | None = None
         try:
             if self.weights != jobs[0].request.weights:
@@ -263,7 +272,8 @@ class EngineWorker:
             elif not all(job.cancelled for job in jobs):
                 engine = self._hosted.engine
                 engine.wake()
-                engine.generate(prompts, jobs[0].request.sampling, seeds, on_finish)
+                with spans.span("generate", "server", prompts=len(prompts), completions=left, requests=len(jobs)):
+                    engine.generate(prompts, jobs[0].request.sampling, seeds, on_finish)
                 engine.sleep()
         except _Aborted:
             end = _STOPPING
@@ -276,6 +286,7 @@ class EngineWorker:
         except Exception as error:  # the client learns of it and asks elsewhere; the rest is for this server's log
             traceback.print_exc(file=sys.stderr)
             end = Failure("engine", f"the engine failed: {type(error).__name__}: {error}")
+        spans.stop()
         self._count(-left)
         self._generated_s, self._began = self.busy_seconds, None
         for job in jobs:
@@ -283,6 +294,13 @@ class EngineWorker:
 
 
 _STOPPING = Failure("stopping", "the server is stopping")
+
+
+def _record(jobs: Sequence[Job]) -> None:
+    """Record a batch from now on for its first traced request; the others get how long they waited."""
+    for job in [job for job in jobs if job.traced][::-1]:
+        job.recorder = spans.start("", server_trace.LIMIT)
+        job.recorder.add("waits", job.received, time.perf_counter_ns(), "server", track="queue")
 
 
 def _drop(item: Job | _Load) -> None:

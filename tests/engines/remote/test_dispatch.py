@@ -6,8 +6,10 @@ Real HTTP against scripted servers: their completions are a function of prompt a
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +24,8 @@ from nemo_aapo.engines.remote.dispatch import Call, Fleet, Work, distribute
 from nemo_aapo.engines.remote.engine import RemoteEngine
 from nemo_aapo.engines.remote.queues import Queues, Ticket
 from nemo_aapo.engines.remote.weight_store import WeightStore
-from nemo_aapo.errors import RunError
+from nemo_aapo.errors import ConfigError, Interrupted, RunError
+from nemo_aapo.run import stop
 from nemo_aapo.types import Completion, SamplingSpec
 from tests.engines.remote.test_service import TOKEN, Server
 
@@ -377,6 +380,27 @@ def test_once_it_is_enough_the_connections_are_closed_and_the_next_call_goes_on(
     assert 4 <= len(ended) <= 6  # what servers had sent by then comes too, and no more: each hangs after three
     first.script = second.script = lambda: "well"
     assert len(engine._ask_servers(*asked, None)) == 12
+
+
+@pytest.mark.parametrize("scripts", [(), (lambda: "hang 3",)], ids=["none_comes", "one_hangs"])
+def test_a_stop_ends_the_waiting_for_servers(start, fleet, monkeypatch, scripts):
+    monkeypatch.setattr(stop, "PATIENCE_S", 0.1)
+    start(*scripts)
+    waiting = fleet(wait_s=600, timeout_s=600, patience_s=0.1)
+    with stop.StopSignal(speak=False):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        with pytest.raises(Interrupted, match="SIGUSR1 came while waiting for rollout servers"):
+            waiting.generate(make_call([2, 2])[0])
+
+
+def test_a_server_that_is_not_admitted_is_told_of_no_weights(start, fleet):
+    def admit(server):
+        raise ConfigError(f"server {server.index} computes otherwise")
+
+    (server,) = start(lambda: "well")
+    with pytest.raises(ConfigError, match="server 0 computes otherwise"):
+        fleet(admit=admit).prepare(WEIGHTS)
+    assert not server.refits
 
 
 # ---------------------------------------------------------------- calls with different weights at a time

@@ -27,7 +27,7 @@ from nemo_aapo.engines.trtllm import settings as trtllm_settings
 from nemo_aapo.engines.trtllm.placement import Gpu
 from nemo_aapo.types import SamplingSpec
 from tests import fake_trtllm
-from tests.engines.trtllm.test_engine import PROMPTS, SEEDS, STOP, export_on_cpu
+from tests.engines.trtllm.conftest import PROMPTS, SEEDS, STOP, export_on_cpu
 from tests.fake_trtllm import TABLE, VOCAB, table
 from tests.tiny_models import make_config
 
