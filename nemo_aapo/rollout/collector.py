@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
@@ -15,10 +16,12 @@ from nemo_aapo.distributed import parallel
 from nemo_aapo.distributed.agreement import agree
 from nemo_aapo.engines.base import BackgroundEngine, OnFinish, PendingCompletions, RolloutEngine
 from nemo_aapo.engines.elsewhere import arranged
+from nemo_aapo.errors import Interrupted
 from nemo_aapo.rollout.length_predictor import LengthPredictor
 from nemo_aapo.rollout.scored import engine_metrics, mean_lengths
 from nemo_aapo.rollout.spread import Place, owner, ranks_in_step, spread, with_one_prompt
 from nemo_aapo.rollout.unscored import Score, Tally
+from nemo_aapo.trace import spans
 from nemo_aapo.types import Completion, Group, Prompt, SamplingSpec
 
 Watch = Callable[[int], bool]
@@ -124,13 +127,17 @@ class Collector:
             observe_lengths: let the completions' lengths decide the order of later calls.
             watch: once it has returned True, what has not ended is broken off, and a group has its first completions
                 only, be it none.
+
+        Raises:
+            Interrupted: on all ranks; a stop broke off the waiting for servers or rewards, and all of it is lost.
         """
         shard = self._shard(prompts, seeds)
         work = self._spread(prompts, seeds) or shard
         start = time.perf_counter()
         with self.offload():
             self.engine.wake()
-            completions = self.engine.generate(work.token_ids, sampling, work.seeds, self._scoring(work, watch))
+            ask = functools.partial(self.engine.generate, work.token_ids, sampling, work.seeds)
+            completions = _unless_stopped(lambda: ask(self._scoring(work, watch)))
             self.engine.sleep()
         return self._groups(shard, completions, start, observe_lengths, work)
 
@@ -151,7 +158,7 @@ class Collector:
     def finish(self, rollout: InFlightRollout) -> list[Group]:
         """Wait for what ``begin`` began; what ``collect`` would have returned."""
         start = time.perf_counter()
-        return self._groups(rollout.shard, rollout.completions.result(), start, observe_lengths=False)
+        return self._groups(rollout.shard, _unless_stopped(rollout.completions.result), start, observe_lengths=False)
 
     def _scoring(self, shard: _Shard, watch: Watch | None = None) -> OnFinish | None:
         """What has each completion scored as soon as it ends, which one rank does, and asks whether it is enough."""
@@ -162,6 +169,8 @@ class Collector:
         def score(i: int, j: int, completion: Completion) -> bool:
             shard.texts[i, j] = self.decode(completion.token_ids)
             scorer.submit((shard.number, i, j), shard.prompts[i], shard.texts[i, j], completion)
+            if spans.recorder is not None:
+                spans.recorder.sample("completions", ended=len(shard.texts))
             return enough()
 
         return score
@@ -195,20 +204,28 @@ class Collector:
     def _groups(
         self,
         shard: _Shard,
-        completions: list[list[Completion]],
+        generated: list[list[Completion]] | Interrupted,
         start: float,
         observe_lengths: bool = True,
         work: _Shard | None = None,
     ) -> list[Group]:
-        generated = time.perf_counter()
+        ended, work = time.perf_counter(), work or shard
+
+        def judge() -> tuple[list[list[Completion]], Mapping[Hashable, Score]]:
+            if isinstance(generated, Interrupted):
+                raise generated
+            return generated, self._judged(work)
+
         # One rank judges and tells the others: a timeout could strike on one of them and not on the next.
-        work = work or shard
-        judged = agree(lambda: self._judged(work))
+        completions, judged = agree(judge)
         if work.places is not None:
             completions, judged = _brought_home(shard, work.places, completions, work.texts, judged)
         own = [] if self.rewards is None else _scores(judged, list(map(len, completions)))
         scores, tally = parallel.broadcast_in_model_parallel((own, Tally.of(list(judged.values()))))
-        self.seconds = {"rollout": generated - start, "reward": time.perf_counter() - generated}
+        judged_at = time.perf_counter()
+        self.seconds = {"rollout": ended - start, "reward": judged_at - ended}
+        spans.timed("rollout", start, ended)
+        spans.timed("reward", ended, judged_at)
         groups = [
             Group(
                 prompt=prompt,
@@ -239,6 +256,14 @@ class Collector:
         self.metrics = engine_metrics([stats for stats, *_ in everyone if stats is not None])
         self.tally = sum((part for *_, part in everyone), Tally())
         self.lengths = [length for _, part, _ in everyone for length in part]
+
+
+def _unless_stopped(generate: Callable[[], list[list[Completion]]]) -> list[list[Completion]] | Interrupted:
+    """The completions; the error where a stop came, of which other ranks may not know yet."""
+    try:
+        return generate()
+    except Interrupted as error:
+        return error
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,8 @@ import torch
 from nemo_aapo.config import Config
 from nemo_aapo.data.sampler import PromptSampler
 from nemo_aapo.distributed import parallel
-from nemo_aapo.engines.base import BackgroundEngine
+from nemo_aapo.engines.base import BackgroundEngine, ReportsServers
+from nemo_aapo.errors import Interrupted
 from nemo_aapo.rollout import pending
 from nemo_aapo.rollout.buffer import InOrder, RolloutBuffer
 from nemo_aapo.rollout.collector import Collector, InFlightRollout, own_shard
@@ -34,6 +35,7 @@ from nemo_aapo.rollout.reference import ReferenceRewards
 from nemo_aapo.rollout.scored import ScoredRollout, mean_lengths
 from nemo_aapo.rollout.unscored import TOTAL, ScoringWatch
 from nemo_aapo.seeds import stream_seed
+from nemo_aapo.trace import spans
 from nemo_aapo.types import Group, Prompt, SamplingSpec
 
 
@@ -97,12 +99,16 @@ class RolloutPipeline:
             FloatingPointError: the engine's log-probs are not finite.
             RuntimeError: the engine does not serve the policy: ``refit`` comes first.
             RewardError: on all ranks; the rewards fail for everything, and nothing of the step was taken up.
+            Interrupted: on all ranks; a stop broke off a wait, and nothing of the step was taken up.
         """
         self.seconds = dict.fromkeys(("rollout", "reward", "reference", "refit"), 0.0)
         if step > self.buffer.done:
             self.buffer.trained()
         rollout = self._finished(step) if step in self._ahead else self._drawn(step)
         self._watch.check(rollout.tally, f"step {step + 1}")
+        with self._timed("reference"):
+            prompts = self.prompts(step)
+            rewards = self.reference.rewards(prompts, step, self.reference_served) if self.reference else {}
         self._ahead.pop(step, None)
         self.buffer.take()
         self.metrics = rollout.metrics
@@ -110,9 +116,6 @@ class RolloutPipeline:
         self.collector.length_predictor.observe(rollout.lengths)
         self.sampler.step = step + 1
         self._observe(step, rollout.groups)  # before the next step's prompts are asked for
-        with self._timed("reference"):
-            prompts = self.prompts(step)
-            rewards = self.reference.rewards(prompts, step, self.reference_served) if self.reference else {}
         return [group.replace(reference_rewards=rewards.get(group.prompt.id)) for group in rollout.groups]
 
     def begin(self, step: int) -> None:
@@ -127,7 +130,11 @@ class RolloutPipeline:
                 self._ahead[later] = self._begun(later) if background else self._drawn(later)
 
     def settle(self) -> list[ScoredRollout]:
-        """Wait for what is under way, so that the engine is free; the rollouts of the steps to come, in order."""
+        """Wait for what is under way, so that the engine is free; the rollouts of the steps to come, in order.
+
+        Raises:
+            Interrupted: on all ranks; a stop broke off the wait, and what was under way is lost.
+        """
         return [self._finished(step) for step in sorted(self._ahead)]
 
     def refit(self) -> None:
@@ -136,6 +143,10 @@ class RolloutPipeline:
         if self._served != version:
             with self._timed("refit"):
                 self.collector.engine.update_weights(self.policy.named_weights(), version)
+            if not self.collector.engine.shares_weights:
+                self.metrics["rollout/refit_bytes"] = self.collector.engine.refit_bytes
+            if isinstance(self.collector.engine, ReportsServers):
+                self.metrics |= self.collector.engine.server_metrics()
             self._served = version
 
     # ------------------------------------------------------------------ the reference
@@ -207,7 +218,14 @@ class RolloutPipeline:
         """Rollouts made and not yet trained on, as files for a checkpoint; rank 0's count.
 
         All that were begun are waited for: the weights that would go on with them are gone when the run is resumed.
+
+        Raises:
+            Interrupted: on all ranks; a stop broke off what draws them, so that a run which went on from here would
+                draw them with later weights.
         """
+        step, depth = self.sampler.step, self.config.rollout.async_depth
+        if any(later not in self._ahead for later in range(step, min(step + depth, self.config.trainer.max_steps))):
+            raise Interrupted("completions of the steps to come were not all begun")
         # What could not be scored at all is better sampled anew.
         kept = list(itertools.takewhile(lambda r: not r.tally.completions or r.tally.scored[TOTAL], self.settle()))
         if not kept:
@@ -292,4 +310,6 @@ class RolloutPipeline:
     def _timed(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        end = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + end - start
+        spans.timed(name, start, end)

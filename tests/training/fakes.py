@@ -70,8 +70,8 @@ class Rollouts:
 
     def refit(self):
         if self.served != self.policy.version:
+            self.journal.write(f"refit to {self.policy.version}")
             self.served = self.policy.version
-            self.journal.write(f"refit to {self.served}")
 
     def epochs(self, step):
         return float(step)
@@ -170,6 +170,14 @@ class Throughput:
         return {}
 
 
+class Tracer:
+    def begin(self, step): ...
+
+    def end(self): ...
+
+    def close(self): ...
+
+
 class Reporter:
     def __init__(self, journal) -> None:
         self.journal, self.stop, self.saved, self.notes, self.metrics = journal, False, [], [], []
@@ -218,6 +226,7 @@ def make(config, disk=None, runs_ahead=False):
         checkpoints=Checkpoints(journal, {} if disk is None else disk, kept),
         kept=kept,
         throughput=Throughput(),
+        tracer=Tracer(),
         reporter=Reporter(journal),
     )
 

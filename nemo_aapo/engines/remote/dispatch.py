@@ -9,6 +9,7 @@ whether one did before.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -17,7 +18,7 @@ import aiohttp
 import numpy as np
 
 from nemo_aapo.engines.base import OnFinish
-from nemo_aapo.engines.remote import wire
+from nemo_aapo.engines.remote import server_trace, wire
 from nemo_aapo.engines.remote.directory import ServerRecord
 from nemo_aapo.engines.remote.queues import Ticket
 from nemo_aapo.engines.remote.servers import TURN_S, Servers, complaint, failures_named
@@ -87,6 +88,7 @@ class Fleet(Servers):
         Raises:
             RunError: too few servers are left, or a prompt has failed too often; names each server and why.
             FloatingPointError: a server's weights give log-probs that are not finite.
+            Interrupted: a stop broke it off.
         """
         place = self.queues.enter(call.weights.id) if number is None else number
         try:
@@ -200,18 +202,25 @@ class Fleet(Servers):
         self, session: aiohttp.ClientSession, server: ServerRecord, request: wire.GenerateRequest
     ) -> AsyncIterator[tuple[int, int, Completion]]:
         url, body = f"{server.address}{wire.API}/generate", wire.encode_request(request)
+        traced = server_trace.begin(server.index)
+        headers = {server_trace.HEADER: "1"} if traced else None
         with failures_named(self.timeout_s):
-            async with session.post(url, data=body) as response:
+            async with session.post(url, data=body, headers=headers) as response:
                 if response.status != 200:
                     _raise(complaint(response, answer := wire.load_object(await response.read())), answer)
-                messages, prompts = wire.MessageReader(), dict[int, np.ndarray]()
+                messages, prompts, heard = wire.MessageReader(), dict[int, np.ndarray](), time.monotonic()
                 async for data in response.content.iter_any():
+                    if time.monotonic() - heard > self.timeout_s:  # bytes came, and never a whole message
+                        raise ServerError(f"sent no whole message for {self.timeout_s:g} s")
                     for message, binary in messages.read(data):
+                        heard = time.monotonic()
                         if "error" in message:
                             _raise(message["error"], message)
                         if "done" in message:
+                            if traced:
+                                traced.ends(message, request.sequences)
                             return
-                        yield wire.decode_completion(message, binary, prompts)
+                        yield wire.as_asked(wire.decode_completion(message, binary, prompts), request.sampling)
         raise ServerError("the connection ended before the answer did")
 
 
