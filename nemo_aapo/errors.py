@@ -90,6 +90,10 @@ class ServerError(Exception):
     """One rollout server did not do what it was asked; another may."""
 
 
+class WeightsRefusedError(ServerError):
+    """A rollout server can't use the weights as they were handed over; in another form it may."""
+
+
 def one_line(said: object) -> str:
     """An error or a text, its lines joined by semicolons."""
     return "; ".join(line.strip() for line in str(said).splitlines() if line.strip())

@@ -209,7 +209,7 @@ def control_run(action: str, words: Sequence[str]) -> int:
     if action == "logs":
         print(show_logs(paths, follow))
     elif action == "status" and (runs := listed(paths)):
-        print(overview.table(paths.run_dir, runs))
+        print("\n".join([overview.table(paths.run_dir, runs), *(fleet_lines(paths.servers) if len(runs) == 1 else ())]))
     elif action == "status":
         print(control.status(paths, fleet_lines))
     elif not overview.is_run(paths.run_dir) and (runs := overview.runs_below(paths.run_dir)):

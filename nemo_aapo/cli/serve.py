@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import hashlib
 import os
 import signal
 import socket
 import sys
+import tempfile
 import uuid
 from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
@@ -27,6 +29,7 @@ from nemo_aapo.utils.safetensors import model_digest
 
 if TYPE_CHECKING:
     from nemo_aapo.engines.build import HostedEngine
+    from nemo_aapo.engines.remote.deltas import VersionReader
     from nemo_aapo.engines.remote.wire import Weights, WeightsId
     from nemo_aapo.engines.remote.worker import EngineWorker
 
@@ -119,22 +122,32 @@ def _worker(job: ServerJob, directory: Path) -> EngineWorker:
     def base() -> WeightsId:
         return WeightsId(0, model_digest(path))
 
+    @functools.cache
+    def reader() -> VersionReader:
+        from nemo_aapo.engines.remote.deltas import VersionReader
+
+        name = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:8]
+        mine = open_directory(Path(tempfile.gettempdir()) / f"nemo_aapo-{os.getuid()}")
+        return VersionReader(directory, mine / f"server_{job.config.rollout.server.index}-{name}")
+
     def build() -> HostedEngine:
         from nemo_aapo.engines.build import build_hosted_engine
 
         return build_hosted_engine(job.config, job.shape)
 
-    def locate(weights: Weights, tensors: Set[str]) -> Path:
-        from nemo_aapo.engines.remote.weight_store import require_architecture, verified
+    @contextmanager
+    def locate(weights: Weights, tensors: Set[str]) -> Iterator[Path]:
+        from nemo_aapo.engines.remote.weight_store import require_architecture
         from nemo_aapo.errors import WeightsError
 
         if weights.manifest is not None:
-            folder = verified(directory, weights, tensors)
-            require_architecture(folder, Path(path))
-            return folder
-        if weights.id != base():
+            with reader().whole(weights, tensors) as folder:
+                require_architecture(folder, Path(path))
+                yield folder
+        elif weights.id == base():
+            yield Path(path)
+        else:
             raise WeightsError(f"the base model of this server, {path}, is another one than the trainer's")
-        return Path(path)
 
     return EngineWorker(build, base, locate)
 

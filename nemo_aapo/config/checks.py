@@ -175,7 +175,7 @@ def _check_replay(config: Config) -> None:
             f"rollout.replay={replay} has no engine that could be validated: set trainer.val_check_interval=0"
         )
     if config.rollout.async_depth or config.data.sampling != "uniform":
-        raise ConfigError("rollout.replay has no effect with rollout.async_depth=1 or data.sampling other than uniform")
+        raise ConfigError("rollout.replay has no effect with rollout.async_depth or data.sampling other than uniform")
     if Path(replay).absolute() == Path(directory).absolute():
         raise ConfigError(f"rollout.replay={replay}: is this run itself. Give this one another name (run.name=NAME)")
 
@@ -274,22 +274,20 @@ def _check_async(config: Config) -> None:
     depth, algorithm = config.rollout.async_depth, config.algorithm
     if depth == 0:
         return
-    if depth > 1:
-        raise ConfigError(f"rollout.async_depth={depth}: 0 or 1; rollouts older than one step are not supported")
-    if config.rollout.engine != "remote":
-        raise ConfigError(
-            f"rollout.async_depth=1 needs rollout.engine=remote: with {config.rollout.engine} the learner's own ranks "
-            "generate, so nothing would overlap"
-        )
     if algorithm.importance_weight_cap is None:
         raise ConfigError(
-            "rollout.async_depth=1 trains on rollouts of the policy before: set algorithm.importance_weight_cap (2.0, "
-            "say), or the loss takes them for its own"
+            f"rollout.async_depth={depth} trains on rollouts of an earlier policy: set algorithm.importance_weight_cap "
+            "(2.0, say), or the loss takes them for its own"
         )
-    if algorithm.reference == "online":
+    if algorithm.reference == "online" and config.rollout.engine == "remote":
         raise ConfigError(
-            "rollout.async_depth=1 with algorithm.reference=online: the servers can't sample from reference and "
+            f"rollout.async_depth={depth} with algorithm.reference=online: the servers can't sample from reference and "
             "policy at a time. Use algorithm.reference=cached"
+        )
+    if depth > 1 and config.data.sampling != "uniform":
+        raise ConfigError(
+            f"rollout.async_depth={depth} with data.sampling={config.data.sampling}: which prompts a step takes would "
+            "depend on steps that are not trained on yet when it begins. Use data.sampling=uniform, or a depth of 1"
         )
 
 

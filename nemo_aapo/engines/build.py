@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -61,6 +62,8 @@ class HostedEngine:
     """Names of all tensors that such a directory must have."""
     can_break_off: bool
     """``generate`` may be left by an exception of ``on_finish``, and the engine goes on."""
+    kv_cache_use: Callable[[], float] = lambda: math.nan
+    """Share of the KV cache that is in use now; NaN where the engine does not tell."""
 
 
 def build_hosted_engine(config: Config, shape: ModelShape) -> HostedEngine:
@@ -129,4 +132,4 @@ def _hosted_megatron(config: Config, shape: ModelShape) -> HostedEngine:
 
     load(Path(config.model.path), 0)
     tensors = frozenset(name for name, _ in weight_map.export(module))
-    return HostedEngine(engine, load, tensors, can_break_off=True)
+    return HostedEngine(engine, load, tensors, can_break_off=True, kv_cache_use=lambda: engine.kv_cache_use)

@@ -12,7 +12,7 @@ from nemo_aapo.errors import ConfigError
 from nemo_aapo.launch.world import World, decide, of_rank
 from nemo_aapo.models.directory import read_model_dir
 from nemo_aapo.prepare.job import Words, command_line
-from nemo_aapo.prepare.packages import MEGATRON, SERVERS, check_packages
+from nemo_aapo.prepare.packages import MEGATRON, check_packages, servers_need
 from nemo_aapo.prepare.text import check_tokenizer
 
 
@@ -43,7 +43,7 @@ def prepare_server(words: Words) -> ServerJob:
     shape = read_model_dir(config.model.path)
     config = with_routes_decided(config, shape)
     check_tokenizer(Path(config.model.path), shape.vocab_size)
-    check_packages([SERVERS] if hosts_trtllm else [SERVERS, *MEGATRON])
+    check_packages([*servers_need(config), *(() if hosts_trtllm else MEGATRON)])
     return ServerJob(config, shape)
 
 

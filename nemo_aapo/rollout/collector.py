@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
+import itertools
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -13,9 +13,10 @@ import numpy as np
 
 from nemo_aapo.distributed import parallel
 from nemo_aapo.distributed.agreement import agree
-from nemo_aapo.engines.base import BackgroundEngine, OnFinish, PendingCompletions, RolloutEngine, RolloutStats
+from nemo_aapo.engines.base import BackgroundEngine, OnFinish, PendingCompletions, RolloutEngine
 from nemo_aapo.engines.elsewhere import arranged
 from nemo_aapo.rollout.length_predictor import LengthPredictor
+from nemo_aapo.rollout.scored import engine_metrics, mean_lengths
 from nemo_aapo.rollout.spread import Place, owner, ranks_in_step, spread, with_one_prompt
 from nemo_aapo.rollout.unscored import Score, Tally
 from nemo_aapo.trace import spans
@@ -30,10 +31,10 @@ class RewardScorer(Protocol):
     """What the collector needs of ``rewards.workers.runner.RewardRunner``."""
 
     def submit(self, index: Any, prompt: Prompt, text: str, completion: Completion) -> None:
-        """Start scoring one completion; returns at once."""
+        """Start scoring one completion; returns at once. May be called from several threads."""
 
-    def collect(self) -> Mapping[Any, Score]:
-        """The scores of all completions submitted since the last call, by index."""
+    def collect(self, indices: Collection[Any]) -> Mapping[Any, Score]:
+        """Wait for the scores of these completions, by index; those of others that were submitted stay."""
         ...
 
 
@@ -56,6 +57,8 @@ class Defined(Protocol):
 class _Shard:
     """This data-parallel rank's part of the prompts, while its completions are generated and scored."""
 
+    number: int
+    """Tells its completions from those of others that are under way."""
     order: Sequence[int]
     """Where each prompt stands among the shard's: they enter the engine longest expected first."""
     prompts: Sequence[Prompt]
@@ -96,8 +99,11 @@ class Collector:
     """The last call's over all ranks: see ``engine_metrics``."""
     tally: Tally = field(default_factory=Tally)
     """The last call's over all ranks: how many completions were scored."""
+    lengths: list[tuple[str, float]] = field(default_factory=list)
+    """The last call's over all ranks: (prompt id, mean tokens of its completions), in the order of the prompts."""
     length_predictor: LengthPredictor = field(default_factory=LengthPredictor)
     """Decides which prompts enter the engine first; the same on all ranks."""
+    _numbers: Iterator[int] = field(default_factory=itertools.count)
 
     def collect(
         self,
@@ -132,23 +138,21 @@ class Collector:
     def begin(
         self, prompts: Sequence[Prompt], sampling: SamplingSpec, seeds: Sequence[Sequence[int]]
     ) -> InFlightRollout:
-        """As ``collect``, but returns at once.
-
-        Until ``finish``, neither the engine nor the rewards may be asked for anything else.
+        """As ``collect`` without ``observe_lengths``, but returns at once. Several may be under way.
 
         Raises:
             TypeError: the engine can't generate in the background.
         """
         engine = self.engine
         if not isinstance(engine, BackgroundEngine):
-            raise TypeError(f"rollout.async_depth=1 needs a BackgroundEngine, and {type(engine).__name__} is none")
+            raise TypeError(f"{type(engine).__name__} generates while everybody waits: it is no BackgroundEngine")
         shard = self._shard(prompts, seeds)
         return InFlightRollout(shard, engine.start(shard.token_ids, sampling, shard.seeds, self._scoring(shard)))
 
     def finish(self, rollout: InFlightRollout) -> list[Group]:
         """Wait for what ``begin`` began; what ``collect`` would have returned."""
         start = time.perf_counter()
-        return self._groups(rollout.shard, rollout.completions.result(), start)
+        return self._groups(rollout.shard, rollout.completions.result(), start, observe_lengths=False)
 
     def _scoring(self, shard: _Shard, watch: Watch | None = None) -> OnFinish | None:
         """What has each completion scored as soon as it ends, which one rank does, and asks whether it is enough."""
@@ -158,7 +162,7 @@ class Collector:
 
         def score(i: int, j: int, completion: Completion) -> bool:
             shard.texts[i, j] = self.decode(completion.token_ids)
-            scorer.submit((i, j), shard.prompts[i], shard.texts[i, j], completion)
+            scorer.submit((shard.number, i, j), shard.prompts[i], shard.texts[i, j], completion)
             if spans.recorder is not None:
                 spans.recorder.sample("completions", ended=len(shard.texts))
             return enough()
@@ -169,7 +173,7 @@ class Collector:
         mine = own_shard(len(prompts))
         prompts, seeds = prompts[mine], seeds[mine]
         order = self.length_predictor.longest_first(prompts)
-        return _Shard(order, [prompts[i] for i in order], [seeds[i] for i in order])
+        return _Shard(next(self._numbers), order, [prompts[i] for i in order], [seeds[i] for i in order])
 
     def _spread(self, prompts: Sequence[Prompt], seeds: Sequence[Sequence[int]]) -> _Shard | None:
         """What this rank's engine generates where ranks decode in step (``spread``); None: its own shard."""
@@ -184,6 +188,7 @@ class Collector:
         for k, j in spread(expected, [len(seeds[i]) for i in theirs], ranks)[rank % ranks]:
             taken.setdefault(theirs[k], []).append(j)
         return _Shard(
+            number=next(self._numbers),
             order=range(len(taken)),
             prompts=[prompts[i] for i in taken],
             seeds=[[seeds[i][j] for j in row] for i, row in taken.items()],
@@ -200,8 +205,9 @@ class Collector:
     ) -> list[Group]:
         generated = time.perf_counter()
         # One rank judges and tells the others: a timeout could strike on one of them and not on the next.
-        judged = agree(lambda: {} if self.rewards is None else self.rewards.collect())
-        if work is not None and work.places is not None:
+        work = work or shard
+        judged = agree(lambda: self._judged(work))
+        if work.places is not None:
             completions, judged = _brought_home(shard, work.places, completions, work.texts, judged)
         own = [] if self.rewards is None else _scores(judged, list(map(len, completions)))
         scores, tally = parallel.broadcast_in_model_parallel((own, Tally.of(list(judged.values()))))
@@ -209,7 +215,6 @@ class Collector:
         self.seconds = {"rollout": generated - start, "reward": judged_at - generated}
         spans.timed("rollout", start, generated)
         spans.timed("reward", generated, judged_at)
-        self._record(shard.prompts, completions, observe_lengths, tally)
         groups = [
             Group(
                 prompt=prompt,
@@ -221,44 +226,25 @@ class Collector:
             )
             for i, (prompt, row) in enumerate(zip(shard.prompts, completions, strict=True))
         ]
-        return [group for _, group in sorted(zip(shard.order, groups, strict=True), key=lambda pair: pair[0])]
+        groups = [group for _, group in sorted(zip(shard.order, groups, strict=True), key=lambda pair: pair[0])]
+        self._record(groups, tally)
+        if observe_lengths:
+            self.length_predictor.observe(self.lengths)
+        return groups
 
-    def _record(
-        self,
-        prompts: Sequence[Prompt],
-        completions: Sequence[Sequence[Completion]],
-        observe_lengths: bool,
-        tally: Tally,
-    ) -> None:
+    def _judged(self, work: _Shard) -> Mapping[Hashable, Score]:
+        """The scores of what this rank generated, by prompt and completion; none but on the source rank."""
+        if self.rewards is None:
+            return {}
+        scores = self.rewards.collect([(work.number, *place) for place in work.texts])
+        return {(i, j): score for (_, i, j), score in scores.items()}
+
+    def _record(self, groups: Sequence[Group], tally: Tally) -> None:
         """Metrics, lengths and the tally of scores over all data-parallel ranks."""
-        means = [
-            (prompt.id, float(np.mean([len(completion.token_ids) for completion in row])))
-            for prompt, row in zip(prompts, completions, strict=True)
-            if row
-        ]
-        everyone = parallel.gather_data_parallel((self.engine.stats, means, tally))
+        everyone = parallel.gather_data_parallel((self.engine.stats, mean_lengths(groups), tally))
         self.metrics = engine_metrics([stats for stats, *_ in everyone if stats is not None])
         self.tally = sum((part for *_, part in everyone), Tally())
-        if observe_lengths:
-            self.length_predictor.observe(mean for _, part, _ in everyone for mean in part)
-
-
-def engine_metrics(stats: Sequence[RolloutStats]) -> dict[str, float]:
-    """What the rollout cost.
-
-    Args:
-        stats: one for each data-parallel rank.
-
-    Returns:
-        ``rollout/idle_fraction``: share of the engines' rows that stood empty, averaged over their steps; NaN where an
-        engine can't tell. ``rollout/tokens_per_second``: completion tokens over the slowest engine's seconds.
-    """
-    steps, seconds = sum(stat.steps for stat in stats), max((stat.seconds for stat in stats), default=math.nan)
-    idle = sum(stat.idle_fraction * stat.steps for stat in stats)
-    return {
-        "rollout/idle_fraction": idle / steps if steps else float("nan"),
-        "rollout/tokens_per_second": sum(stat.tokens for stat in stats) / seconds,
-    }
+        self.lengths = [length for _, part, _ in everyone for length in part]
 
 
 @dataclass(frozen=True, slots=True)

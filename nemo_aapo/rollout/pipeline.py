@@ -1,15 +1,19 @@
-"""The groups of each training step: generated when the step comes, or one step ahead of it.
+"""The groups of each training step: generated when the step comes, or L = ``rollout.async_depth`` steps ahead of it.
 
-    rollout.async_depth 0    generate k          | train k      | refit | generate k+1          | train k+1 ...
-    rollout.async_depth 1    wait for k  | refit | train k              | wait for k+1  | refit | train k+1 ...
-                                         | generate k+1 in the background               | generate k+2 ...
+    L = 0    generate k          | train k      | refit | generate k+1          | train k+1 ...
+    L = 1    wait for k  | refit | train k              | wait for k+1  | refit | train k+1 ...
+                         | generate k+1 in the background               | generate k+2 ...
+    L = 2    wait for k  | refit | train k              | wait for k+1  | refit | train k+1 ...
+                         | generate k+2, while k+1 goes on              | generate k+3 ...
 
-Ahead, completions of step k+1 come from the policy before step k's update: one step old when they are trained on.
+Step k trains on completions of the policy as it stood before step max(0, k - L), and steps are taken in order: which
+policy draws a completion follows from its step alone, never from how fast anybody was. With an engine that generates
+in the foreground the bits are the same and no time is gained.
 """
 
 from __future__ import annotations
 
-import math
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -22,10 +26,13 @@ import torch
 from nemo_aapo.config import Config
 from nemo_aapo.data.sampler import PromptSampler
 from nemo_aapo.distributed import parallel
+from nemo_aapo.engines.base import BackgroundEngine, ReportsServers
 from nemo_aapo.rollout import pending
+from nemo_aapo.rollout.buffer import InOrder, RolloutBuffer
 from nemo_aapo.rollout.collector import Collector, InFlightRollout, own_shard
 from nemo_aapo.rollout.reference import ReferenceRewards
-from nemo_aapo.rollout.unscored import TOTAL, ScoringWatch, Tally
+from nemo_aapo.rollout.scored import ScoredRollout, mean_lengths
+from nemo_aapo.rollout.unscored import TOTAL, ScoringWatch
 from nemo_aapo.seeds import stream_seed
 from nemo_aapo.trace import spans
 from nemo_aapo.types import Group, Prompt, SamplingSpec
@@ -63,14 +70,15 @@ class RolloutPipeline:
         self.config, self.policy, self.collector, self.sampling = config, policy, collector, sampling
         self.data, self.sampler, self.reference = prompts, sampler, reference
         self.runs_ahead = bool(config.rollout.async_depth)
-        """Whether a step's rollout is generated while the step before it is trained on."""
+        """Whether a step's rollout is begun before the step before it is trained on."""
         self.seconds: dict[str, float] = {}
         """Since the last ``generate`` began, on this rank: rollout, reward, reference, refit."""
         self.metrics: dict[str, float] = {}
         """The engine's, over all ranks, when it generated the last groups; NaN where a checkpoint held them."""
         self._served: int = policy.version  # of the weights that the engine has
-        self._ahead: InFlightRollout | list[Group] | None = None  # the next step's: under way, or in hand
-        self._tally = Tally()  # of the groups in hand; empty where a checkpoint held them
+        self._ahead: dict[int, InFlightRollout | ScoredRollout] = {}  # by step: under way, or in hand
+        self.buffer = RolloutBuffer(InOrder(config.rollout.async_depth), config.prompts_per_step)
+        """Which groups have been started and not trained on."""
         self._watch = ScoringWatch()
 
     def prompts(self, step: int) -> list[Prompt]:
@@ -92,38 +100,47 @@ class RolloutPipeline:
             RewardError: on all ranks; the rewards fail for everything, and nothing of the step was taken up.
         """
         self.seconds = dict.fromkeys(("rollout", "reward", "reference", "refit"), 0.0)
-        prompts, groups = self.prompts(step), self.settle()
-        if groups is None:
-            self._require_refitted()
-            groups = self._collected(lambda: self.collector.collect(prompts, self.sampling, self._seeds(step, prompts)))
-        self._watch.check(self._tally, f"step {step + 1}")
-        self._ahead = None
+        if step > self.buffer.done:
+            self.buffer.trained()
+        rollout = self._finished(step) if step in self._ahead else self._drawn(step)
+        self._watch.check(rollout.tally, f"step {step + 1}")
+        self._ahead.pop(step, None)
+        self.buffer.take()
+        self.metrics = rollout.metrics
+        # What a step's completions tell counts from here on, whenever they were drawn.
+        self.collector.length_predictor.observe(rollout.lengths)
         self.sampler.step = step + 1
-        self._observe(step, groups)  # before the next step's prompts are asked for
+        self._observe(step, rollout.groups)  # before the next step's prompts are asked for
         with self._timed("reference"):
+            prompts = self.prompts(step)
             rewards = self.reference.rewards(prompts, step, self.reference_served) if self.reference else {}
-        return [group.replace(reference_rewards=rewards.get(group.prompt.id)) for group in groups]
+        return [group.replace(reference_rewards=rewards.get(group.prompt.id)) for group in rollout.groups]
 
     def begin(self, step: int) -> None:
-        """Have a step's completions generated in the background, by the policy that the engine serves now."""
-        if step < self.config.trainer.max_steps:
-            self._require_refitted()
-            prompts = self.prompts(step)
-            self._ahead = self.collector.begin(prompts, self.sampling, self._seeds(step, prompts))
+        """Have the completions of this step and of those behind it begun, ``rollout.async_depth`` steps in all.
 
-    def settle(self) -> list[Group] | None:
-        """Wait for what is under way, so that the engine is free; the next step's groups, where it runs ahead."""
-        if isinstance(self._ahead, InFlightRollout):
-            rollout = self._ahead
-            self._ahead = self._collected(lambda: self.collector.finish(rollout))
-        return self._ahead
+        Those that were not begun yet come from the policy that the engine serves now. They are generated in the
+        background, or by an engine that can't in the foreground.
+        """
+        depth, background = self.config.rollout.async_depth, isinstance(self.collector.engine, BackgroundEngine)
+        for later in range(step, min(step + depth, self.config.trainer.max_steps)):
+            if later not in self._ahead:
+                self._ahead[later] = self._begun(later) if background else self._drawn(later)
+
+    def settle(self) -> list[ScoredRollout]:
+        """Wait for what is under way, so that the engine is free; the rollouts of the steps to come, in order."""
+        return [self._finished(step) for step in sorted(self._ahead)]
 
     def refit(self) -> None:
-        """Bring the engine to the policy's weights, where it has others; nothing may be under way."""
+        """Bring the engine to the policy's weights, where it has others; what is under way keeps those that it has."""
         version = self.policy.version
         if self._served != version:
             with self._timed("refit"):
                 self.collector.engine.update_weights(self.policy.named_weights(), version)
+            if not self.collector.engine.shares_weights:
+                self.metrics["rollout/refit_bytes"] = self.collector.engine.refit_bytes
+            if isinstance(self.collector.engine, ReportsServers):
+                self.metrics |= self.collector.engine.server_metrics()
             self._served = version
 
     # ------------------------------------------------------------------ the reference
@@ -186,26 +203,37 @@ class RolloutPipeline:
             ValueError: the state belongs to another order of prompts.
         """
         self.sampler.load_state_dict(state["sampler"])
+        self.buffer.done = self.sampler.step
         self.collector.length_predictor.load_state_dict(state["completion_lengths"])
         if self.reference is not None:
             self.reference.load_state_dict(state["reference"])
 
     def pending_files(self) -> dict[str, bytes]:
-        """Rollouts made and not yet trained on, as files for a checkpoint; rank 0's count."""
-        groups = self.settle()
-        if groups is None or (self._tally.completions and not self._tally.scored[TOTAL]):
-            return {}  # what could not be scored at all is better sampled anew
-        everyone = [group for part in parallel.gather_data_parallel(groups) for group in part]
+        """Rollouts made and not yet trained on, as files for a checkpoint; rank 0's count.
+
+        All that were begun are waited for: the weights that would go on with them are gone when the run is resumed.
+        """
+        # What could not be scored at all is better sampled anew.
+        kept = list(itertools.takewhile(lambda r: not r.tally.completions or r.tally.scored[TOTAL], self.settle()))
+        if not kept:
+            return {}
+        parts = parallel.gather_data_parallel([rollout.groups for rollout in kept])
+        everyone = [group for of_step in zip(*parts, strict=True) for part in of_step for group in part]
         return {pending.FILE_NAME: pending.pack(everyone) if parallel.rank() == 0 else b""}
 
     def load_pending(self, checkpoint: Path, step: int) -> None:
-        """Take up the rollouts that a checkpoint holds for the next step, if it holds any."""
+        """Take up the rollouts that a checkpoint holds for the steps to come, if it holds any."""
         path = checkpoint / pending.FILE_NAME
         content = path.read_bytes() if parallel.rank() == 0 and path.exists() else None
         if (content := parallel.broadcast_from_first_rank(content)) is not None:
-            self.metrics = {"rollout/idle_fraction": math.nan, "rollout/tokens_per_second": math.nan}
-            self._tally = Tally()
-            self._ahead = pending.unpack(content, self.prompts(step))[own_shard(self.config.prompts_per_step)]
+            size = self.config.prompts_per_step
+            steps = range(step, step + pending.count(content) // size)
+            groups = pending.unpack(content, [prompt for later in steps for prompt in self.prompts(later)])
+            for i, later in enumerate(steps):
+                of_step = groups[i * size : (i + 1) * size]
+                for k in range(size):
+                    self.buffer.restore((later, k), max(0, later - self.config.rollout.async_depth))
+                self._ahead[later] = ScoredRollout(of_step[own_shard(size)], mean_lengths(of_step))
 
     # ------------------------------------------------------------------ parts
 
@@ -232,12 +260,38 @@ class RolloutPipeline:
             for i in range(len(prompts))
         ]
 
-    def _collected(self, collect: Callable[[], list[Group]]) -> list[Group]:
-        groups = collect()
-        self._tally = self.collector.tally
-        self.seconds |= self.collector.seconds
-        self.metrics = self.collector.metrics
-        return groups
+    def _begun(self, step: int) -> InFlightRollout:
+        prompts = self._started(step)
+        return self.collector.begin(prompts, self.sampling, self._seeds(step, prompts))
+
+    def _drawn(self, step: int) -> ScoredRollout:
+        prompts = self._started(step)
+        seeds = self._seeds(step, prompts)
+        return self._scored(step, self.collector.collect(prompts, self.sampling, seeds, observe_lengths=False))
+
+    def _started(self, step: int) -> list[Prompt]:
+        """The prompts of a step whose completions are begun, by the policy that the engine serves."""
+        self._require_refitted()
+        prompts = self.prompts(step)
+        for i in range(len(prompts)):
+            self.buffer.start((step, i))
+        return prompts
+
+    def _finished(self, step: int) -> ScoredRollout:
+        """The rollout of a step that was begun."""
+        rollout = self._ahead[step]
+        if isinstance(rollout, InFlightRollout):
+            rollout = self._ahead[step] = self._scored(step, self.collector.finish(rollout))
+        return rollout
+
+    def _scored(self, step: int, groups: list[Group]) -> ScoredRollout:
+        """What the collector has just returned for a step, with what it knows of it."""
+        collector = self.collector
+        for i in range(self.config.prompts_per_step):
+            self.buffer.drawn((step, i))
+        for name, seconds in collector.seconds.items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+        return ScoredRollout(groups, collector.lengths, collector.tally, collector.metrics)
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:

@@ -30,7 +30,7 @@ from nemo_aapo.data.sampler import PromptSampler
 from nemo_aapo.data.tokenizer import load_text
 from nemo_aapo.distributed import parallel
 from nemo_aapo.distributed.agreement import agree, on_first_rank
-from nemo_aapo.engines.base import RolloutEngine
+from nemo_aapo.engines.base import BackgroundEngine, RolloutEngine
 from nemo_aapo.engines.build import build_engine
 from nemo_aapo.errors import CheckpointError, ConfigError
 from nemo_aapo.evaluation.validation import Validator
@@ -192,6 +192,11 @@ def build_rollouts(
     make_engine = parts.get("engine")
     engine = make_engine(policy) if make_engine else build_engine(config, policy, job.shape, text.decode)
     stack.callback(engine.close)
+    if trains and (depth := config.rollout.async_depth) and not isinstance(engine, BackgroundEngine):
+        reporter.note(
+            f"rollout.async_depth={depth}: without rollout servers the learner waits while it generates: the results "
+            "are those of servers, and no time is gained"
+        )
     collector = Collector(engine, scorer, text.decode)
     if config.rollout.offload_learner and trains:
         optimization = policy.optimization

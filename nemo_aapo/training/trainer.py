@@ -2,7 +2,7 @@
 
     resume -> [ fill reference -> generate -> parity -> advantages -> update -> refit -> log -> validate -> save ] ...
 
-With ``rollout.async_depth=1`` the refit comes before the update, and the next step's completions are generated
+With ``rollout.async_depth`` the refit comes before the update, and the completions of later steps are generated
 meanwhile (``rollout/pipeline.py``).
 """
 

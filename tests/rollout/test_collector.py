@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nemo_aapo.engines.base import RolloutStats
-from nemo_aapo.rollout.collector import engine_metrics
+from nemo_aapo.rollout.scored import engine_metrics
 from nemo_aapo.types import Prompt
 from tests.engines.megatron.generation import SEEDS, SPEC, TIGHT, VOCAB_SIZE, build, prompts
 
@@ -25,8 +25,8 @@ class Scores:
         assert text == str(completion.token_ids.tolist())
         self.items[index] = prompt.id, float(completion.token_ids.sum())
 
-    def collect(self):
-        items, self.items = self.items, {}
+    def collect(self, indices):
+        items = {index: self.items.pop(index) for index in indices}
         return {
             index: SimpleNamespace(score=score, parts={"sum": score}, failure=None)
             for index, (_, score) in items.items()

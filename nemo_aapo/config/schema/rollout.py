@@ -97,10 +97,14 @@ class Rollout:
         "while an engine in the learner's GPUs generates, gradients and optimizer state leave GPU memory", decides=False
     )
     async_depth: int = setting(
-        "1: servers generate the next step's completions while the learner trains; one step off-policy",
+        "L: a step trains on completions of the policy L steps before; servers generate them while the learner trains",
         decides=True,
         minimum=0,
         sane=1_000,
+    )
+    refit: Literal["files", "delta"] = setting(
+        "how servers get new weights: files: whole, in rollout.remote.directory | delta: there, the bits that changed",
+        decides=False,
     )
     replay_routes: bool | None = setting(
         "true: the learner sends each token to the experts that the engine sent it to | null: true for a model with "

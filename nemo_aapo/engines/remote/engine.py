@@ -22,8 +22,10 @@ from nemo_aapo.distributed import parallel
 from nemo_aapo.distributed.agreement import agree, on_first_rank
 from nemo_aapo.engines.base import OnFinish, PendingCompletions, RolloutStats
 from nemo_aapo.engines.elsewhere import Finished, arranged, stats_of
+from nemo_aapo.engines.remote.deltas import DeltaStore
 from nemo_aapo.engines.remote.directory import Claim
 from nemo_aapo.engines.remote.dispatch import Call, Fleet
+from nemo_aapo.engines.remote.fleet_status import FleetWatch
 from nemo_aapo.engines.remote.weight_store import WeightStore
 from nemo_aapo.engines.remote.wire import Weights, WeightsId
 from nemo_aapo.errors import RunError
@@ -53,6 +55,10 @@ class RemoteEngine:
         self.stats: RolloutStats | None = None
         self._weights, self._routes = base, routes
         self._versions = {base.id.policy_version: base}  # those that need not be written
+        self.refit_bytes = 0
+        fleet.whole_of = store.whole_of
+        self._watch = FleetWatch(fleet.directory)
+        self._under_way: list[Weights] = []  # of the calls that were started and not waited for
 
     @classmethod
     def from_config(cls, config: Config) -> RemoteEngine:
@@ -74,7 +80,8 @@ class RemoteEngine:
         )
         claim = agree(lambda: Claim(fleet.directory, config.run.dir) if parallel.rank() == 0 else None)
         base = Weights(WeightsId(0, on_first_rank(lambda: model_digest(path))), None)
-        return cls(fleet, WeightStore(Path(remote.directory), path), base, claim, bool(config.rollout.replay_routes))
+        store = (DeltaStore if config.rollout.refit == "delta" else WeightStore)(Path(remote.directory), path)
+        return cls(fleet, store, base, claim, bool(config.rollout.replay_routes))
 
     def generate(
         self,
@@ -100,12 +107,21 @@ class RemoteEngine:
         on_finish: OnFinish | None = None,
     ) -> PendingCompletions:
         """See ``BackgroundEngine.start``; ``result`` raises what ``generate`` would have."""
-        ask = functools.partial(self._ask_servers, self._weights, prompts, sampling, seeds, on_finish)
         answered: Future[Outcome] = Future()
+        weights = self._weights
         if parallel.is_model_parallel_source():
+            number = self.fleet.queues.enter(weights.id)  # here, where calls begin in their order
+            ask = functools.partial(self._ask_servers, weights, prompts, sampling, seeds, on_finish, number)
             # A daemon: a run that ends in an error meanwhile does not wait for it.
             threading.Thread(target=lambda: answered.set_result(ask()), name="rollouts", daemon=True).start()
-        return _Pending(functools.partial(self._on_all_ranks, answered.result, seeds, on_finish, time.perf_counter()))
+        self._under_way.append(weights)
+        began = time.perf_counter()
+
+        def result() -> list[list[Completion]]:
+            self._under_way.remove(weights)
+            return self._on_all_ranks(answered.result, seeds, on_finish, began)
+
+        return _Pending(result)
 
     def _ask_servers(
         self,
@@ -114,6 +130,7 @@ class RemoteEngine:
         sampling: SamplingSpec,
         seeds: Sequence[Sequence[int]],
         on_finish: OnFinish | None,
+        number: int | None = None,
     ) -> Outcome:
         """Have the servers generate; called on the source rank alone, and not collective."""
         finished: Finished = []
@@ -129,8 +146,7 @@ class RemoteEngine:
                 raise _Enough
 
         try:
-            if any(seeds):
-                self.fleet.generate(Call(weights, prompts, sampling, seeds, keep))
+            self.fleet.generate(Call(weights, prompts, sampling, seeds, keep), number)
         except _Enough:  # its connections are closed, and servers drop what nobody waits for
             return finished
         except Exception as error:  # raised by ``_on_all_ranks``
@@ -174,14 +190,22 @@ class RemoteEngine:
             deque(named_tensors, maxlen=0)  # the part that this rank has in making them
             return self._weights  # rank 0's come in its place
 
+        self.refit_bytes = 0
         if version not in self._versions:
             self._versions[version] = parallel.broadcast_from_first_rank(agree(write))
+            self.refit_bytes = self.store.written_bytes
         self._weights = self._versions[version]
-        agree(lambda: self.fleet.prepare(self._weights) if first else None)
-        # The base model, which is the reference, comes back; older ones of the policy's don't.
-        self._versions = {v: weights for v, weights in self._versions.items() if v == 0 or v >= version}
+        if not self._under_way:  # else each server takes them when it has ended what is
+            agree(lambda: self.fleet.prepare(self._weights) if first else None)
+        # The base model, which is the reference, comes back; older ones of the policy's that nothing waits for don't.
+        needed = min([version, *(weights.id.policy_version for weights in self._under_way)])
+        self._versions = {v: weights for v, weights in self._versions.items() if v == 0 or v >= needed}
         if first:
             self.store.prune(keep=self._versions.values())
+
+    def server_metrics(self) -> dict[str, float]:
+        """See ``ReportsServers.server_metrics``."""
+        return self._watch.metrics() if parallel.rank() == 0 else {}
 
     def sleep(self) -> None:
         """Nothing to give back: the servers have devices of their own."""

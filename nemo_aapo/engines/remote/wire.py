@@ -24,6 +24,8 @@ API = "/v1"
 """Prefix of all addresses: a client of another version gets 404 instead of a misunderstanding."""
 MAX_SEED = 2**63
 """Seeds are below this."""
+MAX_LINE = 1 << 28
+"""Bytes of the longest message; a completion of a million tokens takes a tenth of it."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,8 @@ class MessageReader:
             if self._message is None:
                 line, newline, after = self._rest.partition(b"\n")
                 if not newline:
+                    if len(self._rest) > MAX_LINE:
+                        raise WireError(f"{MAX_LINE >> 20} MiB came without the end of a line")
                     return
                 self._message, self._rest = load_object(line), after
             message, size = self._message, binary_size(self._message)
@@ -281,8 +285,12 @@ def decode_completion(
     counts = fields.pop("routes", None)
     try:
         i, j = int(fields.pop("i")), int(fields.pop("j"))
-        fields["token_ids"] = np.array(fields["token_ids"], dtype=np.int32)
-        fields["logprobs"] = np.array(fields["logprobs"], dtype=np.float32)
+        tokens = np.array(fields["token_ids"])
+        if tokens.size and (tokens.dtype.kind != "i" or tokens.min() < 0 or tokens.max() >= 2**31):
+            raise ValueError("token_ids: integers from 0 on are needed")
+        fields["token_ids"] = tokens.astype(np.int32)
+        with np.errstate(over="ignore"):  # ``as_asked`` refuses what is infinite then
+            fields["logprobs"] = np.array(fields["logprobs"], dtype=np.float32)
         completion = Completion(**fields)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise WireError(f"not a completion ({type(error).__name__}: {error})") from None
@@ -297,6 +305,25 @@ def decode_completion(
     if i not in prompts:
         raise WireError(f"completion {i}, {j}: the routes of its prompt did not come")
     return i, j, dataclasses.replace(completion, routes=Routes(prompts[i], routes[counts[0] :]))
+
+
+def as_asked(answer: tuple[int, int, Completion], sampling: SamplingSpec) -> tuple[int, int, Completion]:
+    """The answer itself, if a completion can be one of this sampling: a wrong one must not reach the learner.
+
+    Raises:
+        WireError: it is too long, ended for a reason that there is not, or its log-probs are not finite.
+    """
+    i, j, completion = answer
+    if completion.finish_reason not in ("stop", "length"):
+        raise WireError(f"completion {i}, {j}: finish_reason={str(completion.finish_reason)[:40]!r}")
+    if len(completion.token_ids) > sampling.max_new_tokens:
+        raise WireError(
+            f"completion {i}, {j}: {len(completion.token_ids)} tokens, but sampling.max_new_tokens is "
+            f"{sampling.max_new_tokens}"
+        )
+    if not np.isfinite(completion.logprobs).all():
+        raise WireError(f"completion {i}, {j}: log-probs that are not finite")
+    return answer
 
 
 # ---------------------------------------------------------------- weights
@@ -323,12 +350,12 @@ def encode_weights_id(weights: WeightsId) -> bytes:
 
 
 def decode_weights_id(body: Mapping[str, Any]) -> WeightsId:
-    """The reverse of ``encode_weights_id``.
+    """The reverse of ``encode_weights_id``; what else ``ready`` says is left alone.
 
     Raises:
         WireError: as ``decode_request``.
     """
-    return _typed(WeightsId, body)
+    return _typed(WeightsId, {name: value for name, value in body.items() if name in ("policy_version", "digest")})
 
 
 def _require_all(cls: type, fields: Any, path: str) -> None:

@@ -6,6 +6,7 @@ what comes after it waits for the refit, so that no completion is ever sampled f
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 import time
@@ -13,13 +14,14 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Sequence, Set
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from nemo_aapo.engines.build import HostedEngine
-from nemo_aapo.engines.remote import server_trace
 from nemo_aapo.engines.remote.wire import GenerateRequest, Weights, WeightsId
+from nemo_aapo.trace import servers as traced_servers
 from nemo_aapo.trace import spans
 from nemo_aapo.types import Completion
 
@@ -79,24 +81,26 @@ class EngineWorker:
         self,
         build: Callable[[], HostedEngine],
         base: Callable[[], WeightsId],
-        locate: Callable[[Weights, Set[str]], Path],
+        locate: Callable[[Weights, Set[str]], AbstractContextManager[Path]],
     ) -> None:
         """
         Args:
             build: makes the engine with the base model's weights, in the worker's thread.
             base: their name.
             locate: checks every byte of the files of some weights, and that they hold the tensors of these names;
-                returns their folder.
+                their folder, which stays while it is held.
         """
         self.weights: WeightsId | None = None
         """The weights that the engine serves; None while it has none that are whole."""
         self.outstanding = 0
         """Number of completions that were asked for and are not generated yet."""
-        self.busy_seconds = 0.0
-        """Seconds spent in ``generate`` so far."""
+        self.refit_seconds = self.refit_bytes = math.nan
+        """What the last refit took, once its turn had come, and the bytes of the weights that it loaded."""
         self.built: Future[None] = Future()
         """Done once there is an engine; holds the error if there can't be one."""
         self._build, self._base, self._locate = build, base, locate
+        self._generated_s = 0.0  # by the batches that have ended
+        self._began: float | None = None  # the batch that runs
         self._queue: deque[Job | _Load] = deque()
         self._changed = threading.Condition()
         self._stopping = False
@@ -113,6 +117,22 @@ class EngineWorker:
         load = _Load(weights)
         self._put(load)
         return load.done
+
+    @property
+    def waiting(self) -> int:
+        """Number of requests and refits that wait for their turn."""
+        return len(self._queue)
+
+    @property
+    def busy_seconds(self) -> float:
+        """Seconds spent generating so far."""
+        began = self._began
+        return self._generated_s + (0.0 if began is None else time.perf_counter() - began)
+
+    @property
+    def kv_cache_use(self) -> float:
+        """Share of the engine's KV cache that is in use now; NaN where it does not tell, and without an engine."""
+        return self._hosted.kv_cache_use() if self.built.done() and not self.built.exception() else math.nan
 
     def stop(self, wait_s: float) -> bool:
         """Drop what waits, break off what runs at its next finished completion; True if the thread has ended."""
@@ -176,19 +196,18 @@ class EngineWorker:
         if load.weights.id == self.weights:
             load.done.set_result(None)
             return
+        touched, began = False, time.perf_counter()
         try:
-            folder = self._locate(load.weights, self._hosted.tensors)
-        except Exception as error:  # nothing was touched: what was served goes on being served
+            with self._locate(load.weights, self._hosted.tensors) as folder:
+                self.weights, touched = None, True  # half loaded: not ready until a whole version is
+                self._hosted.load(folder, load.weights.id.policy_version)
+                self.refit_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        except Exception as error:  # what was not touched goes on being served
+            if touched:
+                traceback.print_exc()
             load.done.set_exception(error)
             return
-        self.weights = None
-        try:
-            self._hosted.load(folder, load.weights.id.policy_version)
-        except Exception as error:  # half loaded: not ready until a whole version is
-            traceback.print_exc()
-            load.done.set_exception(error)
-            return
-        self.weights = load.weights.id
+        self.weights, self.refit_seconds = load.weights.id, time.perf_counter() - began
         load.done.set_result(None)
 
     def _generate(self, jobs: list[Job]) -> None:
@@ -210,7 +229,7 @@ class EngineWorker:
             if self._stopping or (self._hosted.can_break_off and all(job.cancelled for job in jobs)):
                 raise _Aborted
 
-        began = time.perf_counter()
+        self._began = time.perf_counter()
         _record(jobs)
         end: Failure | None = None
         try:
@@ -229,9 +248,10 @@ class EngineWorker:
         except Exception as error:  # the client learns of it and asks elsewhere; the rest is for this server's log
             traceback.print_exc(file=sys.stderr)
             end = Failure("engine", f"the engine failed: {type(error).__name__}: {error}")
-        spans.stop()
+        if any(job.recorder for job in jobs):
+            spans.stop()
         self._count(-left)
-        self.busy_seconds += time.perf_counter() - began
+        self._generated_s, self._began = self.busy_seconds, None
         for job in jobs:
             job.emit(end)
 
@@ -242,7 +262,7 @@ _STOPPING = Failure("stopping", "the server is stopping")
 def _record(jobs: Sequence[Job]) -> None:
     """Record a batch from now on for its first traced request; the others get how long they waited."""
     for job in [job for job in jobs if job.traced][::-1]:
-        job.recorder = spans.start("", server_trace.LIMIT)
+        job.recorder = spans.start("", traced_servers.LIMIT)
         job.recorder.add("waits", job.received, time.perf_counter_ns(), "server", track="queue")
 
 

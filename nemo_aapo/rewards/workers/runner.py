@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Hashable, Mapping, Sequence
+import threading
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any
@@ -54,8 +55,8 @@ class RewardStats:
 class RewardRunner:
     """Scores completions by weighted rewards: ``submit`` while generation goes on, ``collect`` when it is done.
 
-    Results depend on the items alone, not on which worker is done first. Belongs to one thread. Use it as a context
-    manager, or ``close`` it.
+    Results depend on the items alone, not on which worker is done first. Any thread may submit and collect; a reward in
+    this process is called by one at a time. Use it as a context manager, or ``close`` it.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class RewardRunner:
         self._workers = workers
         self._timeout_s = timeout_s
         self._pending: dict[Hashable, Future[Reply]] = {}
+        self._in_process = threading.Lock()
         self.stats = RewardStats()
         self.pool: WorkerPool | None = None
         """The worker processes; None if there are none."""
@@ -105,20 +107,26 @@ class RewardRunner:
         if self.pool is not None:
             self._pending[index] = self.pool.request(encode_item(prompt, text, completion))
             return
-        self._pending[index] = Future()
-        self._pending[index].set_result(Reply(*score_parts(self._rewards, prompt, text, completion)))
+        scored: Future[Reply] = Future()
+        with self._in_process:
+            scored.set_result(Reply(*score_parts(self._rewards, prompt, text, completion)))
+        self._pending[index] = scored
 
-    def collect(self, timeout_s: float | None = None) -> dict[Hashable, RewardResult]:
-        """The results of all completions submitted since the last call, in the order of submission.
+    def collect(
+        self, indices: Collection[Hashable] | None = None, timeout_s: float | None = None
+    ) -> dict[Hashable, RewardResult]:
+        """The results of completions that were submitted and not collected yet, in the order of submission.
 
         Args:
+            indices: of those that are wanted; the others stay. None: of all.
             timeout_s: seconds to wait; by default what it takes if every item's worker has to be killed and replaced.
 
         Raises:
             TimeoutError: some are not scored by then.
             RewardError: a killed worker could not be replaced.
         """
-        pending, self._pending = self._pending, {}
+        wanted = list(self._pending) if indices is None else [index for index in indices if index in self._pending]
+        pending = {index: self._pending.pop(index) for index in wanted}
         if timeout_s is None:
             timeout_s = math.ceil(len(pending) / max(self._workers, 1)) * (self._timeout_s + START_TIMEOUT_S)
         _, late = wait(pending.values(), timeout_s)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from nemo_aapo.engines.remote import dispatch, wire
 from nemo_aapo.engines.remote.directory import ServerRecord, open_directory, open_token, publish
 from nemo_aapo.engines.remote.dispatch import Call, Fleet, Work, distribute
 from nemo_aapo.engines.remote.engine import RemoteEngine
+from nemo_aapo.engines.remote.queues import Queues, Ticket
 from nemo_aapo.engines.remote.weight_store import WeightStore
 from nemo_aapo.errors import RunError
 from nemo_aapo.types import Completion, SamplingSpec
@@ -40,6 +42,8 @@ class ScriptedServer:
     def __init__(self, index: int, token: str, script: Callable[[], str] = lambda: "well") -> None:
         self.script, self.token, self.asked = script, token, []
         self.weights, self.refits = wire.WeightsId(0, "0" * 64), []
+        self.released = threading.Event()
+        """Until then a ``generate`` whose script says ``until`` goes on."""
         self.record: ServerRecord | None = None
         self._index, self._loop, self._ready = index, asyncio.new_event_loop(), threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -81,6 +85,8 @@ class ScriptedServer:
         asked = wire.decode_request(wire.load_object(await request.read()), LIMITS)
         self.asked.append(asked)
         misdeed, _, at = self.script().partition(" ")
+        if asked.weights != self.weights or misdeed == "other":
+            return web.json_response({"error": "other weights", "reason": "other_weights"}, status=409)
         if misdeed == "refuse":
             return web.json_response({"error": "out of memory", "reason": "engine"}, status=500)
         if misdeed == "not_finite":
@@ -90,7 +96,7 @@ class ScriptedServer:
         response = web.StreamResponse()
         await response.prepare(request)
         lines = [
-            wire.encode_completion(i, j, draw(prompt, seed, 4 if misdeed == "stale" else 5))
+            wire.encode_completion(i, j, draw(prompt, seed, 4 if misdeed == "stale" else asked.weights.policy_version))
             for i, (prompt, row) in enumerate(zip(asked.prompts, asked.seeds, strict=True))
             for j, seed in enumerate(row)
         ]
@@ -98,12 +104,24 @@ class ScriptedServer:
         at = int(at or 0) % (len(lines) + 1)
         for line in lines[:at]:
             await response.write(line)
+        if misdeed == "until":
+            while not self.released.is_set():
+                await asyncio.sleep(0.005)
         if misdeed == "hang":
             await asyncio.sleep(60)
         if misdeed == "drop":
             request.transport.abort()
             return response
+        if misdeed == "drip":
+            for _ in range(200):
+                await response.write(b" ")
+                await asyncio.sleep(0.05)
+        following = lines[at % len(lines)] if lines else b"{}"
         extra = {
+            "long": spoilt(following, token_ids=[1] * 9, logprobs=[-1.0] * 9),
+            "negative": spoilt(following, token_ids=[-1], logprobs=[-1.0]),
+            "infinite": spoilt(following, token_ids=[1], logprobs=[-1e39]),
+            "bored": spoilt(following, finish_reason="bored"),
             "garbage": b"{not json\n",
             "twice": lines[at - 1],
             "unasked": lines[0].replace(b'"i":0', b'"i":99').replace(b'"j":0', b'"j":99').replace(b'"j":1', b'"j":98'),
@@ -117,7 +135,14 @@ class ScriptedServer:
         return response
 
 
-MISDEEDS = ("refuse", "html", "stale", "hang", "drop", "garbage", "twice", "unasked", "fail", "short")
+def spoilt(line: bytes, **fields) -> bytes:
+    return wire.dump_object({**wire.load_object(line), **fields})
+
+
+MISDEEDS = (
+    "refuse", "html", "stale", "hang", "drip", "drop", "garbage", "twice", "unasked", "fail", "short", "long",
+    "negative", "infinite", "bored",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -180,7 +205,7 @@ def test_a_server_that_misbehaves_costs_no_completion_and_doubles_none(start, fl
 
 def test_any_sequence_of_misdeeds_of_two_of_three_servers_is_survived(start, fleet):
     rng = random.Random(1)
-    quick = [misdeed for misdeed in MISDEEDS if misdeed != "hang"]
+    quick = [misdeed for misdeed in MISDEEDS if misdeed not in ("hang", "drip")]
 
     def script() -> str:
         return f"{rng.choice([*quick, 'well'])} {rng.randrange(30)}"
@@ -234,6 +259,15 @@ def test_a_step_goes_on_with_those_that_are_left_and_waits_for_no_more_than_min_
     assert sorted(told) == sorted(wanted)
     assert third.refits == [WEIGHTS]
     assert third.asked
+
+
+def test_a_directory_that_is_removed_in_the_middle_is_an_error_that_says_so(start, fleet, tmp_path):
+    start(always("well"))
+    ready = fleet()
+    ready.prepare(WEIGHTS)
+    shutil.rmtree(tmp_path / "servers")
+    with pytest.raises(RunError, match="servers: the rollout servers' directory is gone"):
+        ready.generate(make_call([2])[0])
 
 
 def test_servers_that_never_come_are_missed_by_number(start, fleet, tmp_path):
@@ -324,3 +358,95 @@ def test_once_it_is_enough_the_connections_are_closed_and_the_next_call_goes_on(
     assert 4 <= len(ended) <= 6  # what servers had sent by then comes too, and no more: each hangs after three
     first.script = second.script = lambda: "well"
     assert len(engine._ask_servers(*asked, None)) == 12
+
+
+# ---------------------------------------------------------------- calls with different weights at a time
+
+LATER = wire.Weights(wire.WeightsId(6, "6" * 64), "weights/v6-66666666/manifest.json")
+
+
+def in_background(fleet: Fleet, call: Call) -> threading.Thread:
+    number = fleet.queues.enter(call.weights.id)
+    thread = threading.Thread(target=lambda: fleet.generate(call, number), daemon=True)
+    thread.start()
+    return thread
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, "never came"
+        time.sleep(0.005)
+
+
+def later(call: Call) -> Call:
+    return Call(LATER, call.prompts, call.sampling, call.seeds, call.on_finish)
+
+
+def test_a_server_takes_new_weights_when_it_has_ended_its_part_and_another_goes_on_with_the_old(start, fleet):
+    """The later call is over while the earlier one still waits for its slowest server, whose part of it others took."""
+    slow, quick = start(always("until 0"), always("well"))
+    both = fleet(2, timeout_s=30)
+    both.prepare(WEIGHTS)
+    first, told, wanted = make_call([2] * 4)
+    second, told_later, _ = make_call([2] * 4)
+    earlier = in_background(both, first)
+    wait_for(lambda: slow.asked and len(told) == 4)  # the quick one has ended its part
+    in_background(both, later(second)).join(20)
+    assert len(told_later) == 8
+    assert (slow.weights, quick.weights) == (WEIGHTS.id, LATER.id)
+    assert earlier.is_alive()
+    slow.released.set()
+    earlier.join(20)
+    assert sorted(told) == sorted(wanted)
+    assert slow.refits == [WEIGHTS]
+
+
+def test_what_a_dead_server_leaves_of_an_earlier_call_is_drawn_with_its_weights_by_one_that_has_later_ones(
+    start, fleet
+):
+    slow, quick = start(always("until 0"), always("well"))
+    both = fleet(2, timeout_s=30)
+    both.prepare(WEIGHTS)
+    first, told, wanted = make_call([2] * 4)
+    second, told_later, _ = make_call([2] * 4)
+    earlier = in_background(both, first)
+    wait_for(lambda: slow.asked and len(told) == 4)
+    in_background(both, later(second)).join(20)
+    slow.close()
+    earlier.join(20)
+    assert sorted(told) == sorted(wanted)
+    assert len(told_later) == 8
+    assert quick.refits == [WEIGHTS, LATER, WEIGHTS]
+
+
+def test_a_server_that_always_has_other_weights_than_it_says_is_left_out(start, fleet):
+    start(always("other"), always("well"))
+    call, told, wanted = make_call([2] * 4)
+    said = []
+    fleet(2, log=said.append).generate(call)
+    assert sorted(told) == sorted(wanted)
+    assert len(said) == 1
+    assert "10 times: HTTP 409: other weights" in said[0]
+
+
+def test_requests_of_earlier_calls_go_first_and_weights_never_mix_at_a_server():
+    """A thousand random schedules: every request gets its turn, and none waits for a later call."""
+    for seed in range(1000):
+        rng, queues = random.Random(seed), Queues()
+        versions = sorted(rng.randrange(3) for _ in range(5))
+        calls = [queues.enter(wire.WeightsId(version, "")) for version in versions]
+        tickets = [
+            queues.put(Ticket(rng.choice("ab"), call, wire.WeightsId(version, ""), 1))
+            for call, version in zip(calls, versions, strict=True)
+        ]
+        ended: list[Ticket] = []
+        while len(ended) < len(tickets):
+            waiting = [ticket for ticket in tickets if ticket not in ended]
+            rng.shuffle(waiting)
+            running = [ticket for ticket in waiting if queues.run(ticket)]
+            assert min(waiting, key=lambda ticket: ticket.call) in running
+            for server in "ab":
+                assert len({ticket.weights for ticket in running if ticket.server == server}) <= 1
+            ended.append(rng.choice(running))
+            queues.done(ended[-1])

@@ -122,8 +122,8 @@ class Engines:
         return got
 
 
-def _same_through_refits(words, directory, count):
-    engines = Engines(words, f"rollout.remote.servers={count}")
+def _same_through_refits(words, directory, count, refit="files"):
+    engines = Engines(words, f"rollout.remote.servers={count}", f"rollout.refit={refit}")
     engines.remote.store.bucket_bytes = 50_000
     base = engines.assert_same()
     assert isinstance(engines.remote, BackgroundEngine)
@@ -137,15 +137,18 @@ def _same_through_refits(words, directory, count):
         engines.train(version)
         later = engines.assert_same()
         assert any(a.token_ids.tobytes() != b.token_ids.tobytes() for a, b in zip(base[0], later[0], strict=True))
-        (folder,) = (Path(directory) / "weights").iterdir()  # the one before is gone
-        assert folder.name.startswith(f"v{version}-")
-        buckets.append(len(list(folder.glob("bucket_*"))))
+        folders = sorted((Path(directory) / "weights").iterdir())
+        kept = range(1 if refit == "delta" else version, version + 1)  # the ones before are gone, unless it needs them
+        assert [folder.name.partition("-")[0] for folder in folders] == [f"v{v}" for v in kept]
+        assert engines.remote.refit_bytes == sum(file.stat().st_size for file in folders[-1].iterdir())
+        buckets.append(len(list(folders[-1].glob("bucket_*"))))
     engines.assert_same(SamplingSpec(0.0, 48, (3,)))
     engines.remote.update_weights((), 0)  # the reference: nothing is written, the policy's stay
     reference = engines.remote.generate(PROMPTS, SPEC, SEEDS)
     assert [c.token_ids.tolist() for c in reference[0]] == [c.token_ids.tolist() for c in base[0]]
     assert {c.policy_version for row in reference for c in row} == {0}
     engines.remote.update_weights((), 2)
+    assert engines.remote.refit_bytes == 0
     engines.assert_same()
     engines.remote.close()
     return buckets, list((Path(directory) / "weights").iterdir()), engines.said
@@ -162,11 +165,13 @@ def test_two_servers_draw_the_tokens_of_the_in_process_engine_also_after_refits(
         assert float(re.search(r"^rollout_outstanding_completions (\S+)$", counted, re.MULTILINE)[1]) == 0
 
 
-def test_one_server_draws_what_the_in_process_engine_draws_bit_for_bit(ranks, words, directory, two):
+def test_one_server_draws_what_the_in_process_engine_draws_bit_for_bit_refitted_by_differences(
+    ranks, words, directory, two
+):
     two.processes[1].terminate()
     two.processes[1].join(120)
     assert two.processes[1].exitcode == 0
-    ranks.run(_same_through_refits, words, directory, 1, tp=None)
+    ranks.run(_same_through_refits, words, directory, 1, "delta", tp=None)
 
 
 def _on_layout(words):
