@@ -54,7 +54,9 @@ def recorded() -> Iterator[None]:
     names: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
     # as the classes hold them: what getattr gives of a method in C++ would not be bound once it is set again
     there = vars(dist.ProcessGroup)
-    originals = [(dist.ProcessGroup, method, there[method]) for method in METHODS if method in there]
+    originals: list[tuple[type, str, Any]] = [
+        (dist.ProcessGroup, method, there[method]) for method in METHODS if method in there
+    ]
     originals.append((dist.Work, "wait", vars(dist.Work)["wait"]))
     for owner, method, _ in originals:
         name, call = METHODS.get(method), getattr(owner, method)

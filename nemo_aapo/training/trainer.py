@@ -256,7 +256,7 @@ class AAPOTrainer:
         Raises:
             RewardError: nothing could be scored; a resumed run makes up for it, too.
         """
-        with self._phase(f"step {self.step + 1}, rollout"):
+        with self._phase(f"step {self.step + 1}, rollout", "rollouts under way"):
             self.rollouts.settle()
         self._refit()
         with self._phase(f"the validation after step {self.step}"):
@@ -289,7 +289,7 @@ class AAPOTrainer:
         return stopping, stopping or due or self._due(self.config.checkpoint.save_interval)
 
     def _save(self) -> None:
-        with self._phase(f"step {self.step + 1}, rollout"):
+        with self._phase(f"step {self.step + 1}, rollout", "rollouts under way"):
             rollouts = self.rollouts.pending_files()
         with self._phase(f"the checkpoint of step {self.step}"):
             self.reporter.note(f"saving a checkpoint at step {self.step}")
