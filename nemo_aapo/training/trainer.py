@@ -263,7 +263,7 @@ class AAPOTrainer:
             RewardError: nothing could be scored; a resumed run makes up for it, too.
         """
         try:
-            with self._phase(f"step {self.step + 1}, rollout"):
+            with self._phase(f"step {self.step + 1}, rollout", "rollouts under way"):
                 self.rollouts.settle()
             self._refit()
             with self._phase(f"the validation after step {self.step}"):
@@ -295,7 +295,7 @@ class AAPOTrainer:
         return stopping, stopping or due or self._due(self.config.checkpoint.save_interval)
 
     def _save(self) -> None:
-        with self._phase(f"step {self.step + 1}, rollout"):
+        with self._phase(f"step {self.step + 1}, rollout", "rollouts under way"):
             rollouts = self.rollouts.pending_files()
         with self._phase(f"the checkpoint of step {self.step}"):
             self.reporter.note(f"saving a checkpoint at step {self.step}")

@@ -18,11 +18,12 @@ import aiohttp
 import numpy as np
 
 from nemo_aapo.engines.base import OnFinish
-from nemo_aapo.engines.remote import server_trace, wire
+from nemo_aapo.engines.remote import wire
 from nemo_aapo.engines.remote.directory import ServerRecord
 from nemo_aapo.engines.remote.queues import Ticket
 from nemo_aapo.engines.remote.servers import TURN_S, Servers, complaint, failures_named
 from nemo_aapo.errors import RunError, ServerError
+from nemo_aapo.trace import servers as traced_servers
 from nemo_aapo.types import Completion, SamplingSpec
 from nemo_aapo.utils.buckets import buckets
 
@@ -202,8 +203,8 @@ class Fleet(Servers):
         self, session: aiohttp.ClientSession, server: ServerRecord, request: wire.GenerateRequest
     ) -> AsyncIterator[tuple[int, int, Completion]]:
         url, body = f"{server.address}{wire.API}/generate", wire.encode_request(request)
-        traced = server_trace.begin(server.index)
-        headers = {server_trace.HEADER: "1"} if traced else None
+        traced = traced_servers.begin(server.index)
+        headers = {traced_servers.HEADER: "1"} if traced else None
         with failures_named(self.timeout_s):
             async with session.post(url, data=body, headers=headers) as response:
                 if response.status != 200:
