@@ -42,6 +42,8 @@ from nemo_aapo.prepare.algorithm import with_algorithm
 from nemo_aapo.prepare.job import Job
 from nemo_aapo.rewards.base import Reward
 from nemo_aapo.rewards.workers.runner import RewardRunner
+from nemo_aapo.rollout.bank import FOLDER as BANK
+from nemo_aapo.rollout.bank import RolloutBank
 from nemo_aapo.rollout.collector import Collector, RewardScorer
 from nemo_aapo.rollout.kept import KeptRollouts
 from nemo_aapo.rollout.pipeline import RolloutPipeline
@@ -207,6 +209,7 @@ def build_rollouts(
         prompts=data.prompts,
         sampler=sampler,
         reference=build_reference(config, collector, sampling, key, store),
+        bank=_bank(config, reporter.note) if trains and config.rollout.bank != "off" else None,
     )
     stop = stop_of(config, reporter)
     return Rollouts(policy, pipeline, _validator(config, collector, validation_data, sampling, stop))
@@ -329,6 +332,11 @@ def stop_or_limit(config: Config, asked: Callable[[], bool]) -> Callable[[], boo
     """The same, of who is asked by other means than a reporter."""
     limit = config.checkpoint.max_time_s or math.inf
     return lambda: asked() or seconds_since_start() > limit
+
+
+def _bank(config: Config, note: Callable[[str], None]) -> RolloutBank:
+    run = digests_of_run(config, identity_of(config))
+    return RolloutBank(Path(config.run.dir) / BANK, run, parallel.data_parallel_rank(), note)
 
 
 def _checkpointer(config: Config) -> Checkpointer:
