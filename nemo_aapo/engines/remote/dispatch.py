@@ -109,7 +109,7 @@ class Fleet(Servers):
         def start(server: ServerRecord, works: Sequence[Work], has_weights: bool) -> None:
             for request in _requests(works, call.prompts):
                 tokens = sum(work.tokens for work in request)
-                part = Part(server, request, self.queues.put(Ticket(server.instance, number, call.weights.id, tokens)))
+                part = Part(server, request, self.queues.put(Ticket(server.instance, number, tokens)))
                 running[asyncio.create_task(self._in_turn(session, part, call, has_weights))] = part
 
         try:
@@ -118,7 +118,10 @@ class Fleet(Servers):
                     alone = self.queues.alone(call.weights.id)  # else each server gets the weights in its turn
                     if fresh := not servers or len(servers) < self.min_servers:
                         servers = await self.usable(session, call.weights if alone else None)
-                    busy = [self.queues.tokens(server.instance) for server in servers]
+                    servers = sorted(servers, key=lambda server: self.queues.tokens(server.instance))
+                    # The parts themselves depend on nothing but the number of servers, as log-probs depend in their
+                    # last bits on what is in a batch; who gets which part, and takes it over, is a matter of time.
+                    busy = [self.queues.tokens(server.instance) if running else 0 for server in servers]
                     for server, works in zip(servers, distribute(waiting, busy, self.share), strict=True):
                         start(server, works, has_weights=fresh and alone)
                     waiting = []
