@@ -58,8 +58,18 @@ def fake(monkeypatch):
 
 
 def export_on_cpu(bucket, device):
-    """The tensors' numbers in place of CUDA IPC handles."""
-    return [(name, (torch.from_numpy, (tensor.numpy(),))) for name, tensor in bucket], bucket
+    """The numbers of the buffer's tensors in place of CUDA IPC handles."""
+    views = trtllm_refit.flat(bucket, torch.device("cpu"))
+    return [(name, (torch.from_numpy, (view.numpy(),))) for name, view in views], views
+
+
+def pretend_gpus(monkeypatch, count=1):
+    """A machine with GPUs and the Ray that the library wants, as far as the adapter looks."""
+    monkeypatch.setattr(trtllm_refit, "export_to_ipc", export_on_cpu)
+    monkeypatch.setattr(trtllm_settings, "_has_gpu", lambda: True)
+    monkeypatch.setattr(trtllm_settings, "ray_difference", str)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(trtllm_placement, "visible_gpu", lambda device: Gpu("node", device, f"GPU-{device}", device))
 
 
 def start(colocated=True, **settings) -> TrtllmEngine:
@@ -180,6 +190,36 @@ def test_greedy_and_tempered_validation(engine):
     assert np.isnan(tempered.logprobs).all()  # raw ones would pass for those of the draw
 
 
+def test_rollouts_at_another_temperature_have_the_log_probs_of_what_is_drawn(fake):
+    engine, sampling = start(temperature=0.7), SamplingSpec(0.7, 40, (STOP,))
+    engine.wake()
+    told = torch.log_softmax(table().double() / 0.7, -1).numpy()
+    for prompt, row in zip(PROMPTS, engine.generate(PROMPTS, sampling, SEEDS), strict=True):
+        for completion in row:
+            before = np.concatenate([prompt[-1:], completion.token_ids[:-1]])
+            np.testing.assert_allclose(completion.logprobs, told[before, completion.token_ids], rtol=1e-5)
+    engine.close()
+    fake.raw_logprobs = True
+    start().close()  # at temperature 1 both are the same
+    with pytest.raises(RunError, match=r"rollout.temperature=0.7.*before temperature"):
+        start(temperature=0.7)
+
+
+@pytest.mark.parametrize(
+    ("generation", "call", "times"), [(contract.V1_2, "abort", 7), (contract.V1_3, "pause_generation", 1)]
+)
+def test_requests_that_nobody_waits_for_any_more_are_ended_in_the_engine(monkeypatch, generation, call, times):
+    monkeypatch.setattr(trtllm_refit, "export_to_ipc", export_on_cpu)
+    fake, ended = fake_trtllm.install(monkeypatch, generation), []
+    engine = start()
+    engine.wake()
+    fake.hang_after = fake.requests + 5
+    engine.generate(PROMPTS, SAMPLING, SEEDS, lambda *completion: ended.append(completion) or len(ended) == 5)
+    assert [method for method, _ in fake.seen].count(call) == times
+    engine.sleep()  # the stand-in refuses it while requests are under way
+    engine.close()
+
+
 @pytest.mark.parametrize(
     ("prompts", "sampling", "seeds", "message"),
     [
@@ -223,6 +263,36 @@ def test_a_step_calls_the_library_in_the_order_that_it_needs_and_the_new_weights
     ]
     refit = [awake[0], ("update_weights", False), ("update_weights", True), awake[1]]
     assert calls == 2 * [*awake, *asleep, *refit, *asleep]
+
+
+@pytest.mark.parametrize("generation", contract.CONTRACTS, ids=lambda generation: generation.version)
+def test_each_generation_of_the_library_is_asked_for_what_it_has_and_lives_through_a_step(monkeypatch, generation):
+    monkeypatch.setattr(trtllm_refit, "export_to_ipc", export_on_cpu)
+    fake = fake_trtllm.install(monkeypatch, generation)
+    engine = start(max_concurrent_tokens=10 * 2040 + 7)
+    arguments = vars(fake.engines[0].args)
+    assert arguments["allreduce_strategy"] == "NCCL"
+    assert arguments["max_batch_size"] == 10
+    assert vars(arguments["cuda_graph_config"]) == {"batch_sizes": None, "enable_padding": True, "max_batch_size": 10}
+    assert arguments.get("enable_sleep", True) is True
+    assert ("sampler_type" in arguments) == (generation is not contract.V1_4)
+    asleep = fake.seen[-1]
+    assert asleep[0] == "sleep"
+    assert sorted(asleep[1][0]) == sorted(fake_trtllm.memory_tags())  # nothing stays in the learner's memory
+    engine.wake()
+    before = tokens(engine.generate(PROMPTS, SAMPLING, SEEDS))
+    engine.sleep()
+    engine.update_weights([(TABLE, table(seed=1))], 1)
+    engine.wake()
+    assert tokens(engine.generate(PROMPTS, SAMPLING, SEEDS)) != before
+    engine.close()
+
+
+def test_a_release_without_seeds_of_requests_is_refused_with_the_reason(monkeypatch):
+    fake = fake_trtllm.install(monkeypatch, contract.V1_4)
+    fake.ignore_seeds = True  # before pull request 17172
+    with pytest.raises(RunError, match=r"ignores the seeds of requests.*Use version 1\.2\.1"):
+        start()
 
 
 def test_sleep_and_wake_may_be_called_again_and_a_wake_without_a_refit_serves_the_old_weights(engine):
@@ -350,6 +420,7 @@ def test_the_engine_is_made_for_prompts_longer_than_the_librarys_default(fake):
     engine = start(max_prompt_tokens=9000)
     arguments = fake.engines[0].args
     assert (arguments.max_input_len, arguments.max_seq_len, arguments.max_num_tokens) == (9000, 9040, 9000)
+    assert arguments.max_batch_size == 1  # one of the longest fits into the KV cache
     assert vars(arguments.kv_cache_config)["max_tokens"] == SETTINGS.max_concurrent_tokens
     engine.close()
 
@@ -440,9 +511,7 @@ def test_a_machine_without_the_library_is_told_what_is_missing_and_what_to_use()
 
 
 def test_an_engine_by_the_configuration(fake, monkeypatch):
-    monkeypatch.setattr(trtllm_settings, "_has_gpu", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(trtllm_placement, "visible_gpu", lambda device: Gpu("node", device, f"GPU-{device}", device))
+    pretend_gpus(monkeypatch, count=2)
     config = make_config(
         "/m", rollout__engine="trtllm", rollout__trtllm__tensor_parallel_size=1, precision__name="fp32"
     )
@@ -468,7 +537,6 @@ def test_an_engine_by_the_configuration(fake, monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rollout__temperature": 0.7}, "before temperature"),
         ({"rollout__trtllm__kv_cache_fraction": 1.0}, "kv_cache_fraction"),
         ({"rollout__trtllm__tensor_parallel_size": 2}, "tensor 1 x pipeline 1"),
         ({"rollout__trtllm__refit_bucket_bytes": 0}, "refit_bucket_bytes"),
@@ -496,7 +564,7 @@ def test_the_library_is_imported_in_one_module_and_only_by_the_contracts_names()
         for alias in node.names
         if (getattr(node, "module", None) or alias.name).partition(".")[0] == "tensorrt_llm"
     }
-    known = {(cls.module, cls.name) for cls in contract.CLASSES}
+    known = {(cls.module, cls.name) for generation in contract.CONTRACTS for cls in generation.classes}
     known.add(tuple(contract.WORKER_EXTENSION.module.rsplit(".", 1)))
-    assert {file for file, _, _ in found} == {"engine.py"}
+    assert {file for file, _, _ in found} == {"library.py"}
     assert {(module, name) for _, module, name in found} <= known
