@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_aapo.config import Config
-from nemo_aapo.engines.trtllm.check import ray_difference
 from nemo_aapo.engines.trtllm.contract import KV_CACHE_TAG, LLM_ARGS, RAY_VERSION, VERSION
 from nemo_aapo.errors import ConfigError, RunError
 from nemo_aapo.launch.world import Machine
@@ -49,6 +48,13 @@ def check(config: Config) -> None:
         )
     if config.precision.name == "fp32":
         raise ConfigError("precision=fp32: rollout.engine=trtllm computes in bfloat16; use precision=bf16")
+
+
+def ray_difference() -> str:
+    """Why the installed Ray can't start the engine's workers; empty if it can."""
+    from nemo_aapo.engines.trtllm import check as package_check  # it reads sources, which no other run needs
+
+    return package_check.ray_difference()
 
 
 def expandable_segments(environment: Mapping[str, str]) -> str:
