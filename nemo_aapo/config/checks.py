@@ -45,12 +45,14 @@ def check_alone(config: Config) -> None:
         _check_trtllm_colocated(config)
     _check_algorithm(config)
     _check_async(config)
+    _check_refit(config)
     remote = config.rollout.remote
     if remote.min_servers > remote.servers:
         raise ConfigError(
             f"rollout.remote.min_servers={remote.min_servers}: the start waits for no more than rollout.remote.servers="
             f"{remote.servers}"
         )
+    _check_trace(config)
     _check_lora(config)
     _check_rewards(config)
     check_data(config)
@@ -70,6 +72,18 @@ def check_alone(config: Config) -> None:
                 f"{key}={_get(config, key)} can't hold one sequence: data.max_prompt_tokens="
                 f"{config.data.max_prompt_tokens} + rollout.max_new_tokens={config.rollout.max_new_tokens} = {longest}"
             )
+
+
+MOST_TRACED = 100
+"""Steps of a run that may be traced; a trace takes some MB."""
+
+
+def _check_trace(config: Config) -> None:
+    steps, last = config.trace.steps, config.trainer.max_steps
+    if later := [step for step in steps if step > last]:
+        raise ConfigError(f"trace.steps names step {later[0]}, and the run ends at trainer.max_steps={last}")
+    if len(steps) > MOST_TRACED:
+        raise ConfigError(f"trace.steps names {len(steps)} steps: up to {MOST_TRACED} of a run can be traced")
 
 
 def _check_layout(config: Config) -> None:
@@ -162,7 +176,9 @@ def _check_replay(config: Config) -> None:
             f"rollout.replay={replay} has no engine that could be validated: set trainer.val_check_interval=0"
         )
     if config.rollout.async_depth or config.data.sampling != "uniform":
-        raise ConfigError("rollout.replay has no effect with rollout.async_depth=1 or data.sampling other than uniform")
+        raise ConfigError("rollout.replay has no effect with rollout.async_depth or data.sampling other than uniform")
+    if config.rollout.oversample is not None:
+        raise ConfigError("rollout.replay has no effect with rollout.oversample: what was left out was not kept")
     if Path(replay).absolute() == Path(directory).absolute():
         raise ConfigError(f"rollout.replay={replay}: is this run itself. Give this one another name (run.name=NAME)")
 
@@ -242,36 +258,48 @@ def _check_switches(config: Config) -> None:
         )
     if algorithm.margin_schedule is not None and algorithm.margin is None:
         raise ConfigError("algorithm.margin_schedule has no effect with algorithm.margin=null: set it to null")
+    if algorithm.scale_margin and algorithm.margin is None:
+        raise ConfigError("algorithm.scale_margin=true has no effect with algorithm.margin=null: set it to false")
     if algorithm.dual_clip is not None and algorithm.loss not in ("ratio_clip", "sequence_ratio_clip"):
         raise ConfigError(f"algorithm.dual_clip has no effect with algorithm.loss={algorithm.loss}: set it to null")
     if algorithm.kl_coefficient and algorithm.loss == "cross_entropy":
         raise ConfigError("algorithm.kl_coefficient has no effect with algorithm.loss=cross_entropy: set it to 0")
-    if config.group_size == 1 and algorithm.margin is None:
-        raise ConfigError(
-            f"group_size=1: algorithm={algorithm.name} compares completions of a group; at least 2 needed"
-        )
 
 
 def _check_async(config: Config) -> None:
     depth, algorithm = config.rollout.async_depth, config.algorithm
     if depth == 0:
         return
-    if depth > 1:
-        raise ConfigError(f"rollout.async_depth={depth}: 0 or 1; rollouts older than one step are not supported")
-    if config.rollout.engine != "remote":
-        raise ConfigError(
-            f"rollout.async_depth=1 needs rollout.engine=remote: with {config.rollout.engine} the learner's own ranks "
-            "generate, so nothing would overlap"
-        )
     if algorithm.importance_weight_cap is None:
         raise ConfigError(
-            "rollout.async_depth=1 trains on rollouts of the policy before: set algorithm.importance_weight_cap (2.0, "
-            "say), or the loss takes them for its own"
+            f"rollout.async_depth={depth} trains on rollouts of an earlier policy: set algorithm.importance_weight_cap "
+            "(2.0, say), or the loss takes them for its own"
         )
-    if algorithm.reference == "online":
+    if algorithm.reference == "online" and config.rollout.engine == "remote":
         raise ConfigError(
-            "rollout.async_depth=1 with algorithm.reference=online: the servers can't sample from reference and "
+            f"rollout.async_depth={depth} with algorithm.reference=online: the servers can't sample from reference and "
             "policy at a time. Use algorithm.reference=cached"
+        )
+    if depth > 1 and config.data.sampling != "uniform":
+        raise ConfigError(
+            f"rollout.async_depth={depth} with data.sampling={config.data.sampling}: which prompts a step takes would "
+            "depend on steps that are not trained on yet when it begins. Use data.sampling=uniform, or a depth of 1"
+        )
+
+
+def _check_refit(config: Config) -> None:
+    if config.rollout.refit != "collective":
+        return
+    if config.model.lora is not None or config.rollout.server.engine != "megatron":
+        which = "model.lora" if config.model.lora is not None else "rollout.server.engine=trtllm"
+        raise ConfigError(
+            f"rollout.refit=collective sends Megatron's own weights, and {which} makes those of trainer and server "
+            "differ: use rollout.refit=files or delta"
+        )
+    if config.rollout.async_depth > 1:
+        raise ConfigError(
+            f"rollout.refit=collective with rollout.async_depth={config.rollout.async_depth}: servers take weights at "
+            "different times then, and the trainer has the newest only. Use rollout.refit=files or delta"
         )
 
 

@@ -32,6 +32,15 @@ class RolloutStats:
     """Share of the rows that stood empty, averaged over the steps; NaN where the engine can't tell."""
 
 
+@runtime_checkable
+class ReportsServers(Protocol):
+    """An engine whose work is done by servers, which are worth metrics of their own."""
+
+    def server_metrics(self) -> dict[str, float]:
+        """``servers/...`` of a step, on rank 0; empty elsewhere. Returns at once."""
+        ...
+
+
 class PendingCompletions(Protocol):
     """Completions that are being generated."""
 
@@ -48,6 +57,8 @@ class RolloutEngine(Protocol):
     """True: it serves the learner's own weights. False: it has a copy, which ``update_weights`` replaces."""
     stats: RolloutStats | None
     """The last ``generate`` call's figures; None before the first."""
+    refit_bytes: int
+    """Bytes that the last ``update_weights`` wrote or sent; 0 where there was nothing to move."""
 
     def generate(
         self,
@@ -94,7 +105,7 @@ class RolloutEngine(Protocol):
 
 @runtime_checkable
 class BackgroundEngine(RolloutEngine, Protocol):
-    """An engine that generates elsewhere while this process does something else: for ``rollout.async_depth=1``."""
+    """An engine that generates elsewhere while this process does something else: for ``rollout.async_depth``."""
 
     def start(
         self,
@@ -105,7 +116,8 @@ class BackgroundEngine(RolloutEngine, Protocol):
     ) -> PendingCompletions:
         """As ``generate``, but returns at once.
 
-        ``on_finish`` is called from another thread. Until ``result`` has returned, nothing else may be asked of the
-        engine. No collective is begun before ``result``.
+        ``on_finish`` is called from another thread. Several calls may be under way: each keeps the weights that were
+        served when it began, also where ``update_weights`` brings others meanwhile, and none waits for a later one. No
+        collective is begun before ``result``.
         """
         ...

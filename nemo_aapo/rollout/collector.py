@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
+import functools
+import itertools
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict, runtime_checkable
 
 import numpy as np
 
@@ -15,24 +16,41 @@ from nemo_aapo.distributed import parallel
 from nemo_aapo.distributed.agreement import agree
 from nemo_aapo.engines.base import BackgroundEngine, OnFinish, PendingCompletions, RolloutEngine, RolloutStats
 from nemo_aapo.engines.elsewhere import arranged
+from nemo_aapo.errors import Interrupted
 from nemo_aapo.rollout.length_predictor import LengthPredictor
+from nemo_aapo.rollout.scored import engine_metrics, mean_lengths, scores_of
 from nemo_aapo.rollout.spread import Place, owner, ranks_in_step, spread, with_one_prompt
 from nemo_aapo.rollout.unscored import Score, Tally
+from nemo_aapo.trace import spans
 from nemo_aapo.types import Completion, Group, Prompt, SamplingSpec
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Watch = Callable[[int], bool]
 """Called on every rank about once in ``WATCH_S``, with the completions of its shard that have ended; True: enough."""
 WATCH_S = 1.0
+Keep = Callable[[Prompt, Sequence[Completion]], None]
+Found = Mapping[int, Sequence[Completion]]
+
+
+class Banking(TypedDict, total=False):
+    """What was generated before, and who keeps what is."""
+
+    found: Found
+    """By index among all prompts: completions that are scored, and not generated again."""
+    keep: Keep
+    """Told on the model-parallel source rank of each prompt whose completions have all ended, perhaps in a thread."""
 
 
 class RewardScorer(Protocol):
     """What the collector needs of ``rewards.workers.runner.RewardRunner``."""
 
     def submit(self, index: Any, prompt: Prompt, text: str, completion: Completion) -> None:
-        """Start scoring one completion; returns at once."""
+        """Start scoring one completion; returns at once. May be called from several threads."""
 
-    def collect(self) -> Mapping[Any, Score]:
-        """The scores of all completions submitted since the last call, by index."""
+    def collect(self, indices: Collection[Any]) -> Mapping[Any, Score]:
+        """Wait for the scores of these completions, by index; those of others that were submitted stay."""
         ...
 
 
@@ -55,6 +73,8 @@ class Defined(Protocol):
 class _Shard:
     """This data-parallel rank's part of the prompts, while its completions are generated and scored."""
 
+    number: int
+    """Tells its completions from those of others that are under way."""
     order: Sequence[int]
     """Where each prompt stands among the shard's: they enter the engine longest expected first."""
     prompts: Sequence[Prompt]
@@ -63,6 +83,16 @@ class _Shard:
     """The texts of the completions that have ended, by prompt and completion, on the model-parallel source rank."""
     places: Sequence[Sequence[Place]] | None = None
     """Where completions are spread over ranks: which one of all each is. None: they are of this rank's own groups."""
+    found: Found = field(default_factory=dict)
+    """By prompt of the shard; they have no seeds here."""
+    keep: Keep | None = None
+    ended: dict[int, dict[int, Completion]] = field(default_factory=dict)
+    """By prompt and number: what ``keep`` is told of when the last has come."""
+
+    @property
+    def all_found(self) -> bool:
+        """Whether nothing is left to generate."""
+        return bool(self.found) and len(self.found) == len(self.prompts)
 
     @property
     def token_ids(self) -> list[np.ndarray]:
@@ -95,8 +125,11 @@ class Collector:
     """The last call's over all ranks: see ``engine_metrics``."""
     tally: Tally = field(default_factory=Tally)
     """The last call's over all ranks: how many completions were scored."""
+    lengths: list[tuple[str, float]] = field(default_factory=list)
+    """The last call's over all ranks: (prompt id, mean tokens of its completions), in the order of the prompts."""
     length_predictor: LengthPredictor = field(default_factory=LengthPredictor)
     """Decides which prompts enter the engine first; the same on all ranks."""
+    _numbers: Iterator[int] = field(default_factory=itertools.count)
 
     def collect(
         self,
@@ -105,6 +138,7 @@ class Collector:
         seeds: Sequence[Sequence[int]],
         observe_lengths: bool = True,
         watch: Watch | None = None,
+        **bank: Unpack[Banking],
     ) -> list[Group]:
         """This data-parallel rank's shard of the prompts, completed and scored.
 
@@ -118,36 +152,45 @@ class Collector:
             observe_lengths: let the completions' lengths decide the order of later calls.
             watch: once it has returned True, what has not ended is broken off, and a group has its first completions
                 only, be it none.
+            bank: has no effect where completions are spread over ranks.
+
+        Raises:
+            Interrupted: on all ranks; a stop broke off the waiting for servers or rewards.
         """
-        shard = self._shard(prompts, seeds)
-        work = self._spread(prompts, seeds) or shard
+        spread_out = self._spread(prompts, seeds)
+        shard = self._shard(prompts, seeds) if spread_out else self._shard(prompts, seeds, **bank)
+        work = spread_out or shard
         start = time.perf_counter()
-        with self.offload():
-            self.engine.wake()
-            completions = self.engine.generate(work.token_ids, sampling, work.seeds, self._scoring(work, watch))
-            self.engine.sleep()
+        self._score_found(shard)
+        if shard.all_found:
+            completions: list[list[Completion]] | Interrupted = [[] for _ in work.prompts]
+        else:
+            with self.offload():
+                self.engine.wake()
+                ask = functools.partial(self.engine.generate, work.token_ids, sampling, work.seeds)
+                completions = _unless_stopped(lambda: ask(self._scoring(work, watch)))
+                self.engine.sleep()
         return self._groups(shard, completions, start, observe_lengths, work)
 
     def begin(
-        self, prompts: Sequence[Prompt], sampling: SamplingSpec, seeds: Sequence[Sequence[int]]
+        self, prompts: Sequence[Prompt], sampling: SamplingSpec, seeds: Sequence[Sequence[int]], **bank: Unpack[Banking]
     ) -> InFlightRollout:
-        """As ``collect``, but returns at once.
-
-        Until ``finish``, neither the engine nor the rewards may be asked for anything else.
+        """As ``collect`` without ``observe_lengths``, but returns at once. Several may be under way.
 
         Raises:
             TypeError: the engine can't generate in the background.
         """
         engine = self.engine
         if not isinstance(engine, BackgroundEngine):
-            raise TypeError(f"rollout.async_depth=1 needs a BackgroundEngine, and {type(engine).__name__} is none")
-        shard = self._shard(prompts, seeds)
+            raise TypeError(f"{type(engine).__name__} generates while everybody waits: it is no BackgroundEngine")
+        shard = self._shard(prompts, seeds, **bank)
+        self._score_found(shard)
         return InFlightRollout(shard, engine.start(shard.token_ids, sampling, shard.seeds, self._scoring(shard)))
 
     def finish(self, rollout: InFlightRollout) -> list[Group]:
-        """Wait for what ``begin`` began; what ``collect`` would have returned."""
+        """Wait for what ``begin`` began."""
         start = time.perf_counter()
-        return self._groups(rollout.shard, rollout.completions.result(), start)
+        return self._groups(rollout.shard, _unless_stopped(rollout.completions.result), start, observe_lengths=False)
 
     def _scoring(self, shard: _Shard, watch: Watch | None = None) -> OnFinish | None:
         """What has each completion scored as soon as it ends, which one rank does, and asks whether it is enough."""
@@ -157,16 +200,38 @@ class Collector:
 
         def score(i: int, j: int, completion: Completion) -> bool:
             shard.texts[i, j] = self.decode(completion.token_ids)
-            scorer.submit((i, j), shard.prompts[i], shard.texts[i, j], completion)
+            scorer.submit((shard.number, i, j), shard.prompts[i], shard.texts[i, j], completion)
+            if spans.recorder is not None:
+                spans.recorder.sample("completions", ended=len(shard.texts))
+            if shard.keep is not None and i not in shard.found:
+                ended = shard.ended.setdefault(i, {})
+                ended[j] = completion
+                if len(ended) == len(shard.seeds[i]):
+                    shard.keep(shard.prompts[i], [ended[j] for j in sorted(ended)])
             return enough()
 
         return score
 
-    def _shard(self, prompts: Sequence[Prompt], seeds: Sequence[Sequence[int]]) -> _Shard:
+    def _score_found(self, shard: _Shard) -> None:
+        """Have what was generated before scored as if it ended now."""
+        if (score := self._scoring(shard)) is not None:
+            for i, row in shard.found.items():
+                for j, completion in enumerate(row):
+                    score(i, j, completion)
+
+    def _shard(
+        self,
+        prompts: Sequence[Prompt],
+        seeds: Sequence[Sequence[int]],
+        found: Found | None = None,
+        keep: Keep | None = None,
+    ) -> _Shard:
         mine = own_shard(len(prompts))
-        prompts, seeds = prompts[mine], seeds[mine]
+        first, prompts, seeds = mine.start, prompts[mine], seeds[mine]
         order = self.length_predictor.longest_first(prompts)
-        return _Shard(order, [prompts[i] for i in order], [seeds[i] for i in order])
+        before = {place: found[first + i] for place, i in enumerate(order) if found and first + i in found}
+        left = [[] if place in before else seeds[i] for place, i in enumerate(order)]
+        return _Shard(next(self._numbers), order, [prompts[i] for i in order], left, found=before, keep=keep)
 
     def _spread(self, prompts: Sequence[Prompt], seeds: Sequence[Sequence[int]]) -> _Shard | None:
         """What this rank's engine generates where ranks decode in step (``spread``); None: its own shard."""
@@ -181,6 +246,7 @@ class Collector:
         for k, j in spread(expected, [len(seeds[i]) for i in theirs], ranks)[rank % ranks]:
             taken.setdefault(theirs[k], []).append(j)
         return _Shard(
+            number=next(self._numbers),
             order=range(len(taken)),
             prompts=[prompts[i] for i in taken],
             seeds=[[seeds[i][j] for j in row] for i, row in taken.items()],
@@ -190,20 +256,28 @@ class Collector:
     def _groups(
         self,
         shard: _Shard,
-        completions: list[list[Completion]],
+        generated: list[list[Completion]] | Interrupted,
         start: float,
         observe_lengths: bool = True,
         work: _Shard | None = None,
     ) -> list[Group]:
-        generated = time.perf_counter()
+        ended, did = time.perf_counter(), work or shard
+
+        def judge() -> tuple[list[list[Completion]], Mapping[Hashable, Score]]:
+            if isinstance(generated, Interrupted):
+                raise generated
+            return [list(shard.found.get(i, row)) for i, row in enumerate(generated)], self._judged(did)
+
         # One rank judges and tells the others: a timeout could strike on one of them and not on the next.
-        judged = agree(lambda: {} if self.rewards is None else self.rewards.collect())
-        if work is not None and work.places is not None:
-            completions, judged = _brought_home(shard, work.places, completions, work.texts, judged)
-        own = [] if self.rewards is None else _scores(judged, list(map(len, completions)))
+        completions, judged = agree(judge)
+        if did.places is not None:
+            completions, judged = _brought_home(shard, did.places, completions, did.texts, judged)
+        own = [] if self.rewards is None else scores_of(judged, list(map(len, completions)))
         scores, tally = parallel.broadcast_in_model_parallel((own, Tally.of(list(judged.values()))))
-        self.seconds = {"rollout": generated - start, "reward": time.perf_counter() - generated}
-        self._record(shard.prompts, completions, observe_lengths, tally)
+        judged_at = time.perf_counter()
+        self.seconds = {"rollout": ended - start, "reward": judged_at - ended}
+        spans.timed("rollout", start, ended)
+        spans.timed("reward", ended, judged_at)
         groups = [
             Group(
                 prompt=prompt,
@@ -215,53 +289,33 @@ class Collector:
             )
             for i, (prompt, row) in enumerate(zip(shard.prompts, completions, strict=True))
         ]
-        return [group for _, group in sorted(zip(shard.order, groups, strict=True), key=lambda pair: pair[0])]
+        groups = [group for _, group in sorted(zip(shard.order, groups, strict=True), key=lambda pair: pair[0])]
+        self._record(groups, tally, None if shard.all_found else self.engine.stats)
+        if observe_lengths:
+            self.length_predictor.observe(self.lengths)
+        return groups
 
-    def _record(
-        self,
-        prompts: Sequence[Prompt],
-        completions: Sequence[Sequence[Completion]],
-        observe_lengths: bool,
-        tally: Tally,
-    ) -> None:
+    def _judged(self, work: _Shard) -> Mapping[Hashable, Score]:
+        """The scores of what this rank generated, by prompt and completion; none but on the source rank."""
+        if self.rewards is None:
+            return {}
+        scores = self.rewards.collect([(work.number, *place) for place in work.texts])
+        return {(i, j): score for (_, i, j), score in scores.items()}
+
+    def _record(self, groups: Sequence[Group], tally: Tally, stats: RolloutStats | None) -> None:
         """Metrics, lengths and the tally of scores over all data-parallel ranks."""
-        means = [
-            (prompt.id, float(np.mean([len(completion.token_ids) for completion in row])))
-            for prompt, row in zip(prompts, completions, strict=True)
-            if row
-        ]
-        everyone = parallel.gather_data_parallel((self.engine.stats, means, tally))
+        everyone = parallel.gather_data_parallel((stats, mean_lengths(groups), tally))
         self.metrics = engine_metrics([stats for stats, *_ in everyone if stats is not None])
         self.tally = sum((part for *_, part in everyone), Tally())
-        if observe_lengths:
-            self.length_predictor.observe(mean for _, part, _ in everyone for mean in part)
+        self.lengths = [length for _, part, _ in everyone for length in part]
 
 
-def engine_metrics(stats: Sequence[RolloutStats]) -> dict[str, float]:
-    """What the rollout cost.
-
-    Args:
-        stats: one for each data-parallel rank.
-
-    Returns:
-        ``rollout/idle_fraction``: share of the engines' rows that stood empty, averaged over their steps; NaN where an
-        engine can't tell. ``rollout/tokens_per_second``: completion tokens over the slowest engine's seconds.
-    """
-    steps, seconds = sum(stat.steps for stat in stats), max((stat.seconds for stat in stats), default=math.nan)
-    idle = sum(stat.idle_fraction * stat.steps for stat in stats)
-    return {
-        "rollout/idle_fraction": idle / steps if steps else float("nan"),
-        "rollout/tokens_per_second": sum(stat.tokens for stat in stats) / seconds,
-    }
-
-
-@dataclass(frozen=True, slots=True)
-class _Scores:
-    """The scores of one prompt's completions, [G] each."""
-
-    rewards: np.ndarray
-    parts: dict[str, np.ndarray]
-    failed: np.ndarray
+def _unless_stopped(generate: Callable[[], list[list[Completion]]]) -> list[list[Completion]] | Interrupted:
+    """The completions; the error where a stop came, of which other ranks may not know yet."""
+    try:
+        return generate()
+    except Interrupted as error:
+        return error
 
 
 def _watched(watch: Watch | None) -> Callable[[], bool]:
@@ -276,22 +330,6 @@ def _watched(watch: Watch | None) -> Callable[[], bool]:
         return answer
 
     return ended
-
-
-def _scores(scores: Mapping[Hashable, Score], counts: Sequence[int]) -> list[_Scores]:
-    """Of the first ``counts[i]`` completions of each prompt i."""
-    found = []
-    for i, count in enumerate(counts):
-        judged = [scores[i, j] for j in range(count)]
-        names = list(judged[0].parts) if judged else []
-        found.append(
-            _Scores(
-                rewards=np.array([np.nan if score.failure else score.score for score in judged], dtype=np.float64),
-                parts={n: np.array([score.parts[n] for score in judged], dtype=np.float64) for n in names},
-                failed=np.array([score.failure is not None for score in judged], dtype=bool),
-            )
-        )
-    return found
 
 
 def _brought_home(

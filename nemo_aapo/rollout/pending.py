@@ -1,7 +1,7 @@
 """Rollouts made and not yet trained on, as the content of one file of a checkpoint.
 
 NumPy's npz of plain arrays (nothing is pickled): completions one after the other, with their lengths. Prompts are
-named by their position in the step, as a resumed run has the same prompts.
+named by their position in the steps, as a resumed run has the same prompts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ FILE_NAME = "rollouts.npz"
 
 
 def pack(groups: Sequence[Group]) -> bytes:
-    """The file for the scored groups of one step: all of them, in the order of the step's prompts.
+    """The file for the scored groups of the steps to come: all of them, in the order of the steps' prompts.
 
     Reference rewards and advantages are left out: they are worked out when the step comes.
     """
@@ -47,12 +47,24 @@ def pack(groups: Sequence[Group]) -> bytes:
     return file.getvalue()
 
 
+def count(content: bytes) -> int:
+    """How many groups a file holds."""
+    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+        return len(arrays["group_sizes"])
+
+
+def prompt_ids(content: bytes) -> list[str]:
+    """The ids of the prompts of the groups that a file holds."""
+    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+        return [name.decode() for name in _unstrings(arrays["prompts"])]
+
+
 def unpack(content: bytes, prompts: Sequence[Prompt]) -> list[Group]:
     """The groups again, equal to the bit.
 
     Args:
         content: what ``pack`` made; its checksum was verified.
-        prompts: of the step that the groups belong to.
+        prompts: of the steps that the groups belong to.
 
     Raises:
         DamagedCheckpointError: the groups belong to other prompts.
@@ -60,7 +72,7 @@ def unpack(content: bytes, prompts: Sequence[Prompt]) -> list[Group]:
     with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
         of = {name: arrays[name] for name in arrays.files}
     if _unstrings(of["prompts"]) != [prompt.id.encode() for prompt in prompts]:
-        raise DamagedCheckpointError(f"{FILE_NAME} holds rollouts of other prompts than the next step's")
+        raise DamagedCheckpointError(f"{FILE_NAME} holds rollouts of other prompts than the next steps'")
     token_ids, logprobs = (_split(of[name], of["lengths"]) for name in ("token_ids", "logprobs"))
     texts = [part.tobytes().decode("utf-8", "surrogatepass") for part in _split(of["texts"], of["text_lengths"])]
     names = [name.decode() for name in _unstrings(of["reward_names"])]
@@ -122,4 +134,4 @@ def _strings(items: Sequence[bytes]) -> np.ndarray:
 
 
 def _unstrings(array: np.ndarray) -> list[bytes]:
-    return array.tobytes().split(b"\n")
+    return array.tobytes().split(b"\n") if len(array) else []

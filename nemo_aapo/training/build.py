@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,7 @@ from nemo_aapo.data.sampler import PromptSampler
 from nemo_aapo.data.tokenizer import load_text
 from nemo_aapo.distributed import parallel
 from nemo_aapo.distributed.agreement import agree, on_first_rank
-from nemo_aapo.engines.base import RolloutEngine
+from nemo_aapo.engines.base import BackgroundEngine, RolloutEngine
 from nemo_aapo.engines.build import build_engine
 from nemo_aapo.errors import CheckpointError, ConfigError
 from nemo_aapo.evaluation.validation import Validator
@@ -42,6 +41,8 @@ from nemo_aapo.prepare.algorithm import with_algorithm
 from nemo_aapo.prepare.job import Job
 from nemo_aapo.rewards.base import Reward
 from nemo_aapo.rewards.workers.runner import RewardRunner
+from nemo_aapo.rollout.bank import FOLDER as BANK
+from nemo_aapo.rollout.bank import RolloutBank
 from nemo_aapo.rollout.collector import Collector, RewardScorer
 from nemo_aapo.rollout.kept import KeptRollouts
 from nemo_aapo.rollout.pipeline import RolloutPipeline
@@ -50,12 +51,12 @@ from nemo_aapo.run.identity import identity_of
 from nemo_aapo.run.names import CHECKPOINTS
 from nemo_aapo.run.reporter import Notes, Reporter
 from nemo_aapo.text.transformers5 import said
+from nemo_aapo.trace.tracer import Tracer
 from nemo_aapo.training.build_reference import build_reference, open_reference_store
 from nemo_aapo.training.read_data import count, left_out, read_data
 from nemo_aapo.training.throughput import Throughput
 from nemo_aapo.training.trainer import AAPOTrainer
 from nemo_aapo.types import SamplingSpec
-from nemo_aapo.utils.clock import seconds_since_start
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -149,6 +150,7 @@ def build_training(job: Job, *, reporter: Reporter, stack: contextlib.ExitStack,
         checkpoints=_checkpointer(config),
         kept=KeptRollouts(config, learner, rollouts.decode, reporter.note),
         throughput=Throughput(config),
+        tracer=Tracer(Path(config.run.dir), config.trace.steps, reporter.note),
         reporter=reporter,
     )
 
@@ -190,6 +192,11 @@ def build_rollouts(
     make_engine = parts.get("engine")
     engine = make_engine(policy) if make_engine else build_engine(config, policy, job.shape, text.decode)
     stack.callback(engine.close)
+    if trains and (depth := config.rollout.async_depth) and not isinstance(engine, BackgroundEngine):
+        reporter.note(
+            f"rollout.async_depth={depth}: without rollout servers the learner waits while it generates: the results "
+            "are those of servers, and no time is gained"
+        )
     collector = Collector(engine, scorer, text.decode)
     if config.rollout.offload_learner and trains:
         optimization = policy.optimization
@@ -202,8 +209,9 @@ def build_rollouts(
         prompts=data.prompts,
         sampler=sampler,
         reference=build_reference(config, collector, sampling, key, store),
+        bank=_bank(config, reporter.note) if trains and config.rollout.bank != "off" else None,
     )
-    stop = stop_of(config, reporter)
+    stop = reporter.stop_requested if isinstance(reporter, Reporter) else bool
     return Rollouts(policy, pipeline, _validator(config, collector, validation_data, sampling, stop))
 
 
@@ -315,15 +323,9 @@ def _validator(
     )
 
 
-def stop_of(config: Config, reporter: Notes) -> Callable[[], bool]:
-    """Whether something long is to be broken off: as asked from outside, or as the time is over."""
-    return stop_or_limit(config, reporter.stop_requested if isinstance(reporter, Reporter) else bool)
-
-
-def stop_or_limit(config: Config, asked: Callable[[], bool]) -> Callable[[], bool]:
-    """The same, of who is asked by other means than a reporter."""
-    limit = config.checkpoint.max_time_s or math.inf
-    return lambda: asked() or seconds_since_start() > limit
+def _bank(config: Config, note: Callable[[str], None]) -> RolloutBank:
+    run = digests_of_run(config, identity_of(config))
+    return RolloutBank(Path(config.run.dir) / BANK, run, parallel.data_parallel_rank(), note)
 
 
 def _checkpointer(config: Config) -> Checkpointer:

@@ -13,6 +13,7 @@ import pytest
 from nemo_aapo.algorithms.advantage import group_advantage, margin, margin_metrics
 from nemo_aapo.errors import RewardError
 from nemo_aapo.rewards.workers.runner import RewardRunner
+from nemo_aapo.rollout.scored import ScoredRollout
 from nemo_aapo.rollout.unscored import IN_A_ROW, TOTAL, ScoringWatch, Tally
 from nemo_aapo.run.step_metrics import GroupNumbers, step_metrics
 from tests.pool import RankError
@@ -88,10 +89,12 @@ def augmented(rewards, references):
 def test_rollouts_that_could_not_be_scored_at_all_are_not_kept_for_a_resumed_run():
     from nemo_aapo.rollout.pipeline import RolloutPipeline
 
-    config = SimpleNamespace(rollout=SimpleNamespace(async_depth=1))
-    parts = {"collector": None, "sampling": None, "prompts": [], "sampler": None, "reference": None}
+    trainer, rollout = SimpleNamespace(max_steps=2), SimpleNamespace(async_depth=1, oversample=None)
+    config = SimpleNamespace(rollout=rollout, prompts_per_step=1, trainer=trainer)
+    sampler = SimpleNamespace(step=0, knows=lambda step: True)
+    parts = {"collector": None, "sampling": None, "prompts": [], "sampler": sampler, "reference": None}
     pipeline = RolloutPipeline(config=config, policy=SimpleNamespace(version=0), **parts)
-    pipeline._ahead, pipeline._tally = [], tally(8, a=0)
+    pipeline._ahead = {0: ScoredRollout([], [], tally(8, a=0)), 1: ScoredRollout([], [], tally(8, a=1))}
     assert pipeline.pending_files() == {}
 
 
@@ -117,10 +120,10 @@ class Broken(Shaky):
 class Lost(RewardRunner):
     """One whose workers can't be started again, on the second rank."""
 
-    def collect(self, timeout_s=None):
+    def collect(self, indices=None, timeout_s=None):
         if os.environ["RANK"] == "1":
             raise RewardError("a reward worker can't be started")
-        return super().collect(timeout_s)
+        return super().collect(indices, timeout_s)
 
 
 def run(overrides, reward=Shaky, runner=RewardRunner):

@@ -56,6 +56,9 @@ def test_a_run_on_two_servers_loses_one_and_ends_in_the_same_weights(ranks, fold
     killer.join(1)
     assert not killer.is_alive()
     assert_same_run(run_dir, folder / "alone")
+    first, expected = (metrics(path)[0] for path in (run_dir, folder / "alone"))
+    assert first == expected  # the validation of the same weights, to the last digit
+    assert "validation/accuracy_sampled_stderr" in first
     assert all(line["parity/mult_prob_error"] < 1.0001 for line in metrics(run_dir) if "loss" in line)
     assert list((servers.directory / "weights").iterdir()) == []
 
@@ -72,7 +75,11 @@ def test_a_run_on_one_server_stopped_and_resumed_ends_in_the_same_bits(ranks, fo
     assert exported(run_dir) == exported(folder / "in_process")
 
 
-AHEAD = ("rollout.async_depth=1", "algorithm.importance_weight_cap=2.0")
+def ahead(depth):
+    return f"rollout.async_depth={depth}", "algorithm.importance_weight_cap=2.0"
+
+
+AHEAD = ahead(1)
 
 
 def test_one_step_ahead_a_checkpoint_keeps_the_rollouts_that_were_not_trained_on(ranks, folder, servers):
@@ -92,3 +99,19 @@ def test_one_step_ahead_a_checkpoint_keeps_the_rollouts_that_were_not_trained_on
     assert exported(stopped) == exported(whole)
     assert ranks.run(run, remote(folder, moved, servers, *AHEAD, world=2, tp=2), world=2, tp=None) == [0, 0]
     assert_same_run(moved, whole)
+
+
+def test_two_steps_ahead_servers_and_the_engine_in_process_end_in_the_same_bits(ranks, folder, servers):
+    """Step k trains on completions of the policy before step k - 2. Stopped with two rollouts in hand, and resumed."""
+    served, alone, stopped = (folder / f"two_{name}" for name in ("served", "alone", "stopped"))
+    assert ranks.run(run, remote(folder, served, servers, *ahead(2)), tp=None) == [0]
+    steps = [line for line in metrics(served) if "loss" in line]
+    assert [line["rollout/lag"] for line in steps] == [0, 1, 2, 2, 2, 2]
+    assert all(0 < line["importance_weight/mean"] < 2 for line in steps)
+    assert ranks.run(run, settings(folder, alone, *ahead(2)), tp=None) == [0]
+    assert ranks.run(run, settings(folder, stopped, *ahead(2)), IN_THE_THIRD_STEP, tp=None) == [0]
+    assert pending.count((max((stopped / "checkpoints").iterdir()) / pending.FILE_NAME).read_bytes()) == 2 * 4
+    assert ranks.run(run, settings(folder, stopped, *ahead(2)), tp=None) == [0]
+    for run_dir in (alone, stopped):
+        assert metrics(run_dir) == metrics(served)
+        assert exported(run_dir) == exported(served)

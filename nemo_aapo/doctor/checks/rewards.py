@@ -91,7 +91,7 @@ def hostile_survives() -> str:
         start = time.monotonic()
         runner.submit(0, _prompt(), "", _completion())
         try:
-            result = runner.collect(HOSTILE_LIMIT_S + KILLED_WITHIN_S)[0]
+            result = runner.collect(timeout_s=HOSTILE_LIMIT_S + KILLED_WITHIN_S)[0]
         except TimeoutError:
             return f"a reward that never ends still runs {time.monotonic() - start:.0f} s after its start"
         if result.failure != "timeout":

@@ -9,12 +9,9 @@ whether one did before.
 from __future__ import annotations
 
 import asyncio
-import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NoReturn
 
 import aiohttp
@@ -22,20 +19,18 @@ import numpy as np
 
 from nemo_aapo.engines.base import OnFinish
 from nemo_aapo.engines.remote import wire
-from nemo_aapo.engines.remote.directory import ServerRecord, open_directory, open_token, read_servers
-from nemo_aapo.errors import RunError, ServerError, WireError
+from nemo_aapo.engines.remote.directory import ServerRecord
+from nemo_aapo.engines.remote.queues import Ticket
+from nemo_aapo.engines.remote.servers import TURN_S, Servers, complaint, failures_named
+from nemo_aapo.errors import RunError, ServerError
+from nemo_aapo.trace import servers as traced_servers
 from nemo_aapo.types import Completion, SamplingSpec
 from nemo_aapo.utils.buckets import buckets
 
-PROBE_S = 10.0
-"""A server that does not answer ``ready`` within this is hanging."""
-POLL_S = 0.25
-"""Pause before servers that were not usable are asked again."""
-FORGIVE_S = 60.0
-"""A server that failed is asked again after this, or when nobody else is left."""
 REQUEST_TOKENS = 1 << 20
 """Prompt tokens of one request, about 7 MB of JSON: more go as several requests, which the server puts together."""
-_PROBE = aiohttp.ClientTimeout(total=PROBE_S)
+TRIES = 10
+"""How often a server may take other weights between it was asked to load some and asked to generate with them."""
 
 
 @dataclass(eq=False)
@@ -55,6 +50,19 @@ class Work:
     """Why each attempt so far has failed."""
 
 
+@dataclass(eq=False)
+class Part:
+    """What one server is asked for in one request."""
+
+    server: ServerRecord
+    works: list[Work]
+    ticket: Ticket
+
+
+class _OtherWeights(ServerError):
+    """A server has taken other weights since it was asked."""
+
+
 @dataclass(frozen=True)
 class Call:
     """What ``Fleet.generate`` is asked for, and where the answers go."""
@@ -69,167 +77,93 @@ class Call:
     on_finish: OnFinish
 
 
-class Fleet:
-    """All servers of one directory. Its methods block; at most one runs at a time."""
+class Fleet(Servers):
+    """Has the servers generate. Its methods block; several may run at a time, each in a thread of its own."""
 
-    def __init__(
-        self,
-        directory: str | Path,
-        *,
-        servers: int,
-        min_servers: int = 1,
-        wait_s: float,
-        timeout_s: float,
-        retries: int,
-        log: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
-    ) -> None:
-        """
-        Args:
-            directory: the servers' directory.
-            servers: how many must have come at the first call.
-            min_servers: how many must be left at later ones.
-            wait_s: how long to wait for them.
-            timeout_s: the longest silence of a server that has work.
-            retries: how often a prompt is sent again.
-            log: told once of each server that is left out.
-
-        Raises:
-            ConfigError: directory or token are open to others.
-        """
-        self.directory = open_directory(directory)
-        self.servers, self.min_servers = servers, min_servers
-        self.wait_s, self.timeout_s, self.retries = wait_s, timeout_s, retries
-        self._log = log
-        self._complete = False
-        self._failed: dict[str, tuple[float, str]] = {}  # by instance: when and why
-
-    # ------------------------------------------------------------------ what the engine calls
-
-    def prepare(self, weights: wire.Weights) -> None:
-        """Have all servers serve these weights.
-
-        Raises:
-            RunError: too few do in time; names each server and why.
-        """
-        asyncio.run(self._with_session(lambda session: self._usable(session, weights)))
-
-    def generate(self, call: Call) -> None:
+    def generate(self, call: Call, number: int | None = None) -> None:
         """Have everything generated; ``call.on_finish`` is told of each completion exactly once.
+
+        Args:
+            number: what ``queues.enter`` gave, where the call's place among others was taken beforehand.
 
         Raises:
             RunError: too few servers are left, or a prompt has failed too often; names each server and why.
             FloatingPointError: a server's weights give log-probs that are not finite.
+            Interrupted: a stop broke it off.
         """
-        asyncio.run(self._with_session(lambda session: self._generate(session, call)))
-
-    async def _with_session(self, action: Callable[[aiohttp.ClientSession], Awaitable[object]]) -> None:
-        headers = {"Authorization": f"Bearer {open_token(self.directory)}"}
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=PROBE_S, sock_read=self.timeout_s)
-        # trust_env stays off: no proxy has a part in this, and the token goes to the servers alone
-        async with aiohttp.ClientSession(headers=headers, timeout=timeout) as session:
-            await action(session)
-
-    # ------------------------------------------------------------------ which servers
-
-    async def _usable(self, session: aiohttp.ClientSession, weights: wire.Weights) -> list[ServerRecord]:
-        """The servers that have these weights, after those that had others were told to load them."""
-        end = time.monotonic() + self.wait_s
-        while True:
-            records, now = read_servers(self.directory), time.monotonic()
-            asked = [r for r in records if now - self._failed.get(r.instance, (-FORGIVE_S, ""))[0] >= FORGIVE_S]
-            asked = asked or records
-            problems = await asyncio.gather(*(self._problem(session, record, weights) for record in asked))
-            usable = [record for record, problem in zip(asked, problems, strict=True) if problem is None]
-            if len(usable) >= (self.min_servers if self._complete else self.servers):
-                self._complete = True
-                return usable
-            if time.monotonic() >= end:
-                reasons = {record.index: problem for record, problem in zip(asked, problems, strict=True)}
-                raise RunError(self._too_few(records, reasons, len(usable)))
-            await asyncio.sleep(POLL_S)
-
-    async def _problem(self, session: aiohttp.ClientSession, server: ServerRecord, weights: wire.Weights) -> str | None:
-        """Why a server can't be used now; None: it serves these weights."""
+        place = self.queues.enter(call.weights.id) if number is None else number
         try:
-            with _failures_named(PROBE_S):
-                async with session.get(f"{server.address}{wire.API}/ready", timeout=_PROBE) as response:
-                    answer = wire.load_object(await response.read())
-                    if response.status == 503 and answer.get("reason") == "starting":
-                        return "is still loading its model"
-                    if response.status not in (200, 503):  # 503 else: a refit failed half-way; a whole one mends it
-                        raise ServerError(_complaint(response, answer))
-                    has = wire.decode_weights_id(answer) if response.status == 200 else None
-            if has != weights.id:
-                await self._update(session, server, weights)
-        except ServerError as error:
-            self._fail(server, str(error))
-            return str(error)
-        self._failed.pop(server.instance, None)
-        return None
+            asyncio.run(self.with_session(lambda session: self._generate(session, call, place)))
+        finally:
+            self.queues.leave(place)
 
-    async def _update(self, session: aiohttp.ClientSession, server: ServerRecord, weights: wire.Weights) -> None:
-        url, body = f"{server.address}{wire.API}/update_weights", wire.encode_weights(weights)
-        with _failures_named(self.timeout_s):
-            async with session.post(url, data=body) as response:
-                answer = wire.load_object(await response.read())
-                if response.status != 200:
-                    raise ServerError(_complaint(response, answer))
-                if wire.decode_weights_id(answer) != weights.id:
-                    raise ServerError(f"was told to load {weights.id} and loaded {answer}")
-
-    def _fail(self, server: ServerRecord, reason: str) -> None:
-        if server.instance not in self._failed:
-            self._log(f"rollout server {server.index} ({server.address}) is left out: {reason}")
-        self._failed[server.instance] = (time.monotonic(), reason)
-
-    def _too_few(self, records: Sequence[ServerRecord], reasons: dict[int, str | None], usable: int) -> str:
-        lines = [f"none has announced itself in {self.directory}"]
-        if records:
-            now = {r.index: reasons.get(r.index, self._failed.get(r.instance, (0, ""))[1]) or "ready" for r in records}
-            lines = [f"server {r.index} ({r.address}): {now[r.index]}" for r in records]
-        needed = f"min_servers={self.min_servers}" if self._complete else f"servers={self.servers}"
-        wanted = f"rollout.remote.{needed} are needed"
-        return f"after {self.wait_s:g} s (rollout.remote.wait_s) {usable} rollout servers are usable, {wanted}:\n  " + (
-            "\n  ".join(lines)
-        )
-
-    # ------------------------------------------------------------------ generate
-
-    async def _generate(self, session: aiohttp.ClientSession, call: Call) -> None:
+    async def _generate(self, session: aiohttp.ClientSession, call: Call, number: int) -> None:
         waiting = [
             Work(i, list(range(len(row))), len(prompt) + len(row) * call.sampling.max_new_tokens)
             for i, (prompt, row) in enumerate(zip(call.prompts, call.seeds, strict=True))
             if row
         ]
-        running: dict[asyncio.Task[None], tuple[ServerRecord, list[Work]]] = {}
-        servers = await self._usable(session, call.weights)
+        servers: list[ServerRecord] = []
+        running: dict[asyncio.Task[None], Part] = {}
+
+        def start(server: ServerRecord, works: Sequence[Work], has_weights: bool) -> None:
+            for request in _requests(works, call.prompts):
+                tokens = sum(work.tokens for work in request)
+                part = Part(server, request, self.queues.put(Ticket(server.instance, number, tokens)))
+                running[asyncio.create_task(self._in_turn(session, part, call, has_weights))] = part
+
         try:
             while waiting or running:
                 if waiting:
-                    if len(servers) < self.min_servers:
-                        servers = await self._usable(session, call.weights)
-                    busy = [
-                        sum(w.tokens for s, works in running.values() if s is server for w in works)
-                        for server in servers
-                    ]
-                    for server, works in zip(servers, distribute(waiting, busy), strict=True):
-                        for part in _requests(works, call.prompts):
-                            task = asyncio.create_task(self._attempt(session, server, part, call))
-                            running[task] = server, part
+                    alone = self.queues.alone(call.weights.id)  # else each server gets the weights in its turn
+                    if fresh := not servers or len(servers) < self.min_servers:
+                        servers = await self.usable(session, call.weights if alone else None)
+                    servers = sorted(servers, key=lambda server: self.queues.tokens(server.instance))
+                    # The parts themselves depend on nothing but the number of servers, as log-probs depend in their
+                    # last bits on what is in a batch; who gets which part, and takes it over, is a matter of time.
+                    busy = [self.queues.tokens(server.instance) if running else 0 for server in servers]
+                    for server, works in zip(servers, distribute(waiting, busy, self.share), strict=True):
+                        start(server, works, has_weights=fresh and alone)
                     waiting = []
                 done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
-                    server, works = running.pop(task)
-                    try:
-                        task.result()
-                    except ServerError as error:
-                        self._fail(server, str(error))
-                        servers = [other for other in servers if other is not server]
-                        waiting += self._again(works, f"server {server.index} ({server.address}): {error}")
+                    part = running.pop(task)
+                    self.queues.done(part.ticket)
+                    left = self._left_over(task, part)
+                    if left is not None:
+                        servers = [server for server in servers if server is not part.server]
+                        waiting += left
+                    elif all(other.server is not part.server for other in running.values()):
+                        start(part.server, _taken_over(running.values()), has_weights=False)
         finally:
             for task in running:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
+            for part in running.values():
+                self.queues.done(part.ticket)
+
+    def _left_over(self, task: asyncio.Task[None], part: Part) -> list[Work] | None:
+        """What a request that has failed leaves to other servers; None: it went well."""
+        try:
+            task.result()
+        except ServerError as error:
+            self.fail(part.server, str(error))
+            return self._again(part.works, f"server {part.server.index} ({part.server.address}): {error}")
+        return None
+
+    async def _in_turn(self, session: aiohttp.ClientSession, part: Part, call: Call, has_weights: bool) -> None:
+        """Wait until it is this request's turn at its server, and have the server load the weights and generate."""
+        while part.works and not self.queues.run(part.ticket):
+            await asyncio.sleep(TURN_S)
+        for _ in range(TRIES if part.works else 0):
+            try:
+                if not has_weights:
+                    await self.load(session, part.server, call.weights)
+                return await self._attempt(session, part.server, part.works, call)
+            except _OtherWeights as error:  # another rank was faster to have it load its own
+                has_weights, reason = False, error
+        if part.works:
+            raise ServerError(f"{TRIES} times: {reason}")
 
     def _again(self, works: Sequence[Work], reason: str) -> list[Work]:
         """The work that a failed attempt has left over, to be sent again."""
@@ -272,22 +206,44 @@ class Fleet:
         self, session: aiohttp.ClientSession, server: ServerRecord, request: wire.GenerateRequest
     ) -> AsyncIterator[tuple[int, int, Completion]]:
         url, body = f"{server.address}{wire.API}/generate", wire.encode_request(request)
-        with _failures_named(self.timeout_s):
-            async with session.post(url, data=body) as response:
+        traced = traced_servers.begin(server.index)
+        headers = {traced_servers.HEADER: "1"} if traced else None
+        with failures_named(self.timeout_s):
+            async with session.post(url, data=body, headers=headers) as response:
                 if response.status != 200:
-                    _raise(_complaint(response, answer := wire.load_object(await response.read())), answer)
-                messages, prompts = wire.MessageReader(), dict[int, np.ndarray]()
+                    _raise(complaint(response, answer := wire.load_object(await response.read())), answer)
+                messages, prompts, heard = wire.MessageReader(), dict[int, np.ndarray](), time.monotonic()
                 async for data in response.content.iter_any():
+                    if time.monotonic() - heard > self.timeout_s:  # bytes came, and never a whole message
+                        raise ServerError(f"sent no whole message for {self.timeout_s:g} s")
                     for message, binary in messages.read(data):
+                        heard = time.monotonic()
                         if "error" in message:
                             _raise(message["error"], message)
                         if "done" in message:
+                            if traced:
+                                traced.ends(message, request.sequences)
                             return
-                        yield wire.decode_completion(message, binary, prompts)
+                        yield _as_asked(wire.decode_completion(message, binary, prompts), request.sampling)
         raise ServerError("the connection ended before the answer did")
 
 
-def distribute(works: Sequence[Work], busy: Sequence[int]) -> list[list[Work]]:
+def _as_asked(answer: tuple[int, int, Completion], sampling: SamplingSpec) -> tuple[int, int, Completion]:
+    """The answer itself, if it can be one of this sampling: a wrong one must not reach the learner."""
+    completion = answer[2]
+    if completion.finish_reason not in ("stop", "length"):
+        raise ServerError(f"sent a completion with finish_reason={str(completion.finish_reason)[:40]!r}")
+    if len(completion.token_ids) > sampling.max_new_tokens:
+        raise ServerError(
+            f"sent a completion of {len(completion.token_ids)} tokens, but sampling.max_new_tokens is "
+            f"{sampling.max_new_tokens}"
+        )
+    if not np.isfinite(completion.logprobs).all():
+        raise ServerError("sent log-probs that are not finite")
+    return answer
+
+
+def distribute(works: Sequence[Work], busy: Sequence[int], share: tuple[int, int] = (0, 1)) -> list[list[Work]]:
     """Give each server its part of the work: a prompt goes to the server with the fewest tokens so far.
 
     Prompts with the most completions are given away first; among equals the order of the prompts counts, which is
@@ -296,14 +252,28 @@ def distribute(works: Sequence[Work], busy: Sequence[int]) -> list[list[Work]]:
 
     Args:
         busy: tokens that each server has to generate already.
+        share: which of how many ranks does this. Among equals each begins with another server: ranks that have fewer
+            prompts than there are servers would all ask the first ones.
     """
+    rank, ranks = share
+    order = [(k + rank * len(busy) // ranks) % len(busy) for k in range(len(busy))]
     parts: list[list[Work]] = [[] for _ in busy]
     tokens = list(busy)
     for work in sorted(works, key=lambda work: (-len(work.left), work.prompt)):
-        least = tokens.index(min(tokens))
+        least = min(order, key=tokens.__getitem__)
         parts[least].append(work)
         tokens[least] += work.tokens
     return [sorted(part, key=lambda work: work.prompt) for part in parts]
+
+
+def _taken_over(parts: Iterable[Part]) -> list[Work]:
+    """The work of a request that still waits for its turn, for a server that has nothing left to do; the largest."""
+    waiting = [part for part in parts if not part.ticket.running and part.works]
+    if not waiting:
+        return []
+    part = max(waiting, key=lambda part: part.ticket.tokens)
+    works, part.works, part.ticket.tokens = part.works, [], 0
+    return works
 
 
 def _requests(works: Sequence[Work], prompts: Sequence[np.ndarray]) -> Iterator[list[Work]]:
@@ -311,27 +281,10 @@ def _requests(works: Sequence[Work], prompts: Sequence[np.ndarray]) -> Iterator[
     return buckets(works, lambda work: len(prompts[work.prompt]), REQUEST_TOKENS)
 
 
-def _complaint(response: aiohttp.ClientResponse, answer: dict[str, Any]) -> str:
-    return f"HTTP {response.status}: {answer.get('error') or response.reason}"
-
-
 def _raise(message: str, answer: dict[str, Any]) -> NoReturn:
     """A failed answer of ``generate``; weights that are not finite are the policy's fault and not the server's."""
     if answer.get("reason") == "not_finite":
         raise FloatingPointError(answer["error"])
+    if answer.get("reason") == "other_weights":
+        raise _OtherWeights(message)
     raise ServerError(message)
-
-
-@contextmanager
-def _failures_named(timeout_s: float) -> Iterator[None]:
-    """Inside, what can go wrong with a connection becomes a ``ServerError`` that says it in words."""
-    try:
-        yield
-    except asyncio.TimeoutError:
-        raise ServerError(f"said nothing for {timeout_s:g} s") from None
-    except aiohttp.ClientConnectorError as error:
-        raise ServerError(f"can't be reached ({error.strerror or error})") from None
-    except aiohttp.ClientError as error:
-        raise ServerError(f"the connection broke ({error or type(error).__name__})") from None
-    except WireError as error:
-        raise ServerError(f"its answer can't be read: {error}") from None

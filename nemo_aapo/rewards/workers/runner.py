@@ -9,7 +9,9 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Hashable, Mapping, Sequence
+import threading
+import time
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any
@@ -19,10 +21,13 @@ from nemo_aapo.rewards.base import Reward, score_parts
 from nemo_aapo.rewards.definition import reward_definition
 from nemo_aapo.rewards.workers.channel import encode_item
 from nemo_aapo.rewards.workers.pool import START_TIMEOUT_S, Failure, Reply, WorkerPool
+from nemo_aapo.run.stop import heed
 from nemo_aapo.types import Completion, Prompt
 
 logger = logging.getLogger(__name__)
 
+HEED_S = 1.0
+"""Pause before whoever waits for scores looks again whether a stop was asked for."""
 _LOGGED_FAILURES = 3
 _SHORT_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,14}")
 
@@ -54,8 +59,8 @@ class RewardStats:
 class RewardRunner:
     """Scores completions by weighted rewards: ``submit`` while generation goes on, ``collect`` when it is done.
 
-    Results depend on the items alone, not on which worker is done first. Belongs to one thread. Use it as a context
-    manager, or ``close`` it.
+    Results depend on the items alone, not on which worker is done first. Any thread may submit and collect; a reward in
+    this process is called by one at a time. Use it as a context manager, or ``close`` it.
     """
 
     def __init__(
@@ -86,6 +91,7 @@ class RewardRunner:
         self._workers = workers
         self._timeout_s = timeout_s
         self._pending: dict[Hashable, Future[Reply]] = {}
+        self._in_process = threading.Lock()
         self.stats = RewardStats()
         self.pool: WorkerPool | None = None
         """The worker processes; None if there are none."""
@@ -105,23 +111,30 @@ class RewardRunner:
         if self.pool is not None:
             self._pending[index] = self.pool.request(encode_item(prompt, text, completion))
             return
-        self._pending[index] = Future()
-        self._pending[index].set_result(Reply(*score_parts(self._rewards, prompt, text, completion)))
+        scored: Future[Reply] = Future()
+        with self._in_process:
+            scored.set_result(Reply(*score_parts(self._rewards, prompt, text, completion)))
+        self._pending[index] = scored
 
-    def collect(self, timeout_s: float | None = None) -> dict[Hashable, RewardResult]:
-        """The results of all completions submitted since the last call, in the order of submission.
+    def collect(
+        self, indices: Collection[Hashable] | None = None, timeout_s: float | None = None
+    ) -> dict[Hashable, RewardResult]:
+        """The results of completions that were submitted and not collected yet, in the order of submission.
 
         Args:
+            indices: of those that are wanted; the others stay. None: of all.
             timeout_s: seconds to wait; by default what it takes if every item's worker has to be killed and replaced.
 
         Raises:
             TimeoutError: some are not scored by then.
             RewardError: a killed worker could not be replaced.
+            Interrupted: a stop broke the waiting off.
         """
-        pending, self._pending = self._pending, {}
+        wanted = list(self._pending) if indices is None else [index for index in indices if index in self._pending]
+        pending = {index: self._pending.pop(index) for index in wanted}
         if timeout_s is None:
             timeout_s = math.ceil(len(pending) / max(self._workers, 1)) * (self._timeout_s + START_TIMEOUT_S)
-        _, late = wait(pending.values(), timeout_s)
+        late = _wait(pending.values(), timeout_s)
         if late:
             raise TimeoutError(f"{len(late)} of {len(pending)} completions were not scored within {timeout_s:g} s")
         results = {index: self._result(future.result()) for index, future in pending.items()}
@@ -141,6 +154,7 @@ class RewardRunner:
             for reward in self._rewards:
                 reward.check_answer(answer)
             return
+        heed("the check of the gold answers")
         reply = self.pool.request({"check_answer": answer}).result(self._timeout_s + START_TIMEOUT_S)
         if reply.failure is not None:
             raise ValueError(reply.detail)
@@ -176,6 +190,16 @@ class RewardRunner:
             logger.warning("completion %s: %s", index, detail)
         if len(failed) > _LOGGED_FAILURES:
             logger.warning("%d of %d completions could not be scored", len(failed), len(results))
+
+
+def _wait(futures: Iterable[Future[Reply]], timeout_s: float) -> Collection[Future[Reply]]:
+    """Wait for all of them; those that have not ended within the time."""
+    end, late = time.monotonic() + timeout_s, set(futures)
+    while late and (left := end - time.monotonic()) > 0:
+        late = wait(late, min(left, HEED_S)).not_done
+        if late:
+            heed(f"the rewards of {len(late)} completions")
+    return late
 
 
 def _takes_integers(reward: Reward) -> bool:

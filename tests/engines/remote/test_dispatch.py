@@ -6,7 +6,10 @@ Real HTTP against scripted servers: their completions are a function of prompt a
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,9 +22,12 @@ from nemo_aapo.engines.remote import dispatch, wire
 from nemo_aapo.engines.remote.directory import ServerRecord, open_directory, open_token, publish
 from nemo_aapo.engines.remote.dispatch import Call, Fleet, Work, distribute
 from nemo_aapo.engines.remote.engine import RemoteEngine
+from nemo_aapo.engines.remote.queues import Queues, Ticket
 from nemo_aapo.engines.remote.weight_store import WeightStore
-from nemo_aapo.errors import RunError
+from nemo_aapo.errors import ConfigError, Interrupted, RunError
+from nemo_aapo.run import stop
 from nemo_aapo.types import Completion, SamplingSpec
+from tests.engines.remote.test_service import TOKEN, Server
 
 WEIGHTS = wire.Weights(wire.WeightsId(5, "5" * 64), "weights/v5-55555555/manifest.json")
 SPEC = SamplingSpec(temperature=1.0, max_new_tokens=8, stop_token_ids=(1,))
@@ -40,6 +46,8 @@ class ScriptedServer:
     def __init__(self, index: int, token: str, script: Callable[[], str] = lambda: "well") -> None:
         self.script, self.token, self.asked = script, token, []
         self.weights, self.refits = wire.WeightsId(0, "0" * 64), []
+        self.released = threading.Event()
+        """Until then a ``generate`` whose script says ``until`` goes on."""
         self.record: ServerRecord | None = None
         self._index, self._loop, self._ready = index, asyncio.new_event_loop(), threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -81,6 +89,8 @@ class ScriptedServer:
         asked = wire.decode_request(wire.load_object(await request.read()), LIMITS)
         self.asked.append(asked)
         misdeed, _, at = self.script().partition(" ")
+        if asked.weights != self.weights or misdeed == "other":
+            return web.json_response({"error": "other weights", "reason": "other_weights"}, status=409)
         if misdeed == "refuse":
             return web.json_response({"error": "out of memory", "reason": "engine"}, status=500)
         if misdeed == "not_finite":
@@ -90,7 +100,7 @@ class ScriptedServer:
         response = web.StreamResponse()
         await response.prepare(request)
         lines = [
-            wire.encode_completion(i, j, draw(prompt, seed, 4 if misdeed == "stale" else 5))
+            wire.encode_completion(i, j, draw(prompt, seed, 4 if misdeed == "stale" else asked.weights.policy_version))
             for i, (prompt, row) in enumerate(zip(asked.prompts, asked.seeds, strict=True))
             for j, seed in enumerate(row)
         ]
@@ -98,12 +108,24 @@ class ScriptedServer:
         at = int(at or 0) % (len(lines) + 1)
         for line in lines[:at]:
             await response.write(line)
+        if misdeed == "until":
+            while not self.released.is_set():
+                await asyncio.sleep(0.005)
         if misdeed == "hang":
             await asyncio.sleep(60)
         if misdeed == "drop":
             request.transport.abort()
             return response
+        if misdeed == "drip":
+            for _ in range(200):
+                await response.write(b" ")
+                await asyncio.sleep(0.05)
+        following = lines[at % len(lines)] if lines else b"{}"
         extra = {
+            "long": spoilt(following, token_ids=[1] * 9, logprobs=[-1.0] * 9),
+            "negative": spoilt(following, token_ids=[-1], logprobs=[-1.0]),
+            "infinite": spoilt(following, token_ids=[1], logprobs=[-1e39]),
+            "bored": spoilt(following, finish_reason="bored"),
             "garbage": b"{not json\n",
             "twice": lines[at - 1],
             "unasked": lines[0].replace(b'"i":0', b'"i":99').replace(b'"j":0', b'"j":99').replace(b'"j":1', b'"j":98'),
@@ -117,7 +139,14 @@ class ScriptedServer:
         return response
 
 
-MISDEEDS = ("refuse", "html", "stale", "hang", "drop", "garbage", "twice", "unasked", "fail", "short")
+def spoilt(line: bytes, **fields) -> bytes:
+    return wire.dump_object({**wire.load_object(line), **fields})
+
+
+MISDEEDS = (
+    "refuse", "html", "stale", "hang", "drip", "drop", "garbage", "twice", "unasked", "fail", "short", "long",
+    "negative", "infinite", "bored",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -180,7 +209,7 @@ def test_a_server_that_misbehaves_costs_no_completion_and_doubles_none(start, fl
 
 def test_any_sequence_of_misdeeds_of_two_of_three_servers_is_survived(start, fleet):
     rng = random.Random(1)
-    quick = [misdeed for misdeed in MISDEEDS if misdeed != "hang"]
+    quick = [misdeed for misdeed in MISDEEDS if misdeed not in ("hang", "drip")]
 
     def script() -> str:
         return f"{rng.choice([*quick, 'well'])} {rng.randrange(30)}"
@@ -236,6 +265,31 @@ def test_a_step_goes_on_with_those_that_are_left_and_waits_for_no_more_than_min_
     assert third.asked
 
 
+def test_a_directory_that_is_removed_in_the_middle_is_an_error_that_says_so(start, fleet, tmp_path):
+    start(always("well"))
+    ready = fleet()
+    ready.prepare(WEIGHTS)
+    shutil.rmtree(tmp_path / "servers")
+    with pytest.raises(RunError, match="servers: the rollout servers' directory is gone"):
+        ready.generate(make_call([2])[0])
+
+
+def test_a_server_of_another_protocol_version_is_said_to_be_one(fleet, tmp_path, monkeypatch):
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True).start()
+    with monkeypatch.context() as other_version:
+        other_version.setattr(wire, "API", "/v2")
+        server = Server(loop)
+    directory = open_directory(tmp_path / "servers")
+    (directory / "token").write_text(TOKEN)
+    (directory / "token").chmod(0o600)
+    publish(directory, ServerRecord(0, f"http://127.0.0.1:{server.listener.getsockname()[1]}", 1, "other"))
+    with pytest.raises(RunError, match=r"server 0 .*of another version of this code"):
+        fleet(1, wait_s=0.3).prepare(WEIGHTS)
+    assert server.harness.worker.stop(10)
+    loop.call_soon_threadsafe(loop.stop)
+
+
 def test_servers_that_never_come_are_missed_by_number(start, fleet, tmp_path):
     with pytest.raises(RunError, match=r"none has announced itself in .*servers"):
         fleet(1, wait_s=0.3).prepare(WEIGHTS)
@@ -281,6 +335,8 @@ def test_work_goes_where_the_least_is_to_be_drawn_the_longest_expected_first_and
             loads[taker] += work.tokens
         for part in parts:
             assert [w.prompt for w in part] == sorted(w.prompt for w in part)
+    few = [[len(part) for part in distribute([Work(0, [0], 9)] * 2, [0] * 8, (rank, 4))] for rank in range(4)]
+    assert [sum(column) for column in zip(*few, strict=True)] == [1] * 8  # ranks with two prompts each
     servers = start(always("well"), always("well"))
     call, _, _ = make_call([8, 1, 1, 1, 1])
     fleet(2).generate(call)
@@ -324,3 +380,132 @@ def test_once_it_is_enough_the_connections_are_closed_and_the_next_call_goes_on(
     assert 4 <= len(ended) <= 6  # what servers had sent by then comes too, and no more: each hangs after three
     first.script = second.script = lambda: "well"
     assert len(engine._ask_servers(*asked, None)) == 12
+
+
+@pytest.mark.parametrize("scripts", [(), (lambda: "hang 3",)], ids=["none_comes", "one_hangs"])
+def test_a_stop_ends_the_waiting_for_servers(start, fleet, monkeypatch, scripts):
+    monkeypatch.setattr(stop, "PATIENCE_S", 0.1)
+    start(*scripts)
+    waiting = fleet(wait_s=600, timeout_s=600, patience_s=0.1)
+    with stop.StopSignal(speak=False):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        with pytest.raises(Interrupted, match="SIGUSR1 came while waiting for rollout servers"):
+            waiting.generate(make_call([2, 2])[0])
+
+
+def test_a_server_that_is_not_admitted_is_told_of_no_weights(start, fleet):
+    def admit(server):
+        raise ConfigError(f"server {server.index} computes otherwise")
+
+    (server,) = start(lambda: "well")
+    with pytest.raises(ConfigError, match="server 0 computes otherwise"):
+        fleet(admit=admit).prepare(WEIGHTS)
+    assert not server.refits
+
+
+# ---------------------------------------------------------------- calls with different weights at a time
+
+LATER = wire.Weights(wire.WeightsId(6, "6" * 64), "weights/v6-66666666/manifest.json")
+
+
+def in_background(fleet: Fleet, call: Call) -> threading.Thread:
+    number = fleet.queues.enter(call.weights.id)
+    thread = threading.Thread(target=lambda: fleet.generate(call, number), daemon=True)
+    thread.start()
+    return thread
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, "never came"
+        time.sleep(0.005)
+
+
+def later(call: Call) -> Call:
+    return Call(LATER, call.prompts, call.sampling, call.seeds, call.on_finish)
+
+
+def test_a_server_takes_new_weights_when_it_has_ended_its_part_and_another_goes_on_with_the_old(start, fleet):
+    """The later call is over while the earlier one still waits for its slowest server, whose part of it others took."""
+    slow, quick = start(always("until 0"), always("well"))
+    both = fleet(2, timeout_s=30)
+    both.prepare(WEIGHTS)
+    first, told, wanted = make_call([2] * 4)
+    second, told_later, _ = make_call([2] * 4)
+    earlier = in_background(both, first)
+    wait_for(lambda: slow.asked and len(told) == 4)  # the quick one has ended its part
+    in_background(both, later(second)).join(20)
+    assert len(told_later) == 8
+    assert (slow.weights, quick.weights) == (WEIGHTS.id, LATER.id)
+    assert earlier.is_alive()
+    slow.released.set()
+    earlier.join(20)
+    assert sorted(told) == sorted(wanted)
+    assert slow.refits == [WEIGHTS]
+
+
+def test_what_a_dead_server_leaves_of_an_earlier_call_is_drawn_with_its_weights_by_one_that_has_later_ones(
+    start, fleet
+):
+    slow, quick = start(always("until 0"), always("well"))
+    both = fleet(2, timeout_s=30)
+    both.prepare(WEIGHTS)
+    first, told, wanted = make_call([2] * 4)
+    second, told_later, _ = make_call([2] * 4)
+    earlier = in_background(both, first)
+    wait_for(lambda: slow.asked and len(told) == 4)
+    in_background(both, later(second)).join(20)
+    slow.close()
+    earlier.join(20)
+    assert sorted(told) == sorted(wanted)
+    assert len(told_later) == 8
+    assert quick.refits == [WEIGHTS, LATER, WEIGHTS]
+
+
+def test_a_server_that_always_has_other_weights_than_it_says_is_left_out(start, fleet):
+    start(always("other"), always("well"))
+    call, told, wanted = make_call([2] * 4)
+    said = []
+    fleet(2, log=said.append).generate(call)
+    assert sorted(told) == sorted(wanted)
+    assert len(said) == 1
+    assert "10 times: HTTP 409: other weights" in said[0]
+
+
+def test_requests_of_earlier_calls_go_first_and_calls_never_mix_at_a_server():
+    """A thousand random schedules: every request gets its turn, and none waits for a later call."""
+    for seed in range(1000):
+        rng, queues = random.Random(seed), Queues()
+        calls = [queues.enter(wire.WeightsId(version, "")) for version in (0, 0, 1, 2)]
+        tickets = [queues.put(Ticket(rng.choice("ab"), rng.choice(calls), 1)) for _ in range(6)]
+        ended: list[Ticket] = []
+        while len(ended) < len(tickets):
+            waiting = [ticket for ticket in tickets if ticket not in ended]
+            rng.shuffle(waiting)
+            running = [ticket for ticket in waiting if queues.run(ticket)]
+            assert min(waiting, key=lambda ticket: ticket.call) in running
+            for server in "ab":
+                assert len({ticket.call for ticket in running if ticket.server == server}) <= 1
+            ended.append(rng.choice(running))
+            queues.done(ended[-1])
+
+
+def test_what_is_batched_with_what_does_not_depend_on_who_is_busy(start, fleet):
+    """The parts of a call are the same whether its servers are free or not; only who draws which part differs."""
+    slow, quick = start(always("until 0"), always("well"))
+    both = fleet(2, timeout_s=30)
+    both.prepare(WEIGHTS)
+    alone, busy = (make_call([2, 1, 3, 1])[0] for _ in range(2))
+    earlier = in_background(both, alone)
+    wait_for(lambda: slow.asked and quick.asked)
+    later_one = in_background(both, later(busy))
+    later_one.join(20)
+    slow.released.set()
+    earlier.join(20)
+
+    def parts(version: int) -> list[list[list[int]]]:
+        asked = [request for server in (slow, quick) for request in server.asked]
+        return sorted(request.seeds for request in asked if request.weights.policy_version == version)
+
+    assert parts(5) == parts(6)

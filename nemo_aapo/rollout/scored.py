@@ -1,0 +1,79 @@
+"""The completed and scored prompts of one step, and what is known of them besides."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from nemo_aapo.engines.base import RolloutStats
+from nemo_aapo.rollout.unscored import Score, Tally
+from nemo_aapo.types import Group
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ScoredRollout:
+    """The completed and scored prompts of one step."""
+
+    groups: list[Group]
+    """This data-parallel rank's, in the order of its prompts."""
+    lengths: Sequence[tuple[str, float]]
+    """(prompt id, mean tokens of its completions) of all ranks, in the order of the prompts."""
+    tally: Tally = field(default_factory=Tally)
+    """Over all ranks: how many completions were scored; empty where a checkpoint held them."""
+    metrics: dict[str, float] = field(default_factory=lambda: engine_metrics([]))
+    """Over all ranks: see ``engine_metrics``; NaN where a checkpoint held them."""
+
+
+def mean_lengths(groups: Sequence[Group]) -> list[tuple[str, float]]:
+    """(prompt id, mean tokens of its completions) of each group that has some."""
+    return [
+        (group.prompt.id, float(np.mean([len(completion.token_ids) for completion in group.completions])))
+        for group in groups
+        if group.completions
+    ]
+
+
+def engine_metrics(stats: Sequence[RolloutStats]) -> dict[str, float]:
+    """What the rollout cost.
+
+    Args:
+        stats: one for each data-parallel rank.
+
+    Returns:
+        ``rollout/idle_fraction``: share of the engines' rows that stood empty, averaged over their steps; NaN where an
+        engine can't tell. ``rollout/tokens_per_second``: completion tokens over the slowest engine's seconds.
+    """
+    steps, seconds = sum(stat.steps for stat in stats), max((stat.seconds for stat in stats), default=math.nan)
+    idle = sum(stat.idle_fraction * stat.steps for stat in stats)
+    return {
+        "rollout/idle_fraction": idle / steps if steps else float("nan"),
+        "rollout/tokens_per_second": sum(stat.tokens for stat in stats) / seconds,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """The scores of one prompt's completions, [G] each."""
+
+    rewards: np.ndarray
+    parts: dict[str, np.ndarray]
+    failed: np.ndarray
+
+
+def scores_of(scores: Mapping[Hashable, Score], counts: Sequence[int]) -> list[Scores]:
+    """Of the first ``counts[i]`` completions of each prompt i."""
+    found = []
+    for i, count in enumerate(counts):
+        judged = [scores[i, j] for j in range(count)]
+        names = list(judged[0].parts) if judged else []
+        found.append(
+            Scores(
+                rewards=np.array([np.nan if score.failure else score.score for score in judged], dtype=np.float64),
+                parts={n: np.array([score.parts[n] for score in judged], dtype=np.float64) for n in names},
+                failed=np.array([score.failure is not None for score in judged], dtype=bool),
+            )
+        )
+    return found
