@@ -1,7 +1,7 @@
 # syntax=docker/dockerfile:1
 # The GPU environment: learner and TensorRT-LLM in one image.
 #
-#   docker build -t nemo_aapo .
+#   docker build --build-arg UID=$(id -u) -t nemo_aapo .
 #   docker run --gpus all --ipc=host --ulimit memlock=-1 -v "$PWD/results:/opt/nemo_aapo/results" nemo_aapo \
 #       scripts/train.py model.path=... data.train=... data.validation=...
 #
@@ -19,10 +19,10 @@ ENV PIP_CONSTRAINT="" \
 COPY requirements/gpu.txt /tmp/gpu.txt
 RUN python3 -m pip install --no-deps --no-build-isolation -r /tmp/gpu.txt && rm /tmp/gpu.txt
 
-# Keep the image's TransformerEngine if megatron-core takes it; else build one against the image's own torch.
+# Keep the image's TransformerEngine if Megatron takes it; else build one against the image's own torch.
 ARG TRANSFORMER_ENGINE=2.11.0
 RUN python3 -c "import sys; from importlib.metadata import version; from packaging.specifiers import SpecifierSet; \
-sys.exit(not SpecifierSet('>=2.9,<2.12', prereleases=True).contains(version('transformer_engine')))" \
+sys.exit(not SpecifierSet('>=2.10,<2.12', prereleases=True).contains(version('transformer_engine')))" \
  || NVTE_FRAMEWORK=pytorch python3 -m pip install --no-deps --no-build-isolation \
         transformer_engine==${TRANSFORMER_ENGINE} \
         transformer_engine_cu13==${TRANSFORMER_ENGINE} \
@@ -32,8 +32,10 @@ WORKDIR /opt/nemo_aapo
 COPY . .
 RUN python3 -m pip install --no-deps --no-build-isolation -e .
 
-# Rewards and tokenizers handle text that a model wrote, and need no rights for it. Only results/ can be written.
-RUN useradd --create-home --shell /bin/bash aapo && mkdir -p results && chown aapo:aapo results
+# Rewards and tokenizers handle text that a model wrote, and need no rights for it. Only results/ can be written: by the
+# uid that owns the mounted folder on the host, which the base image may have given to a user of its own (--non-unique).
+ARG UID=1000
+RUN useradd --non-unique --uid ${UID} --create-home --shell /bin/bash aapo && mkdir -p results && chown aapo results
 USER aapo
 ENV PYTHONUNBUFFERED=1
 

@@ -76,7 +76,7 @@ setup(
             *DATA,
             *MATH,
             "megatron-bridge>=0.3.1,<0.4",
-            "transformer-engine[pytorch]>=2.9,<2.12",
+            "transformer-engine[pytorch]>=2.10,<2.12",
             "torch>=2.8",  # float32 products of bfloat16 inputs: torch.mm(..., out_dtype=...)
             "triton>=3.4",  # comes with torch's CUDA builds
         ],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import enum
 import importlib
 import importlib.machinery
 import os
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 
 from nemo_aapo.engines.trtllm import contract
-from nemo_aapo.engines.trtllm.contract import REQUIRED
+from nemo_aapo.engines.trtllm.contract import REQUIRED, Contract
 
 VOCAB = 24
 TABLE = "model.table.weight"
@@ -58,6 +59,14 @@ class SamplingParams(Record):
     contract_class = contract.SAMPLING_PARAMS
 
 
+class CudaGraphConfig(Record):
+    contract_class = contract.CUDA_GRAPH_CONFIG
+
+
+class SleepConfig(Record):
+    contract_class = contract.SLEEP_CONFIG
+
+
 @dataclass
 class Logprob:
     logprob: float
@@ -70,9 +79,25 @@ class CompletionOutput:
     finish_reason: str | None
 
 
-@dataclass
 class RequestOutput:
-    outputs: list[CompletionOutput]
+    """A request under way: who stops waiting for it has not ended it."""
+
+    def __init__(self, engine: AsyncLLM, prompt: list[int], sampling: SamplingParams) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.task = self.loop.create_task(engine._generate(prompt, sampling))
+        self.task.add_done_callback(lambda task: task.cancelled() or task.exception())
+        self.outputs: list[CompletionOutput] = []
+
+    def __await__(self) -> Any:
+        return self._wait().__await__()
+
+    async def _wait(self) -> RequestOutput:
+        self.outputs = [await asyncio.shield(self.task)]
+        return self
+
+    def abort(self) -> None:
+        FAULTS.seen.append(("abort", ()))
+        self.loop.call_soon_threadsafe(self.task.cancel)
 
 
 @dataclass
@@ -80,13 +105,19 @@ class Faults:
     """What goes wrong, and what was seen; one for all engines of a test."""
 
     device_ids: list[str] = field(default_factory=lambda: ["GPU-0"])
+    contract: Contract = contract.V1_2
+    """The generation that the library is of."""
     ignore_seeds: bool = False
-    """As TorchSampler of that generation."""
+    """As TorchSampler of 1.2."""
+    raw_logprobs: bool = False
+    """As TorchSampler: log-probs before temperature."""
     finish_reason: str | None = None
     cut_at: int | None = None
     fail_request: int | None = None
     """The how-manyth request of all fails."""
     hang: bool = False
+    hang_after: int | None = None
+    """The requests after the how-manyth of all hang."""
     drop_stop_token: bool = False
     drop_logprobs: bool = False
     seen: list[Any] = field(default_factory=list)
@@ -105,12 +136,24 @@ def table(seed: int = 0) -> torch.Tensor:
     return torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(seed))
 
 
+def contract_class(name: str) -> contract.LibraryClass:
+    return next(cls for cls in FAULTS.contract.classes if cls.name == name)
+
+
+def memory_tags() -> tuple[str, ...]:
+    return contract_class(contract.MEMORY_TAGS.name).values
+
+
+def weight_tags() -> list[str]:
+    return [tag for tag in memory_tags() if tag != contract.KV_CACHE_TAG]
+
+
 class Executor:
     """The state of one worker: what memory it has, what weights, what is in its prefix cache."""
 
     def __init__(self) -> None:
         self.weights = {TABLE: table()}
-        self.present = set(contract.MEMORY_TAGS.values)
+        self.present = set(memory_tags())
         self.in_flight = 0
         self.unfinished_update = False
         self.prefixes: set[tuple[int, ...]] = set()
@@ -131,7 +174,7 @@ class WorkerExtension:
     def update_weights(self, ipc_handles: dict[str, str] | None = None) -> None:
         engine = self.engine
         engine.require(engine.in_flight == 0, "update_weights while requests are under way")
-        engine.require(set(contract.WEIGHT_TAGS) <= engine.present, "update_weights while the weights are released")
+        engine.require(set(weight_tags()) <= engine.present, "update_weights while the weights are released")
         if ipc_handles is None:
             engine.require(engine.unfinished_update, "finalize without an update")
             engine.unfinished_update = False
@@ -164,21 +207,53 @@ class Worker:
         engine = self.engine
         engine.require(not set(tags) & engine.present, f"resume of what is there: {set(tags) & engine.present}")
         if contract.KV_CACHE_TAG in tags:
-            engine.require(len(tags) == 1 and set(contract.WEIGHT_TAGS) <= engine.present, "the KV cache comes last")
+            engine.require(len(tags) == 1 and set(weight_tags()) <= engine.present, "the KV cache comes last")
             engine.require(not engine.unfinished_update, "resume of the KV cache before finalize")
         engine.present |= set(tags)
 
 
+def draw(
+    weights: torch.Tensor, sampler: str | None, shared: np.random.Generator, prompt: list[int], sampling: SamplingParams
+) -> CompletionOutput:
+    """A completion. Args: weights: float [VOCAB, VOCAB]; shared: TorchSampler's stream, the same for all requests."""
+    greedy = sampling.top_k == 1 or (sampling.temperature, sampling.top_k, sampling.top_p) == (None, None, None)
+    cpp = sampler == "TRTLLMSampler"
+    honours_seeds = (cpp or FAULTS.contract is contract.V1_4) and not FAULTS.ignore_seeds
+    generator = np.random.default_rng(sampling.seed) if honours_seeds else shared
+    raws = torch.log_softmax(weights.double(), -1).numpy()
+    tempered = torch.log_softmax(weights.double() / (sampling.temperature or 1.0), -1).numpy()
+    drawn_from = np.exp(tempered)
+    told = tempered if cpp and not FAULTS.raw_logprobs else raws
+    tokens: list[int] = []
+    entries = []
+    last, reason = prompt[-1], "length"
+    while len(tokens) < sampling.max_tokens and reason == "length":
+        raw, probs, row = raws[last % VOCAB], drawn_from[last % VOCAB], told[last % VOCAB]
+        last = int(raw.argmax()) if greedy else int(generator.choice(VOCAB, p=probs))
+        tokens.append(last)
+        # the likeliest first, whichever was drawn
+        entries.append({token: Logprob(float(row[token])) for token in (int(raw.argmax()), last)})
+        if len(tokens) < sampling.max_tokens and last in (sampling.stop_token_ids or ()):
+            reason = "stop"  # at the length limit it is called "length"
+        if len(tokens) == FAULTS.cut_at:
+            break
+    if reason == "stop" and (FAULTS.drop_stop_token or not sampling.include_stop_str_in_output):
+        tokens.pop()
+    logprobs = None if FAULTS.drop_logprobs or not sampling.logprobs else entries
+    return CompletionOutput(tokens, logprobs, FAULTS.finish_reason or reason)
+
+
 class AsyncLLM:
     def __init__(self, **given: Any) -> None:
-        self.args = types.SimpleNamespace(**strict(contract.LLM_ARGS, given))
+        self.args = types.SimpleNamespace(**strict(contract_class(contract.LLM_ARGS.name), given))
         FAULTS.environments.append(dict(os.environ))
         module, _, name = self.args.ray_worker_extension_cls.rpartition(".")
         extension = getattr(importlib.import_module(module), name)
         clashes = [n for n in dir(extension) if not n.startswith("__") and hasattr(Worker, n)]
         assert not clashes, f"the worker class already defines {clashes}"
         self.worker_class = type("ExtendedWorker", (Worker, extension), {})
-        self.ready = self.closed = False
+        self.ready = self.closed = self.paused = False
+        self.under_way: list[RequestOutput] = []
         self.generator = np.random.default_rng(42)  # TorchSampler's, the same in every engine
         FAULTS.engines.append(self)
 
@@ -191,8 +266,11 @@ class AsyncLLM:
 
     async def collective_rpc(self, method: str, args: tuple = ()) -> list[Any]:
         FAULTS.seen.append((method, args))
-        if method in ("sleep", "wakeup") and not self.args.enable_sleep:
+        sleeps = getattr(self.args, "enable_sleep", False) or getattr(self.args, "sleep_config", None)
+        if method in ("sleep", "wakeup") and not sleeps:
             raise ValueError("enable_sleep=False")
+        ended = [request.task for request in self.under_way if request.task.cancelling()]
+        await asyncio.gather(*ended, return_exceptions=True)  # as after a control action: what was aborted is gone
         return [getattr(worker, method)(*args) for worker in self.workers]
 
     async def release(self, tags: list[str]) -> None:
@@ -204,14 +282,26 @@ class AsyncLLM:
     async def update_weights(self, weights: dict[str, str] | None) -> None:
         await self.collective_rpc("update_weights", args=(weights,))
 
-    def generate_async(self, inputs: list[int], sampling_params: SamplingParams, streaming: bool = False) -> Any:
-        return self._generate(list(inputs), sampling_params)
+    async def pause_generation(self) -> None:
+        FAULTS.seen.append(("pause_generation", ()))
+        self.paused = True
+        for request in self.under_way:
+            request.task.cancel()
 
-    async def _generate(self, prompt: list[int], sampling: SamplingParams) -> RequestOutput:
+    async def resume_generation(self) -> None:
+        self.paused = False
+
+    def generate_async(self, inputs: list[int], sampling_params: SamplingParams, streaming: bool = False) -> Any:
+        if self.paused:
+            raise LifeCycleError("generate while generation is paused")
+        self.under_way.append(RequestOutput(self, list(inputs), sampling_params))
+        return self.under_way[-1]
+
+    async def _generate(self, prompt: list[int], sampling: SamplingParams) -> CompletionOutput:
         for worker in self.workers:
             engine = worker.engine
             engine.require(self.ready and not self.closed, "generate before start or after shutdown")
-            engine.require(engine.present == set(contract.MEMORY_TAGS.values), "generate while memory is released")
+            engine.require(engine.present == set(memory_tags()), "generate while memory is released")
             engine.require(not engine.unfinished_update, "generate before finalize")
             engine.require(tuple(prompt) not in engine.stale, "generate from a prefix whose keys and values are gone")
             engine.prefixes.add(tuple(prompt))
@@ -224,38 +314,15 @@ class AsyncLLM:
         try:
             for worker in self.workers:
                 worker.engine.in_flight += 1
-            await asyncio.sleep(3600 if FAULTS.hang else 0)
+            late = FAULTS.hang_after is not None and number > FAULTS.hang_after
+            await asyncio.sleep(3600 if FAULTS.hang or late else 0)
             if FAULTS.fail_request == number:
                 raise RuntimeError("CUDA error: an illegal memory access")
-            return RequestOutput([self._draw(prompt, sampling)])
+            weights, sampler = self.workers[0].engine.weights[TABLE], getattr(self.args, "sampler_type", None)
+            return draw(weights, sampler, self.generator, prompt, sampling)
         finally:
             for worker in self.workers:
                 worker.engine.in_flight -= 1
-
-    def _draw(self, prompt: list[int], sampling: SamplingParams) -> CompletionOutput:
-        weights = self.workers[0].engine.weights[TABLE]
-        greedy = sampling.top_k == 1 or (sampling.temperature, sampling.top_k, sampling.top_p) == (None, None, None)
-        honours_seeds = self.args.sampler_type == "TRTLLMSampler" and not FAULTS.ignore_seeds
-        generator = np.random.default_rng(sampling.seed) if honours_seeds else self.generator
-        raws = torch.log_softmax(weights.double(), -1).numpy()
-        drawn_from = torch.softmax(weights.double() / (sampling.temperature or 1.0), -1).numpy()
-        tokens: list[int] = []
-        entries = []
-        last, reason = prompt[-1], "length"
-        while len(tokens) < sampling.max_tokens and reason == "length":
-            raw, probs = raws[last % VOCAB], drawn_from[last % VOCAB]
-            last = int(raw.argmax()) if greedy else int(generator.choice(VOCAB, p=probs))
-            tokens.append(last)
-            # the likeliest first, whichever was drawn
-            entries.append({token: Logprob(float(raw[token])) for token in (int(raw.argmax()), last)})
-            if len(tokens) < sampling.max_tokens and last in (sampling.stop_token_ids or ()):
-                reason = "stop"  # at the length limit it is called "length"
-            if len(tokens) == FAULTS.cut_at:
-                break
-        if reason == "stop" and (FAULTS.drop_stop_token or not sampling.include_stop_str_in_output):
-            tokens.pop()
-        logprobs = None if FAULTS.drop_logprobs or not sampling.logprobs else entries
-        return CompletionOutput(tokens, logprobs, FAULTS.finish_reason or reason)
 
     def shutdown(self) -> None:
         self.closed = True
@@ -264,27 +331,38 @@ class AsyncLLM:
 CLASSES = (
     (contract.ASYNC_LLM, AsyncLLM),
     (contract.KV_CACHE_CONFIG, KvCacheConfig),
+    (contract.CUDA_GRAPH_CONFIG, CudaGraphConfig),
+    (contract.SLEEP_CONFIG, SleepConfig),
     (contract.SAMPLING_PARAMS, SamplingParams),
     (contract.WORKER_EXTENSION, WorkerExtension),
 )
 
 
-def install(monkeypatch: Any) -> Faults:
+def install(monkeypatch: Any, generation: Contract = contract.V1_2) -> Faults:
     """Put it in the place of ``tensorrt_llm`` for one test; returns that test's faults, none of them set."""
     global FAULTS
-    FAULTS = Faults()
-    for cls, _ in CLASSES:
-        parts = cls.module.split(".")
-        for i in range(1, len(parts) + 1):
-            name = ".".join(parts[:i])
-            module = sys.modules.get(name)
-            if module is None:
-                module = types.ModuleType(name)
-                module.__path__ = []
-                module.__spec__ = importlib.machinery.ModuleSpec(name, None)
-                monkeypatch.setitem(sys.modules, name, module)
-            if i > 1:
-                setattr(sys.modules[".".join(parts[: i - 1])], parts[i - 1], module)
-    for cls, stand_in in CLASSES:
-        setattr(sys.modules[cls.module], cls.name, stand_in)
+    FAULTS = Faults(contract=generation)
+    args = contract_class(contract.LLM_ARGS.name)
+    members = {tag.upper(): tag for tag in (*memory_tags(), "_no_capture_init_kv_cache")}
+    made = (
+        (contract.LLM_ARGS, type(args.name, (), {"model_fields": dict(args.fields)})),
+        (contract.MEMORY_TAGS, enum.Enum(contract.MEMORY_TAGS.name, members)),
+    )
+    for cls, stand_in in (*CLASSES, *made):
+        setattr(_module(monkeypatch, cls.module), cls.name, stand_in)
     return FAULTS
+
+
+def _module(monkeypatch: Any, dotted: str) -> Any:
+    """A module of that name, and its parents, in ``sys.modules`` for one test."""
+    parts = dotted.split(".")
+    for i in range(1, len(parts) + 1):
+        name = ".".join(parts[:i])
+        if name not in sys.modules:
+            module: Any = types.ModuleType(name)
+            module.__path__ = []
+            module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+            monkeypatch.setitem(sys.modules, name, module)
+        if i > 1:
+            setattr(sys.modules[".".join(parts[: i - 1])], parts[i - 1], sys.modules[name])
+    return sys.modules[dotted]

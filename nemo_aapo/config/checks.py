@@ -185,11 +185,6 @@ def _check_replay(config: Config) -> None:
 
 def _check_trtllm(config: Config) -> None:
     """An engine of TensorRT-LLM, wherever it runs."""
-    if config.rollout.temperature != 1:
-        raise ConfigError(
-            f"rollout.temperature={config.rollout.temperature}: rollout.engine=trtllm reports log-probs before "
-            "temperature, which are those of sampling at 1 only (validation.temperature is free)"
-        )
     if config.rollout.stop_strings or config.validation.min_new_tokens:
         raise ConfigError(
             f"rollout.stop_strings={list(config.rollout.stop_strings)}, validation.min_new_tokens="

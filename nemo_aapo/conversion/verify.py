@@ -138,7 +138,7 @@ def _compare_bytes(exported: Iterable[tuple[str, torch.Tensor]], directory: Path
     for name, tensor in exported:
         left.discard(name)
         stored = files[headers[name].file].get_tensor(name) if name in headers else None
-        if stored is None or not _same_bytes(tensor.to(stored.dtype), stored):
+        if stored is None or not _same_bytes(tensor.to("cpu", stored.dtype), stored):
             different.append(name)
     return [*different, *sorted(left)], len(headers)
 

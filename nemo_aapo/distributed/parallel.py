@@ -59,6 +59,9 @@ def join(timeout_s: float) -> None:
     Args:
         timeout_s: a collective that waits longer raises.
     """
+    # Before CUDA starts: without it mcore's tensor-parallel layers don't overlap communication with products on GPUs up
+    # to Hopper (tensor_parallel/layers.py warns). The processes of other engines on the GPUs don't inherit it.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))

@@ -15,6 +15,8 @@ CHECKS = (
     Check("transformer_engine", gpu.transformer_engine, 180, on="node", quick=True),
     Check("apex", gpu.apex, 180, on="node", quick=True),
     Check("tensorrt_llm", gpu.tensorrt_llm, 120, on="node", quick=True),
+    Check("ray", gpu.ray, 60, on="node", quick=True),
+    Check("allocator", gpu.allocator, 15, on="node", quick=True),
     Check("slurm", slurm.slurm_tools, 30),
     Check("ports", slurm.ports, 15, quick=True),
     Check("all_reduce", collectives.all_reduce, 240, on="rank", together=True),

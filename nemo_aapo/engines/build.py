@@ -41,7 +41,8 @@ def build_engine(
     if config.rollout.engine == "trtllm":
         from nemo_aapo.engines.trtllm.engine import TrtllmEngine
 
-        return TrtllmEngine.from_config(config, colocated=True, policy_version=policy.version)
+        reserved = 0 if config.rollout.offload_learner else policy.moments_to_come()
+        return TrtllmEngine.from_config(config, colocated=True, policy_version=policy.version, reserved_bytes=reserved)
     from nemo_aapo.engines.megatron.engine import MegatronEngine
 
     rollout = config.rollout

@@ -17,6 +17,7 @@ from nemo_aapo.mcore.bridge.lora import add_adapters
 from nemo_aapo.mcore.bridge.weights import WeightMap
 from nemo_aapo.mcore.micro_batch import MicroBatch
 from nemo_aapo.mcore.model import build_module
+from nemo_aapo.mcore.optimizer import moments_to_come
 from nemo_aapo.mcore.state import load_model_state, sharded_model_state
 
 
@@ -109,8 +110,12 @@ class MegatronPolicy:
                 parameter.data.copy_(kept)
 
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(Hugging Face name, full tensor), for refit and export."""
+        """(Hugging Face name, full tensor where the weights lie), for refit and export."""
         return self.weight_map.export(self.module)
+
+    def moments_to_come(self) -> int:
+        """Bytes that Adam's moments will take on this rank's device from the first update on; 0 once they are there."""
+        return moments_to_come(self._optimization.optimizer) if self._optimization else 0
 
     def export(self, directory: str, stop: Callable[[], bool] = bool) -> None:
         """Write a Hugging Face model directory.

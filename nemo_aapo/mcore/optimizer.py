@@ -106,6 +106,17 @@ def parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     return getattr(optimizer, "chained_optimizers", [optimizer])
 
 
+def moments_to_come(optimizer: MegatronOptimizer) -> int:
+    """Bytes of Adam's moments, two float32 numbers a parameter, that the first step allocates on this rank's device.
+
+    Those that are updated in host memory take none of it.
+    """
+    here = torch.device("cuda" if torch.cuda.is_available() else "cpu").type
+    every = [(part.optimizer, group) for part in parts(optimizer) for group in part.optimizer.param_groups]
+    missing = (p for adam, group in every for p in group["params"] if p not in adam.state and p.device.type == here)
+    return sum(2 * 4 * parameter.numel() for parameter in missing)
+
+
 def clip_gradients(optimizer: MegatronOptimizer) -> float:
     """Scale all gradients down to the configured norm, if theirs is larger.
 

@@ -77,7 +77,7 @@ def test_fp8_depends_on_the_weakest_gpu_the_newest_one_and_cuda(config, devices,
         ("2.11.0", "", "ok", "2.11.0 imports"),
         ("2.11.0", "raise ImportError('undefined symbol: _ZN2at')", "failure", "does not import: undefined symbol"),
         ("2.11.0", "import os; os.kill(os.getpid(), 11)", "failure", "died by SIGSEGV"),
-        ("1.13", "", "failure", "takes >= 2.9, < 2.12"),
+        ("1.13", "", "failure", "take >= 2.10, < 2.12"),
     ],
 )
 def test_a_library_that_does_not_import_is_a_failure_even_if_it_takes_the_process_along(
@@ -123,13 +123,32 @@ def test_tensorrt_llm_is_held_against_its_contract(config, tmp_path, monkeypatch
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
-    assert gpu.tensorrt_llm(context(hosted)).text == f"version {contract.VERSION} is as the contract says"
+    assert (
+        gpu.tensorrt_llm(context(hosted)).text
+        == f"version {contract.VERSION} is as the contract with {contract.VERSION} says"
+    )
     path = tmp_path / "tensorrt_llm" / "_torch" / "async_llm.py"
     path.write_text(path.read_text().replace("async def resume", "async def wake_up"))
     found = gpu.tensorrt_llm(context(hosted))
     assert found.level == "failure"
     assert "async_llm.py" in found.text
     assert gpu.tensorrt_llm(context(config)).level == "warning"
+
+
+def test_ray_and_torchs_allocator_are_judged_by_whether_the_engine_needs_them(config, monkeypatch):
+    levels = {
+        (wanted, version): gpu.judge_ray("it lacks a name" if version != "2.54.0" else "", version, wanted).level
+        for wanted in (False, True)
+        for version in (None, "2.60.0", "2.54.0")
+    }
+    assert list(levels.values()) == ["ok", "warning", "ok", "failure", "failure", "ok"]
+    assert "ray==2.54.0" in gpu.judge_ray("it lacks a name", "2.60.0", True).remedy
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64, expandable_segments:True")
+    wanted = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, engine="trtllm"))
+    assert gpu.allocator(context(config)).level == "ok"
+    assert gpu.allocator(context(wanted)).level == "failure"
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:False")
+    assert gpu.allocator(context(wanted)).level == "ok"
 
 
 GPU_FIELDS = {"bias_activation_fusion": True, "apply_rope_fusion": True}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -13,10 +14,12 @@ from nemo_aapo.doctor.checks.sizes import on_this_machine
 from nemo_aapo.doctor.checks.versions import cuda_of_torch, has_gpu, installed_version
 from nemo_aapo.doctor.finding import Context, Finding, Level
 from nemo_aapo.engines.trtllm import check as trtllm_check
+from nemo_aapo.engines.trtllm import settings as trtllm_settings
 from nemo_aapo.engines.trtllm.package_source import Package
 
-TRANSFORMER_ENGINE = ((2, 9), (2, 12))
-"""The versions that megatron-core 0.16 takes: from the first, below the second."""
+TRANSFORMER_ENGINE = ((2, 10), (2, 12))
+"""The versions that both megatron-bridge 0.3.1 (>= 2.10, < 2.13) and megatron-core 0.16.1 (>= 2.9, < 2.12) take: from
+the first, below the second."""
 DRIVER_TIMEOUT_S = 20.0
 """nvidia-smi is given up after so long."""
 
@@ -143,7 +146,7 @@ def transformer_engine(context: Context) -> Finding:
         return _absent(name, context, remedy)
     low, high = (_dotted(bound) for bound in TRANSFORMER_ENGINE)
     if not TRANSFORMER_ENGINE[0] <= _numbers(version)[:2] < TRANSFORMER_ENGINE[1]:
-        return Finding(name, "failure", f"version {version}; megatron-core 0.16 takes >= {low}, < {high}", remedy)
+        return Finding(name, "failure", f"version {version}; megatron-core and -bridge take >= {low}, < {high}", remedy)
     return _imported(name, f"{name}.pytorch", version, remedy)
 
 
@@ -178,8 +181,7 @@ def _imported(name: str, module: str, version: str, remedy: str) -> Finding:
 
 def tensorrt_llm(context: Context) -> Finding:
     """Compare the installed package with the adapter's contract, without importing it."""
-    name, config = "tensorrt_llm", context.config
-    wanted = config is not None and "trtllm" in (config.rollout.engine, _hosted(config))
+    name, wanted = "tensorrt_llm", _wants_trtllm(context)
     path = trtllm_check.installed()
     if path is None:
         if wanted:
@@ -187,12 +189,52 @@ def tensorrt_llm(context: Context) -> Finding:
             return Finding(name, "failure", "not installed; the chosen rollout engine is trtllm", remedy)
         return Finding(name, "ok", "not installed; only rollout.engine=trtllm needs it")
     package = Package(path, trtllm_check.PACKAGE)
-    differences, version = trtllm_check.compare(package), trtllm_check.version(package)
-    if differences:
-        text = f"version {version} differs from the contract in {len(differences)} places, first {differences[0]}"
+    agreed, version = trtllm_check.contract_with(package), trtllm_check.version(package)
+    if differences := trtllm_check.compare(package, agreed):
+        text = (
+            f"version {version} differs from the contract with {agreed.version} in {len(differences)} places, first "
+            f"{differences[0]}"
+        )
         remedy = f"install {trtllm_check.contract.VERSION}; python -m nemo_aapo.engines.trtllm.check lists all"
         return Finding(name, "failure" if wanted else "warning", text, remedy)
-    return Finding(name, "ok", f"version {version} is as the contract says")
+    return Finding(name, "ok", f"version {version} is as the contract with {agreed.version} says")
+
+
+def ray(context: Context) -> Finding:
+    """Check that Ray has what TensorRT-LLM imports of it, without importing it."""
+    return judge_ray(trtllm_check.ray_difference(), installed_version("ray"), _wants_trtllm(context))
+
+
+def judge_ray(difference: str, version: str | None, wanted: bool) -> Finding:
+    """Judge as ``ray`` does. Args: difference: what it lacks; wanted: the chosen rollout engine needs it."""
+    if difference and (wanted or version is not None):
+        text = f"{difference}; AsyncLLM of TensorRT-LLM starts its workers by it"
+        remedy = f"pip install --no-deps ray=={trtllm_check.contract.RAY_VERSION} msgpack"
+        return Finding("ray", "failure" if wanted else "warning", text, remedy)
+    if difference:
+        return Finding("ray", "ok", "not installed; only rollout.engine=trtllm needs it")
+    return Finding("ray", "ok", f"version {version} has what TensorRT-LLM imports of it")
+
+
+def allocator(context: Context) -> Finding:
+    """Check that torch's allocator can share memory with TensorRT-LLM's workers."""
+    return judge_allocator(trtllm_settings.expandable_segments(os.environ), _wants_trtllm(context))
+
+
+def judge_allocator(variable: str, wanted: bool) -> Finding:
+    """Judge as ``allocator`` does. Args: variable: the one that asks for expandable segments, or empty."""
+    if not variable:
+        return Finding("allocator", "ok", "torch's own segments")
+    level: Level = "failure" if wanted else "ok"
+    remedy = f"take expandable_segments out of {variable}" if wanted else ""
+    return Finding(
+        "allocator", level, f"{variable} asks for expandable segments, unfit for rollout.engine=trtllm", remedy
+    )
+
+
+def _wants_trtllm(context: Context) -> bool:
+    config = context.config
+    return config is not None and "trtllm" in (config.rollout.engine, _hosted(config))
 
 
 def _hosted(config: Config) -> str:

@@ -16,17 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_aapo.engines.trtllm import contract
-from nemo_aapo.engines.trtllm.contract import REQUIRED, LibraryClass, Method
+from nemo_aapo.engines.trtllm.contract import ANY, REQUIRED, Contract, LibraryClass, Method
 from nemo_aapo.engines.trtllm.package_source import (
     ClassPlace,
     Package,
     constant,
     field_default,
     literal_words,
+    names_in,
     parameters,
 )
 
-PACKAGE = "tensorrt_llm"
+PACKAGE, RAY = "tensorrt_llm", "ray"
 
 
 @dataclass(frozen=True)
@@ -56,19 +57,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FileNotFoundError as error:
         print(error)
         return 1
-    differences = compare(package)
+    agreed = contract_with(package)
+    ray = installed(RAY)
+    differences = [*compare(package, agreed), *(ray_imports(package, Package(ray, RAY)) if ray else [])]
     for difference in differences:
         print(difference)
     count = len(differences)
     what = f"{count or 'no'} difference{'s' * (count != 1)}"
-    print(f"{path}, version {version(package)}: {what} from the contract with version {contract.VERSION}")
+    print(f"{path}, version {version(package)}: {what} from the contract with version {agreed.version}")
     return int(count > 0)
 
 
-def installed() -> Path | None:
-    """The directory of the installed package, found without importing it."""
-    spec = importlib.util.find_spec(PACKAGE)
+def installed(name: str = PACKAGE) -> Path | None:
+    """The directory of an installed package, found without importing it."""
+    spec = importlib.util.find_spec(name)
     return Path(next(iter(spec.submodule_search_locations))) if spec and spec.submodule_search_locations else None
+
+
+def ray_difference() -> str:
+    """Why the installed Ray can't start TensorRT-LLM's workers; empty if it can."""
+    path, wanted = installed(RAY), contract.RAY_IMPORTS
+    if path is None:
+        return "not installed"
+    if Package(path, RAY).find_class(wanted.module, wanted.name) is None:
+        return f"the installed one has no {wanted.name} in {wanted.module}"
+    return ""
+
+
+def contract_with(package: Package) -> Contract:
+    """The contract of the package's generation, by the arguments that its engine has."""
+    place = package.find_class(contract.LLM_ARGS.module, contract.LLM_ARGS.name)
+    every = {name for known in contract.CONTRACTS for name in known.llm_args}
+    return contract.contract_of([name for name in every if place and package.member(place, name)])
 
 
 def version(package: Package) -> str:
@@ -80,10 +100,22 @@ def version(package: Package) -> str:
     return "unknown"
 
 
-def compare(package: Package, classes: Sequence[LibraryClass] = contract.CLASSES) -> list[Difference]:
+def compare(package: Package, agreed: Contract = contract.V1_2) -> list[Difference]:
     """All differences, in the contract's order."""
-    found = [difference for expected in classes for difference in _class(package, expected)]
-    return [*found, *_environment(package)]
+    found = [difference for expected in agreed.classes for difference in _class(package, expected)]
+    return [*found, *_environment(package, agreed)]
+
+
+def ray_imports(package: Package, ray: Package) -> list[Difference]:
+    """Names that the package imports of Ray and that this Ray doesn't have."""
+    return [
+        Difference(f"{package.file(module)}:{node.lineno}", f"imports {alias.name} of {node.module}, which has none")
+        for module in contract.RAY_USERS
+        for node in ast.walk(package.module(module) or ast.Module([], []))
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] == RAY
+        for alias in node.names
+        if alias.name not in ray.names(node.module)
+    ]
 
 
 def _class(package: Package, expected: LibraryClass) -> Iterator[Difference]:
@@ -101,8 +133,15 @@ def _class(package: Package, expected: LibraryClass) -> Iterator[Difference]:
     for name in expected.attributes:
         if package.member(place, name) is None:
             yield _lacks(package, place, f"attribute {name}")
-    for value in sorted(set(expected.values) - package.values(place)):
+    values = package.values(place)
+    for value in sorted(set(expected.values) - values):
         yield _lacks(package, place, f"member with the value {value!r}")
+    for value in sorted(values - set(expected.values)) if expected.closed else []:
+        if not value.startswith("_"):
+            yield Difference(
+                f"{package.file(place.module)}:{place.node.lineno}",
+                f"{place.node.name} has a member with the value {value!r}, which the contract doesn't know",
+            )
     for name, words in expected.literals.items():
         yield from _literal(package, place, name, set(words))
 
@@ -120,7 +159,7 @@ def _field(package: Package, place: ClassPlace, name: str, default: object) -> I
 
 
 def _default(place: str, what: str, found: object, expected: object) -> Iterator[Difference]:
-    if (type(found), found) != (type(expected), expected):  # True is not 1
+    if expected is not ANY and (type(found), found) != (type(expected), expected):  # True is not 1
         yield Difference(place, f"{what}: default {found!r}, the contract says {expected!r}")
 
 
@@ -132,6 +171,11 @@ def _method(package: Package, place: ClassPlace, name: str, expected: Method) ->
     what = f"{place.node.name}.{name}"
     if isinstance(member.node, ast.AsyncFunctionDef) != expected.coroutine:
         yield Difference(member.place, f"{what}: is {'not ' * expected.coroutine}a coroutine")
+    decorators = {name for decorator in member.node.decorator_list for name in names_in(decorator)}
+    for name in sorted(set(expected.decorators) - decorators):
+        yield Difference(member.place, f"{what}: is not decorated by {name}")
+    for name in sorted(set(expected.calls) - names_in(member.node)):
+        yield Difference(member.place, f"{what}: doesn't call {name}")
     found = parameters(member.node)
     for parameter, default in expected.parameters.items():
         if parameter not in found:
@@ -151,8 +195,8 @@ def _literal(package: Package, place: ClassPlace, name: str, words: set[str]) ->
         )
 
 
-def _environment(package: Package) -> Iterator[Difference]:
-    for variable, module in contract.ENVIRONMENT_READERS.items():
+def _environment(package: Package, agreed: Contract) -> Iterator[Difference]:
+    for variable, module in agreed.readers.items():
         tree = package.module(module)
         words = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)) if tree else ()
         if variable not in words:

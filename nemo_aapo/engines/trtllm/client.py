@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import queue
 import threading
-from collections.abc import Coroutine, Generator, Sequence
+import time
+from collections.abc import Callable, Coroutine, Generator, Sequence
 from typing import Any, TypeVar
 
-from nemo_aapo.engines.trtllm.library import AsyncLLM, CompletionOutput, Library
+from nemo_aapo.engines.trtllm.library import AsyncLLM, CompletionOutput, Library, RequestOutput
 from nemo_aapo.errors import RunError
 
 T = TypeVar("T")
@@ -23,20 +25,25 @@ Request = tuple[Name, list[int], dict[str, Any]]
 
 CLOSE_S = 60.0
 """Seconds to wait for the engine's end: the library gives its workers 30."""
+LOOK_S = 0.5
+"""While it waits, the client says so this often."""
 
 
 class EngineClient:
     """Synchronous calls of one engine. Every failure of the library comes out as a ``RunError`` that names the call."""
 
-    def __init__(self, library: Library, arguments: dict[str, Any], timeout_s: float) -> None:
+    def __init__(
+        self, library: Library, arguments: dict[str, Any], timeout_s: float, waiting: Callable[[], None] = lambda: None
+    ) -> None:
         """Start the engine and wait until it is ready.
 
         Args:
             library: TensorRT-LLM's classes.
             arguments: of ``AsyncLLM``.
             timeout_s: the longest wait for any one answer, the start included.
+            waiting: called every ``LOOK_S`` of any wait, and after each completion, in the caller's thread.
         """
-        self._library, self._timeout_s = library, timeout_s
+        self._library, self._timeout_s, self._waiting = library, timeout_s, waiting
         self._started: AsyncLLM | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="trtllm", daemon=True)
@@ -48,7 +55,7 @@ class EngineClient:
             raise
 
     async def _start(self, arguments: dict[str, Any]) -> None:
-        self._started = self._library.AsyncLLM(**arguments)
+        self._started = self._library.engine(**arguments)
         await self._llm.setup_async()
 
     @property
@@ -83,10 +90,14 @@ class EngineClient:
             RunError: a request failed, or none ended within the deadline. The others are cancelled.
         """
         finished: queue.SimpleQueue[tuple[Name, CompletionOutput] | None] = queue.SimpleQueue()
+        under_way: list[RequestOutput] = []
 
         async def generate(name: Name, prompt: list[int], arguments: dict[str, Any]) -> None:
-            sampling = self._library.SamplingParams(**arguments)
-            output = await self._llm.generate_async(inputs=prompt, sampling_params=sampling)
+            sampling = self._library.sampling_params(**arguments)
+            request = self._llm.generate_async(inputs=prompt, sampling_params=sampling)
+            under_way.append(request)
+            output = await request
+            under_way.remove(request)
             finished.put((name, output.outputs[0]))
 
         async def generate_all() -> None:
@@ -97,14 +108,34 @@ class EngineClient:
         future.add_done_callback(lambda _: finished.put(None))
         try:
             for _ in requests:
-                item = finished.get(timeout=self._timeout_s)
+                item = self._next(finished)
                 if item is None:  # all is over, and not all have come: one of them failed
                     raise _failed("generate_async", future.exception())
                 yield item
-        except queue.Empty:
-            raise RunError(f"TensorRT-LLM finished no completion within {self._timeout_s:g} s") from None
+                self._waiting()
         finally:
             future.cancel()
+            with contextlib.suppress(RunError):  # what can't be ended runs on to its own end: a waste, no error
+                self._wait("abort", self._abort(under_way), min(self._timeout_s, CLOSE_S))
+
+    def _next(self, finished: queue.SimpleQueue[T]) -> T:
+        """The next completion to end, or None; said to be waiting for meanwhile."""
+        deadline = time.monotonic() + self._timeout_s
+        while (remaining := deadline - time.monotonic()) > 0:
+            with contextlib.suppress(queue.Empty):
+                return finished.get(timeout=min(LOOK_S, remaining))
+            self._waiting()
+        raise RunError(f"TensorRT-LLM finished no completion within {self._timeout_s:g} s")
+
+    async def _abort(self, under_way: list[RequestOutput]) -> None:
+        """End these requests: awaits that are given up leave them in the engine, whose GPUs the learner wants."""
+        if not under_way:
+            return
+        if "pause_generation" in self._library.contract.methods:  # one call, instead of one through Ray for each
+            await self._llm.pause_generation()
+            await self._llm.resume_generation()
+            return
+        await asyncio.gather(*(self._loop.run_in_executor(None, request.abort) for request in tuple(under_way)))
 
     def close(self) -> None:
         """End the engine and its thread. May be called again."""
@@ -126,11 +157,15 @@ class EngineClient:
 
     def _wait(self, what: str, coroutine: Coroutine[Any, Any, T], timeout_s: float) -> T:
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        try:
-            return future.result(timeout_s)
-        except concurrent.futures.TimeoutError:
+        deadline = time.monotonic() + timeout_s
+        while not future.done() and (remaining := deadline - time.monotonic()) > 0:
+            concurrent.futures.wait([future], min(LOOK_S, remaining))
+            self._waiting()
+        if not future.done():
             future.cancel()
-            raise RunError(f"TensorRT-LLM did not answer to {what} within {timeout_s:g} s") from None
+            raise RunError(f"TensorRT-LLM did not answer to {what} within {timeout_s:g} s")
+        try:
+            return future.result()
         except Exception as error:
             raise _failed(what, error) from error
 

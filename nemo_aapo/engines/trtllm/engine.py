@@ -7,8 +7,7 @@ Colocated, the engine sleeps while the learner trains. One step, as the trainer 
     sleep       empty the prefix cache, release KV cache and weights
     update      resume the weights, hand over buckets, finalize (which empties the prefix cache); KV cache still out
 
-Never run on hardware here: docs/guide/tensorrt_llm.md says what holds this code instead. It is the only module that
-imports tensorrt_llm.
+Never run on hardware here: docs/guide/tensorrt_llm.md says what holds this code instead.
 """
 
 from __future__ import annotations
@@ -20,8 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, TypeVar, cast
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -29,12 +27,14 @@ import torch
 from nemo_aapo.config import Config
 from nemo_aapo.engines.base import OnFinish, RolloutStats
 from nemo_aapo.engines.elsewhere import Finished, arranged, stats_of
-from nemo_aapo.engines.trtllm import placement, refit
+from nemo_aapo.engines.trtllm import library, placement, refit
 from nemo_aapo.engines.trtllm.client import EngineClient
-from nemo_aapo.engines.trtllm.contract import KV_CACHE_TAG, VERSION, WEIGHT_TAGS
-from nemo_aapo.engines.trtllm.library import Library
+from nemo_aapo.engines.trtllm.contract import KV_CACHE_TAG
+from nemo_aapo.engines.trtllm.library import CompletionOutput
+from nemo_aapo.engines.trtllm.placement import OwnerActions, OwnerFailed
 from nemo_aapo.engines.trtllm.requests import check_request, read_completion, sampling_arguments
-from nemo_aapo.engines.trtllm.settings import TrtllmSettings, check, llm_arguments
+from nemo_aapo.engines.trtllm.selftest import check_seeds, check_temperature
+from nemo_aapo.engines.trtllm.settings import TrtllmSettings, cache_fraction, check, llm_arguments, weight_bytes
 from nemo_aapo.errors import ConfigError, RunError
 from nemo_aapo.text.transformers5 import readable_directory
 from nemo_aapo.types import Completion, SamplingSpec
@@ -43,38 +43,8 @@ from nemo_aapo.utils.buckets import tensor_buckets
 T = TypeVar("T")
 
 
-def _library() -> Library:
-    """The library's classes that the engine calls."""
-    try:
-        from tensorrt_llm._torch.async_llm import AsyncLLM
-        from tensorrt_llm.llmapi.llm_args import KvCacheConfig
-        from tensorrt_llm.sampling_params import SamplingParams
-    except (ImportError, OSError) as error:  # OSError: a library of CUDA's is missing
-        raise RunError(
-            f"TensorRT-LLM can't be imported: {error}. `python -m nemo_aapo.engines.trtllm.check` tells whether it is "
-            f"another version than {VERSION}"
-        ) from error
-    return SimpleNamespace(AsyncLLM=AsyncLLM, KvCacheConfig=KvCacheConfig, SamplingParams=SamplingParams)
-
-
-def __getattr__(name: str) -> Any:
-    """``WorkerExtension``, made where it is asked for: in the engine's workers, which find it by this module's name."""
-    if name == "WorkerExtension":
-        return _worker_extension()
-    raise AttributeError(name)
-
-
-def _worker_extension() -> type:
-    from tensorrt_llm.llmapi import rlhf_utils
-
-    class WorkerExtension(rlhf_utils.WorkerExtension):
-        """The library's methods for reinforcement learning, and one more."""
-
-        def forget_prefixes(self) -> None:
-            """Empty the prefix cache. Trap: releasing the KV cache leaves the index of what was in it."""
-            self.engine.reset_prefix_cache()
-
-    return WorkerExtension
+WORKER_EXTENSION = f"{library.__name__}.WorkerExtension"
+"""The class that the engine's workers get, by the name that they find it under."""
 
 
 class TrtllmEngine:
@@ -111,29 +81,35 @@ class TrtllmEngine:
         self._calls = threading.Lock()
         self._broken = ""
         self._weights_in = self._cache_in = True
-        every_gpu = [gpu for part in ranks.gather(list(gpus)) for gpu in part]
+        self._weight_tags: tuple[str, ...] = ()  # the owner's, asked of the library
+        self._actions = OwnerActions(ranks)
+        everywhere = [gpu for part in ranks.gather([(gpu, settings.reserved_bytes) for gpu in gpus]) for gpu in part]
         try:
-            self._on_owner(lambda: self._start(every_gpu))
+            self._on_owner(lambda: self._start(everywhere))
             self.sleep()
         except BaseException:
             self.close()
             raise
 
     @classmethod
-    def from_config(cls, config: Config, *, colocated: bool = False, policy_version: int = 0) -> TrtllmEngine:
+    def from_config(
+        cls, config: Config, *, colocated: bool = False, policy_version: int = 0, reserved_bytes: int = 0
+    ) -> TrtllmEngine:
         """Start the engine that a configuration describes.
 
         Args:
             colocated: in the learner's GPUs; else this process has its GPUs for itself.
             policy_version: of the weights in ``model.path``.
+            reserved_bytes: see ``TrtllmSettings``.
 
         Raises:
             ConfigError: this machine can't run it.
             RunError: it does not start.
         """
         check(config)
-        settings = TrtllmSettings.from_config(config)
+        settings = TrtllmSettings.from_config(config, reserved_bytes)
         if colocated:
+            refit.give_back_memory()
             gpus = [placement.visible_gpu()]
             return cls(settings, placement.ModelParallelRanks(), gpus, colocated=True, policy_version=policy_version)
         visible = torch.cuda.device_count()
@@ -153,45 +129,38 @@ class TrtllmEngine:
             raise RuntimeError("the TensorRT-LLM engine is not started, or it is closed")
         return self._started
 
-    def _start(self, gpus: Sequence[placement.Gpu]) -> None:
-        """Start the library's engine; called on the owner alone."""
+    def _start(self, places: Sequence[tuple[placement.Gpu, int]]) -> None:
+        """Start the library's engine; called on the owner alone.
+
+        Args:
+            places: its GPUs, and the bytes that the learner's rank there will still take.
+        """
+        gpus = [gpu for gpu, _ in places]
         placement.check_gpus(gpus, self.settings.tensor_parallel_size)
         with placement.engine_environment(gpus):
-            library = _library()
+            found = library.load()
             directory = self._model.enter_context(readable_directory(Path(self.settings.model_path)))
-            arguments = llm_arguments(
-                dataclasses.replace(self.settings, model_path=str(directory)),
-                colocated=self._colocated,
-                worker_extension=f"{__name__}.WorkerExtension",
-                kv_cache_config=library.KvCacheConfig,
+            free = [(gpu.free_bytes, reserved) for gpu, reserved in places]
+            settings = dataclasses.replace(
+                self.settings,
+                model_path=str(directory),
+                kv_cache_fraction=cache_fraction(
+                    self.settings.kv_cache_fraction, free, weight_bytes(directory) // len(gpus)
+                ),
             )
-            self._started = EngineClient(library, arguments, self.settings.timeout_s)
+            arguments = llm_arguments(settings, found, colocated=self._colocated, worker_extension=WORKER_EXTENSION)
+            self._weight_tags = found.weight_tags
+            self._started = EngineClient(found, arguments, self.settings.timeout_s, self._actions.beat)
         workers = sorted(self._client.ask_workers("report_device_id"))
         expected = sorted(gpu.uuid for gpu in gpus)
         if workers != expected:
             raise RunError(f"TensorRT-LLM's workers run on the GPUs {workers}, but the weights lie on {expected}")
-        self._check_seeds()
+        check_seeds(self._draw, self.settings.max_new_tokens)
+        check_temperature(self._draw, self.settings.temperature)
 
-    def _check_seeds(self) -> None:
-        """See that a seed gives the same tokens again and another one others, or all engines would sample alike.
-
-        Raises:
-            RunError: it is not so.
-        """
-        sampling = SamplingSpec(
-            temperature=1.0, max_new_tokens=min(16, self.settings.max_new_tokens), stop_token_ids=()
-        )
-
-        def tokens(seed: int) -> list[int]:
-            [(_, output)] = self._client.complete([(seed, [0], sampling_arguments(sampling, seed))])
-            return list(output.token_ids)
-
-        first, again, others = tokens(1), tokens(1), [tokens(seed) for seed in (2, 3, 4)]
-        if first != again or all(other == first for other in others):
-            raise RunError(
-                "TensorRT-LLM's sampler ignores the seeds of requests: engines would draw the same completions of "
-                f"one prompt. Use version {VERSION}, or rollout.engine=megatron"
-            )
+    def _draw(self, token: int, sampling: SamplingSpec, seed: int) -> CompletionOutput:
+        [(_, output)] = self._client.complete([(seed, [token], sampling_arguments(sampling, seed))])
+        return output
 
     def close(self) -> None:
         """End the engine."""
@@ -205,14 +174,13 @@ class TrtllmEngine:
 
     def sleep(self) -> None:
         """Give KV cache and weights back to the learner. An engine that has its GPUs for itself keeps them."""
-        tags = (*WEIGHT_TAGS * self._weights_in, *(KV_CACHE_TAG,) * self._cache_in)
-        if not self._colocated or not tags:
+        if not self._colocated or not (self._weights_in or self._cache_in):
             return
         with self._exclusive("sleep"):
 
             def release() -> None:
                 self._client.ask_workers("forget_prefixes")
-                self._client.release(tags)
+                self._client.release([*self._weight_tags * self._weights_in, *[KV_CACHE_TAG] * self._cache_in])
 
             self._on_owner(release)
             self._weights_in = self._cache_in = False
@@ -223,16 +191,22 @@ class TrtllmEngine:
             return
         with self._exclusive("wake"):
             self._resume_weights()
+            self._make_room()  # a refit's last bucket is the learner's until here
             self._on_owner(lambda: self._client.resume([KV_CACHE_TAG]))
             self._cache_in = True
 
     def _resume_weights(self) -> None:
         if self._weights_in:
             return
-        torch.cuda.empty_cache()  # what the learner's allocator holds and doesn't use
-        self._ranks.gather(None)  # on all of the engine's GPUs, before it takes them
-        self._on_owner(lambda: self._client.resume(WEIGHT_TAGS))
+        self._make_room()
+        self._on_owner(lambda: self._client.resume(self._weight_tags))
         self._weights_in = True
+
+    def _make_room(self) -> None:
+        """Give back what the learner's allocator holds and doesn't use, on all of the engine's GPUs, before it takes
+        them."""
+        refit.give_back_memory()
+        self._ranks.gather(None)
 
     # ------------------------------------------------------------------ weights
 
@@ -247,12 +221,14 @@ class TrtllmEngine:
             self._resume_weights()
             self.refit_bytes = 0
             for bucket in tensor_buckets(named_tensors, self.settings.refit_bucket_bytes):
-                found, alive = refit.payloads(bucket, self._gpus)
+                found, buffers = refit.payloads(bucket, self._gpus)
+                bucket.clear()  # the buffers have all of it, and the export is not to hold it twice
                 parts = self._ranks.gather(found)
                 self.refit_bytes += sum(tensor.nbytes for _, tensor in bucket)
                 self._on_owner(functools.partial(self._hand_over, parts))
-                del alive, bucket  # until here the engine may read it
+                del buffers  # until here the engine may read them
             self._on_owner(lambda: self._client.update_weights(None))
+            refit.give_back_memory()
             self.policy_version, self._broken = version, ""
 
     def _hand_over(self, parts: Sequence[dict[str, str]]) -> None:
@@ -286,10 +262,13 @@ class TrtllmEngine:
             if not self._cache_in:
                 raise RuntimeError("generate() while the engine sleeps: wake() comes first")
             began = time.perf_counter()
-            finished = self._on_owner(lambda: self._complete(prompts, sampling, seeds, on_finish))
-        if on_finish and not self._ranks.owner:
-            for ended in finished:
-                on_finish(*ended)
+            finished: Finished = []
+
+            def hear(i: int, j: int, completion: Completion) -> object:
+                finished.append((i, j, completion))
+                return on_finish(i, j, completion) if on_finish else False
+
+            self._on_owner(lambda: self._complete(prompts, sampling, seeds, hear), hear)
         self.stats = stats_of(finished, time.perf_counter() - began)
         return arranged(finished, seeds)
 
@@ -298,39 +277,31 @@ class TrtllmEngine:
         prompts: Sequence[np.ndarray],
         sampling: SamplingSpec,
         seeds: Sequence[Sequence[int]],
-        on_finish: OnFinish | None,
-    ) -> Finished:
-        """All completions in the order in which they end; called on the owner alone."""
+        hear: OnFinish,
+    ) -> None:
+        """Generate them, and let each be heard as it ends; called on the owner alone."""
         requests = [
             ((i, j), prompt.tolist(), sampling_arguments(sampling, seed))
             for i, (prompt, row) in enumerate(zip(prompts, seeds, strict=True))
             for j, seed in enumerate(row)
         ]
-        finished: Finished = []
+        tempered = sampling.temperature == self.settings.temperature  # as at the start's check
         with contextlib.closing(self._client.complete(requests)) as answers:
             for (i, j), output in answers:
-                completion = read_completion(output, sampling, self.policy_version)
-                finished.append((i, j, completion))
-                if on_finish and on_finish(i, j, completion):
+                completion = read_completion(output, sampling, self.policy_version, tempered=tempered)
+                self._actions.tell((i, j, completion))
+                if hear(i, j, completion):
                     break
-        return finished
 
     # ------------------------------------------------------------------ together
 
-    def _on_owner(self, action: Callable[[], T]) -> T:
-        """What ``action`` returned on the owner, on every rank; what it raised there ends the engine on every rank."""
-        result: T | None = None
-        failure: Exception | None = None
-        if self._ranks.owner:
-            try:
-                result = action()
-            except Exception as error:
-                failure = error
-        result, message = self._ranks.broadcast((result, "" if failure is None else str(failure) or repr(failure)))
-        if message:
-            self._broken = message
-            raise failure if failure is not None else RunError(message)
-        return cast(T, result)  # what the owner's action returned, as it did not fail
+    def _on_owner(self, action: Callable[[], T], hear: OnFinish | None = None) -> T:
+        """As ``OwnerActions.run``; what ``action`` raised ends the engine on every rank."""
+        try:
+            return self._actions.run(action, hear)
+        except OwnerFailed as failed:
+            self._broken = str(failed)
+            raise failed.__cause__ or RunError(str(failed)) from None
 
     @contextlib.contextmanager
     def _exclusive(self, what: str) -> Iterator[None]:

@@ -1,12 +1,17 @@
-"""The classes of TensorRT-LLM that the adapter calls, as protocols: the library is not there at type checking.
+"""What is called of TensorRT-LLM, and the one place that imports it.
 
-``contract.py`` says the same as data, which ``check.py`` compares with a real package.
+Its classes stand here as protocols, as the library is not there at type checking. ``contract.py`` says the same as
+data, which ``check.py`` compares with a real package.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+from nemo_aapo.engines.trtllm.contract import KV_CACHE_TAG, VERSION, Contract, contract_of
+from nemo_aapo.errors import RunError
 
 
 class Logprob(Protocol):
@@ -25,16 +30,21 @@ class CompletionOutput(Protocol):
 
 
 class RequestOutput(Protocol):
-    """The answer to one request."""
+    """The answer to one request; awaiting it waits for its end."""
 
     outputs: Sequence[CompletionOutput]
+
+    def abort(self) -> None: ...
+    def __await__(self) -> Generator[Any, None, RequestOutput]: ...
 
 
 class AsyncLLM(Protocol):
     """An engine."""
 
     async def setup_async(self) -> object: ...
-    def generate_async(self, inputs: list[int], sampling_params: object) -> Awaitable[RequestOutput]: ...
+    def generate_async(self, inputs: list[int], sampling_params: object) -> RequestOutput: ...
+    async def pause_generation(self) -> object: ...
+    async def resume_generation(self) -> object: ...
     async def release(self, tags: list[str]) -> object: ...
     async def resume(self, tags: list[str]) -> object: ...
     async def update_weights(self, weights: dict[str, str] | None) -> object: ...
@@ -42,9 +52,66 @@ class AsyncLLM(Protocol):
     def shutdown(self) -> None: ...
 
 
-class Library(Protocol):
-    """What is called of the package; all take keyword arguments."""
+@dataclass(frozen=True)
+class Library:
+    """The classes that are called, all with keyword arguments, and what was found out about them."""
 
-    def AsyncLLM(self, **arguments: Any) -> AsyncLLM: ...
-    def SamplingParams(self, **arguments: Any) -> object: ...
-    def KvCacheConfig(self, **arguments: Any) -> object: ...
+    contract: Contract
+    """The generation that the installed library belongs to, by the arguments that it has."""
+    engine: Callable[..., AsyncLLM]
+    sampling_params: Callable[..., object]
+    kv_cache_config: Callable[..., object]
+    cuda_graph_config: Callable[..., object]
+    sleep_config: Callable[..., object] | None
+    """Since 1.3."""
+    weight_tags: tuple[str, ...]
+    """Tags of all memory that can be released, but for the KV cache."""
+
+
+def load() -> Library:
+    """Import the library.
+
+    Raises:
+        RunError: it can't be imported, or it has other names.
+    """
+    try:
+        from tensorrt_llm._torch.async_llm import AsyncLLM as engine
+        from tensorrt_llm._torch.virtual_memory import ExecutorMemoryType
+        from tensorrt_llm.llmapi.llm_args import CudaGraphConfig, KvCacheConfig, TorchLlmArgs
+        from tensorrt_llm.sampling_params import SamplingParams
+
+        contract, sleep_config = contract_of(TorchLlmArgs.model_fields), cast(Any, None)
+        if "sleep_config" in contract.llm_args:
+            from tensorrt_llm.llmapi.llm_args import SleepConfig
+
+            sleep_config = SleepConfig
+    except (ImportError, OSError) as error:  # OSError: a library of CUDA's is missing
+        raise RunError(
+            f"TensorRT-LLM can't be imported: {error}. `python -m nemo_aapo.engines.trtllm.check` tells whether it is "
+            f"another version than {VERSION}"
+        ) from error
+    # Asked of the library: weights moved to tags of their own in 1.3, and what a list of ours lacked would stay in the
+    # learner's memory. Private ones begin with an underscore (as in NeMo-RL's trtllm_worker_async.py).
+    tags = [str(member.value) for member in ExecutorMemoryType]
+    weight_tags = tuple(tag for tag in tags if tag != KV_CACHE_TAG and not tag.startswith("_"))
+    return Library(contract, engine, SamplingParams, KvCacheConfig, CudaGraphConfig, sleep_config, weight_tags)
+
+
+def __getattr__(name: str) -> Any:
+    """``WorkerExtension``, made where it is asked for: in the engine's workers, which find it by this module's name."""
+    if name == "WorkerExtension":
+        return _worker_extension()
+    raise AttributeError(name)
+
+
+def _worker_extension() -> type:
+    from tensorrt_llm.llmapi import rlhf_utils
+
+    class WorkerExtension(rlhf_utils.WorkerExtension):
+        """The library's methods for reinforcement learning, and one more."""
+
+        def forget_prefixes(self) -> None:
+            """Empty the prefix cache. Trap: releasing the KV cache leaves the index of what was in it."""
+            self.engine.reset_prefix_cache()
+
+    return WorkerExtension

@@ -94,6 +94,19 @@ class Package:
                 return self.find_class(module, node.value.id, seen)
         return None
 
+    def names(self, module: str) -> set[str]:
+        """The names that a module defines or imports at its top level, its submodules among them."""
+        found: set[str] = set()
+        tree = self.module(module)
+        for node in _statements(tree.body) if tree else []:
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                found |= {alias.asname or alias.name for alias in node.names}
+            elif isinstance(node, ast.ClassDef):
+                found.add(node.name)
+            else:
+                found |= set(_names(node))
+        return found
+
     def _origin(self, module: str, node: ast.ImportFrom) -> str:
         """The absolute name of what ``from … import`` names."""
         if not node.level:
@@ -147,6 +160,12 @@ def _names(node: ast.stmt) -> list[str]:
         return [node.name]
     targets = [node.target] if isinstance(node, ast.AnnAssign) else node.targets if isinstance(node, ast.Assign) else []
     return [target.id for target in targets if isinstance(target, ast.Name)]
+
+
+def names_in(node: ast.AST) -> set[str]:
+    """The names and attributes that a piece of source mentions."""
+    found = (getattr(child, "id", getattr(child, "attr", None)) for child in ast.walk(node))
+    return {name for name in found if name}
 
 
 def field_default(node: ast.stmt) -> Any:

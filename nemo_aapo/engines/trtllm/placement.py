@@ -9,15 +9,22 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
+from nemo_aapo.engines.base import OnFinish
+from nemo_aapo.engines.elsewhere import Finished
 from nemo_aapo.engines.trtllm.contract import ENVIRONMENT
 from nemo_aapo.errors import RunError
+from nemo_aapo.types import Completion
 
 T = TypeVar("T")
+
+BEAT_S = 2.0
+"""The owner of an engine, at work, tells the other ranks so this often."""
 
 FOREIGN_PREFIXES = ("SLURM_", "PMI", "OMPI", "TORCHELASTIC_", "TRTLLM_RAY_")  # PMI is PMIX too
 FOREIGN_NAMES = (
@@ -31,8 +38,10 @@ FOREIGN_NAMES = (
     "ROLE_WORLD_SIZE",
     "MASTER_ADDR",
     "MASTER_PORT",
+    "CUDA_DEVICE_MAX_CONNECTIONS",
 )
-"""Environment variables of the learner's job by which Slurm, MPI and torchrun tell its ranks where they stand."""
+"""Environment variables of the learner's job: by which Slurm, MPI and torchrun tell its ranks where they stand, and the
+one queue of launches that the learner's tensor parallelism wants."""
 
 
 class Ranks(Protocol):
@@ -79,6 +88,94 @@ class ModelParallelRanks:
 
 
 @dataclass(frozen=True)
+class Beat:
+    """What the owner tells the other ranks while they wait for it."""
+
+    news: Finished
+    """Completions that have ended since the last beat."""
+    over: bool = False
+    """True: the owner is done."""
+    result: Any = None
+    failure: str = ""
+    """What went wrong on the owner; empty: nothing."""
+
+
+class OwnerFailed(Exception):
+    """An action of the owner failed, as its message says; on the owner itself its ``__cause__`` is the error."""
+
+
+class OwnerActions:
+    """Actions of the owner that the other ranks wait for, however long they take.
+
+    A single broadcast of the result would end with the group's timeout, however well all goes: a share of long
+    completions, or an engine's start, takes longer than any one answer may. So the owner says now and then that it is
+    at work, and what has ended meanwhile.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._news: Finished | None = None
+        self._last_beat = 0.0
+
+    def run(self, action: Callable[[], T], hear: OnFinish | None = None) -> T:
+        """What ``action`` returned on the owner, on every rank. Collective.
+
+        Args:
+            hear: told on the other ranks of each completion soon after the owner's ``tell``.
+
+        Raises:
+            OwnerFailed: on every rank.
+        """
+        return self._lead(action) if self._ranks.owner else self._follow(hear)
+
+    def tell(self, ended: tuple[int, int, Completion]) -> None:
+        """Within ``action``: have the others hear of it with the next beat."""
+        assert self._news is not None, "nobody listens"
+        self._news.append(ended)
+
+    def beat(self) -> None:
+        """Say that the owner is at work, if it is and it is time to. Called often while it waits."""
+        if self._news is not None and time.monotonic() - self._last_beat >= BEAT_S:
+            news, self._news, self._last_beat = self._news, [], time.monotonic()
+            self._ranks.broadcast(Beat(news))
+
+    def _lead(self, action: Callable[[], T]) -> T:
+        self._news, self._last_beat = [], time.monotonic()
+        try:
+            result = action()
+        except Exception as error:
+            self._end(failure=str(error) or repr(error))
+            raise OwnerFailed(str(error) or repr(error)) from error
+        self._end(result)
+        return result
+
+    def _end(self, result: object = None, failure: str = "") -> None:
+        news, self._news = self._news or [], None
+        self._ranks.broadcast(Beat(news, True, result, failure))
+
+    def _follow(self, hear: OnFinish | None) -> Any:
+        raised: Exception | None = None
+        while True:
+            beat: Beat = self._ranks.broadcast(NOTHING)
+            if hear is not None and raised is None:
+                try:
+                    for ended in beat.news:
+                        hear(*ended)
+                except Exception as error:  # the owner goes on, and is heard to its end
+                    raised = error
+            if beat.over and raised is not None:
+                raise raised
+            if beat.failure:
+                raise OwnerFailed(beat.failure)
+            if beat.over:
+                return beat.result
+
+
+NOTHING = Beat([])
+"""What a rank gives to a broadcast that it only hears."""
+
+
+@dataclass(frozen=True)
 class Gpu:
     """One GPU under the names that several processes know it by.
 
@@ -93,6 +190,8 @@ class Gpu:
     """``GPU-…``, as TensorRT-LLM names it in a refit."""
     device: int
     """Its number in the process that reports it: ``cuda:<device>``."""
+    free_bytes: int = 0
+    """Its memory that nobody had taken when it was looked at."""
 
 
 def visible_gpu(device: int | None = None) -> Gpu:
@@ -111,7 +210,7 @@ def visible_gpu(device: int | None = None) -> Gpu:
             raise RunError(f"CUDA_VISIBLE_DEVICES={visible}: TensorRT-LLM's Ray workers need numbers, not UUIDs")
         number = int(entry)
     uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-    return Gpu(socket.gethostname(), number, uuid, device)
+    return Gpu(socket.gethostname(), number, uuid, device, torch.cuda.mem_get_info(device)[0])
 
 
 def check_gpus(gpus: Sequence[Gpu], tensor_parallel_size: int) -> None:

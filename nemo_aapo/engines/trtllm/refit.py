@@ -1,12 +1,14 @@
-"""Weights on their way to a TensorRT-LLM engine: in buckets, by CUDA IPC.
+"""Weights on their way to a TensorRT-LLM engine: one flat buffer of GPU memory a bucket, read by CUDA IPC.
 
-Each worker of the engine opens the handle of the copy that lies on its own GPU and takes its part of the tensor. The
-handles are pickled, as the library wants them; they go to processes of this very job and to nobody else.
+Each worker of the engine opens the buffer that lies on its own GPU and takes its part of each tensor in it. Nothing
+goes through host memory: the learner's export gathers on the GPU, and the copy into the buffer stays there. The handles
+are pickled, as the library wants them; they go to processes of this very job and to nobody else.
 """
 
 from __future__ import annotations
 
 import base64
+import itertools
 import pickle
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +18,8 @@ import torch
 from nemo_aapo.engines.trtllm.placement import Gpu
 
 NamedTensors = list[tuple[str, torch.Tensor]]
+ALIGNMENT = 256
+"""Each tensor begins at a multiple of so many bytes, as CUDA's allocator and its copies like it."""
 
 
 def payloads(bucket: NamedTensors, gpus: Sequence[Gpu]) -> tuple[dict[str, str], list[NamedTensors]]:
@@ -27,24 +31,45 @@ def payloads(bucket: NamedTensors, gpus: Sequence[Gpu]) -> tuple[dict[str, str],
     """
     found, alive = {}, []
     for gpu in gpus:
-        handles, tensors = export_to_ipc(bucket, gpu.device)
+        handles, views = export_to_ipc(bucket, gpu.device)
         found[gpu.uuid] = base64.b64encode(pickle.dumps(handles)).decode()
-        alive.append(tensors)
+        alive.append(views)
     return found, alive
 
 
-def export_to_ipc(bucket: NamedTensors, device: int) -> tuple[list[tuple[str, Any]], NamedTensors]:
-    """Copy the tensors to one GPU, and make handles by which another process can open the copies.
+def flat(bucket: NamedTensors, device: torch.device) -> NamedTensors:
+    """Copies of the tensors, end to end in one new buffer on a device.
 
-    It is the one function of the adapter that needs CUDA; the tests replace it.
+    A handle names a whole allocation: a buffer of its own keeps the exporter's other tensors out of the reader's hands,
+    and the reader maps one piece of memory a bucket instead of one a tensor.
+    """
+    ends = list(itertools.accumulate(-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for _, tensor in bucket))
+    buffer = torch.empty(ends[-1] if ends else 0, dtype=torch.uint8, device=device)
+    views = []
+    for (name, tensor), begin in zip(bucket, [0, *ends], strict=False):
+        view = buffer[begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        views.append((name, view.copy_(tensor.detach())))
+    return views
+
+
+def export_to_ipc(bucket: NamedTensors, device: int) -> tuple[list[tuple[str, Any]], NamedTensors]:
+    """Copy a bucket into a buffer on one GPU, and make handles by which another process can open its tensors.
+
+    It is the one function of the refit that needs CUDA; the tests replace it.
 
     Returns:
-        (name, (function, arguments) that opens it) of each, and the copies.
+        (name, (function, arguments) that opens it) of each, and the tensors in the buffer.
     """
     from torch.multiprocessing.reductions import reduce_tensor
 
-    torch.cuda.ipc_collect()  # earlier buckets, which the engine has let go
-    # A copy of its own each: a handle names a whole allocation, which the exporter would use again.
-    copies = [(name, tensor.detach().to(torch.device("cuda", device), copy=True)) for name, tensor in bucket]
+    views = flat(bucket, torch.device("cuda", device))
     torch.cuda.synchronize(device)  # the reader has another stream
-    return [(name, reduce_tensor(tensor)) for name, tensor in copies], copies
+    # One call a tensor: the reader counts down one counter of references for each that it opens.
+    return [(name, reduce_tensor(view)) for name, view in views], views
+
+
+def give_back_memory() -> None:
+    """Let the driver have what the engine has read and what torch keeps unused, so that others can take it."""
+    if torch.cuda.is_initialized():
+        torch.cuda.ipc_collect()  # buffers that were let go stay in torch's hands until the reader's counters are seen
+        torch.cuda.empty_cache()

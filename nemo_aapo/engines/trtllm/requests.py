@@ -64,11 +64,14 @@ def sampling_arguments(sampling: SamplingSpec, seed: int) -> dict[str, Any]:
     return {**arguments, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
 
 
-def read_completion(output: CompletionOutput, sampling: SamplingSpec, policy_version: int) -> Completion:
+def read_completion(
+    output: CompletionOutput, sampling: SamplingSpec, policy_version: int, *, tempered: bool = False
+) -> Completion:
     """One finished ``CompletionOutput`` as a ``Completion``.
 
-    Log-probs are NaN where they are not those of the sampled distribution: at another temperature than 1, unless
-    greedy. Only validation samples so, and it reads none.
+    Args:
+        tempered: log-probs were seen to be after temperature. Else they are NaN at another temperature than 1, unless
+            greedy: only validation samples so then, and it reads none.
 
     Raises:
         RunError: the request did not end as a completion ends, or its answer contradicts itself.
@@ -94,19 +97,17 @@ def read_completion(output: CompletionOutput, sampling: SamplingSpec, policy_ver
         )
     return Completion(
         token_ids=tokens,
-        logprobs=_logprobs(tokens, output.logprobs, sampling),
+        logprobs=_logprobs(tokens, output.logprobs, tempered or sampling.greedy or sampling.temperature == 1.0),
         finish_reason="stop" if stopped else "length",
         policy_version=policy_version,
     )
 
 
-def _logprobs(
-    tokens: np.ndarray, entries: Sequence[Mapping[int, Logprob]] | None, sampling: SamplingSpec
-) -> np.ndarray:
+def _logprobs(tokens: np.ndarray, entries: Sequence[Mapping[int, Logprob]] | None, known: bool) -> np.ndarray:
     """float32 [T], the log-prob of each token of a completion."""
-    # Trap: they are raw, of the logits before temperature (and before top_p, which ours are as well). From the
-    # drawn token's alone they can't be rescaled.
-    if not sampling.greedy and sampling.temperature != 1.0:
+    # Trap: TorchSampler's are of the logits before temperature, TRTLLMSampler's after it (both before top_p, as ours
+    # are). From the drawn token's alone they can't be rescaled.
+    if not known:
         return np.full(len(tokens), np.nan, dtype=np.float32)
     if entries is None or len(entries) != len(tokens):
         raise RunError(

@@ -82,8 +82,11 @@ class WeightMap:
             pretrained._state_dict_accessor = own
 
     def export(self, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-        """(Hugging Face name, full tensor on CPU), vocabulary padding stripped. Collective; all ranks get all."""
-        for name, tensor in self.auto_bridge.export_hf_weights([model], cpu=True, show_progress=False):
+        """(Hugging Face name, full tensor where the weights lie), vocabulary padding stripped. Collective; all get all.
+
+        An engine on the same GPUs reads them there; who needs them in host memory takes them there.
+        """
+        for name, tensor in self.auto_bridge.export_hf_weights([model], cpu=False, show_progress=False):
             yield name, tensor.detach()
 
     def export_adapters(self, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -119,7 +122,7 @@ class WeightMap:
         if dist.get_rank() == 0:
             written = dtype or hf_directory.weights_dtype(Path(self.path)) or self.dtype
             with whole_directory(Path(directory)) as partial:
-                cast = ((name, tensor.to(written)) for name, tensor in tensors)
+                cast = ((name, tensor.to("cpu", written)) for name, tensor in tensors)
                 hf_directory.write_shards(cast, partial, max_shard_bytes)
                 hf_directory.copy_companions(Path(self.path), partial)
                 hf_directory.state_dtype(partial, written)

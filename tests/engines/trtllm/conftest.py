@@ -8,6 +8,7 @@ import torch
 
 from nemo_aapo.engines.trtllm import placement as trtllm_placement
 from nemo_aapo.engines.trtllm import refit as trtllm_refit
+from nemo_aapo.engines.trtllm import settings as trtllm_settings
 from nemo_aapo.engines.trtllm.engine import TrtllmEngine
 from nemo_aapo.engines.trtllm.placement import Gpu
 from nemo_aapo.engines.trtllm.settings import TrtllmSettings
@@ -40,8 +41,18 @@ def fake(monkeypatch):
 
 
 def export_on_cpu(bucket, device):
-    """The tensors' numbers in place of CUDA IPC handles."""
-    return [(name, (torch.from_numpy, (tensor.numpy(),))) for name, tensor in bucket], bucket
+    """The numbers of the buffer's tensors in place of CUDA IPC handles."""
+    views = trtllm_refit.flat(bucket, torch.device("cpu"))
+    return [(name, (torch.from_numpy, (view.numpy(),))) for name, view in views], views
+
+
+def pretend_gpus(monkeypatch, count=1):
+    """A machine with GPUs and the Ray that the library wants, as far as the adapter looks."""
+    monkeypatch.setattr(trtllm_refit, "export_to_ipc", export_on_cpu)
+    monkeypatch.setattr(trtllm_settings, "_has_gpu", lambda: True)
+    monkeypatch.setattr(trtllm_settings, "ray_difference", str)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(trtllm_placement, "visible_gpu", lambda device: Gpu("node", device, f"GPU-{device}", device))
 
 
 def start(colocated=True, **settings) -> TrtllmEngine:

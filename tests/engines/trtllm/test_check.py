@@ -37,6 +37,11 @@ class KvCacheConfig(StrictBaseModel, PybindMirror):
     free_gpu_memory_fraction: Optional[float] = Field(
         default=0.9, ge=0, le=1)
 
+class CudaGraphConfig(StrictBaseModel):
+    batch_sizes: Optional[List[int]] = Field(default=None, description="x")
+    max_batch_size: int = Field(default=0, description="x")
+    enable_padding: bool = Field(default=False, description="x")
+
 class LoadFormat(Enum):
     AUTO = 0
 
@@ -56,8 +61,12 @@ class BaseLlmArgs(StrictBaseModel):
     max_input_len: Optional[int] = Field(default=1024)
     max_seq_len: Optional[int] = Field(default=None)
     max_num_tokens: Optional[int] = Field(default=8192)
+    max_batch_size: Optional[int] = Field(default=None)
+    trust_remote_code: bool = Field(default=False)
 
 class TorchLlmArgs(BaseLlmArgs):
+    cuda_graph_config: Optional[CudaGraphConfig] = Field(default_factory=CudaGraphConfig)
+    allreduce_strategy: Optional[Literal['AUTO', 'NCCL']] = Field(default='AUTO')
     sampler_type: Union[str, SamplerType] = Field(default=SamplerType.auto)
     load_format: Union[str, LoadFormat] = Field(default=LoadFormat.AUTO)
     ray_worker_extension_cls: Optional[str] = Field(default=None)
@@ -138,7 +147,8 @@ class LLM(_TorchLLM):
 class WorkerExtension:
     @control_action_decorator
     def update_weights(self, ipc_handles: Optional[dict] = None):
-        ...
+        if ipc_handles is None:
+            self.engine.reset_prefix_cache()
 """,
     "executor/__init__.py": "from .request import *\nfrom .result import *\n",
     "executor/request.py": "class GenerationRequest:\n    pass\n",
@@ -164,9 +174,15 @@ class DetokenizedGenerationResultBase(GenerationResultBase):
     pass
 
 class GenerationResult(GenerationResultBase):
+    def abort(self) -> None:
+        ...
+""",
+    "executor/base_worker.py": 'os.environ.get("TLLM_NUMA_AWARE_WORKER_AFFINITY")\n',
+    "executor/ray_executor.py": """
+from ray.util.placement_group import PlacementGroupSchedulingStrategy
+if os.environ.get("TLLM_RAY_FORCE_LOCAL_CLUSTER", "0") != "1":
     pass
 """,
-    "executor/ray_executor.py": 'if os.environ.get("TLLM_RAY_FORCE_LOCAL_CLUSTER", "0") != "1":\n    pass\n',
     "executor/ray_gpu_worker.py": """
 try:
     import ray
@@ -212,7 +228,7 @@ MUTATIONS = [
         "TorchLlmArgs.kv_cache_config: default None",
     ),
     ("llmapi/llm_args.py", "Field(None, desc", "Field(..., desc", "KvCacheConfig.max_tokens: default <required>"),
-    ("llmapi/llm_args.py", "    enable_sleep:", "    sleep_config:", "TorchLlmArgs has no field enable_sleep"),
+    ("llmapi/llm_args.py", "    enable_sleep:", "    sleeping:", "TorchLlmArgs has no field enable_sleep"),
     (
         "llmapi/llm_args.py",
         "class TorchLlmArgs(BaseLlmArgs)",
@@ -226,6 +242,37 @@ MUTATIONS = [
         "SamplerType has no member with the value 'TRTLLMSampler'",
     ),
     ("_torch/virtual_memory.py", '"kv_cache"', '"kv"', "ExecutorMemoryType has no member with the value 'kv_cache'"),
+    (
+        "_torch/virtual_memory.py",
+        'MODEL_EXTRA = "model_extra"',
+        'MODEL_EXTRA = "model_extra"\n    WEIGHTS = "model_weights"',
+        "ExecutorMemoryType has a member with the value 'model_weights'",
+    ),
+    (
+        "llmapi/llm_args.py",
+        "enable_padding: bool = Field(default=False",
+        "enable_padding: bool = Field(default=True",
+        "CudaGraphConfig.enable_padding: default True",
+    ),
+    ("llmapi/llm_args.py", "    allreduce_strategy:", "    allreduce:", "TorchLlmArgs has no field allreduce_strategy"),
+    (
+        "llmapi/rlhf_utils.py",
+        "    @control_action_decorator\n    def update_weights",
+        "    def update_weights",
+        "WorkerExtension.update_weights: is not decorated by control_action_decorator",
+    ),
+    (
+        "llmapi/rlhf_utils.py",
+        "self.engine.reset_prefix_cache()",
+        "pass",
+        "WorkerExtension.update_weights: doesn't call reset_prefix_cache",
+    ),
+    (
+        "executor/base_worker.py",
+        "NUMA_AWARE_WORKER",
+        "WORKER",
+        "doesn't read the environment variable TLLM_NUMA_AWARE_WORKER_AFFINITY",
+    ),
     ("_torch/async_llm.py", "class AsyncLLM", "class AsynchronousLLM", "no class AsyncLLM"),
     ("_torch/async_llm.py", "async def release", "def release", "AsyncLLM.release: is not a coroutine"),
     ("_torch/async_llm.py", "tags: list", "names: list", "AsyncLLM.release: no parameter tags"),
@@ -307,7 +354,7 @@ def test_each_kind_of_difference_is_found_with_its_place(tmp_path, capsys, file,
         assert code == 1
         [(place, text)] = [line.split(": ", 1) for line in lines[:-1] if difference in line]
         assert text.startswith(difference)
-        named = re.match(r"\w+\.(\w+)|(\w+) has no", text)
+        named = re.match(r"\w+\.(\w+)|(\w+) has (?:no|a) ", text)
         if named:  # the line that it names is the member's, or the class's that has none
             name, line = place.split(":")
             assert (named[1] or named[2]) in files[name.removeprefix("tensorrt_llm/")].splitlines()[int(line) - 1]
@@ -319,8 +366,54 @@ def test_every_name_of_the_contract_is_held_by_the_check(tmp_path):
     """Without its class each entry is missed: none is there that nobody looks at."""
     empty = dict.fromkeys(FILES, "")
     found = trtllm_check.compare(trtllm_check.Package(write_package(tmp_path, empty), "tensorrt_llm"))
-    assert {f"no class {cls.name}" for cls in contract.CLASSES} <= {difference.text for difference in found}
-    assert len(found) == len(contract.CLASSES) + len(contract.ENVIRONMENT_READERS)
+    assert {f"no class {cls.name}" for cls in contract.V1_2.classes} <= {difference.text for difference in found}
+    assert len(found) == len(contract.V1_2.classes) + len(contract.V1_2.readers)
+
+
+def generation(number: int) -> dict[str, str]:
+    """The package as it is in 1.3 (1) or 1.4 (2)."""
+    args = ARGS.replace("    enable_sleep: bool", "    sleep_config: Optional[SleepConfig] = None\n    other: bool")
+    args += "\nclass SleepConfig(StrictBaseModel):\n    restore_modes: dict = Field(default_factory=dict)\n"
+    if number == 2:
+        args = "\n".join(line for line in args.splitlines() if "sampler_type" not in line)
+    tags = FILES["_torch/virtual_memory.py"] + '    A = "model_weights"\n    B = "draft_model_weights"\n'
+    pausing = "".join(
+        f"\n    async def {name}(self):\n        ...\n" for name in ("pause_generation", "resume_generation")
+    )
+    return {
+        **FILES,
+        "llmapi/llm_args.py": args,
+        "_torch/virtual_memory.py": tags,
+        "_torch/async_llm.py": FILES["_torch/async_llm.py"] + pausing,
+    }
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_later_package_is_held_against_the_contract_of_its_own_generation(tmp_path, capsys, monkeypatch, number):
+    monkeypatch.setattr(trtllm_check, "installed", lambda name: None)
+    agreed = contract.CONTRACTS[number]
+    path = write_package(tmp_path, generation(number))
+    text = f"{path}, version {contract.VERSION}: no differences from the contract with version {agreed.version}"
+    assert run(capsys, path) == (0, [text])
+    assert trtllm_check.compare(trtllm_check.Package(path, "tensorrt_llm"))  # but not against 1.2's
+
+
+def test_a_ray_without_what_the_package_imports_of_it_is_a_difference(tmp_path, monkeypatch):
+    package = trtllm_check.Package(write_package(tmp_path, FILES), "tensorrt_llm")
+    module = tmp_path / "ray" / "util" / "placement_group.py"
+    module.parent.mkdir(parents=True)
+    (tmp_path / "ray" / "__init__.py").touch()
+    monkeypatch.setattr(trtllm_check, "installed", lambda name: None)
+    assert trtllm_check.ray_difference() == "not installed"
+    monkeypatch.setattr(trtllm_check, "installed", lambda name: tmp_path / name)
+    (module.parent / "scheduling_strategies.py").write_text("class PlacementGroupSchedulingStrategy:\n    pass\n")
+    for text, count in (("import warnings\n", 1), ("from ray.util.scheduling_strategies import *\n", 0)):
+        text = text.replace("*", "PlacementGroupSchedulingStrategy")
+        module.write_text(text)
+        found = [str(d) for d in trtllm_check.ray_imports(package, trtllm_check.Package(tmp_path / "ray", "ray"))]
+        assert len(found) == count
+        assert all(line.startswith("tensorrt_llm/executor/ray_executor.py:2: imports Placement") for line in found)
+        assert ("PlacementGroupSchedulingStrategy" in trtllm_check.ray_difference()) == bool(count)
 
 
 def test_where_there_is_no_package_the_command_says_so(tmp_path, capsys):

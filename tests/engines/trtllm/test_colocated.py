@@ -6,10 +6,17 @@ import types
 
 import numpy as np
 import pytest
+import torch
 
 from nemo_aapo.errors import RunError
 from tests.engines.trtllm.conftest import PROMPTS, SAMPLING, SEEDS, export_on_cpu
 from tests.tiny_models import make_config
+
+
+def to_host(tensor, *_, original=torch.Tensor.cpu):
+    """``Tensor.cpu`` of anything but weights: collectives of objects take their bytes by it."""
+    assert not tensor.is_floating_point(), "a refit in the learner's GPUs took weights through host memory"
+    return original(tensor)
 
 
 def _rollout(path, tp, pp):
@@ -37,11 +44,14 @@ def _rollout(path, tp, pp):
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(trtllm_refit, "export_to_ipc", export_on_cpu)
         monkeypatch.setattr(trtllm_settings, "_has_gpu", lambda: True)
+        monkeypatch.setattr(trtllm_settings, "ray_difference", str)
         monkeypatch.setattr(trtllm_placement, "visible_gpu", lambda: gpu)
         fake = fake_trtllm.install(monkeypatch)
         fake.device_ids = ["GPU-0", "GPU-1"]
-        engine = build_engine(config, types.SimpleNamespace(version=0), None, str)
-        engine.update_weights(policy.named_weights(), 5)
+        engine = build_engine(config, types.SimpleNamespace(version=0, moments_to_come=lambda: 0), None, str)
+        with pytest.MonkeyPatch.context() as inside:  # where weights lie they are handed over
+            inside.setattr(torch.Tensor, "cpu", to_host)
+            engine.update_weights(policy.named_weights(), 5)
         engine.wake()
         out = engine.generate(PROMPTS, SAMPLING, SEEDS, lambda i, j, completion: came.append((i, j)))
         workers = [worker.engine.weights for started in fake.engines for worker in started.workers]

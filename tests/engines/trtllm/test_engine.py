@@ -27,7 +27,7 @@ from nemo_aapo.engines.trtllm.placement import Gpu
 from nemo_aapo.errors import ConfigError, RunError
 from nemo_aapo.seeds import stream_seed
 from nemo_aapo.types import SamplingSpec
-from tests.engines.trtllm.conftest import PROMPTS, SAMPLING, SEEDS, SETTINGS, STOP, start, tokens
+from tests.engines.trtllm.conftest import PROMPTS, SAMPLING, SEEDS, SETTINGS, STOP, pretend_gpus, start, tokens
 from tests.fake_trtllm import TABLE, table
 from tests.tiny_models import make_config
 
@@ -129,6 +129,21 @@ def test_greedy_and_tempered_validation(engine):
     assert np.isnan(tempered.logprobs).all()  # raw ones would pass for those of the draw
 
 
+def test_rollouts_at_another_temperature_have_the_log_probs_of_what_is_drawn(fake):
+    engine, sampling = start(temperature=0.7), SamplingSpec(0.7, 40, (STOP,))
+    engine.wake()
+    told = torch.log_softmax(table().double() / 0.7, -1).numpy()
+    for prompt, row in zip(PROMPTS, engine.generate(PROMPTS, sampling, SEEDS), strict=True):
+        for completion in row:
+            before = np.concatenate([prompt[-1:], completion.token_ids[:-1]])
+            np.testing.assert_allclose(completion.logprobs, told[before, completion.token_ids], rtol=1e-5)
+    engine.close()
+    fake.raw_logprobs = True
+    start().close()  # at temperature 1 both are the same
+    with pytest.raises(RunError, match=r"rollout.temperature=0.7.*before temperature"):
+        start(temperature=0.7)
+
+
 @pytest.mark.parametrize(
     ("prompts", "sampling", "seeds", "message"),
     [
@@ -181,6 +196,7 @@ def test_the_engine_is_made_for_prompts_longer_than_the_librarys_default(fake):
     engine = start(max_prompt_tokens=9000)
     arguments = fake.engines[0].args
     assert (arguments.max_input_len, arguments.max_seq_len, arguments.max_num_tokens) == (9000, 9040, 9000)
+    assert arguments.max_batch_size == 1  # one of the longest fits into the KV cache
     assert vars(arguments.kv_cache_config)["max_tokens"] == SETTINGS.max_concurrent_tokens
     engine.close()
 
@@ -271,9 +287,7 @@ def test_a_machine_without_the_library_is_told_what_is_missing_and_what_to_use()
 
 
 def test_an_engine_by_the_configuration(fake, monkeypatch):
-    monkeypatch.setattr(trtllm_settings, "_has_gpu", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(trtllm_placement, "visible_gpu", lambda device: Gpu("node", device, f"GPU-{device}", device))
+    pretend_gpus(monkeypatch, count=2)
     config = make_config(
         "/m", rollout__engine="trtllm", rollout__trtllm__tensor_parallel_size=1, precision__name="fp32"
     )
@@ -299,7 +313,6 @@ def test_an_engine_by_the_configuration(fake, monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rollout__temperature": 0.7}, "before temperature"),
         ({"rollout__trtllm__kv_cache_fraction": 1.0}, "kv_cache_fraction"),
         ({"rollout__trtllm__tensor_parallel_size": 2}, "tensor 1 x pipeline 1"),
         ({"rollout__trtllm__refit_bucket_bytes": 0}, "refit_bucket_bytes"),
@@ -327,7 +340,7 @@ def test_the_library_is_imported_in_one_module_and_only_by_the_contracts_names()
         for alias in node.names
         if (getattr(node, "module", None) or alias.name).partition(".")[0] == "tensorrt_llm"
     }
-    known = {(cls.module, cls.name) for cls in contract.CLASSES}
+    known = {(cls.module, cls.name) for generation in contract.CONTRACTS for cls in generation.classes}
     known.add(tuple(contract.WORKER_EXTENSION.module.rsplit(".", 1)))
-    assert {file for file, _, _ in found} == {"engine.py"}
+    assert {file for file, _, _ in found} == {"library.py"}
     assert {(module, name) for _, module, name in found} <= known

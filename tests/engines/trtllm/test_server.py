@@ -21,13 +21,9 @@ from nemo_aapo.engines.remote.dispatch import Call, Fleet
 from nemo_aapo.engines.remote.service import Service
 from nemo_aapo.engines.remote.weight_store import WeightStore
 from nemo_aapo.engines.remote.worker import EngineWorker
-from nemo_aapo.engines.trtllm import placement as trtllm_placement
-from nemo_aapo.engines.trtllm import refit as trtllm_refit
-from nemo_aapo.engines.trtllm import settings as trtllm_settings
-from nemo_aapo.engines.trtllm.placement import Gpu
 from nemo_aapo.types import SamplingSpec
 from tests import fake_trtllm
-from tests.engines.trtllm.conftest import PROMPTS, SEEDS, STOP, export_on_cpu
+from tests.engines.trtllm.conftest import PROMPTS, SEEDS, STOP, pretend_gpus
 from tests.fake_trtllm import TABLE, VOCAB, table
 from tests.tiny_models import make_config
 
@@ -37,10 +33,7 @@ SAMPLING = SamplingSpec(1.0, 16, (STOP,))
 @pytest.fixture
 def config(monkeypatch, tmp_path):
     fake_trtllm.install(monkeypatch)
-    monkeypatch.setattr(trtllm_refit, "export_to_ipc", export_on_cpu)
-    monkeypatch.setattr(trtllm_settings, "_has_gpu", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(trtllm_placement, "visible_gpu", lambda device: Gpu("node", device, f"GPU-{device}", device))
+    pretend_gpus(monkeypatch)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     save_file({TABLE: table()}, tmp_path / "model" / "model.safetensors")
