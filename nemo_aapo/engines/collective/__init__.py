@@ -1,1 +1,1 @@
-"""``rollout.refit=collective``: the trainer's ranks send weights straight into those of the servers, part by part."""
+"""Weights that the trainer's ranks send straight into those of the servers: ``rollout.refit=collective``."""
