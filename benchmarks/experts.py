@@ -1,7 +1,7 @@
 """What a layer of experts costs on a CPU: beside mcore's, one expert after the other, and a dense layer of equal FLOPs.
 
-All three hold weight gradients in a buffer, as in training. Tokens go through the whole layer: router, dispatcher,
-experts, and back.
+All hold weight gradients in a buffer, as in training. Tokens go through the whole layer: router, dispatcher, experts,
+and back. The six products of each expert are timed alone too: no arrangement of the library's products is below that.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class Row:
     tokens: int
     grouped: Figure
     one_by_one: Figure
+    products: Figure
     dense_ms: float
     """Of the dense layer, median."""
 
@@ -64,16 +65,37 @@ def compare(plan: Plan, folder: Path) -> list[Row]:
 
         timings = in_turns(
             {
+                "products": _products(plan, tokens),
                 "grouped": lambda: through("grouped"),  # called before the next turn of the loop
                 "one by one": lambda: through("one by one"),
                 "dense": lambda: dense(x.clone().requires_grad_()).sum().backward(),  # noqa: B023
             },
             plan.repeats,
         )
-        grouped, one_by_one = (ratio(timings[name], timings["dense"], "cpu") for name in forward)
+        figures = (ratio(timings[name], timings["dense"], "cpu") for name in (*forward, "products"))
         median = Figure.of([timing.cpu for timing in timings["dense"]]).median
-        rows.append(Row(tokens, grouped, one_by_one, median * 1e3))
+        rows.append(Row(tokens, *figures, median * 1e3))
     return rows
+
+
+def _products(plan: Plan, tokens: int) -> Callable[[], None]:
+    """The matrix products of the experts' forward and backward pass into memory that is there: tokens spread evenly."""
+    import torch
+
+    rows, h, f = -(-tokens * plan.per_token // plan.experts), plan.hidden, plan.units
+    shapes = [(2 * f, h), (h, f)] * plan.experts
+    weights = [torch.randn(shape) * 0.02 for shape in shapes]
+    gradients = [torch.zeros(shape) for shape in shapes]
+    ends = {size: (torch.randn(rows, size), torch.empty(rows, size)) for size in (2 * f, h, f)}
+
+    def run() -> None:
+        for weight, gradient in zip(weights, gradients, strict=True):
+            (of_out, out), (of_in, into) = (ends[size] for size in weight.shape)
+            torch.mm(of_in, weight.t(), out=out)
+            torch.mm(of_out, weight, out=into)
+            gradient.addmm_(of_out.t(), of_in)
+
+    return run
 
 
 def _layer_of_experts(plan: Plan, folder: Path) -> Any:
@@ -143,7 +165,11 @@ def _give_buffers(layer: Any) -> None:
 
 def report(rows: list[Row]) -> str:
     """A table for people."""
-    head = ("tokens", "dense layer, ms", "experts together", "one after the other (mcore)")
+    head = ("tokens", "dense layer, ms", "experts together", "their products alone", "one after the other (mcore)")
     return tables.plain(
-        head, [(str(row.tokens), f"{row.dense_ms:.1f}", row.grouped.text(2), row.one_by_one.text(2)) for row in rows]
+        head,
+        [
+            (str(row.tokens), f"{row.dense_ms:.1f}", *(f.text(2) for f in (row.grouped, row.products, row.one_by_one)))
+            for row in rows
+        ],
     )

@@ -50,7 +50,7 @@ def measure(plan: Plan, folder: Path, log: Callable[[str], None]) -> dict[int, i
     fleet = Fleet(directory, servers=1, wait_s=WAIT_S, timeout_s=WAIT_S, retries=0)
     store, weights = WeightStore(directory, str(folder / "model")), WeightFiles(folder / "model")
     spec, prompts = SamplingSpec(1.0, 4, (3,)), [np.arange(4, 9, dtype=np.int32)]
-    with _server(folder) as pid:
+    with server(folder) as pid:
         for version in range(1, plan.refits + 1):
             given = store.write(((name, tensor + 1e-5 * version) for name, tensor in weights.items()), version)
             fleet.generate(Call(given, prompts, spec, [[version, version + 1]], lambda i, j, completion: None))
@@ -75,10 +75,11 @@ def resident(pid: int) -> int:
 
 
 @contextmanager
-def _server(folder: Path) -> Iterator[int]:
+def server(folder: Path, index: int = 0) -> Iterator[int]:
     """A server of the model in a folder; its process id."""
     words = [f"model.path={folder}/model", f"run.dir={folder}/run", "rollout.engine=remote"]
     words += [f"data.{part}={folder}/{part}.jsonl" for part in ("train", "validation")]
+    words += [f"rollout.server.index={index}"]
     command = [sys.executable, "-m", "nemo_aapo.cli", "serve", "experiment=quickstart", *words]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as server:
         try:

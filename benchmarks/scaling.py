@@ -299,8 +299,8 @@ def as_markdown(tables: Sequence[tuple[str, Any, Any]]) -> str:
 
 def picture(rows: Sequence[Row]) -> str:
     """Costs of a token over the smallest size's, as SVG."""
-    from examples.study.analysis import Interval
     from examples.study.picture import COLOURS, WIDTH, panel, svg
+    from examples.study.statistics import Interval
 
     def lines(per_token: bool) -> list[Any]:
         names = [name for name in dict.fromkeys(row.dimension for row in rows) if (name in PER_TOKEN) == per_token]

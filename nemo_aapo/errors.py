@@ -42,6 +42,10 @@ class DriftError(RunError):
     """A function of an installed library is not the one that its replacement here was written for."""
 
 
+class AlgorithmError(RunError, ValueError):
+    """A hook of an algorithm raised something, or gave something else than it must; the message names hook and line."""
+
+
 class ParityError(RunError):
     """Engine and learner disagree on the log-probs of the same tokens."""
 
@@ -88,6 +92,10 @@ class WireError(ValueError):
 
 class ServerError(Exception):
     """One rollout server did not do what it was asked; another may."""
+
+
+class WeightsRefusedError(ServerError):
+    """A rollout server can't use the weights as they were handed over; in another form it may."""
 
 
 def one_line(said: object) -> str:

@@ -116,6 +116,38 @@ def refits(arguments: argparse.Namespace) -> dict[str, Any]:
     return {str(count): size for count, size in found.items()}
 
 
+def refit(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Seconds and bytes of a refit of two servers, of each kind; one minute; writes docs/results/benchmarks.md."""
+    from benchmarks import refit
+    from benchmarks.page import write_section
+    from nemo_aapo.utils.libraries import quiet
+
+    quiet()
+    plan = refit.QUICK if arguments.quick else refit.FULL
+    with tempfile.TemporaryDirectory(prefix="aapo_benchmark_") as folder:
+        rows = refit.measure(plan, Path(folder))
+    print(plain(*refit.table(rows)), flush=True)
+    if not arguments.quick:
+        write_section(DOCS / "results" / "benchmarks.md", "refit", markdown(*refit.table(rows)))
+    return {"rows": [asdict(row) for row in rows]}
+
+
+def staleness(arguments: argparse.Namespace) -> dict[str, Any]:
+    """A step's time by rollout.async_depth on servers that wait for each token; writes docs/results/benchmarks.md."""
+    from benchmarks import staleness
+    from benchmarks.paced import alone
+    from benchmarks.page import write_section
+
+    plan = staleness.QUICK if arguments.quick else staleness.Plan()
+    with tempfile.TemporaryDirectory(prefix="aapo_benchmark_") as folder, alone():
+        rows = staleness.measure(plan, Path(folder), lambda text: print(text, file=sys.stderr, flush=True))
+    print(plain(*staleness.table(rows)), flush=True)
+    if not arguments.quick:
+        write_section(DOCS / "results" / "benchmarks.md", "staleness", markdown(*staleness.table(rows)))
+        write_atomic(DOCS / "images" / "staleness.svg", staleness.picture(rows))
+    return {"rows": [asdict(row) for row in rows], "load": os.getloadavg()[0]}
+
+
 def peers(arguments: argparse.Namespace) -> dict[str, Any]:
     """Training steps beside TRL's: seven minutes. Needs scripts/peers.sh, writes docs/results/benchmarks.md."""
     from benchmarks.page import write_section
@@ -225,7 +257,7 @@ def context(arguments: argparse.Namespace) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="WHAT")
-    for run in (rollout, gpu, experts, rewards, refits, guard, scaling, context, peers):
+    for run in (rollout, gpu, experts, rewards, refits, refit, guard, scaling, context, staleness, peers):
         command = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
         command.set_defaults(run=run)
         if run is guard:

@@ -3,7 +3,7 @@
 #
 #   bash scripts/test.sh [--quick] [pytest arguments]        for example: tests/test_loss.py, -k resume, -x
 #
-# --quick is style and the tier `unit` (pyproject.toml names the tiers); it installs neither peers nor Slurm, and leaves
+# --quick is style and the tier `unit` (pyproject.toml names the tiers); it installs nothing besides, and leaves
 # types to `mypy`, which reads all of torch for a minute when it runs for the first time.
 # Without arguments, the tests of numbers run a second time, by narrower vector instructions.
 set -euo pipefail
@@ -18,6 +18,8 @@ if [[ ${1:-} == --quick ]]; then
 else
     bash scripts/peers.sh || echo "test.sh: going on without .venv-peers: the tests that need it are skipped" >&2
     bash scripts/nemo_run.sh || echo "test.sh: going on without .venv-nemo-run: the test that needs it is skipped" >&2
+    bash scripts/trackers.sh || echo "test.sh: going on without .venv-trackers: the test that needs it is skipped" >&2
+    bash scripts/chromium.sh || echo "test.sh: going on without Chromium: the tests of pages are skipped" >&2
     bash tests/launch/slurm/start_slurm.sh install || echo "test.sh: going on without Slurm: the tests that need it are skipped" >&2
 fi
 environment_s=$SECONDS

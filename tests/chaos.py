@@ -8,7 +8,6 @@ product from outside; the product knows nothing of it. SIGKILL leaves no process
 from __future__ import annotations
 
 import importlib
-import multiprocessing
 import os
 import random
 import resource
@@ -20,9 +19,9 @@ from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 from nemo_aapo.launch.local import free_port, rank_environments
+from tests.forked import forking
 from tests.training_runs import exported, make_input, metrics, run, settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -121,11 +120,8 @@ class Chaos:
     def __init__(self, folder: Path, experts: bool = False) -> None:
         self.folder = folder
         make_input(folder, experts)
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["tests.warm"])
+        self._context = forking()
         self._seconds: dict[Layout, float] = {}
-        with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)):
-            multiprocessing.forkserver.ensure_running()
 
     def survive(self, name: str, layout: Layout, kills: Sequence[Kill]) -> list[Life]:
         """Start a run, kill it, start it again, and so on until it is complete; compare it with an uninterrupted one.

@@ -80,7 +80,10 @@ def advantages_by_equation(config, rewards, reference_rewards):
             if config.margin is not None and known:
                 paired = config.margin.estimator == "sampled" and not math.isnan(reference[i])
                 partners = [reference[i]] if paired else known
-                deltas = [min(max(reward - r, config.margin.low), config.margin.high) for r in partners]
+                unit = 1.0
+                if config.scale_margin:
+                    unit = (statistics.stdev(known) if len(known) > 1 else 0.0) + 1e-4
+                deltas = [min(max((reward - r) / unit, config.margin.low), config.margin.high) for r in partners]
                 value += math.fsum(deltas) / len(deltas)
             row.append(value)
         result.append(row)
@@ -141,8 +144,11 @@ def loss_by_equation(config, batch, advantages, alpha):
                 metrics["ratio/clipped_low_fraction"] += dead and a < 0
                 metrics["ratio/clipped_high_fraction"] += dead and a > 0
                 metrics["kl"] += kl
+            entropy = -math.fsum(p * math.log(p) for p in probs)
+            total -= weight * config.entropy_coefficient * entropy
             for v in range(VOCAB):
-                grads[s, t, v] = slope * ((v == target) - probs[v])
+                of_entropy = -probs[v] * (math.log(probs[v]) + entropy)
+                grads[s, t, v] = slope * ((v == target) - probs[v]) - weight * config.entropy_coefficient * of_entropy
             metrics["tokens"] += 1
             metrics["parity/abs_logprob_difference"] += abs(learner - rollout)
             metrics["parity/kl"] += math.exp(learner - rollout) - (learner - rollout) - 1

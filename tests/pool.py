@@ -7,21 +7,23 @@ Megatron's groups are left to the function.
 
 from __future__ import annotations
 
-import multiprocessing
 import multiprocessing.connection
 import os
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from typing import Any
+
+from tests.forked import forking
 
 MAX_RANKS = 4
 
 
 MOST_THREADS = 250
-"""Threads of a worker at which the pool starts afresh. mcore's distributed optimizer is never collected, and with it
-stay its groups and their threads; hundreds of them slow every later test."""
+"""Threads of a worker at which the pool starts afresh: groups that a test has kept alive keep theirs, and hundreds of
+them slow every later test."""
 
 
 class RankError(AssertionError):
@@ -33,6 +35,7 @@ class RankPool:
 
     def __init__(self) -> None:
         self._workers: list[tuple[Any, Any]] = []
+        self._context = forking()
 
     def run(
         self,
@@ -69,10 +72,9 @@ class RankPool:
         return any(len(os.listdir(f"/proc/{process.pid}/task")) > MOST_THREADS for process, _ in self._workers)
 
     def _start(self, world: int) -> None:
-        context = multiprocessing.get_context("spawn")
         while len(self._workers) < world:
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            ours, theirs = self._context.Pipe()
+            process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
             process.start()
             theirs.close()
             self._workers.append((process, ours))
@@ -80,7 +82,7 @@ class RankPool:
     def _collect(self, world: int, timeout_s: float) -> dict[int, tuple[bool, Any]]:
         pending = {pipe: rank for rank, (_, pipe) in enumerate(self._workers[:world])}
         answers: dict[int, tuple[bool, Any]] = {}
-        end = time.monotonic() + timeout_s + 60.0  # imports of a fresh worker
+        end = time.monotonic() + timeout_s + 60.0  # what the workers are forked from has to import first
         while pending and time.monotonic() < end:
             for pipe in multiprocessing.connection.wait(list(pending), timeout=1.0):
                 rank = pending.pop(pipe)
@@ -102,19 +104,7 @@ class RankPool:
 
 
 def _serve(pipe: Any) -> None:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    import warnings
-
     warnings.simplefilter("ignore")
-    from nemo_aapo.utils.libraries import importing
-
-    with importing():
-        import torch
-
-        torch.set_num_threads(1)
-        from nemo_aapo.mcore.cpu import patches as cpu
-
-        cpu.install()
     while True:
         try:
             job = pipe.recv()

@@ -7,11 +7,12 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from unittest import mock
 
 from nemo_aapo.engines.remote.directory import ServerRecord, read_servers
+from nemo_aapo.launch.local import free_port, rank_environments
+from tests.forked import forking
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -22,19 +23,26 @@ class Servers:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         directory.parent.mkdir(parents=True, exist_ok=True)
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["tests.warm"])
-        with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)):
-            multiprocessing.forkserver.ensure_running()
+        self._context = forking()
         self.processes: dict[int, multiprocessing.Process] = {}
+        self.others: list[multiprocessing.Process] = []
 
-    def start(self, index: int, words: Sequence[str], timeout_s: float = 150.0) -> ServerRecord:
-        """Start a server and wait until it has announced itself; it may still be loading its model."""
+    def start(self, index: int, words: Sequence[str], timeout_s: float = 150.0, ranks: int = 1) -> ServerRecord:
+        """Start a server and wait until it has announced itself; it may still be loading its model.
+
+        Args:
+            ranks: processes that it consists of; all but rank 0 are in ``others``.
+        """
         before = {record.instance for record in self.records()}
         words = [*words, f"rollout.server.index={index}", f"rollout.server.directory={self.directory}"]
-        process = self._context.Process(target=_serve, args=(words, str(self.log(index))), daemon=True)
-        process.start()
+        environments = rank_environments({}, ranks, free_port()) if ranks > 1 else [{}]
+        process, *self.others = [
+            self._context.Process(target=_serve, args=(words, str(self.log(index)), environment), daemon=True)
+            for environment in environments
+        ]
         self.processes[index] = process
+        for started in (process, *self.others):
+            started.start()
         end = time.monotonic() + timeout_s
         while time.monotonic() < end:
             for record in self.records():
@@ -51,12 +59,13 @@ class Servers:
         return self.directory.parent / f"server_{index}.log"
 
     def close(self) -> None:
-        for process in self.processes.values():
+        for process in (*self.processes.values(), *self.others):
             process.kill()
             process.join(10)
 
 
-def _serve(words: Sequence[str], log: str) -> None:
+def _serve(words: Sequence[str], log: str, environment: Mapping[str, str]) -> None:
+    os.environ.update(environment)
     with open(log, "ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

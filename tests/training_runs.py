@@ -17,6 +17,8 @@ TIMES = (
     "memory/",
     "rollout/idle_fraction",
     "rollout/tokens_per_second",
+    "rollout/refit_bytes",
+    "servers/",
 )
 
 

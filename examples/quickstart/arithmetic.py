@@ -68,12 +68,14 @@ def slip(pair: Sum) -> str:
     return str(a + b - (10 if carries else 1))
 
 
-def noisy_answer(pair: Sum, generator: random.Random) -> str:
-    """The right answer, the slip, or the right answer with one digit changed, in the fractions above."""
+def noisy_answer(
+    pair: Sum, generator: random.Random, true_share: float = TRUE_SHARE, slip_share: float = SLIP_SHARE
+) -> str:
+    """The right answer, the slip, or the right answer with one digit changed, in these fractions."""
     u = generator.random()
-    if u < TRUE_SHARE:
+    if u < true_share:
         return answer(pair)
-    if u < TRUE_SHARE + SLIP_SHARE:
+    if u < true_share + slip_share:
         return slip(pair)
     truth = answer(pair)
     changed = {truth[:i] + digit + truth[i + 1 :] for i in range(len(truth)) for digit in "0123456789"}

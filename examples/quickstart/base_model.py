@@ -1,7 +1,8 @@
-"""Tiny models made in about a minute: supervised on sums, first on right answers, then on partly wrong ones."""
+"""Tiny models made in about a minute: supervised on a task, first on right answers, then on partly wrong ones."""
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import random
@@ -12,11 +13,34 @@ from pathlib import Path
 from typing import Any
 
 from examples.quickstart import arithmetic
-from examples.quickstart.arithmetic import Sum
-from nemo_aapo.utils.files import whole_directory
+from nemo_aapo.utils.files import whole_directory, write_atomic
 
 STAMP = "base_model.json"
 """File with settings and figures; a directory that has it is complete."""
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A question with its right answer."""
+
+    question: str
+    answer: str
+    noisy_answer: Callable[[random.Random], str]
+    """Mostly wrong, as the base model is to answer."""
+    gold: str | None = None
+    """What the data has as its answer, where that is another text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """A task in three parts without overlap; all questions have the same number of tokens."""
+
+    supervised: Sequence[Item]
+    """What the base model is trained on."""
+    training: Sequence[Item]
+    """Prompts of reinforcement learning."""
+    validation: Sequence[Item]
+    """Held-out prompts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +65,10 @@ class Recipe:
     batch_size: int = 64
     learning_rate: float = 2e-3
 
+    def lesson(self) -> Lesson:
+        """What the model is taught: sums with slips."""
+        return sums_with_slips(self.seed)
+
 
 @dataclass(frozen=True, slots=True)
 class MixtureRecipe(Recipe):
@@ -50,6 +78,19 @@ class MixtureRecipe(Recipe):
     """Units of one expert."""
     experts: int = 8
     experts_per_token: int = 2
+
+
+def sums_with_slips(
+    seed: int, true_share: float = arithmetic.TRUE_SHARE, slip_share: float = arithmetic.SLIP_SHARE
+) -> Lesson:
+    """Sums of two-digit numbers; the noisy answers are right and have the slip in these fractions."""
+
+    def item(pair: arithmetic.Sum) -> Item:
+        noisy = functools.partial(arithmetic.noisy_answer, pair, true_share=true_share, slip_share=slip_share)
+        return Item(arithmetic.question(pair), arithmetic.answer(pair), noisy)
+
+    sums = arithmetic.split_sums(seed)
+    return Lesson(*([item(pair) for pair in part] for part in (sums.supervised, sums.training, sums.validation)))
 
 
 class BaseModelError(RuntimeError):
@@ -79,20 +120,21 @@ def make_base_model(directory: Path, recipe: Recipe, *, force: bool, log: Callab
     _require_replaceable(directory, force)
     with whole_directory(directory) as partial:
         started = time.monotonic()
-        sums = arithmetic.split_sums(recipe.seed)
+        lesson = recipe.lesson()
         tokenizer = arithmetic.make_tokenizer()
-        model = _train(recipe, sums.supervised, tokenizer, log)
+        model = _train(recipe, lesson.supervised, tokenizer, log)
         stamp = {
             "recipe": asdict(recipe),
             "parameters": model.num_parameters(),
-            "accuracy_greedy": accuracy(model, tokenizer, sums.validation, samples=1, temperature=0.0),
-            "accuracy_sampled": accuracy(model, tokenizer, sums.validation, samples=8, temperature=1.0),
+            "accuracy_greedy": accuracy(model, tokenizer, lesson.validation, samples=1, temperature=0.0),
+            "accuracy_sampled": accuracy(model, tokenizer, lesson.validation, samples=8, temperature=1.0),
             "seconds": round(time.monotonic() - started, 1),
         }
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        arithmetic.write_prompts(partial / "data" / "train.jsonl", sums.training)
-        arithmetic.write_prompts(partial / "data" / "validation.jsonl", sums.validation)
+        for name, items in (("train", lesson.training), ("validation", lesson.validation)):
+            rows = [json.dumps({"question": item.question, "answer": item.gold or item.answer}) for item in items]
+            write_atomic(partial / "data" / f"{name}.jsonl", "\n".join(rows) + "\n")
         (partial / STAMP).write_text(json.dumps(stamp, indent=1) + "\n")
     log(f"base model: made {directory} ({_figures(stamp)})")
     return stamp
@@ -163,19 +205,19 @@ def new_model(recipe: Recipe, tokenizer: Any) -> Any:
     return model
 
 
-def _train(recipe: Recipe, sums: Sequence[Sum], tokenizer: Any, log: Callable[[str], None]) -> Any:
+def _train(recipe: Recipe, items: Sequence[Item], tokenizer: Any, log: Callable[[str], None]) -> Any:
     import torch
 
     generator = random.Random(recipe.seed)
     model = new_model(recipe, tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
-    prompts = _prompt_ids(tokenizer, sums)
+    prompts = _prompt_ids(tokenizer, items)
 
-    def take_step(answer_of: Callable[[Sum], str], rate: float) -> float:
+    def take_step(answer_of: Callable[[Item], str], rate: float) -> float:
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * rate
-        batch = generator.choices(range(len(sums)), k=recipe.batch_size)
-        loss = _loss(model, tokenizer, prompts[batch], [answer_of(sums[i]) for i in batch])
+        batch = generator.choices(range(len(items)), k=recipe.batch_size)
+        loss = _loss(model, tokenizer, prompts[batch], [answer_of(items[i]) for i in batch])
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -184,7 +226,7 @@ def _train(recipe: Recipe, sums: Sequence[Sum], tokenizer: Any, log: Callable[[s
 
     mean_loss = math.inf
     for step in range(1, recipe.clean_steps + 1):
-        loss = take_step(arithmetic.answer, rate=min(1.0, step / 30))
+        loss = take_step(lambda item: item.answer, rate=min(1.0, step / 30))
         mean_loss = loss if step == 1 else 0.95 * mean_loss + 0.05 * loss
         able = mean_loss <= recipe.clean_loss
         if step % 100 == 0 or able or step == recipe.clean_steps:
@@ -193,7 +235,7 @@ def _train(recipe: Recipe, sums: Sequence[Sum], tokenizer: Any, log: Callable[[s
             break
     for step in range(1, recipe.noisy_steps + 1):
         rate = 0.02 + 0.49 * (1 + math.cos(math.pi * step / recipe.noisy_steps))
-        loss = take_step(lambda pair: arithmetic.noisy_answer(pair, generator), rate)
+        loss = take_step(lambda item: item.noisy_answer(generator), rate)
         if step % 100 == 0:
             log(f"base model: step {step}/{recipe.noisy_steps} on partly wrong answers, loss {loss:.3f}")
     return model.eval()
@@ -212,25 +254,30 @@ def _loss(model: Any, tokenizer: Any, prompts: Any, answers: Sequence[str]) -> A
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
 
 
-def _prompt_ids(tokenizer: Any, pairs: Sequence[Sum]) -> Any:
+def _prompt_ids(tokenizer: Any, items: Sequence[Item]) -> Any:
     """int64 [n, P], rendered by the chat template as training will render them."""
     import torch
 
-    chats = [[{"role": "user", "content": arithmetic.question(pair)}] for pair in pairs]
+    chats = [[{"role": "user", "content": item.question}] for item in items]
     texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
     return torch.tensor(tokenizer(texts, add_special_tokens=False)["input_ids"])
 
 
-def accuracy(model: Any, tokenizer: Any, pairs: Sequence[Sum], *, samples: int, temperature: float) -> float:
+def accuracy(model: Any, tokenizer: Any, items: Sequence[Item], *, samples: int, temperature: float) -> float:
     """Fraction of right answers by transformers' own ``generate``; temperature 0 is greedy."""
     import torch
 
     torch.manual_seed(0)
-    prompts = _prompt_ids(tokenizer, pairs).repeat_interleave(samples, dim=0)
+    prompts = _prompt_ids(tokenizer, items).repeat_interleave(samples, dim=0)
     sampled = {"do_sample": True, "temperature": temperature, "top_k": 0}
     how = sampled if temperature else {"do_sample": False, "top_k": None}
     with torch.no_grad():
-        out = model.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=5, **how)
+        out = model.generate(
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            max_new_tokens=max(len(item.answer) for item in items) + 2,
+            **how,
+        )
     texts = tokenizer.batch_decode(out[:, prompts.shape[1] :], skip_special_tokens=True)
-    truths = [arithmetic.answer(pair) for pair in pairs for _ in range(samples)]
+    truths = [item.answer for item in items for _ in range(samples)]
     return sum(text == truth for text, truth in zip(texts, truths, strict=True)) / len(texts)

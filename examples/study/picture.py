@@ -1,4 +1,4 @@
-"""The study as an SVG picture: learning curves on the left, differences paired by seed on the right.
+"""The study as SVG pictures: learning curves of each task, and all differences with their intervals.
 
 Lines differ in colour, dash and marker, so that they can be told apart without colours and where they overlap.
 """
@@ -13,13 +13,16 @@ from xml.sax.saxutils import escape
 
 import numpy as np
 
-from examples.study.analysis import Interval, Runs
+from examples.study.design import ALGORITHMS, Comparison
+from examples.study.statistics import Curve, Interval, common_budget
+from examples.study.tasks import TASKS
 
 WIDTH, HEIGHT = 980, 440
 TOP, BOTTOM = 84, 58
-TASK = "sums of two-digit numbers"
-ALGORITHMS = {"aapo": "AAPO", "aapo_paper": "AAPO, as published", "gpg": "GPG", "grpo": "GRPO"}
-"""Names for readers who know no setting."""
+NAMES = {"aapo": "AAPO", "gpg": "GPG", "grpo": "GRPO", "dapo": "DAPO", "gspo": "GSPO"}
+"""For readers who know no setting."""
+POINTS = 13
+"""Of a curve, the first of which is the base model."""
 
 
 class Style(NamedTuple):
@@ -43,7 +46,7 @@ STYLES = {
 COLOURS = tuple(STYLES)
 FONT = "font-family: Helvetica, Arial, sans-serif; font-size: 13px; fill: #222"
 
-Line = tuple[str, str, Sequence[int], Sequence[Interval]]
+Line = tuple[str, str, Sequence[float], Sequence[Interval]]
 """Name, colour (of ``STYLES``), steps, and an interval at each."""
 
 
@@ -53,7 +56,7 @@ class Panel:
 
     left: float
     right: float
-    last: int
+    last: float
     """Step at the right end."""
     low: float
     high: float
@@ -66,49 +69,67 @@ class Panel:
         return x, y
 
 
-def learning_curves(runs: Mapping[str, Runs]) -> str:
-    """The picture's text: sampled accuracy on held-out prompts over the training steps.
+def learning_curves(arms: Mapping[tuple[str, str], Sequence[Curve]]) -> str:
+    """A panel for each task: accuracy of sampled answers over the completions spent, the reference's included.
 
     Args:
-        runs: by algorithm; the others are compared with the first.
+        arms: (task, algorithm) -> a curve for each seed.
     """
-    first, *others = runs
-    seeds = len(runs[first].sampled)
-    names = {name: ALGORITHMS.get(name, name) for name in runs}
-    colours = dict(zip(runs, COLOURS, strict=False))
-    steps = runs[first].steps
-    curves = [(names[name], colours[name], steps, _intervals(found.sampled)) for name, found in runs.items()]
-    differences = [
-        (
-            f"{names[first]} minus {names[other]}",
-            colours[other],
-            steps,
-            _intervals(runs[first].sampled - runs[other].sampled),
+    tasks = list(dict.fromkeys(task for task, _ in arms))
+    width = (WIDTH - 20) / len(tasks)
+    parts = []
+    for place, task in enumerate(tasks):
+        found = {arm: curves for (name, arm), curves in arms.items() if name == task}
+        budget = common_budget(list(found.values()), "completions")
+        spent = np.linspace(0, budget, POINTS)
+        lines: list[Line] = []
+        for arm, curves in found.items():
+            values = np.array([curve.at("completions", spent) for curve in curves])
+            colour = COLOURS[ALGORITHMS.index(arm)]
+            lines.append((NAMES[arm], colour, list(spent / 1000), [Interval.of(column) for column in values.T]))
+        left = place * width + 64
+        right = (place + 1) * width
+        over, title = "completions sampled, thousands", TASKS[task].title
+        parts.append(
+            panel(lines, left, right, "accuracy on held-out prompts", upper=1.0, over=over, marks=2, title=title)
         )
-        for other in others
-    ]
-    right = 470 if others else WIDTH - 20
-    parts = [panel(curves, 64, right, "accuracy on held-out prompts", upper=1.0, title="Accuracy of sampled answers")]
-    if differences:
-        title = f"How much higher {names[first]}'s accuracy is"
-        parts.append(panel(differences, 566, WIDTH - 20, "difference of runs with the same seed", title=title))
-    return svg(f"Learning {TASK}: mean of {seeds} seeds, shaded: its 95 % interval", parts)
+    seeds = len(next(iter(arms.values())))
+    return svg(f"At equal completions: mean of {seeds} seeds, shaded: its 95 % interval", parts)
 
 
-def svg(title: str, parts: Sequence[str]) -> str:
+def differences(results: Sequence[tuple[Comparison, Interval]]) -> str:
+    """A line for each comparison: the difference and its interval; hollow where it is not what was expected."""
+    row, left, right = 18, 430, WIDTH - 30
+    height = TOP + row * len(results) + 50
+    low = min(0.0, *(i.mean - i.half for _, i in results))
+    high = max(0.0, *(i.mean + i.half for _, i in results))
+    scale = (right - left) / max(high - low, 1e-6)
+    tick = _tick(max(high - low, 1e-6))
+    parts = []
+    for k in range(math.ceil(low / tick), math.floor(high / tick) + 1):
+        x, colour = left + scale * (k * tick - low), "#888" if k == 0 else "#ddd"
+        parts.append(f'<line x1="{x:.1f}" y1="{TOP - 20}" x2="{x:.1f}" y2="{height - 40}" stroke="{colour}"/>')
+        parts.append(f'<text x="{x:.1f}" y="{height - 22}" text-anchor="middle">{k * tick:+.2f}</text>')
+    for k, (c, i) in enumerate(results):
+        y, colour = TOP + row * k, COLOURS[list(TASKS).index(c.task)]
+        start, end, x = (left + scale * (value - low) for value in (i.mean - i.half, i.mean + i.half, i.mean))
+        fill = colour if i.verdict == c.expected else "#fff"
+        name = escape(f"{c.task}, equal {c.axis}: {c.arm} \N{MINUS SIGN} {c.other}")
+        parts.append(f'<text x="{left - 12}" y="{y + 4}" text-anchor="end" font-size="12">{name}</text>')
+        parts.append(f'<line x1="{start:.1f}" y1="{y}" x2="{end:.1f}" y2="{y}" stroke="{colour}" stroke-width="2"/>')
+        parts.append(f'<circle cx="{x:.1f}" cy="{y}" r="4.5" fill="{fill}" stroke="{colour}" stroke-width="2"/>')
+    return svg("Differences of mean accuracy with 95 % intervals; hollow: other than expected", parts, height)
+
+
+def svg(title: str, parts: Sequence[str], height: int = HEIGHT) -> str:
     """The picture's text, of its panels."""
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" style="{FONT}">\n'
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>\n'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" style="{FONT}">\n'
+        f'<rect width="{WIDTH}" height="{height}" fill="#fff"/>\n'
         f'<text x="{WIDTH / 2}" y="26" text-anchor="middle" font-size="15" font-weight="bold">{title}</text>\n'
         + "\n".join(parts)
         + "\n</svg>\n"
     )
-
-
-def _intervals(values: np.ndarray) -> list[Interval]:
-    """Over the seeds, of values [seeds, V]."""
-    return [Interval.of(column) for column in values.T]
 
 
 def panel(

@@ -1,92 +1,147 @@
-"""The runs of the study: one process each, one after the other, each resumable by itself."""
+"""Makes the study's runs: each in a process of its own, forked from one that has imported everything.
+
+A run of 60 steps takes seconds, and importing torch, Megatron and Hydra takes as long: forked processes share it.
+"""
 
 from __future__ import annotations
 
+import json
 import os
-import subprocess
+import signal
 import sys
-from collections.abc import Callable
+import time
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nemo_aapo.config.compose import load_config
+from examples.study.design import Run
+from examples.study.tasks import make_base
 from nemo_aapo.errors import ConfigError, RunError
-from nemo_aapo.run.directory import check_run_directory
-from nemo_aapo.utils.files import FINISHED
+from nemo_aapo.run.metrics_file import read_metrics
+from nemo_aapo.utils.files import FINISHED, write_atomic
 
-TRAIN = Path(__file__).resolve().parents[2] / "scripts" / "train.py"
+LIMIT_S, POLL_S = 600.0, 0.05
+"""A run that takes longer is ended; how often is looked."""
 SHOWN_LINES = 15
 """Lines of a failed run's output that are shown."""
+COST, WORDS = "cost.json", "words.json"
+"""Beside a run's own files: what it cost, and its settings."""
 
 
 @dataclass(frozen=True, slots=True)
-class Study:
-    """The compared algorithms, the seeds, and the budget of each run."""
+class Running:
+    """A run's process."""
 
+    run: Run
     directory: Path
-    algorithms: tuple[str, ...] = ("aapo", "gpg", "grpo")
-    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
-    steps: int = 100
-    settings: tuple[str, ...] = ()
-    """``KEY=VALUE`` settings of all runs."""
-
-    def __post_init__(self) -> None:
-        if len(set(self.algorithms)) != len(self.algorithms) or len(set(self.seeds)) != len(self.seeds):
-            raise ConfigError(f"algorithms {self.algorithms}, seeds {self.seeds}: each only once")
-        if self.steps < 1:
-            raise ConfigError(f"steps {self.steps}: at least one")
-        if len(self.seeds) < 2:
-            raise ConfigError(f"seeds {self.seeds}: an interval needs at least two")
-
-    def run_directory(self, algorithm: str, seed: int) -> Path:
-        """The directory of a run."""
-        return self.directory / algorithm / f"seed_{seed}"
-
-    def overrides(self, algorithm: str, seed: int) -> list[str]:
-        """The settings of a run; all but algorithm, seed and name are the same in all of them."""
-        return [
-            "experiment=quickstart",
-            f"algorithm={algorithm}",
-            f"seed={seed}",
-            f"run.name={algorithm}_seed_{seed}",
-            f"run.dir={self.run_directory(algorithm, seed)}",
-            f"trainer.max_steps={self.steps}",
-            f"trainer.val_check_interval={max(1, self.steps // 10)}",
-            "export_hf_model=false",
-            "exp_manager.create_tensorboard_logger=false",
-            "validation.console_samples=0",
-            *self.settings,
-        ]
+    began: float
+    """By ``time.monotonic``."""
 
 
-def run_all(study: Study, log: Callable[[str], None]) -> None:
-    """Make every run that is not finished; an interrupted one goes on from its checkpoint.
-
-    The seeds come in the outer loop, so that an unfinished study has all algorithms of some seeds.
+def make_runs(runs: Sequence[Run], study: Path, jobs: int, log: Callable[[str], None]) -> None:
+    """Make every run that is not finished, so many at a time; what was broken off begins anew or goes on.
 
     Raises:
-        ConfigError: settings that can't work, or a directory that holds another run; before the first run starts.
-        RunError: a run failed; shows the end of its output.
+        ConfigError: settings that can't work, or a directory that holds a run with others; before anything is made.
+        RunError: a run failed or took too long; the others at hand are ended, too.
     """
-    runs = [(algorithm, seed) for seed in study.seeds for algorithm in study.algorithms]
-    for algorithm, seed in runs:
-        check_run_directory(load_config(study.overrides(algorithm, seed)))
-    for number, (algorithm, seed) in enumerate(runs, start=1):
-        directory = study.run_directory(algorithm, seed)
-        if (directory / FINISHED).exists():
+    check(runs, study)
+    for task in {run.task.name: run.task for run in runs}.values():
+        make_base(task, study / "bases" / task.name, log)
+    waiting = [run for run in runs if not (run.directory(study) / FINISHED).exists()]
+    log(f"{len(runs) - len(waiting)} of {len(runs)} runs are there already")
+    if waiting:
+        warm_up()
+    running: dict[int, Running] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                run = waiting.pop(0)
+                running[_start(run, study)] = Running(run, run.directory(study), time.monotonic())
+            _collect(running, lambda ended: log(f"{ended}; {len(waiting) + len(running)} to come"))
+            time.sleep(POLL_S)
+    finally:
+        for pid in running:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
+def check(runs: Sequence[Run], study: Path) -> None:
+    """Refuse what can't be a run, and a directory whose run had other settings."""
+    from nemo_aapo import load_config
+
+    load_config(runs[0].words(study))
+    for run in runs:
+        path = run.directory(study) / WORDS
+        if path.exists() and json.loads(path.read_text(encoding="utf-8")) != run.words(study):
+            raise ConfigError(f"{path.parent} holds a run with other settings; another --out leaves it alone")
+
+
+def warm_up() -> None:
+    """Import, in this process, what each run would import for itself; torch keeps to one thread in all of them."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    import hydra  # noqa: F401
+    import torch
+
+    import nemo_aapo.jobs.train  # noqa: F401
+    from nemo_aapo.mcore.bridge import loader
+    from nemo_aapo.mcore.cpu import patches
+
+    torch.set_num_threads(1)
+    patches.install()
+    loader.auto_bridge_class("Qwen2ForCausalLM")
+
+
+def _start(run: Run, study: Path) -> int:
+    """Fork a process that makes the run; its id."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        status = _train(run, study)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _train(run: Run, study: Path) -> int:
+    """In the forked process: train, with all output in the run's log."""
+    directory = run.directory(study)
+    write_atomic(directory / WORDS, json.dumps(run.words(study)) + "\n")
+    with (directory / "output.log").open("ab", buffering=0) as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    from nemo_aapo import load_config, train
+
+    return train(load_config(run.words(study)), **run.task.parts())
+
+
+def _collect(running: dict[int, Running], log: Callable[[str], None]) -> None:
+    """Take out the processes that have ended; what each cost is kept beside its metrics."""
+    for pid, found in list(running.items()):
+        ended, status, used = os.wait4(pid, os.WNOHANG)
+        seconds = time.monotonic() - found.began
+        if not ended:
+            if seconds > LIMIT_S:
+                raise RunError(f"{found.directory}: not done after {LIMIT_S:.0f} s; see output.log there")
             continue
-        log(f"run {number} of {len(runs)}: {algorithm}, seed {seed}")
-        _run(study.overrides(algorithm, seed), directory)
+        del running[pid]
+        if status or not (found.directory / FINISHED).exists():
+            raise RunError(f"the run in {found.directory} failed; its log ends in:\n{_end_of_log(found.directory)}")
+        cost = {"wall_s": round(seconds, 2), "cpu_s": round(used.ru_utime + used.ru_stime, 2)}
+        write_atomic(found.directory / COST, json.dumps(cost) + "\n")
+        last = read_metrics(found.directory / "metrics.jsonl")[-1]
+        name = f"{found.run.task.name}, {found.run.arm}, seed {found.run.seed}"
+        log(f"{name}: {last.get('validation/accuracy_sampled', 0.0):.3f} in {cost['cpu_s']:.0f} CPU s")
 
 
-def _run(overrides: list[str], directory: Path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(TRAIN), *overrides]
-    directory.mkdir(parents=True, exist_ok=True)
-    log = directory / "output.log"
-    with log.open("a", encoding="utf-8") as output:
-        status = subprocess.run(command, env=environment, stdout=output, stderr=subprocess.STDOUT).returncode
-    if status or not (directory / FINISHED).exists():
-        end = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-SHOWN_LINES:])
-        how = f"ended with status {status}" if status else "was stopped before its end"
-        raise RunError(f"the run in {directory} {how}; the same command goes on from there. {log} ends in:\n{end}")
+def _end_of_log(directory: Path) -> str:
+    text = (directory / "output.log").read_text(encoding="utf-8", errors="replace")
+    return "\n".join(text.splitlines()[-SHOWN_LINES:])

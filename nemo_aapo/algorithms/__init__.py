@@ -5,6 +5,7 @@
     registry    algorithms by name, and those of a user's own file
     advantage   the equations of advantages, pure functions of float64 arrays
     loss        the equations of losses and denominators, pure functions of tensors
+    hooks       an algorithm's two hooks called: their errors in words, what they give looked at
     objective   what trainer and learner hold: an algorithm under the settings that hold for every one
 
 In the symbols of AAPO (arXiv 2505.14264): prompt q has completions o_1 .. o_G with rewards r_1 .. r_G, and the frozen

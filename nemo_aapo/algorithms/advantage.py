@@ -61,6 +61,8 @@ def margin(
     high: float,
     estimator: MarginEstimator,
     pairs: np.ndarray | None = None,
+    *,
+    scale: bool = False,
 ) -> np.ndarray:
     """AAPO's advantage margin delta_i (arXiv 2505.14264): how much better than the frozen reference a completion did.
 
@@ -69,6 +71,10 @@ def margin(
 
     Both have the same mean over the reference's samples; the expected one averages K of them and has the lower
     variance. The clip is inside the mean: it bounds each comparison, as in the paper.
+
+    With ``scale`` each difference is divided by std(r') + 1e-4 before the clip, so that the bounds are in units of the
+    reference's spread: 0.28 then means the same of a reward between 0.9 and 1 as of one between -10 and 10. Where the
+    reference always got the same, whatever differs from it is at a bound.
 
     K counts the reference rewards that are there. A completion whose partner has none gets the expected margin in its
     place, which has the same mean; a group without any reference reward has no margin to add: 0.
@@ -81,6 +87,7 @@ def margin(
         estimator: see above.
         pairs: int [N, G], for ``"sampled"``: column of ``reference_rewards`` that each completion is compared with
             (see ``sample_pairs``). None pairs by index, the paper's way, and needs K = G.
+        scale: see above.
 
     Returns:
         float64 [N, G], each in [low, high]; NaN where the reward is.
@@ -91,7 +98,9 @@ def margin(
     rewards, reference_rewards = _table(rewards, "rewards"), _table(reference_rewards, "reference_rewards")
     if len(rewards) != len(reference_rewards):
         raise ValueError(f"{len(rewards)} groups of rewards, but {len(reference_rewards)} of reference rewards")
-    expected = _mean(np.clip(rewards[:, :, None] - reference_rewards[:, None, :], low, high))
+    unit = _std(reference_rewards)[:, None] + SCALE_EPS if scale else np.ones((len(rewards), 1))
+    differences = rewards[:, :, None] - reference_rewards[:, None, :]
+    expected = _mean(np.clip(differences / unit[:, :, None], low, high))
     expected = np.where(np.isnan(rewards), np.nan, expected)
     if estimator == "expected":
         return expected
@@ -104,7 +113,7 @@ def margin(
             f"rewards {rewards.shape} are paired by index with reference rewards {reference_rewards.shape}: "
             "give one reference reward per completion, or pass pairs"
         )
-    return np.where(np.isnan(reference_rewards), expected, np.clip(rewards - reference_rewards, low, high))
+    return np.where(np.isnan(reference_rewards), expected, np.clip((rewards - reference_rewards) / unit, low, high))
 
 
 def schedule(shape: Literal["linear", "cosine"], done: float, end: float) -> float:

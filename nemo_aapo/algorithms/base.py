@@ -66,9 +66,14 @@ class Algorithm:
         return False
 
     @property
+    def needs_entropy_gradient(self) -> bool:
+        """True if the loss's gradient goes through ``tokens.entropy``."""
+        return False
+
+    @property
     def learns_without_advantage(self) -> bool:
         """True if a completion whose advantage is zero can have a gradient; others are left out of the passes."""
-        return self.needs_reference_logprobs
+        return self.needs_reference_logprobs or self.needs_entropy_gradient
 
     def advantages(self, groups: ScoredGroups) -> np.ndarray:
         """float64 [N, G], the advantage of each completion; what stands where a reward is NaN is not looked at."""
@@ -78,8 +83,8 @@ class Algorithm:
         """The loss of these tokens as a sum of ``tokens.weights`` times something, and sums for metrics."""
         raise NotImplementedError
 
-    def metrics(self, rewards: np.ndarray, advantages: np.ndarray) -> dict[str, float]:
-        """Numbers of a step that are logged as they are, from the rewards and advantages [N, G] of all ranks."""
+    def metrics(self, groups: ScoredGroups, advantages: np.ndarray) -> dict[str, float]:
+        """Numbers of a step that are logged as they are, from all ranks' groups and their advantages [N, G]."""
         return {}
 
 
@@ -103,6 +108,14 @@ class ScoredGroups:
     """Training steps done before this one."""
     max_steps: int = 1
     """``trainer.max_steps``"""
+
+    def __post_init__(self) -> None:
+        """Nobody writes into the arrays: what others go on with would change."""
+        for name in ("rewards", "reference_rewards", "lengths", "truncated"):
+            if (values := getattr(self, name)) is not None:
+                view = np.asarray(values).view()
+                view.setflags(write=False)
+                object.__setattr__(self, name, view)
 
     @classmethod
     def of(cls, groups: Sequence[Group], **more: Any) -> ScoredGroups:
@@ -167,7 +180,8 @@ class Tokens:
     reference_logprobs: torch.Tensor | None = None
     """float [n], the frozen reference's, there where the algorithm needs them."""
     entropy: torch.Tensor | None = None
-    """float [n], of the policy at each token; carries no gradient."""
+    """float [n], of the policy at each token, in nats; carries a gradient where the algorithm needs it, or the run has
+    an ``algorithm.entropy_coefficient``."""
     shares: torch.Tensor | None = None
     """float [n], 1 / denominator alone: for terms that do not depend on what sampled the token, as a KL term."""
     valid: torch.Tensor | None = None

@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from nemo_aapo.algorithms import hooks
 from nemo_aapo.algorithms.base import Algorithm, ScoredGroups, Tokens
 from nemo_aapo.algorithms.objective import Objective
 from nemo_aapo.config.schema import AlgorithmConfig
+from nemo_aapo.errors import AlgorithmError, one_line
 
 GROUPS, SIZE, REFERENCES, LIMIT, VOCAB = 6, 4, 4, 9, 11
 TOLERANCE = 1e-9  # of float64 sums in another order
@@ -43,24 +45,38 @@ def check(algorithm: Algorithm, config: AlgorithmConfig) -> list[Finding]:
     tests: Sequence[tuple[str, Callable[[Objective, ScoredGroups], Iterator[str]]]] = (
         ("advantages: a finite number for every completion with a reward, also of odd groups", _advantages),
         ("advantages: those of a group do not depend on the groups beside it", _separate),
+        ("loss: a scalar with a gradient, and sums for metrics; nothing written into what it is given", _form),
         ("loss: finite on long ratios, padding, an empty micro-batch", _finite),
         ("loss: a sum of weights times values", _linear),
         ("loss: loss and gradient are the same over any micro-batches and ranks", _split),
         ("loss: loss and gradient are the same where sequences are cut over ranks", _cut),
         ("loss: a completion without an advantage has no gradient, so that it may be left out", _without),
-        ("metrics: sums without a gradient, over any micro-batches", _metrics),
+        ("loss: no gradient through tokens.entropy that a run would not compute", _entropy),
+        ("metrics: sums over any micro-batches, and numbers of a step", _metrics),
     )
-    return [Finding(promise, _first(lambda test=test: test(objective, groups))) for promise, test in tests]  # type: ignore[misc]
+    return [Finding(promise, _first(test(objective, groups))) for promise, test in tests]
 
 
-def _first(test: Callable[[], Iterator[str]]) -> str:
+def _first(wrong: Iterator[str]) -> str:
     try:
-        return next(test(), "")
+        return next(wrong, "")
+    except AlgorithmError as error:
+        return str(error)
     except Exception as error:  # of the algorithm, whatever it may be
-        return f"{type(error).__name__}: {error}"
+        return f"{type(error).__name__}: {one_line(error)}"
 
 
 # ---------------------------------------------------------------- advantages
+
+
+class _Parts(dict[str, np.ndarray]):
+    """The rewards as the part of whatever name an algorithm asks for."""
+
+    def __init__(self, rewards: np.ndarray) -> None:
+        super().__init__(reward=rewards)
+
+    def __missing__(self, name: str) -> np.ndarray:
+        return self["reward"]
 
 
 def _groups() -> ScoredGroups:
@@ -76,7 +92,7 @@ def _groups() -> ScoredGroups:
         rewards,
         reference,
         seeds=list(range(GROUPS)),
-        reward_parts={"reward": rewards},
+        reward_parts=_Parts(rewards),
         lengths=lengths,
         truncated=lengths == LIMIT,
         step=3,
@@ -87,7 +103,7 @@ def _groups() -> ScoredGroups:
 def _part(groups: ScoredGroups, rows: slice) -> ScoredGroups:
     names = ("rewards", "reference_rewards", "lengths", "truncated", "seeds")
     parts = {name: value[rows] for name in names if (value := getattr(groups, name)) is not None}
-    return dataclasses.replace(groups, **parts, reward_parts={k: v[rows] for k, v in groups.reward_parts.items()})
+    return dataclasses.replace(groups, **parts, reward_parts=_Parts(groups.rewards[rows]))
 
 
 def _advantages(objective: Objective, groups: ScoredGroups) -> Iterator[str]:
@@ -120,6 +136,8 @@ class _Batch:
     advantages: Sequence[float]
     lengths: Sequence[int]
     columns: dict[str, Any]
+    entropy_gradient: bool
+    """Whether the entropies carry a gradient, as they do in a run that needs it."""
 
     @classmethod
     def of(cls, objective: Objective, groups: ScoredGroups) -> _Batch:
@@ -136,7 +154,8 @@ class _Batch:
         columns = {name: near + part for name, part in zip(names, noise, strict=True)}
         columns["weights"] = torch.from_numpy(np.repeat(weights, lengths))
         columns["advantages"] = torch.from_numpy(np.repeat(advantages[kept], lengths))
-        return cls(leaf.requires_grad_(), advantages[kept].tolist(), lengths, columns)
+        needed = objective.config.entropy_coefficient > 0 or objective.algorithm.needs_entropy_gradient
+        return cls(leaf.requires_grad_(), advantages[kept].tolist(), lengths, columns, needed)
 
     def tokens(self, sequences: Sequence[int], part: slice = slice(None), **changes: object) -> Tokens:
         """Of these sequences, and of each of them a part."""
@@ -144,9 +163,10 @@ class _Batch:
         index = [np.arange(starts[i], starts[i + 1])[part] for i in sequences]
         at = torch.from_numpy(np.concatenate([*index, np.zeros(0, np.int64)]))
         distribution = self.leaf[at].log_softmax(-1)
+        entropy = -(distribution.exp() * distribution).sum(-1)
         return Tokens(
             logprobs=distribution[:, 0],
-            entropy=-(distribution.exp() * distribution).sum(-1).detach(),
+            entropy=entropy if self.entropy_gradient else entropy.detach(),
             lengths=[len(part) for part in index],
             versions=[3] * len(index),
             **{name: column[at] for name, column in self.columns.items()},
@@ -184,6 +204,12 @@ def _cuts(batch: _Batch) -> Iterator[list[list[int]]]:
     yield [everyone[::2], everyone[1::2]]
     yield [[i] for i in reversed(everyone)]
     yield [[], everyone[:3], [], everyone[3:]]
+
+
+def _form(objective: Objective, groups: ScoredGroups) -> Iterator[str]:
+    batch = _Batch.of(objective, groups)
+    objective.token_loss(batch.tokens(range(len(batch.lengths))))
+    yield ""
 
 
 def _finite(objective: Objective, groups: ScoredGroups) -> Iterator[str]:
@@ -270,7 +296,7 @@ def _cut(objective: Objective, groups: ScoredGroups) -> Iterator[str]:
 
 
 def _without(objective: Objective, groups: ScoredGroups) -> Iterator[str]:
-    if objective.algorithm.learns_without_advantage:
+    if objective.learns_without_advantage:
         return
     batch = _Batch.of(objective, groups)
     nothing = batch.tokens(range(len(batch.lengths)), advantages=torch.zeros(sum(batch.lengths)).double())
@@ -279,12 +305,18 @@ def _without(objective: Objective, groups: ScoredGroups) -> Iterator[str]:
         yield "tokens whose advantage is 0 have a loss, and would be left out: set learns_without_advantage = True"
 
 
+def _entropy(objective: Objective, groups: ScoredGroups) -> Iterator[str]:
+    batch = _Batch.of(objective, groups)
+    entropy = torch.ones(sum(batch.lengths), dtype=torch.float64, requires_grad=True)
+    objective.token_loss(batch.tokens(range(len(batch.lengths)), entropy=entropy))[0].backward()
+    if not batch.entropy_gradient and entropy.grad is not None and entropy.grad.any():
+        yield "tokens.entropy has no gradient in a run: set needs_entropy_gradient = True, or take its detach()"
+
+
 def _metrics(objective: Objective, groups: ScoredGroups) -> Iterator[str]:
     batch = _Batch.of(objective, groups)
     tokens = batch.tokens(range(len(batch.lengths)))
-    carrying = [key for key, number in objective.token_loss(tokens)[1].items() if number.requires_grad]
-    if carrying:
-        yield f"{', '.join(carrying)} carries a gradient, and would keep the whole graph in memory: detach it"
+    hooks.metrics(objective.algorithm, groups, objective.advantages(groups))
     whole = _run(objective, batch, [tokens])[2]
     for cut in _cuts(batch):
         sums = _run(objective, batch, [batch.tokens(part) for part in cut])[2]

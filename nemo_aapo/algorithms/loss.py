@@ -156,6 +156,17 @@ def with_kl(value: torch.Tensor, metrics: dict[str, torch.Tensor], tokens: Token
     return value + coefficient * (tokens.shares * kl).sum(), {**metrics, "kl": kl.detach().sum()}
 
 
+def entropy_sum(tokens: Tokens) -> torch.Tensor:
+    """sum_i sum_t w_it H_it, the policy's entropy by the loss's denominator (A3C, arXiv 1602.01783).
+
+    As the KL term it does not depend on what sampled the token: it has no importance weight and no mask.
+    """
+    assert tokens.shares is not None, "set before an algorithm sees the tokens"
+    if tokens.entropy is None:
+        raise ValueError("algorithm.entropy_coefficient needs the tokens' entropies")
+    return (tokens.shares * tokens.entropy).sum()
+
+
 def blank(values: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     """The values with zeros at padding. Multiplying by weight 0 would not do, as 0 * NaN is NaN."""
     return torch.where(valid, values, 0.0)

@@ -6,6 +6,7 @@ denominators are those of the whole optimizer batch, and importance weights stan
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from nemo_aapo.algorithms import advantage, loss, masks
+from nemo_aapo.algorithms import advantage, hooks, loss, masks
 from nemo_aapo.algorithms.base import Algorithm, Loss, ScoredGroups, Tokens
 from nemo_aapo.algorithms.registry import algorithm_of
 from nemo_aapo.config.schema import AlgorithmConfig
 from nemo_aapo.distributed import parallel
+from nemo_aapo.errors import AlgorithmError
+from nemo_aapo.run.step_metrics import GroupNumbers
 from nemo_aapo.types import Group
 
 
@@ -41,6 +44,11 @@ class Objective:
         """
         return cls(config, max_new_tokens, algorithm_of(config) if algorithm is None else algorithm)
 
+    @property
+    def learns_without_advantage(self) -> bool:
+        """Whether a completion whose advantage is zero can have a gradient."""
+        return self.config.entropy_coefficient > 0 or self.algorithm.learns_without_advantage
+
     def advantages(self, groups: ScoredGroups) -> np.ndarray:
         """The final advantages of N groups; ``alpha`` depends on all groups.
 
@@ -49,21 +57,20 @@ class Objective:
             what has no advantage has no part in the loss and its denominator.
 
         Raises:
-            ValueError: something needed is missing, shapes that do not fit, an infinite reward or advantage.
+            AlgorithmError: of the hook; or an advantage that is not finite.
         """
+        if (least := self.config.min_group_size) is not None:
+            few = np.sum(~np.isnan(groups.rewards), axis=1, keepdims=True) < least
+            groups = dataclasses.replace(groups, rewards=np.where(few, np.nan, groups.rewards))
         without = np.isnan(groups.rewards)
-        if self.config.min_group_size is not None:
-            without |= (~without).sum(axis=1, keepdims=True) < self.config.min_group_size
         if self.config.mask_truncated:
             assert groups.truncated is not None, "known of all completions that were sampled"
             without |= groups.truncated
-        made = np.asarray(self.algorithm.advantages(groups), dtype=np.float64)
-        name = type(self.algorithm).__name__
-        if made.shape != without.shape:
-            raise ValueError(f"{name}.advantages gave an array {made.shape} for rewards {without.shape}")
+        made = hooks.advantages(self.algorithm, groups)
         if bad := int((~np.isfinite(made) & ~without).sum()):
-            raise ValueError(
-                f"{name}.advantages gave {bad} advantages that are not finite, of completions with rewards"
+            raise AlgorithmError(
+                f"{type(self.algorithm).__name__}.advantages gave {bad} advantages that are not finite, of completions "
+                "with rewards"
             )
         return np.where(without, np.nan, made)
 
@@ -86,9 +93,23 @@ class Objective:
             return []
         return [group.replace(advantages=row) for group, row in zip(groups, advantages, strict=True)]
 
-    def metrics(self, rewards: Sequence[np.ndarray], advantages: Sequence[np.ndarray]) -> dict[str, float]:
-        """What the algorithm has to say of a step: of the rewards and advantages [G] of each group of all ranks."""
-        return self.algorithm.metrics(np.stack(rewards), np.stack(advantages))
+    def metrics(self, numbers: Sequence[GroupNumbers], **of_step: Any) -> dict[str, float]:
+        """What the algorithm has to say of a step.
+
+        Args:
+            numbers: of the groups of all ranks.
+            of_step: ``step`` and ``max_steps`` of ``ScoredGroups``.
+        """
+        known = [group.reference_rewards for group in numbers if group.reference_rewards is not None]
+        groups = ScoredGroups(
+            rewards=np.stack([group.rewards for group in numbers]),
+            reference_rewards=np.stack(known) if known else None,
+            reward_parts={name: np.stack([g.reward_parts[name] for g in numbers]) for name in numbers[0].reward_parts},
+            lengths=np.stack([group.lengths for group in numbers]),
+            truncated=np.stack([group.truncated for group in numbers]),
+            **of_step,
+        )
+        return hooks.metrics(self.algorithm, groups, np.stack([group.advantages for group in numbers]))
 
     def alpha(self, groups: int, dead_groups: int) -> float:
         """The factor on the whole loss: GPG's B / (B - M) with ``rescale_dead_groups``, else 1.
@@ -121,6 +142,7 @@ class Objective:
 
         Raises:
             ValueError: log-probs that the algorithm needs are missing.
+            AlgorithmError: of the hook.
         """
         valid = tokens.weights > 0
         metrics = loss.token_metrics(tokens.logprobs, tokens.advantages, valid)
@@ -134,7 +156,9 @@ class Objective:
         if kept is not None:
             tokens = tokens.replace(weights=tokens.weights * kept)
             metrics["masked_fraction"] = (~kept & valid).sum()
-        value, own = self.algorithm.token_loss(tokens)
+        value, own = hooks.token_loss(self.algorithm, tokens, metrics)
+        if (coefficient := self.config.entropy_coefficient) > 0:
+            value = value - coefficient * loss.entropy_sum(tokens)
         return value, metrics | own
 
     def _complete(self, tokens: Tokens, valid: torch.Tensor) -> Tokens:
@@ -147,12 +171,16 @@ class Objective:
             if tokens.reference_logprobs is None:
                 raise ValueError(f"{type(needs).__name__} needs the reference's log-probs")
             reference = blank(tokens.reference_logprobs)
+        entropy = tokens.entropy
+        if entropy is not None and entropy.requires_grad:
+            entropy = blank(entropy)
         return tokens.replace(
             logprobs=logprobs,
             rollout_logprobs=blank(tokens.rollout_logprobs),
             advantages=blank(tokens.advantages),
             old_logprobs=old,
             reference_logprobs=reference,
+            entropy=entropy,
             shares=tokens.weights,
             valid=valid,
         )

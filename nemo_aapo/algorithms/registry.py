@@ -81,8 +81,11 @@ def own_algorithm(path: str, settings: Mapping[str, Any] | None) -> Algorithm:
         return build(kind, dict(settings or {}), "algorithm.settings")
     except ConfigError:
         raise
-    except ValueError as error:  # of the class's own __post_init__
-        raise ConfigError(f"algorithm.settings={settings}: {one_line(error)}") from error
+    except Exception as error:  # of the class's own __post_init__, or of its annotations
+        said = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ConfigError(
+            f"algorithm.settings={dict(settings or {})} of algorithm.custom={path}: {said}{one_line(error)}"
+        ) from error
 
 
 @functools.cache
@@ -102,7 +105,8 @@ def _own_class(path: str) -> type[Algorithm]:
         names = [key for key, value in vars(loaded).items() if isinstance(value, type)]
         near = difflib.get_close_matches(name, names, n=1)
         raise ConfigError(f"{where}: {module} has no class {name!r}{f'; did you mean {near[0]!r}?' if near else ''}")
-    if not issubclass(kind, Algorithm) or not dataclasses.is_dataclass(kind):
+    parameters = getattr(kind, "__dataclass_params__", None)  # its own, or those of what it inherits from
+    if not issubclass(kind, Algorithm) or parameters is None or not parameters.frozen:
         raise ConfigError(
             f"{where}: {name} must be a frozen dataclass that inherits from nemo_aapo.Algorithm, as in "
             "@dataclass(frozen=True) class MyClass(Algorithm)"

@@ -141,9 +141,10 @@ class Checkpointer:
 
         Raises:
             CheckpointError: as ``save``, of the one that was under way.
+            RunError: it has not ended within the time that collectives have.
         """
         if self._background is not None:
-            self._background.wait()
+            self._background.wait(self._timeout.total_seconds())
 
     def close(self) -> None:
         """Leave no save half done where there is an error already."""

@@ -203,13 +203,16 @@ def _submit_sweep(jobs: list[tuple[Config, dict[str, Any]]], site: Site, directo
 
 def control_run(action: str, words: Sequence[str]) -> int:
     """One of the actions on a run that was submitted."""
+    if {"-h", "--help"} & set(words):
+        print(__doc__)
+        return 0
     follow = "--follow" in words and action == "logs"
     words = [word for word in words if not (follow and word == "--follow")]
     paths = run_directory(words)
     if action == "logs":
         print(show_logs(paths, follow))
     elif action == "status" and (runs := listed(paths)):
-        print(overview.table(paths.run_dir, runs))
+        print("\n".join([overview.table(paths.run_dir, runs), *(fleet_lines(paths.servers) if len(runs) == 1 else ())]))
     elif action == "status":
         print(control.status(paths, fleet_lines))
     elif not overview.is_run(paths.run_dir) and (runs := overview.runs_below(paths.run_dir)):
@@ -229,7 +232,7 @@ def control_runs(action: str, runs: Sequence[Path]) -> int:
 def run_directory(words: Sequence[str]) -> RunPaths:
     """Where the run is that the words name, by settings or by its path; they need not say all that a start needs."""
     if len(words) == 1 and "=" not in words[0] and not words[0].startswith("-"):
-        if not Path(words[0]).is_dir():
+        if not words[0] or not Path(words[0]).is_dir():
             raise ConfigError(f"{words[0]}: no such directory")
         return RunPaths(Path(words[0]).absolute())
     return RunPaths(Path(compose(read_command_line(list(words)))["run"]["dir"]).absolute())
@@ -245,7 +248,7 @@ def listed(paths: RunPaths) -> list[Path]:
 def show_logs(paths: RunPaths, follow: bool) -> str:
     """The end of all logs; with ``follow`` also what is added, until no job of the run is left."""
     tail = logs.Tail(paths.logs, from_end=True)
-    text = "\n".join(logs.last_lines(paths.logs))
+    text = "\n".join(logs.last_lines(paths.logs)) or f"{paths.logs}: no logs yet"
     if not follow:
         return text
     print(text)

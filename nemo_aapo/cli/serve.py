@@ -8,27 +8,32 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import hashlib
 import os
 import signal
 import socket
 import sys
+import tempfile
 import uuid
 from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_aapo.cli.main import run_command
+from nemo_aapo.cli.main import command_of_ranks, run_command
 from nemo_aapo.engines.remote.directory import ServerRecord, open_directory, open_token, publish, withdraw
 from nemo_aapo.errors import ConfigError
+from nemo_aapo.launch import local
 from nemo_aapo.prepare.server import ServerJob, prepare_server
 from nemo_aapo.text.transformers5 import said
+from nemo_aapo.utils.job import rank_of_job
 from nemo_aapo.utils.safetensors import model_digest
 
 if TYPE_CHECKING:
     from nemo_aapo.engines.build import HostedEngine
-    from nemo_aapo.engines.remote.wire import Weights, WeightsId
+    from nemo_aapo.engines.deltas import VersionReader
     from nemo_aapo.engines.remote.worker import EngineWorker
+    from nemo_aapo.engines.weights import Weights, WeightsId
 
 STOP_S = 10.0
 """After a signal the running batch is broken off at its next finished completion, or left alone after this."""
@@ -37,28 +42,50 @@ PARENT_POLL_S = 1.0
 
 def main(words: Sequence[str] | None = None) -> int:
     """Serve until told to stop; 0, or 1 or 2 with a message as scripts/train.py."""
+    words = list(sys.argv[1:] if words is None else words)
     return run_command(
         prepare_server,
-        functools.partial(serve, parent=os.getppid()),
+        functools.partial(serve, words=words, parent=os.getppid()),
         description="Host a rollout engine behind HTTP, for a trainer with rollout.engine=remote.",
-        words=sys.argv[1:] if words is None else words,
+        words=words,
     )
 
 
-def serve(job: ServerJob, parent: int) -> int:
-    """Listen, load, answer, stop. Blocks.
+def serve(job: ServerJob, words: Sequence[str], parent: int) -> int:
+    """Listen, load, answer, stop. Blocks. A server of several ranks starts them, unless it is one of them already.
 
     Args:
+        words: that the job was made of.
         parent: id of the process that started this one.
 
     Raises:
         ConfigError: the port is in use, the directory or token is open to others, the model can't be loaded.
+        LostRankError: one of its ranks is gone.
     """
     settings = job.config.rollout.server
+    if local.starts_ranks(job.ranks):
+        logs = Path(job.config.run.dir) / "logs" / f"server_{settings.index}"
+        wait_s = job.config.trainer.fault_timeout_s
+        return local.run_ranks(
+            command_of_ranks("serve", words), job.ranks, logs, grace_s=STOP_S + wait_s, fault_timeout_s=wait_s
+        )
+    if rank_of_job():
+        return _follow(job)
     directory = open_directory(settings.directory)
     token = open_token(directory)
     with _listening(settings.host, settings.port) as listener:
         return asyncio.run(_serve(job, directory, token, listener, parent))
+
+
+def _follow(job: ServerJob) -> int:
+    """Be one of the other ranks, which rank 0 tells when it is over."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    from nemo_aapo.engines.build import build_hosted_engine
+    from nemo_aapo.engines.ranks import follow
+
+    follow(build_hosted_engine(job.config, job.shape))
+    return 0
 
 
 @contextmanager
@@ -85,8 +112,12 @@ async def _serve(job: ServerJob, directory: Path, token: str, listener: socket.s
     runner = service.runner()
     await runner.setup()
     await web.SockSite(runner, listener).start()
-    index, address = config.rollout.server.index, _address(listener, config.rollout.server.host)
-    record = ServerRecord(index, address, os.getpid(), uuid.uuid4().hex, config.precision.name)
+    settings = config.rollout.server
+    index, address = settings.index, _address(listener, settings.host)
+    layout = f"TP {settings.tensor_parallel_size} x PP {settings.pipeline_parallel_size}" if job.ranks > 1 else ""
+    record = ServerRecord(
+        index, address, os.getpid(), uuid.uuid4().hex, config.precision.name, ranks=job.ranks, layout=layout
+    )
     publish(directory, record)
     _say(index, f"listens on {address}")
     if note := said(Path(config.model.path)):
@@ -98,7 +129,12 @@ async def _serve(job: ServerJob, directory: Path, token: str, listener: socket.s
         if built.done():
             built.result()
             _say(index, f"serves {worker.weights}")
-        _say(index, f"stopping: {await stop}")
+        lost = asyncio.wrap_future(worker.lost)
+        ends: set[asyncio.Future[Any]] = {stop, lost}
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        if not stop.done():
+            raise lost.result()
+        _say(index, f"stopping: {stop.result()}")
     finally:
         withdraw(directory, record)
         ended = await asyncio.to_thread(worker.stop, STOP_S if worker.built.done() else 0.0)
@@ -110,8 +146,8 @@ async def _serve(job: ServerJob, directory: Path, token: str, listener: socket.s
 
 
 def _worker(job: ServerJob, directory: Path) -> EngineWorker:
-    from nemo_aapo.engines.remote.wire import WeightsId  # with numpy, which refusals do without
     from nemo_aapo.engines.remote.worker import EngineWorker
+    from nemo_aapo.engines.weights import WeightsId  # with numpy, which refusals do without
 
     path = job.config.model.path
 
@@ -119,22 +155,37 @@ def _worker(job: ServerJob, directory: Path) -> EngineWorker:
     def base() -> WeightsId:
         return WeightsId(0, model_digest(path))
 
+    @functools.cache
+    def reader() -> VersionReader:
+        from nemo_aapo.engines.deltas import VersionReader
+
+        name = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:8]
+        mine = open_directory(Path(tempfile.gettempdir()) / f"nemo_aapo-{os.getuid()}")
+        return VersionReader(directory, mine / f"server_{job.config.rollout.server.index}-{name}")
+
     def build() -> HostedEngine:
         from nemo_aapo.engines.build import build_hosted_engine
 
-        return build_hosted_engine(job.config, job.shape)
+        hosted = build_hosted_engine(job.config, job.shape)
+        if job.ranks == 1:
+            return hosted
+        from nemo_aapo.engines.ranks import led
 
-    def locate(weights: Weights, tensors: Set[str]) -> Path:
-        from nemo_aapo.engines.remote.weight_store import require_architecture, verified
+        return led(hosted)
+
+    @contextmanager
+    def locate(weights: Weights, tensors: Set[str]) -> Iterator[Path]:
+        from nemo_aapo.engines.remote.weight_store import require_architecture
         from nemo_aapo.errors import WeightsError
 
         if weights.manifest is not None:
-            folder = verified(directory, weights, tensors)
-            require_architecture(folder, Path(path))
-            return folder
-        if weights.id != base():
+            with reader().whole(weights, tensors) as folder:
+                require_architecture(folder, Path(path))
+                yield folder
+        elif weights.id == base():
+            yield Path(path)
+        else:
             raise WeightsError(f"the base model of this server, {path}, is another one than the trainer's")
-        return Path(path)
 
     return EngineWorker(build, base, locate)
 

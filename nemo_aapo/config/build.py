@@ -149,8 +149,12 @@ def _convert(value: Any, annotation: Any, path: str) -> Any:
     if origin is tuple and isinstance(value, list | tuple):
         element = typing.get_args(inner)[0]
         return tuple(_convert(item, element, f"{path}[{i}]") for i, item in enumerate(value))
+    if origin is list and isinstance(value, list | tuple):
+        return [_convert(item, typing.get_args(inner)[0], f"{path}[{i}]") for i, item in enumerate(value)]
     if origin is dict and isinstance(value, dict):
         return dict(value)
+    if inner is Any or (inner in (list, dict) and isinstance(value, inner)):  # of a class of the user's
+        return value
     return _convert_plain(value, inner, path)
 
 

@@ -45,12 +45,14 @@ def check_alone(config: Config) -> None:
         _check_trtllm_colocated(config)
     _check_algorithm(config)
     _check_async(config)
+    _check_refit(config)
     remote = config.rollout.remote
     if remote.min_servers > remote.servers:
         raise ConfigError(
             f"rollout.remote.min_servers={remote.min_servers}: the start waits for no more than rollout.remote.servers="
             f"{remote.servers}"
         )
+    _check_trace(config)
     _check_lora(config)
     _check_rewards(config)
     check_data(config)
@@ -70,6 +72,18 @@ def check_alone(config: Config) -> None:
                 f"{key}={_get(config, key)} can't hold one sequence: data.max_prompt_tokens="
                 f"{config.data.max_prompt_tokens} + rollout.max_new_tokens={config.rollout.max_new_tokens} = {longest}"
             )
+
+
+MOST_TRACED = 100
+"""Steps of a run that may be traced; a trace takes some MB."""
+
+
+def _check_trace(config: Config) -> None:
+    steps, last = config.trace.steps, config.trainer.max_steps
+    if later := [step for step in steps if step > last]:
+        raise ConfigError(f"trace.steps names step {later[0]}, and the run ends at trainer.max_steps={last}")
+    if len(steps) > MOST_TRACED:
+        raise ConfigError(f"trace.steps names {len(steps)} steps: up to {MOST_TRACED} of a run can be traced")
 
 
 def _check_layout(config: Config) -> None:
@@ -249,14 +263,12 @@ def _check_switches(config: Config) -> None:
         )
     if algorithm.margin_schedule is not None and algorithm.margin is None:
         raise ConfigError("algorithm.margin_schedule has no effect with algorithm.margin=null: set it to null")
+    if algorithm.scale_margin and algorithm.margin is None:
+        raise ConfigError("algorithm.scale_margin=true has no effect with algorithm.margin=null: set it to false")
     if algorithm.dual_clip is not None and algorithm.loss not in ("ratio_clip", "sequence_ratio_clip"):
         raise ConfigError(f"algorithm.dual_clip has no effect with algorithm.loss={algorithm.loss}: set it to null")
     if algorithm.kl_coefficient and algorithm.loss == "cross_entropy":
         raise ConfigError("algorithm.kl_coefficient has no effect with algorithm.loss=cross_entropy: set it to 0")
-    if config.group_size == 1 and algorithm.margin is None:
-        raise ConfigError(
-            f"group_size=1: algorithm={algorithm.name} compares completions of a group; at least 2 needed"
-        )
 
 
 def _check_async(config: Config) -> None:
@@ -277,6 +289,22 @@ def _check_async(config: Config) -> None:
         raise ConfigError(
             f"rollout.async_depth={depth} with data.sampling={config.data.sampling}: which prompts a step takes would "
             "depend on steps that are not trained on yet when it begins. Use data.sampling=uniform, or a depth of 1"
+        )
+
+
+def _check_refit(config: Config) -> None:
+    if config.rollout.refit != "collective":
+        return
+    if config.model.lora is not None or config.rollout.server.engine != "megatron":
+        which = "model.lora" if config.model.lora is not None else "rollout.server.engine=trtllm"
+        raise ConfigError(
+            f"rollout.refit=collective sends Megatron's own weights, and {which} makes those of trainer and server "
+            "differ: use rollout.refit=files or delta"
+        )
+    if config.rollout.async_depth > 1:
+        raise ConfigError(
+            f"rollout.refit=collective with rollout.async_depth={config.rollout.async_depth}: servers take weights at "
+            "different times then, and the trainer has the newest only. Use rollout.refit=files or delta"
         )
 
 

@@ -92,8 +92,22 @@ def check_cluster(config: Config) -> None:
         ):
             if not path.startswith("/"):
                 raise ConfigError(f"{key}={path}: with cluster.container.image paths must be absolute")
+    _check_servers(config)
     if cluster.launcher == "nemo_run" and (cluster.kind != "slurm" or cluster.servers.nodes):
         raise ConfigError("cluster.launcher=nemo_run submits trainers: it needs cluster=slurm, without servers")
+
+
+def _check_servers(config: Config) -> None:
+    """Each server's ranks are on one node, where each has a GPU of its own."""
+    servers, server = config.cluster.servers, config.rollout.server
+    ranks = server.tensor_parallel_size * server.pipeline_parallel_size
+    if servers.nodes and servers.gpus_per_node and servers.per_node * ranks > servers.gpus_per_node:
+        raise ConfigError(
+            f"cluster.servers.per_node={servers.per_node} servers of rollout.server.tensor_parallel_size="
+            f"{server.tensor_parallel_size} x pipeline_parallel_size={server.pipeline_parallel_size} = {ranks} ranks "
+            f"need {servers.per_node * ranks} GPUs on a node, and cluster.servers.gpus_per_node="
+            f"{servers.gpus_per_node}: a server is on one node. Lower one of them"
+        )
 
 
 def _files(config: Config, what: Literal["train", "validation"]) -> list[str]:

@@ -80,7 +80,7 @@ def _decides(facts: Facts, value: Any, config: Config) -> bool:
     if isinstance(facts.decides, bool):
         return facts.decides
     if facts.decides == "set":
-        return value is not False and value not in (None, {})
+        return bool(value)
     other: Any = config
     key, wanted = facts.decides
     for part in key.split("."):

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
-from nemo_aapo.errors import ConfigError, RunError
+from nemo_aapo.errors import ConfigError, Interrupted, RunError
 
 T = TypeVar("T")
 Group = dist.ProcessGroup | None
@@ -88,7 +88,7 @@ def _attempt(action: Callable[[], T], failure: Failure) -> tuple[T | None, Excep
     try:
         return action(), None
     except Exception as error:
-        if failure is None or isinstance(error, failure | ConfigError):
+        if failure is None or isinstance(error, failure | ConfigError | Interrupted):
             return None, error
         wrapped = failure(f"{type(error).__name__}: {error}")
         wrapped.__cause__ = error
@@ -100,4 +100,8 @@ def _told(error: Exception | None) -> tuple[type[Exception], str] | None:
 
 
 def _again(kind: type[Exception], message: str) -> Exception:
-    return kind(message) if issubclass(kind, ValueError | ArithmeticError | RunError) else RuntimeError(message)
+    return (
+        kind(message)
+        if issubclass(kind, ValueError | ArithmeticError | RunError | Interrupted)
+        else RuntimeError(message)
+    )

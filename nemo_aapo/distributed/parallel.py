@@ -217,6 +217,16 @@ def broadcast_from_first_rank(value: T) -> T:
     return box[0]
 
 
+def gather_on_first_rank(value: T) -> list[T]:
+    """Every rank's object, in rank order, on rank 0; empty on the others."""
+    size = dist.get_world_size()
+    if size == 1:
+        return [value]
+    gathered: list[Any] | None = [None] * size if dist.get_rank() == 0 else None
+    dist.gather_object(value, gathered, dst=0)
+    return gathered or []
+
+
 def gather_data_parallel(value: T) -> list[T]:
     """Every data-parallel rank's object, in rank order, on all of them. For small objects: numbers, not sequences."""
     return _all_gather(value, groups().data)

@@ -32,6 +32,15 @@ class RolloutStats:
     """Share of the rows that stood empty, averaged over the steps; NaN where the engine can't tell."""
 
 
+@runtime_checkable
+class ReportsServers(Protocol):
+    """An engine whose work is done by servers, which are worth metrics of their own."""
+
+    def server_metrics(self) -> dict[str, float]:
+        """``servers/...`` of a step, on rank 0; empty elsewhere. Returns at once."""
+        ...
+
+
 class PendingCompletions(Protocol):
     """Completions that are being generated."""
 
@@ -48,6 +57,8 @@ class RolloutEngine(Protocol):
     """True: it serves the learner's own weights. False: it has a copy, which ``update_weights`` replaces."""
     stats: RolloutStats | None
     """The last ``generate`` call's figures; None before the first."""
+    refit_bytes: int
+    """Bytes that the last ``update_weights`` wrote or sent; 0 where there was nothing to move."""
 
     def generate(
         self,

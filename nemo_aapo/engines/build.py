@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +18,8 @@ from nemo_aapo.engines.base import RolloutEngine
 from nemo_aapo.utils.libraries import importing
 
 if TYPE_CHECKING:  # servers with another engine do without Megatron
+    from nemo_aapo.engines.collective.plan import Rendezvous
+    from nemo_aapo.engines.weights import WeightsId
     from nemo_aapo.learner.policy import MegatronPolicy
 
 
@@ -32,7 +36,8 @@ def build_engine(
     if config.rollout.engine == "remote":
         from nemo_aapo.engines.remote.engine import RemoteEngine
 
-        return RemoteEngine.from_config(config)
+        sends = config.rollout.refit == "collective"
+        return RemoteEngine.from_config(config, (policy.module, shape.vocab_size) if sends else None)
     if config.rollout.engine == "trtllm":
         from nemo_aapo.engines.trtllm.engine import TrtllmEngine
 
@@ -61,10 +66,16 @@ class HostedEngine:
     """Names of all tensors that such a directory must have."""
     can_break_off: bool
     """``generate`` may be left by an exception of ``on_finish``, and the engine goes on."""
+    meeting: Callable[[Rendezvous, WeightsId], AbstractContextManager[Callable[[], int]]] | None = None
+    """Meets the trainer's ranks; inside, the call takes what they send, and returns its bytes. None: only files."""
+    idle: Callable[[], None] | None = None
+    """To be called every few seconds while there is nothing to do; None: nobody waits for that."""
+    kv_cache_use: Callable[[], float] = lambda: math.nan
+    """Share of the KV cache that is in use now; NaN where the engine does not tell."""
 
 
 def build_hosted_engine(config: Config, shape: ModelShape) -> HostedEngine:
-    """A server's engine with the base model's weights; in this process alone, whatever the trainer's layout."""
+    """A server's engine with the base model's weights; on its own ranks, whatever the trainer's layout. Collective."""
     build = _hosted_trtllm if config.rollout.server.engine == "trtllm" else _hosted_megatron
     return build(config, shape)
 
@@ -87,28 +98,25 @@ def _hosted_trtllm(config: Config, shape: ModelShape) -> HostedEngine:
 def _hosted_megatron(config: Config, shape: ModelShape) -> HostedEngine:
     with importing():
         from nemo_aapo.data.tokenizer import load_text
+        from nemo_aapo.engines.collective.receiver import WeightReceiver
         from nemo_aapo.engines.megatron.engine import MegatronEngine
         from nemo_aapo.mcore import precision
         from nemo_aapo.mcore.bridge.weights import WeightMap
         from nemo_aapo.mcore.groups import initialize_model_parallel
         from nemo_aapo.mcore.model import build_module
 
-    # torch would keep a record of the last 2,000 collectives, 2 MB; this process has none with others
+    # torch would keep a record of the last 2,000 collectives, 2 MB
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "0")
-    initialize_model_parallel(
-        tensor_model_parallel_size=1,
-        pipeline_model_parallel_size=1,
-        seed=config.seed,
-        timeout_s=config.trainer.distributed_timeout_s,
-    )
+    server = config.rollout.server
+    layout: dict[str, Any] = {
+        "tensor_model_parallel_size": server.tensor_parallel_size,
+        "pipeline_model_parallel_size": server.pipeline_parallel_size,
+        "expert_model_parallel_size": server.expert_parallel_size,
+    }
+    initialize_model_parallel(**layout, seed=config.seed, timeout_s=config.rollout.remote.timeout_s)
+    with_experts_cut = shape.experts is not None and server.tensor_parallel_size > 1  # of which mcore then asks it
     model = dataclasses.replace(
-        config.model,
-        tensor_model_parallel_size=1,
-        pipeline_model_parallel_size=1,
-        context_parallel_size=1,
-        expert_model_parallel_size=1,
-        sequence_parallel=False,
-        recompute_granularity=None,
+        config.model, **layout, context_parallel_size=1, sequence_parallel=with_experts_cut, recompute_granularity=None
     )
     config = dataclasses.replace(config, model=model)
     weight_map = WeightMap(config.model.path, precision.dtype(config))
@@ -129,4 +137,14 @@ def _hosted_megatron(config: Config, shape: ModelShape) -> HostedEngine:
 
     load(Path(config.model.path), 0)
     tensors = frozenset(name for name, _ in weight_map.export(module))
-    return HostedEngine(engine, load, tensors, can_break_off=True)
+    receiver = WeightReceiver(module, shape.vocab_size, rollout.server.index, rollout.remote.timeout_s)
+
+    @contextmanager
+    def meeting(where: Rendezvous, weights: WeightsId) -> Iterator[Callable[[], int]]:
+        with receiver.meeting(where, weights) as take:
+            yield take
+        engine.update_weights((), weights.policy_version)
+
+    return HostedEngine(
+        engine, load, tensors, can_break_off=True, meeting=meeting, kv_cache_use=lambda: engine.kv_cache_use
+    )

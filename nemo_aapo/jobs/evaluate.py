@@ -18,6 +18,7 @@ from nemo_aapo.config import Config, EvaluationConfig
 from nemo_aapo.data.tokenizer import load_text
 from nemo_aapo.distributed import parallel
 from nemo_aapo.distributed.agreement import agree, on_first_rank
+from nemo_aapo.errors import Interrupted
 from nemo_aapo.evaluation import report
 from nemo_aapo.evaluation.benchmarks import Problem
 from nemo_aapo.evaluation.measure import measure
@@ -54,9 +55,8 @@ def evaluate(job: EvaluationJob) -> int:
     Raises:
         ConfigError, DataError, RunError: on all ranks.
     """
-    config, settings, source = job.config, job.settings, job.source
-    directory = Path(config.run.dir)
-    initialize(settings)
+    directory = Path(job.config.run.dir)
+    initialize(job.settings)
     first = parallel.rank() == 0
     try:
         with (
@@ -65,25 +65,36 @@ def evaluate(job: EvaluationJob) -> int:
             parallel.lost_ranks_reported(lambda: "the evaluation"),
         ):
             agree(lambda: stack.enter_context(_claimed(directory)) if first else None)
-            scorer = build_scorer([(job.reward, 1.0)], settings.reward_runner, stack)
-            vocab_size, trusted = job.shape.vocab_size, config.model.trust_remote_code
-            text = load_text(str(source.base), vocab_size, trust_remote_code=trusted)
-            if len(text.end_tokens) > 1:
-                _say(f"completions end with one of {text}")
-            tasks = _load_tasks(config, text.tokenizer, scorer)
-            engine, weights = build_engine(job, text.decode, stack, _say)
-            identity = _identity(config, settings, weights, text.end_tokens)
-            agree(lambda: _begin(directory, dict(job.tree), identity) if first else None)
-            collector = Collector(engine, scorer, text.decode)
-            sampling = sampling_of(config, text.end_tokens)
-            for task in tasks:
-                if not _measure(config, task, collector, sampling, stop):
-                    _say(f"{directory}: stopped; the same command goes on from there")
-                    return 0
-            agree(lambda: _finish(config, tasks, identity) if first else None)
-        return 0
+            _evaluate(job, stack, stop)
+    except Interrupted:
+        _say(f"{directory}: stopped; the same command goes on from there")
     finally:
         destroy_model_parallel()
+    return 0
+
+
+def _evaluate(job: EvaluationJob, stack: contextlib.ExitStack, stop: StopSignal) -> None:
+    """The same, with the run directory in hand.
+
+    Raises:
+        Interrupted: on all ranks; a stop came first.
+    """
+    config, settings, source = job.config, job.settings, job.source
+    directory, first = Path(config.run.dir), parallel.rank() == 0
+    scorer = build_scorer([(job.reward, 1.0)], settings.reward_runner, stack)
+    vocab_size, trusted = job.shape.vocab_size, config.model.trust_remote_code
+    text = load_text(str(source.base), vocab_size, trust_remote_code=trusted)
+    if len(text.end_tokens) > 1:
+        _say(f"completions end with one of {text}")
+    tasks = _load_tasks(config, text.tokenizer, scorer)
+    engine, weights = build_engine(job, text.decode, stack, _say)
+    identity = _identity(config, settings, weights, text.end_tokens)
+    agree(lambda: _begin(directory, dict(job.tree), identity) if first else None)
+    collector = Collector(engine, scorer, text.decode)
+    sampling = sampling_of(config, text.end_tokens)
+    for task in tasks:
+        _measure(config, task, collector, sampling, stop)
+    agree(lambda: _finish(config, tasks, identity) if first else None)
 
 
 # ---------------------------------------------------------------- loading
@@ -125,8 +136,8 @@ def _identity(
 
 def _measure(
     config: EvaluationConfig, task: Task, collector: Collector, sampling: SamplingSpec, stop: StopSignal
-) -> bool:
-    """Generate, judge and keep what is missing of a benchmark; False if a signal ended it early. Collective."""
+) -> None:
+    """Generate, judge and keep what is missing of a benchmark. Collective; ``Interrupted`` by a stop."""
     records, reward = Records(Path(config.run.dir), task.name), reward_name(config)
 
     def missing() -> tuple[list[list[int]], bool]:
@@ -142,7 +153,7 @@ def _measure(
     with _bar(task.name, total, total - sum(map(len, samples))) as bar:
         for start in range(0, len(wanted), config.problems_per_batch):
             if parallel.any_rank(stop.requested)[0]:
-                return False
+                raise Interrupted
             batch = wanted[start : start + config.problems_per_batch]
             seeds = [
                 [stream_seed(config.seed, "evaluation", task.problems[i].id, k) for k in samples[i]] for i in batch
@@ -159,8 +170,7 @@ def _measure(
             agree(functools.partial(_keep, records, everyone))
             bar.update(len(everyone))
             if not outcomes.complete:
-                return False
-    return True
+                raise Interrupted
 
 
 def _keep(records: Records, rows: Sequence[Record]) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,7 +15,7 @@ from nemo_aapo.conversion.source import lora_of
 from nemo_aapo.distributed import parallel
 from nemo_aapo.distributed.agreement import on_first_rank
 from nemo_aapo.engines.base import RolloutEngine
-from nemo_aapo.engines.remote.directory import ServerRecord, read_servers
+from nemo_aapo.engines.remote.directory import ServerRecord
 from nemo_aapo.errors import ConfigError
 from nemo_aapo.mcore import precision
 from nemo_aapo.models.reader import WeightFiles
@@ -60,7 +61,8 @@ def _on_servers(
     """
     from nemo_aapo.engines.remote.engine import RemoteEngine
 
-    engine = RemoteEngine.from_config(job.settings)
+    admit = functools.partial(_require_precision, job.settings.precision.name)
+    engine = RemoteEngine.from_config(job.settings, admit=admit)
     stack.callback(engine.close)
     log(f"handing {job.source.path} to the rollout servers of {engine.fleet.directory}")
     if job.source.kind == "hf":
@@ -70,19 +72,16 @@ def _on_servers(
     else:
         weight_map, module, digest = _load(job, log)
         engine.update_weights(weight_map.export(module), PUBLISHED)
-    on_first_rank(lambda: _require_precision(job, read_servers(engine.fleet.directory)))
     return engine, digest
 
 
-def _require_precision(job: EvaluationJob, servers: Sequence[ServerRecord]) -> None:
-    wanted = job.settings.precision.name
-    for server in servers:
-        if server.precision not in ("", wanted):
-            raise ConfigError(
-                f"precision.name={wanted}: rollout server {server.index} ({server.address}) computes in "
-                f"{server.precision}. Ask for that (precision={server.precision}), or start servers with "
-                f"precision={wanted}"
-            )
+def _require_precision(wanted: str, server: ServerRecord) -> None:
+    if server.precision not in ("", wanted):
+        raise ConfigError(
+            f"precision.name={wanted}: rollout server {server.index} ({server.address}) computes in "
+            f"{server.precision}. Ask for that (precision={server.precision}), or start servers with "
+            f"precision={wanted}"
+        )
 
 
 def _load(job: EvaluationJob, log: Callable[[str], None]) -> tuple[WeightMap, GPTModel, str]:

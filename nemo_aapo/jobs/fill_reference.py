@@ -16,7 +16,7 @@ from nemo_aapo.data.sampler import PromptSampler
 from nemo_aapo.data.tokenizer import load_text
 from nemo_aapo.distributed import parallel
 from nemo_aapo.distributed.agreement import on_first_rank
-from nemo_aapo.errors import ConfigError
+from nemo_aapo.errors import ConfigError, Interrupted
 from nemo_aapo.mcore.groups import destroy_model_parallel
 from nemo_aapo.prepare.job import Job
 from nemo_aapo.reference_store.key import StoreKey
@@ -28,7 +28,6 @@ from nemo_aapo.training.build import (
     build_scorer,
     initialize,
     sampling_of,
-    stop_or_limit,
     with_first_ranks_date,
 )
 from nemo_aapo.training.build_reference import reference_key
@@ -60,7 +59,9 @@ def fill(job: Job, shard: Shard | None = None) -> int:
     try:
         job = with_first_ranks_date(job)
         with (
-            StopSignal(speak=speaks, ending="storing what is scored, then stopping") as stop,
+            StopSignal(
+                limit_s=job.config.checkpoint.max_time_s, speak=speaks, ending="storing what is scored, then stopping"
+            ) as stop,
             contextlib.ExitStack() as stack,
             parallel.lost_ranks_reported(lambda: "the filling of the reference store"),
             _Screen(speaks) as screen,
@@ -71,15 +72,19 @@ def fill(job: Job, shard: Shard | None = None) -> int:
             prompts = needed_prompts(pipeline.data, pipeline.sampler, job.config.trainer.max_steps)
             if shard:
                 prompts = _not_in(store, reference.key, shard.select(prompts), samples)
-            stops = stop_or_limit(job.config, lambda: stop.requested)
-            complete = reference.prepare(prompts, pipeline.reference_served, screen.progress, stops)
+            complete = reference.prepare(prompts, pipeline.reference_served, screen.progress, lambda: stop.requested)
             what = f"{len(prompts)} prompts x {samples} reference rewards"
-            screen.note(f"{own}: {what}" if complete else f"{own}: stopped; the same command goes on from there")
+            if not complete:
+                raise Interrupted
+            screen.note(f"{own}: {what}")
             if reference.unscored:
                 screen.note(f"{reference.unscored} could not be scored and are not stored: the next fill tries again")
-        return 0
+    except Interrupted:
+        if speaks:
+            print(f"{own}: stopped; the same command goes on from there", flush=True)
     finally:
         destroy_model_parallel()
+    return 0
 
 
 def merge(job: Job) -> int:

@@ -22,7 +22,7 @@ from nemo_aapo.run.progress import Progress
 from nemo_aapo.run.reporter import RunReporter
 from nemo_aapo.run.stop import StopSignal
 from nemo_aapo.run.summary import summary_table
-from nemo_aapo.training.build import Parts, build_training, initialize, stop_of, with_first_ranks_date
+from nemo_aapo.training.build import Parts, build_training, initialize, with_first_ranks_date
 from nemo_aapo.training.trainer import AAPOTrainer
 from nemo_aapo.utils.job import world_size_of_job
 from nemo_aapo.utils.unforeseen import forgive_console
@@ -61,7 +61,7 @@ def train(job: Job | Config, **parts: Unpack[Parts]) -> int:
             agree(
                 lambda: open_experiment(config, dict(job.tree), rank=rank, world_size=job.sizes.world_size)
             ) as experiment,
-            StopSignal(Path(config.run.dir), speak=rank == 0) as stop,
+            StopSignal(Path(config.run.dir), limit_s=config.checkpoint.max_time_s, speak=rank == 0) as stop,
             Progress(config.trainer.max_steps, enabled=rank == 0) as progress,
             contextlib.ExitStack() as stack,
         ):
@@ -81,8 +81,12 @@ def train(job: Job | Config, **parts: Unpack[Parts]) -> int:
                 console_samples=config.validation.console_samples,
                 after_validation=after_validation,
             )
-            with parallel.lost_ranks_reported(lambda: "the start"):
-                trainer = build_training(job, reporter=reporter, stack=stack, **parts)
+            try:
+                with parallel.lost_ranks_reported(lambda: "the start"):
+                    trainer = build_training(job, reporter=reporter, stack=stack, **parts)
+            except Interrupted:
+                progress.note("stopped at the start; the same command begins anew")
+                return 0
             complete = trainer.fit()
             complete = complete and _export(trainer, reporter)
             page.finish("finished" if complete else "stopped")
@@ -100,14 +104,14 @@ def train(job: Job | Config, **parts: Unpack[Parts]) -> int:
 
 def _export(trainer: AAPOTrainer, reporter: RunReporter) -> bool:
     """Export the model where that is asked for; False if a stop broke it off."""
-    config, began, stop = trainer.config, time.monotonic(), stop_of(trainer.config, reporter)
+    config, began = trainer.config, time.monotonic()
     if config.export_hf_model:
         reporter.note("exporting the Hugging Face model")
         with parallel.lost_ranks_reported(lambda: "the export"):
             try:
                 trainer.policy.export(
                     str(Path(config.run.dir) / "hf_model"),
-                    lambda: time.monotonic() - began > SHORT_EXPORT_S and stop(),
+                    lambda: time.monotonic() - began > SHORT_EXPORT_S and reporter.stop_requested(),
                 )
             except Interrupted:
                 return False

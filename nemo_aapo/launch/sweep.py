@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import shlex
@@ -33,6 +34,8 @@ from nemo_aapo.utils.files import FINISHED, write_atomic
 POLL_S = 0.2
 NAMED = 40
 """A value's part of a name is no longer than this."""
+MOST_RUNS = 1000
+"""Of one sweep; Slurm's arrays have no more unless its administrator says otherwise."""
 RUNS = "runs.txt"
 """The directories of an array's tasks, one a line."""
 
@@ -73,21 +76,29 @@ def points(overrides: Sequence[str]) -> list[Point]:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
+    keys: list[str] = []
     fixed: list[str] = []
     swept: dict[str, list[str]] = {}
     for word in overrides:
         try:
             parsed = OverridesParser.create().parse_override(word)
+            keys.append(parsed.key_or_group)
             if not parsed.is_sweep_override():
                 fixed.append(word)
                 continue
             values = list(dict.fromkeys(parsed.sweep_string_iterator()))
         except (HydraException, ValueError, NotImplementedError) as error:
             raise ConfigError(f"{word}: {one_line(error)}. A sweep takes A,B, range(A,B) and choice(A,B)") from None
-        _check_swept(parsed.key_or_group, swept)
+        _check_swept(keys[-1])
         swept[parsed.get_key_element()] = values
     if not swept:
         raise ConfigError("launch.py sweep: no key has several values; write KEY=A,B (seed=1,2), or leave `sweep` out")
+    for key in (key.lstrip("+~") for key in swept):
+        if keys.count(key) > 1:
+            raise ConfigError(f"launch.py sweep: {key} is given twice")
+    count = math.prod(map(len, swept.values()))
+    if not 0 < count <= MOST_RUNS:
+        raise ConfigError(f"launch.py sweep: these values make {count} runs; a sweep has 1 to {MOST_RUNS}")
     chosen = [dict(zip(swept, values, strict=True)) for values in itertools.product(*swept.values())]
     names = _names(chosen)
     return [Point(name, [*fixed, *(f"{key}={value}" for key, value in values.items())])
@@ -101,11 +112,9 @@ def quoted(text: str) -> str:
     return f"'{escaped}'"
 
 
-def _check_swept(key: str, swept: dict[str, list[str]]) -> None:
-    if key.startswith(("run.", "cluster", "exp_manager.explicit_log_dir", "dry_run")) or key == "run":
+def _check_swept(key: str) -> None:
+    if key.startswith(("run.", "cluster", "exp_manager.explicit_log_dir", "dry_run", "hydra")) or key == "run":
         raise ConfigError(f"launch.py sweep: {key} can't have several values: runs are named by the others' values")
-    if key in {other.lstrip("+~") for other in swept}:
-        raise ConfigError(f"launch.py sweep: {key} is given twice")
 
 
 def _names(chosen: Sequence[dict[str, str]]) -> list[str]:

@@ -63,8 +63,9 @@ class Learner:
         optimization = self.policy.optimization
         for _ in range(self.updates_per_rollout):
             step = _means(optimization.train_step(batches, self._loss))
-            if nonfinite or "masked_fraction" in step:
-                step["masked_fraction"] = self._check_masked(nonfinite + step.get("masked_fraction", 0.0))
+            masked = step.get("masked_fraction", 0.0)
+            if nonfinite or "masked_fraction" in step:  # NaN: no tokens are left of which to mask some
+                step["masked_fraction"] = self._check_masked(nonfinite + (0.0 if math.isnan(masked) else masked))
             metrics = {**step, **metrics, **{key: step[key] for key in ("loss", "grad_norm", "lr")}}
         optimization.finish_updates()
         return {**metrics, **shape_metrics}
@@ -132,7 +133,7 @@ class Learner:
         kept = [
             [sample for sample in row if len(sample.completion_ids)]
             for row, is_dead in zip(samples, dead, strict=True)
-            if self.objective.algorithm.learns_without_advantage or not is_dead
+            if self.objective.learns_without_advantage or not is_dead
         ]
         counts = parallel.gather_data_parallel(
             (
@@ -247,7 +248,8 @@ class Learner:
             reduce=parallel.add_over_context if parallel.context_parallel_size() > 1 else None,
         )
         value, sums = self.objective.token_loss(tokens)
-        return value, {**sums, "entropy": entropy.sum()}
+        with torch.no_grad():
+            return value, {**sums, "entropy": entropy.sum()}
 
 
 def _samples(group: Group) -> list[Sample]:

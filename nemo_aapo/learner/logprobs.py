@@ -41,6 +41,7 @@ def selected_logprobs(
     tp_group: dist.ProcessGroup | None,
     vocab_start: int,
     chunk_tokens: int,
+    entropy_gradient: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """log softmax(hidden @ weight.T / temperature)[target], and the entropy of that softmax, for each of n tokens.
 
@@ -61,10 +62,11 @@ def selected_logprobs(
         chunk_tokens: bounds the memory: no more logits exist at a time than so many tokens have on this rank,
             ``chunk_tokens * v`` (but see ``MIN_TILE_LOGITS`` and its twin for GPUs). They take two buffers of the
             result's dtype or, on a GPU, one of it and one of the inputs' dtype.
+        entropy_gradient: the entropies carry a gradient, too, for which the backward pass holds one buffer more.
 
     Returns:
         Log-probs [n] and entropies [n] in nats, float32 (float64 for float64 inputs). A target outside
-        [0, vocab_size) has log-prob -inf. Gradients flow through the log-probs only.
+        [0, vocab_size) has log-prob -inf.
 
     Raises:
         ValueError: shapes or dtypes that do not fit, or a temperature or chunk that is not positive.
@@ -80,8 +82,19 @@ def selected_logprobs(
         raise ValueError(f"temperature={temperature}, chunk_tokens={chunk_tokens}: both must be positive")
     rows = min(max(vocab_size - vocab_start, 0), weight_shard.shape[0])  # 0 where the shard is nothing but padding
     return _SelectedLogprobs.apply(
-        hidden, weight_shard, targets - vocab_start, rows, 1.0 / temperature, tp_group, chunk_tokens * rows
+        hidden,
+        weight_shard,
+        targets - vocab_start,
+        rows,
+        1.0 / temperature,
+        tp_group,
+        chunk_tokens * rows,
+        entropy_gradient,
     )
+
+
+_OfEntropy = tuple[torch.Tensor, torch.Tensor]
+"""Entropies [n], and the loss's gradients by them."""
 
 
 class _SelectedLogprobs(torch.autograd.Function):
@@ -97,6 +110,7 @@ class _SelectedLogprobs(torch.autograd.Function):
         inverse_temperature: float,
         tp_group: dist.ProcessGroup | None,
         max_logits: int,
+        entropy_gradient: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.rows, ctx.inverse_temperature, ctx.max_logits = rows, inverse_temperature, max_logits
         statistics = _shard_statistics(hidden, weight[:rows], targets, inverse_temperature, max_logits)
@@ -107,27 +121,29 @@ class _SelectedLogprobs(torch.autograd.Function):
         maximum, total, weighted, target = statistics
         log_total = total.log()
         logprobs, entropy = target - maximum - log_total, log_total - weighted / total
-        ctx.save_for_backward(hidden, weight, targets, maximum + log_total)
-        ctx.mark_non_differentiable(entropy)
+        ctx.save_for_backward(hidden, weight, targets, maximum + log_total, entropy if entropy_gradient else None)
+        if not entropy_gradient:
+            ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_logprobs: torch.Tensor, _grad_entropy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden, weight, targets, logsumexp = ctx.saved_tensors
+    def backward(ctx: Any, grad_logprobs: torch.Tensor, grad_entropy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden, weight, targets, logsumexp, entropy = ctx.saved_tensors
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         grad = grad_logprobs * ctx.inverse_temperature
+        of_entropy = None if entropy is None else (entropy, grad_entropy * ctx.inverse_temperature)
         grad_hidden = torch.zeros_like(hidden, dtype=grad.dtype) if need_hidden else None
         grad_weight = torch.empty_like(weight) if need_weight else None
         if grad_weight is not None:
             grad_weight[ctx.rows :] = 0.0  # rows of padding are in no tile
         for tile, logits in _tiles(hidden, weight[: ctx.rows], ctx.inverse_temperature, ctx.max_logits):
-            grad_logits = _grad_tile(logits, targets, tile.start, logsumexp, grad, hidden.dtype)
+            grad_logits = _grad_tile(logits, targets, tile.start, logsumexp, grad, of_entropy, hidden.dtype)
             if grad_hidden is not None:
                 _add_product(grad_hidden, grad_logits, weight[tile])
             if grad_weight is not None:
                 torch.mm(grad_logits.t(), hidden, out=grad_weight[tile])
-        return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, *[None] * 5
+        return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, *[None] * 6
 
 
 def _fused(logits: torch.Tensor) -> bool:
@@ -232,11 +248,12 @@ def _grad_tile(
     first: int,
     logsumexp: torch.Tensor,
     grad: torch.Tensor,
+    of_entropy: _OfEntropy | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """``_grad_logits`` of the tile that begins at column ``first``, in ``dtype``; ``logits`` may be overwritten."""
-    if not _fused(logits):
-        return _grad_logits(logits, targets - first, logsumexp, grad).to(dtype)
+    if not _fused(logits) or of_entropy is not None:  # the kernel knows log-probs only
+        return _grad_logits(logits, targets - first, logsumexp, grad, of_entropy).to(dtype)
     from nemo_aapo.learner.logprobs_triton import grad_logits  # triton comes with torch's CUDA builds only
 
     out = logits if dtype == logits.dtype else torch.empty_like(logits, dtype=dtype)
@@ -244,11 +261,22 @@ def _grad_tile(
 
 
 def _grad_logits(
-    logits: torch.Tensor, targets: torch.Tensor, logsumexp: torch.Tensor, grad: torch.Tensor
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    logsumexp: torch.Tensor,
+    grad: torch.Tensor,
+    of_entropy: _OfEntropy | None = None,
 ) -> torch.Tensor:
-    """d loss / d logits = grad * (1[column = target] - softmax), written over ``logits`` [n, c]."""
+    """d loss / d logits, written over ``logits`` [n, c]. With p = softmax, and of an entropy H its gradient e:
+
+    grad * (1[column = target] - p) - e * p * (log p + H)
+    """
     inside, column = _locate(targets, logits.shape[1])
-    logits.sub_(logsumexp[:, None]).exp_().mul_(-grad[:, None])
+    log_p, factor = logits.sub_(logsumexp[:, None]), -grad[:, None]
+    if of_entropy is not None:
+        entropy, e = (value[:, None] for value in of_entropy)
+        factor = torch.mul(log_p, -e).add_(factor - e * entropy)
+    log_p.exp_().mul_(factor)
     return logits.scatter_add_(1, column[:, None], torch.where(inside, grad, 0.0)[:, None])
 
 

@@ -20,6 +20,7 @@ from nemo_aapo.mcore.optimizer import (
     prepare_to_load,
 )
 from nemo_aapo.mcore.passes import connect
+from nemo_aapo.trace import spans
 
 
 class Optimization:
@@ -59,13 +60,15 @@ class Optimization:
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
         sums = self.passes.train(batches, loss, self.model)
-        self.optimizer.prepare_grads()
-        grad_norm = clip_gradients(self.optimizer)
+        with spans.span("gradient norm"):
+            self.optimizer.prepare_grads()
+            grad_norm = clip_gradients(self.optimizer)
         if not math.isfinite(sums["loss"]) or not math.isfinite(grad_norm):
             raise NonFiniteError(f"loss {sums['loss']}, gradient norm {grad_norm}")
         self.scheduler.step(1)
         lr = self.optimizer.param_groups[0]["lr"]
-        self.optimizer.step_with_ready_grads()
+        with spans.span("optimizer step"):
+            self.optimizer.step_with_ready_grads()
         self.updates += 1
         return {**sums, "grad_norm": grad_norm, "lr": lr}
 

@@ -117,6 +117,7 @@ class TokenPasses:
             tp_group=shard.group,
             vocab_start=shard.start,
             chunk_tokens=self.config.model.logprob_chunk_tokens,
+            entropy_gradient=self.config.algorithm.needs_entropy_gradient,
         )
 
 

@@ -62,7 +62,10 @@ def build_optimizer(config: Config, model: DistributedDataParallel) -> MegatronO
     )
     on_cpu = not torch.cuda.is_available()
     as_on_gpu = on_cpu and optim.use_distributed_optimizer
-    with cpu.types_as_on_gpu(model.parameters()) if as_on_gpu else contextlib.nullcontext():
+    typed = cpu.types_as_on_gpu(model.parameters()) if as_on_gpu else contextlib.nullcontext()
+    # Each rank's part of an fp32 parameter is a view of it. One that autograd knows of would keep the parameter's node
+    # alive, with it mcore's hook and all that this refers to: the model and its groups would never be collected.
+    with torch.no_grad(), typed:
         optimizer = get_megatron_optimizer(settings, [model])
     for part in parts(optimizer):
         part.optimizer.register_load_state_dict_post_hook(_count_steps_one_by_one)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
@@ -11,13 +12,14 @@ from megatron.core import tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel import get_forward_backward_func, schedules
 
 from nemo_aapo.mcore.experts.metrics import RouterWatch
 from nemo_aapo.mcore.experts.routing import RoutingReplay
 from nemo_aapo.mcore.micro_batch import MicroBatch
 from nemo_aapo.mcore.model import hidden_states_out
 from nemo_aapo.mcore.packing import packed_sequences, rotary_positions
+from nemo_aapo.trace import spans
 
 T = TypeVar("T")
 Sums = dict[str, torch.Tensor]
@@ -80,7 +82,12 @@ def connect(wrapped: DistributedDataParallel, optimizer: MegatronOptimizer) -> N
     config.grad_scale_func = optimizer.scale_loss
     config.no_sync_func = wrapped.no_sync
     # Our token weights hold 1 / (global denominator) already: mcore must neither count tokens nor divide.
-    config.finalize_model_grads_func = lambda model, num_tokens, **kw: finalize_model_grads(model, **kw)
+    config.finalize_model_grads_func = _finalize
+
+
+def _finalize(model: list[torch.nn.Module], num_tokens: torch.Tensor | None, **more: object) -> None:
+    with spans.span("gradients over ranks"):
+        finalize_model_grads(model, **more)
 
 
 def whole_hidden(hidden: torch.Tensor, sequence_parallel: bool) -> torch.Tensor:
@@ -115,7 +122,7 @@ def _run(
 
         return hidden, finish
 
-    with replay:
+    with replay, _micro_batches_recorded():
         return get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=iter(batches),
@@ -126,3 +133,29 @@ def _run(
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
         )
+
+
+@contextlib.contextmanager
+def _micro_batches_recorded() -> Iterator[None]:
+    """Inside, each micro-batch's pass through this stage, forward and backward, is a span where somebody records."""
+    if spans.recorder is None:
+        yield
+        return
+    originals = {name: getattr(schedules, name) for name in ("forward_step", "backward_step")}
+    for name, original in originals.items():
+        setattr(schedules, name, _recorded(original, name.removesuffix("_step")))
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(schedules, name, original)
+
+
+def _recorded(original: Callable, name: str) -> Callable:
+    numbers = itertools.count(1)
+
+    def call(*args: object, **options: object) -> object:
+        with spans.span(f"{name} {next(numbers)}", "micro-batch"):
+            return original(*args, **options)
+
+    return call

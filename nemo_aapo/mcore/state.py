@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
 from megatron.core.models.gpt import GPTModel
 
 from nemo_aapo.mcore.bridge.lora import ADAPTER, is_adapted
@@ -39,3 +42,40 @@ def _with_wrapper(name: str, wrapped: Iterable[str]) -> str:
         if name.startswith(prefix) and not name.startswith(prefix + ADAPTER[1:]):
             return f"{prefix}to_wrap.{name.removeprefix(prefix)}"
     return name
+
+
+@dataclass(frozen=True, slots=True)
+class WeightPart:
+    """A part of a weight that this rank holds, and where it lies in the whole weight, whatever the layout."""
+
+    key: str
+    """The weight's name; layers, and experts of a layer, are axes of one weight."""
+    start: tuple[int, ...]
+    """Of each axis of the whole weight, the first index."""
+    tensor: torch.Tensor
+    """The model's own memory, with as many axes as the whole weight has."""
+    counts: bool
+    """False: a copy of what another rank holds."""
+
+
+def weight_parts(module: GPTModel, vocab_size: int) -> list[WeightPart]:
+    """The parts of the model that this rank holds; rows that pad the vocabulary are left out.
+
+    Args:
+        vocab_size: the model's, without padding.
+    """
+    parts = []
+    for entry in sharded_model_state(module).values():
+        built = entry.build() if isinstance(entry, ShardedTensorFactory) else entry
+        for sharded in nested_values(built) if isinstance(built, dict | list) else [built]:
+            if isinstance(sharded, ShardedTensor):
+                parts.append(_part_of(sharded, vocab_size))
+    return [part for part in parts if part.tensor.numel()]
+
+
+def _part_of(sharded: ShardedTensor, vocab_size: int) -> WeightPart:
+    tensor = sharded.data.detach()
+    if sharded.allow_shape_mismatch:  # a vocabulary, which is padded to suit the layout
+        tensor = tensor[: max(0, vocab_size - sharded.global_offset[0])]
+    tensor = tensor.view(*(1,) * sharded.prepend_axis_num, *tensor.shape)
+    return WeightPart(sharded.key, sharded.global_offset, tensor, is_main_replica(sharded.replica_id))

@@ -50,7 +50,8 @@ _LOCAL_NORM = "mcore/cpu/kernels.py, rms_norm: the input and 1/rms"
 _LOCAL_LINEAR = "mcore tensor_parallel/layers.py, LinearWithGradAccumulationAndAsyncCommunication: the input"
 _LOCAL_ROTARY = "mcore/cpu/kernels.py, rotary: with the angles, for all layers"
 _LOCAL_ATTENTION = "torch's scaled_dot_product_attention on CPU: q, k, v, out, logsumexp"
-_MOE = "mcore transformer/moe: permuted tokens, router probabilities (tokens spread evenly over the experts)"
+_MOE = "mcore transformer/moe: router probabilities; tokens spread evenly over the experts"
+_TE_EXPERTS = "TransformerEngine module/grouped_linear.py: inputmats; mcore fusions/fused_bias_swiglu.py: its input"
 _LOCAL_EXPERTS = "mcore/experts/grouped.py, _Experts: the rows, gate and up"
 _LOCAL_MLP = "mcore/cpu/kernels.py, swiglu: its input"
 
@@ -105,9 +106,9 @@ TRANSFORMER_ENGINE: tuple[Term, ...] = (
     Term("fc1 output", {"ffn": 2}, _SWIGLU, recomputed_with="mlp", only="dense"),
     Term("fc2 input", {"ffn": 1}, _TE_LINEAR, "linear_input", recomputed_with="mlp", only="dense"),
     Term("router", {"experts": 2}, _MOE, "fp32", "sequence", "moe", only="experts"),
-    Term("tokens sent to experts", {"sent_hidden": 2}, _MOE, "compute", "sequence", "moe", only="experts"),
-    Term("experts' fc1 output", {"sent_ffn": 2}, _MOE, "compute", "sequence", "moe", only="experts"),
-    Term("experts' fc2 input", {"sent_ffn": 1}, _MOE, "linear_input", "sequence", "moe", only="experts"),
+    Term("tokens sent to experts", {"sent_hidden": 1}, _TE_EXPERTS, "compute", "sequence", "moe", only="experts"),
+    Term("experts' fc1 output", {"sent_ffn": 2}, _TE_EXPERTS, "compute", "sequence", "moe", only="experts"),
+    Term("experts' fc2 input", {"sent_ffn": 1}, _TE_EXPERTS, "linear_input", "sequence", "moe", only="experts"),
 )
 
 _OF_KIND = {"local": LOCAL, "transformer_engine": TRANSFORMER_ENGINE}

@@ -9,6 +9,7 @@ from nemo_aapo.config import Config, kind_of
 from nemo_aapo.config.schema import Lora
 from nemo_aapo.planning.hardware import Hardware
 from nemo_aapo.planning.models import PlannedModel
+from nemo_aapo.planning.simulation.lengths import Lengths
 
 Kind = Literal["local", "transformer_engine"]
 Numbers = Literal["fp32", "bf16", "fp8"]
@@ -24,6 +25,10 @@ class Question:
     mean_completion_tokens: float
     dataset_prompts: int | None
     """Number of prompts in the training data; None: unknown, as if no prompt came twice."""
+    lengths: Lengths | None = None
+    """Lengths of completions, to simulate rollouts with; None: no simulation is asked for."""
+    gpus: int | None = None
+    """GPUs that a simulation divides between trainer and servers; None: those that are configured."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +203,7 @@ def _engine(config: Config) -> Engine:
     trtllm = rollout.trtllm
     engines, gpus = layout.copies, layout.tensor * layout.pipeline
     if rollout.engine == "remote":
-        engines, gpus = rollout.remote.servers, 1
+        engines, gpus = rollout.remote.servers, rollout.server.tensor_parallel_size  # its stages take turns
         if rollout.server.engine == "trtllm":
             gpus = trtllm.tensor_parallel_size or 1
     return Engine(

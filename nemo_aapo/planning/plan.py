@@ -10,6 +10,7 @@ from nemo_aapo.planning.compute import Phase, StoreSaving
 from nemo_aapo.planning.inputs import Inputs, Question
 from nemo_aapo.planning.layouts import Verdict
 from nemo_aapo.planning.memory import RankMemory
+from nemo_aapo.planning.simulation.splits import Simulation, simulate
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Plan:
     layouts: list[Verdict]
     smallest: Verdict | None
     """The fitting layout on the fewest GPUs; None: not sought, as one on the configured GPUs fits, or none fits."""
+    simulation: Simulation | None
+    """The run with lengths that vary, on every split of the GPUs; None: not asked for."""
 
 
 def make(config: Config, question: Question) -> Plan:
@@ -38,6 +41,7 @@ def make(config: Config, question: Question) -> Plan:
     inputs = layouts.inputs_if_possible(config, question)
     rates, measured = question.hardware.peak, question.hardware.measured
     judged = layouts.judge_all(config, question)
+    gpus = question.gpus or config.trainer.num_nodes * config.trainer.devices
     return Plan(
         inputs=inputs,
         memory=memory.rank_memory(inputs),
@@ -47,4 +51,5 @@ def make(config: Config, question: Question) -> Plan:
         straggler_seconds=compute.straggler_seconds(inputs, rates, config.rollout.max_new_tokens),
         layouts=judged,
         smallest=None if judged[0].fits else layouts.smallest(config, question),
+        simulation=simulate(config, question, question.lengths, gpus) if question.lengths else None,
     )

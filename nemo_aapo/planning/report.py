@@ -11,6 +11,7 @@ from nemo_aapo.planning.compute import Phase
 from nemo_aapo.planning.inputs import Layout
 from nemo_aapo.planning.layouts import Verdict
 from nemo_aapo.planning.plan import Plan
+from nemo_aapo.planning.simulation import table as simulated
 
 GIB = 2**30
 MOST_LAYOUTS = 12
@@ -22,7 +23,7 @@ NOT_MODELLED = (
 
 def text(plan: Plan) -> str:
     """Tables for a terminal of 120 columns."""
-    blocks = [_head(plan), _memory(plan), _step(plan), _store(plan), _layouts(plan), NOT_MODELLED]
+    blocks = [_head(plan), _memory(plan), _step(plan), _store(plan), _layouts(plan), _simulation(plan), NOT_MODELLED]
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 
@@ -138,6 +139,12 @@ def _layouts(plan: Plan) -> str:
     return "\n".join(lines)
 
 
+def _simulation(plan: Plan) -> str:
+    if (found := plan.simulation) is None:
+        return ""
+    return f"{simulated.head(found)}\n{_table(simulated.rows(found))}\n{simulated.verdict(found)}"
+
+
 def _worth_showing(plan: Plan, verdict: Verdict) -> bool:
     """Context-parallel layouts are for what does not fit otherwise: their ranks would do as data-parallel ones."""
     layout = verdict.layout
@@ -196,6 +203,7 @@ def tree(plan: Plan) -> dict[str, Any]:
         "reference_store": vars(plan.saving) if inputs.work.reference else None,
         "layouts": [asdict(verdict) for verdict in plan.layouts],
         "smallest": asdict(plan.smallest) if plan.smallest else None,
+        "simulation": simulated.tree(plan.simulation) if plan.simulation else None,
     }
 
 

@@ -152,7 +152,7 @@ def _job(
     world = world_of(config)
     rewards = () if "rewards" in given else rewards_of(config)
     elsewhere = world.machine is None and not _runs_this_python(config)
-    config = config if elsewhere else with_algorithm(config)
+    config = config if elsewhere and config.algorithm.custom else with_algorithm(config)
     if world.machine is not None:
         if config.rollout.engine == "trtllm":
             trtllm_settings.check(config)

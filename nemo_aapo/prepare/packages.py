@@ -69,11 +69,18 @@ def packages_of(config: Config, given: Collection[str] = ()) -> Iterator[Needed]
     yield from MEGATRON
     yield from loggers_need(config)
     if config.rollout.engine == "remote":
-        yield SERVERS
+        yield from servers_need(config)
     if "rewards" not in given:
         yield from rewards_need(config.rewards)
     for _, source in named_sources(config.data, given):
         yield from source_needs(source)
+
+
+def servers_need(config: Config) -> Iterator[Needed]:
+    """What a trainer's rollout servers import, and so does the trainer."""
+    yield SERVERS
+    if config.rollout.refit == "delta":
+        yield Needed("pyarrow", "pyarrow", "rollout.refit=delta (zstd)")
 
 
 def loggers_need(config: Config) -> Iterator[Needed]:

@@ -12,6 +12,7 @@ from nemo_aapo.errors import ConfigError
 from nemo_aapo.planning import hardware, models
 from nemo_aapo.planning.inputs import Question
 from nemo_aapo.planning.models import PlannedModel
+from nemo_aapo.planning.simulation.lengths import Lengths, LogNormal, kept_lengths
 from nemo_aapo.prepare.job import rewards_of
 
 OWN_WORDS = {
@@ -20,6 +21,9 @@ OWN_WORDS = {
     "mean_prompt_tokens": "mean length of prompts; by default data.max_prompt_tokens",
     "mean_completion_tokens": "mean length of completions; by default rollout.max_new_tokens",
     "dataset_prompts": "prompts in the training data; by default no prompt is taken twice",
+    "tail_factor": "simulates rollouts: the longest completion of a step over the mean (rollout/tail_factor)",
+    "lengths": "or simulates them with the lengths of the completions that this run directory kept",
+    "gpus": "GPUs that the simulation divides between trainer and rollout servers; by default the trainer's",
 }
 """Words that are no settings of a run."""
 DEFAULT_HARDWARE = "h100"
@@ -52,13 +56,15 @@ def prepare_plan(words: Sequence[str]) -> tuple[Config, Question]:
     if newer and gpu.capability >= newer:
         raise ConfigError(f"precision={config.precision.name} is for Hopper, not for {gpu.name}: use fp8_tensorwise")
     longest_prompt, longest_completion = config.data.max_prompt_tokens, config.rollout.max_new_tokens
-    prompts = own.get("dataset_prompts")
+    mean = _length(own, "mean_completion_tokens", longest_completion, "rollout.max_new_tokens")
     return config, Question(
         model=model,
         hardware=gpu,
         mean_prompt_tokens=_length(own, "mean_prompt_tokens", longest_prompt, "data.max_prompt_tokens"),
-        mean_completion_tokens=_length(own, "mean_completion_tokens", longest_completion, "rollout.max_new_tokens"),
-        dataset_prompts=None if prompts is None else int(_number("dataset_prompts", prompts)),
+        mean_completion_tokens=mean,
+        dataset_prompts=_count(own, "dataset_prompts"),
+        lengths=_lengths(own, config, mean),
+        gpus=_count(own, "gpus"),
     )
 
 
@@ -90,6 +96,24 @@ def _length(own: dict[str, str], word: str, limit: int, key: str) -> float:
     if value > limit:
         raise ConfigError(f"{word}={own[word]}: more than {key}={limit}")
     return value
+
+
+def _lengths(own: dict[str, str], config: Config, mean: float) -> Lengths | None:
+    """The distribution that a simulation is asked for with."""
+    if "lengths" in own:
+        if both := [word for word in ("mean_completion_tokens", "tail_factor") if word in own]:
+            raise ConfigError(f"lengths={own['lengths']} has the lengths already: leave {' and '.join(both)} out")
+        return kept_lengths(Path(own["lengths"]))
+    if "tail_factor" not in own:
+        if "gpus" in own:
+            raise ConfigError("gpus= is for a simulation: tail_factor= or lengths= asks for one")
+        return None
+    completions, limit = config.prompts_per_step * config.group_size, config.rollout.max_new_tokens
+    return LogNormal(mean, _number("tail_factor", own["tail_factor"]), completions, limit)
+
+
+def _count(own: dict[str, str], word: str) -> int | None:
+    return int(_number(word, own[word])) if word in own else None
 
 
 def _number(word: str, text: str) -> float:

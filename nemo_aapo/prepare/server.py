@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_aapo.config import Config, ModelShape, parse, with_machine_defaults, with_routes_decided
 from nemo_aapo.config.compose import compose
+from nemo_aapo.config.schema.rollout import Server
+from nemo_aapo.config.sizes import undivided
 from nemo_aapo.engines.trtllm import settings as trtllm_settings
 from nemo_aapo.errors import ConfigError
 from nemo_aapo.launch.world import World, decide, of_rank
 from nemo_aapo.models.directory import read_model_dir
 from nemo_aapo.prepare.job import Words, command_line
-from nemo_aapo.prepare.packages import MEGATRON, SERVERS, check_packages
+from nemo_aapo.prepare.packages import MEGATRON, check_packages, servers_need
 from nemo_aapo.prepare.text import check_tokenizer
 
 
@@ -25,6 +28,11 @@ class ServerJob:
     shape: ModelShape
     """The shape of the model at ``config.model.path``."""
 
+    @property
+    def ranks(self) -> int:
+        """Processes that it consists of."""
+        return ranks_of_server(self.config.rollout.server)
+
 
 def prepare_server(words: Words) -> ServerJob:
     """The server that words ask for: those of the training run, with ``rollout.server`` of its own.
@@ -34,17 +42,49 @@ def prepare_server(words: Words) -> ServerJob:
     """
     config = parse(compose(command_line(words)))  # rewards are the trainer's: it may bring a scorer of its own
     world = of_rank(config)
-    if world.size != 1:
-        raise ConfigError("a rollout server is one process: start each without torchrun, with its rollout.server.index")
+    ranks = ranks_of_server(config.rollout.server)
+    if world.size not in (1, ranks) or (world.size == 1 < ranks and "RANK" in os.environ):
+        raise ConfigError(
+            f"a rollout server of rollout.server.tensor_parallel_size x pipeline_parallel_size = {ranks} ranks, and "
+            f"{world.size} were started: start it without torchrun, or with --nproc-per-node {ranks}; each server by "
+            "itself, with its rollout.server.index"
+        )
     hosts_trtllm = config.rollout.server.engine == "trtllm"
     if hosts_trtllm:
         trtllm_settings.check(config)
     config = _decided(config, world, hosts_trtllm)
     shape = read_model_dir(config.model.path)
+    check_server_layout(config.rollout.server, shape)
     config = with_routes_decided(config, shape)
     check_tokenizer(Path(config.model.path), shape.vocab_size)
-    check_packages([SERVERS] if hosts_trtllm else [SERVERS, *MEGATRON])
+    check_packages([*servers_need(config), *(() if hosts_trtllm else MEGATRON)])
     return ServerJob(config, shape)
+
+
+def ranks_of_server(server: Server) -> int:
+    """Processes that hold one engine of Megatron's together."""
+    return server.tensor_parallel_size * server.pipeline_parallel_size
+
+
+def check_server_layout(server: Server, shape: ModelShape) -> None:
+    """Refuse what a server's model can't be cut into.
+
+    Raises:
+        ConfigError: names the sizes that do not divide.
+    """
+    tp, pp, ep = server.tensor_parallel_size, server.pipeline_parallel_size, server.expert_parallel_size
+    if server.engine == "trtllm" and tp * pp * ep > 1:
+        raise ConfigError(
+            "rollout.server.tensor_parallel_size, pipeline_parallel_size and expert_parallel_size are those of "
+            "engine=megatron; rollout.trtllm.tensor_parallel_size says how many GPUs TensorRT-LLM takes"
+        )
+    if tp % ep:
+        raise ConfigError(
+            f"rollout.server.expert_parallel_size={ep}: the experts of a layer are shared by its tensor-parallel "
+            f"ranks, rollout.server.tensor_parallel_size={tp}, which it does not divide"
+        )
+    if problem := undivided(shape, tp, pp, ep):
+        raise ConfigError(f"rollout.server: the model can't be cut so; as in training, model.{problem}")
 
 
 def _decided(config: Config, world: World, hosts_trtllm: bool) -> Config:

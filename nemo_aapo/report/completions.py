@@ -7,8 +7,10 @@ page's script.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from safetensors.numpy import load
 from nemo_aapo.errors import RunError
 from nemo_aapo.run.names import ROLLOUTS, kept_name, step_name, step_of
 from nemo_aapo.types import RIGHT
+from nemo_aapo.utils.files import fitting
 
 COMPLETIONS = 2_000
 """At most so many completions of training are on a page."""
@@ -99,7 +102,7 @@ def read_history(directory: Path, verdict: str, budget: float = 1.0) -> dict[str
                     continue
                 if len(prompts) < TOLD * budget:
                     told.add(row["source"])
-                shown = {"prompt": clipped(row["prompt"], 200, 200), "answer": clipped(str(row["answer"]), 100, 50)}
+                shown = {"prompt": clipped(row["prompt"], 200, 200), "answer": clipped(row["answer"], 100, 50)}
                 prompts[row["source"]] = {**shown, "source": row["source"], "at": [None] * len(steps)}
             at = prompts[row["source"]]["at"]
             if at[place] is None:
@@ -142,16 +145,33 @@ def _steps_in(folder: Path, kind: str) -> list[int]:
 
 def _rows(path: Path) -> list[Row]:
     try:
-        found = [json.loads(line) for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if line]
-        for row in found:
-            row["prompt"], row["completion"] = str(row["prompt"]), str(row["completion"])
-            row["source"] = clipped(str(row["source"]), *NAME)
-            row["reward_parts"] = {clipped(name, *NAME): value for name, value in (row["reward_parts"] or {}).items()}
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        return [_row(json.loads(line)) for line in lines if line]
     except FileNotFoundError:  # thinned just now
         return []
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise RunError(f"{path}: no rollouts ({type(error).__name__}). Remove it: it is only for people") from None
-    return found
+
+
+def _row(row: Any) -> Row:
+    """A line as the page takes it: texts are texts, and numbers finite or None. Raises on what no run writes."""
+    numbers = ("reward", "group_advantage", "margin", "advantage", "tokens", "policy_version")
+    parts = fitting(row["reward_parts"], dict, NoneType) or {}
+    return {
+        **{name: str(row[name]) for name in ("prompt", "completion", "answer")},
+        **{name: _finite(row.get(name)) for name in numbers},
+        **{name: fitting(row.get(name), str, NoneType) for name in ("finish_reason", "time")},
+        **{name: fitting(row.get(name, 0), int) for name in ("step", "group")},  # of training steps
+        "source": clipped(str(row["source"]), *NAME),
+        "failed": bool(row.get("failed")),
+        "reward_parts": {clipped(name, *NAME): _finite(value) for name, value in parts.items()},
+        "reference_rewards": [_finite(value) for value in fitting(row.get("reference_rewards"), list, NoneType) or []],
+    }
+
+
+def _finite(value: Any) -> float | None:
+    number: float | None = fitting(value, int, float, NoneType)
+    return number if number is not None and math.isfinite(number) else None
 
 
 def _figures(path: Path, rows: Sequence[Row]) -> list[list[Any] | None]:
@@ -189,17 +209,17 @@ def _by_group(rows: Sequence[Row], figures: Sequence[list[Any] | None]) -> Itera
                 "step": row["step"],
                 "index": row["group"],
                 "prompt": clipped(row["prompt"]),
-                "answer": clipped(str(row["answer"]), 300, 100),
+                "answer": clipped(row["answer"], 300, 100),
                 "source": row["source"],
-                "references": row.get("reference_rewards"),
-                "version": row.get("policy_version"),
-                "time": row.get("time"),
+                "references": row["reference_rewards"],
+                "version": row["policy_version"],
+                "time": row["time"],
                 "completions": [],
             },
         )
         names = ("reward", "group_advantage", "margin", "advantage")
-        numbers = [None if row.get(name) is None else round(row[name], 4) for name in names]
-        more = [row.get("tokens"), row.get("finish_reason"), bool(row.get("failed")), row.get("reward_parts")]
+        numbers = [None if row[name] is None else round(row[name], 4) for name in names]
+        more = [row["tokens"], row["finish_reason"], row["failed"], row["reward_parts"]]
         group["completions"].append([clipped(row["completion"]), *numbers, *more, of_tokens])
     return iter(groups.values())
 

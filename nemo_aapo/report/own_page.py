@@ -10,6 +10,9 @@ from nemo_aapo.report.page import write_report
 from nemo_aapo.run.names import REPORT
 from nemo_aapo.utils.background import Background
 
+FINISH_S = 20.0
+"""Seconds that a run which ends waits for its page, which takes one or two."""
+
 
 class OwnPage:
     """Writes ``report.html`` in the run directory, on one rank."""
@@ -26,18 +29,20 @@ class OwnPage:
         self._job = Background("report")
 
     def begin(self, state: str = "running") -> None:
-        """Have the page written by the files as they are now; returns as soon as the one before is done."""
-        if self.enabled:
-            self._wait()
+        """Have the page written by the files as they are now, unless the one before is still being written."""
+        if self.enabled and not self._job.busy():
+            self._wait(0.0)
             self._job.start(lambda: write_report([self.directory], self.path, state))
 
     def finish(self, state: str) -> None:
         """Write the last page; all files but ``finished`` are there."""
-        self.begin(state)
-        self._wait()
+        self._wait(FINISH_S)
+        if not self._job.busy():
+            self.begin(state)
+            self._wait(FINISH_S)
 
-    def _wait(self) -> None:
+    def _wait(self, timeout_s: float) -> None:
         try:
-            self._job.wait()
+            self._job.wait(timeout_s)
         except Exception as error:  # it is for people only, and no reason to end a run
             self.note(f"warning: {self.path} could not be written: {first_line(error)}")

@@ -23,9 +23,10 @@ from nemo_aapo.report.compare import differing_settings, paired_differences, see
 from nemo_aapo.report.completions import read_groups, read_history
 from nemo_aapo.report.findings import findings
 from nemo_aapo.report.read import read_run
+from nemo_aapo.report.timeline import read_traces
 from nemo_aapo.utils.files import write_atomic
 
-SCRIPTS = ("uPlot.iife.min.js", "plots.js", "completions.js", "page.js")
+SCRIPTS = ("uPlot.iife.min.js", "plots.js", "completions.js", "timeline.js", "page.js")
 STYLES = ("uPlot.min.css", "page.css")
 _INERT = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 
@@ -71,6 +72,7 @@ def describe(run: Path, budget: float = 1.0, state: str | None = None) -> dict[s
         "findings": findings(found),
         "groups": read_groups(run, budget),
         "history": read_history(run, str(found["verdict"]), budget),
+        "traces": read_traces(run) if budget == 1.0 else [],
     }
 
 

@@ -149,7 +149,8 @@ def _start(start: Mapping[str, Any]) -> dict[str, Any]:
     plain = {
         key: str(start[key])[:LONGEST_FACT] for key in ("time", "host", "world_size", "instruction_set") if key in start
     }
-    versions = start.get("versions") or {}
+    versions = start.get("versions")
+    versions = versions if isinstance(versions, dict) else {}
     return {**plain, "versions": {str(name)[:LONGEST_FACT]: str(v)[:LONGEST_FACT] for name, v in versions.items() if v}}
 
 

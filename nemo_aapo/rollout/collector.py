@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, TypedDict, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -15,10 +16,12 @@ from nemo_aapo.distributed import parallel
 from nemo_aapo.distributed.agreement import agree
 from nemo_aapo.engines.base import BackgroundEngine, OnFinish, PendingCompletions, RolloutEngine, RolloutStats
 from nemo_aapo.engines.elsewhere import arranged
+from nemo_aapo.errors import Interrupted
 from nemo_aapo.rollout.length_predictor import LengthPredictor
-from nemo_aapo.rollout.scored import engine_metrics, mean_lengths, scores_of
+from nemo_aapo.rollout.scored import Banking, Found, Keep, engine_metrics, mean_lengths, scores_of
 from nemo_aapo.rollout.spread import Place, owner, ranks_in_step, spread, with_one_prompt
 from nemo_aapo.rollout.unscored import Score, Tally
+from nemo_aapo.trace import spans
 from nemo_aapo.types import Completion, Group, Prompt, SamplingSpec
 
 if TYPE_CHECKING:
@@ -27,17 +30,6 @@ if TYPE_CHECKING:
 Watch = Callable[[int], bool]
 """Called on every rank about once in ``WATCH_S``, with the completions of its shard that have ended; True: enough."""
 WATCH_S = 1.0
-Keep = Callable[[Prompt, Sequence[Completion]], None]
-Found = Mapping[int, Sequence[Completion]]
-
-
-class Banking(TypedDict, total=False):
-    """What was generated before, and who keeps what is."""
-
-    found: Found
-    """By index among all prompts: completions that are scored, and not generated again."""
-    keep: Keep
-    """Told on the model-parallel source rank of each prompt whose completions have all ended, perhaps in a thread."""
 
 
 class RewardScorer(Protocol):
@@ -150,18 +142,21 @@ class Collector:
             watch: once it has returned True, what has not ended is broken off, and a group has its first completions
                 only, be it none.
             bank: has no effect where completions are spread over ranks.
+
+        Raises:
+            Interrupted: on all ranks; a stop broke off the waiting for servers or rewards, and all of it is lost.
         """
         spread_out = self._spread(prompts, seeds)
         shard = self._shard(prompts, seeds) if spread_out else self._shard(prompts, seeds, **bank)
         work = spread_out or shard
         start = time.perf_counter()
         self._score_found(shard)
-        if shard.all_found:
-            completions: list[list[Completion]] = [[] for _ in work.prompts]
-        else:
+        completions: list[list[Completion]] | Interrupted = [[] for _ in work.prompts]
+        if not shard.all_found:
             with self.offload():
                 self.engine.wake()
-                completions = self.engine.generate(work.token_ids, sampling, work.seeds, self._scoring(work, watch))
+                ask = functools.partial(self.engine.generate, work.token_ids, sampling, work.seeds)
+                completions = _unless_stopped(lambda: ask(self._scoring(work, watch)))
                 self.engine.sleep()
         return self._groups(shard, completions, start, observe_lengths, work)
 
@@ -183,7 +178,7 @@ class Collector:
     def finish(self, rollout: InFlightRollout) -> list[Group]:
         """Wait for what ``begin`` began."""
         start = time.perf_counter()
-        return self._groups(rollout.shard, rollout.completions.result(), start, observe_lengths=False)
+        return self._groups(rollout.shard, _unless_stopped(rollout.completions.result), start, observe_lengths=False)
 
     def _scoring(self, shard: _Shard, watch: Watch | None = None) -> OnFinish | None:
         """What has each completion scored as soon as it ends, which one rank does, and asks whether it is enough."""
@@ -199,6 +194,8 @@ class Collector:
                 ended[j] = completion
                 if len(ended) == len(shard.seeds[i]):
                     shard.keep(shard.prompts[i], [ended[j] for j in sorted(ended)])
+            if spans.recorder is not None:
+                spans.recorder.sample("completions", ended=len(shard.texts))
             return enough()
 
         return score
@@ -247,21 +244,28 @@ class Collector:
     def _groups(
         self,
         shard: _Shard,
-        completions: list[list[Completion]],
+        generated: list[list[Completion]] | Interrupted,
         start: float,
         observe_lengths: bool = True,
         work: _Shard | None = None,
     ) -> list[Group]:
-        generated = time.perf_counter()
-        completions = [list(shard.found.get(i, row)) for i, row in enumerate(completions)]
+        ended, did = time.perf_counter(), work or shard
+
+        def judge() -> tuple[list[list[Completion]], Mapping[Hashable, Score]]:
+            if isinstance(generated, Interrupted):
+                raise generated
+            return [list(shard.found.get(i, row)) for i, row in enumerate(generated)], self._judged(did)
+
         # One rank judges and tells the others: a timeout could strike on one of them and not on the next.
-        work = work or shard
-        judged = agree(lambda: self._judged(work))
-        if work.places is not None:
-            completions, judged = _brought_home(shard, work.places, completions, work.texts, judged)
+        completions, judged = agree(judge)
+        if did.places is not None:
+            completions, judged = _brought_home(shard, did.places, completions, did.texts, judged)
         own = [] if self.rewards is None else scores_of(judged, list(map(len, completions)))
         scores, tally = parallel.broadcast_in_model_parallel((own, Tally.of(list(judged.values()))))
-        self.seconds = {"rollout": generated - start, "reward": time.perf_counter() - generated}
+        judged_at = time.perf_counter()
+        self.seconds = {"rollout": ended - start, "reward": judged_at - ended}
+        spans.timed("rollout", start, ended)
+        spans.timed("reward", ended, judged_at)
         groups = [
             Group(
                 prompt=prompt,
@@ -292,6 +296,14 @@ class Collector:
         self.metrics = engine_metrics([stats for stats, *_ in everyone if stats is not None])
         self.tally = sum((part for *_, part in everyone), Tally())
         self.lengths = [length for _, part, _ in everyone for length in part]
+
+
+def _unless_stopped(generate: Callable[[], list[list[Completion]]]) -> list[list[Completion]] | Interrupted:
+    """The completions; the error where a stop came, of which other ranks may not know yet."""
+    try:
+        return generate()
+    except Interrupted as error:
+        return error
 
 
 def _watched(watch: Watch | None) -> Callable[[], bool]:

@@ -1,10 +1,8 @@
 """The groups of each training step: generated when the step comes, or L = ``rollout.async_depth`` steps ahead of it.
 
-    L = 0    generate k          | train k      | refit | generate k+1          | train k+1 ...
-    L = 1    wait for k  | refit | train k              | wait for k+1  | refit | train k+1 ...
-                         | generate k+1 in the background               | generate k+2 ...
-    L = 2    wait for k  | refit | train k              | wait for k+1  | refit | train k+1 ...
-                         | generate k+2, while k+1 goes on              | generate k+3 ...
+    L = 0    generate k                  | train k          | refit | generate k+1            | train k+1 ...
+    L = 1    refit | begin k+1, wait for k | train k        | refit | begin k+2, wait for k+1 | train k+1 ...
+    L = 2    refit | begin k+2, wait for k | train k        | refit | begin k+3, wait for k+1 | train k+1 ...
 
 Step k trains on completions of the policy as it stood before step max(0, k - L), and steps are taken in order: which
 policy draws a completion follows from its step alone, never from how fast anybody was. With an engine that generates
@@ -29,15 +27,17 @@ from nemo_aapo.config.sizes import prompts_drawn
 from nemo_aapo.data.sampler import PromptSampler
 from nemo_aapo.distributed import parallel
 from nemo_aapo.distributed.agreement import on_first_rank
-from nemo_aapo.engines.base import BackgroundEngine
+from nemo_aapo.engines.base import BackgroundEngine, ReportsServers
+from nemo_aapo.errors import Interrupted
 from nemo_aapo.rollout import pending
 from nemo_aapo.rollout.bank import RolloutBank, completions_of
 from nemo_aapo.rollout.buffer import InOrder, RolloutBuffer, State
-from nemo_aapo.rollout.collector import Banking, Collector, InFlightRollout, own_shard
+from nemo_aapo.rollout.collector import Collector, InFlightRollout, own_shard
 from nemo_aapo.rollout.reference import ReferenceRewards
-from nemo_aapo.rollout.scored import ScoredRollout, mean_lengths
+from nemo_aapo.rollout.scored import Banking, ScoredRollout, mean_lengths
 from nemo_aapo.rollout.unscored import TOTAL, ScoringWatch
 from nemo_aapo.seeds import stream_seed
+from nemo_aapo.trace import spans
 from nemo_aapo.types import Group, Prompt, SamplingSpec
 
 
@@ -80,6 +80,7 @@ class RolloutPipeline:
         """Since the last ``generate`` began, on this rank: rollout, reward, reference, refit."""
         self.metrics: dict[str, float] = {}
         """The engine's, over all ranks, when it generated the last groups; NaN where a checkpoint held them."""
+        self._refit_metrics: dict[str, float] = {}
         self._served: int = policy.version  # of the weights that the engine has
         self._ahead: dict[int, InFlightRollout | ScoredRollout] = {}  # by step: under way, or in hand
         self.buffer = RolloutBuffer(InOrder(config.rollout.async_depth), prompts_drawn(config))
@@ -104,48 +105,62 @@ class RolloutPipeline:
             FloatingPointError: the engine's log-probs are not finite.
             RuntimeError: the engine does not serve the policy: ``refit`` comes first.
             RewardError: on all ranks; the rewards fail for everything, and nothing of the step was taken up.
+            Interrupted: on all ranks; a stop broke off a wait, and nothing of the step was taken up.
         """
-        self.seconds = dict.fromkeys(("rollout", "reward", "reference", "refit"), 0.0)
-        if step > self.buffer.done:
-            self.buffer.trained()
+        refit_s = self.seconds.get("refit", 0.0) if self.runs_ahead else 0.0  # it came before
+        self.seconds = {**dict.fromkeys(("rollout", "reward", "reference"), 0.0), "refit": refit_s}
+        self._trained_before(step)
         rollout = self._finished(step) if step in self._ahead else self._drawn(step)
         self._watch.check(rollout.tally, f"step {step + 1}")
+        with self._timed("reference"):
+            prompts = self.prompts(step)
+            rewards = self.reference.rewards(prompts, step, self.reference_served) if self.reference else {}
         self._ahead.pop(step, None)
         if self.runs_ahead:
             self.seconds["in_hand"] = self.buffer.oldest(State.IN_HAND)
         self.buffer.take()
-        self.metrics = rollout.metrics
+        self.metrics = rollout.metrics | self._refit_metrics
         # What a step's completions tell counts from here on, whenever they were drawn.
         self.collector.length_predictor.observe(rollout.lengths)
         self.sampler.step = step + 1
         self._observe(step, rollout.groups)  # before the next step's prompts are asked for
-        with self._timed("reference"):
-            prompts = self.prompts(step)
-            rewards = self.reference.rewards(prompts, step, self.reference_served) if self.reference else {}
         return [group.replace(reference_rewards=rewards.get(group.prompt.id)) for group in rollout.groups]
 
     def begin(self, step: int) -> None:
-        """Have the completions of this step and of those behind it begun, ``rollout.async_depth`` steps in all.
+        """Have the completions begun that the policy draws before it is trained on this step.
 
-        Those that were not begun yet come from the policy that the engine serves now. They are generated in the
-        background, or by an engine that can't in the foreground.
+        Those are of the steps up to L = ``rollout.async_depth`` behind it, as far as the sampler knows their prompts.
+        They are generated in the background, or by an engine that can't in the foreground.
         """
+        self._trained_before(step)
         depth, background = self.config.rollout.async_depth, isinstance(self.collector.engine, BackgroundEngine)
-        for later in range(step, min(step + depth, self.config.trainer.max_steps)):
-            if later not in self._ahead:
+        for later in range(self.sampler.step, min(step + depth + 1, self.config.trainer.max_steps)):
+            if later not in self._ahead and self.sampler.knows(later):
                 self._ahead[later] = self._begun(later) if background else self._drawn(later)
 
     def settle(self) -> list[ScoredRollout]:
-        """Wait for what is under way, so that the engine is free; the rollouts of the steps to come, in order."""
+        """Wait for what is under way, so that the engine is free; the rollouts of the steps to come, in order.
+
+        Raises:
+            Interrupted: on all ranks; a stop broke off the wait, and the first that was not there is lost, with those
+                behind it.
+        """
         return [self._finished(step) for step in sorted(self._ahead)]
 
     def refit(self) -> None:
         """Bring the engine to the policy's weights, where it has others; what is under way keeps those that it has."""
         version = self.policy.version
         if self._served != version:
+            engine = self.collector.engine
+            self.seconds["refit"] = 0.0
             with self._timed("refit"):
-                self.collector.engine.update_weights(self.policy.named_weights(), version)
+                engine.update_weights(self.policy.named_weights(), version)
             self._served = version
+            if not engine.shares_weights:
+                self._refit_metrics = {"rollout/refit_bytes": engine.refit_bytes}
+            if isinstance(engine, ReportsServers):
+                self._refit_metrics |= engine.server_metrics()
+            self.metrics |= self._refit_metrics
 
     # ------------------------------------------------------------------ the reference
 
@@ -216,7 +231,14 @@ class RolloutPipeline:
         """Rollouts made and not yet trained on, as files for a checkpoint; rank 0's count.
 
         All that were begun are waited for: the weights that would go on with them are gone when the run is resumed.
+
+        Raises:
+            Interrupted: on all ranks; a stop broke off what draws them, so that a run which went on from here would
+                draw them with later weights.
         """
+        end = min(self.sampler.step + self.config.rollout.async_depth, self.config.trainer.max_steps)
+        if any(step not in self._ahead and self.sampler.knows(step) for step in range(self.sampler.step, end)):
+            raise Interrupted("completions of the steps to come were not all begun")
         # What could not be scored at all is better sampled anew.
         kept = list(itertools.takewhile(lambda r: not r.tally.completions or r.tally.scored[TOTAL], self.settle()))
         if not kept:
@@ -265,6 +287,10 @@ class RolloutPipeline:
                 "comes before the next rollout"
             )
 
+    def _trained_before(self, step: int) -> None:
+        if step > self.buffer.done:
+            self.buffer.trained()
+
     def _observe(self, step: int, groups: Sequence[Group]) -> None:
         """Tell a sampler that goes by accuracy how many completions of each prompt were right, of those judged."""
         if not self.sampler.observes:
@@ -309,7 +335,10 @@ class RolloutPipeline:
         """The rollout of a step that was begun."""
         rollout = self._ahead[step]
         if isinstance(rollout, InFlightRollout):
+            behind = {later: self._ahead.pop(later) for later in sorted(self._ahead) if later > step}
+            del self._ahead[step]  # lost, as those behind it, if a stop breaks off the wait
             rollout = self._ahead[step] = self._scored(step, self.collector.finish(rollout))
+            self._ahead |= behind
         return rollout
 
     def _scored(self, step: int, groups: list[Group]) -> ScoredRollout:
@@ -325,4 +354,6 @@ class RolloutPipeline:
     def _timed(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        end = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + end - start
+        spans.timed(name, start, end)

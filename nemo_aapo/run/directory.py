@@ -28,7 +28,7 @@ from nemo_aapo.config import (
     with_machine_defaults,
 )
 from nemo_aapo.errors import ConfigError
-from nemo_aapo.run.identity import identity_of, reference_of
+from nemo_aapo.run.identity import code_of_algorithm, identity_of, reference_of
 from nemo_aapo.run.names import STORE, newest_step
 from nemo_aapo.utils.files import LOCK, NO_LOCKS, fitting, read_json, to_json, write_atomic
 
@@ -150,7 +150,7 @@ def claim(config: Config, tree: Mapping[str, Any], world_size: int) -> tuple[Tex
         "settings": decisive_settings(config),
         "contents": identity,
         "reference": reference,
-        "starts": [*(before["starts"] if before else ()), _this_start(world_size)],
+        "starts": [*(before["starts"] if before else ()), _this_start(config, world_size)],
     }
     write_atomic(directory / RECORD, to_json(record) + "\n")
     write_atomic(directory / "config.yaml", yaml.safe_dump(dict(tree), sort_keys=False, allow_unicode=True))
@@ -169,16 +169,29 @@ def _require_reference(config: Config, directory: Path) -> str | None:
     return reference
 
 
-def change_of_instruction_set(directory: Path) -> str | None:
-    """What to tell whoever resumes on another kind of processor than the start before; None on the same kind."""
-    record = read_record(directory)
-    sets = [start.get("instruction_set") for start in record["starts"][-2:]] if record else []
-    if None in sets or len(set(sets)) < 2:  # earlier versions did not record it
-        return None
-    return (
-        f"the start before this one computed by {sets[0]}, this machine computes by {sets[1]}: "
-        "the run goes on, but not to the same bits"
-    )
+def changes_since_the_start_before(directory: Path) -> list[str]:
+    """What to tell whoever resumes on another kind of processor, or with an algorithm of their own that they changed.
+
+    Empty where both are as they were, and where an earlier version did not record them.
+    """
+    record, said = read_record(directory), []
+    before, now = record["starts"][-2:] if record and len(record["starts"]) > 1 else ({}, {})
+    if _changed("instruction_set", before, now):
+        said.append(
+            f"the start before this one computed by {before['instruction_set']}, this machine computes by "
+            f"{now['instruction_set']}: the run goes on, but not to the same bits"
+        )
+    if _changed("algorithm", before, now):
+        said.append(
+            "the file of algorithm.custom has changed since the start before this one: the steps from here on are of "
+            "the code as it is now"
+        )
+    return said
+
+
+def _changed(fact: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    known = [start.get(fact) for start in (before, now)]
+    return None not in known and known[0] != known[1]
 
 
 def read_record(directory: Path) -> Record | None:
@@ -242,12 +255,14 @@ def lock_directory(directory: Path, named: str) -> TextIO:
     return lock
 
 
-def _this_start(world_size: int) -> dict[str, Any]:
+def _this_start(config: Config, world_size: int) -> dict[str, Any]:
+    code = code_of_algorithm(config.algorithm.custom)
     return {
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "host": socket.gethostname(),
         "world_size": world_size,
         "instruction_set": instruction_set(),
+        **({"algorithm": code} if code else {}),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in VERSIONS_OF}},
     }
 

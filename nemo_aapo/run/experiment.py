@@ -1,6 +1,7 @@
 """What a run leaves for people and tools: configuration, metrics, samples of rollouts, loggers, the final marker.
 
-    <run_dir>/  config.yaml  run.json  phase.json  metrics.jsonl  rollouts/  tensorboard/  logs/  report.html  finished
+    <run_dir>/  config.yaml  run.json  phase.json  metrics.jsonl  rollouts/  trace/  tensorboard/  logs/  report.html
+                finished
 
 Only rank 0 holds an ``Experiment``; the others hold a ``SilentExperiment``, so that the trainer's loop is the same on
 all ranks. NeMo's ``exp_manager`` makes the loggers of TensorBoard and Weights & Biases, and its own log files.
@@ -17,9 +18,9 @@ from typing import Any
 
 from nemo_aapo.config import Config
 from nemo_aapo.errors import RunError, first_line, one_line
-from nemo_aapo.run.directory import change_of_instruction_set, claim
+from nemo_aapo.run.directory import changes_since_the_start_before, claim
 from nemo_aapo.run.metrics_file import MetricsFile
-from nemo_aapo.run.names import PHASE, ROLLOUTS, step_of
+from nemo_aapo.run.names import PHASE, ROLLOUTS, TRACES, step_of
 from nemo_aapo.run.stop import STOP_FILE
 from nemo_aapo.types import Group
 from nemo_aapo.utils.files import FINISHED, to_json, write_atomic
@@ -27,6 +28,9 @@ from nemo_aapo.utils.libraries import import_nemo, importing
 
 RUN_TAG = "nemo_aapo_run"
 """MLflow's runs have an id of MLflow's choice; this tag holds the run's own."""
+
+MLFLOW_PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "30", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2"}
+"""Unless the environment says otherwise: MLflow's own 120 s and 7 retries would hold a step for many minutes."""
 
 
 def open_experiment(
@@ -49,8 +53,8 @@ class Experiment:
     def __init__(self, config: Config, tree: Mapping[str, Any], world_size: int) -> None:
         self.directory = Path(config.run.dir)
         self._lock, run_id = claim(config, tree, world_size)
-        self.warning = change_of_instruction_set(self.directory)
-        """What a resumed run is told about this machine."""
+        self.warnings = changes_since_the_start_before(self.directory)
+        """What a resumed run is told about this machine and its algorithm."""
         self.save_phase(None)
         (self.directory / STOP_FILE).unlink(missing_ok=True)  # it asked an earlier part of the run to stop
         self._metrics = MetricsFile(self.directory / "metrics.jsonl")
@@ -69,11 +73,11 @@ class Experiment:
     def resume_at(self, step: int) -> None:
         """Take the record back to the state after ``step`` optimizer steps; -1: nothing was done, it begins empty.
 
-        Lines and rollout files of later steps come from a part of the run that ended after its last checkpoint; they
-        are removed. Lines of ``step`` itself stay, so write a checkpoint after the lines of its step.
+        Lines, rollout files and traces of later steps come from a part of the run that ended after its last checkpoint;
+        they are removed. Lines of ``step`` itself stay, so write a checkpoint after the lines of its step.
         """
         self._metrics.truncate_after(step)
-        for path in (self.directory / ROLLOUTS).glob("*_*.*"):
+        for path in (*(self.directory / ROLLOUTS).glob("*_*.*"), *(self.directory / TRACES).glob("step_*.json")):
             if any((step_of(path.stem, kind) or 0) > step for kind in ("step", "train")):
                 path.unlink()
         (self.directory / FINISHED).unlink(missing_ok=True)
@@ -144,7 +148,7 @@ class Experiment:
 class SilentExperiment:
     """What ranks other than 0 hold: the methods of ``Experiment``, without effect."""
 
-    warning: str | None = None
+    warnings: Sequence[str] = ()
     loggers: Sequence[Any] = ()
 
     def __enter__(self) -> SilentExperiment:
@@ -238,6 +242,8 @@ def _mlflow_logger(config: Config, run_id: str) -> Any:
     with importing():
         from lightning.pytorch.loggers import MLFlowLogger
 
+    for name, value in MLFLOW_PATIENCE.items():
+        os.environ.setdefault(name, value)
     given = dict(config.exp_manager.mlflow_logger_kwargs)
     local = f"file:{Path(config.exp_manager.explicit_log_dir).absolute() / 'mlruns'}"
     given["tracking_uri"] = given.get("tracking_uri") or os.environ.get("MLFLOW_TRACKING_URI") or local

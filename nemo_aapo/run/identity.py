@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -51,6 +52,19 @@ def reference_of(config: Config) -> str | None:
     """
     compares = config.algorithm.compares_with_reference
     return model_digest(config.model.path) if compares and has_weights(Path(config.model.path)) else None
+
+
+def code_of_algorithm(custom: str | None) -> str | None:
+    """16 hex digits of the file that holds an algorithm of the user's own; None without one, or without a file.
+
+    Args:
+        custom: ``algorithm.custom``, whose module has been imported if it is none of a file.
+    """
+    if custom is None:
+        return None
+    module = custom.rpartition(":")[0]
+    file = module if module.endswith(".py") else getattr(sys.modules.get(module), "__file__", None)
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] if file and Path(file).is_file() else None
 
 
 def model_identity(path: str) -> str:

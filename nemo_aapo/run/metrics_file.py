@@ -71,8 +71,9 @@ def _read(path: Path) -> list[tuple[str, dict[str, Any]]]:
     for number, line in enumerate(lines, start=1):
         try:
             record = {**json.loads(line)}
-            for value in record.values():
-                float(fitting(value, int, float, NoneType) or 0)
+            for name, value in record.items():
+                if not math.isfinite(fitting(value, int, float, NoneType) or 0):
+                    record[name] = None
             found.append((line, {**record, "step": int(record["step"])}))
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             raise MetricsError(

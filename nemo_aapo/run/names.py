@@ -14,6 +14,8 @@ STORE = "reference_rewards.sqlite"
 ROLLOUTS = "rollouts"
 """Name of the directory that holds completions: ``step_000050.jsonl`` those of a validation, ``train_000050.jsonl``
 those of a training step that were kept, ``train_000050.safetensors`` their tokens."""
+TRACES = "trace"
+"""Name of the directory that holds traces of steps: ``step_000010.json``."""
 REPORT = "report.html"
 """Name of the page that shows a run."""
 

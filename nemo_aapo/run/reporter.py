@@ -61,8 +61,8 @@ class RunReporter:
         self.experiment.resume_at(step)
         if step >= 0:
             self.note(f"going on from the checkpoint of step {step}")
-            if self.experiment.warning:
-                self.note(f"warning: {self.experiment.warning}")
+            for warning in self.experiment.warnings:
+                self.note(f"warning: {warning}")
 
     def phase(self, name: str, done: int, total: int) -> None:
         """Work that is not a step: ``done`` of ``total``."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,12 +51,12 @@ from nemo_aapo.run.identity import identity_of
 from nemo_aapo.run.names import CHECKPOINTS
 from nemo_aapo.run.reporter import Notes, Reporter
 from nemo_aapo.text.transformers5 import said
+from nemo_aapo.trace.tracer import Tracer
 from nemo_aapo.training.build_reference import build_reference, open_reference_store
 from nemo_aapo.training.read_data import count, left_out, read_data
 from nemo_aapo.training.throughput import Throughput
 from nemo_aapo.training.trainer import AAPOTrainer
 from nemo_aapo.types import SamplingSpec
-from nemo_aapo.utils.clock import seconds_since_start
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -151,6 +150,7 @@ def build_training(job: Job, *, reporter: Reporter, stack: contextlib.ExitStack,
         checkpoints=_checkpointer(config),
         kept=KeptRollouts(config, learner, rollouts.decode, reporter.note),
         throughput=Throughput(config),
+        tracer=Tracer(Path(config.run.dir), config.trace.steps, reporter.note),
         reporter=reporter,
     )
 
@@ -211,7 +211,7 @@ def build_rollouts(
         reference=build_reference(config, collector, sampling, key, store),
         bank=_bank(config, reporter.note) if trains and config.rollout.bank != "off" else None,
     )
-    stop = stop_of(config, reporter)
+    stop = reporter.stop_requested if isinstance(reporter, Reporter) else bool
     return Rollouts(policy, pipeline, _validator(config, collector, validation_data, sampling, stop))
 
 
@@ -321,17 +321,6 @@ def _validator(
         seed=config.seed,
         stop=stop,
     )
-
-
-def stop_of(config: Config, reporter: Notes) -> Callable[[], bool]:
-    """Whether something long is to be broken off: as asked from outside, or as the time is over."""
-    return stop_or_limit(config, reporter.stop_requested if isinstance(reporter, Reporter) else bool)
-
-
-def stop_or_limit(config: Config, asked: Callable[[], bool]) -> Callable[[], bool]:
-    """The same, of who is asked by other means than a reporter."""
-    limit = config.checkpoint.max_time_s or math.inf
-    return lambda: asked() or seconds_since_start() > limit
 
 
 def _bank(config: Config, note: Callable[[str], None]) -> RolloutBank:

@@ -71,6 +71,14 @@ class Throughput(Protocol):
     def metrics(self, groups: Sequence[GroupNumbers], seconds: Mapping[str, float]) -> dict[str, float]: ...
 
 
+class Tracer(Protocol):
+    """Records where the time of single steps goes; ``trace.tracer.Tracer``."""
+
+    def begin(self, step: int) -> None: ...
+    def end(self) -> None: ...
+    def close(self) -> None: ...
+
+
 class Validator(Protocol):
     """Measures the policy on held-out prompts; ``evaluation.validation.Validator``."""
 

@@ -2,8 +2,8 @@
 
     resume -> [ fill reference -> generate -> parity -> advantages -> update -> refit -> log -> validate -> save ] ...
 
-With ``rollout.async_depth`` the refit comes before the update, and the completions of later steps are generated
-meanwhile (``rollout/pipeline.py``).
+With ``rollout.async_depth`` the refit comes before a step's completions are waited for, and those of later steps are
+generated meanwhile (``rollout/pipeline.py``).
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from nemo_aapo.run.experiment import rollout_rows
 from nemo_aapo.run.reporter import Reporter
 from nemo_aapo.run.step_metrics import group_numbers, step_metrics
 from nemo_aapo.seeds import stream_seed
+from nemo_aapo.trace import spans
 from nemo_aapo.training.parity import ParityGate
-from nemo_aapo.training.parts import Checkpoints, Kept, Learner, Policy, Rollouts, Throughput, Validator
+from nemo_aapo.training.parts import Checkpoints, Kept, Learner, Policy, Rollouts, Throughput, Tracer, Validator
 from nemo_aapo.types import Group
 from nemo_aapo.utils.clock import seconds_since_start
 
@@ -53,13 +54,14 @@ class AAPOTrainer:
         checkpoints: Checkpoints,
         kept: Kept,
         throughput: Throughput,
+        tracer: Tracer,
         reporter: Reporter,
     ) -> None:
         """``training.build.build_training`` makes all of these for a job, and takes replacements."""
         self.config, self.policy, self.rollouts = config, policy, rollouts
         self.objective, self.learner, self.validator = objective, learner, validator
         self.checkpoints, self.kept = checkpoints, kept
-        self.throughput, self.reporter = throughput, reporter
+        self.throughput, self.tracer, self.reporter = throughput, tracer, reporter
         self.parity = ParityGate(config.rollout, learner)
         self.step = 0
         """Training steps done."""
@@ -84,17 +86,24 @@ class AAPOTrainer:
             LostRankError: another rank is gone; training goes on from the last checkpoint.
             RewardError: nothing can be scored any more; all steps that were made are in a checkpoint.
         """
-        with parallel.lost_ranks_reported(lambda: self._doing), contextlib.closing(self.checkpoints):
+        with (
+            parallel.lost_ranks_reported(lambda: self._doing),
+            contextlib.closing(self.checkpoints),
+            contextlib.closing(self.tracer),
+        ):
             try:
                 self._run_steps(stopping=self._begin())
+            except Interrupted:  # a stop came while something was waited for: nothing of the next step was taken up
+                pass
             except RewardError:  # no fault of the policy, whose steps are worth keeping until the reward is mended
                 self._save_rest()
                 raise
             self._save_rest()
-            return self.step >= self.config.trainer.max_steps
+            return self.step >= self.config.trainer.max_steps and BROKEN_OFF not in self._latest
 
     def _run_steps(self, *, stopping: bool) -> None:
         while self.step < self.config.trainer.max_steps and not stopping:
+            self.tracer.begin(self.step + 1)
             if not self._fill_reference():  # a stop signal came meanwhile
                 break
             self.train_step()
@@ -103,36 +112,42 @@ class AAPOTrainer:
             stopping, save_now = self._stop_or_save()
             if save_now:
                 self._save()
+            self.tracer.end()
 
     def train_step(self) -> None:
         """One step of ``fit``, without what stands around it: reference rewards, validation, checkpoints."""
         start = time.perf_counter()
+        self._run_ahead()  # before it is waited: an engine that has ended its part goes on meanwhile
         groups = self._generate()
-        if self.rollouts.runs_ahead:
-            self._refit()
-            self._generate_ahead()
+        self._run_ahead()  # with prompts that this step's completions have decided
         version = self.policy.version
         self._check_parity(groups, version)
         groups = self._with_advantages(groups)
         kept = self._choose_kept(groups)
         began = time.perf_counter()
         metrics = self._update(groups)
-        train_s = time.perf_counter() - began
+        updated = time.perf_counter()
+        spans.timed("train", began, updated)
         if not self.rollouts.runs_ahead:
-            self._refit()
+            with contextlib.suppress(Interrupted):
+                self._refit()
         self.step += 1
-        self._log(groups, kept, version, metrics, train_s, start)
+        self._log(groups, kept, version, metrics, updated - began, start)
 
     # ------------------------------------------------------------------ a step's verbs
 
     def _generate(self) -> list[Group]:
         """This rank's groups of the step, with rewards and reference rewards."""
-        with self._phase(f"step {self.step + 1}, rollout"):
+        with self._phase(f"step {self.step + 1}, rollout", "groups"):
             return self.rollouts.generate(self.step)
 
-    def _generate_ahead(self) -> None:
-        with self._phase(f"step {self.step + 2}, rollout"):
-            self.rollouts.begin(self.step + 1)
+    def _run_ahead(self) -> None:
+        """Where rollouts run ahead, have those begun that the policy draws before this step changes it."""
+        if self.rollouts.runs_ahead:
+            with contextlib.suppress(Interrupted):  # by a stop: the loop ends with this step
+                self._refit()
+                with self._phase(f"step {self.step + 1}, rollout", "next steps' rollouts begin"):
+                    self.rollouts.begin(self.step)
 
     def _check_parity(self, groups: list[Group], version: int) -> None:
         with self._phase(f"step {self.step + 1}, parity"):
@@ -141,11 +156,12 @@ class AAPOTrainer:
     def _with_advantages(self, groups: list[Group]) -> list[Group]:
         """The groups that are trained on, with their final advantages: of those generated, perhaps not all."""
         drawn = prompts_drawn(self.config)
-        groups = self._advantages(list(enumerate(groups, own_shard(drawn).start)))
-        taken, self._left_out = select(groups, drawn, self.config.prompts_per_step)
-        if self._left_out and self.objective.algorithm.whole_batch:  # which is now another one
-            return self._advantages(taken)
-        return [group for _, group in taken]
+        with spans.phase("advantages"):
+            groups = self._advantages(list(enumerate(groups, own_shard(drawn).start)))
+            taken, self._left_out = select(groups, drawn, self.config.prompts_per_step)
+            if self._left_out and self.objective.algorithm.whole_batch:  # which is now another one
+                return self._advantages(taken)
+            return [group for _, group in taken]
 
     def _advantages(self, numbered: list[tuple[int, Group]]) -> list[Group]:
         seeds = [stream_seed(self.config.seed, "pairs", self.step, number) for number, _ in numbered]
@@ -159,7 +175,7 @@ class AAPOTrainer:
 
     def _update(self, groups: list[Group]) -> dict[str, float]:
         """The learner's optimizer steps; a batch that leads to numbers that are not finite is kept for people."""
-        with self._phase(f"step {self.step + 1}, train"):
+        with self._phase(f"step {self.step + 1}, train", "update"):
             try:
                 return self.learner.update(groups)
             except NonFiniteError as error:
@@ -172,7 +188,7 @@ class AAPOTrainer:
 
     def _refit(self) -> None:
         """The engine gets the policy's weights, where it has others."""
-        with self._phase(f"step {self.step + 1}, refit"):
+        with self._phase(f"step {self.step + 1}, refit", "weights to the engine"):
             self.rollouts.refit()
 
     def _log(
@@ -192,12 +208,15 @@ class AAPOTrainer:
             update: the learner's metrics.
             train_s, start: seconds of the update, and when the step began.
         """
-        everyone = parallel.gather_data_parallel(([group_numbers(group) for group in groups], kept))
+        with spans.phase("numbers of all ranks"):
+            everyone = parallel.gather_data_parallel(([group_numbers(group) for group in groups], kept))
         numbers = [n for part, _ in everyone for n in part]
-        seconds = {**self.rollouts.seconds, "train": train_s, "step": time.perf_counter() - start}
+        ended = time.perf_counter()
+        spans.timed(f"step {self.step}", start, ended, "step")
+        seconds = {**self.rollouts.seconds, "train": train_s, "step": ended - start}
         metrics = {
             **step_metrics(numbers, version, self.config.validation.reward),
-            **self.objective.metrics([n.rewards for n in numbers], [n.advantages for n in numbers]),
+            **self.objective.metrics(numbers, step=self.step - 1, max_steps=self.config.trainer.max_steps),
             **update,
             **self.rollouts.metrics,
             **self._left_out,
@@ -207,8 +226,9 @@ class AAPOTrainer:
             **{f"time/{name}": value for name, value in seconds.items()},
         }
         self._latest |= metrics
-        self.reporter.log_step(self.step, metrics)
-        self.kept.write(self.step, [group for _, part in everyone for group in part])
+        with spans.phase("log"):
+            self.reporter.log_step(self.step, metrics)
+            self.kept.write(self.step, [group for _, part in everyone for group in part])
         if warning := self.parity.watch(self.step, metrics):
             self.reporter.note(warning)
 
@@ -217,7 +237,6 @@ class AAPOTrainer:
     def _begin(self) -> bool:
         """Resume, and validate where that is due; whether to stop already."""
         resumed = self._resume()
-        self._saved = self.step
         due = self._latest.pop(BROKEN_OFF, 0.0) if resumed else self.config.trainer.val_check_interval
         return bool(due) and not self._validate()
 
@@ -227,6 +246,7 @@ class AAPOTrainer:
         if state is not None:
             try:
                 self.step, self._latest = int(state["step"]), dict(state["metrics"])
+                self._saved = self.step
                 self.rollouts.load_state_dict(state)
             except (KeyError, TypeError) as error:
                 where, what = self.checkpoints.resumed_from, first_line(error)
@@ -255,20 +275,20 @@ class AAPOTrainer:
         Raises:
             RewardError: nothing could be scored; a resumed run makes up for it, too.
         """
-        with self._phase(f"step {self.step + 1}, rollout"):
-            self.rollouts.settle()
-        self._refit()
-        with self._phase(f"the validation after step {self.step}"):
-            self.reporter.phase("validating", 0, len(self.validator.prompts))
-            try:
+        try:
+            with self._phase(f"step {self.step + 1}, rollout"):
+                self.rollouts.settle()
+            self._refit()
+            with self._phase(f"the validation after step {self.step}"):
+                self.reporter.phase("validating", 0, len(self.validator.prompts))
                 metrics, samples = self.validator.run()
-            except (Interrupted, RewardError) as error:
-                self._latest[BROKEN_OFF] = 1.0
-                if isinstance(error, RewardError):
-                    raise
-                return False
-            self._latest |= metrics
-            self.reporter.log_validation(self.step, metrics, samples)
+                self._latest |= metrics
+                self.reporter.log_validation(self.step, metrics, samples)
+        except (Interrupted, RewardError) as error:
+            self._latest[BROKEN_OFF] = 1.0
+            if isinstance(error, RewardError):
+                raise
+            return False
         return True
 
     def _stop_or_save(self) -> tuple[bool, bool]:
@@ -306,9 +326,12 @@ class AAPOTrainer:
             self.schedule.saved()
 
     def _save_rest(self) -> None:
-        """Have the last step in a checkpoint that is whole on the disk."""
+        """Have the last step in a checkpoint that is whole on the disk, unless a stop broke off what belongs to it."""
         if self.step > self._saved:
-            self._save()
+            try:
+                self._save()
+            except Interrupted:  # what would be drawn with later weights is rather drawn with the same ones again
+                self.reporter.note(f"completions of the next steps were not waited for: step {self._saved} is kept")
         self._wait_for_checkpoint()
 
     def _wait_for_checkpoint(self) -> None:
@@ -322,15 +345,19 @@ class AAPOTrainer:
         return bool(interval) and (self.step % interval == 0 or last)
 
     @contextlib.contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
+    def _phase(self, name: str, span: str = "") -> Iterator[None]:
         """Inside, this rank is at ``name``; after an error too, as who reports a lost rank asks for it outside.
+
+        Args:
+            span: what a trace calls it; by default ``name`` without its step.
 
         Raises:
             NonFiniteError: log-probs are not finite: the update before was, what it led to is not.
         """
         before, self._doing = self._doing, name
         try:
-            yield
+            with spans.phase(span or name.rpartition(", ")[2]):
+                yield
         except FloatingPointError as error:
             raise NonFiniteError(f"{name}: {error}. No checkpoint was written") from error
         self._doing = before

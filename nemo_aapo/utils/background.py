@@ -6,10 +6,14 @@ import logging
 import threading
 from collections.abc import Callable
 
+from nemo_aapo.errors import RunError
+
 logger = logging.getLogger(__name__)
 
 CLOSE_S = 60.0
 """Seconds that a process which ends in an error waits for its job."""
+WAIT_S = 1800.0
+"""Seconds that a job may keep whoever waits for it: disks of clusters can hang for ever."""
 
 
 class Background:
@@ -39,10 +43,21 @@ class Background:
         """True once the job has ended in an error, until ``wait`` raises it."""
         return self._error is not None
 
-    def wait(self) -> None:
-        """Return when no job is under way. Raises what it ended in."""
+    def busy(self) -> bool:
+        """True while a job is under way."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def wait(self, timeout_s: float = WAIT_S) -> None:
+        """Return when no job is under way.
+
+        Raises:
+            RunError: it is still under way after so many seconds.
+            Exception: whatever the job ended in.
+        """
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(timeout_s)
+        if self.busy():
+            raise RunError(f"{self._name}: not written within {timeout_s:g} s; does the disk still answer?")
         self._thread, error, self._error = None, self._error, None
         if error is not None:
             raise error

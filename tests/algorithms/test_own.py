@@ -46,6 +46,20 @@ class Half(Algorithm):
 
 class Loose:
     pass
+
+@dataclass
+class Thawed(Algorithm):
+    shift: float
+
+@dataclass(frozen=True)
+class Unknown(Shifted):
+    limit: "Nowhere" = 1
+
+@dataclass(frozen=True)
+class Lists(Shifted):
+    bounds: list[float] = ()
+    names: list = ()
+    pair: tuple[int, ...] = ()
 """
 
 
@@ -73,6 +87,13 @@ def test_a_class_of_ones_own_is_built_with_its_settings_and_decides_what_the_run
     assert (handed_over.name, handed_over.needs) == (settings.name, settings.needs)
 
 
+def test_lists_among_the_settings_are_converted_as_their_types_say(file):
+    made = registry.algorithm_of(
+        own(file, "Lists", {"shift": 1, "bounds": [1, 2.5], "names": ["a"], "pair": [1]}).algorithm
+    )
+    assert (made.bounds, made.names, made.pair) == ([1.0, 2.5], ["a"], (1,))
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
@@ -83,6 +104,9 @@ def test_a_class_of_ones_own_is_built_with_its_settings_and_decides_what_the_run
         ("Shiftd", None, "has no class 'Shiftd'; did you mean 'Shifted'"),
         ("Half", None, "Half has no token_loss"),
         ("Loose", None, "must be a frozen dataclass that inherits from nemo_aapo.Algorithm"),
+        ("Thawed", {"shift": 1}, "Thawed must be a frozen dataclass"),
+        ("Unknown", {"shift": 1}, r"shifted_algorithm\.py:Unknown: NameError: name 'Nowhere' is not defined"),
+        ("Lists", {"shift": 1, "bounds": [1, "x"]}, r"algorithm\.settings\.bounds\[1\]='x': a value of type float"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_words(file, name, settings, message):
@@ -95,6 +119,10 @@ def test_a_missing_file_and_an_unknown_name_are_refused():
         with_algorithm(own("gone.py"))
     with pytest.raises(ConfigError, match=r"no such algorithm \(did you mean 'dapo'\?\)"):
         with_algorithm(make_config("no_model", algorithm__name="dapoo"))
+    with pytest.raises(ConfigError, match=r"group_size=1: algorithm=gpg .* at least 2"):
+        with_algorithm(dataclasses.replace(make_config("no_model", group_size=1), algorithm=preset("gpg")))
+    for one_is_enough in ("aapo", "reinforce_pp"):  # a margin, a baseline of the whole batch
+        with_algorithm(dataclasses.replace(make_config("no_model", group_size=1), algorithm=preset(one_is_enough)))
     with pytest.raises(ConfigError, match=r"have no effect with algorithm\.custom=null"):
         make_config("no_model", algorithm__settings={"shift": 1})
 
@@ -197,6 +225,18 @@ class Entropic(Sound):
         return (tokens.weights * (1 - tokens.advantages) * tokens.logprobs).sum(), {}
 
 
+@dataclass(frozen=True)
+class Bonus(Sound):
+    def token_loss(self, tokens):
+        value, metrics = super().token_loss(tokens)
+        return value - 0.1 * (tokens.weights * tokens.advantages.abs() * tokens.entropy).sum(), metrics
+
+
+@dataclass(frozen=True)
+class DeclaredBonus(Bonus):
+    needs_entropy_gradient = True
+
+
 @pytest.mark.parametrize(
     ("kind", "promise", "words"),
     [
@@ -207,15 +247,17 @@ class Entropic(Sound):
         (Overflowing, "finite on long ratios", "clamp log-ratios"),
         (NotANumber, "a finite number", "not finite"),
         (Drawn, "a finite number", "groups.random"),
-        (Attached, "sums without a gradient", "detach it"),
+        (Attached, "a scalar with a gradient", "detach it"),
         (Entropic, "has no gradient", "learns_without_advantage"),
+        (Bonus, "through tokens.entropy", "needs_entropy_gradient = True"),
     ],
 )
 def test_a_broken_promise_is_found_and_the_remedy_named(kind, promise, words):
     config: AlgorithmConfig = preset("gpg")
     wrong = {finding.promise: finding.wrong for finding in check(kind(), config) if finding.wrong}
     assert any(promise in name and words in said for name, said in wrong.items()), wrong
-    assert not [finding.wrong for finding in check(Sound(), config) if finding.wrong]
+    for sound in (Sound(), DeclaredBonus()):
+        assert not [finding.wrong for finding in check(sound, config) if finding.wrong]
 
 
 def test_no_part_outside_knows_an_algorithm_by_name():

@@ -15,5 +15,5 @@ def _compare(folder):
 def test_experts_are_measured_beside_mcores_and_beside_a_dense_layer(ranks, tmp_path):
     [(rows, table)] = ranks.run(_compare, tmp_path / "model")
     assert [row.tokens for row in rows] == [16]
-    assert all(figure.low > 0 for row in rows for figure in (row.grouped, row.one_by_one))
+    assert all(figure.low > 0 for row in rows for figure in (row.grouped, row.products, row.one_by_one))
     assert len(table.splitlines()) == 3

@@ -32,7 +32,6 @@ from nemo_aapo.reference_store.key import StoreKey
 from nemo_aapo.reference_store.store import RewardStore, other_rewards
 from nemo_aapo.run.experiment import Experiment
 from nemo_aapo.run.summary import summary_table
-from nemo_aapo.utils import unforeseen
 from tests.tiny_models import save_empty_input
 
 VALUES = (
@@ -46,16 +45,6 @@ VALUES = (
 )  # fmt: skip
 """Numbers at the edges of types, texts that paths and grammars stumble over, shapes that belong elsewhere."""
 STRANGE_WORDS = ("", "=", "+", "~", "seed", "--seed=1", "-m", "--multirun", "a.b.c=1", "==", "seed=1=2", "hydra.x=1")
-
-
-@pytest.fixture
-def unforeseen_fails(monkeypatch) -> None:
-    """What would be said to be unforeseen fails the test instead, with the error."""
-
-    def fail(error: Exception, run_dir: Path | None, rank: int = 0) -> str:
-        raise AssertionError(f"{type(error).__name__}: {error}") from error
-
-    monkeypatch.setattr(unforeseen, "describe", fail)
 
 
 # ---------------------------------------------------------------- 300 random settings

@@ -143,7 +143,6 @@ def test_words_that_are_right_pass():
         (["algorithm.loss=ratio_clip"], "algorithm.clip", "ratio_clip"),
         (["algorithm=grpo", "algorithm.clip.low=1.5"], "algorithm.clip.low", "(0, 1]"),
         (["algorithm.importance_weight_cap=0.5"], "algorithm.importance_weight_cap", "at least 1"),
-        (["algorithm=gpg", "group_size=1"], "group_size=1", "at least 2"),
         (["rewards=[]"], "rewards", "name at least one"),
         (["rewards=[{weight: 1}]"], "rewards[0]", "needs a name"),
         (["rewards=[{name: accuracy, weight: heavy}]"], "rewards[0].weight", "number"),
@@ -158,6 +157,13 @@ def test_words_that_are_right_pass():
             "512 + rollout.max_new_tokens=1024 = 1536",
         ),
         (["rollout.max_concurrent_tokens=99"], "rollout.max_concurrent_tokens=99", "can't hold one sequence"),
+        (["rollout.refit=copy"], "rollout.refit", "files"),
+        (["rollout.refit=collective", "rollout.server.engine=trtllm"], "rollout.refit=collective", "files or delta"),
+        (
+            ["cluster=slurm_servers", "cluster.servers.gpus_per_node=4", "rollout.server.tensor_parallel_size=8"],
+            "cluster.servers.gpus_per_node=4",
+            "a server is on one node",
+        ),
     ],
 )
 def test_what_can_not_work_is_refused_with_key_and_reason(words, key, reason):

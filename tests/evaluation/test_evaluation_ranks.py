@@ -219,6 +219,7 @@ def test_no_weights_of_another_client_are_replaced_and_what_servers_cannot_do_is
     with pytest.raises(RankError, match=r"precision\.name=fp32: rollout server 7 .* computes in bf16\. Ask for that"):
         ranks.run(evaluate, on_servers(folder, "bf16", servers), tp=None)
     (servers.directory / "server_7.json").unlink()
+    assert served(servers) == before  # and not the weights of an evaluation that was refused then
     alone = words(folder, "alone", "rollout.engine=remote", "rollout.remote.wait_s=1")
     with pytest.raises(RankError, match=r"(?s)RunError: after 1 s .*none has announced itself in"):
         ranks.run(evaluate, alone, tp=None)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import re
 import sys
 import time
-from unittest import mock
 
 import pytest
 
 from nemo_aapo.launch.local import free_port, rank_environments
-from tests.chaos import ROOT
 from tests.evaluation.test_evaluation_ranks import completions, evaluate, results, words
 from tests.evaluation.test_evaluation_ranks import folder as evaluation_folder  # noqa: F401
+from tests.forked import forking
 from tests.training_runs import metrics, run, settings
 
 pytestmark = pytest.mark.timeout(400)
@@ -58,10 +56,7 @@ def test_the_newest_checkpoint_of_a_running_training_is_measured_whole_though_ol
     folder, run_dir = evaluation_folder, evaluation_folder / "at_work"
     more = ("trainer.max_steps=100000", "checkpoint.save_interval=1", "checkpoint.keep_last=1", "algorithm=gpg")
     overrides = settings(folder, run_dir, *more, "trainer.val_check_interval=0", "rollout.max_new_tokens=2")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.warm"])
-    with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)):
-        multiprocessing.forkserver.ensure_running()
+    context = forking()
     (environment,) = rank_environments({}, 1, free_port())
     training = context.Process(target=train, args=(environment, overrides, str(folder / "log")), daemon=True)
     training.start()

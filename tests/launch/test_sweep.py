@@ -49,10 +49,22 @@ def test_every_combination_is_a_run_named_by_its_values(words, names):
 
 
 @pytest.mark.parametrize(
-    "words", ["seed=1", "run.name=a,b", "cluster=slurm,local", "seed=1,2 seed=3,4", "seed=glob(*)"]
+    ("words", "said"),
+    [
+        ("seed=1", "no key has several values"),
+        ("run.name=a,b", "run.name can't have several values"),
+        ("hydra.job.num=1,2", "hydra.job.num can't have several values"),
+        ("cluster=slurm,local", "cluster can't have several values"),
+        ("seed=1,2 seed=3,4", "seed is given twice"),
+        ("seed=1,2 seed=3", "seed is given twice"),
+        ("seed=3 ++seed=1,2", "seed is given twice"),
+        ("seed=glob(*)", "A sweep takes"),
+        ("seed=range(3,1)", "make 0 runs"),
+        ("seed=range(0,100) group_size=range(2,22)", "make 2000 runs"),
+    ],
 )
-def test_what_is_no_sweep_is_refused(words):
-    with pytest.raises(ConfigError):
+def test_what_is_no_sweep_is_refused(words, said):
+    with pytest.raises(ConfigError, match=said):
         points(words.split())
 
 

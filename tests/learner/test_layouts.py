@@ -158,6 +158,23 @@ def test_loss_and_gradient_are_those_of_one_process(ranks, tiny_models, alone, l
             np.testing.assert_allclose(tensor, weights[name], atol=2e-6, err_msg=name)
 
 
+def test_an_entropy_coefficient_gives_what_one_process_gives_also_to_groups_without_advantage(
+    ranks, tiny_models, alone
+):
+    path, more = tiny_models["qwen2_tied"], PACKED | {"algorithm__entropy_coefficient": 0.3}
+    [(expected, weights)] = ranks.run(learn, path, 1, 1, 1024, more)
+    live, _ = alone  # without the group whose advantages are all zero
+    assert expected["loss"] == pytest.approx(live["loss"] - 0.3 * expected["entropy"], rel=1e-6)
+    assert abs(expected["entropy"] - live["entropy"]) > 1e-4
+    for tp, pp, cp, set_besides in ((2, 1, 1, SEQUENCE_PARALLEL), (1, 2, 1, {}), (1, 1, 2, {}), (1, 1, 1, {})):
+        layout = more | set_besides | {"model__context_parallel_size": cp}
+        for metrics, updated in ranks.run(learn, path, tp, pp, 128, layout, world=2, tp=tp, pp=pp, cp=cp):
+            for key, bound in (("loss", 1e-6), ("grad_norm", 1e-5), ("entropy", 1e-5)):
+                assert metrics[key] == pytest.approx(expected[key], rel=bound), key
+            for name, tensor in updated.items():
+                np.testing.assert_allclose(tensor, weights[name], atol=2e-6, err_msg=name)
+
+
 @pytest.fixture(scope="module")
 def large_embedding(tmp_path_factory):
     """A model of two layers with an embedding of 30 million entries, which three ranks can share."""

@@ -41,11 +41,11 @@ def plain(hidden, weight, targets, temperature, vocab_size):
     """What it must equal."""
     logits = hidden @ weight[:vocab_size].t() / temperature
     logprobs = logits.log_softmax(-1)
-    entropy = -(logprobs.exp() * logprobs).sum(-1).detach()
+    entropy = -(logprobs.exp() * logprobs).sum(-1)
     return logprobs.gather(1, targets[:, None])[:, 0], entropy
 
 
-def one_rank(hidden, weight, targets, temperature, vocab_size, chunk_tokens):
+def one_rank(hidden, weight, targets, temperature, vocab_size, chunk_tokens, entropy_gradient=False):
     return selected_logprobs(
         hidden,
         weight,
@@ -55,6 +55,7 @@ def one_rank(hidden, weight, targets, temperature, vocab_size, chunk_tokens):
         tp_group=None,
         vocab_start=0,
         chunk_tokens=chunk_tokens,
+        entropy_gradient=entropy_gradient,
     )
 
 
@@ -84,6 +85,31 @@ def test_values_and_gradients_equal_log_softmax(small_tiles, dtype, temperature,
 def test_gradcheck_in_float64(small_tiles):
     hidden, weight, targets, _ = make_problem(5, 24, 19, h=4, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda h, w: one_rank(h, w, targets, 0.8, 19, 2)[0], (hidden, weight))
+    assert torch.autograd.gradcheck(lambda h, w: one_rank(h, w, targets, 0.8, 19, 2, True), (hidden, weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("n", "rows", "vocab_size"), [(13, 384, 300), (7, 7, 5), (0, 7, 5)])
+def test_an_entropys_gradient_equals_that_of_whole_logits(small_tiles, dtype, n, rows, vocab_size):
+    """Together with the log-probs', and alone; a distribution that is sure of its token has none."""
+    hidden, weight, targets, grad = make_problem(n, rows, vocab_size, dtype=dtype)
+    if n:
+        with torch.no_grad():
+            hidden[0] = 400.0 * weight[0]
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    both, mixed = plain(*exact, targets, 0.7, vocab_size), grad.double()
+    torch.autograd.backward(both, (mixed, mixed.flip(0)))
+    ours = one_rank(hidden, weight, targets, 0.7, vocab_size, 3, True)
+    grad = grad.to(ours[0].dtype)
+    torch.autograd.backward(ours, (grad, grad.flip(0)))
+    for computed, expected in ((hidden.grad, exact[0].grad), (weight.grad, exact[1].grad)):
+        bound = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype] * expected.norm()
+        assert (computed.double() - expected).norm() <= bound
+    entropy = one_rank(*exact, targets, 0.7, vocab_size, 3, True)[1]
+    exact[0].grad = None
+    entropy.sum().backward()
+    assert exact[0].grad.isfinite().all()
+    assert not n or exact[0].grad[0].abs().max() < 1e-12
 
 
 def test_large_logits_neither_overflow_nor_lose_a_sure_token(small_tiles):
@@ -162,8 +188,8 @@ class LiveBytes(TorchDispatchMode):
 def peak_bytes(function, hidden, weight, targets) -> int:
     gc.collect()
     with LiveBytes(hidden, weight, targets) as counter:
-        logprobs, _ = function()
-        logprobs.sum().backward()
+        logprobs, entropy = function()
+        (logprobs + entropy).sum().backward()
     hidden.grad = weight.grad = None
     return counter.peak
 
@@ -178,6 +204,8 @@ def test_peak_memory_at_a_large_vocabulary_is_an_eighth_of_the_plain_way_or_less
     assert theirs > 2 * whole  # the counter sees what autograd keeps
     assert weight.nbytes < ours < theirs / 8
     assert ours < weight.nbytes + 2 * 8 * LARGE_VOCAB * 4 * 1.1  # the weight's gradient and two tiles
+    ours = peak_bytes(lambda: one_rank(hidden, weight, targets, 0.7, LARGE_VOCAB, 8, True), hidden, weight, targets)
+    assert ours < weight.nbytes + 3 * 8 * LARGE_VOCAB * 4 * 1.1  # of an entropy's gradient one more
 
 
 def test_scoring_holds_two_tiles_and_nothing_else():
@@ -203,8 +231,9 @@ def _on_a_rank(problem, vocab_size, temperature):
         tp_group=dist.group.WORLD,
         vocab_start=rank * len(shard),
         chunk_tokens=3,
+        entropy_gradient=True,
     )
-    logprobs.backward(grad)
+    torch.autograd.backward((logprobs, entropy), (grad, grad.flip(0)))
     return [x.detach().numpy() for x in (logprobs, entropy, hidden.grad, shard.grad)]
 
 
@@ -215,14 +244,14 @@ def test_a_vocabulary_over_two_ranks_equals_one_rank(ranks, n, vocab_size):
     """With 20 true tokens of 64 the second rank has padding only."""
     problem = make_problem(n, 64, vocab_size, dtype=torch.float64)
     hidden, weight, targets, grad = problem
-    logprobs, entropy = one_rank(hidden, weight, targets, 0.7, vocab_size, 3)
-    logprobs.backward(grad)
+    logprobs, entropy = one_rank(hidden, weight, targets, 0.7, vocab_size, 3, True)
+    torch.autograd.backward((logprobs, entropy), (grad, grad.flip(0)))
     detached = [x.detach() for x in problem]
     results = ranks.run(_on_a_rank, detached, vocab_size, 0.7, world=2, tp=2)
     close = {"rtol": 1e-12, "atol": 1e-12}
     for result in results:
         torch.testing.assert_close(torch.from_numpy(result[0]), logprobs.detach(), **close)
-        torch.testing.assert_close(torch.from_numpy(result[1]), entropy, **close)
+        torch.testing.assert_close(torch.from_numpy(result[1]), entropy.detach(), **close)
     partial = [torch.from_numpy(result[2]) for result in results]
     shards = [torch.from_numpy(result[3]) for result in results]
     torch.testing.assert_close(sum(partial), hidden.grad, **close)

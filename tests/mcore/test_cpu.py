@@ -63,6 +63,21 @@ def test_stages_that_share_an_embedding_begin_with_the_same_one(ranks, tiny_mode
     assert (first == last).all()
 
 
+def _policies_are_gone(model):
+    import gc
+    import weakref
+
+    from tests.checkpoint_runs import make_policy
+
+    modules = [weakref.ref(make_policy(model, distributed_optimizer=True).module) for _ in range(2)]
+    gc.collect()
+    return [module() is None for module in modules]
+
+
+def test_a_policy_that_nobody_needs_any_more_is_collected(ranks, tiny_models):
+    assert ranks.run(_policies_are_gone, tiny_models["qwen2"]) == [[True, True]]
+
+
 def _gradient_clipping():
     import torch
     from megatron.core.optimizer import clip_grads, optimizer

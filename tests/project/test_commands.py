@@ -18,11 +18,11 @@ import sys
 from collections.abc import Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
-from unittest import mock
 
 import pytest
 
 from nemo_aapo.launch.local import free_port, rank_environments
+from tests.forked import forking
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
@@ -84,9 +84,14 @@ RULES: tuple[tuple[str, Run | Elsewhere | NotRun], ...] = (
     (r"train\.py .*create_(wandb|mlflow)_logger", COMPOSED),  # packages that are extras
     (r"train\.py .*algorithm\.custom=", Elsewhere("tests/examples/test_algorithms.py", "FadingMargin")),
     (r"train\.py .*--replay", Elsewhere("tests/training/test_training.py", "rollout.replay=")),
+    (r"train\.py .*trace\.steps=", Elsewhere("tests/trace/test_traced_runs.py", "trace.steps=")),
     (r"train\.py ", Run(SMALL)),
     (r"mypy$", Elsewhere("scripts/test.sh", "mypy")),
     (r"nohup python scripts/serve\.py", Elsewhere("tests/engines/remote/test_server_start.py", "nohup")),
+    (
+        r"serve\.py .*tensor_parallel_size=2",
+        Elsewhere("tests/engines/remote/test_server_ranks.py", "tensor_parallel_size"),
+    ),
     (r"serve\.py ", Run(SMALL)),
     (r"launch\.py (cluster=local|.*run\.name=tp2dp2)", Run(f"{SMALL} {TWO_RANKS}")),
     (r"launch\.py (fill )?cluster=(slurm|slurm_servers|interactive) (?!.*nemo_run)", DRY),
@@ -118,6 +123,7 @@ RULES: tuple[tuple[str, Run | Elsewhere | NotRun], ...] = (
     (r"bash scripts/(quickstart|environment)\.sh", Elsewhere("tests/project/test_scripts.py", "quickstart.sh")),
     (r"bash scripts/test\.sh", NotRun("it would run itself; CI runs it as it stands")),
     (r"benchmark\.py gpu|pytest.* tests/gpu", NotRun("needs a GPU")),
+    (r"benchmark\.py refit$", Elsewhere("tests/benchmarks/test_refit.py", "refit")),
     (r"benchmark\.py guard", Elsewhere("tests/benchmarks/test_guard.py", "guard")),
     (r"python -m pytest", NotRun("one of this session's own tests")),
     (r"bash scripts/nemo_run\.sh", NotRun("installs an environment: scripts/test.sh runs it")),
@@ -167,10 +173,7 @@ class Workplace:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["tests.warm"])
-        with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)):
-            multiprocessing.forkserver.ensure_running()
+        self._context = forking()
         self._done: set[str] = set()
         make_inputs(folder)
         given = "python scripts/train.py model.path=/models/any data.train=train.jsonl data.validation=test.jsonl"

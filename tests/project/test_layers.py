@@ -24,6 +24,7 @@ LAYERS = (
     {"reference_store"},
     {"run"},
     {"distributed"},
+    {"trace"},
     {"algorithms", "models", "data"},
     {"rewards"},
     {"launch"},

@@ -219,6 +219,15 @@ def test_the_peers_are_installed_beside_the_environment_once(checkout):
     assert len(checkout.run("peers.sh")[2]) == 2
 
 
+def test_the_real_models_packages_are_fetched_once_and_only_its_parts_are_asked_for(checkout):
+    checkout.run("environment.sh")
+    status, output, calls = checkout.run("real_model.sh", "model", "data")
+    assert status == 0, output
+    assert "--target .venv-gguf.new -r requirements/gguf.txt" in calls[0]
+    assert calls[1:] == ["-m examples.real_model model data"]
+    assert checkout.run("real_model.sh")[2] == ["-m examples.real_model"]
+
+
 @pytest.fixture
 def tested(checkout) -> Checkout:
     """A checkout with its environment, and stand-ins of what test.sh runs in it."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 BINARY = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-MISSING = "no Chromium here (Debian: apt-get install chromium)"
+MISSING = "no Chromium here: bash scripts/chromium.sh installs it, or says what is in the way"
 DEADLINE_S = 60.0
 OPTIONS = "--headless --no-sandbox --disable-gpu --no-first-run --hide-scrollbars --disable-dev-shm-usage"
 

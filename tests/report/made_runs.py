@@ -10,6 +10,8 @@ import numpy as np
 import yaml
 
 from nemo_aapo.rollout.kept import KeptFiles, KeptGroup
+from nemo_aapo.trace.file import Part, trace_of
+from nemo_aapo.trace.spans import Span
 from nemo_aapo.utils.files import to_json, write_atomic
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -148,3 +150,29 @@ def kept_group(step: int, length: int, text) -> KeptGroup:
         figures = {name: np.full(length, -0.5, np.float32) for name in ("logprobs", "learner_logprobs", "entropy")}
         tokens.append({"token_ids": ids.astype(np.int32), **figures})
     return KeptGroup(rows, tokens)
+
+
+def make_trace(directory: Path, step: int, name: str = "rollout", ranks: int = 2) -> None:
+    """A trace of a step of a run: phases, micro-batches and collectives of each rank, scores, and a server.
+
+    Args:
+        name: of a phase; may be hostile.
+    """
+    ms = 1_000_000
+    parts = []
+    for rank in range(ranks):
+
+        def at(track, what, kind, start, end, process=f"rank {rank}"):
+            return Span(process, track, what, kind, start * ms, end * ms, {})
+
+        loop = [(f"step {step}", "step", 0, 1000), (name, "phase", 5, 600), ("train", "phase", 610, 980)]
+        loop += [(f"forward {i}", "micro-batch", 610 + 90 * i, 645 + 90 * i) for i in range(4)]
+        loop += [(f"backward {i}", "micro-batch", 650 + 90 * i, 695 + 90 * i) for i in range(4)]
+        loop += [("wait for all_reduce", "wait", 655 + 90 * i, 668 + 90 * i) for i in range(4)]
+        spans = [at("loop", *span) for span in loop]
+        workers = f"reward workers of rank {rank}"
+        spans += [at(f"worker {i % 2}", "score", "score", 200 + 40 * i, 238 + 40 * i, workers) for i in range(8)]
+        if rank == 0:
+            spans += [at("engine", "generate", "server", 20, 580, "rollout server 0")]
+        parts.append(Part(rank, "node1", (0, 10), spans, [], 0))
+    write_atomic(directory / "trace" / f"step_{step:06d}.json", json.dumps(trace_of(step, parts)))

@@ -9,7 +9,7 @@ import pytest
 
 from nemo_aapo.report.page import write_report
 from tests.report import browser as chromium
-from tests.report.made_runs import make_run
+from tests.report.made_runs import make_run, make_trace
 
 pytestmark = [
     pytest.mark.slow,
@@ -79,6 +79,42 @@ def choose(browser, label: str, value: str) -> None:
     browser.evaluate(f"""(() => {{ const box = [...document.querySelectorAll('#rollouts label')]
         .find((l) => l.textContent.startsWith({label!r})).querySelector('select');
         box.value = {value!r}; box.dispatchEvent(new Event('change')); }})()""")
+
+
+def test_a_traced_step_is_drawn_for_every_process_and_its_names_do_nothing(browser, tmp_path):
+    run = make_run(tmp_path / "traced", steps=4)
+    make_trace(run, 2, ranks=1)
+    make_trace(run, 4, name=HOSTILE, ranks=2)
+    write_report([run], tmp_path / "page.html")
+    browser.open(tmp_path / "page.html", width=390)
+    assert browser.complaints == []
+    assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth"), "wider than the screen"
+    owners = "[...document.querySelectorAll('#timeline .process')].map((b) => b.textContent)"
+    both = ["rank 0", "rank 1", "reward workers of rank 0", "reward workers of rank 1", "rollout server 0"]
+    assert browser.evaluate(owners) == both
+    assert browser.evaluate("document.body.dataset.hacked") is None
+    titles = browser.evaluate("[...document.querySelectorAll('#timeline .span')].map((s) => s.title).join()")
+    assert "</script>" in titles
+    assert "wait for all_reduce (wait): 13.0 ms, 1.3 % of what is shown" in titles
+    browser.evaluate("""(() => { const box = document.querySelector('#timeline select');
+        box.value = '2'; box.dispatchEvent(new Event('change')); })()""")
+    assert browser.evaluate(owners) == ["rank 0", "reward workers of rank 0", "rollout server 0"]
+    assert "trace/step_000004.json" in says(browser, "#timeline")
+
+
+def test_training_prompts_that_came_again_show_how_their_reward_moved(browser, tmp_path):
+    run = make_run(tmp_path / "again", steps=4)
+    for step in (1, 4):
+        path = run / "rollouts" / f"train_{step:06d}.jsonl"
+        rows = [{**json.loads(line), "source": "same", "reward": step / 4} for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_report([run], tmp_path / "page.html")
+    browser.open(tmp_path / "page.html")
+    cells = "[...document.querySelectorAll('#trained span.cell')].map((c) => c.textContent)"
+    assert browser.evaluate(cells) == ["step 1: 0.25", "step 4: 1"]
+    browser.evaluate("document.querySelector('#trained button.quiet-button').click()")
+    assert browser.evaluate("document.querySelectorAll('#trained .member').length") == 4
+    assert browser.complaints == []
 
 
 def test_smoothing_and_zoom_reach_all_curves(browser, page):

@@ -6,19 +6,21 @@ import hashlib
 import importlib.resources
 import json
 import re
+import threading
 
 import pytest
 
 from nemo_aapo.cli.view import report, runs
 from nemo_aapo.errors import ConfigError, RunError
-from nemo_aapo.report import completions
+from nemo_aapo.report import completions, own_page
 from nemo_aapo.report.compare import differing_settings, paired_differences, seeds_alike
 from nemo_aapo.report.completions import clipped, read_groups, read_history, spread
 from nemo_aapo.report.own_page import OwnPage
 from nemo_aapo.report.page import describe, inert_json
 from nemo_aapo.report.read import read_run
 from nemo_aapo.report.series import columns
-from tests.report.made_runs import make_run
+from nemo_aapo.report.timeline import read_traces
+from tests.report.made_runs import make_run, make_trace
 
 pytestmark = pytest.mark.slow
 
@@ -45,6 +47,54 @@ def test_settings_that_were_set_are_those_that_differ_from_the_defaults(run):
     assert found["steps"]["tokens"][-1] == 12 * 7500
     assert found["steps"]["time/other"][0] == pytest.approx(0.2)
     assert [found["steps"][f"groups/{kind}"][0] for kind in ("mixed", "by_margin")] == pytest.approx([0.7, 0.25])
+
+
+def test_traces_are_named_and_the_newest_drawn_and_a_damaged_one_is_named(tmp_path):
+    run = make_run(tmp_path / "traced", steps=2)
+    assert read_traces(run) == []
+    for step in (1, 2, 10):
+        make_trace(run, step)
+    found = read_traces(run)
+    assert [(trace["step"], "tracks" in trace) for trace in found] == [(10, True), (2, True), (1, False)]
+    (loop, *_) = found[0]["tracks"]
+    assert loop[:2] == ["rank 0", "loop"]
+    assert [(name, depth) for name, _, _, _, depth in loop[2]][:2] == [("step 10", 0), ("rollout", 1)]
+    for damaged in (
+        "{",
+        "[]",
+        '{"traceEvents": [{"ph": "X"}], "otherData": {}}',
+        '{"traceEvents": 3, "otherData": {}}',
+    ):
+        (run / "trace" / "step_000010.json").write_text(damaged)
+        with pytest.raises(RunError, match=r"step_000010\.json: no trace"):
+            read_traces(run)
+
+
+STRANGE = (None, True, -1, 10**400, 1e308, float("nan"), "x", "</script>", [], [1, "x"], {}, {"a": float("inf")})
+
+
+@pytest.mark.parametrize("name", ["train_000002", "step_000002"])
+def test_whatever_a_damaged_line_holds_is_shown_as_numbers_and_texts_or_refused_by_name(tmp_path, name):
+    run = make_run(tmp_path / "strange", steps=2)
+    path = run / "rollouts" / f"{name}.jsonl"
+    first, *others = path.read_text().splitlines()
+    row, refused = json.loads(first), []
+    for key, value in [(key, value) for key in row for value in STRANGE]:
+        path.write_text("\n".join([json.dumps({**row, key: value}), *others, ""]))
+        try:
+            inert_json([read_groups(run), read_history(run, "math")])
+        except RunError as error:
+            refused.append(str(error))
+    assert all(f"{name}.jsonl: no rollouts" in said for said in refused)
+    assert 0.1 < len(refused) / (len(row) * len(STRANGE)) < 0.7
+
+
+def test_a_number_that_is_not_finite_is_a_gap_wherever_it_stands(tmp_path):
+    run = make_run(tmp_path / "gaps", steps=2)
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": Infinity, "time/step": NaN, "lr": 1e400, "entropy": 1}\n')
+    found = describe(run)
+    assert [found["steps"][name] for name in ("loss", "time/step", "lr", "entropy")] == [[None]] * 3 + [[1]]
+    assert inert_json(found)
 
 
 def test_a_long_curve_is_thinned_by_means_and_the_lowest_stays_the_lowest():
@@ -85,6 +135,19 @@ def test_a_damaged_file_is_named_and_ends_no_run(run, tmp_path):
     assert (run / "report.html").stat().st_size > 50_000
     with pytest.raises(ConfigError, match="no run is there"):
         read_run(tmp_path)
+
+
+def test_a_page_that_is_never_done_holds_no_run(tmp_path, monkeypatch):
+    done, notes = threading.Event(), []
+    monkeypatch.setattr(own_page, "write_report", lambda *args: done.wait(60))
+    monkeypatch.setattr(own_page, "FINISH_S", 0.05)
+    page = OwnPage(tmp_path, notes.append, enabled=True)
+    page.begin()
+    page.begin()
+    page.finish("stopped")
+    done.set()
+    (note,) = notes
+    assert re.match(r"warning: .*report\.html could not be written: report: not written within", note)
 
 
 def test_no_text_ends_the_element_that_holds_the_data():

@@ -3,61 +3,44 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+from pathlib import Path
 
 import pytest
 
 from nemo_aapo.report.trackers import COLUMNS, ROWS, Trackers
+from tests.report.tracked import SAMPLES, STEP
 
-pytestmark = pytest.mark.slow
-
-SAMPLES = [
-    {
-        "prompt": f"{i}",
-        "completion": "\ud800 x",
-        "answer": "4",
-        "reward": float("nan"),
-        "tokens": 3,
-        "source": "s",
-        "finish_reason": "stop",
-    }
-    for i in range(200)
-]
+ROOT = Path(__file__).resolve().parents[2]
+PYTHON = ROOT / ".venv-trackers" / "bin" / "python"
 
 
-def test_mlflow_keeps_the_table_and_the_page(tmp_path):
-    pytest.importorskip("mlflow", reason="not installed: requirements/mlflow.txt")
-    from lightning.pytorch.loggers import MLFlowLogger
+@pytest.mark.slow
+def test_weights_and_biases_and_mlflow_keep_the_table_and_the_page(tmp_path):
+    """The real libraries, offline; what they will upload is read from their files."""
+    if not PYTHON.exists():
+        pytest.skip("there is no .venv-trackers: bash scripts/trackers.sh makes it, or says what is in the way")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "WANDB_SILENT": "true", "WANDB_MODE": "offline"}
+    command = [PYTHON, "-W", "ignore", "-m", "tests.report.tracked", tmp_path]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said["notes"] == []
 
-    logger, notes, page = MLFlowLogger("e", tracking_uri=f"file:{tmp_path}/mlruns"), [], tmp_path / "report.html"
-    page.write_text("<p>")
-    trackers = Trackers([logger], notes.append)
-    trackers.completions(50, SAMPLES)
-    trackers.page(page)
-    assert notes == []
-    (table,) = tmp_path.glob("mlruns/**/artifacts/completions/step_000050.json")
-    written = json.loads(table.read_text())
-    assert written["columns"] == list(COLUMNS)
-    assert 32 <= len(written["data"]) <= ROWS
-    assert written["data"][0][1:4] == ["\ud800 x", "4", None]
+    assert said["wandb"]["steps"] == [STEP]
+    assert ["report", ["report.html"]] in said["wandb"]["artifacts"]
+    (wandb_table,) = tmp_path.glob("wandb/offline-run-*/files/media/table/validation/completions*.json")
+    (mlflow_table,) = tmp_path.glob("mlruns/**/artifacts/completions/step_000050.json")
+    for path in (wandb_table, mlflow_table):
+        table = json.loads(path.read_text())
+        assert table["columns"] == list(COLUMNS)
+        assert 32 <= len(table["data"]) <= ROWS
+        assert table["data"][0][1:4] == ["\ud800 x", "4", None]
     assert len(list(tmp_path.glob("mlruns/**/artifacts/report.html"))) == 1
 
 
-def test_weights_and_biases_keeps_the_table_and_the_page(tmp_path, monkeypatch):
-    wandb = pytest.importorskip("wandb", reason="not installed: requirements/wandb.txt")
-    from lightning.pytorch.loggers import WandbLogger
-
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    logger, notes, page = WandbLogger(save_dir=tmp_path, offline=True), [], tmp_path / "report.html"
-    page.write_text("<p>")
-    trackers = Trackers([logger], notes.append)
-    trackers.completions(50, SAMPLES)
-    trackers.page(page)
-    assert notes == []
-    wandb.finish()
-    (table,) = tmp_path.glob("wandb/offline-run-*/files/media/table/validation/completions*.json")
-    assert json.loads(table.read_text())["columns"] == list(COLUMNS)
-
-
+@pytest.mark.unit
 def test_a_tracker_that_refuses_is_a_warning(tmp_path):
     class WandbLogger:
         def log_table(self, **given):

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from nemo_aapo.errors import RewardError
+from nemo_aapo.errors import Interrupted, RewardError
 from nemo_aapo.rewards import build_reward, reward_config
 from nemo_aapo.rewards.workers import pool
 from nemo_aapo.rewards.workers.runner import RewardRunner
+from nemo_aapo.run import stop
 from tests.rewards.judging import completion, prompt
 
 LIMIT_S = 1.0
@@ -170,6 +171,16 @@ def test_an_index_is_taken_until_it_is_collected_and_a_late_item_is_named(custom
         runner.submit((0, 1), prompt(), "50", completion())
         with pytest.raises(TimeoutError, match=r"1 of 1 completions were not scored within 0\.2 s"):
             runner.collect(timeout_s=0.2)
+
+
+@pytest.mark.slow
+def test_a_stop_breaks_off_the_waiting_for_scores(custom, monkeypatch):
+    monkeypatch.setattr(stop, "PATIENCE_S", 0.1)
+    with RewardRunner([(custom("time.sleep(1000)"), 1.0)], 1, timeout_s=1000) as runner, stop.StopSignal(speak=False):
+        runner.submit(0, prompt(), "", completion())
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Interrupted, match="SIGTERM came while waiting for the rewards of 1 completions"):
+            runner.collect()
 
 
 @pytest.mark.slow

@@ -88,3 +88,29 @@ def test_engine_metrics_count_all_ranks():
         "rollout/tokens_per_second": pytest.approx(20.0),
     }
     assert np.isnan(engine_metrics([RolloutStats(30, 2.0, 0, 1.5, float("nan"))])["rollout/idle_fraction"])
+
+
+def _broken_off(where):
+    """What a rank raises if a stop breaks off the waiting of rank 1."""
+    from nemo_aapo.distributed import parallel
+    from nemo_aapo.errors import Interrupted
+    from nemo_aapo.rollout.collector import Collector
+
+    def stopped(outcome):
+        if parallel.rank() == 1:
+            raise Interrupted("SIGTERM came")
+        return outcome
+
+    nothing = SimpleNamespace(wake=lambda: None, sleep=lambda: None, shares_weights=False, stats=None)
+    waits = {"servers": lambda outcome: outcome, "rewards": lambda outcome: outcome, where: stopped}
+    engine = SimpleNamespace(generate=lambda ids, *_: waits["servers"]([[] for _ in ids]), **vars(nothing))
+    rewards = SimpleNamespace(submit=None, collect=lambda indices: waits["rewards"]({}))
+    collector = Collector(engine, rewards, str)
+    with pytest.raises(Interrupted) as broken:
+        collector.collect([Prompt(str(i), ids, "", "", "") for i, ids in enumerate(prompts())], SPEC, SEEDS)
+    return str(broken.value)
+
+
+@pytest.mark.parametrize("where", ["servers", "rewards"])
+def test_a_stop_that_one_rank_learns_of_as_it_waits_breaks_off_the_rollout_of_all(ranks, where):
+    assert ranks.run(_broken_off, where, world=2) == ["SIGTERM came"] * 2

@@ -89,8 +89,12 @@ def augmented(rewards, references):
 def test_rollouts_that_could_not_be_scored_at_all_are_not_kept_for_a_resumed_run():
     from nemo_aapo.rollout.pipeline import RolloutPipeline
 
-    config = SimpleNamespace(rollout=SimpleNamespace(async_depth=1, oversample=None), prompts_per_step=1)
-    parts = {"collector": None, "sampling": None, "prompts": [], "sampler": None, "reference": None}
+    trainer = SimpleNamespace(max_steps=2)
+    config = SimpleNamespace(
+        rollout=SimpleNamespace(async_depth=1, oversample=None), prompts_per_step=1, trainer=trainer
+    )
+    sampler = SimpleNamespace(step=0, knows=lambda step: True)
+    parts = {"collector": None, "sampling": None, "prompts": [], "sampler": sampler, "reference": None}
     pipeline = RolloutPipeline(config=config, policy=SimpleNamespace(version=0), **parts)
     pipeline._ahead = {0: ScoredRollout([], [], tally(8, a=0)), 1: ScoredRollout([], [], tally(8, a=1))}
     assert pipeline.pending_files() == {}

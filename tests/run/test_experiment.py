@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import fcntl
 import inspect
@@ -107,11 +108,12 @@ def test_any_sequence_of_interruptions_leaves_the_lines_of_an_uninterrupted_run(
     assert rollouts == [f"step_{step:06d}.jsonl" for step in range(1, total + 1)]
 
 
-def test_resuming_removes_rollouts_of_later_steps_and_the_finished_marker(settings):
+def test_resuming_removes_rollouts_and_traces_of_later_steps_and_the_finished_marker(settings):
     with opened(settings) as run:
         run.resume_at(-1)
         for step in (1, 2):
             run.save_rollouts(f"step_{step:06d}", [])
+            write_atomic(run.directory / "trace" / f"step_{step:06d}.json", "{}")
         run.finish({"steps": 2})
     finished = run.directory / "finished"
     assert json.loads(finished.read_text()) == {"steps": 2}
@@ -120,6 +122,7 @@ def test_resuming_removes_rollouts_of_later_steps_and_the_finished_marker(settin
         run.resume_at(1)
         assert not finished.exists()
         assert [path.name for path in (run.directory / "rollouts").iterdir()] == ["step_000001.jsonl"]
+        assert [path.name for path in (run.directory / "trace").iterdir()] == ["step_000001.json"]
 
 
 def test_a_checkpoint_of_step_0_keeps_the_first_validation(settings):
@@ -365,6 +368,19 @@ def test_a_run_that_goes_on_by_another_instruction_set_says_so(settings, monkeyp
         "warning: the start before this one computed by AVX512, this machine computes by AVX2: "
         "the run goes on, but not to the same bits"
     ]
+
+
+def test_a_run_that_goes_on_with_a_changed_algorithm_of_ones_own_says_so(settings, tmp_path):
+    config, tree = settings
+    file, said = tmp_path / "mine.py", []
+    progress = type("Progress", (), {"note": lambda self, text: said.append(text)})()
+    config = dataclasses.replace(config, algorithm=dataclasses.replace(config.algorithm, custom=f"{file}:Mine"))
+    for text in ("one", "one", "two", "two"):
+        file.write_text(text)
+        with opened((config, tree)) as run:
+            RunReporter(run, progress, stop=None, console_samples=0).begin(2)
+    [warning] = [words for words in said if "going on from" not in words]
+    assert warning.startswith("warning: the file of algorithm.custom has changed since the start before this one")
 
 
 @pytest.mark.slow

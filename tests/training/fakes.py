@@ -44,7 +44,7 @@ class Rollouts:
         self.journal, self.policy, self.runs_ahead = journal, policy, runs_ahead
         self.seconds, self.metrics = {"rollout": 0.0, "refit": 0.0}, {"rollout/idle_fraction": 0.0}
         self.served = self.cursor = 0
-        self.ahead = None  # (step, version) of what is under way
+        self.ahead = {}  # what is under way: step -> version
 
     def fill_reference(self, step, report, stop_requested):
         self.journal.write(f"fill {step}")
@@ -52,26 +52,26 @@ class Rollouts:
         return not stop_requested()
 
     def generate(self, step):
-        assert self.ahead is None or self.ahead[0] == step
-        if self.ahead is None:
+        if step not in self.ahead:
             assert self.served == self.policy.version, "stale weights in the engine"
-        version = self.served if self.ahead is None else self.ahead[1]
+        version = self.ahead.pop(step, self.served)
         self.journal.write(f"generate {step} by {version}")
-        self.ahead, self.cursor = None, step + 1
+        self.cursor = step + 1
         return groups(version)
 
     def begin(self, step):
-        if step < STEPS:
-            self.ahead = step, self.served
-            self.journal.write(f"begin {step} by {self.served}")
+        for later in range(self.cursor, min(step + 2, STEPS)):
+            if later not in self.ahead:
+                self.ahead[later] = self.served
+                self.journal.write(f"begin {later} by {self.served}")
 
     def settle(self):
         self.journal.write("settle")
 
     def refit(self):
         if self.served != self.policy.version:
+            self.journal.write(f"refit to {self.policy.version}")
             self.served = self.policy.version
-            self.journal.write(f"refit to {self.served}")
 
     def epochs(self, step):
         return float(step)
@@ -174,6 +174,14 @@ class Throughput:
         return {}
 
 
+class Tracer:
+    def begin(self, step): ...
+
+    def end(self): ...
+
+    def close(self): ...
+
+
 class Reporter:
     def __init__(self, journal) -> None:
         self.journal, self.stop, self.saved, self.notes, self.metrics = journal, False, [], [], []
@@ -222,6 +230,7 @@ def make(config, disk=None, runs_ahead=False):
         checkpoints=Checkpoints(journal, {} if disk is None else disk, kept),
         kept=kept,
         throughput=Throughput(),
+        tracer=Tracer(),
         reporter=Reporter(journal),
     )
 

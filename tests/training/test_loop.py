@@ -6,6 +6,8 @@ import dataclasses
 
 import pytest
 
+from nemo_aapo.algorithms import Algorithm
+from nemo_aapo.algorithms.objective import Objective
 from nemo_aapo.config.compose import load_config
 from nemo_aapo.distributed import parallel
 from nemo_aapo.errors import CheckpointError, Interrupted, LostRankError, NonFiniteError, ParityError, RewardError
@@ -55,19 +57,19 @@ def test_a_run_does_what_it_does_in_this_order(config):
     ]  # fmt: skip
 
 
-def test_one_step_ahead_the_next_rollout_begins_after_a_refit_and_before_the_update(config):
+def test_one_step_ahead_the_next_rollout_begins_after_a_refit_and_before_it_is_waited_for_this_steps(config):
     trainer = make(config, runs_ahead=True)
     assert trainer.fit()
     seen = trainer.reporter.journal.of("generate", "begin", "update", "refit")
-    assert seen[:8] == [
-        "generate 0 by 0", "begin 1 by 0", "update 0",
-        "generate 1 by 0", "refit to 1", "begin 2 by 1", "update 1", "refit to 2",  # for the validation
+    assert seen[:9] == [
+        "begin 0 by 0", "begin 1 by 0", "generate 0 by 0", "update 0",
+        "refit to 1", "begin 2 by 1", "generate 1 by 0", "update 1", "refit to 2",  # for the validation
     ]  # fmt: skip
     assert [line for line in seen if line.startswith("generate")] == [
         "generate 0 by 0", "generate 1 by 0", "generate 2 by 1", "generate 3 by 2", "generate 4 by 3",
     ]  # fmt: skip
     assert trainer.reporter.metrics[-1]["rollout/lag"] == 1
-    assert trainer.checkpoints.disk[2]["files"] == {"pending": b"(2, 1)"}
+    assert trainer.checkpoints.disk[2]["files"] == {"pending": b"{2: 1}"}
 
 
 @pytest.mark.parametrize(("interval", "steps"), [(0, []), (1, [0, 1, 2, 3, 4, 5]), (3, [0, 3, 5]), (9, [0, 5])])
@@ -138,6 +140,65 @@ def test_a_stop_in_any_phase_ends_with_a_checkpoint_of_the_last_step_and_a_resum
     updates += resumed.reporter.journal.of("update")
     assert updates == [f"update {k}" for k in range(STEPS)]  # each once, whichever part of the run did it
     assert resumed.reporter.journal.of("parity") == ["parity"]  # engine and learner are compared in every process
+
+
+BROKEN_OFF = {  # what waits for others as the stop comes: the steps that are done then, and the same one step ahead
+    "fill 2": (2, 2),
+    "generate 2 by 2": (2, None),
+    "generate 2 by 1": (None, 2),
+    "refit to 2": (2, 2),
+    "refit to 3": (3, 4),
+    "begin 3 by 2": (None, 3),
+    "settle": (0, 0),
+    "refit to 5": (5, 5),
+    "validate 5": (5, 5),
+}
+
+
+@pytest.mark.parametrize(
+    ("line", "runs_ahead"),
+    [(line, ahead) for line, done in BROKEN_OFF.items() for ahead in (0, 1) if done[ahead] is not None],
+)
+def test_a_stop_that_breaks_off_a_wait_loses_no_step_and_makes_none_twice(config, line, runs_ahead):
+    done, disk, updates = BROKEN_OFF[line][runs_ahead], {}, []
+    trainer = make(config, disk, bool(runs_ahead))
+
+    def stopped():
+        trainer.reporter.stop = True
+        raise Interrupted
+
+    happen(trainer, line, stopped)
+    assert not trainer.fit()
+    assert trainer.step == max(disk, default=0) == done
+    updates += trainer.reporter.journal.of("update")
+    resumed = make(config, disk, bool(runs_ahead))
+    assert resumed.fit()
+    assert updates + resumed.reporter.journal.of("update") == [f"update {k}" for k in range(STEPS)]
+    validated = {*trainer.reporter.journal.of("validate"), *resumed.reporter.journal.of("validate")}
+    assert validated == {"validate 0", "validate 2", "validate 4", "validate 5"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Clock(Algorithm):
+    """Advantages and metrics that say at which step they were asked for."""
+
+    def advantages(self, groups):
+        return groups.rewards + groups.step
+
+    def metrics(self, groups, advantages):
+        return {"clock/advantages": (advantages - groups.rewards).max(), "clock/metrics": groups.step}
+
+
+def test_an_algorithms_schedule_goes_on_where_a_stopped_run_was(config):
+    disk, seen = {}, []
+    for stop in (True, False):
+        trainer = make(config, disk)
+        trainer.objective = Objective.of(config.algorithm, 4, Clock())
+        if stop:
+            happen(trainer, "log 3", lambda trainer=trainer: setattr(trainer.reporter, "stop", True))
+        assert trainer.fit() is not stop
+        seen += [(metrics["clock/advantages"], metrics["clock/metrics"]) for metrics in trainer.reporter.metrics]
+    assert seen == [(step, step) for step in range(STEPS)]
 
 
 def test_a_resumed_runs_engine_has_the_policys_weights_before_it_generates(config):

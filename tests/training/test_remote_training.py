@@ -56,6 +56,9 @@ def test_a_run_on_two_servers_loses_one_and_ends_in_the_same_weights(ranks, fold
     killer.join(1)
     assert not killer.is_alive()
     assert_same_run(run_dir, folder / "alone")
+    first, expected = (metrics(path)[0] for path in (run_dir, folder / "alone"))
+    assert first == expected  # the validation of the same weights, to the last digit
+    assert "validation/accuracy_sampled_stderr" in first
     assert all(line["parity/mult_prob_error"] < 1.0001 for line in metrics(run_dir) if "loss" in line)
     assert list((servers.directory / "weights").iterdir()) == []
 

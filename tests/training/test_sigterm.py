@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
 import os
 import sqlite3
 import sys
 import time
 from pathlib import Path
-from unittest import mock
 
 import pytest
 
 from nemo_aapo.launch.local import free_port, rank_environments
-from tests.chaos import ROOT
+from tests.forked import forking
 from tests.training_runs import Parity, make_input, metrics, settings
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 EXPORT = "exporting the Hugging Face model"
 PAUSE_S = 0.5
 """Of what is made slow: each completion that is scored, each tensor that is exported."""
+OTHERS = "waiting for others"
 ENDS_S = 30.0
 """Within this a process that was told to stop ends, also on a busy machine; whole, each phase takes longer."""
 
@@ -48,7 +47,11 @@ def live(environment: dict[str, str], words: list[str], slow: str, log: str) -> 
     from nemo_aapo import RewardRunner, load_config, train
     from nemo_aapo.jobs import train as job
     from nemo_aapo.mcore.bridge import weights
+    from nemo_aapo.run import stop
 
+    stop.PATIENCE_S = PAUSE_S
+    if slow == OTHERS:
+        sys.exit(train(load_config(words)))
     if slow == EXPORT:
         job.SHORT_EXPORT_S, weights.TENSORS_BETWEEN_QUESTIONS = 0.0, 1
         export = weights.WeightMap.export
@@ -57,21 +60,53 @@ def live(environment: dict[str, str], words: list[str], slow: str, log: str) -> 
     sys.exit(train(config, rewards=RewardRunner([(SlowIn(Path(config.run.dir), slow), 1.0)], 0, 10.0)))
 
 
+def begin(words: list[str], slow: str, log: Path):
+    context = forking()
+    (environment,) = rank_environments({}, 1, free_port())
+    process = context.Process(target=live, args=(environment, words, slow, str(log)), daemon=True)
+    process.start()
+    return process
+
+
+def test_a_step_that_waits_for_servers_or_for_rewards_ends_soon_after_a_sigterm(tmp_path):
+    folder, log = make_input(tmp_path), tmp_path / "log"
+    (folder / "slow.py").write_text(
+        "import pathlib, time\n\n\ndef slow(prompt, completion, answer, **info):\n"
+        f"    pathlib.Path({str(folder / 'scoring')!r}).touch()\n    time.sleep(1000)\n"
+    )
+    more = (
+        "algorithm=gpg",
+        "trainer.val_check_interval=0",
+        f"rewards=[{{name: custom, function: {folder}/slow.py:slow}}]",
+    )
+    more = (*more, "validation.reward=slow", "reward_runner.timeout_s=1000", "reward_runner.workers=1")
+    remote = ("rollout.engine=remote", f"rollout.remote.directory={folder}/fleet", "rollout.remote.wait_s=1000")
+    runs = {
+        begin(settings(folder, folder / name, *more, *other), OTHERS, log): (name, reached)
+        for name, other, reached in (("rewards", (), folder / "scoring"), ("servers", remote, folder / "fleet"))
+    }
+    deadline = time.monotonic() + 120
+    for process, (_, reached) in runs.items():
+        while not reached.exists():
+            assert process.is_alive(), log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.05)
+    for process, (name, _) in runs.items():
+        process.terminate()
+        process.join(ENDS_S)
+        assert process.exitcode == 0, log.read_text()
+        assert not metrics(folder / name)
+    assert log.read_text().count("stopped after step 0; the same command goes on from there") == 2
+
+
 def test_a_validation_a_filling_and_an_export_end_soon_after_a_sigterm_and_are_made_up_for(tmp_path):
     folder = make_input(tmp_path)
     run_dir, log = folder / "run", folder / "log"
     more = ("trainer.max_steps=1", "algorithm=aapo", "validation.samples=9", "algorithm.reference_samples=8")
     words = settings(folder, run_dir, *more, "rollout.max_concurrent_tokens=48")  # two sequences at a time
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.warm"])
-    with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)):
-        multiprocessing.forkserver.ensure_running()
 
     def start(slow: str = ""):
-        (environment,) = rank_environments({}, 1, free_port())
-        process = context.Process(target=live, args=(environment, words, slow, str(log)), daemon=True)
-        process.start()
-        return process
+        return begin(words, slow, log)
 
     def stopped_in(phase: str) -> None:
         phase_file, before = run_dir / "phase.json", log.stat().st_size if log.exists() else 0

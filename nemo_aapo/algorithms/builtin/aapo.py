@@ -16,7 +16,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from nemo_aapo.algorithms import advantage, loss
+from nemo_aapo.algorithms import advantage
 from nemo_aapo.algorithms.base import Algorithm, Loss, ScoredGroups, Tokens
 from nemo_aapo.config.schema import Clip, Margin, MarginSchedule
 
@@ -27,6 +27,7 @@ class AAPO(Algorithm):
 
     scale_rewards: bool
     margin: Margin | None
+    scale_margin: bool
     margin_schedule: MarginSchedule | None
     loss: Literal["cross_entropy", "ratio_clip", "sequence_ratio_clip", "clipped_weight"]
     clip: Clip | None
@@ -72,21 +73,28 @@ class AAPO(Algorithm):
             if groups.seeds is None:
                 raise ValueError(f"choosing {group_size} of {samples} reference rewards needs seeds of the groups")
             pairs = advantage.sample_pairs(groups.seeds, group_size, samples)
+        low, high = self._bounds(margin, groups.step)
+        return advantage.margin(
+            groups.rewards, groups.reference_rewards, low, high, margin.estimator, pairs, scale=self.scale_margin
+        )
+
+    def _bounds(self, margin: Margin, step: int) -> tuple[float, float]:
         share = 1.0
         if (by := self.margin_schedule) is not None:
-            share = advantage.schedule(by.shape, groups.step / by.steps, by.end)
-        low, high = share * margin.low, share * margin.high
-        return advantage.margin(groups.rewards, groups.reference_rewards, low, high, margin.estimator, pairs)
+            share = advantage.schedule(by.shape, step / by.steps, by.end)
+        return share * margin.low, share * margin.high
 
-    def metrics(self, rewards: np.ndarray, advantages: np.ndarray) -> dict[str, float]:
+    def metrics(self, groups: ScoredGroups, advantages: np.ndarray) -> dict[str, float]:
         """What is the margin's part in A*; nothing without a margin."""
         if self.margin is None:
             return {}
-        own = self.group_advantages(ScoredGroups(rewards))
-        return advantage.margin_metrics(own, advantages, low=self.margin.low, high=self.margin.high)
+        low, high = self._bounds(self.margin, groups.step)
+        return advantage.margin_metrics(self.group_advantages(groups), advantages, low=low, high=high)
 
     def token_loss(self, tokens: Tokens) -> Loss:
         """The loss that ``algorithm.loss`` names."""
+        from nemo_aapo.algorithms import loss  # torch, without which settings are checked
+
         if self.loss == "cross_entropy":
             return loss.cross_entropy(tokens)
         assert self.clip is not None, "the checks of the configuration want a clip with a ratio"

@@ -39,9 +39,10 @@ def _check(name: str, fields: Sequence[str]) -> int:
     with importing():
         from nemo_aapo.algorithms.check import check
         from nemo_aapo.algorithms.registry import algorithm_of
-    findings = check(algorithm_of(config), config)
+    findings, said = check(algorithm_of(config), config), {""}
     for finding in findings:
         print(f"{'WRONG' if finding.wrong else 'ok':<7}{finding.promise}")
-        if finding.wrong:
+        if finding.wrong not in said:  # what ends a hook ends it for each promise
             print(f"       {finding.wrong}")
+        said.add(finding.wrong)
     return FAILED if any(finding.wrong for finding in findings) else 0

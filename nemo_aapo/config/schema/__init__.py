@@ -23,7 +23,7 @@ from nemo_aapo.config.schema.rollout import (
     Trtllm,
     Validation,
 )
-from nemo_aapo.config.schema.training import Checkpoint, Config, ExpManager, Precision, Run, Trainer
+from nemo_aapo.config.schema.training import Checkpoint, Config, ExpManager, Precision, Run, Trace, Trainer
 
 __all__ = [
     "AlgorithmConfig",
@@ -57,6 +57,7 @@ __all__ = [
     "Sched",
     "Server",
     "Servers",
+    "Trace",
     "Trainer",
     "Trtllm",
     "Validation",

@@ -127,6 +127,10 @@ class AlgorithmConfig:
     margin_schedule: MarginSchedule | None = setting(
         "{shape, steps, end}: the margin's bounds shrink to a share of them; null: they stay", decides="set"
     )
+    scale_margin: bool = setting(
+        "divide r - r_reference by the reference rewards' standard deviation before it is clipped: for graded rewards",
+        decides="set",
+    )
     dual_clip: float | None = setting(
         "with a negative advantage no token counts more than so many times it (3, say); for ratio_clip; null: no bound",
         decides="set",
@@ -143,8 +147,14 @@ class AlgorithmConfig:
         "true: a completion cut at the length limit counts in its group's mean and has no part in the loss",
         decides="set",
     )
-    needs: tuple[Literal["reference_logprobs", "old_logprobs"], ...] | None = setting(
-        "what the hooks of MyClass take besides: reference_logprobs, old_logprobs; null: as the class says",
+    entropy_coefficient: float = setting(
+        "weight of the policy's entropy in the loss, which keeps it from falling; 0: none",
+        decides="set",
+        minimum=0,
+        sane=1e6,
+    )
+    needs: tuple[Literal["reference_logprobs", "old_logprobs", "entropy_gradient"], ...] | None = setting(
+        "what the hooks of MyClass take besides: reference_logprobs, old_logprobs, entropy_gradient; null: as it says",
         decides="set",
     )
 
@@ -157,6 +167,11 @@ class AlgorithmConfig:
     def needs_old_logprobs(self) -> bool:
         """Whether the loss has a ratio to the log-probs before the first of several updates on a batch."""
         return self.clip is not None or "old_logprobs" in (self.needs or ())
+
+    @property
+    def needs_entropy_gradient(self) -> bool:
+        """Whether the loss's gradient goes through the policy's entropy."""
+        return self.entropy_coefficient > 0 or "entropy_gradient" in (self.needs or ())
 
     @property
     def compares_with_reference(self) -> bool:

@@ -14,7 +14,10 @@ class Servers:
 
     nodes: int = setting("nodes with rollout servers; 0: none", decides=False, minimum=0, sane=NODES)
     per_node: int = setting(
-        "servers on each of these nodes; they share its GPUs", decides=False, minimum=1, sane=RANKS_OF_NODE
+        "servers on each of these nodes; they share its GPUs, one for each rank of a server",
+        decides=False,
+        minimum=1,
+        sane=RANKS_OF_NODE,
     )
     gpus_per_node: int = setting("GPUs asked for on each of these nodes", decides=False, minimum=0, sane=RANKS_OF_NODE)
 

@@ -27,8 +27,8 @@ class Facts:
     """What people read in ``conf/``, in ``--help`` and in the reference; one line."""
     decides: bool | tuple[str, str] | Literal["set"]
     """Whether it decides the result of a run, so that a run can't go on with another value. ``(key, value)``: only
-    where that other setting has that value. ``"set"``: only where it is neither null nor false nor empty,
-    so that runs from before there was such a setting go on."""
+    where that other setting has that value. ``"set"``: only where it is neither null nor false nor 0 nor
+    empty, so that runs from before there was such a setting go on."""
     minimum: float | None = None
     """The smallest value."""
     above: float | None = None

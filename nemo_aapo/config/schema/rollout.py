@@ -57,6 +57,18 @@ class Server:
     """One rollout server."""
 
     engine: Literal["megatron", "trtllm"] = setting("what it hosts: megatron | trtllm", decides=False)
+    tensor_parallel_size: int = setting(
+        "ranks that each of its layers is cut over (engine=megatron)", decides=False, minimum=1, sane=NODES
+    )
+    pipeline_parallel_size: int = setting(
+        "stages that its layers are cut into (engine=megatron)", decides=False, minimum=1, sane=NODES
+    )
+    expert_parallel_size: int = setting(
+        "tensor-parallel ranks that share the experts of a layer; divides tensor_parallel_size",
+        decides=False,
+        minimum=1,
+        sane=NODES,
+    )
     index: int = setting("which of the servers it is", decides=False, minimum=0, sane=NODES)
     host: str = setting("address to listen on; any but loopback can be reached by others", decides=False)
     port: int = setting("port to listen on; 0: any free one", decides=False, minimum=0, maximum=65_535)
@@ -112,6 +124,11 @@ class Rollout:
     bank: Literal["exact", "groups", "off"] = setting(
         "what a killed run takes up again of what it had generated: | exact: each rollout that was whole, to the same "
         "bits | groups: each whole group, to the same tokens; log-probs may differ in their last bits | off: nothing",
+        decides=False,
+    )
+    refit: Literal["files", "delta", "collective"] = setting(
+        "how servers get new weights: files: whole, in rollout.remote.directory | delta: there, what changed in them | "
+        "collective: sent by the trainer's ranks to theirs",
         decides=False,
     )
     replay_routes: bool | None = setting(

@@ -111,6 +111,18 @@ class ExpManager:
 
 
 @section
+class Trace:
+    """Where the time of single steps goes."""
+
+    steps: tuple[int, ...] = setting(
+        "steps of which run.dir/trace/ gets a timeline for ui.perfetto.dev, such as [10, 11]",
+        decides=False,
+        minimum=1,
+        sane=STEPS,
+    )
+
+
+@section
 class Precision:
     """Numbers and kernels."""
 
@@ -162,6 +174,7 @@ class Config:
     checkpoint: Checkpoint
     export_hf_model: bool = setting("write hf_model/ at the end", decides=False)
     exp_manager: ExpManager
+    trace: Trace
     precision: Precision
     dry_run: bool = setting("scripts/launch.py: print the script of the job, write and submit nothing", decides=False)
     cluster: Cluster

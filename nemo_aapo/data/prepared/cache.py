@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from nemo_aapo.errors import RunError
+from nemo_aapo.run.stop import heed
 from nemo_aapo.utils.files import free_space, sync
 
 CACHE_VARIABLE = "NEMO_AAPO_CACHE"
@@ -95,6 +96,7 @@ def _locked(path: Path, note: Note) -> Iterator[bool]:
             if not told:
                 note(f"waiting for another run that prepares the same prompts ({path.parent})")
                 told = True
+            heed("another run that prepares the same prompts")
             time.sleep(_POLL_S)
             alone = _try_lock(file.fileno())
         yield bool(alone)  # closing the file ends the lock, as does the end of the process

@@ -10,6 +10,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
@@ -27,6 +28,7 @@ from nemo_aapo.data.prepared.maker import ANSWERS
 from nemo_aapo.data.prepared.table import PreparedPrompts, PreparedQuestions, is_whole, made_of
 from nemo_aapo.data.prompts import Problems, PromptSet, digest_of, require_rows, require_short
 from nemo_aapo.errors import DataError, RunError
+from nemo_aapo.run.stop import heed
 from nemo_aapo.utils.files import write_atomic
 from nemo_aapo.utils.text import TimeLeft
 
@@ -38,6 +40,10 @@ LARGE_BYTES = 8 << 20
 _PACKED = {".gz": 4, ".parquet": 4}
 """Ending -> about how many bytes of text one of its bytes is."""
 _MOST_PROCESSES = 16
+SILENCE_S = 1800.0
+"""The process that makes prompts says how far it is; one that is silent for so long hangs."""
+HEED_S = 1.0
+"""Pause before the trainer looks again whether a stop was asked for."""
 
 
 @dataclass(frozen=True)
@@ -218,6 +224,7 @@ class _MakerProcess:
         try:
             self._connection.send((name, arguments))
             while True:
+                self._wait_for_word()
                 kind, value = self._connection.recv()
                 if kind == "error":
                     raise value
@@ -228,6 +235,13 @@ class _MakerProcess:
             raise RunError(
                 f"the process that prepares prompts ended with status {self._process.wait(10)}; its log is above"
             ) from None
+
+    def _wait_for_word(self) -> None:
+        end = time.monotonic() + SILENCE_S
+        while not self._connection.poll(HEED_S):
+            heed("the process that prepares prompts")
+            if time.monotonic() > end:
+                raise RunError(f"the process that prepares prompts has said nothing for {SILENCE_S:g} s; start again")
 
 
 @contextlib.contextmanager

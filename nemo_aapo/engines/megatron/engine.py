@@ -29,6 +29,7 @@ from nemo_aapo.engines.megatron.sampling import sample
 from nemo_aapo.engines.megatron.scheduler import Admission, Scheduler, capacity
 from nemo_aapo.engines.megatron.stop_strings import StopStrings
 from nemo_aapo.mcore.model import GPTModel
+from nemo_aapo.trace import spans
 from nemo_aapo.types import NO_ROUTE, Completion, SamplingSpec
 
 
@@ -70,6 +71,7 @@ class MegatronEngine:
         self.record_routes = record_routes
         self.shares_weights = True
         self.stats: RolloutStats | None = None
+        self.refit_bytes = 0
         self._stop_strings: StopStrings | None = None  # kept from call to call, as it learns the text of each token
         self.group = parallel.groups().model
         ranks = dist.get_process_group_ranks(self.group)
@@ -79,6 +81,7 @@ class MegatronEngine:
         self.is_sampling_rank = dist.get_rank() == self.sampling_rank
         self.cuda_graphs = self.group_size == 1 and can_be_captured(model)
         """True: steps without a prefill run as CUDA graphs. False: kernel by kernel; set it for comparisons."""
+        self._scheduler: Scheduler | None = None  # of the call that is running
         self.graphs: DecodingGraphs | None = None
         """The last ``generate`` call's graphs, with its KV cache; kept for the next call until ``sleep``."""
 
@@ -103,11 +106,21 @@ class MegatronEngine:
         with torch.inference_mode(), lockstep.failing_together() if lockstep else nullcontext():
             self._check(prompts, sampling, seeds)
             batch = _Batch(self, prompts, sampling, seeds, on_finish, lockstep)
-            while batch.step() or batch.lend():
-                pass
+            try:
+                self._scheduler = batch.scheduler
+                while batch.step() or batch.lend():
+                    pass
+            finally:
+                self._scheduler = None
         self.graphs = batch.graphs  # only if all went well: an overflow may have left NaN in the cache
         self.stats = batch.stats(time.perf_counter() - began)
         return batch.ordered()
+
+    @property
+    def kv_cache_use(self) -> float:
+        """Tokens of running sequences over ``max_concurrent_tokens``, now. Any thread may ask."""
+        scheduler = self._scheduler
+        return float(scheduler.length[: scheduler.running].sum()) / self.max_concurrent_tokens if scheduler else 0.0
 
     def _check(self, prompts: Sequence[np.ndarray], sampling: SamplingSpec, seeds: Sequence[Sequence[int]]) -> None:
         if len(seeds) != len(prompts):
@@ -164,7 +177,7 @@ class _Batch:
         self._finished: dict[tuple[int, int], Completion] = {}
         length = max((len(prompt) for prompt in prompts), default=0) + sampling.max_new_tokens
         rows = capacity(engine.max_concurrent_tokens, length, sequences=sum(map(len, seeds)))
-        self._scheduler = Scheduler(prompts, seeds, sampling.max_new_tokens, rows)
+        self.scheduler = Scheduler(prompts, seeds, sampling.max_new_tokens, rows)
         pack = _packing_pays(engine.model, rows, sampling.max_new_tokens)
         self._decoder = Decoder(engine.model, pack, lockstep)
         self.graphs = self._reusable_graphs(rows, length)
@@ -181,7 +194,7 @@ class _Batch:
         self._ends = False  # the same of the sampling rank, a step later, which all ranks of the group follow
 
     def _new_recorder(self) -> RouteRecorder:
-        return RouteRecorder(self._scheduler, len(self._model.decoder.layers), self._model.config.moe_router_topk)
+        return RouteRecorder(self.scheduler, len(self._model.decoder.layers), self._model.config.moe_router_topk)
 
     def _reusable_graphs(self, rows: int, length: int) -> DecodingGraphs | None:
         """The last call's graphs, with its cache, if they suit this call. Otherwise their memory is freed."""
@@ -193,7 +206,7 @@ class _Batch:
 
     def step(self) -> bool:
         """Admit sequences, sample a token of each running one, retire the finished; False when none was left."""
-        scheduler, cache = self._scheduler, self._cache
+        scheduler, cache = self.scheduler, self._cache
         admitted = scheduler.admit()
         if not scheduler.running or self._ends:
             return False
@@ -218,6 +231,8 @@ class _Batch:
             self._lockstep.end_step()
         tokens, logprobs = self._finite(sampled)
         scheduler.record(tokens, logprobs, decoding_rows)
+        if spans.recorder is not None:
+            spans.recorder.sample("rows", live=scheduler.running, waiting=scheduler.waiting)
         self._steps, self._idle = self._steps + 1, self._idle + scheduler.rows - scheduler.running
         self._retire(self._stopped(tokens))
         return True
@@ -232,7 +247,7 @@ class _Batch:
 
     def _stopped(self, tokens: np.ndarray) -> np.ndarray:
         """bool [running], the rows that a stop token or stop string ends; ``tokens`` [running] are this step's."""
-        scheduler, running = self._scheduler, slice(self._scheduler.running)
+        scheduler, running = self.scheduler, slice(self.scheduler.running)
         stopped = self._is_stop[tokens]
         if self._stop_strings is not None:
             lengths = scheduler.sampled[running]
@@ -242,7 +257,7 @@ class _Batch:
 
     def _forward(self, decoding_rows: int, prefills: Sequence[Admission]) -> torch.Tensor | None:
         """One pass over all running rows: logits [running, padded vocabulary] on the last stage, None on the others."""
-        scheduler, model, decoder = self._scheduler, self._model, self._decoder
+        scheduler, model, decoder = self.scheduler, self._model, self._decoder
         pipeline = parallel.groups().pipeline
         prompts = [self._prompts[admission.prompt] for admission in prefills]
         rows_per_prompt = [admission.stop - admission.start for admission in prefills]
@@ -262,7 +277,7 @@ class _Batch:
 
     def _sample(self, logits: torch.Tensor | None) -> np.ndarray:
         """Tokens and log-probs of this step, float64 [2, running], the same on every rank of the group."""
-        scheduler, engine = self._scheduler, self._engine
+        scheduler, engine = self.scheduler, self._engine
         # float64 holds token ids and float32 numbers alike, so that one broadcast carries both, and whether to end
         sampled = torch.empty(2, scheduler.running + 1, dtype=torch.float64, device=self._cache.kv.device)
         sampled[:, -1] = float(self._asked_to_end)
@@ -288,7 +303,7 @@ class _Batch:
 
     def _retire(self, stopped: np.ndarray) -> None:
         """Hand over the sequences that finished, and close the gaps that they leave."""
-        scheduler = self._scheduler
+        scheduler = self.scheduler
         done = np.flatnonzero(stopped | (scheduler.sampled[: scheduler.running] == self._sampling.max_new_tokens))
         routes = self._routes.ended(done) if self._routes is not None and len(done) else [None] * len(done)
         for row, route in zip(done, routes, strict=True):
@@ -321,7 +336,7 @@ class _Batch:
             seconds=seconds,
             steps=self._steps,
             tail_factor=max(lengths) * len(lengths) / sum(lengths) if lengths else 1.0,
-            idle_fraction=self._idle / (self._steps * self._scheduler.rows) if lengths else 0.0,
+            idle_fraction=self._idle / (self._steps * self.scheduler.rows) if lengths else 0.0,
         )
 
 

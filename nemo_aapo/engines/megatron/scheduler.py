@@ -103,6 +103,11 @@ class Scheduler:
         self._waiting = deque(i for i in range(len(prompts)) if len(seeds[i]))
         self._admitted = 0  # completions of the first waiting prompt that have a row already
 
+    @property
+    def waiting(self) -> int:
+        """Completions that have no row yet."""
+        return sum(len(self._seeds[i]) for i in self._waiting) - self._admitted
+
     def admit(self) -> list[Admission]:
         """Give the free rows to waiting sequences.
 

@@ -48,6 +48,15 @@ class ServerRecord:
     """A new random word at each start: a restarted server is another one."""
     precision: str = ""
     """What it computes in, as ``precision.name`` has it; empty where that is not known."""
+    ranks: int = 1
+    """Processes that hold its model together."""
+    layout: str = ""
+    """How they cut it up, for people: ``TP 2 x PP 2``."""
+
+    @property
+    def host(self) -> str:
+        """Host name or IP address."""
+        return self.address.removeprefix("http://").rpartition(":")[0].strip("[]")
 
 
 def open_directory(path: str | Path) -> Path:

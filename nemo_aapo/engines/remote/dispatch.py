@@ -9,6 +9,7 @@ whether one did before.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -17,7 +18,7 @@ import aiohttp
 import numpy as np
 
 from nemo_aapo.engines.base import OnFinish
-from nemo_aapo.engines.remote import wire
+from nemo_aapo.engines.remote import server_trace, wire
 from nemo_aapo.engines.remote.directory import ServerRecord
 from nemo_aapo.engines.remote.queues import Ticket
 from nemo_aapo.engines.remote.servers import TURN_S, Servers, complaint, failures_named
@@ -87,6 +88,7 @@ class Fleet(Servers):
         Raises:
             RunError: too few servers are left, or a prompt has failed too often; names each server and why.
             FloatingPointError: a server's weights give log-probs that are not finite.
+            Interrupted: a stop broke it off.
         """
         place = self.queues.enter(call.weights.id) if number is None else number
         try:
@@ -119,7 +121,7 @@ class Fleet(Servers):
                     # The parts themselves depend on nothing but the number of servers, as log-probs depend in their
                     # last bits on what is in a batch; who gets which part, and takes it over, is a matter of time.
                     busy = [self.queues.tokens(server.instance) if running else 0 for server in servers]
-                    for server, works in zip(servers, distribute(waiting, busy), strict=True):
+                    for server, works in zip(servers, distribute(waiting, busy, self.share), strict=True):
                         start(server, works, has_weights=fresh and alone)
                     waiting = []
                 done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
@@ -203,22 +205,44 @@ class Fleet(Servers):
         self, session: aiohttp.ClientSession, server: ServerRecord, request: wire.GenerateRequest
     ) -> AsyncIterator[tuple[int, int, Completion]]:
         url, body = f"{server.address}{wire.API}/generate", wire.encode_request(request)
+        traced = server_trace.begin(server.index)
+        headers = {server_trace.HEADER: "1"} if traced else None
         with failures_named(self.timeout_s):
-            async with session.post(url, data=body) as response:
+            async with session.post(url, data=body, headers=headers) as response:
                 if response.status != 200:
                     _raise(complaint(response, answer := wire.load_object(await response.read())), answer)
-                messages, prompts = wire.MessageReader(), dict[int, np.ndarray]()
+                messages, prompts, heard = wire.MessageReader(), dict[int, np.ndarray](), time.monotonic()
                 async for data in response.content.iter_any():
+                    if time.monotonic() - heard > self.timeout_s:  # bytes came, and never a whole message
+                        raise ServerError(f"sent no whole message for {self.timeout_s:g} s")
                     for message, binary in messages.read(data):
+                        heard = time.monotonic()
                         if "error" in message:
                             _raise(message["error"], message)
                         if "done" in message:
+                            if traced:
+                                traced.ends(message, request.sequences)
                             return
-                        yield wire.decode_completion(message, binary, prompts)
+                        yield _as_asked(wire.decode_completion(message, binary, prompts), request.sampling)
         raise ServerError("the connection ended before the answer did")
 
 
-def distribute(works: Sequence[Work], busy: Sequence[int]) -> list[list[Work]]:
+def _as_asked(answer: tuple[int, int, Completion], sampling: SamplingSpec) -> tuple[int, int, Completion]:
+    """The answer itself, if it can be one of this sampling: a wrong one must not reach the learner."""
+    completion = answer[2]
+    if completion.finish_reason not in ("stop", "length"):
+        raise ServerError(f"sent a completion with finish_reason={str(completion.finish_reason)[:40]!r}")
+    if len(completion.token_ids) > sampling.max_new_tokens:
+        raise ServerError(
+            f"sent a completion of {len(completion.token_ids)} tokens, but sampling.max_new_tokens is "
+            f"{sampling.max_new_tokens}"
+        )
+    if not np.isfinite(completion.logprobs).all():
+        raise ServerError("sent log-probs that are not finite")
+    return answer
+
+
+def distribute(works: Sequence[Work], busy: Sequence[int], share: tuple[int, int] = (0, 1)) -> list[list[Work]]:
     """Give each server its part of the work: a prompt goes to the server with the fewest tokens so far.
 
     Prompts with the most completions are given away first; among equals the order of the prompts counts, which is
@@ -227,11 +251,15 @@ def distribute(works: Sequence[Work], busy: Sequence[int]) -> list[list[Work]]:
 
     Args:
         busy: tokens that each server has to generate already.
+        share: which of how many ranks does this. Among equals each begins with another server: ranks that have fewer
+            prompts than there are servers would all ask the first ones.
     """
+    rank, ranks = share
+    order = [(k + rank * len(busy) // ranks) % len(busy) for k in range(len(busy))]
     parts: list[list[Work]] = [[] for _ in busy]
     tokens = list(busy)
     for work in sorted(works, key=lambda work: (-len(work.left), work.prompt)):
-        least = tokens.index(min(tokens))
+        least = min(order, key=tokens.__getitem__)
         parts[least].append(work)
         tokens[least] += work.tokens
     return [sorted(part, key=lambda work: work.prompt) for part in parts]

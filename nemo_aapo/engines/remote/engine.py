@@ -21,12 +21,17 @@ from nemo_aapo.config import Config
 from nemo_aapo.distributed import parallel
 from nemo_aapo.distributed.agreement import agree, on_first_rank
 from nemo_aapo.engines.base import OnFinish, PendingCompletions, RolloutStats
+from nemo_aapo.engines.collective.refit import CollectiveRefit
+from nemo_aapo.engines.collective.sender import WeightSender
+from nemo_aapo.engines.deltas import DeltaStore
 from nemo_aapo.engines.elsewhere import Finished, arranged, stats_of
-from nemo_aapo.engines.remote.directory import Claim
+from nemo_aapo.engines.remote.directory import Claim, ServerRecord
 from nemo_aapo.engines.remote.dispatch import Call, Fleet
+from nemo_aapo.engines.remote.fleet_status import FleetWatch
 from nemo_aapo.engines.remote.weight_store import WeightStore
-from nemo_aapo.engines.remote.wire import Weights, WeightsId
+from nemo_aapo.engines.weights import Weights, WeightsId
 from nemo_aapo.errors import RunError
+from nemo_aapo.mcore.model import GPTModel
 from nemo_aapo.types import Completion, SamplingSpec
 from nemo_aapo.utils.safetensors import model_digest
 
@@ -38,7 +43,13 @@ class RemoteEngine:
     """A ``BackgroundEngine`` whose work is done by the servers of one directory."""
 
     def __init__(
-        self, fleet: Fleet, store: WeightStore, base: Weights, claim: Claim | None, routes: bool = False
+        self,
+        fleet: Fleet,
+        store: WeightStore,
+        base: Weights,
+        claim: Claim | None,
+        routes: bool = False,
+        sender: WeightSender | None = None,
     ) -> None:
         """
         Args:
@@ -47,17 +58,30 @@ class RemoteEngine:
             base: the base model's weights, which servers start with: version 0.
             claim: on rank 0, the right to the servers.
             routes: completions without the experts that each token was sent to are refused.
+            sender: sends weights to the servers in place of leaving them in the store.
         """
-        self.fleet, self.store, self.claim = fleet, store, claim
+        self.fleet, self.store, self.claim, self.sender = fleet, store, claim, sender
         self.shares_weights = False
         self.stats: RolloutStats | None = None
         self._weights, self._routes = base, routes
         self._versions = {base.id.policy_version: base}  # those that need not be written
+        self.refit_bytes = 0
+        fleet.whole_of = store.whole_of
+        self._watch = FleetWatch(fleet.directory)
         self._under_way: list[Weights] = []  # of the calls that were started and not waited for
 
     @classmethod
-    def from_config(cls, config: Config) -> RemoteEngine:
+    def from_config(
+        cls,
+        config: Config,
+        model: tuple[GPTModel, int] | None = None,
+        admit: Callable[[ServerRecord], None] = lambda server: None,
+    ) -> RemoteEngine:
         """Make the engine that ``rollout.remote`` describes. Collective.
+
+        Args:
+            model: for ``rollout.refit=collective``, this rank's stage and the size of its vocabulary.
+            admit: raises where a server must not be used.
 
         Raises:
             ConfigError: directory or token are open to others, or another client has the servers load its weights.
@@ -71,11 +95,16 @@ class RemoteEngine:
                 wait_s=remote.wait_s,
                 timeout_s=remote.timeout_s,
                 retries=remote.retries,
+                patience_s=config.cluster.signal_s / 2,
+                admit=admit,
+                share=(parallel.data_parallel_rank(), parallel.data_parallel_size()),
             )
         )
         claim = agree(lambda: Claim(fleet.directory, config.run.dir) if parallel.rank() == 0 else None)
         base = Weights(WeightsId(0, on_first_rank(lambda: model_digest(path))), None)
-        return cls(fleet, WeightStore(Path(remote.directory), path), base, claim, bool(config.rollout.replay_routes))
+        store = (DeltaStore if config.rollout.refit == "delta" else WeightStore)(Path(remote.directory), path)
+        sender = WeightSender(*model, remote.timeout_s) if model is not None else None
+        return cls(fleet, store, base, claim, bool(config.rollout.replay_routes), sender)
 
     def generate(
         self,
@@ -166,7 +195,7 @@ class RemoteEngine:
         return arranged(outcome, seeds)
 
     def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Leave the weights in the directory and have the servers load them. Collective over all ranks of the job.
+        """Bring the weights to the servers, by the directory or by the sender. Collective over all ranks of the job.
 
         Within one life of this engine a version names the same weights: those that are there are not written again
         (``named_tensors`` then stays unread, on all ranks).
@@ -178,14 +207,20 @@ class RemoteEngine:
         first = parallel.rank() == 0
         agree(lambda: self.claim.take() if self.claim and version not in self._versions else None)
 
+        if self.sender is not None and version not in self._versions:
+            self._weights, self.refit_bytes = CollectiveRefit(self.fleet, self.sender).bring(version)
+            return
+
         def write() -> Weights:
             if first:
                 return self.store.write(named_tensors, version)
             deque(named_tensors, maxlen=0)  # the part that this rank has in making them
             return self._weights  # rank 0's come in its place
 
+        self.refit_bytes = 0
         if version not in self._versions:
             self._versions[version] = parallel.broadcast_from_first_rank(agree(write))
+            self.refit_bytes = self.store.written_bytes
         self._weights = self._versions[version]
         if not self._under_way:  # else each server takes them when it has ended what is
             agree(lambda: self.fleet.prepare(self._weights) if first else None)
@@ -195,6 +230,10 @@ class RemoteEngine:
         if first:
             self.store.prune(keep=self._versions.values())
 
+    def server_metrics(self) -> dict[str, float]:
+        """See ``ReportsServers.server_metrics``."""
+        return self._watch.metrics() if parallel.rank() == 0 else {}
+
     def sleep(self) -> None:
         """Nothing to give back: the servers have devices of their own."""
 
@@ -203,6 +242,8 @@ class RemoteEngine:
 
     def close(self) -> None:
         """Remove the weights that were left for the servers; they go on serving what they have loaded."""
+        if self.sender is not None:
+            self.sender.close()
         if self.claim:
             self.store.prune(keep=())
             self.claim.drop()

@@ -12,7 +12,7 @@ import itertools
 import threading
 from dataclasses import dataclass
 
-from nemo_aapo.engines.remote.wire import WeightsId
+from nemo_aapo.engines.weights import WeightsId
 
 
 @dataclass(eq=False)

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
 
 from nemo_aapo.engines.remote import wire
 from nemo_aapo.engines.remote.directory import ServerRecord, open_directory, open_token, read_servers
 from nemo_aapo.engines.remote.queues import Queues
-from nemo_aapo.errors import RunError, ServerError, WireError
+from nemo_aapo.errors import RunError, ServerError, WeightsRefusedError, WireError
+from nemo_aapo.run.stop import heed
+from nemo_aapo.trace import spans
+
+T = TypeVar("T")
 
 PROBE_S = 10.0
 """A server that does not answer ``ready`` within this is hanging."""
@@ -23,6 +28,8 @@ POLL_S = 0.25
 """Pause before servers that were not usable are asked again."""
 TURN_S = 0.05
 """Pause before it is asked again whether a server has ended what comes first."""
+HEED_S = 1.0
+"""Pause before a call looks again whether a stop was asked for."""
 FORGIVE_S = 60.0
 """A server that failed is asked again after this, or when nobody else is left."""
 _PROBE = aiohttp.ClientTimeout(total=PROBE_S)
@@ -44,6 +51,9 @@ class Servers:
         wait_s: float,
         timeout_s: float,
         retries: int,
+        patience_s: float = math.inf,
+        admit: Callable[[ServerRecord], None] = lambda server: None,
+        share: tuple[int, int] = (0, 1),
         log: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
     ) -> None:
         """
@@ -54,6 +64,10 @@ class Servers:
             wait_s: how long to wait for them.
             timeout_s: the longest silence of a server that has work.
             retries: how often a prompt is sent again.
+            patience_s: what servers are at is waited for so long once a stop was asked for; servers that are not there
+                are not.
+            admit: raises where a server must not be used at all; asked before it is told of any weights.
+            share: which of how many ranks asks these servers, each for prompts of its own.
             log: told once of each server that is left out.
 
         Raises:
@@ -61,27 +75,40 @@ class Servers:
         """
         self.directory = open_directory(directory)
         self.servers, self.min_servers = servers, min_servers
-        self.wait_s, self.timeout_s, self.retries = wait_s, timeout_s, retries
-        self._log = log
+        self.wait_s, self.timeout_s, self.retries, self.share = wait_s, timeout_s, retries, share
+        self.patience_s, self.admit, self._log = patience_s, admit, log
         self._complete = False
         self._failed: dict[str, tuple[float, str]] = {}  # by instance: when and why
         self.queues = Queues()
         """Of this process's requests."""
+        self.whole_of: Callable[[wire.Weights], wire.Weights | None] = lambda weights: None
+        """Weights in another form, for a server that can't use the first one; None: there is none."""
 
     def prepare(self, weights: wire.Weights) -> None:
         """Have all servers serve these weights.
 
         Raises:
             RunError: too few do in time; names each server and why.
+            Interrupted: a stop broke it off.
         """
         asyncio.run(self.with_session(lambda session: self.usable(session, weights)))
 
-    async def with_session(self, action: Callable[[aiohttp.ClientSession], Awaitable[object]]) -> None:
+    async def with_session(self, action: Callable[[aiohttp.ClientSession], Awaitable[T]]) -> T:
+        """The action's result, which may talk to the servers."""
+        if not self.directory.is_dir():
+            raise RunError(f"{self.directory}: the rollout servers' directory is gone; start them again with the run")
         headers = {"Authorization": f"Bearer {open_token(self.directory)}"}
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=PROBE_S, sock_read=self.timeout_s)
         # trust_env stays off: no proxy has a part in this, and the token goes to the servers alone
         async with aiohttp.ClientSession(headers=headers, timeout=timeout) as session:
-            await action(session)
+            acting = asyncio.ensure_future(action(session))
+            try:
+                while not (await asyncio.wait([acting], timeout=HEED_S))[0]:
+                    heed("rollout servers", self.patience_s)
+                return acting.result()
+            finally:
+                acting.cancel()
+                await asyncio.gather(acting, return_exceptions=True)
 
     async def usable(self, session: aiohttp.ClientSession, weights: wire.Weights | None) -> list[ServerRecord]:
         """The servers that have these weights, after those that had others were told to load them; None: all there."""
@@ -90,15 +117,23 @@ class Servers:
             records, now = read_servers(self.directory), time.monotonic()
             asked = [r for r in records if now - self._failed.get(r.instance, (-FORGIVE_S, ""))[0] >= FORGIVE_S]
             asked = asked or records
+            for record in asked:
+                self.admit(record)
             problems = await asyncio.gather(*(self._problem(session, record, weights) for record in asked))
             usable = [record for record, problem in zip(asked, problems, strict=True) if problem is None]
-            if len(usable) >= (self.min_servers if self._complete else self.servers):
-                self._complete = True
+            if self.are_enough(len(usable)):
                 return usable
             if time.monotonic() >= end:
                 reasons = {record.index: problem for record, problem in zip(asked, problems, strict=True)}
-                raise RunError(self._too_few(records, reasons, len(usable)))
+                raise RunError(self.too_few(records, reasons, len(usable)))
+            heed("rollout servers")
             await asyncio.sleep(POLL_S)
+
+    def are_enough(self, servers: int, settled: bool = True) -> bool:
+        """Whether so many servers are: all at first; once they were there (and ``settled``), the least number."""
+        enough = servers >= (self.min_servers if self._complete else self.servers)
+        self._complete |= enough and settled
+        return enough
 
     async def _problem(
         self, session: aiohttp.ClientSession, server: ServerRecord, weights: wire.Weights | None
@@ -122,15 +157,8 @@ class Servers:
         """
         moved, left = time.monotonic(), None
         while True:
-            with failures_named(PROBE_S):
-                async with session.get(f"{server.address}{wire.API}/ready", timeout=_PROBE) as response:
-                    answer = wire.load_object(await response.read())
-            if response.status == 503 and answer.get("reason") == "starting":
-                raise Starting("is still loading its model")
-            if response.status not in (200, 503):  # 503 else: a refit failed half-way; a whole one mends it
-                raise ServerError(complaint(response, answer))
-            outstanding = answer.get("outstanding", 0)
-            if weights is None or (response.status == 200 and wire.decode_weights_id(answer) == weights.id):
+            has, outstanding = await self.served(session, server)
+            if weights is None or has == weights.id:
                 return
             if not outstanding:
                 return await self._update(session, server, weights)
@@ -143,22 +171,59 @@ class Servers:
                 )
             await asyncio.sleep(TURN_S)
 
+    async def served(self, session: aiohttp.ClientSession, server: ServerRecord) -> tuple[wire.WeightsId | None, int]:
+        """What a server serves (None: a refit failed half-way, which a whole one mends), and what it has to generate.
+
+        Raises:
+            Starting: it is loading its model.
+            ServerError: it does not answer, or not as it should.
+        """
+        with failures_named(PROBE_S):
+            async with session.get(f"{server.address}{wire.API}/ready", timeout=_PROBE) as response:
+                answer = wire.load_object(await response.read())
+        if response.status == 503 and answer.get("reason") == "starting":
+            raise Starting("is still loading its model")
+        if response.status not in (200, 503):
+            raise ServerError(complaint(response, answer))
+        return wire.decode_weights_id(answer) if response.status == 200 else None, answer.get("outstanding", 0)
+
     async def _update(self, session: aiohttp.ClientSession, server: ServerRecord, weights: wire.Weights) -> None:
+        if weights.sent:
+            raise ServerError("has other weights; the trainer's ranks send it theirs at the next refit")
+        try:
+            await self.post_update(session, server, weights)
+        except WeightsRefusedError:
+            if (whole := await asyncio.to_thread(self.whole_of, weights)) is None:
+                raise
+            await self.post_update(session, server, whole)
+
+    async def post_update(self, session: aiohttp.ClientSession, server: ServerRecord, weights: wire.Weights) -> None:
+        """Have a server take weights, and wait until it serves them.
+
+        Raises:
+            ServerError: why it does not; a ``WeightsRefusedError`` where that is due to the weights.
+        """
         url, body = f"{server.address}{wire.API}/update_weights", wire.encode_weights(weights)
+        began = time.perf_counter_ns()
         with failures_named(self.timeout_s):
             async with session.post(url, data=body) as response:
                 answer = wire.load_object(await response.read())
                 if response.status != 200:
-                    raise ServerError(complaint(response, answer))
+                    raise (WeightsRefusedError if response.status == 422 else ServerError)(complaint(response, answer))
                 if wire.decode_weights_id(answer) != weights.id:
                     raise ServerError(f"was told to load {weights.id} and loaded {answer}")
+        if (recorder := spans.recorder) is not None:
+            name, process = f"refit to version {weights.id.policy_version}", f"rollout server {server.index}"
+            recorder.add(name, began, time.perf_counter_ns(), "server", process=process, track="refit")
 
     def fail(self, server: ServerRecord, reason: str) -> None:
+        """Note that a server has failed."""
         if server.instance not in self._failed:
             self._log(f"rollout server {server.index} ({server.address}) is left out: {reason}")
         self._failed[server.instance] = (time.monotonic(), reason)
 
-    def _too_few(self, records: Sequence[ServerRecord], reasons: dict[int, str | None], usable: int) -> str:
+    def too_few(self, records: Sequence[ServerRecord], reasons: Mapping[int, str | None], usable: int) -> str:
+        """The message that so many usable servers are not enough."""
         lines = [f"none has announced itself in {self.directory}"]
         if records:
             now = {r.index: reasons.get(r.index, self._failed.get(r.instance, (0, ""))[1]) or "ready" for r in records}
@@ -171,6 +236,8 @@ class Servers:
 
 
 def complaint(response: aiohttp.ClientResponse, answer: dict[str, Any]) -> str:
+    if response.status == 404:
+        return f"HTTP 404: not a server of {wire.API}, but of another version of this code"
     return f"HTTP {response.status}: {answer.get('error') or response.reason}"
 
 

@@ -4,7 +4,7 @@
     GET  /v1/ready            which weights it serves, or 503
     GET  /v1/metrics          Prometheus text
     POST /v1/generate         one line of JSON for each completion as it ends, bytes of routes behind it where it has
-                              some, then {"done": how many}
+                              some, then {"done": how many}; with the header X-Trace also "trace": what was done when
     POST /v1/update_weights   check and load other weights; answers when they are served
 
 Errors are {"error": message, "reason": word} with 400 (what was asked), 401 (token), 408, 409 (other weights), 413
@@ -23,7 +23,7 @@ from typing import Any
 from aiohttp import http_exceptions, web
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
-from nemo_aapo.engines.remote import wire
+from nemo_aapo.engines.remote import server_trace, wire
 from nemo_aapo.engines.remote.worker import Answer, EngineWorker, Failure, Job
 from nemo_aapo.errors import WeightsError, WireError, one_line
 from nemo_aapo.types import Completion
@@ -125,10 +125,12 @@ class Service:
         try:
             await asyncio.shield(asyncio.wrap_future(self.worker.load(weights)))
         except WeightsError as error:
+            self._metrics.failed("weights")
             return _error(422, "weights", str(error))
         except WireError:
             raise
         except Exception as error:  # the worker has logged it
+            self._metrics.failed("refit")
             return _error(500, "engine", f"{weights.id} could not be loaded: {type(error).__name__}: {error}")
         self._metrics.refits.inc()
         return web.Response(body=wire.encode_weights_id(weights.id), content_type="application/json")
@@ -145,24 +147,30 @@ class Service:
         def emit(answer: Answer) -> None:
             loop.call_soon_threadsafe(answers.put_nowait, answer)
 
-        job = Job(asked, emit)
+        job = Job(asked, emit, traced=server_trace.HEADER in request.headers)
         self.worker.generate(job)
         try:
             answer = await answers.get()
             if isinstance(answer, Failure):  # before the first completion: the status can still say so
+                self._metrics.failed(answer.reason)
                 return _error(_STATUS[answer.reason], answer.reason, answer.message)
-            return await self._stream(request, answer, answers)
+            return await self._stream(request, answer, answers, job)
         finally:
             job.cancelled = True  # the client may have gone away in the middle
 
     async def _stream(
-        self, request: web.Request, answer: tuple[int, int, Completion] | None, answers: asyncio.Queue[Answer]
+        self,
+        request: web.Request,
+        answer: tuple[int, int, Completion] | None,
+        answers: asyncio.Queue[Answer],
+        job: Job,
     ) -> web.StreamResponse:
         """Send the first answer and those that follow, up to the end of the job.
 
         Args:
             answer: the first one.
             answers: where the others come.
+            job: what they answer.
         """
         has_bytes = answer is not None and answer[2].routes is not None
         kind = "application/octet-stream" if has_bytes else "application/x-ndjson"
@@ -178,7 +186,12 @@ class Service:
             self._metrics.finished(completion)
             count += 1
             following = await answers.get()
-        end = {"done": count} if following is None else {"error": following.message, "reason": following.reason}
+        end: dict[str, Any] = {"done": count}
+        if following is not None:
+            self._metrics.failed(following.reason)
+            end = {"error": following.message, "reason": following.reason}
+        if job.recorder is not None:
+            end["trace"] = server_trace.encode(job.received, job.recorder)
         await response.write(wire.dump_object(end))
         return response
 
@@ -196,9 +209,16 @@ class _Metrics:
         )
         self.tokens = Counter("rollout_tokens", "Tokens of the completions sent", registry=self.registry)
         self.refits = Counter("rollout_refits", "Refits that ended well", registry=self.registry)
+        self.failures = Counter(
+            "rollout_failures", "Answers and refits that failed by reason", ["reason"], registry=self.registry
+        )
         for name, text, value in (
             ("rollout_outstanding_completions", "Asked for and not drawn yet", lambda: worker.outstanding),
+            ("rollout_waiting_requests", "Requests and refits whose turn has not come", lambda: worker.waiting),
+            ("rollout_kv_cache_use", "Share of the KV cache in use, NaN where not known", lambda: worker.kv_cache_use),
             ("rollout_generate_seconds", "Time spent generating", lambda: worker.busy_seconds),
+            ("rollout_last_refit_seconds", "Of the last refit, NaN before the first", lambda: worker.refit_seconds),
+            ("rollout_last_refit_bytes", "Bytes of the weights that it loaded", lambda: worker.refit_bytes),
             ("rollout_ready", "1 while whole weights are loaded", lambda: float(worker.weights is not None)),
             (
                 "rollout_policy_version",
@@ -207,6 +227,10 @@ class _Metrics:
             ),
         ):
             Gauge(name, text, registry=self.registry).set_function(value)
+
+    def failed(self, reason: str) -> None:
+        """Count an answer or a refit that failed."""
+        self.failures.labels(reason).inc()
 
     def finished(self, completion: Completion) -> None:
         """Count a completion that was sent."""

@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from nemo_aapo.config import build
+from nemo_aapo.engines.collective.plan import Rendezvous
+from nemo_aapo.engines.weights import Weights, WeightsId
 from nemo_aapo.errors import ConfigError, WireError
 from nemo_aapo.types import Completion, Routes, SamplingSpec
 
@@ -24,34 +26,8 @@ API = "/v1"
 """Prefix of all addresses: a client of another version gets 404 instead of a misunderstanding."""
 MAX_SEED = 2**63
 """Seeds are below this."""
-
-
-@dataclass(frozen=True)
-class WeightsId:
-    """Names weights: two runs may have the same version of different ones.
-
-    Example: ``WeightsId(5, "1a2b3c4d...")``, shown as ``policy version 5 (1a2b3c4d)``.
-    """
-
-    policy_version: int
-    """Number of optimizer steps behind them."""
-    digest: str
-    """The SHA-256 of their manifest, which holds that of each file; for the base model, its ``model_digest``."""
-
-    def __str__(self) -> str:
-        return f"policy version {self.policy_version} ({self.digest[:8]})"
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Weights and where they lie.
-
-    Example: ``Weights(WeightsId(5, "1a2b..."), "weights/v5-1a2b3c4d/manifest.json")``
-    """
-
-    id: WeightsId
-    manifest: str | None
-    """Path relative to the directory that trainer and servers both see; None: the base model, ``model.path``."""
+MAX_LINE = 1 << 28
+"""Bytes of the longest message; a completion of a million tokens takes a tenth of it."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +72,7 @@ class _Update:
     policy_version: int
     digest: str
     manifest: str | None
+    rendezvous: Rendezvous | None = None
 
 
 # ---------------------------------------------------------------- JSON
@@ -146,6 +123,8 @@ class MessageReader:
             if self._message is None:
                 line, newline, after = self._rest.partition(b"\n")
                 if not newline:
+                    if len(self._rest) > MAX_LINE:
+                        raise WireError(f"{MAX_LINE >> 20} MiB came without the end of a line")
                     return
                 self._message, self._rest = load_object(line), after
             message, size = self._message, binary_size(self._message)
@@ -281,8 +260,12 @@ def decode_completion(
     counts = fields.pop("routes", None)
     try:
         i, j = int(fields.pop("i")), int(fields.pop("j"))
-        fields["token_ids"] = np.array(fields["token_ids"], dtype=np.int32)
-        fields["logprobs"] = np.array(fields["logprobs"], dtype=np.float32)
+        tokens = np.array(fields["token_ids"])
+        if tokens.size and (tokens.dtype.kind != "i" or tokens.min() < 0 or tokens.max() >= 2**31):
+            raise ValueError("token_ids: integers from 0 on are needed")
+        fields["token_ids"] = tokens.astype(np.int32)
+        with np.errstate(over="ignore"):  # what is infinite then is refused as such (dispatch.py)
+            fields["logprobs"] = np.array(fields["logprobs"], dtype=np.float32)
         completion = Completion(**fields)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise WireError(f"not a completion ({type(error).__name__}: {error})") from None
@@ -304,7 +287,8 @@ def decode_completion(
 
 def encode_weights(weights: Weights) -> bytes:
     """The body of ``update_weights``."""
-    return dump_object({**dataclasses.asdict(weights.id), "manifest": weights.manifest})
+    where = {"rendezvous": dataclasses.asdict(weights.rendezvous)} if weights.rendezvous else {}
+    return dump_object({**dataclasses.asdict(weights.id), "manifest": weights.manifest, **where})
 
 
 def decode_weights(body: Mapping[str, Any]) -> Weights:
@@ -314,7 +298,7 @@ def decode_weights(body: Mapping[str, Any]) -> Weights:
         WireError: as ``decode_request``.
     """
     update = _typed(_Update, body)
-    return Weights(WeightsId(update.policy_version, update.digest), update.manifest)
+    return Weights(WeightsId(update.policy_version, update.digest), update.manifest, rendezvous=update.rendezvous)
 
 
 def encode_weights_id(weights: WeightsId) -> bytes:

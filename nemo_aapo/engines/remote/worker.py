@@ -6,21 +6,28 @@ what comes after it waits for the refit, so that no completion is ever sampled f
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from nemo_aapo.engines.build import HostedEngine
+from nemo_aapo.engines.remote import server_trace
 from nemo_aapo.engines.remote.wire import GenerateRequest, Weights, WeightsId
+from nemo_aapo.errors import LostRankError, RunError, ServerError, WeightsError
+from nemo_aapo.trace import spans
 from nemo_aapo.types import Completion
 
+IDLE_S = 5.0
+"""An engine of several ranks is called no later than this, so that they know of one another."""
 MERGE_S = 0.02
 """Seconds that a batch waits for requests that were sent together with its first one."""
 
@@ -48,6 +55,12 @@ class Job:
     request: GenerateRequest
     emit: Callable[[Answer], None]
     """Takes each answer; called from the worker's thread."""
+    traced: bool = False
+    """Whether its sender records a trace."""
+    received: int = field(default_factory=time.perf_counter_ns)
+    """When it came, nanoseconds."""
+    recorder: spans.Recorder | None = None
+    """At the end, what was done for it, if it was traced; of a batch the first such request has all of it."""
     cancelled: bool = False
     """True once nobody waits for the answers any more; whoever asked sets it."""
 
@@ -71,24 +84,28 @@ class EngineWorker:
         self,
         build: Callable[[], HostedEngine],
         base: Callable[[], WeightsId],
-        locate: Callable[[Weights, Set[str]], Path],
+        locate: Callable[[Weights, Set[str]], AbstractContextManager[Path]],
     ) -> None:
         """
         Args:
             build: makes the engine with the base model's weights, in the worker's thread.
             base: their name.
             locate: checks every byte of the files of some weights, and that they hold the tensors of these names;
-                returns their folder.
+                their folder, which stays while it is held.
         """
         self.weights: WeightsId | None = None
         """The weights that the engine serves; None while it has none that are whole."""
         self.outstanding = 0
         """Number of completions that were asked for and are not generated yet."""
-        self.busy_seconds = 0.0
-        """Seconds spent in ``generate`` so far."""
+        self.refit_seconds = self.refit_bytes = math.nan
+        """What the last refit took, once its turn had come, and the bytes of the weights that it loaded."""
         self.built: Future[None] = Future()
         """Done once there is an engine; holds the error if there can't be one."""
+        self.lost: Future[LostRankError] = Future()
+        """Done once one of the server's ranks is gone: nothing is generated any more."""
         self._build, self._base, self._locate = build, base, locate
+        self._generated_s = 0.0  # by the batches that have ended
+        self._began: float | None = None  # the batch that runs
         self._queue: deque[Job | _Load] = deque()
         self._changed = threading.Condition()
         self._stopping = False
@@ -105,6 +122,22 @@ class EngineWorker:
         load = _Load(weights)
         self._put(load)
         return load.done
+
+    @property
+    def waiting(self) -> int:
+        """Number of requests and refits that wait for their turn."""
+        return len(self._queue)
+
+    @property
+    def busy_seconds(self) -> float:
+        """Seconds spent generating so far."""
+        began = self._began
+        return self._generated_s + (0.0 if began is None else time.perf_counter() - began)
+
+    @property
+    def kv_cache_use(self) -> float:
+        """Share of the engine's KV cache that is in use now; NaN where it does not tell, and without an engine."""
+        return self._hosted.kv_cache_use() if self.built.done() and not self.built.exception() else math.nan
 
     def stop(self, wait_s: float) -> bool:
         """Drop what waits, break off what runs at its next finished completion; True if the thread has ended."""
@@ -138,17 +171,23 @@ class EngineWorker:
         except BaseException as error:  # for the main thread, which waits for it
             self.built.set_exception(error)
             return
-        while (batch := self._next()) is not None:
-            if isinstance(batch, _Load):
-                self._load(batch)
-            else:
-                self._generate(batch)
+        try:
+            while (batch := self._next()) is not None:
+                if isinstance(batch, _Load):
+                    self._load(batch)
+                else:
+                    self._generate(batch)
+            self._hosted.engine.close()
+        except LostRankError as error:
+            self.weights, self._stopping = None, True
+            self.lost.set_result(error)
         for item in self._queue:
             _drop(item)
-        self._hosted.engine.close()
 
     def _next(self) -> list[Job] | _Load | None:
         """What to do next: a refit, or a batch of requests that go together; None: stop."""
+        while self._hosted.idle is not None and not self._wait(IDLE_S):
+            self._hosted.idle()
         with self._changed:
             self._changed.wait_for(lambda: self._queue or self._stopping)
             if not self._stopping and isinstance(self._queue[0], Job):
@@ -164,24 +203,46 @@ class EngineWorker:
                 self._queue.popleft()
             return batch
 
+    def _wait(self, seconds: float) -> bool:
+        with self._changed:
+            return bool(self._changed.wait_for(lambda: self._queue or self._stopping, seconds))
+
     def _load(self, load: _Load) -> None:
         if load.weights.id == self.weights:
             load.done.set_result(None)
             return
+        touched, began = False, time.perf_counter()
         try:
-            folder = self._locate(load.weights, self._hosted.tensors)
-        except Exception as error:  # nothing was touched: what was served goes on being served
+            with self._at_hand(load.weights) as take:
+                self.weights, touched = None, True  # half loaded: not ready until a whole version is
+                self.refit_bytes = take()
+        except Exception as error:  # what was not touched goes on being served
+            if touched and not isinstance(error, RunError | ServerError):
+                traceback.print_exc()
+            print(f"refit to {load.weights.id} failed: {error}", file=sys.stderr, flush=True)
             load.done.set_exception(error)
+            if isinstance(error, LostRankError):
+                raise
             return
-        self.weights = None
-        try:
-            self._hosted.load(folder, load.weights.id.policy_version)
-        except Exception as error:  # half loaded: not ready until a whole version is
-            traceback.print_exc()
-            load.done.set_exception(error)
-            return
-        self.weights = load.weights.id
+        self.weights, self.refit_seconds = load.weights.id, time.perf_counter() - began
         load.done.set_result(None)
+
+    @contextmanager
+    def _at_hand(self, weights: Weights) -> Iterator[Callable[[], int]]:
+        """Inside, all is there of some weights, and the call takes them over; it returns their bytes."""
+        if weights.rendezvous is None:
+            with self._locate(weights, self._hosted.tensors) as folder:
+
+                def load() -> int:
+                    self._hosted.load(folder, weights.id.policy_version)
+                    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+                yield load
+        elif self._hosted.meeting is None:
+            raise WeightsError("this server's engine takes weights from files only: rollout.refit=files or delta")
+        else:
+            with self._hosted.meeting(weights.rendezvous, weights.id) as take:
+                yield take
 
     def _generate(self, jobs: list[Job]) -> None:
         prompts, seeds, owners = [], [], []
@@ -202,7 +263,8 @@ class EngineWorker:
             if self._stopping or (self._hosted.can_break_off and all(job.cancelled for job in jobs)):
                 raise _Aborted
 
-        began = time.perf_counter()
+        self._began = time.perf_counter()
+        _record(jobs)
         end: Failure | None = None
         try:
             if self.weights != jobs[0].request.weights:
@@ -210,22 +272,35 @@ class EngineWorker:
             elif not all(job.cancelled for job in jobs):
                 engine = self._hosted.engine
                 engine.wake()
-                engine.generate(prompts, jobs[0].request.sampling, seeds, on_finish)
+                with spans.span("generate", "server", prompts=len(prompts), completions=left, requests=len(jobs)):
+                    engine.generate(prompts, jobs[0].request.sampling, seeds, on_finish)
                 engine.sleep()
         except _Aborted:
             end = _STOPPING
         except FloatingPointError as error:
             end = Failure("not_finite", str(error))
+        except LostRankError as error:
+            for job in jobs:
+                job.emit(Failure("engine", str(error)))
+            raise
         except Exception as error:  # the client learns of it and asks elsewhere; the rest is for this server's log
             traceback.print_exc(file=sys.stderr)
             end = Failure("engine", f"the engine failed: {type(error).__name__}: {error}")
+        spans.stop()
         self._count(-left)
-        self.busy_seconds += time.perf_counter() - began
+        self._generated_s, self._began = self.busy_seconds, None
         for job in jobs:
             job.emit(end)
 
 
 _STOPPING = Failure("stopping", "the server is stopping")
+
+
+def _record(jobs: Sequence[Job]) -> None:
+    """Record a batch from now on for its first traced request; the others get how long they waited."""
+    for job in [job for job in jobs if job.traced][::-1]:
+        job.recorder = spans.start("", server_trace.LIMIT)
+        job.recorder.add("waits", job.received, time.perf_counter_ns(), "server", track="queue")
 
 
 def _drop(item: Job | _Load) -> None:

@@ -104,6 +104,7 @@ class TrtllmEngine:
         """
         self.settings, self.policy_version = settings, policy_version
         self.stats: RolloutStats | None = None
+        self.refit_bytes = 0
         self._ranks, self._gpus, self._colocated = ranks, gpus, colocated
         self._started: EngineClient | None = None
         self._model = contextlib.ExitStack()
@@ -244,9 +245,11 @@ class TrtllmEngine:
         with self._exclusive("update_weights"):  # drained: no request is under way
             self._broken = "a refit failed half-way, its weights are mixed"
             self._resume_weights()
+            self.refit_bytes = 0
             for bucket in tensor_buckets(named_tensors, self.settings.refit_bucket_bytes):
                 found, alive = refit.payloads(bucket, self._gpus)
                 parts = self._ranks.gather(found)
+                self.refit_bytes += sum(tensor.nbytes for _, tensor in bucket)
                 self._on_owner(functools.partial(self._hand_over, parts))
                 del alive, bucket  # until here the engine may read it
             self._on_owner(lambda: self._client.update_weights(None))

@@ -113,7 +113,7 @@ function completionCard(c) {
     el("details", { className: "prompt" }, el("summary", {}, visible(c.group.prompt.replace(/\s+/g, " ").slice(0, 160))),
       el("pre", { className: "text" }, visible(c.group.prompt)),
       el("p", { className: "muted" }, `answer ${visible(c.group.answer)} · ${visible(c.group.source)} · sampled by version ${c.group.version} · reference rewards ` +
-        `${c.group.references ? c.group.references.map((r) => shown(r)).join(", ") : "none"}${c.group.time ? ` · ${visible(c.group.time)}` : ""}`)),
+        `${c.group.references.length ? c.group.references.map((r) => shown(r)).join(", ") : "none"}${c.group.time ? ` · ${visible(c.group.time)}` : ""}`)),
     textOf(c), group);
 }
 
@@ -147,48 +147,87 @@ function completionsSection() {
   return el("div", {}, bar, list, more);
 }
 
-// ------------------------------------------------------------------ held-out prompts
+// ------------------------------------------------------------------ prompts
 
-function promptsSection() {
+// A table of prompts in an order of choice, with rows that open. Of an item: prompt, answer, cells(), detail(), and change,
+// how much better it became.
+function promptTable(items, heads, about) {
+  const orders = { order: ["as in the data", () => 0], worse: ["got worse", (p) => p.change], better: ["got better", (p) => -p.change] };
+  const body = el("tbody");
+  let key = "order", count = 20;
+  const more = el("button", { type: "button", click: () => { count += 100; fill(); } }, "show more");
+  const fill = () => {
+    more.hidden = items.length <= count;
+    const sorted = items.map((p, i) => [orders[key][1](p), i, p]).sort((a, b) => a[0] - b[0] || a[1] - b[1]).slice(0, count);
+    body.replaceChildren(...sorted.flatMap(([, , p]) => {
+      const detail = el("tr", { hidden: true, className: "detail" });
+      const open = el("button", { type: "button", className: "quiet-button left", click: () => {
+        detail.hidden = !detail.hidden;
+        if (!detail.childNodes.length) detail.append(el("td", { colSpan: 99 }, p.detail()));
+      } }, visible(p.prompt.replace(/\s+/g, " ").slice(0, 90)));
+      return [el("tr", {}, el("td", {}, open), el("td", {}, visible(p.answer.slice(0, 40))), ...p.cells()), detail];
+    }));
+  };
+  fill();
+  return el("div", {},
+    el("div", { className: "bar" }, choice("order", Object.entries(orders).map(([name, [text]]) => [name, text]), key, (value) => { key = value; fill(); }),
+      el("span", { className: "muted" }, about)),
+    el("div", { className: "scroll" }, el("table", { className: "prompts" }, el("thead", {}, el("tr", {}, el("th", {}, "prompt"), el("th", {}, "answer"), ...heads.map((head) => el("th", {}, head)))), body)), more);
+}
+
+function shareCell(value, text, title, tag = "td") {
+  const cell = el(tag, { className: "cell", title }, text);
+  if (value !== null) cell.style.backgroundColor = `rgba(40,160,90,${(0.75 * Math.min(1, Math.max(0, value))).toFixed(2)})`;
+  return cell;
+}
+
+function fromFirstToLast(values) {
+  const there = values.filter((value) => value !== null);
+  return there.length ? there[there.length - 1] - there[0] : 0;
+}
+
+function heldOutSection() {
   const run = DATA.runs[0];
   const others = DATA.runs.map((r) => new Map(r.history.prompts.map((p) => [p.source, p])));
   const rows = run.history.prompts.filter((p) => others.every((of) => of.has(p.source)));
   if (!rows.length) return el("p", { className: "muted" }, "No validation has left its completions yet.");
   const share = (at) => (at && at[1] ? at[0] / at[1] : null);
-  const change = (p) => { const there = p.at.map(share).filter((v) => v !== null); return there[there.length - 1] - there[0]; };
-  const orders = { order: ["as in the data", () => 0], worse: ["got worse", change], better: ["got better", (p) => -change(p)] };
-  const body = el("tbody");
   // of one run all validations, of several the last one of each
   const shownSteps = DATA.runs.map((r) => r.history.steps.map((step, k) => [step, k]).slice(MANY ? -1 : 0));
   const cells = (p, r) => shownSteps[r].map(([step, k]) => {
-    const value = share(p.at[k]), cell = el("td", { className: "cell", title: value === null ? "" : `step ${step}: ${p.at[k][0]} of ${p.at[k][1]} right` }, value === null ? "" : shown(value, 2));
-    if (value !== null) cell.style.backgroundColor = `rgba(40,160,90,${(0.75 * value).toFixed(2)})`;
-    return cell;
+    const value = share(p.at[k]);
+    return shareCell(value, value === null ? "" : shown(value, 2), value === null ? "" : `step ${step}: ${p.at[k][0]} of ${p.at[k][1]} right`);
   });
-  let key = "order", count = 20;
-  const more = el("button", { type: "button", click: () => { count += 100; fill(); } }, "show more");
-  const fill = () => {
-    more.hidden = rows.length <= count;
-    const sorted = rows.map((p, i) => [orders[key][1](p), i, p]).sort((a, b) => a[0] - b[0] || a[1] - b[1]).slice(0, count);
-    body.replaceChildren(...sorted.flatMap(([, , p]) => {
-      const detail = el("tr", { hidden: true, className: "detail" });
-      const open = el("button", { type: "button", className: "quiet-button left", click: () => {
-        detail.hidden = !detail.hidden;
-        if (!detail.childNodes.length) detail.append(el("td", { colSpan: 99 }, el("div", { className: MANY ? "side" : "" }, ...DATA.runs.map((r, i) => promptDetail(r, others[i].get(p.source))))));
-      } }, visible(p.prompt.replace(/\s+/g, " ").slice(0, 90)));
-      return [el("tr", {}, el("td", {}, open), el("td", {}, visible(p.answer.slice(0, 40))), ...DATA.runs.flatMap((_, i) => cells(others[i].get(p.source), i))), detail];
-    }));
-  };
-  fill();
-  const heads = DATA.runs.flatMap((r, i) => shownSteps[i].map(([step]) => el("th", {}, MANY ? `${visible(r.name)}, ${step}` : String(step))));
-  return el("div", {},
-    el("div", { className: "bar" }, choice("order", Object.entries(orders).map(([key, [text]]) => [key, text]), key, (value) => { key = value; fill(); }),
-      el("span", { className: "muted" }, "share of a prompt's completions that were right, by the step of the validation; a row opens")),
-    el("div", { className: "scroll" }, el("table", { className: "prompts" }, el("thead", {}, el("tr", {}, el("th", {}, "prompt"), el("th", {}, "answer"), ...heads)), body)), more);
+  const items = rows.map((p) => ({
+    ...p, change: fromFirstToLast(p.at.map(share)),
+    cells: () => DATA.runs.flatMap((_, i) => cells(others[i].get(p.source), i)),
+    detail: () => el("div", { className: MANY ? "side" : "" }, ...DATA.runs.map((r, i) => promptDetail(r, others[i].get(p.source)))),
+  }));
+  const heads = DATA.runs.flatMap((r, i) => shownSteps[i].map(([step]) => (MANY ? `${visible(r.name)}, ${step}` : String(step))));
+  return promptTable(items, heads, "share of a prompt's completions that were right, by the step of the validation; a row opens");
 }
 
 function promptDetail(run, p) {
   return el("div", { className: MANY ? "member" : "" }, MANY ? el("b", {}, visible(run.name)) : null, ...run.history.steps.map((step, k) => p.at[k] &&
     el("div", { className: "row start" }, el("span", { className: "muted" }, `step ${step}, ${p.at[k][0]} of ${p.at[k][1]} right${p.at[k][2] === null ? "" : "; the greedy one ends:"}`),
       p.at[k][2] === null ? null : el("pre", { className: "text" }, visible(p.at[k][2]) || "(empty)"))));
+}
+
+// Training prompts of which several groups are on the page: how their rewards moved from one time to the next.
+function trainedSection() {
+  const by = new Map();
+  DATA.runs.forEach((run, r) => run.groups.forEach((group) => {
+    const rewards = group.members.map((c) => c.reward).filter((value) => value !== null);
+    const mean = rewards.length ? rewards.reduce((a, b) => a + b, 0) / rewards.length : null;
+    by.set(group.source, [...(by.get(group.source) || []), { r, group, mean }]);
+  }));
+  const seen = [...by.values()].filter((times) => times.length > 1);
+  if (!seen.length) return el("p", { className: "muted" }, "No training prompt has several groups among the completions above.");
+  const name = ({ r, group }) => (MANY ? `${visible(DATA.runs[r].name)}, step ${group.step}` : `step ${group.step}`);
+  const items = seen.map((times) => ({
+    prompt: times[0].group.prompt, answer: times[0].group.answer, change: fromFirstToLast(times.map((time) => time.mean)),
+    cells: () => [el("td", {}, el("div", { className: "facts" }, ...times.map((time) => shareCell(time.mean, `${name(time)}: ${shown(time.mean, 2)}`, `mean reward of ${time.group.members.length} completions`, "span"))))],
+    detail: () => el("div", {}, ...times.map((time) => el("div", {}, el("p", { className: "muted" }, name(time)), el("div", { className: "side" }, ...time.group.members.map((m) => el("div", { className: "member" }, facts(m), textOf(m))))))),
+  }));
+  return promptTable(items, ["mean reward, each time that it was sampled"], `${items.length} prompts of which several groups are among the completions above; a row opens`);
 }

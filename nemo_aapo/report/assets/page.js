@@ -129,9 +129,11 @@ function build() {
   }
   section("curves", "Curves", controls(), chartsOf("curves"));
   section("times", "Where the time went", MANY ? phasesTable() : null, chartsOf("times"));
+  if (!MANY && DATA.runs[0].traces.length) section("timeline", "Timeline of a step", timelineSection(DATA.runs[0].traces));
   section("groups", "Groups", chartsOf("groups"));
   section("rollouts", "Completions", completionsSection());
-  section("prompts", "Held-out prompts", promptsSection());
+  section("prompts", "Held-out prompts", heldOutSection());
+  section("trained", "Training prompts", trainedSection());
   if (MANY) {
     section("each", "What to look at", ...DATA.runs.flatMap((run) => [el("h3", {}, visible(run.name)), ...findingsOf(run)]));
   } else {

@@ -23,6 +23,7 @@ from typing import Any, Literal
 from nemo_aapo.errors import RewardError
 from nemo_aapo.rewards.workers.channel import Channel
 from nemo_aapo.rewards.workers.output import LastWords
+from nemo_aapo.trace import spans
 
 logger = logging.getLogger(__name__)
 
@@ -73,9 +74,9 @@ class WorkerPool:
         except BaseException:
             self.close()
             raise
-        for worker in started:
+        for number, worker in enumerate(started):
             # One thread a worker, which does nothing but wait for it. Daemons, as an exit must not wait for them.
-            thread = threading.Thread(target=self._serve, args=(worker,), name="reward-worker", daemon=True)
+            thread = threading.Thread(target=self._serve, args=(number, worker), name="reward-worker", daemon=True)
             self._threads.append(thread)
             thread.start()
         logger.info("%d reward worker(s) ready, process ids %s", workers, self.pids)
@@ -109,14 +110,17 @@ class WorkerPool:
         for worker in workers:
             worker.kill()
 
-    def _serve(self, worker: _Worker) -> None:
+    def _serve(self, number: int, worker: _Worker) -> None:
         while (job := self._jobs.get()) is not None:
             message, future = job
             if not future.set_running_or_notify_cancel():
                 continue
             try:
                 worker = self._alive(worker)
+                start = time.perf_counter_ns()
                 reply = worker.ask(message, self._timeout_s)
+                if (recorder := spans.recorder) is not None:
+                    _record(recorder, f"worker {number}", start, reply, self._jobs.qsize())
                 future.set_result(reply)
                 worker = self._alive(worker)  # now, and not when the next request waits for it
             except Exception as error:  # for whoever waits, as no one looks at this thread
@@ -139,6 +143,13 @@ class WorkerPool:
             self._workers = [worker for worker in self._workers if worker.process.poll() is None]
             self._workers.append(_Worker(self._setup))
             return self._workers[-1]
+
+
+def _record(recorder: spans.Recorder, worker: str, start: int, reply: Reply, waiting: int) -> None:
+    """A score for a trace, and how many are still to be made."""
+    process, name = f"reward workers of {recorder.process}", f"score: {reply.failure}" if reply.failure else "score"
+    recorder.add(name, start, time.perf_counter_ns(), "score", process=process, track=worker)
+    recorder.sample("queue", process=process, waiting=waiting)
 
 
 class _Worker:

@@ -10,7 +10,8 @@ import logging
 import math
 import re
 import threading
-from collections.abc import Collection, Hashable, Mapping, Sequence
+import time
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any
@@ -20,10 +21,13 @@ from nemo_aapo.rewards.base import Reward, score_parts
 from nemo_aapo.rewards.definition import reward_definition
 from nemo_aapo.rewards.workers.channel import encode_item
 from nemo_aapo.rewards.workers.pool import START_TIMEOUT_S, Failure, Reply, WorkerPool
+from nemo_aapo.run.stop import heed
 from nemo_aapo.types import Completion, Prompt
 
 logger = logging.getLogger(__name__)
 
+HEED_S = 1.0
+"""Pause before whoever waits for scores looks again whether a stop was asked for."""
 _LOGGED_FAILURES = 3
 _SHORT_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,14}")
 
@@ -124,12 +128,13 @@ class RewardRunner:
         Raises:
             TimeoutError: some are not scored by then.
             RewardError: a killed worker could not be replaced.
+            Interrupted: a stop broke the waiting off.
         """
         wanted = list(self._pending) if indices is None else [index for index in indices if index in self._pending]
         pending = {index: self._pending.pop(index) for index in wanted}
         if timeout_s is None:
             timeout_s = math.ceil(len(pending) / max(self._workers, 1)) * (self._timeout_s + START_TIMEOUT_S)
-        _, late = wait(pending.values(), timeout_s)
+        late = _wait(pending.values(), timeout_s)
         if late:
             raise TimeoutError(f"{len(late)} of {len(pending)} completions were not scored within {timeout_s:g} s")
         results = {index: self._result(future.result()) for index, future in pending.items()}
@@ -149,6 +154,7 @@ class RewardRunner:
             for reward in self._rewards:
                 reward.check_answer(answer)
             return
+        heed("the check of the gold answers")
         reply = self.pool.request({"check_answer": answer}).result(self._timeout_s + START_TIMEOUT_S)
         if reply.failure is not None:
             raise ValueError(reply.detail)
@@ -184,6 +190,16 @@ class RewardRunner:
             logger.warning("completion %s: %s", index, detail)
         if len(failed) > _LOGGED_FAILURES:
             logger.warning("%d of %d completions could not be scored", len(failed), len(results))
+
+
+def _wait(futures: Iterable[Future[Reply]], timeout_s: float) -> Collection[Future[Reply]]:
+    """Wait for all of them; those that have not ended within the time."""
+    end, late = time.monotonic() + timeout_s, set(futures)
+    while late and (left := end - time.monotonic()) > 0:
+        late = wait(late, min(left, HEED_S)).not_done
+        if late:
+            heed(f"the rewards of {len(late)} completions")
+    return late
 
 
 def _takes_integers(reward: Reward) -> bool:

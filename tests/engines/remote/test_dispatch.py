@@ -6,7 +6,10 @@ Real HTTP against scripted servers: their completions are a function of prompt a
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,8 +24,10 @@ from nemo_aapo.engines.remote.dispatch import Call, Fleet, Work, distribute
 from nemo_aapo.engines.remote.engine import RemoteEngine
 from nemo_aapo.engines.remote.queues import Queues, Ticket
 from nemo_aapo.engines.remote.weight_store import WeightStore
-from nemo_aapo.errors import RunError
+from nemo_aapo.errors import ConfigError, Interrupted, RunError
+from nemo_aapo.run import stop
 from nemo_aapo.types import Completion, SamplingSpec
+from tests.engines.remote.test_service import TOKEN, Server
 
 WEIGHTS = wire.Weights(wire.WeightsId(5, "5" * 64), "weights/v5-55555555/manifest.json")
 SPEC = SamplingSpec(temperature=1.0, max_new_tokens=8, stop_token_ids=(1,))
@@ -111,7 +116,16 @@ class ScriptedServer:
         if misdeed == "drop":
             request.transport.abort()
             return response
+        if misdeed == "drip":
+            for _ in range(200):
+                await response.write(b" ")
+                await asyncio.sleep(0.05)
+        following = lines[at % len(lines)] if lines else b"{}"
         extra = {
+            "long": spoilt(following, token_ids=[1] * 9, logprobs=[-1.0] * 9),
+            "negative": spoilt(following, token_ids=[-1], logprobs=[-1.0]),
+            "infinite": spoilt(following, token_ids=[1], logprobs=[-1e39]),
+            "bored": spoilt(following, finish_reason="bored"),
             "garbage": b"{not json\n",
             "twice": lines[at - 1],
             "unasked": lines[0].replace(b'"i":0', b'"i":99').replace(b'"j":0', b'"j":99').replace(b'"j":1', b'"j":98'),
@@ -125,7 +139,14 @@ class ScriptedServer:
         return response
 
 
-MISDEEDS = ("refuse", "html", "stale", "hang", "drop", "garbage", "twice", "unasked", "fail", "short")
+def spoilt(line: bytes, **fields) -> bytes:
+    return wire.dump_object({**wire.load_object(line), **fields})
+
+
+MISDEEDS = (
+    "refuse", "html", "stale", "hang", "drip", "drop", "garbage", "twice", "unasked", "fail", "short", "long",
+    "negative", "infinite", "bored",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -188,7 +209,7 @@ def test_a_server_that_misbehaves_costs_no_completion_and_doubles_none(start, fl
 
 def test_any_sequence_of_misdeeds_of_two_of_three_servers_is_survived(start, fleet):
     rng = random.Random(1)
-    quick = [misdeed for misdeed in MISDEEDS if misdeed != "hang"]
+    quick = [misdeed for misdeed in MISDEEDS if misdeed not in ("hang", "drip")]
 
     def script() -> str:
         return f"{rng.choice([*quick, 'well'])} {rng.randrange(30)}"
@@ -244,6 +265,31 @@ def test_a_step_goes_on_with_those_that_are_left_and_waits_for_no_more_than_min_
     assert third.asked
 
 
+def test_a_directory_that_is_removed_in_the_middle_is_an_error_that_says_so(start, fleet, tmp_path):
+    start(always("well"))
+    ready = fleet()
+    ready.prepare(WEIGHTS)
+    shutil.rmtree(tmp_path / "servers")
+    with pytest.raises(RunError, match="servers: the rollout servers' directory is gone"):
+        ready.generate(make_call([2])[0])
+
+
+def test_a_server_of_another_protocol_version_is_said_to_be_one(fleet, tmp_path, monkeypatch):
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True).start()
+    with monkeypatch.context() as other_version:
+        other_version.setattr(wire, "API", "/v2")
+        server = Server(loop)
+    directory = open_directory(tmp_path / "servers")
+    (directory / "token").write_text(TOKEN)
+    (directory / "token").chmod(0o600)
+    publish(directory, ServerRecord(0, f"http://127.0.0.1:{server.listener.getsockname()[1]}", 1, "other"))
+    with pytest.raises(RunError, match=r"server 0 .*of another version of this code"):
+        fleet(1, wait_s=0.3).prepare(WEIGHTS)
+    assert server.harness.worker.stop(10)
+    loop.call_soon_threadsafe(loop.stop)
+
+
 def test_servers_that_never_come_are_missed_by_number(start, fleet, tmp_path):
     with pytest.raises(RunError, match=r"none has announced itself in .*servers"):
         fleet(1, wait_s=0.3).prepare(WEIGHTS)
@@ -289,6 +335,8 @@ def test_work_goes_where_the_least_is_to_be_drawn_the_longest_expected_first_and
             loads[taker] += work.tokens
         for part in parts:
             assert [w.prompt for w in part] == sorted(w.prompt for w in part)
+    few = [[len(part) for part in distribute([Work(0, [0], 9)] * 2, [0] * 8, (rank, 4))] for rank in range(4)]
+    assert [sum(column) for column in zip(*few, strict=True)] == [1] * 8  # ranks with two prompts each
     servers = start(always("well"), always("well"))
     call, _, _ = make_call([8, 1, 1, 1, 1])
     fleet(2).generate(call)
@@ -332,6 +380,27 @@ def test_once_it_is_enough_the_connections_are_closed_and_the_next_call_goes_on(
     assert 4 <= len(ended) <= 6  # what servers had sent by then comes too, and no more: each hangs after three
     first.script = second.script = lambda: "well"
     assert len(engine._ask_servers(*asked, None)) == 12
+
+
+@pytest.mark.parametrize("scripts", [(), (lambda: "hang 3",)], ids=["none_comes", "one_hangs"])
+def test_a_stop_ends_the_waiting_for_servers(start, fleet, monkeypatch, scripts):
+    monkeypatch.setattr(stop, "PATIENCE_S", 0.1)
+    start(*scripts)
+    waiting = fleet(wait_s=600, timeout_s=600, patience_s=0.1)
+    with stop.StopSignal(speak=False):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        with pytest.raises(Interrupted, match="SIGUSR1 came while waiting for rollout servers"):
+            waiting.generate(make_call([2, 2])[0])
+
+
+def test_a_server_that_is_not_admitted_is_told_of_no_weights(start, fleet):
+    def admit(server):
+        raise ConfigError(f"server {server.index} computes otherwise")
+
+    (server,) = start(lambda: "well")
+    with pytest.raises(ConfigError, match="server 0 computes otherwise"):
+        fleet(admit=admit).prepare(WEIGHTS)
+    assert not server.refits
 
 
 # ---------------------------------------------------------------- calls with different weights at a time

@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -82,7 +83,9 @@ class Engines:
         config = decide(load_config([*words, *more]), Machine.present())
         hosted = build_hosted_engine(config, model_dir.read_model_dir(config.model.path))
         self.local: MegatronEngine = hosted.engine
-        self.remote = RemoteEngine.from_config(config)
+        sends = config.rollout.refit == "collective"
+        shape = model_dir.read_model_dir(config.model.path)
+        self.remote = RemoteEngine.from_config(config, (hosted.engine.model, shape.vocab_size) if sends else None)
         self.tolerance = 0.0 if config.rollout.remote.servers == 1 else 1e-5
         self.said: list[str] = []
         self.remote.fleet._log = self.said.append
@@ -122,9 +125,10 @@ class Engines:
         return got
 
 
-def _same_through_refits(words, directory, count):
-    engines = Engines(words, f"rollout.remote.servers={count}")
+def _same_through_refits(words, directory, count, refit="files"):
+    engines = Engines(words, f"rollout.remote.servers={count}", f"rollout.refit={refit}")
     engines.remote.store.bucket_bytes = 50_000
+    collective = refit == "collective"
     base = engines.assert_same()
     assert isinstance(engines.remote, BackgroundEngine)
     assert not engines.remote.shares_weights
@@ -137,18 +141,24 @@ def _same_through_refits(words, directory, count):
         engines.train(version)
         later = engines.assert_same()
         assert any(a.token_ids.tobytes() != b.token_ids.tobytes() for a, b in zip(base[0], later[0], strict=True))
-        (folder,) = (Path(directory) / "weights").iterdir()  # the one before is gone
-        assert folder.name.startswith(f"v{version}-")
-        buckets.append(len(list(folder.glob("bucket_*"))))
+        if collective:
+            assert engines.remote.refit_bytes == count * sum(p.nbytes for p in engines.local.model.parameters())
+            continue
+        folders = sorted((Path(directory) / "weights").iterdir())
+        kept = range(1 if refit == "delta" else version, version + 1)  # the ones before are gone, unless it needs them
+        assert [folder.name.partition("-")[0] for folder in folders] == [f"v{v}" for v in kept]
+        assert engines.remote.refit_bytes == sum(file.stat().st_size for file in folders[-1].iterdir())
+        buckets.append(len(list(folders[-1].glob("bucket_*"))))
     engines.assert_same(SamplingSpec(0.0, 48, (3,)))
     engines.remote.update_weights((), 0)  # the reference: nothing is written, the policy's stay
     reference = engines.remote.generate(PROMPTS, SPEC, SEEDS)
     assert [c.token_ids.tolist() for c in reference[0]] == [c.token_ids.tolist() for c in base[0]]
     assert {c.policy_version for row in reference for c in row} == {0}
     engines.remote.update_weights((), 2)
+    assert (engines.remote.refit_bytes > 0) == collective  # which keeps no older version anywhere
     engines.assert_same()
     engines.remote.close()
-    return buckets, list((Path(directory) / "weights").iterdir()), engines.said
+    return buckets, list((Path(directory) / "weights").glob("*")), engines.said
 
 
 def test_two_servers_draw_the_tokens_of_the_in_process_engine_also_after_refits(ranks, words, directory, two):
@@ -162,11 +172,40 @@ def test_two_servers_draw_the_tokens_of_the_in_process_engine_also_after_refits(
         assert float(re.search(r"^rollout_outstanding_completions (\S+)$", counted, re.MULTILINE)[1]) == 0
 
 
-def test_one_server_draws_what_the_in_process_engine_draws_bit_for_bit(ranks, words, directory, two):
+def test_one_server_draws_what_the_in_process_engine_draws_bit_for_bit_refitted_by_differences(
+    ranks, words, directory, two
+):
     two.processes[1].terminate()
     two.processes[1].join(120)
     assert two.processes[1].exitcode == 0
-    ranks.run(_same_through_refits, words, directory, 1, tp=None)
+    ranks.run(_same_through_refits, words, directory, 1, "delta", tp=None)
+
+
+def test_two_servers_that_the_trainers_ranks_send_weights_to_draw_its_tokens(ranks, words, directory, two):
+    ((buckets, left, said),) = ranks.run(_same_through_refits, words, directory, 2, "collective", tp=None)
+    assert buckets == left == said == []
+
+
+def _killed_in_mid_refit(words, pid):
+    """Kill a server once weights begin to flow; generate; and once more after it came back."""
+    from nemo_aapo.engines.collective import sender
+
+    engines = Engines(words, "rollout.remote.servers=2", "rollout.refit=collective", "rollout.remote.wait_s=60")
+    engines.train(1)
+    send = sender.Meeting.exchange
+    with mock.patch.object(sender.Meeting, "exchange", lambda *args: (os.kill(pid, signal.SIGKILL), send(*args))[1]):
+        engines.train(2)
+    engines.assert_same()
+    said = list(engines.said)
+    engines.train(3)
+    engines.assert_same()
+    return said
+
+
+def test_a_server_killed_in_the_middle_of_a_collective_refit_is_left_out_and_the_others_have_it(ranks, words, two):
+    (said,) = ranks.run(_killed_in_mid_refit, words, two.processes[1].pid, tp=None)
+    assert len(said) == 1
+    assert "rollout server 1" in said[0]
 
 
 def _on_layout(words):
@@ -176,8 +215,9 @@ def _on_layout(words):
     from tests.policies import make_policy
 
     config = load_config(words)
-    remote = RemoteEngine.from_config(config)
     policy = make_policy(config)
+    sends = config.rollout.refit == "collective"
+    remote = RemoteEngine.from_config(config, (policy.module, policy.shape.vocab_size) if sends else None)
     for parameter in policy.module.parameters():
         parameter.data.mul_(1.1)
     remote.update_weights(policy.named_weights(), 3)
@@ -193,6 +233,7 @@ def _on_layout(words):
 def test_all_ranks_get_what_one_of_them_asked_for(ranks, words, two, tp, pp):
     more = [f"model.tensor_model_parallel_size={tp}", "trainer.devices=2"]
     alone = ranks.run(_on_layout, words)[0]
+    more.append("rollout.refit=collective")  # and the servers, of one rank each, get what they got by files
     one, two_ = ranks.run(_on_layout, [*words, *more], world=2, tp=tp, pp=pp)
     if tp == 2:
         assert one == two_  # the same completions, told in the same order

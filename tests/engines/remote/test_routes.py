@@ -14,8 +14,6 @@ from tests.engines.remote.test_rollout_servers import PROMPTS, SEEDS, SPEC, Engi
 from tests.servers import Servers
 from tests.training_runs import make_input, settings
 
-pytestmark = pytest.mark.exact
-
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory, tiny_models):

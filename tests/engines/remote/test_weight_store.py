@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_aapo.engines.remote import weight_store
+from nemo_aapo.engines.deltas import VersionReader
 from nemo_aapo.engines.remote.weight_store import WeightStore
 from nemo_aapo.engines.remote.wire import Weights
 from nemo_aapo.errors import RunError, WeightsError, WireError
@@ -21,7 +21,8 @@ BUCKET = 3000
 
 
 def verified(directory: Path, weights: Weights, names: tuple[str, ...] = ()) -> Path:
-    return weight_store.verified(directory, weights, {*tensors(), *names})
+    with VersionReader(directory, directory.parent / "copy").whole(weights, {*tensors(), *names}) as folder:
+        return folder
 
 
 def tensors(version: int = 1) -> dict[str, torch.Tensor]:

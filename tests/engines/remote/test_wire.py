@@ -174,7 +174,14 @@ def test_a_damaged_completion_is_a_wire_error():
     fields = {"token_ids": [1, 2], "logprobs": [-1.0, -2.0], "finish_reason": "stop", "policy_version": 0}
     good = {"i": 0, "j": 1, **fields}
     wire.decode_completion(good)
-    for change in ({"i": "x"}, {"token_ids": [1]}, {"token_ids": [[1], [2]]}, {"token_ids": [2**40, 1]}, {"extra": 1}):
+    for change in (
+        {"i": "x"},
+        {"token_ids": [1]},
+        {"token_ids": [[1], [2]]},
+        {"token_ids": [2**40, 1]},
+        {"token_ids": [1.5, 1]},
+        {"extra": 1},
+    ):
         with pytest.raises(WireError):
             wire.decode_completion({**good, **change})
     for name in good:

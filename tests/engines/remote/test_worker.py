@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from pathlib import Path
@@ -48,11 +49,12 @@ class Harness:
         self.worker = EngineWorker(lambda: hosted, lambda: V0, self.locate)
         self.worker.built.result(10)
 
-    def locate(self, weights: Weights, tensors) -> Path:
+    @contextlib.contextmanager
+    def locate(self, weights: Weights, tensors):
         assert tensors == {"w"}
         if weights.id == V2:
             raise OSError("gone")
-        return Path(str(weights.id.policy_version))
+        yield Path(str(weights.id.policy_version))
 
     def load(self, folder: Path, version: int) -> None:
         assert self.worker.weights is None  # while it loads, nothing is served

@@ -329,10 +329,8 @@ def test_where_there_is_no_package_the_command_says_so(tmp_path, capsys):
     (tmp_path / "no.whl").write_text("not a wheel")
     assert run(capsys, tmp_path / "no.whl")[0] == 1
     if trtllm_check.installed() is None:
-        assert run(capsys) == (
-            1,
-            ["tensorrt_llm is not installed: name a wheel or a directory that holds tensorrt_llm/"],
-        )
+        said = "tensorrt_llm is not installed: name a wheel or a directory that holds tensorrt_llm/"
+        assert run(capsys) == (1, [said])
 
 
 @pytest.mark.slow

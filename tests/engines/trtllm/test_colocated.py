@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nemo_aapo.errors import RunError
-from tests.engines.trtllm.test_engine import PROMPTS, SAMPLING, SEEDS, export_on_cpu
+from tests.engines.trtllm.conftest import PROMPTS, SAMPLING, SEEDS, export_on_cpu
 from tests.tiny_models import make_config
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from pathlib import Path
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 
 from nemo_aapo.config import ModelShape
 from nemo_aapo.engines.build import build_hosted_engine
-from nemo_aapo.engines.remote import weight_store, wire
+from nemo_aapo.engines.deltas import VersionReader
+from nemo_aapo.engines.remote import wire
 from nemo_aapo.engines.remote.directory import ServerRecord, open_directory, open_token, publish
 from nemo_aapo.engines.remote.dispatch import Call, Fleet
 from nemo_aapo.engines.remote.service import Service
@@ -26,7 +27,7 @@ from nemo_aapo.engines.trtllm import settings as trtllm_settings
 from nemo_aapo.engines.trtllm.placement import Gpu
 from nemo_aapo.types import SamplingSpec
 from tests import fake_trtllm
-from tests.engines.trtllm.test_engine import PROMPTS, SEEDS, STOP, export_on_cpu
+from tests.engines.trtllm.conftest import PROMPTS, SEEDS, STOP, export_on_cpu
 from tests.fake_trtllm import TABLE, VOCAB, table
 from tests.tiny_models import make_config
 
@@ -54,9 +55,11 @@ def served(config, tmp_path):
     directory, base = open_directory(tmp_path / "servers"), wire.WeightsId(0, "base")
     shape = ModelShape("Qwen2ForCausalLM", 1, 8, 8, 1, 1, 8, VOCAB, False, 64)
 
-    def locate(weights, tensors) -> Path:
+    @contextmanager
+    def locate(weights, tensors):
         assert tensors == {TABLE}
-        return weight_store.verified(directory, weights, tensors)
+        with VersionReader(directory, tmp_path / "copy").whole(weights, tensors) as folder:
+            yield folder
 
     worker = EngineWorker(lambda: build_hosted_engine(config, shape), lambda: base, locate)
     service = Service(worker, open_token(directory), wire.Limits(VOCAB, 64), 2**20)

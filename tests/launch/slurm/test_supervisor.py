@@ -61,18 +61,35 @@ def test_a_preemption_that_only_the_ranks_are_told_of_by_sigterm_is_not_taken_fo
     assert ends == [SAVED, "finished: the run is complete"]
 
 
-@pytest.mark.parametrize(("flags", "end"), [(["--batch"], "saved: SIGUSR1"), ([], SAVED)])
-def test_a_users_signal_to_the_script_or_to_the_ranks_saves_and_requeues(cluster, tmp_path, flags, end):
-    job = submit(cluster, tmp_path / "run")
-    wait_for((tmp_path / "run" / "up").exists, "start", str, 60)
-    cluster.run("scancel", *flags, "--signal=USR1", job)
-    assert see_through(cluster, job, tmp_path / "run") == [end, "finished: the run is complete"]
+@pytest.fixture(scope="module")
+def jobs(cluster, tmp_path_factory) -> dict[str, tuple[Path, list[str]]]:
+    """Run directory and jobs by name; all at once, as most of their time is waiting."""
 
+    def start(name: str, *flags: str, count: int = 1, trainer: str = TRAINER) -> None:
+        folder = tmp_path_factory.mktemp(name)
+        started[name] = folder, [submit(cluster, folder, *flags, trainer=trainer) for _ in range(count)]
 
-def test_a_step_that_fails_twice_ends_the_run_and_its_chain_and_says_so(cluster, tmp_path):
-    run_dir = tmp_path / "run"
+    started: dict[str, tuple[Path, list[str]]] = {}
     chain = ("--dependency=singleton", "--job-name=hopeless")
-    first, second = (submit(cluster, run_dir, *chain, trainer="echo last words; kill -KILL $$") for _ in range(2))
+    start("hopeless", *chain, count=2, trainer="echo last words; kill -KILL $$")
+    start("refused", trainer="exit 2")
+    start("to_ranks")
+    start("to_script")
+    for name, flags in (("to_ranks", ()), ("to_script", ("--batch",))):
+        folder, (job,) = started[name]
+        wait_for((folder / "up").exists, "start", str, 60)
+        cluster.run("scancel", *flags, "--signal=USR1", job)
+    return started
+
+
+@pytest.mark.parametrize(("name", "end"), [("to_script", "saved: SIGUSR1"), ("to_ranks", SAVED)])
+def test_a_users_signal_to_the_script_or_to_the_ranks_saves_and_requeues(cluster, jobs, name, end):
+    folder, (job,) = jobs[name]
+    assert see_through(cluster, job, folder) == [end, "finished: the run is complete"]
+
+
+def test_a_step_that_fails_twice_ends_the_run_and_its_chain_and_says_so(cluster, jobs):
+    run_dir, (first, second) = jobs["hopeless"]
     ends = see_through(cluster, first, run_dir, "FAILED")
     assert [end.split(": ")[0] for end in ends] == ["failed", "failed"]
     assert all(end.endswith("task 0: Killed") for end in ends)
@@ -82,8 +99,8 @@ def test_a_step_that_fails_twice_ends_the_run_and_its_chain_and_says_so(cluster,
     assert "nothing is started: the run stops: step 1 failed twice" in said
 
 
-def test_a_refused_configuration_is_not_tried_again(cluster, tmp_path):
-    job = submit(cluster, tmp_path / "run", trainer="exit 2")
-    ends = see_through(cluster, job, tmp_path / "run", "FAILED")
+def test_a_refused_configuration_is_not_tried_again(cluster, jobs):
+    folder, (job,) = jobs["refused"]
+    ends = see_through(cluster, job, folder, "FAILED")
     assert len(ends) == 1
     assert ends[0].startswith("refused: the trainer refused its configuration")
