@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, TypedDict, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from nemo_aapo.engines.base import BackgroundEngine, OnFinish, PendingCompletion
 from nemo_aapo.engines.elsewhere import arranged
 from nemo_aapo.errors import Interrupted
 from nemo_aapo.rollout.length_predictor import LengthPredictor
-from nemo_aapo.rollout.scored import engine_metrics, mean_lengths, scores_of
+from nemo_aapo.rollout.scored import Banking, Found, Keep, engine_metrics, mean_lengths, scores_of
 from nemo_aapo.rollout.spread import Place, owner, ranks_in_step, spread, with_one_prompt
 from nemo_aapo.rollout.unscored import Score, Tally
 from nemo_aapo.trace import spans
@@ -30,17 +30,6 @@ if TYPE_CHECKING:
 Watch = Callable[[int], bool]
 """Called on every rank about once in ``WATCH_S``, with the completions of its shard that have ended; True: enough."""
 WATCH_S = 1.0
-Keep = Callable[[Prompt, Sequence[Completion]], None]
-Found = Mapping[int, Sequence[Completion]]
-
-
-class Banking(TypedDict, total=False):
-    """What was generated before, and who keeps what is."""
-
-    found: Found
-    """By index among all prompts: completions that are scored, and not generated again."""
-    keep: Keep
-    """Told on the model-parallel source rank of each prompt whose completions have all ended, perhaps in a thread."""
 
 
 class RewardScorer(Protocol):
@@ -155,16 +144,15 @@ class Collector:
             bank: has no effect where completions are spread over ranks.
 
         Raises:
-            Interrupted: on all ranks; a stop broke off the waiting for servers or rewards.
+            Interrupted: on all ranks; a stop broke off the waiting for servers or rewards, and all of it is lost.
         """
         spread_out = self._spread(prompts, seeds)
         shard = self._shard(prompts, seeds) if spread_out else self._shard(prompts, seeds, **bank)
         work = spread_out or shard
         start = time.perf_counter()
         self._score_found(shard)
-        if shard.all_found:
-            completions: list[list[Completion]] | Interrupted = [[] for _ in work.prompts]
-        else:
+        completions: list[list[Completion]] | Interrupted = [[] for _ in work.prompts]
+        if not shard.all_found:
             with self.offload():
                 self.engine.wake()
                 ask = functools.partial(self.engine.generate, work.token_ids, sampling, work.seeds)
@@ -201,13 +189,13 @@ class Collector:
         def score(i: int, j: int, completion: Completion) -> bool:
             shard.texts[i, j] = self.decode(completion.token_ids)
             scorer.submit((shard.number, i, j), shard.prompts[i], shard.texts[i, j], completion)
-            if spans.recorder is not None:
-                spans.recorder.sample("completions", ended=len(shard.texts))
             if shard.keep is not None and i not in shard.found:
                 ended = shard.ended.setdefault(i, {})
                 ended[j] = completion
                 if len(ended) == len(shard.seeds[i]):
                     shard.keep(shard.prompts[i], [ended[j] for j in sorted(ended)])
+            if spans.recorder is not None:
+                spans.recorder.sample("completions", ended=len(shard.texts))
             return enough()
 
         return score

@@ -32,9 +32,9 @@ from nemo_aapo.errors import Interrupted
 from nemo_aapo.rollout import pending
 from nemo_aapo.rollout.bank import RolloutBank, completions_of
 from nemo_aapo.rollout.buffer import InOrder, RolloutBuffer, State
-from nemo_aapo.rollout.collector import Banking, Collector, InFlightRollout, own_shard
+from nemo_aapo.rollout.collector import Collector, InFlightRollout, own_shard
 from nemo_aapo.rollout.reference import ReferenceRewards
-from nemo_aapo.rollout.scored import ScoredRollout, mean_lengths
+from nemo_aapo.rollout.scored import Banking, ScoredRollout, mean_lengths
 from nemo_aapo.rollout.unscored import TOTAL, ScoringWatch
 from nemo_aapo.seeds import stream_seed
 from nemo_aapo.trace import spans

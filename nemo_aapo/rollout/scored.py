@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypedDict
 
 import numpy as np
 
 from nemo_aapo.engines.base import RolloutStats
 from nemo_aapo.rollout.unscored import Score, Tally
-from nemo_aapo.types import Group
+from nemo_aapo.types import Completion, Group, Prompt
+
+Keep = Callable[[Prompt, Sequence[Completion]], None]
+Found = Mapping[int, Sequence[Completion]]
+
+
+class Banking(TypedDict, total=False):
+    """What was generated before, and who keeps what is."""
+
+    found: Found
+    """By index among all prompts: completions that are scored, and not generated again."""
+    keep: Keep
+    """Told on the model-parallel source rank of each prompt whose completions have all ended, perhaps in a thread."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -155,8 +155,8 @@ class AAPOTrainer:
 
     def _with_advantages(self, groups: list[Group]) -> list[Group]:
         """The groups that are trained on, with their final advantages: of those generated, perhaps not all."""
+        drawn = prompts_drawn(self.config)
         with spans.phase("advantages"):
-            drawn = prompts_drawn(self.config)
             groups = self._advantages(list(enumerate(groups, own_shard(drawn).start)))
             taken, self._left_out = select(groups, drawn, self.config.prompts_per_step)
             if self._left_out and self.objective.algorithm.whole_batch:  # which is now another one

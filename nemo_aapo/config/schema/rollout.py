@@ -114,11 +114,6 @@ class Rollout:
         minimum=0,
         sane=1_000,
     )
-    refit: Literal["files", "delta", "collective"] = setting(
-        "how servers get new weights: files: whole, in rollout.remote.directory | delta: there, what changed in them | "
-        "collective: sent by the trainer's ranks to theirs",
-        decides=False,
-    )
     oversample: float | None = setting(
         "so many times the prompts of a step are generated, and those whose final advantages are all zero left out, as "
         "long as prompts_per_step are left, in the order of the prompts; null: as many as a step needs",
@@ -129,6 +124,11 @@ class Rollout:
     bank: Literal["exact", "groups", "off"] = setting(
         "what a killed run takes up again of what it had generated: | exact: each rollout that was whole, to the same "
         "bits | groups: each whole group, to the same tokens; log-probs may differ in their last bits | off: nothing",
+        decides=False,
+    )
+    refit: Literal["files", "delta", "collective"] = setting(
+        "how servers get new weights: files: whole, in rollout.remote.directory | delta: there, what changed in them | "
+        "collective: sent by the trainer's ranks to theirs",
         decides=False,
     )
     replay_routes: bool | None = setting(
