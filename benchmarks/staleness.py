@@ -82,8 +82,8 @@ def table(rows: Sequence[Row]) -> Table:
 
 def picture(rows: Sequence[Row]) -> str:
     """Measured and simulated seconds of a step by depth, as SVG."""
-    from examples.study.analysis import Interval
     from examples.study.picture import COLOURS, WIDTH, panel, svg
+    from examples.study.statistics import Interval
 
     depths = [row.depth for row in rows]
 

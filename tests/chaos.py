@@ -35,6 +35,7 @@ CLOCK = "clock"
 POINTS = {
     # name: (module, attribute, kill before or after the call, which calls count, ranks that come by, calls to choose)
     "rollout": ("nemo_aapo.engines.megatron.engine", "_Batch._forward", "before", "", "any", (1, 120)),
+    "bank": ("nemo_aapo.rollout.bank", "RolloutBank.add", "after", "", "first", (1, 4 * STEPS)),
     "backward": ("megatron.core.pipeline_parallel.schedules", "backward_step", "before", "", "any", (1, 16)),
     "update": ("nemo_aapo.learner.optimization", "Optimization.train_step", "after", "", "any", (1, STEPS)),
     "save": ("nemo_aapo.checkpoint.format", "_Writer.write_data", "after", "", "any", (1, 3)),
@@ -51,21 +52,30 @@ _HARMS = {**POINTS, FULL_DISK: ("nemo_aapo.checkpoint.format", "_Writer.write_da
 
 @dataclass(frozen=True)
 class Layout:
-    """TP x PP, and data-parallel ranks that share the experts of a model that has some."""
+    """TP x PP, data-parallel ranks that share the experts of a model that has some, and how far rollouts run ahead."""
 
     tp: int = 1
     pp: int = 1
     ep: int = 1
+    ahead: int = 0
 
     @property
     def world(self) -> int:
         return self.tp * self.pp * self.ep
 
     def __str__(self) -> str:
-        return f"tp{self.tp}pp{self.pp}ep{self.ep}"
+        return f"tp{self.tp}pp{self.pp}ep{self.ep}" + (f"L{self.ahead}" if self.ahead else "")
 
 
-LAYOUTS = (Layout(), Layout(tp=2), Layout(pp=2), Layout(tp=2, pp=2))
+LAYOUTS = (
+    Layout(),
+    Layout(tp=2),
+    Layout(ahead=1),
+    Layout(pp=2),
+    Layout(ahead=2),
+    Layout(tp=2, pp=2),
+    Layout(2, ahead=2),
+)
 
 
 @dataclass(frozen=True)
@@ -179,6 +189,7 @@ class Chaos:
             "checkpoint.keep_last=1",
             "model.optim.sched.warmup_steps=4",
             f"model.expert_model_parallel_size={layout.ep}",
+            *((f"rollout.async_depth={layout.ahead}", "algorithm.importance_weight_cap=2.0") if layout.ahead else ()),
             tp=layout.tp,
             pp=layout.pp,
             world=layout.world,

@@ -55,7 +55,8 @@ def write(runs: Sequence[Run], study: Path) -> str:
     """``study.json``, ``tables.md`` and the pictures, of what is finished; the tables' text."""
     arms = read_arms(runs, study)
     results = compare(arms)
-    text = "\n".join([_curves_table(arms), _comparisons_table(results)])
+    seeds = ", ".join(str(seed) for seed in dict.fromkeys(run.seed for run in runs))
+    text = "\n".join([f"Seeds {seeds}.\n", _curves_table(arms), _comparisons_table(results)])
     record = {
         "comparisons": [{**asdict(c), "mean": i.mean, "half": i.half, "found": i.verdict} for c, i in results],
         "curves": {
@@ -88,16 +89,16 @@ def compare(arms: Arms) -> list[tuple[Comparison, Interval]]:
 
 
 def _curves_table(arms: Arms) -> str:
-    """Each arm by itself: mean over the curve at the budget that all algorithms of the task have, and its end."""
+    """Each arm by itself: its mean along the curve at each budget that its task's algorithms share, and its end."""
     rows = []
     for (task, arm), curves in arms.items():
         peers = [found for (name, other), found in arms.items() if name == task and other in ALGORITHMS]
-        cells = [
-            Interval.of([c.mean_until(axis, common_budget([*peers, curves], axis)) for c in curves]).text()
-            for axis in AXES
-        ]
-        rows.append([TASKS[task].title, arm, *cells, Interval.of([c.accuracy[-1] for c in curves]).text()])
-    return markdown(["task", "arm", *(f"mean, equal {axis}" for axis in AXES), "last step"], rows)
+        budgets = {axis: common_budget([*peers, curves], axis) for axis in AXES}
+        means = [[curve.mean_until(axis, budget) for curve in curves] for axis, budget in budgets.items()]
+        ends = [[curve.at(axis, budgets[axis]) for curve in curves] for axis in ("steps", "completions")]
+        rows.append([TASKS[task].title, arm, *(Interval.of(values).text() for values in (*means, *ends))])
+    header = [*(f"mean, equal {axis}" for axis in AXES), "end, equal steps", "end, equal completions"]
+    return markdown(["task", "arm", *header], rows)
 
 
 def _comparisons_table(results: Sequence[tuple[Comparison, Interval]]) -> str:

@@ -177,6 +177,8 @@ def _check_replay(config: Config) -> None:
         )
     if config.rollout.async_depth or config.data.sampling != "uniform":
         raise ConfigError("rollout.replay has no effect with rollout.async_depth or data.sampling other than uniform")
+    if config.rollout.oversample is not None:
+        raise ConfigError("rollout.replay has no effect with rollout.oversample: what was left out was not kept")
     if Path(replay).absolute() == Path(directory).absolute():
         raise ConfigError(f"rollout.replay={replay}: is this run itself. Give this one another name (run.name=NAME)")
 

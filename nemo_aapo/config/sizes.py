@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 
 from nemo_aapo.config.precision import check_widths, pad_multiple
@@ -53,6 +54,11 @@ class Sizes:
     completions_per_step: int
     max_sequence_tokens: int
     arithmetic: tuple[str, ...] = field(default=())
+
+
+def prompts_drawn(config: Config) -> int:
+    """Prompts whose completions are generated for one step; ``prompts_per_step`` of them are trained on."""
+    return math.ceil(config.prompts_per_step * (config.rollout.oversample or 1.0))
 
 
 def derive(config: Config, shape: ModelShape, world_size: int) -> Sizes:

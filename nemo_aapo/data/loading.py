@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_aapo.config import Config
 from nemo_aapo.config.schema import Data
+from nemo_aapo.config.sizes import prompts_drawn
 from nemo_aapo.config.sources import Source, sources_of
 from nemo_aapo.data.contamination import overlap
 from nemo_aapo.data.gym import GymPrompts, PromptsWithoutEnd, take_all
@@ -90,7 +91,7 @@ def build_sampler(config: Config, prompts: PromptSet) -> PromptSampler:
     endless = any(size is None for size, _ in prompts.shares)
     return PromptSampler(
         None if endless else len(prompts.prompts),
-        config.prompts_per_step,
+        prompts_drawn(config),
         config.seed,
         config.data.shuffle,
         data_digest=prompts.digest,

@@ -8,25 +8,39 @@ import time
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict, runtime_checkable
 
 import numpy as np
 
 from nemo_aapo.distributed import parallel
 from nemo_aapo.distributed.agreement import agree
-from nemo_aapo.engines.base import BackgroundEngine, OnFinish, PendingCompletions, RolloutEngine
+from nemo_aapo.engines.base import BackgroundEngine, OnFinish, PendingCompletions, RolloutEngine, RolloutStats
 from nemo_aapo.engines.elsewhere import arranged
 from nemo_aapo.errors import Interrupted
 from nemo_aapo.rollout.length_predictor import LengthPredictor
-from nemo_aapo.rollout.scored import engine_metrics, mean_lengths
+from nemo_aapo.rollout.scored import engine_metrics, mean_lengths, scores_of
 from nemo_aapo.rollout.spread import Place, owner, ranks_in_step, spread, with_one_prompt
 from nemo_aapo.rollout.unscored import Score, Tally
 from nemo_aapo.trace import spans
 from nemo_aapo.types import Completion, Group, Prompt, SamplingSpec
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 Watch = Callable[[int], bool]
 """Called on every rank about once in ``WATCH_S``, with the completions of its shard that have ended; True: enough."""
 WATCH_S = 1.0
+Keep = Callable[[Prompt, Sequence[Completion]], None]
+Found = Mapping[int, Sequence[Completion]]
+
+
+class Banking(TypedDict, total=False):
+    """What was generated before, and who keeps what is."""
+
+    found: Found
+    """By index among all prompts: completions that are scored, and not generated again."""
+    keep: Keep
+    """Told on the model-parallel source rank of each prompt whose completions have all ended, perhaps in a thread."""
 
 
 class RewardScorer(Protocol):
@@ -69,6 +83,16 @@ class _Shard:
     """The texts of the completions that have ended, by prompt and completion, on the model-parallel source rank."""
     places: Sequence[Sequence[Place]] | None = None
     """Where completions are spread over ranks: which one of all each is. None: they are of this rank's own groups."""
+    found: Found = field(default_factory=dict)
+    """By prompt of the shard; they have no seeds here."""
+    keep: Keep | None = None
+    ended: dict[int, dict[int, Completion]] = field(default_factory=dict)
+    """By prompt and number: what ``keep`` is told of when the last has come."""
+
+    @property
+    def all_found(self) -> bool:
+        """Whether nothing is left to generate."""
+        return bool(self.found) and len(self.found) == len(self.prompts)
 
     @property
     def token_ids(self) -> list[np.ndarray]:
@@ -114,6 +138,7 @@ class Collector:
         seeds: Sequence[Sequence[int]],
         observe_lengths: bool = True,
         watch: Watch | None = None,
+        **bank: Unpack[Banking],
     ) -> list[Group]:
         """This data-parallel rank's shard of the prompts, completed and scored.
 
@@ -127,22 +152,28 @@ class Collector:
             observe_lengths: let the completions' lengths decide the order of later calls.
             watch: once it has returned True, what has not ended is broken off, and a group has its first completions
                 only, be it none.
+            bank: has no effect where completions are spread over ranks.
 
         Raises:
-            Interrupted: on all ranks; a stop broke off the waiting for servers or rewards, and all of it is lost.
+            Interrupted: on all ranks; a stop broke off the waiting for servers or rewards.
         """
-        shard = self._shard(prompts, seeds)
-        work = self._spread(prompts, seeds) or shard
+        spread_out = self._spread(prompts, seeds)
+        shard = self._shard(prompts, seeds) if spread_out else self._shard(prompts, seeds, **bank)
+        work = spread_out or shard
         start = time.perf_counter()
-        with self.offload():
-            self.engine.wake()
-            ask = functools.partial(self.engine.generate, work.token_ids, sampling, work.seeds)
-            completions = _unless_stopped(lambda: ask(self._scoring(work, watch)))
-            self.engine.sleep()
+        self._score_found(shard)
+        if shard.all_found:
+            completions: list[list[Completion]] | Interrupted = [[] for _ in work.prompts]
+        else:
+            with self.offload():
+                self.engine.wake()
+                ask = functools.partial(self.engine.generate, work.token_ids, sampling, work.seeds)
+                completions = _unless_stopped(lambda: ask(self._scoring(work, watch)))
+                self.engine.sleep()
         return self._groups(shard, completions, start, observe_lengths, work)
 
     def begin(
-        self, prompts: Sequence[Prompt], sampling: SamplingSpec, seeds: Sequence[Sequence[int]]
+        self, prompts: Sequence[Prompt], sampling: SamplingSpec, seeds: Sequence[Sequence[int]], **bank: Unpack[Banking]
     ) -> InFlightRollout:
         """As ``collect`` without ``observe_lengths``, but returns at once. Several may be under way.
 
@@ -152,11 +183,12 @@ class Collector:
         engine = self.engine
         if not isinstance(engine, BackgroundEngine):
             raise TypeError(f"{type(engine).__name__} generates while everybody waits: it is no BackgroundEngine")
-        shard = self._shard(prompts, seeds)
+        shard = self._shard(prompts, seeds, **bank)
+        self._score_found(shard)
         return InFlightRollout(shard, engine.start(shard.token_ids, sampling, shard.seeds, self._scoring(shard)))
 
     def finish(self, rollout: InFlightRollout) -> list[Group]:
-        """Wait for what ``begin`` began; what ``collect`` would have returned."""
+        """Wait for what ``begin`` began."""
         start = time.perf_counter()
         return self._groups(rollout.shard, _unless_stopped(rollout.completions.result), start, observe_lengths=False)
 
@@ -171,15 +203,35 @@ class Collector:
             scorer.submit((shard.number, i, j), shard.prompts[i], shard.texts[i, j], completion)
             if spans.recorder is not None:
                 spans.recorder.sample("completions", ended=len(shard.texts))
+            if shard.keep is not None and i not in shard.found:
+                ended = shard.ended.setdefault(i, {})
+                ended[j] = completion
+                if len(ended) == len(shard.seeds[i]):
+                    shard.keep(shard.prompts[i], [ended[j] for j in sorted(ended)])
             return enough()
 
         return score
 
-    def _shard(self, prompts: Sequence[Prompt], seeds: Sequence[Sequence[int]]) -> _Shard:
+    def _score_found(self, shard: _Shard) -> None:
+        """Have what was generated before scored as if it ended now."""
+        if (score := self._scoring(shard)) is not None:
+            for i, row in shard.found.items():
+                for j, completion in enumerate(row):
+                    score(i, j, completion)
+
+    def _shard(
+        self,
+        prompts: Sequence[Prompt],
+        seeds: Sequence[Sequence[int]],
+        found: Found | None = None,
+        keep: Keep | None = None,
+    ) -> _Shard:
         mine = own_shard(len(prompts))
-        prompts, seeds = prompts[mine], seeds[mine]
+        first, prompts, seeds = mine.start, prompts[mine], seeds[mine]
         order = self.length_predictor.longest_first(prompts)
-        return _Shard(next(self._numbers), order, [prompts[i] for i in order], [seeds[i] for i in order])
+        before = {place: found[first + i] for place, i in enumerate(order) if found and first + i in found}
+        left = [[] if place in before else seeds[i] for place, i in enumerate(order)]
+        return _Shard(next(self._numbers), order, [prompts[i] for i in order], left, found=before, keep=keep)
 
     def _spread(self, prompts: Sequence[Prompt], seeds: Sequence[Sequence[int]]) -> _Shard | None:
         """What this rank's engine generates where ranks decode in step (``spread``); None: its own shard."""
@@ -214,13 +266,13 @@ class Collector:
         def judge() -> tuple[list[list[Completion]], Mapping[Hashable, Score]]:
             if isinstance(generated, Interrupted):
                 raise generated
-            return generated, self._judged(did)
+            return [list(shard.found.get(i, row)) for i, row in enumerate(generated)], self._judged(did)
 
         # One rank judges and tells the others: a timeout could strike on one of them and not on the next.
         completions, judged = agree(judge)
         if did.places is not None:
             completions, judged = _brought_home(shard, did.places, completions, did.texts, judged)
-        own = [] if self.rewards is None else _scores(judged, list(map(len, completions)))
+        own = [] if self.rewards is None else scores_of(judged, list(map(len, completions)))
         scores, tally = parallel.broadcast_in_model_parallel((own, Tally.of(list(judged.values()))))
         judged_at = time.perf_counter()
         self.seconds = {"rollout": ended - start, "reward": judged_at - ended}
@@ -238,7 +290,7 @@ class Collector:
             for i, (prompt, row) in enumerate(zip(shard.prompts, completions, strict=True))
         ]
         groups = [group for _, group in sorted(zip(shard.order, groups, strict=True), key=lambda pair: pair[0])]
-        self._record(groups, tally)
+        self._record(groups, tally, None if shard.all_found else self.engine.stats)
         if observe_lengths:
             self.length_predictor.observe(self.lengths)
         return groups
@@ -250,9 +302,9 @@ class Collector:
         scores = self.rewards.collect([(work.number, *place) for place in work.texts])
         return {(i, j): score for (_, i, j), score in scores.items()}
 
-    def _record(self, groups: Sequence[Group], tally: Tally) -> None:
+    def _record(self, groups: Sequence[Group], tally: Tally, stats: RolloutStats | None) -> None:
         """Metrics, lengths and the tally of scores over all data-parallel ranks."""
-        everyone = parallel.gather_data_parallel((self.engine.stats, mean_lengths(groups), tally))
+        everyone = parallel.gather_data_parallel((stats, mean_lengths(groups), tally))
         self.metrics = engine_metrics([stats for stats, *_ in everyone if stats is not None])
         self.tally = sum((part for *_, part in everyone), Tally())
         self.lengths = [length for _, part, _ in everyone for length in part]
@@ -264,15 +316,6 @@ def _unless_stopped(generate: Callable[[], list[list[Completion]]]) -> list[list
         return generate()
     except Interrupted as error:
         return error
-
-
-@dataclass(frozen=True, slots=True)
-class _Scores:
-    """The scores of one prompt's completions, [G] each."""
-
-    rewards: np.ndarray
-    parts: dict[str, np.ndarray]
-    failed: np.ndarray
 
 
 def _watched(watch: Watch | None) -> Callable[[], bool]:
@@ -287,22 +330,6 @@ def _watched(watch: Watch | None) -> Callable[[], bool]:
         return answer
 
     return ended
-
-
-def _scores(scores: Mapping[Hashable, Score], counts: Sequence[int]) -> list[_Scores]:
-    """Of the first ``counts[i]`` completions of each prompt i."""
-    found = []
-    for i, count in enumerate(counts):
-        judged = [scores[i, j] for j in range(count)]
-        names = list(judged[0].parts) if judged else []
-        found.append(
-            _Scores(
-                rewards=np.array([np.nan if score.failure else score.score for score in judged], dtype=np.float64),
-                parts={n: np.array([score.parts[n] for score in judged], dtype=np.float64) for n in names},
-                failed=np.array([score.failure is not None for score in judged], dtype=bool),
-            )
-        )
-    return found
 
 
 def _brought_home(

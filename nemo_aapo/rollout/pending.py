@@ -53,6 +53,12 @@ def count(content: bytes) -> int:
         return len(arrays["group_sizes"])
 
 
+def prompt_ids(content: bytes) -> list[str]:
+    """The ids of the prompts of the groups that a file holds."""
+    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+        return [name.decode() for name in _unstrings(arrays["prompts"])]
+
+
 def unpack(content: bytes, prompts: Sequence[Prompt]) -> list[Group]:
     """The groups again, equal to the bit.
 
@@ -128,4 +134,4 @@ def _strings(items: Sequence[bytes]) -> np.ndarray:
 
 
 def _unstrings(array: np.ndarray) -> list[bytes]:
-    return array.tobytes().split(b"\n")
+    return array.tobytes().split(b"\n") if len(array) else []

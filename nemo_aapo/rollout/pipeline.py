@@ -11,6 +11,7 @@ in the foreground the bits are the same and no time is gained.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,13 +23,16 @@ import numpy as np
 import torch
 
 from nemo_aapo.config import Config
+from nemo_aapo.config.sizes import prompts_drawn
 from nemo_aapo.data.sampler import PromptSampler
 from nemo_aapo.distributed import parallel
+from nemo_aapo.distributed.agreement import on_first_rank
 from nemo_aapo.engines.base import BackgroundEngine, ReportsServers
 from nemo_aapo.errors import Interrupted
 from nemo_aapo.rollout import pending
-from nemo_aapo.rollout.buffer import InOrder, RolloutBuffer
-from nemo_aapo.rollout.collector import Collector, InFlightRollout, own_shard
+from nemo_aapo.rollout.bank import RolloutBank, completions_of
+from nemo_aapo.rollout.buffer import InOrder, RolloutBuffer, State
+from nemo_aapo.rollout.collector import Banking, Collector, InFlightRollout, own_shard
 from nemo_aapo.rollout.reference import ReferenceRewards
 from nemo_aapo.rollout.scored import ScoredRollout, mean_lengths
 from nemo_aapo.rollout.unscored import TOTAL, ScoringWatch
@@ -59,15 +63,17 @@ class RolloutPipeline:
         prompts: Sequence[Prompt],
         sampler: PromptSampler,
         reference: ReferenceRewards | None,
+        bank: RolloutBank | None = None,
     ) -> None:
         """Args:
         policy: its ``version`` and weights, for the engine.
         sampling: how policy and reference are sampled.
         prompts: all of the training data; ``sampler`` says which ones a step has.
         reference: where reference rewards come from; None for an algorithm without a margin.
+        bank: keeps what is generated for a run that goes on after a kill; None: nothing does.
         """
         self.config, self.policy, self.collector, self.sampling = config, policy, collector, sampling
-        self.data, self.sampler, self.reference = prompts, sampler, reference
+        self.data, self.sampler, self.reference, self.bank = prompts, sampler, reference, bank
         self.runs_ahead = bool(config.rollout.async_depth)
         """Whether a step's rollout is begun before the step before it is trained on."""
         self.seconds: dict[str, float] = {}
@@ -77,9 +83,10 @@ class RolloutPipeline:
         self._refit_metrics: dict[str, float] = {}
         self._served: int = policy.version  # of the weights that the engine has
         self._ahead: dict[int, InFlightRollout | ScoredRollout] = {}  # by step: under way, or in hand
-        self.buffer = RolloutBuffer(InOrder(config.rollout.async_depth), config.prompts_per_step)
+        self.buffer = RolloutBuffer(InOrder(config.rollout.async_depth), prompts_drawn(config))
         """Which groups have been started and not trained on."""
         self._watch = ScoringWatch()
+        self._banked: dict[int, list[bytes]] = {}  # by step: records of the process before this one
 
     def prompts(self, step: int) -> list[Prompt]:
         """Of a step, counted from 0; the same on all ranks."""
@@ -109,6 +116,8 @@ class RolloutPipeline:
             prompts = self.prompts(step)
             rewards = self.reference.rewards(prompts, step, self.reference_served) if self.reference else {}
         self._ahead.pop(step, None)
+        if self.runs_ahead:
+            self.seconds["in_hand"] = self.buffer.oldest(State.IN_HAND)
         self.buffer.take()
         self.metrics = rollout.metrics | self._refit_metrics
         # What a step's completions tell counts from here on, whenever they were drawn.
@@ -243,7 +252,7 @@ class RolloutPipeline:
         path = checkpoint / pending.FILE_NAME
         content = path.read_bytes() if parallel.rank() == 0 and path.exists() else None
         if (content := parallel.broadcast_from_first_rank(content)) is not None:
-            size = self.config.prompts_per_step
+            size = prompts_drawn(self.config)
             steps = range(step, step + pending.count(content) // size)
             groups = pending.unpack(content, [prompt for later in steps for prompt in self.prompts(later)])
             for i, later in enumerate(steps):
@@ -251,6 +260,23 @@ class RolloutPipeline:
                 for k in range(size):
                     self.buffer.restore((later, k), max(0, later - self.config.rollout.async_depth))
                 self._ahead[later] = ScoredRollout(of_step[own_shard(size)], mean_lengths(of_step))
+
+    def recover(self) -> None:
+        """Take up what the bank holds of steps that are to come. Collective.
+
+        Raises:
+            RunError: on all ranks; it is another run's.
+        """
+        if (bank := self.bank) is not None:
+            self._banked = on_first_rank(bank.recover)
+
+    def checkpointed(self, step: int) -> None:
+        """A checkpoint that is whole on the disk holds all up to this step, and what was generated ahead of it."""
+        if self.bank is not None and step:
+            if step >= self.config.trainer.max_steps:
+                self.bank.remove()
+            else:
+                self.bank.forget(before=step + self.config.rollout.async_depth)
 
     # ------------------------------------------------------------------ parts
 
@@ -282,21 +308,28 @@ class RolloutPipeline:
         ]
 
     def _begun(self, step: int) -> InFlightRollout:
-        prompts = self._started(step)
-        return self.collector.begin(prompts, self.sampling, self._seeds(step, prompts))
+        prompts, bank = self._started(step)
+        return self.collector.begin(prompts, self.sampling, self._seeds(step, prompts), **bank)
 
     def _drawn(self, step: int) -> ScoredRollout:
-        prompts = self._started(step)
+        prompts, bank = self._started(step)
         seeds = self._seeds(step, prompts)
-        return self._scored(step, self.collector.collect(prompts, self.sampling, seeds, observe_lengths=False))
+        return self._scored(step, self.collector.collect(prompts, self.sampling, seeds, observe_lengths=False, **bank))
 
-    def _started(self, step: int) -> list[Prompt]:
-        """The prompts of a step whose completions are begun, by the policy that the engine serves."""
+    def _started(self, step: int) -> tuple[list[Prompt], Banking]:
+        """The prompts of a step that is begun with the policy that the engine serves; what the bank has of it."""
         self._require_refitted()
         prompts = self.prompts(step)
         for i in range(len(prompts)):
             self.buffer.start((step, i))
-        return prompts
+        if (bank := self.bank) is None:
+            return prompts, {}
+        found = completions_of(self._banked.pop(step, []), prompts, self.policy.version, self.config.group_size)
+        if self.config.rollout.bank == "exact" and len(found) < len(prompts):
+            found = {}  # in a smaller batch, log-probs would differ in their last bits
+        if found and parallel.rank() == 0:
+            bank.note(f"taking up {len(found)} of {len(prompts)} groups of step {step + 1} that were generated before")
+        return prompts, {"found": found, "keep": functools.partial(bank.add, step)}
 
     def _finished(self, step: int) -> ScoredRollout:
         """The rollout of a step that was begun."""
@@ -311,7 +344,7 @@ class RolloutPipeline:
     def _scored(self, step: int, groups: list[Group]) -> ScoredRollout:
         """What the collector has just returned for a step, with what it knows of it."""
         collector = self.collector
-        for i in range(self.config.prompts_per_step):
+        for i in range(prompts_drawn(self.config)):
             self.buffer.drawn((step, i))
         for name, seconds in collector.seconds.items():
             self.seconds[name] = self.seconds.get(name, 0.0) + seconds

@@ -87,6 +87,12 @@ class ReplayedRollouts:
     def load_pending(self, checkpoint: Path, step: int) -> None:
         """Nothing was pending."""
 
+    def recover(self) -> None:
+        """There is no bank."""
+
+    def checkpointed(self, step: int) -> None:
+        """There is no bank."""
+
 
 class NoValidation:
     """Without an engine nothing can be measured; the checks of the configuration want no validation."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from nemo_aapo.engines.base import RolloutStats
-from nemo_aapo.rollout.unscored import Tally
+from nemo_aapo.rollout.unscored import Score, Tally
 from nemo_aapo.types import Group
 
 
@@ -52,3 +52,28 @@ def engine_metrics(stats: Sequence[RolloutStats]) -> dict[str, float]:
         "rollout/idle_fraction": idle / steps if steps else float("nan"),
         "rollout/tokens_per_second": sum(stat.tokens for stat in stats) / seconds,
     }
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """The scores of one prompt's completions, [G] each."""
+
+    rewards: np.ndarray
+    parts: dict[str, np.ndarray]
+    failed: np.ndarray
+
+
+def scores_of(scores: Mapping[Hashable, Score], counts: Sequence[int]) -> list[Scores]:
+    """Of the first ``counts[i]`` completions of each prompt i."""
+    found = []
+    for i, count in enumerate(counts):
+        judged = [scores[i, j] for j in range(count)]
+        names = list(judged[0].parts) if judged else []
+        found.append(
+            Scores(
+                rewards=np.array([np.nan if score.failure else score.score for score in judged], dtype=np.float64),
+                parts={n: np.array([score.parts[n] for score in judged], dtype=np.float64) for n in names},
+                failed=np.array([score.failure is not None for score in judged], dtype=bool),
+            )
+        )
+    return found

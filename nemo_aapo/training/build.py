@@ -41,6 +41,8 @@ from nemo_aapo.prepare.algorithm import with_algorithm
 from nemo_aapo.prepare.job import Job
 from nemo_aapo.rewards.base import Reward
 from nemo_aapo.rewards.workers.runner import RewardRunner
+from nemo_aapo.rollout.bank import FOLDER as BANK
+from nemo_aapo.rollout.bank import RolloutBank
 from nemo_aapo.rollout.collector import Collector, RewardScorer
 from nemo_aapo.rollout.kept import KeptRollouts
 from nemo_aapo.rollout.pipeline import RolloutPipeline
@@ -207,6 +209,7 @@ def build_rollouts(
         prompts=data.prompts,
         sampler=sampler,
         reference=build_reference(config, collector, sampling, key, store),
+        bank=_bank(config, reporter.note) if trains and config.rollout.bank != "off" else None,
     )
     stop = reporter.stop_requested if isinstance(reporter, Reporter) else bool
     return Rollouts(policy, pipeline, _validator(config, collector, validation_data, sampling, stop))
@@ -318,6 +321,11 @@ def _validator(
         seed=config.seed,
         stop=stop,
     )
+
+
+def _bank(config: Config, note: Callable[[str], None]) -> RolloutBank:
+    run = digests_of_run(config, identity_of(config))
+    return RolloutBank(Path(config.run.dir) / BANK, run, parallel.data_parallel_rank(), note)
 
 
 def _checkpointer(config: Config) -> Checkpointer:

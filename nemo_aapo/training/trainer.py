@@ -16,10 +16,12 @@ from collections.abc import Iterator
 from nemo_aapo.algorithms.objective import Objective
 from nemo_aapo.checkpoint.schedule import SaveSchedule
 from nemo_aapo.config import Config
+from nemo_aapo.config.sizes import prompts_drawn
 from nemo_aapo.distributed import parallel
 from nemo_aapo.errors import CheckpointError, Interrupted, NonFiniteError, RewardError, first_line
 from nemo_aapo.rollout.collector import own_shard
 from nemo_aapo.rollout.kept import KeptGroup
+from nemo_aapo.rollout.oversampling import select
 from nemo_aapo.run.experiment import rollout_rows
 from nemo_aapo.run.reporter import Reporter
 from nemo_aapo.run.step_metrics import group_numbers, step_metrics
@@ -66,6 +68,7 @@ class AAPOTrainer:
         self.schedule = SaveSchedule(config.checkpoint, elapsed=seconds_since_start())
         self._saved = 0  # the step of the newest checkpoint
         self._latest: dict[str, float] = {}  # metrics of the last step and the last validation
+        self._left_out: dict[str, float] = {}  # metrics of what the step does not train on
         self._doing = "the start"
 
     # ------------------------------------------------------------------ the loop
@@ -151,11 +154,19 @@ class AAPOTrainer:
             self.parity.check(groups, version)
 
     def _with_advantages(self, groups: list[Group]) -> list[Group]:
-        first = own_shard(self.config.prompts_per_step).start
-        seeds = [stream_seed(self.config.seed, "pairs", self.step, first + i) for i in range(len(groups))]
-        max_steps = self.config.trainer.max_steps
+        """The groups that are trained on, with their final advantages: of those generated, perhaps not all."""
         with spans.phase("advantages"):
-            return self.objective.with_advantages(groups, seeds=seeds, step=self.step, max_steps=max_steps)
+            drawn = prompts_drawn(self.config)
+            groups = self._advantages(list(enumerate(groups, own_shard(drawn).start)))
+            taken, self._left_out = select(groups, drawn, self.config.prompts_per_step)
+            if self._left_out and self.objective.algorithm.whole_batch:  # which is now another one
+                return self._advantages(taken)
+            return [group for _, group in taken]
+
+    def _advantages(self, numbered: list[tuple[int, Group]]) -> list[Group]:
+        seeds = [stream_seed(self.config.seed, "pairs", self.step, number) for number, _ in numbered]
+        of_step = {"seeds": seeds, "step": self.step, "max_steps": self.config.trainer.max_steps}
+        return self.objective.with_advantages([group for _, group in numbered], **of_step)
 
     def _choose_kept(self, groups: list[Group]) -> list[KeptGroup]:
         """This rank's part of the groups that people will see, as the policy stands before the update."""
@@ -208,6 +219,7 @@ class AAPOTrainer:
             **self.objective.metrics(numbers, step=self.step - 1, max_steps=self.config.trainer.max_steps),
             **update,
             **self.rollouts.metrics,
+            **self._left_out,
             "tokens_per_second": sum(int(n.lengths.sum()) for n in numbers) / seconds["step"],
             "epoch": self.rollouts.epochs(self.step),
             **self.throughput.metrics(numbers, seconds),
@@ -241,6 +253,7 @@ class AAPOTrainer:
                 raise CheckpointError(f"{where}: its trainer state is of another version ({what})") from error
             if (checkpoint := self.checkpoints.resumed_from) is not None:
                 self.rollouts.load_pending(checkpoint, self.step)
+        self.rollouts.recover()
         self.reporter.begin(-1 if state is None else self.step)
         self._refit()  # a new engine has the base model's weights
         return state is not None
@@ -263,7 +276,7 @@ class AAPOTrainer:
             RewardError: nothing could be scored; a resumed run makes up for it, too.
         """
         try:
-            with self._phase(f"step {self.step + 1}, rollout"):
+            with self._phase(f"step {self.step + 1}, rollout", "rollouts under way"):
                 self.rollouts.settle()
             self._refit()
             with self._phase(f"the validation after step {self.step}"):
@@ -295,7 +308,7 @@ class AAPOTrainer:
         return stopping, stopping or due or self._due(self.config.checkpoint.save_interval)
 
     def _save(self) -> None:
-        with self._phase(f"step {self.step + 1}, rollout"):
+        with self._phase(f"step {self.step + 1}, rollout", "rollouts under way"):
             rollouts = self.rollouts.pending_files()
         with self._phase(f"the checkpoint of step {self.step}"):
             self.reporter.note(f"saving a checkpoint at step {self.step}")
@@ -308,6 +321,7 @@ class AAPOTrainer:
                 "metrics": {k: v for k, v in self._latest.items() if math.isfinite(v) and not k.startswith("time/")},
             }
             self.checkpoints.save(self.step, self.policy, state, rollouts)
+            self.rollouts.checkpointed(self._saved)  # the one before: this one may be written in the background
             self._saved = self.step
             self.schedule.saved()
 
@@ -324,6 +338,7 @@ class AAPOTrainer:
         with self._phase(f"the checkpoint of step {self.step}"):
             self.checkpoints.wait()
             self.kept.wait()
+        self.rollouts.checkpointed(self._saved)
 
     def _due(self, interval: int) -> bool:
         last = self.step >= self.config.trainer.max_steps

@@ -97,3 +97,14 @@ def test_each_part_is_made_once_a_kill_is_taken_up_twice_and_the_report_says_it(
     (here.directory / "gpg" / "finished").unlink()
     with pytest.raises(RunError, match="status 3"):
         here.train("gpg")
+
+
+def test_the_committed_figures_are_those_of_the_page():
+    page = (ROOT / "docs" / "results" / "real_model.md").read_text()
+    record = json.loads((ROOT / "docs" / "results" / "real_model.json").read_text())
+    metrics = {name: lines for name, lines in record["metrics"].items() if name in runs.ALGORITHMS}
+    assert "aapo" in metrics
+    for line in report.accuracy_table(metrics).splitlines():
+        assert line in page
+    assert "images/real_model.svg" in page
+    xml.dom.minidom.parse(str(ROOT / "docs" / "images" / "real_model.svg"))

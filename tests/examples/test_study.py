@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from examples.quickstart.base_model import Recipe
-from examples.study import design, report
+from examples.study import design, picture, report
 from examples.study.design import ARMS, COMPARISONS, PARTS, Comparison, Run, runs_of
 from examples.study.runs import WORDS, make_runs
 from examples.study.statistics import Curve, Interval, common_budget, difference, holds
@@ -136,3 +136,15 @@ def test_the_first_study_keeps_its_picture_and_tables():
     assert "images/learning_curves.svg" in text
     assert all(f"| `{algorithm}` " in text for algorithm in ("aapo", "gpg", "grpo"))
     xml.dom.minidom.parse(str(ROOT / "docs" / "images" / "learning_curves.svg"))
+
+
+def test_the_committed_tables_and_pictures_are_those_of_one_study():
+    page = (ROOT / "docs" / "results" / "study.md").read_text()
+    record = json.loads((ROOT / "docs" / "results" / "study.json").read_text())
+    for row in record["comparisons"]:
+        assert Interval(row["mean"], row["half"]).text(signed=True) in page, row
+    for name in ("learning_curves", "differences"):
+        drawing = xml.dom.minidom.parse(str(ROOT / "docs" / "images" / f"study_{name}.svg"))
+        assert drawing.getElementsByTagName("text")
+        assert f"images/study_{name}.svg" in page
+    assert picture.NAMES.keys() == set(design.ALGORITHMS)

@@ -142,13 +142,16 @@ def test_every_library_that_the_code_imports_is_declared():
         "mlflow",
     }  # the base image, mlflow-skinny
     distributions = importlib.metadata.packages_distributions()
-    peers = ROOT / "benchmarks" / "peers"  # runs with requirements/peers.txt on its path
+    beside = {  # runs with these requirements on its path
+        ROOT / "benchmarks" / "peers": read_pins("peers.txt").keys(),
+        ROOT / "examples" / "real_model": read_pins("gguf.txt").keys(),
+    }
     folders = ("nemo_aapo", "scripts", "benchmarks", "examples")
     own = {*folders, "tests"}
     for path in [path for folder in folders for path in (ROOT / folder).rglob("*.py")]:
         for module in imported_modules(path) - own - sys.stdlib_module_names:
             names = {canonicalize_name(name) for name in distributions.get(module, [module])}
-            if path.is_relative_to(peers) and names & read_pins("peers.txt").keys():
+            if any(path.is_relative_to(folder) and names & pins for folder, pins in beside.items()):
                 continue
             assert names & declared, f"{path.relative_to(ROOT)} imports {module}: declare one of {names} in setup.py"
 

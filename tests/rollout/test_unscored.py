@@ -89,8 +89,8 @@ def augmented(rewards, references):
 def test_rollouts_that_could_not_be_scored_at_all_are_not_kept_for_a_resumed_run():
     from nemo_aapo.rollout.pipeline import RolloutPipeline
 
-    trainer = SimpleNamespace(max_steps=2)
-    config = SimpleNamespace(rollout=SimpleNamespace(async_depth=1), prompts_per_step=1, trainer=trainer)
+    trainer, rollout = SimpleNamespace(max_steps=2), SimpleNamespace(async_depth=1, oversample=None)
+    config = SimpleNamespace(rollout=rollout, prompts_per_step=1, trainer=trainer)
     sampler = SimpleNamespace(step=0, knows=lambda step: True)
     parts = {"collector": None, "sampling": None, "prompts": [], "sampler": sampler, "reference": None}
     pipeline = RolloutPipeline(config=config, policy=SimpleNamespace(version=0), **parts)

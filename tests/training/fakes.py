@@ -88,6 +88,10 @@ class Rollouts:
     def load_pending(self, checkpoint, step):
         self.journal.write(f"pending of {checkpoint.name}")
 
+    def recover(self): ...
+
+    def checkpointed(self, step): ...
+
 
 class Learner:
     def __init__(self, journal, policy) -> None:

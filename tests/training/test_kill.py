@@ -45,6 +45,16 @@ def test_all_ranks_killed_in_a_rollout(chaos):
     assert killed.codes == [-signal.SIGKILL] * 2
 
 
+@pytest.mark.parametrize(("ahead", "groups"), [(0, 14), (2, 22)])
+def test_what_was_generated_before_a_kill_is_taken_up_again_and_the_run_ends_in_the_same_bits(chaos, ahead, groups):
+    """Killed when the last checkpoint covers neither of two rollouts, of which one is whole and the other half done."""
+    name, layout = f"bank_{ahead}", Layout(ahead=ahead)
+    [killed, _] = chaos.survive(name, layout, [Kill("bank", groups)])
+    assert killed.codes == [-signal.SIGKILL]
+    assert (chaos.folder / f"{name}.log.0").read_text().count("taking up 4 of 4 groups of step") == 1
+    assert not (chaos.folder / name / "bank").exists()
+
+
 def test_a_rank_killed_in_the_backward_pass_is_named_and_the_launcher_ends_the_others(chaos, capfd, monkeypatch):
     """Fresh processes, started by the launcher; rank 0 waits in gloo for what rank 1 does not send."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

@@ -119,6 +119,18 @@ class Rollout:
         "collective: sent by the trainer's ranks to theirs",
         decides=False,
     )
+    oversample: float | None = setting(
+        "so many times the prompts of a step are generated, and those whose final advantages are all zero left out, as "
+        "long as prompts_per_step are left, in the order of the prompts; null: as many as a step needs",
+        decides="set",
+        minimum=1,
+        sane=64,
+    )
+    bank: Literal["exact", "groups", "off"] = setting(
+        "what a killed run takes up again of what it had generated: | exact: each rollout that was whole, to the same "
+        "bits | groups: each whole group, to the same tokens; log-probs may differ in their last bits | off: nothing",
+        decides=False,
+    )
     replay_routes: bool | None = setting(
         "true: the learner sends each token to the experts that the engine sent it to | null: true for a model with "
         "experts, where the engine is Megatron's",

@@ -18,11 +18,12 @@ import aiohttp
 import numpy as np
 
 from nemo_aapo.engines.base import OnFinish
-from nemo_aapo.engines.remote import server_trace, wire
+from nemo_aapo.engines.remote import wire
 from nemo_aapo.engines.remote.directory import ServerRecord
 from nemo_aapo.engines.remote.queues import Ticket
 from nemo_aapo.engines.remote.servers import TURN_S, Servers, complaint, failures_named
 from nemo_aapo.errors import RunError, ServerError
+from nemo_aapo.trace import servers as traced_servers
 from nemo_aapo.types import Completion, SamplingSpec
 from nemo_aapo.utils.buckets import buckets
 
@@ -108,7 +109,7 @@ class Fleet(Servers):
         def start(server: ServerRecord, works: Sequence[Work], has_weights: bool) -> None:
             for request in _requests(works, call.prompts):
                 tokens = sum(work.tokens for work in request)
-                part = Part(server, request, self.queues.put(Ticket(server.instance, number, call.weights.id, tokens)))
+                part = Part(server, request, self.queues.put(Ticket(server.instance, number, tokens)))
                 running[asyncio.create_task(self._in_turn(session, part, call, has_weights))] = part
 
         try:
@@ -117,7 +118,10 @@ class Fleet(Servers):
                     alone = self.queues.alone(call.weights.id)  # else each server gets the weights in its turn
                     if fresh := not servers or len(servers) < self.min_servers:
                         servers = await self.usable(session, call.weights if alone else None)
-                    busy = [self.queues.tokens(server.instance) for server in servers]
+                    servers = sorted(servers, key=lambda server: self.queues.tokens(server.instance))
+                    # The parts themselves depend on nothing but the number of servers, as log-probs depend in their
+                    # last bits on what is in a batch; who gets which part, and takes it over, is a matter of time.
+                    busy = [self.queues.tokens(server.instance) if running else 0 for server in servers]
                     for server, works in zip(servers, distribute(waiting, busy, self.share), strict=True):
                         start(server, works, has_weights=fresh and alone)
                     waiting = []
@@ -202,8 +206,8 @@ class Fleet(Servers):
         self, session: aiohttp.ClientSession, server: ServerRecord, request: wire.GenerateRequest
     ) -> AsyncIterator[tuple[int, int, Completion]]:
         url, body = f"{server.address}{wire.API}/generate", wire.encode_request(request)
-        traced = server_trace.begin(server.index)
-        headers = {server_trace.HEADER: "1"} if traced else None
+        traced = traced_servers.begin(server.index)
+        headers = {traced_servers.HEADER: "1"} if traced else None
         with failures_named(self.timeout_s):
             async with session.post(url, data=body, headers=headers) as response:
                 if response.status != 200:

@@ -1,7 +1,9 @@
-"""Whose turn it is at each rollout server, where calls with different weights are under way at a time.
+"""Whose turn it is at each rollout server, where several calls are under way at a time.
 
-A server takes new weights when all that it generates with the old ones has ended: each server by itself, while the
-others go on. Earlier calls go first, so that none waits for the tail of a later one.
+A server works for one call at a time, and takes new weights when all that it generates for the call before has ended:
+each server by itself, while the others go on. Earlier calls go first, so that none waits for the tail of a later one.
+Requests of different calls are never put together there, so that what a completion is batched with does not depend on
+who was fast.
 """
 
 from __future__ import annotations
@@ -21,7 +23,6 @@ class Ticket:
     """The server's instance."""
     call: int
     """Number of the call that it is part of; earlier calls have lower ones."""
-    weights: WeightsId
     tokens: int
     """The most that it can cost."""
     running: bool = False
@@ -66,11 +67,11 @@ class Queues:
             return sum(ticket.tokens for ticket in self._tickets if ticket.server == server)
 
     def run(self, mine: Ticket) -> bool:
-        """Whether a request's turn has come: none of other weights runs there, and none of an earlier call waits."""
+        """Whether a request's turn has come: none of another call runs there, and none of an earlier one waits."""
         with self._lock:
             mine.running = mine.running or not any(
                 ticket.server == mine.server
-                and ticket.weights != mine.weights
+                and ticket.call != mine.call
                 and (ticket.running or ticket.call < mine.call)
                 for ticket in self._tickets
             )

@@ -18,7 +18,7 @@ from nemo_aapo.engines.remote.directory import ServerRecord, open_directory, ope
 from nemo_aapo.engines.remote.queues import Queues
 from nemo_aapo.errors import RunError, ServerError, WeightsRefusedError, WireError
 from nemo_aapo.run.stop import heed
-from nemo_aapo.trace import spans
+from nemo_aapo.trace import servers as traced_servers
 
 T = TypeVar("T")
 
@@ -81,6 +81,8 @@ class Servers:
         self._failed: dict[str, tuple[float, str]] = {}  # by instance: when and why
         self.queues = Queues()
         """Of this process's requests."""
+        self.whole_of: Callable[[wire.Weights], wire.Weights | None] = lambda weights: None
+        """Weights in another form, for a server that can't use the first one; None: there is none."""
 
     def prepare(self, weights: wire.Weights) -> None:
         """Have all servers serve these weights.
@@ -210,9 +212,7 @@ class Servers:
                     raise (WeightsRefusedError if response.status == 422 else ServerError)(complaint(response, answer))
                 if wire.decode_weights_id(answer) != weights.id:
                     raise ServerError(f"was told to load {weights.id} and loaded {answer}")
-        if (recorder := spans.recorder) is not None:
-            name, process = f"refit to version {weights.id.policy_version}", f"rollout server {server.index}"
-            recorder.add(name, began, time.perf_counter_ns(), "server", process=process, track="refit")
+        traced_servers.refitted(server.index, weights.id.policy_version, began)
 
     def fail(self, server: ServerRecord, reason: str) -> None:
         """Note that a server has failed."""

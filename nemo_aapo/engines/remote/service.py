@@ -23,9 +23,10 @@ from typing import Any
 from aiohttp import http_exceptions, web
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
-from nemo_aapo.engines.remote import server_trace, wire
+from nemo_aapo.engines.remote import wire
 from nemo_aapo.engines.remote.worker import Answer, EngineWorker, Failure, Job
 from nemo_aapo.errors import WeightsError, WireError, one_line
+from nemo_aapo.trace import servers as traced_servers
 from nemo_aapo.types import Completion
 
 BODY_S = 60.0
@@ -147,7 +148,7 @@ class Service:
         def emit(answer: Answer) -> None:
             loop.call_soon_threadsafe(answers.put_nowait, answer)
 
-        job = Job(asked, emit, traced=server_trace.HEADER in request.headers)
+        job = Job(asked, emit, traced=traced_servers.HEADER in request.headers)
         self.worker.generate(job)
         try:
             answer = await answers.get()
@@ -191,7 +192,7 @@ class Service:
             self._metrics.failed(following.reason)
             end = {"error": following.message, "reason": following.reason}
         if job.recorder is not None:
-            end["trace"] = server_trace.encode(job.received, job.recorder)
+            end["trace"] = traced_servers.encode(job.received, job.recorder)
         await response.write(wire.dump_object(end))
         return response
 

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Literal
 
 from nemo_aapo.engines.build import HostedEngine
-from nemo_aapo.engines.remote import server_trace
 from nemo_aapo.engines.remote.wire import GenerateRequest, Weights, WeightsId
 from nemo_aapo.errors import LostRankError, RunError, ServerError, WeightsError
+from nemo_aapo.trace import servers as traced_servers
 from nemo_aapo.trace import spans
 from nemo_aapo.types import Completion
 
@@ -286,7 +286,8 @@ class EngineWorker:
         except Exception as error:  # the client learns of it and asks elsewhere; the rest is for this server's log
             traceback.print_exc(file=sys.stderr)
             end = Failure("engine", f"the engine failed: {type(error).__name__}: {error}")
-        spans.stop()
+        if any(job.recorder for job in jobs):
+            spans.stop()
         self._count(-left)
         self._generated_s, self._began = self.busy_seconds, None
         for job in jobs:
@@ -299,7 +300,7 @@ _STOPPING = Failure("stopping", "the server is stopping")
 def _record(jobs: Sequence[Job]) -> None:
     """Record a batch from now on for its first traced request; the others get how long they waited."""
     for job in [job for job in jobs if job.traced][::-1]:
-        job.recorder = spans.start("", server_trace.LIMIT)
+        job.recorder = spans.start("", traced_servers.LIMIT)
         job.recorder.add("waits", job.received, time.perf_counter_ns(), "server", track="queue")
 
 

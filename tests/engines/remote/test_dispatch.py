@@ -473,16 +473,12 @@ def test_a_server_that_always_has_other_weights_than_it_says_is_left_out(start, 
     assert "10 times: HTTP 409: other weights" in said[0]
 
 
-def test_requests_of_earlier_calls_go_first_and_weights_never_mix_at_a_server():
+def test_requests_of_earlier_calls_go_first_and_calls_never_mix_at_a_server():
     """A thousand random schedules: every request gets its turn, and none waits for a later call."""
     for seed in range(1000):
         rng, queues = random.Random(seed), Queues()
-        versions = sorted(rng.randrange(3) for _ in range(5))
-        calls = [queues.enter(wire.WeightsId(version, "")) for version in versions]
-        tickets = [
-            queues.put(Ticket(rng.choice("ab"), call, wire.WeightsId(version, ""), 1))
-            for call, version in zip(calls, versions, strict=True)
-        ]
+        calls = [queues.enter(wire.WeightsId(version, "")) for version in (0, 0, 1, 2)]
+        tickets = [queues.put(Ticket(rng.choice("ab"), rng.choice(calls), 1)) for _ in range(6)]
         ended: list[Ticket] = []
         while len(ended) < len(tickets):
             waiting = [ticket for ticket in tickets if ticket not in ended]
@@ -490,6 +486,26 @@ def test_requests_of_earlier_calls_go_first_and_weights_never_mix_at_a_server():
             running = [ticket for ticket in waiting if queues.run(ticket)]
             assert min(waiting, key=lambda ticket: ticket.call) in running
             for server in "ab":
-                assert len({ticket.weights for ticket in running if ticket.server == server}) <= 1
+                assert len({ticket.call for ticket in running if ticket.server == server}) <= 1
             ended.append(rng.choice(running))
             queues.done(ended[-1])
+
+
+def test_what_is_batched_with_what_does_not_depend_on_who_is_busy(start, fleet):
+    """The parts of a call are the same whether its servers are free or not; only who draws which part differs."""
+    slow, quick = start(always("until 0"), always("well"))
+    both = fleet(2, timeout_s=30)
+    both.prepare(WEIGHTS)
+    alone, busy = (make_call([2, 1, 3, 1])[0] for _ in range(2))
+    earlier = in_background(both, alone)
+    wait_for(lambda: slow.asked and quick.asked)
+    later_one = in_background(both, later(busy))
+    later_one.join(20)
+    slow.released.set()
+    earlier.join(20)
+
+    def parts(version: int) -> list[list[list[int]]]:
+        asked = [request for server in (slow, quick) for request in server.asked]
+        return sorted(request.seeds for request in asked if request.weights.policy_version == version)
+
+    assert parts(5) == parts(6)

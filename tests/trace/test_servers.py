@@ -7,9 +7,8 @@ import time
 
 import pytest
 
-from nemo_aapo.engines.remote import server_trace
 from nemo_aapo.errors import WireError
-from nemo_aapo.trace import spans
+from nemo_aapo.trace import servers, spans
 from nemo_aapo.trace.spans import Recorder
 
 pytestmark = pytest.mark.unit
@@ -24,7 +23,7 @@ def server_side() -> dict:
     now = time.perf_counter_ns()
     recorder.add("generate", now + AHEAD, now + AHEAD + 500, "server", track="engine", facts={"prompts": 2})
     recorder.sample("rows", live=3, waiting=1)
-    body = server_trace.encode(now + AHEAD - 100, recorder)
+    body = servers.encode(now + AHEAD - 100, recorder)
     body["clock"] = [now + AHEAD - 100, now + AHEAD + 900]
     body["samples"][0][1] = now + AHEAD + 250
     return json.loads(json.dumps(body))
@@ -33,17 +32,17 @@ def server_side() -> dict:
 def test_a_servers_spans_and_counters_come_by_our_clock():
     body = server_side()
     received, answered = (at - AHEAD for at in body["clock"])
-    (span,), (sample,) = server_trace.decode(body, "rollout server 3", received - 40, answered + 40)
+    (span,), (sample,) = servers.decode(body, "rollout server 3", received - 40, answered + 40)
     assert (span.process, span.track, span.name, span.kind) == ("rollout server 3", "engine", "generate", "server")
     assert (span.start - received, span.end - span.start, span.facts) == (100, 500, {"prompts": 2})
     assert (sample.at - received, sample.values) == (350, {"live": 3, "waiting": 1})
 
 
 def test_a_request_is_recorded_by_whoever_records_when_its_answer_has_come():
-    assert server_trace.begin(0) is None
+    assert servers.begin(0) is None
     spans.start("rank 0", 10)
     try:
-        asked = server_trace.begin(1)
+        asked = servers.begin(1)
         spans.stop()
         asked.ends({"done": 4}, 4)  # the step has ended
         recorder = spans.start("rank 0", 10)
@@ -69,7 +68,7 @@ def test_a_request_is_recorded_by_whoever_records_when_its_answer_has_come():
         ("spans", [["engine", 7, 1, 2, {}]]),
         ("spans", [["engine", "x", 1.5, 2, {}]]),
         ("spans", [["engine", "x", 1, 2, []]]),
-        ("spans", [["engine", "x", 1, 2, {}]] * (2 * server_trace.LIMIT)),
+        ("spans", [["engine", "x", 1, 2, {}]] * (2 * servers.LIMIT)),
         ("samples", [["rows", 1, 3]]),
         ("samples", [["rows", 1, {str(i): 1 for i in range(21)}]]),
         ("samples", 5),
@@ -77,15 +76,15 @@ def test_a_request_is_recorded_by_whoever_records_when_its_answer_has_come():
 )
 def test_what_is_no_trace_is_refused(key, value):
     with pytest.raises(WireError, match="not a server's trace"):
-        server_trace.decode({**server_side(), key: value}, "s", 0, 1)
+        servers.decode({**server_side(), key: value}, "s", 0, 1)
     for body in (None, [], "x", {}):
         with pytest.raises(WireError, match="not a server's trace"):
-            server_trace.decode(body, "s", 0, 1)
+            servers.decode(body, "s", 0, 1)
 
 
 def test_names_are_cut_and_facts_that_are_no_numbers_left_out():
     body = server_side()
     body["spans"] = [["t" * 999, "n" * 999, 1, 2, {"a": "x", "b": 1, "c": None, "d": True, "e": float("inf")}]]
-    (span,), _ = server_trace.decode(body, "s", 0, 1)
-    assert len(span.track) == len(span.name) == server_trace.LONGEST_NAME
+    (span,), _ = servers.decode(body, "s", 0, 1)
+    assert len(span.track) == len(span.name) == servers.LONGEST_NAME
     assert span.facts == {"b": 1}

@@ -54,6 +54,13 @@ def begin(server: int) -> Exchange | None:
     return None if spans.recorder is None else Exchange(server, time.perf_counter_ns())
 
 
+def refitted(server: int, version: int, began: int) -> None:
+    """A server has loaded weights, which it was told at that time."""
+    if (recorder := spans.recorder) is not None:
+        process, name = f"rollout server {server}", f"refit to version {version}"
+        recorder.add(name, began, time.perf_counter_ns(), "server", process=process, track="refit")
+
+
 def encode(received: int, recorder: Recorder) -> dict[str, Any]:
     """For the last message of an answer.
 
