@@ -35,7 +35,7 @@ CLOCK = "clock"
 POINTS = {
     # name: (module, attribute, kill before or after the call, which calls count, ranks that come by, calls to choose)
     "rollout": ("nemo_aapo.engines.megatron.engine", "_Batch._forward", "before", "", "any", (1, 120)),
-    "bank": ("nemo_aapo.rollout.bank", "RolloutBank.add", "after", "", "first", (1, 4 * STEPS)),
+    "bank": ("nemo_aapo.rollout.saved.bank", "RolloutBank.add", "after", "", "first", (1, 4 * STEPS)),
     "backward": ("megatron.core.pipeline_parallel.schedules", "backward_step", "before", "", "any", (1, 16)),
     "update": ("nemo_aapo.learner.optimization", "Optimization.train_step", "after", "", "any", (1, STEPS)),
     "save": ("nemo_aapo.checkpoint.format", "_Writer.write_data", "after", "", "any", (1, 3)),

@@ -29,11 +29,11 @@ from nemo_aapo.distributed import parallel
 from nemo_aapo.distributed.agreement import on_first_rank
 from nemo_aapo.engines.base import BackgroundEngine, ReportsServers
 from nemo_aapo.errors import Interrupted
-from nemo_aapo.rollout import pending
-from nemo_aapo.rollout.bank import RolloutBank, completions_of
 from nemo_aapo.rollout.buffer import InOrder, RolloutBuffer, State
 from nemo_aapo.rollout.collector import Collector, InFlightRollout, own_shard
 from nemo_aapo.rollout.reference import ReferenceRewards
+from nemo_aapo.rollout.saved import pending
+from nemo_aapo.rollout.saved.bank import RolloutBank, completions_of
 from nemo_aapo.rollout.scored import Banking, ScoredRollout, mean_lengths
 from nemo_aapo.rollout.unscored import TOTAL, ScoringWatch
 from nemo_aapo.seeds import stream_seed

@@ -41,12 +41,12 @@ from nemo_aapo.prepare.algorithm import with_algorithm
 from nemo_aapo.prepare.job import Job
 from nemo_aapo.rewards.base import Reward
 from nemo_aapo.rewards.workers.runner import RewardRunner
-from nemo_aapo.rollout.bank import FOLDER as BANK
-from nemo_aapo.rollout.bank import RolloutBank
 from nemo_aapo.rollout.collector import Collector, RewardScorer
-from nemo_aapo.rollout.kept import KeptRollouts
 from nemo_aapo.rollout.pipeline import RolloutPipeline
-from nemo_aapo.rollout.replay import NoValidation, ReplayedRollouts
+from nemo_aapo.rollout.saved.bank import FOLDER as BANK
+from nemo_aapo.rollout.saved.bank import RolloutBank
+from nemo_aapo.rollout.saved.kept import KeptRollouts
+from nemo_aapo.rollout.saved.replay import NoValidation, ReplayedRollouts
 from nemo_aapo.run.identity import identity_of
 from nemo_aapo.run.names import CHECKPOINTS
 from nemo_aapo.run.reporter import Notes, Reporter

@@ -10,7 +10,7 @@ from nemo_aapo.types import Group, Prompt
 
 if TYPE_CHECKING:
     from nemo_aapo.checkpoint.checkpointer import Checkpointable, ResumeMode
-    from nemo_aapo.rollout.kept import KeptGroup
+    from nemo_aapo.rollout.saved.kept import KeptGroup
     from nemo_aapo.run.step_metrics import GroupNumbers
 
 

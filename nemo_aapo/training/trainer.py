@@ -20,8 +20,8 @@ from nemo_aapo.config.sizes import prompts_drawn
 from nemo_aapo.distributed import parallel
 from nemo_aapo.errors import CheckpointError, Interrupted, NonFiniteError, RewardError, first_line
 from nemo_aapo.rollout.collector import own_shard
-from nemo_aapo.rollout.kept import KeptGroup
 from nemo_aapo.rollout.oversampling import select
+from nemo_aapo.rollout.saved.kept import KeptGroup
 from nemo_aapo.run.experiment import rollout_rows
 from nemo_aapo.run.reporter import Reporter
 from nemo_aapo.run.step_metrics import group_numbers, step_metrics

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from nemo_aapo.rollout.kept import KeptFiles, KeptGroup
+from nemo_aapo.rollout.saved.kept import KeptFiles, KeptGroup
 from nemo_aapo.trace.file import Part, trace_of
 from nemo_aapo.trace.spans import Span
 from nemo_aapo.utils.files import to_json, write_atomic

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from nemo_aapo.rollout.kept import KeptFiles, KeptGroup, chosen_groups, text_ends, thinned
+from nemo_aapo.rollout.saved.kept import KeptFiles, KeptGroup, chosen_groups, text_ends, thinned
 
 pytestmark = pytest.mark.unit
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nemo_aapo.errors import DamagedCheckpointError
-from nemo_aapo.rollout.pending import pack, unpack
+from nemo_aapo.rollout.saved.pending import pack, unpack
 from nemo_aapo.types import Completion, Group, Prompt, Routes
 
 TEXTS = ("", "plain", "two\nlines", "\u221e\U0001f600", "\x00", "\ud800 alone")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nemo_aapo.errors import RunError
-from nemo_aapo.rollout.bank import RolloutBank, completions_of
+from nemo_aapo.rollout.saved.bank import RolloutBank, completions_of
 from nemo_aapo.types import Completion, Prompt, Routes
 
 PROMPTS = [Prompt(f"p{i}", np.array([5, i], np.int32), "", "", "") for i in range(3)]

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from nemo_aapo.errors import RunError
-from nemo_aapo.rollout.kept import KeptFiles, KeptGroup, _rows, _tokens
-from nemo_aapo.rollout.replay import read_kept
+from nemo_aapo.rollout.saved.kept import KeptFiles, KeptGroup, _rows, _tokens
+from nemo_aapo.rollout.saved.replay import read_kept
 from nemo_aapo.types import Completion, Group, Prompt
 
 pytestmark = pytest.mark.unit

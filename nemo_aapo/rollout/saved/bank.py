@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from nemo_aapo.errors import RunError
-from nemo_aapo.rollout import pending
+from nemo_aapo.rollout.saved import pending
 from nemo_aapo.run.names import step_name, step_of
 from nemo_aapo.types import Completion, Group, Prompt
 from nemo_aapo.utils.files import free_space, to_json, write_atomic
