@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Makes .venv-peers, the libraries that tests compare ours with (requirements/peers.txt), Ray (requirements/ray.txt) and
-# reasoning-gym (requirements/reasoning_gym.txt); returns at once when it is there and current. scripts/test.sh calls it.
-# It is a folder for PYTHONPATH, used with the Python and torch of .venv.
+# Makes .venv-peers, the libraries that tests compare ours with (requirements/peers.txt) and reasoning-gym
+# (requirements/reasoning_gym.txt); returns at once when it is there and current. scripts/test.sh calls it. It is a folder
+# for PYTHONPATH, used with the Python and torch of .venv.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -10,7 +10,7 @@ readonly STAMP=.venv-peers/peers.stamp # the digest of all that the folder was m
 
 main() {
     local digest
-    digest=$(cat requirements/{peers,ray,reasoning_gym}.txt scripts/peers.sh | sha256sum)
+    digest=$(cat requirements/peers.txt requirements/reasoning_gym.txt scripts/peers.sh | sha256sum)
     is_current "$digest" && return
     exec 9<>scripts/peers.sh # the lock is held on this file, so none is left behind
     flock --timeout "$INSTALL_TIMEOUT_S" 9 || die "another run is not done after $INSTALL_TIMEOUT_S s: end it first"
@@ -31,8 +31,6 @@ install() {
     rm -rf .venv-peers.new
     mkdir .venv-peers.new
     pip_install --target .venv-peers.new -r requirements/peers.txt || die "pip could not install requirements/peers.txt"
-    pip_install --target .venv-peers.new -r requirements/ray.txt ||
-        say "pip could not install requirements/ray.txt: the tests of TensorRT-LLM through Ray are skipped"
     pip_install --target .venv-peers.new -r requirements/reasoning_gym.txt ||
         say "pip could not install requirements/reasoning_gym.txt (a C compiler is needed): its tests are skipped"
     echo "$1" >".venv-peers.new/${STAMP##*/}"

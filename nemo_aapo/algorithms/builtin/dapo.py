@@ -6,8 +6,9 @@
 
 Defaults of the paper: low = 0.2, high = 0.28 ("clip higher"), no KL term, and completions that were cut at the length
 limit have no part in the loss (``algorithm.mask_truncated``). Its soft length penalty is the reward ``overlong``. Its
-dynamic sampling, which samples more prompts until a batch has no group of equal rewards, is not here: such groups stay
-in the denominator (``algorithm.rescale_dead_groups`` takes them out of it).
+dynamic sampling, which samples more prompts until a batch has no group of equal rewards, is ``rollout.oversample``,
+bounded by a factor: groups without a signal that are left over stay in the denominator
+(``algorithm.rescale_dead_groups`` takes them out of it).
 """
 
 from __future__ import annotations
