@@ -210,13 +210,13 @@ def test_the_peers_are_installed_beside_the_environment_once(checkout):
     checkout.run("environment.sh")
     status, output, calls = checkout.run("peers.sh")
     assert status == 0, output
-    for install, name in zip(calls, ("peers", "ray", "reasoning_gym"), strict=True):
+    for install, name in zip(calls, ("peers", "reasoning_gym"), strict=True):
         assert "--no-deps" in install
         assert f"--target .venv-peers.new -r requirements/{name}.txt" in install
     assert checkout.run("peers.sh") == (0, "", [])
     with (checkout.root / "requirements" / "peers.txt").open("a") as file:
         file.write("# changed\n")
-    assert len(checkout.run("peers.sh")[2]) == 3
+    assert len(checkout.run("peers.sh")[2]) == 2
 
 
 def test_the_real_models_packages_are_fetched_once_and_only_its_parts_are_asked_for(checkout):
