@@ -270,6 +270,8 @@ class Nothing:
         return False
 
     def wait(self) -> None: ...
+    def begin(self, step: int) -> None: ...
+    def end(self) -> None: ...
     def close(self) -> None: ...
     def choose(self, step: int, groups: object) -> list[Any]:
         return []
@@ -318,6 +320,7 @@ def _trainer(pace: Pace, config: Config, folder: Path, stack: contextlib.ExitSta
         checkpoints=nothing,  # type: ignore[arg-type]
         kept=nothing,  # type: ignore[arg-type]
         throughput=nothing,
+        tracer=nothing,
         reporter=clock,  # type: ignore[arg-type]
     )
     return trainer, clock
