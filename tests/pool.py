@@ -72,6 +72,9 @@ class RankPool:
         return any(len(os.listdir(f"/proc/{process.pid}/task")) > MOST_THREADS for process, _ in self._workers)
 
     def _start(self, world: int) -> None:
+        if dead := [process.exitcode for process, _ in self._workers if not process.is_alive()]:
+            warnings.warn(f"ranks died between two tests, with exit codes {dead}: the pool starts afresh", stacklevel=3)
+            self.close()
         while len(self._workers) < world:
             ours, theirs = self._context.Pipe()
             process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
