@@ -119,7 +119,8 @@ class AAPOTrainer:
         start = time.perf_counter()
         self._run_ahead()  # before it is waited: an engine that has ended its part goes on meanwhile
         groups = self._generate()
-        self._run_ahead()  # with prompts that this step's completions have decided
+        with contextlib.suppress(Interrupted):  # by a stop: the loop ends with this step
+            self._run_ahead()  # with prompts that this step's completions have decided
         version = self.policy.version
         self._check_parity(groups, version)
         groups = self._with_advantages(groups)
@@ -144,10 +145,9 @@ class AAPOTrainer:
     def _run_ahead(self) -> None:
         """Where rollouts run ahead, have those begun that the policy draws before this step changes it."""
         if self.rollouts.runs_ahead:
-            with contextlib.suppress(Interrupted):  # by a stop: the loop ends with this step
-                self._refit()
-                with self._phase(f"step {self.step + 1}, rollout", "next steps' rollouts begin"):
-                    self.rollouts.begin(self.step)
+            self._refit()
+            with self._phase(f"step {self.step + 1}, rollout", "next steps' rollouts begin"):
+                self.rollouts.begin(self.step)
 
     def _check_parity(self, groups: list[Group], version: int) -> None:
         with self._phase(f"step {self.step + 1}, parity"):

@@ -234,6 +234,7 @@ class Servers:
 
 
 def complaint(response: aiohttp.ClientResponse, answer: dict[str, Any]) -> str:
+    """What a server said of a request that it did not do."""
     if response.status == 404:
         return f"HTTP 404: not a server of {wire.API}, but of another version of this code"
     return f"HTTP {response.status}: {answer.get('error') or response.reason}"
