@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from nemo_aapo.algorithms.advantage import group_advantage, margin, margin_metrics
-from nemo_aapo.errors import RewardError
+from nemo_aapo.errors import Interrupted, RewardError
 from nemo_aapo.rewards.workers.runner import RewardRunner
 from nemo_aapo.rollout.scored import ScoredRollout
 from nemo_aapo.rollout.unscored import IN_A_ROW, TOTAL, ScoringWatch, Tally
@@ -98,6 +98,9 @@ def test_rollouts_that_could_not_be_scored_at_all_are_not_kept_for_a_resumed_run
     pipeline = RolloutPipeline(config=config, policy=SimpleNamespace(version=0), **parts)
     pipeline._ahead = {0: ScoredRollout([], [], tally(8, a=0)), 1: ScoredRollout([], [], tally(8, a=1))}
     assert pipeline.pending_files() == {}
+    del pipeline._ahead[0]  # never begun, or lost: a run that went on from here would draw it with later weights
+    with pytest.raises(Interrupted, match="not all begun"):
+        pipeline.pending_files()
 
 
 # ---------------------------------------------------------------- whole runs
