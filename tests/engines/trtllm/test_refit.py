@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from nemo_aapo.engines.ipc import memory
 from nemo_aapo.engines.trtllm import contract
 from nemo_aapo.engines.trtllm import refit as trtllm_refit
 from nemo_aapo.engines.trtllm.placement import Gpu
 from nemo_aapo.errors import RunError
+from tests import cuda_ipc
 from tests.engines.trtllm.conftest import PROMPTS, SAMPLING, SEEDS, start, tokens
 from tests.fake_trtllm import TABLE, VOCAB, table
 
@@ -88,7 +90,13 @@ WRONG_ORDERS = {
 
 
 def payload():
-    return trtllm_refit.payloads([(TABLE, table())], [Gpu("node", 0, "GPU-0", 0)])[0]
+    found, shared = trtllm_refit.payloads([(TABLE, table())], [Gpu("node", 0, "GPU-0", 0)])
+    KEPT.extend(shared)
+    return found
+
+
+KEPT: list[memory.Bucket] = []
+"""What a payload's handles lead to."""
 
 
 @pytest.mark.parametrize("message", WRONG_ORDERS)
@@ -122,6 +130,9 @@ def test_a_refit_comes_in_buckets_and_never_holds_two_at_a_time(fake, monkeypatc
             assert len(fake.bucket_bytes) >= len(produced) - 2  # one being filled, the one before handed over
             yield name, table(1)
 
+    left = cuda_ipc.left_behind()
     engine.update_weights(export(), 1)
     assert fake.bucket_bytes == 3 * [VOCAB * VOCAB * 4]
+    assert engine.refit_bytes == 3 * VOCAB * VOCAB * 4
+    assert cuda_ipc.left_behind() == left
     engine.close()

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nemo_aapo.engines.trtllm import placement, refit, settings
+from nemo_aapo.engines.ipc import memory
+from nemo_aapo.engines.trtllm import placement, settings
 from nemo_aapo.engines.trtllm.placement import Beat, OwnerActions, OwnerFailed
 from nemo_aapo.errors import ConfigError, RunError
 from tests.tiny_models import make_config
@@ -142,19 +143,23 @@ def test_a_bucket_is_copied_once_into_one_buffer_on_its_device_and_never_through
     bucket = [(name, torch.empty(shape, dtype=dtype, device="meta")) for name, (shape, dtype) in shapes.items()]
     bucket[2] = ("c", bucket[2][1].transpose(0, 2))
     with Traffic() as traffic:
-        views = refit.flat(bucket, torch.device("meta"))
+        views = memory.flat(bucket, lambda size: torch.empty(size, dtype=torch.uint8, device="meta"))
     assert traffic.copied == sum(tensor.nbytes for _, tensor in bucket)
     assert [(name, view.shape, view.dtype) for name, view in views] == [(n, t.shape, t.dtype) for n, t in bucket]
     assert len({view.untyped_storage()._cdata for _, view in views}) == 1
 
 
+def on_cpu(size):
+    return torch.empty(size, dtype=torch.uint8)
+
+
 def test_the_buffer_has_each_tensors_numbers_aligned():
     tensors = [torch.arange(15).reshape(3, 5).t(), torch.tensor(3.5), torch.ones(4, 4, dtype=torch.bfloat16)]
-    views = refit.flat([(str(i), tensor) for i, tensor in enumerate(tensors)], torch.device("cpu"))
+    views = memory.flat([(str(i), tensor) for i, tensor in enumerate(tensors)], on_cpu)
     assert all(torch.equal(view, tensor) for (_, view), tensor in zip(views, tensors, strict=True))
     base = views[0][1].data_ptr()
-    assert all((view.data_ptr() - base) % refit.ALIGNMENT == 0 for _, view in views)
-    assert refit.flat([], torch.device("cpu")) == []
+    assert all((view.data_ptr() - base) % memory.ALIGNMENT == 0 for _, view in views)
+    assert memory.flat([], on_cpu) == []
 
 
 def test_the_kv_cache_leaves_room_for_the_moments_that_adam_does_not_have_yet():
