@@ -1,8 +1,8 @@
 """What a refit of two rollout servers costs by files, by what changed, and from memory to memory: seconds and bytes.
 
 Real servers, a real fleet, one trainer's rank, all on this machine. In between its weights change as by a step of Adam
-at a learning rate of 1e-6. ``collective`` and ``ipc`` hand over fp32, which a model holds on a CPU; ``delta`` is measured
-on bf16, which it is made for, beside ``files`` of the same.
+at a learning rate of 1e-6. ``collective`` and ``ipc`` hand over what the model holds, fp32 on a CPU; ``delta`` is
+measured on bf16, which it is made for, beside ``files`` of the same.
 """
 
 from __future__ import annotations

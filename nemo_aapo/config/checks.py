@@ -98,8 +98,8 @@ def _check_layout(config: Config) -> None:
         raise ConfigError("model.recompute_granularity=selective recomputes model.recompute_modules, which is empty")
     if config.rollout.offload_learner and config.rollout.engine == "remote" and config.rollout.refit != "ipc":
         raise ConfigError(
-            "rollout.offload_learner=true has no effect with rollout.engine=remote, which generates elsewhere unless it "
-            "has rollout.refit=ipc"
+            "rollout.offload_learner=true has no effect with rollout.engine=remote, which generates elsewhere (but "
+            "with rollout.refit=ipc)"
         )
     if config.rollout.offload_learner and model.optim.cpu_offload_fraction:
         raise ConfigError(
@@ -292,8 +292,8 @@ def _check_refit(config: Config) -> None:
     depth, nodes = config.rollout.async_depth, config.trainer.num_nodes
     if config.rollout.refit == "ipc" and (depth or nodes > 1):
         raise ConfigError(
-            f"rollout.refit=ipc with rollout.async_depth={depth}, trainer.num_nodes={nodes}: servers read weights in the "
-            "trainer's memory, on one machine, and generate while it waits. Set them to 0 and 1, or use another refit"
+            f"rollout.refit=ipc with rollout.async_depth={depth}, trainer.num_nodes={nodes}: servers read weights in "
+            "the trainer's memory, on one machine, while it waits. Set these to 0 and 1, or use another refit"
         )
     if config.rollout.refit != "collective":
         return

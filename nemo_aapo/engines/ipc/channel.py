@@ -113,7 +113,7 @@ def connect(address: str, timeout_s: float) -> Channel:
     except OSError as error:
         connection.close()
         raise ServerError(
-            f"the trainer's socket {address} can't be reached ({error.strerror}): with rollout.refit=ipc servers run on "
-            "the trainer's machine and see its temporary directory"
+            f"the trainer's socket {address} can't be reached ({error.strerror}): with rollout.refit=ipc servers run "
+            "on the trainer's machine and see its temporary directory"
         ) from None
     return Channel(connection, timeout_s)

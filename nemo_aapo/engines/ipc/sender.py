@@ -107,27 +107,27 @@ class MemorySender:
 
     def _share_all(self) -> int:
         """Share bucket after bucket, while a server is left; their number. The next one is made while servers read."""
-        before: memory.Bucket | None = None
+        held: list[memory.Bucket] = []
         count = 0
         try:
             for bucket in tensor_buckets(self._named_weights(), self.bucket_bytes):
                 self.sent_bytes += sum(tensor.nbytes for _, tensor in bucket)
-                shared = memory.share(bucket, self._device, self._name) if self._exports else None
+                held += [memory.share(bucket, self._device, self._name)] if self._exports else []
                 bucket.clear()  # the export's own tensors
-                parts = parallel.gather_on_first_rank(shared.told() if shared else {})
-                descriptor = shared.descriptor if shared else None
-                before, finished = shared, before
+                parts = parallel.gather_on_first_rank(held[-1].told() if held else {})
+                descriptor = held[-1].descriptor if held else None
                 goes_on = self._lead(methodcaller("hand_over", parts, descriptor, count))
-                if finished is not None:
-                    finished.close()
+                for taken in held[:-1]:
+                    taken.close()
+                del held[:-1]
                 count += 1
                 if not goes_on:
                     break
-            self._lead(lambda door: door.all_taken(count))
+            self._lead(methodcaller("all_taken", count))
             return count
         finally:
-            if before is not None:
-                before.close()
+            for shared in held:
+                shared.close()
 
     def _lead(self, action: Callable[[_Door], T]) -> T:
         """What rank 0 did at its door, on all ranks."""

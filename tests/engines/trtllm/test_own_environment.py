@@ -59,7 +59,7 @@ def test_it_serves_sleeps_and_ends_without_megatron_transformers_and_nemo(words,
         fleet, told = Fleet(directory, servers=1, wait_s=20, timeout_s=20, retries=0), []
         weights = Weights(WeightsId(0, model_digest(config.model.path)), None)
         for _ in range(2):
-            call = Call(weights, PROMPTS, SamplingSpec(1.0, 16, (3,)), SEEDS, lambda *news: told.append(news))
+            call = Call(weights, PROMPTS, SamplingSpec(1.0, 8, (3,)), SEEDS, lambda *news: told.append(news))
             fleet.generate(call)
             assert ask(directory, 0, "/v1/sleep", b"") == (200, {"status": "asleep"})
         assert len(told) == 2 * sum(map(len, SEEDS))
