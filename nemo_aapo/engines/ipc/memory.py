@@ -173,7 +173,7 @@ def handle_of(name: str, view: torch.Tensor, arguments: Sequence[Any]) -> Tensor
     *_, storage, size, begin, _, counter, counter_offset, event, sync = arguments
     storage, counter, event = (base64.b64encode(part).decode() for part in (storage, counter, event))
     cuda = CudaHandle(storage, size, begin, counter, counter_offset, event, sync)
-    return TensorHandle(name, _dtype(view), tuple(view.shape), view.storage_offset() * view.element_size(), cuda)
+    return TensorHandle(name, _dtype(view), tuple(view.shape), int(view.storage_offset()) * view.element_size(), cuda)
 
 
 def _share_on_host(bucket: NamedTensors) -> Bucket:
@@ -187,7 +187,7 @@ def _share_on_host(bucket: NamedTensors) -> Bucket:
 
     views = flat(bucket, allocate)
     handles = [
-        TensorHandle(name, _dtype(view), tuple(view.shape), view.storage_offset() * view.element_size())
+        TensorHandle(name, _dtype(view), tuple(view.shape), int(view.storage_offset()) * view.element_size())
         for name, view in views
     ]
     return Bucket(HOST, handles, views, descriptor)
