@@ -42,6 +42,16 @@ def test_a_release_without_seeds_of_requests_is_refused_with_the_reason(monkeypa
         start()
 
 
+@pytest.mark.parametrize("generation", contract.CONTRACTS, ids=lambda generation: generation.version)
+def test_another_temperature_is_refused_where_log_probs_are_before_it(monkeypatch, generation):
+    fake_trtllm.install(monkeypatch, generation)
+    if generation is contract.V1_4:
+        with pytest.raises(RunError, match=r"rollout.temperature=0.7.*before temperature"):
+            start(temperature=0.7)
+    else:
+        start(temperature=0.7).close()
+
+
 @pytest.mark.parametrize(
     ("generation", "call", "times"), [(contract.V1_2, "abort", 7), (contract.V1_3, "pause_generation", 1)]
 )

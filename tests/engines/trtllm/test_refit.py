@@ -37,6 +37,23 @@ def test_a_step_calls_the_library_in_the_order_that_it_needs_and_the_new_weights
     assert calls == 2 * [*awake, *asleep, *refit, *asleep]
 
 
+def test_what_the_learner_does_not_use_is_given_back_before_the_engine_takes_weights_and_kv_cache(
+    engine, fake, monkeypatch
+):
+    monkeypatch.setattr(memory, "give_back", lambda: fake.seen.append(("give back", ())))
+    del fake.seen[:]
+    engine.update_weights([(TABLE, table(seed=1))], 1)
+    engine.wake()
+    assert [method for method, _ in fake.seen] == [
+        "give back",
+        "wakeup",
+        *["update_weights"] * 2,
+        "give back",  # the last bucket
+        "give back",
+        "wakeup",
+    ]
+
+
 def test_sleep_and_wake_may_be_called_again_and_a_wake_without_a_refit_serves_the_old_weights(engine):
     drawn = []
     for _ in range(2):
