@@ -46,6 +46,8 @@ from nemo_aapo.utils.buckets import tensor_buckets
 T = TypeVar("T")
 NamedWeights = Callable[[], Iterable[tuple[str, torch.Tensor]]]
 """Makes (Hugging Face name, full tensor) of all weights; collective."""
+PARTS = 4
+"""A server that takes no bucket for so small a part of ``timeout_s`` is given up."""
 GREETING_S = 10.0
 """Who has connected says within this which server it is."""
 
@@ -68,8 +70,8 @@ class MemorySender:
             module: this rank's stage, by which the weights are named.
             named_weights: what is sent; made anew for each try.
             model_path: the base model's directory, for its ``config.json``.
-            timeout_s: the longest that a server is waited for.
-            patience_s: the same once a stop was asked for.
+            timeout_s: the longest that a server takes for all of the weights.
+            patience_s: the longest that one is waited for once a stop was asked for.
         """
         self._module, self._vocab_size, self._named_weights = module, vocab_size, named_weights
         self.bucket_bytes = BUCKET_BYTES
@@ -92,7 +94,7 @@ class MemorySender:
     def send(self, servers: Sequence[ServerRecord]) -> list[str]:
         """Share the weights with these servers; why it failed with each, or an empty text, the same on all ranks.
 
-        A server that dies costs its own part; one that says nothing is given up after ``timeout_s``.
+        A server that dies costs its own part; one that takes no bucket for long is given up.
 
         Raises:
             Interrupted: on all ranks; a stop was asked for, and the servers have a part of the weights.
@@ -169,7 +171,8 @@ class _Door:
     """On rank 0 of the trainer: the socket, and the servers that come to it."""
 
     def __init__(self, config: dict[str, Any], timeout_s: float, patience_s: float) -> None:
-        self._config, self._timeout_s, self._patience_s = config, timeout_s, patience_s
+        # A part of the time only: others wait for a silent server as well, and are not to be taken for silent.
+        self._config, self._timeout_s, self._patience_s = config, timeout_s / PARTS, patience_s
         self._guests: list[_Guest] = []
         # A folder of mode 0700; the run directory may be on a file system without sockets, or its path too long.
         self._folder = tempfile.mkdtemp(prefix="nemo_aapo-")
