@@ -250,10 +250,10 @@ class TrtllmEngine:
 
     def _take(self, payloads: Iterable[dict[str, str]], version: int) -> None:
         with self._exclusive("update_weights"):  # drained: no request is under way
-            self._broken = "a refit failed half-way, its weights are mixed"
             self._resume_weights()
             self.refit_bytes = 0
             for payload in payloads:
+                self._broken = "a refit failed half-way, its weights are mixed"
                 parts = self._ranks.gather(payload)
                 self._on_owner(functools.partial(self._hand_over, parts))
             self._on_owner(lambda: self._client.update_weights(None))

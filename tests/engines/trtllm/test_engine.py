@@ -248,6 +248,7 @@ def test_a_reward_that_raises_is_not_hidden_and_an_export_that_breaks_off_leaves
 
     def export():
         yield TABLE, table(1)
+        yield "more", table(1)
         raise OSError("lost")
 
     engine = start(colocated=False, refit_bucket_bytes=1)
