@@ -14,6 +14,7 @@ servers, over a socket that only this user can reach, and lets go of a bucket wh
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import secrets
 import shutil
@@ -30,7 +31,7 @@ import torch
 import torch.distributed as dist
 
 from nemo_aapo.distributed import parallel
-from nemo_aapo.distributed.agreement import on_first_rank
+from nemo_aapo.distributed.agreement import on_all_ranks, on_first_rank
 from nemo_aapo.engines.collective.digest import digest
 from nemo_aapo.engines.collective.plan import Rendezvous
 from nemo_aapo.engines.ipc import memory
@@ -114,9 +115,7 @@ class MemorySender:
         try:
             for bucket in tensor_buckets(self._named_weights(), self.bucket_bytes):
                 self.sent_bytes += sum(tensor.nbytes for _, tensor in bucket)
-                held += [memory.share(bucket, self._device, self._name)] if self._exports else []
-                bucket.clear()  # the export's own tensors
-                parts = parallel.gather_on_first_rank(held[-1].told() if held else {})
+                parts = on_all_ranks(functools.partial(self._share, bucket, held))
                 descriptor = held[-1].descriptor if held else None
                 goes_on = self._lead(methodcaller("hand_over", parts, descriptor, count))
                 for taken in held[:-1]:
@@ -130,6 +129,13 @@ class MemorySender:
         finally:
             for shared in held:
                 shared.close()
+
+    def _share(self, bucket: memory.NamedTensors, held: list[memory.Bucket]) -> dict[str, Any]:
+        """This rank's part of what servers are told of a bucket; it goes on in ``held``."""
+        if self._exports:
+            held.append(memory.share(bucket, self._device, self._name))
+        bucket.clear()  # the export's own tensors
+        return held[-1].told() if self._exports else {}
 
     def _lead(self, action: Callable[[_Door], T]) -> T:
         """What rank 0 did at its door, on all ranks."""
