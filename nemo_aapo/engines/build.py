@@ -128,7 +128,7 @@ def _hosted_trtllm(config: Config, shape: ModelShape) -> HostedEngine:
 
     @contextmanager
     def meeting(where: Rendezvous, weights: WeightsId) -> Iterator[Callable[[], int]]:
-        with visit(where, config.rollout.remote.timeout_s) as found:
+        with visit(where, engine.device_names, config.rollout.remote.timeout_s) as found:
             require_architecture(found.config, config.model.path)
             yield lambda: engine.take_handles(found.buckets(), tensors, weights.policy_version)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -34,11 +34,7 @@ class SharedBucket:
         """
         part = self.parts.get(device)
         if not isinstance(part, Mapping):
-            has = ", ".join(sorted(self.parts)) or "none"
-            raise WeightsError(
-                f"the trainer holds no weights on {device}, which this server computes on, but on {has}: with "
-                "rollout.refit=ipc servers run on the trainer's own devices"
-            )
+            raise WeightsError(f"the trainer sent nothing of what lies on {device}")
         return memory.decode(part.get("handles"))
 
     def tensors_on(self, device: torch.device, name: str) -> memory.NamedTensors:
@@ -84,6 +80,8 @@ class Visit:
 
     def _message(self, *names: str) -> tuple[Any, int | None]:
         message, descriptor = self._channel.receive()
+        if "refused" in message:
+            raise WeightsError(str(message["refused"]))
         for name in names:
             if name in message:
                 return message[name], descriptor
@@ -91,15 +89,19 @@ class Visit:
 
 
 @contextmanager
-def visit(where: Rendezvous, timeout_s: float) -> Iterator[Visit]:
+def visit(where: Rendezvous, devices: Sequence[str], timeout_s: float) -> Iterator[Visit]:
     """Inside, this rank is connected to the trainer.
+
+    Args:
+        devices: that it computes on, each ``memory.HOST`` or a GPU's UUID.
 
     Raises:
         ServerError: the trainer can't be reached, or says nothing.
+        WeightsError: it holds no weights there.
     """
     channel = connect(where.address, timeout_s)
     try:
-        channel.send({"name": where.name})
+        channel.send({"name": where.name, "devices": list(devices)})
         yield Visit(channel)
     finally:
         channel.close()
@@ -125,7 +127,7 @@ def taking(
         WeightsError: they are of another architecture, are not all there, or did not arrive as the trainer has them.
     """
     device, name = memory.own_device()
-    with visit(where, timeout_s) as found:
+    with visit(where, [name], timeout_s) as found:
         require_architecture(found.config, model_path)
 
         def take() -> int:

@@ -3,8 +3,8 @@
 Each device is exported by one rank that computes on it. Rank 0 hands the handles of all devices to every rank of the
 servers, over a socket that only this user can reach, and lets go of a bucket when all have taken it:
 
-    server -> trainer   {"name": of the meeting}
-    trainer -> server   {"config": the model's config.json}
+    server -> trainer   {"name": of the meeting, "devices": that it computes on}
+    trainer -> server   {"config": the model's config.json}, or {"refused": why}
     trainer -> server   {"buckets": {device: {"handles": [...], "digest": ...}}}, a file descriptor beside it on a CPU
     server -> trainer   {"taken": how many buckets}
     ...
@@ -78,9 +78,8 @@ class MemorySender:
         self.bucket_bytes = BUCKET_BYTES
         self.sent_bytes = 0
         self._device, self._name = memory.own_device()
-        names: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(names, self._name)
-        self._exports = names.index(self._name) == dist.get_rank()  # of those on one device the first one
+        self._names: list[Any] = [None] * dist.get_world_size()  # of all ranks' devices
+        dist.all_gather_object(self._names, self._name)
         config = json.loads((Path(model_path) / "config.json").read_bytes())
         self._door = _Door(config, timeout_s, patience_s) if parallel.rank() == 0 else None
 
@@ -102,20 +101,23 @@ class MemorySender:
         """
         self.sent_bytes = 0
         try:
-            count = self._share_all() if self._lead(lambda door: door.welcome()) else 0
+            wanted = self._lead(methodcaller("welcome", self._names))
+            # Of the ranks on one device the first one. What nobody opens would stay in torch's hands.
+            exports = self._name in wanted and self._names.index(self._name) == dist.get_rank()
+            count = self._share_all(exports) if wanted else 0
             return self._lead(lambda door: door.end(count))
         finally:
             if self._door is not None:
                 self._door.part_from_all()
 
-    def _share_all(self) -> int:
+    def _share_all(self, exports: bool) -> int:
         """Share bucket after bucket, while a server is left; their number. The next one is made while servers read."""
         held: list[memory.Bucket] = []
         count = 0
         try:
             for bucket in tensor_buckets(self._named_weights(), self.bucket_bytes):
                 self.sent_bytes += sum(tensor.nbytes for _, tensor in bucket)
-                parts = on_all_ranks(functools.partial(self._share, bucket, held))
+                parts = on_all_ranks(functools.partial(self._share, bucket, held if exports else None))
                 descriptor = held[-1].descriptor if held else None
                 goes_on = self._lead(methodcaller("hand_over", parts, descriptor, count))
                 for taken in held[:-1]:
@@ -130,12 +132,12 @@ class MemorySender:
             for shared in held:
                 shared.close()
 
-    def _share(self, bucket: memory.NamedTensors, held: list[memory.Bucket]) -> dict[str, Any]:
-        """This rank's part of what servers are told of a bucket; it goes on in ``held``."""
-        if self._exports:
+    def _share(self, bucket: memory.NamedTensors, held: list[memory.Bucket] | None) -> dict[str, Any]:
+        """This rank's part of what servers are told of a bucket, which goes on in ``held``; None: it has no part."""
+        if held is not None:
             held.append(memory.share(bucket, self._device, self._name))
         bucket.clear()  # the export's own tensors
-        return held[-1].told() if self._exports else {}
+        return held[-1].told() if held else {}
 
     def _lead(self, action: Callable[[_Door], T]) -> T:
         """What rank 0 did at its door, on all ranks."""
@@ -162,6 +164,8 @@ class _Guest:
     meeting: Rendezvous
     channels: list[Channel] = field(default_factory=list)
     """To its ranks."""
+    devices: set[str] = field(default_factory=set)
+    """That these compute on."""
     reason: str = ""
     """Why it has failed; empty: it has not."""
 
@@ -207,8 +211,12 @@ class _Door:
     def _heed(self) -> None:
         heed("rollout servers that take weights", self._patience_s)
 
-    def welcome(self) -> bool:
-        """Wait for all ranks of all servers; whether one is left."""
+    def welcome(self, devices: Sequence[str]) -> list[str]:
+        """Wait for all ranks of all servers; the devices that those compute on that are left.
+
+        Args:
+            devices: on which ranks of the trainer hold weights.
+        """
         deadline = time.monotonic() + self._timeout_s
         while missing := [guest for guest in self._present if len(guest.channels) < guest.meeting.receivers]:
             self._heed()
@@ -216,17 +224,25 @@ class _Door:
                 for guest in missing:
                     guest.fail(f"did not come for the weights within {self._timeout_s:g} s")
             with contextlib.suppress(TimeoutError):
-                self._let_in(self._listener.accept()[0])
+                self._let_in(self._listener.accept()[0], devices)
         self._tell_all({"config": self._config})
-        return bool(self._present)
+        return sorted({device for guest in self._present for device in guest.devices})
 
-    def _let_in(self, connection: socket.socket) -> None:
+    def _let_in(self, connection: socket.socket, devices: Sequence[str]) -> None:
         channel = Channel(connection, self._timeout_s, self._heed)
         with contextlib.suppress(ServerError):  # who says nothing, or something else, is no server
             greeting, _ = channel.receive(time.monotonic() + GREETING_S)
             for guest in self._present:
                 if guest.meeting.name == greeting.get("name"):
                     guest.channels.append(channel)
+                    guest.devices |= set(greeting.get("devices", ()))
+                    if missing := sorted(guest.devices - set(devices)):
+                        reason = (
+                            f"the trainer holds no weights on {missing[0]}, which this server computes on, but on "
+                            f"{', '.join(sorted(set(devices)))}: with rollout.refit=ipc servers run on its own devices"
+                        )
+                        channel.send({"refused": reason})
+                        guest.fail(reason)
                     return
         channel.close()
 

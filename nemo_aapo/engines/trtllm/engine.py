@@ -221,6 +221,11 @@ class TrtllmEngine:
         """
         self._take(self._shared(named_tensors), version)
 
+    @property
+    def device_names(self) -> list[str]:
+        """UUIDs of the GPUs that this process hands weights to."""
+        return [gpu.uuid for gpu in self._gpus]
+
     def take_handles(self, buckets: Iterable[SharedBucket], names: Set[str], version: int) -> int:
         """Take over weights that lie in another process's memory on these GPUs; the bytes that it holds of them.
 

@@ -140,7 +140,8 @@ def _taking_turns(folder):
             fleet = Fleet(directory, servers=1, wait_s=1, timeout_s=20, retries=0, log=lambda text: None)
             weights = lambda: [(TABLE, table(1))]  # noqa: E731
             sender = MemorySender(None, VOCAB, weights, config.model.path, timeout_s=20, patience_s=5)
-            sender.digest, sender._device, sender._name = lambda: "0" * 16, torch.device("cuda", 0), "GPU-0"
+            sender.digest, sender._device = lambda: "0" * 16, torch.device("cuda", 0)
+            sender._name, sender._names = "GPU-0", ["GPU-0"]
             before = draw(fleet, Weights(wire.WeightsId(0, "base"), None))
             fleet.sleep()
             del fake.seen[:]
@@ -148,7 +149,7 @@ def _taking_turns(folder):
             after = draw(fleet, served)
             seen = [(method, arguments and arguments[0]) for method, arguments in fake.seen]
             left = cuda_ipc.left_behind()
-            sender._name = "GPU-9"
+            sender._name, sender._names = "GPU-9", ["GPU-9"]
             with pytest.raises(RunError) as refused:
                 CollectiveRefit(fleet, sender).bring(2)
             sender.close()
