@@ -98,7 +98,7 @@ def test_servers_under_any_layout_have_each_version_from_memory_and_no_file_is_w
 
 def _among_faults(words, pid):
     """Refits in which server 0 is stopped, is well again, is killed: what was said, and seconds, of each."""
-    engines = Engines(words, "rollout.remote.timeout_s=20")
+    engines = Engines(words, "rollout.remote.timeout_s=12")
     engines.assert_same()  # both have come: from here on one is enough
     sender, found = engines.remote.sender, []
     sender.bucket_bytes = 20_000
