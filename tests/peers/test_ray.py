@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import psutil
@@ -26,7 +28,8 @@ DEADLINE_S = 230.0
 @contextlib.contextmanager
 def running(*words):
     """A process of ``tests.peers.ray_run``."""
-    environment = {**os.environ, "PYTHONPATH": f"{PEERS}:{ROOT}", "RAY_USAGE_STATS_ENABLED": "0"}
+    folder = tempfile.mkdtemp(prefix="ray-")  # of Ray's sockets, whose paths must be short, and logs
+    environment = {**os.environ, "PYTHONPATH": f"{PEERS}:{ROOT}", "RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": folder}
     command = [sys.executable, "-W", "ignore", "-m", "tests.peers.ray_run", *words]
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, bufsize=1)
     try:
@@ -38,6 +41,7 @@ def running(*words):
         for child in family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.kill()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
