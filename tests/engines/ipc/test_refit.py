@@ -42,12 +42,12 @@ def directory(words):
 def servers(words, directory):
     """Server 0 under an interpreter of its own, as one of another environment would be; server 1 of two ranks."""
     forked, log = Servers(directory), directory.parent / "server_0.log"
-    forked.start(1, [*words, "rollout.server.tensor_parallel_size=2"], ranks=2)
+    serve = [sys.executable, "scripts/serve.py", *words, "rollout.server.index=0"]
     with log.open("wb") as file:
-        serve = [sys.executable, "scripts/serve.py", *words, "rollout.server.index=0"]
         alone = subprocess.Popen(
             [*serve, f"rollout.server.directory={directory}"], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT
         )
+    forked.start(1, [*words, "rollout.server.tensor_parallel_size=2"], ranks=2)
     end = time.monotonic() + 150
     while len(forked.records()) < 2:
         assert alone.poll() is None, log.read_text()
