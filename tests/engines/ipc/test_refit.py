@@ -47,18 +47,20 @@ def servers(words, directory):
         alone = subprocess.Popen(
             [*serve, f"rollout.server.directory={directory}"], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT
         )
-    forked.start(1, [*words, "rollout.server.tensor_parallel_size=2"], ranks=2)
-    end = time.monotonic() + 150
-    while len(forked.records()) < 2:
-        assert alone.poll() is None, log.read_text()
-        assert time.monotonic() < end, log.read_text()
-        time.sleep(0.1)
-    for index in (0, 1):
-        wait_until_ready(directory, index, 120)
-    yield {0: alone.pid, 1: forked.processes[1].pid}
-    alone.kill()
-    alone.wait(20)
-    forked.close()
+    try:
+        forked.start(1, [*words, "rollout.server.tensor_parallel_size=2"], ranks=2)
+        end = time.monotonic() + 150
+        while len(forked.records()) < 2:
+            assert alone.poll() is None, log.read_text()
+            assert time.monotonic() < end, log.read_text()
+            time.sleep(0.1)
+        for index in (0, 1):
+            wait_until_ready(directory, index, 120)
+        yield {0: alone.pid, 1: forked.processes[1].pid}
+    finally:
+        alone.kill()
+        alone.wait(20)
+        forked.close()
 
 
 def held(pid: int) -> int:
