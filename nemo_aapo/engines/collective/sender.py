@@ -110,11 +110,10 @@ class WeightSender:
     def _send_to(self, server: ServerRecord) -> tuple[str, int]:
         """Why it failed, if it did, and the bytes that went to one server."""
         where, meeting = self._meetings[server.instance]
-        assert self._store is not None, "rendezvous() comes first"
         try:
             if meeting is None:
                 meeting = meet(
-                    self._store,
+                    open_store(self._address, self.timeout_s),  # a connection serves one wait at a time
                     where,
                     rank=parallel.rank(),
                     boxes=boxes_of(self._parts),
