@@ -53,6 +53,7 @@ class CollectiveRefit:
             reasons = self._send(servers, weights)
             sent += self.sender.sent_bytes
             tried |= {server.instance for server, reason in zip(servers, reasons, strict=True) if reason}
+        self.sender.forget()
         return weights, sent
 
     def _send(self, servers: Sequence[ServerRecord], weights: Weights) -> list[str]:

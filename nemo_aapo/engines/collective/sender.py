@@ -69,6 +69,10 @@ class WeightSender:
                 self.part_from(server)
         return reasons
 
+    def forget(self) -> None:
+        """Let go of what was sent: merged adapters have memory of their own. Not collective."""
+        self._parts = []
+
     def part_from(self, server: ServerRecord) -> None:
         """Meet a server anew next time. Called on all ranks, and not collective."""
         _, meeting = self._meetings.pop(server.instance, (None, None))
