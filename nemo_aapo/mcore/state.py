@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -73,7 +73,7 @@ def weight_parts(module: GPTModel, vocab_size: int) -> list[WeightPart]:
         if ADAPTER in name:
             continue
         if adapted and (linear := adapted.get(entry.data.data_ptr())):
-            entry = replace(entry, data=merged_weight(linear))
+            entry = replace(entry, data=merged_weight(cast(torch.nn.Module, linear)))
         built = entry.build() if isinstance(entry, ShardedTensorFactory) else entry
         for sharded in nested_values(built) if isinstance(built, dict | list) else [built]:
             if isinstance(sharded, ShardedTensor):

@@ -42,8 +42,7 @@ def memory(context: Context) -> list[Finding]:
         found.append(judge("gpu_memory", learner, free, ", ".join(DEVICE_PARTS), planned.peak))
     if config.rollout.engine == "remote":
         server = server_memory(inputs, config.rollout.server)
-        parts = server.rank.phases["serve"]
-        need = sum(parts.values()) - parts["KV cache"]
+        need = server.rank.peak - server.rank.phases["serve"]["KV cache"]
         what = f"a rank of a server, TP {server.layout.tensor} x PP {server.layout.pipeline}, on such a machine"
         found.append(judge("server_memory", need, free, what, server.rank.peak))
     return found
