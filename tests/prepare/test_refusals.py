@@ -113,6 +113,7 @@ FILES = [
     (["model.path=FOLDER/no_data"], "config.json: missing"),
     (["model.path=FOLDER/bare"], "no tokenizer here"),
     (["model.tensor_model_parallel_size=3"], "does not divide"),
+    (["rollout.engine=plain", "model.context_parallel_size=2"], "would have to take every forward pass together"),
     (["rollout.replay_routes=true"], "has no effect: the model has no experts"),
     ([*REMOTE, "rollout.server.tensor_parallel_size=3"], "rollout.server.tensor_parallel_size=3 does not divide"),
     ([*REMOTE, "rollout.server.pipeline_parallel_size=3"], "rollout.server.pipeline_parallel_size=3 does not divide"),
@@ -176,6 +177,7 @@ CASES = [
     *(("launch", [], *case) for case in LAUNCH),
     *(("doctor", [], *case) for case in TRAINING),
     *(("plan", ["model=Qwen2.5-7B"], *case) for case in TRAINING),
+    ("plan", ["model=Qwen2.5-7B"], ["rollout.engine=plain"], "a plan knows engines that keep keys and values"),
     *(("fill", [], *case) for case in [*TRAINING, *FILL]),
     *(("serve", [], *case) for case in SERVE),
 ]
