@@ -68,7 +68,7 @@ def test_a_second_trainer_at_a_fleet_is_refused_until_the_first_has_ended(tmp_pa
     directory = open_directory(tmp_path / "servers")
     first = Claim(directory, "results/first")
     first.take()
-    with pytest.raises(ConfigError, match="its servers are in use by process .*results/first"):
+    with pytest.raises(ConfigError, match=r"its servers are in use by process .*results/first"):
         Claim(directory, "results/second")
     first.drop()
     second = Claim(directory, "results/second")
