@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -61,3 +63,32 @@ def test_a_server_of_another_protocol_refuses_before_it_meets_anybody(monkeypatc
     refusal = pytest.raises(WeightsError, match=f"sends by protocol {PROTOCOL + 1}, this server takes {PROTOCOL}")
     with refusal, server.meeting(where, WeightsId(1, "0" * 16)):
         pass
+
+
+def test_nccl_gets_a_group_beside_the_jobs_whose_own_deadline_comes_after_ours(monkeypatch):
+    """Never run: what torch's own class takes, as it is called on a GPU."""
+    asked = []
+
+    class Nccl:
+        Options = SimpleNamespace
+
+        def __init__(self, store, rank, size, options):
+            asked.append((rank, size, options._timeout))
+
+    monkeypatch.setattr(meeting.dist, "ProcessGroupNCCL", Nccl, raising=False)
+    meeting.new_group(dist.HashStore(), 2, 3, torch.device("cuda"), 40.0)
+    assert asked == [(2, 3, timedelta(seconds=80))]
+
+
+def test_on_a_gpu_a_move_that_does_not_end_is_given_up_by_us(monkeypatch):
+    """Never run: NCCL's ``wait`` only orders streams, so that completion is asked for."""
+    looks = iter([False, False, True])
+    done = SimpleNamespace(is_completed=lambda: next(looks), wait=lambda: None)
+    stuck = SimpleNamespace(is_completed=lambda: False, wait=lambda: None)
+    part, on_gpu = SimpleNamespace(tensor=None), SimpleNamespace(is_cuda=True)
+    assert meeting._Transfer(part, on_gpu, done, sends=True).end(WAIT_S) is part
+    with (
+        pytest.raises(ServerError, match=r"sending weights failed .*nothing came for 0\.3 s"),
+        meeting.failures_named("sending weights"),
+    ):
+        meeting._Transfer(part, on_gpu, stuck, sends=True).end(WAIT_S)
