@@ -30,6 +30,7 @@ class CollectiveRefit:
     def __init__(self, fleet: Fleet, sender: WeightSender) -> None:
         """Args: fleet: which rank 0 alone asks."""
         self.fleet, self.sender = fleet, sender
+        self._expected = 0  # servers that have the weights once all that are sent to have taken them
 
     def bring(self, version: int) -> tuple[Weights, int]:
         """Send the policy to the servers that have other weights, until enough have it. Collective over all ranks.
@@ -52,6 +53,9 @@ class CollectiveRefit:
         while servers := on_first_rank(survey):
             reasons = self._send(servers, weights)
             sent += self.sender.sent_bytes
+            if not any(reasons):  # as each has said itself
+                self.fleet.are_enough(self._expected)
+                break
             tried |= {server.instance for server, reason in zip(servers, reasons, strict=True) if reason}
         self.sender.forget()
         return weights, sent
@@ -114,7 +118,8 @@ class CollectiveRefit:
                     usable += 1
                 elif record.instance not in tried:
                     others.append(record)
-            if self.fleet.are_enough(usable + len(others), settled=not others):
+            self._expected = usable + len(others)
+            if self.fleet.are_enough(self._expected, settled=not others):
                 return others
             if time.monotonic() >= deadline:
                 raise RunError(self.fleet.too_few(records, reasons, usable))

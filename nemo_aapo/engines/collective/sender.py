@@ -114,11 +114,10 @@ class WeightSender:
     def _send_to(self, server: ServerRecord) -> tuple[str, int]:
         """Why it failed, if it did, and the bytes that went to one server."""
         where, meeting = self._meetings[server.instance]
-        assert self._store is not None, "rendezvous() comes first"
         try:
             if meeting is None:
                 meeting = meet(
-                    self._store,
+                    open_store(where.address, self.timeout_s),  # who waits on one keeps others from using it
                     where,
                     rank=parallel.rank(),
                     boxes=boxes_of(self._parts),
