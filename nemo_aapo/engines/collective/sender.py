@@ -69,6 +69,10 @@ class WeightSender:
                 self.part_from(server)
         return reasons
 
+    def forget(self) -> None:
+        """Let go of what was sent: merged adapters have memory of their own. Not collective."""
+        self._parts = []
+
     def part_from(self, server: ServerRecord) -> None:
         """Meet a server anew next time. Called on all ranks, and not collective."""
         _, meeting = self._meetings.pop(server.instance, (None, None))
@@ -113,7 +117,7 @@ class WeightSender:
         try:
             if meeting is None:
                 meeting = meet(
-                    open_store(self._address, self.timeout_s),  # a connection serves one wait at a time
+                    open_store(where.address, self.timeout_s),  # who waits on one keeps others from using it
                     where,
                     rank=parallel.rank(),
                     boxes=boxes_of(self._parts),
