@@ -42,7 +42,15 @@ class Digest:
         total = self._total.clone()
         if dist.get_world_size() > 1:
             dist.all_reduce(total)
-        return "".join(f"{int(number) % 2**32:08x}" for number in total)
+        return _as_text(total)
+
+    def of_this_rank(self) -> str:
+        """The same of its own parts alone. Not collective."""
+        return _as_text(self._total)
+
+
+def _as_text(total: torch.Tensor) -> str:
+    return "".join(f"{int(number) % 2**32:08x}" for number in total)
 
 
 def digest(parts: Iterable[WeightPart]) -> str:
