@@ -70,7 +70,8 @@ class Completion:
     finish_reason: FinishReason
     """``"stop"``: a stop token was sampled, or a stop string completed. ``"length"``: cut at the length limit."""
     policy_version: int
-    """Number of optimizer steps that the policy had taken which the engine served; for the first token, if it changed."""
+    """Number of optimizer steps that the policy had taken which the engine served; if that changed, for the
+    first token."""
     routes: Routes | None = None
     """The engine's choices of experts, for the learner to replay; None where it recorded none."""
     versions: np.ndarray | None = None

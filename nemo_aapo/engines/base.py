@@ -16,6 +16,24 @@ OnFinish = Callable[[int, int, Completion], object]
 and the engine may break off the others."""
 
 
+More = tuple[Sequence[np.ndarray], Sequence[Sequence[int]]]
+"""Prompts and seeds, as ``RolloutEngine.generate`` takes them."""
+
+
+@dataclass(frozen=True, slots=True)
+class InFlight:
+    """A call that goes on while weights change and more prompts come."""
+
+    between: Callable[[], More | None]
+    """Called between two decoding steps, on all ranks of the engine alike. It may load other weights into the model.
+    What it returns is generated too, numbered behind the prompts so far; None: it is enough, and the call ends."""
+    recompute_kv: bool
+    """After other weights were loaded: True: keys and values of running sequences are computed anew by them. False:
+    those that earlier weights left are gone on with."""
+    prompt_tokens: int
+    """No prompt that comes later is longer."""
+
+
 @dataclass(frozen=True, slots=True)
 class RolloutStats:
     """What one ``generate`` call did for this model-parallel group."""

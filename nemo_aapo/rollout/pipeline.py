@@ -118,7 +118,7 @@ class RolloutPipeline:
         self._ahead.pop(step, None)
         if self.runs_ahead:
             self.seconds["in_hand"] = self.buffer.oldest(State.IN_HAND)
-        self.buffer.take()
+        self.buffer.take((step, i) for i in range(prompts_drawn(self.config)))
         self.metrics = rollout.metrics | self._refit_metrics
         # What a step's completions tell counts from here on, whenever they were drawn.
         self.collector.length_predictor.observe(rollout.lengths)
