@@ -120,11 +120,7 @@ class MegatronEngine:
         on_finish: OnFinish,
         in_flight: InFlight,
     ) -> None:
-        """As ``generate``, until nothing is left of these prompts and of those that come meanwhile.
-
-        Completions go to ``on_finish`` alone. Those that began before weights changed go on by the new ones: their
-        ``versions`` say which sampled which token, and each log-prob is that of the weights that sampled it.
-        """
+        """See ``InFlightEngine.generate_in_flight``; raises as ``generate`` does."""
         assert not decodes_in_step(self.model), "ranks that decode in step have no servers"
         with torch.inference_mode():
             self._check(prompts, sampling, seeds)
