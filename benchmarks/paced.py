@@ -291,7 +291,7 @@ def _trainer(pace: Pace, config: Config, folder: Path, stack: contextlib.ExitSta
     from nemo_aapo.engines.weights import Weights
     from nemo_aapo.rewards.workers.runner import RewardRunner
     from nemo_aapo.rollout.collector import Collector
-    from nemo_aapo.rollout.pipeline import RolloutPipeline
+    from nemo_aapo.rollout.in_order import InOrderPipeline
     from nemo_aapo.training.trainer import AAPOTrainer
 
     directory, policy, clock, nothing = folder / "servers", PacedPolicy(), Clock(), Nothing()
@@ -300,7 +300,7 @@ def _trainer(pace: Pace, config: Config, folder: Path, stack: contextlib.ExitSta
     stack.callback(engine.close)
     rewards = stack.enter_context(RewardRunner([(MeanToken(), 1.0)], workers=0, timeout_s=WAIT_S))
     data = [Prompt(str(i), np.array([5, i], np.int32), str(i), "0", f"made:{i}") for i in range(pace.prompts * 8)]
-    pipeline = RolloutPipeline(
+    pipeline = InOrderPipeline(
         config=config,
         policy=policy,
         collector=Collector(engine, rewards, lambda tokens: ""),

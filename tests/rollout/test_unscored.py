@@ -88,7 +88,7 @@ def augmented(rewards, references):
 
 
 def test_rollouts_that_could_not_be_scored_at_all_are_not_kept_for_a_resumed_run():
-    from nemo_aapo.rollout.pipeline import RolloutPipeline
+    from nemo_aapo.rollout.in_order import InOrderPipeline
 
     trainer = SimpleNamespace(max_steps=2)
     config = SimpleNamespace(
@@ -96,7 +96,7 @@ def test_rollouts_that_could_not_be_scored_at_all_are_not_kept_for_a_resumed_run
     )
     sampler = SimpleNamespace(step=0, knows=lambda step: True)
     parts = {"collector": None, "sampling": None, "prompts": [], "sampler": sampler, "reference": None}
-    pipeline = RolloutPipeline(config=config, policy=SimpleNamespace(version=0), **parts)
+    pipeline = InOrderPipeline(config=config, policy=SimpleNamespace(version=0), **parts)
     pipeline._ahead = {0: ScoredRollout([], [], tally(8, a=0)), 1: ScoredRollout([], [], tally(8, a=1))}
     assert pipeline.pending_files() == {}
     del pipeline._ahead[0]  # never begun, or lost: a run that went on from here would draw it with later weights
