@@ -27,6 +27,7 @@ from nemo_aapo.types import Completion, Group, Prompt, SamplingSpec
 
 if TYPE_CHECKING:
     from nemo_aapo.config import Config
+    from nemo_aapo.engines.base import InFlight
     from nemo_aapo.training.trainer import AAPOTrainer
 
 WAIT_S = 120.0
@@ -131,6 +132,8 @@ def alone() -> Iterator[None]:
 class PacedEngine:
     """Generates a token of every sequence in each ``token_s``: no sequence waits for a row."""
 
+    shares_weights, stats, refit_bytes = False, None, 0
+
     def __init__(self, pace: Pace) -> None:
         self.pace, self.version = pace, 0
 
@@ -146,15 +149,50 @@ class PacedEngine:
         places = ((self.pace.length(seed), i, j, seed) for i, row in enumerate(seeds) for j, seed in enumerate(row))
         for length, i, j, seed in sorted(places):
             time.sleep(max(0.0, began + length * self.pace.token_s - time.perf_counter()))
-            tokens = np.random.default_rng(seed).integers(0, VOCABULARY, length).astype(np.int32)
-            on_finish(i, j, Completion(tokens, np.zeros(length, np.float32), "stop", self.version))
+            on_finish(i, j, _completion(seed, length, self.version))
+
+    def generate_in_flight(
+        self,
+        prompts: Sequence[np.ndarray],
+        sampling: SamplingSpec,
+        seeds: Sequence[Sequence[int]],
+        on_finish: Callable[[int, int, Completion], object],
+        in_flight: InFlight,
+    ) -> None:
+        """See ``InFlightEngine``: a decoding step in each ``token_s``, at whose end more may come."""
+        live: list[tuple[int, int, int, int, list[int]]] = []  # prompt, number, seed, length, versions of its tokens
+        count, more = 0, (prompts, seeds)
+        while True:
+            for i, row in enumerate(more[1], count):
+                live += [(i, j, seed, self.pace.length(seed), []) for j, seed in enumerate(row)]
+            count += len(more[1])
+            if not live:
+                return
+            time.sleep(self.pace.token_s)
+            for _, _, _, _, versions in live:
+                versions.append(self.version)
+            for i, j, seed, length, versions in [entry for entry in live if len(entry[4]) == entry[3]]:
+                several = np.array(versions, np.int32) if versions[0] != versions[-1] else None
+                on_finish(i, j, _completion(seed, length, versions[0], several))
+            live = [entry for entry in live if len(entry[4]) < entry[3]]
+            if (asked := in_flight.between()) is None:
+                return
+            more = asked
+
+    def update_weights(self, named_tensors: object, version: int) -> None:
+        self.version = version
 
     def load(self, folder: Path, version: int) -> None:
-        self.version = version
+        self.update_weights((), version)
 
     def wake(self) -> None: ...
     def sleep(self) -> None: ...
     def close(self) -> None: ...
+
+
+def _completion(seed: int, length: int, version: int, versions: np.ndarray | None = None) -> Completion:
+    tokens = np.random.default_rng(seed).integers(0, VOCABULARY, length).astype(np.int32)
+    return Completion(tokens, np.zeros(length, np.float32), "stop", version, versions=versions)
 
 
 @contextlib.contextmanager
@@ -291,16 +329,20 @@ def _trainer(pace: Pace, config: Config, folder: Path, stack: contextlib.ExitSta
     from nemo_aapo.engines.weights import Weights
     from nemo_aapo.rewards.workers.runner import RewardRunner
     from nemo_aapo.rollout.collector import Collector
+    from nemo_aapo.rollout.in_flight import InFlightPipeline
     from nemo_aapo.rollout.in_order import InOrderPipeline
     from nemo_aapo.training.trainer import AAPOTrainer
 
     directory, policy, clock, nothing = folder / "servers", PacedPolicy(), Clock(), Nothing()
     fleet = Fleet(directory, servers=pace.servers, wait_s=WAIT_S, timeout_s=WAIT_S, retries=0)
-    engine = RemoteEngine(fleet, WeightStore(directory, str(folder)), Weights(base(), None), None)
+    in_flight: Any = None if config.rollout.max_lag is None else "keeps_kv"
+    weights = Weights(base(), None)
+    engine = RemoteEngine(fleet, WeightStore(directory, str(folder)), weights, None, in_flight=in_flight)
     stack.callback(engine.close)
     rewards = stack.enter_context(RewardRunner([(MeanToken(), 1.0)], workers=0, timeout_s=WAIT_S))
     data = [Prompt(str(i), np.array([5, i], np.int32), str(i), "0", f"made:{i}") for i in range(pace.prompts * 8)]
-    pipeline = InOrderPipeline(
+    kind = InOrderPipeline if config.rollout.max_lag is None else InFlightPipeline
+    pipeline = kind(
         config=config,
         policy=policy,
         collector=Collector(engine, rewards, lambda tokens: ""),
