@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import threading
+import time
 
 import numpy as np
 import pytest
 
+from nemo_aapo.launch.local import free_port, rank_environments
+from tests.forked import forking
 from tests.servers import Servers, wait_until_ready
 from tests.training_runs import make_input, metrics, run, settings
 
@@ -84,3 +90,69 @@ def test_tokens_of_several_versions_reach_the_learner_within_the_bound(ranks, fo
     assert ranks.run(run, words(folder, run_dir, servers, more), tp=None) == [0]
     assert_bounded(run_dir)
     assert steps_of(run_dir)[0]["parity/mult_prob_error"] < 1.0001
+
+
+def _alone(environment, words, log):
+    os.environ.update(environment)
+    with open(log, "ab", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    import torch
+
+    torch.set_num_threads(1)
+    run(words)
+
+
+def test_a_killed_run_makes_the_steps_behind_its_checkpoint_again_as_they_were(ranks, folder, servers):
+    """Killed in its seventh step, when the last checkpoint is that of the third or sixth."""
+    run_dir = folder / "killed"
+    own = words(folder, run_dir, servers, "trainer.val_check_interval=0", "checkpoint.save_interval=4")
+    log = folder / "killed.log"
+    process = forking().Process(
+        target=_alone, args=(rank_environments({}, 1, free_port())[0], own, str(log)), daemon=True
+    )
+    process.start()
+    end = time.monotonic() + 120
+    while not (run_dir / "metrics.jsonl").exists() or len(metrics(run_dir)) < 7:
+        assert process.is_alive(), log.read_text()
+        assert time.monotonic() < end, "no seventh step"
+        time.sleep(0.005)
+    process.kill()
+    process.join(10)
+    before = steps_of(run_dir)
+    kept = {step: (run_dir / "rollouts" / f"train_{step:06d}.jsonl").read_text() for step in range(5, 8)}
+    newest = max((run_dir / "checkpoints").iterdir())
+    assert newest.name == "step_000004"
+    assert (
+        pending.FILE_NAME in manifest.read(newest).files
+        or not json.loads((newest / "manifest.json").read_text())["trainer"]["in_flight"]["in_hand"]
+    )
+    assert ranks.run(run, own, tp=None) == [0]
+    assert_bounded(run_dir)
+    steps = steps_of(run_dir)
+    assert steps[: len(before)] == before  # to the bit, the steps behind the checkpoint too
+    for step, text in kept.items():
+        again = (run_dir / "rollouts" / f"train_{step:06d}.jsonl").read_text()
+        assert untimed(again) == untimed(text)
+    assert not (run_dir / "bank").exists()
+
+
+def untimed(lines):
+    return [{**json.loads(line), "time": None} for line in lines.splitlines()]
+
+
+def test_a_server_that_dies_in_the_midst_costs_its_tokens_and_nothing_else(ranks, folder, servers):
+    """The last test: one server is left. What the other one had begun is drawn again, by the newest weights."""
+    run_dir = folder / "one_dies"
+
+    def kill() -> None:
+        while not (run_dir / "metrics.jsonl").exists() or len(metrics(run_dir)) < 3:
+            time.sleep(0.01)
+        os.kill(servers.processes[1].pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    assert ranks.run(run, words(folder, run_dir, servers), tp=None) == [0]
+    killer.join(1)
+    assert not killer.is_alive()
+    assert_bounded(run_dir)
