@@ -123,10 +123,6 @@ def test_a_killed_run_makes_the_steps_behind_its_checkpoint_again_as_they_were(r
     kept = {step: (run_dir / "rollouts" / f"train_{step:06d}.jsonl").read_text() for step in range(5, 8)}
     newest = max((run_dir / "checkpoints").iterdir())
     assert newest.name == "step_000004"
-    assert (
-        pending.FILE_NAME in manifest.read(newest).files
-        or not json.loads((newest / "manifest.json").read_text())["trainer"]["in_flight"]["in_hand"]
-    )
     assert ranks.run(run, own, tp=None) == [0]
     assert_bounded(run_dir)
     steps = steps_of(run_dir)
