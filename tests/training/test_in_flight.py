@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
 def servers(folder):
     started = Servers(folder / "servers")
     for index in (0, 1):
-        started.start(index, settings(folder, folder / "none", *WORDS))
+        started.start(index, settings(folder, folder / "none", "rollout.engine=remote", *WORDS))
     for index in (0, 1):
         wait_until_ready(started.directory, index, timeout_s=120)
     yield started
