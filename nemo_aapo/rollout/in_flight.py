@@ -115,7 +115,7 @@ class InFlightPipeline(RolloutPipeline):
 
     def state_dict(self) -> dict[str, Any]:
         """Also which groups have begun, and which of them the checkpoint's file holds."""
-        under_way, in_hand = self.buffer.keys(State.UNDER_WAY), self.buffer.keys(State.IN_HAND)
+        under_way, in_hand = (list(map(list, self.buffer.keys(s))) for s in (State.UNDER_WAY, State.IN_HAND))
         begun = {"cursor": self._cursor, "under_way": under_way, "in_hand": in_hand}
         return {**super().state_dict(), "in_flight": begun}
 
