@@ -49,7 +49,7 @@ class Pace:
     """Seconds of a decoding step of a server, whatever the number of its sequences."""
     train_token_s: float = 0.001
     """Seconds of the learner on one completion token."""
-    steps: int = 12
+    steps: int = 14
 
     @property
     def completions(self) -> int:
@@ -61,24 +61,33 @@ class Pace:
         return lengths.draw(1, str(seed))[0]
 
 
-def planned(pace: Pace, seed: int) -> Seconds:
-    """What a simulation knows beforehand of a run at this pace: the same lengths, prompts going round the servers."""
-    engine = Engine(pace.completions, lambda rows, context: pace.token_s, prompt_tokens=0)
-    steps = [
+def engine_of(pace: Pace) -> Engine:
+    """A server, for simulations: it has rows for all."""
+    return Engine(1 << 20, lambda rows, context: pace.token_s, prompt_tokens=0)
+
+
+def lengths_of(pace: Pace, seed: int, prompts: int | None = None) -> list[list[list[int]]]:
+    """By step and prompt, the lengths that the seeds decide; of so many prompts a step, where more are generated."""
+    return [
         [
             [pace.length(stream_seed(seed, "rollout", step, i, j)) for j in range(pace.group_size)]
-            for i in range(pace.prompts)
+            for i in range(prompts or pace.prompts)
         ]
         for step in range(pace.steps)
     ]
+
+
+def planned(pace: Pace, lengths: Sequence[Sequence[Sequence[int]]], train_token_s: float) -> Seconds:
+    """What a simulation knows beforehand of a run with these lengths, whose prompts go round the servers."""
+    engine = engine_of(pace)
     return Seconds(
-        generate=[[engine.seconds(groups[s :: pace.servers]) for s in range(pace.servers)] for groups in steps],
-        train=[pace.train_token_s * sum(map(sum, groups)) for groups in steps],
+        generate=[[engine.seconds(groups[s :: pace.servers]) for s in range(pace.servers)] for groups in lengths],
+        train=[train_token_s * sum(map(sum, groups)) for groups in lengths],
     )
 
 
-def step_seconds(pace: Pace, folder: Path, *words: str) -> float:
-    """Mean seconds of a step of a run at this pace, from the end of its first step on.
+def step_seconds(pace: Pace, folder: Path, *words: str, after: int = 1) -> float:
+    """Mean seconds of a step of a run at this pace, from the end of its first ``after`` steps on.
 
     Args:
         folder: an empty one.
@@ -107,7 +116,7 @@ def step_seconds(pace: Pace, folder: Path, *words: str) -> float:
     with serving(pace, folder / "servers"), contextlib.ExitStack() as stack:
         trainer, clock = _trainer(pace, config, folder, stack)
         trainer.fit()
-    return (clock.ends[-1] - clock.ends[0]) / (len(clock.ends) - 1)
+    return (clock.ends[-1] - clock.ends[after - 1]) / (len(clock.ends) - after)
 
 
 @contextlib.contextmanager
@@ -322,6 +331,7 @@ class Nothing:
 def _trainer(pace: Pace, config: Config, folder: Path, stack: contextlib.ExitStack) -> tuple[AAPOTrainer, Clock]:
     """The real loop around a paced learner and paced servers; this process has joined the ranks."""
     from nemo_aapo.algorithms.objective import Objective
+    from nemo_aapo.config.sizes import prompts_drawn
     from nemo_aapo.data.sampler import PromptSampler
     from nemo_aapo.engines.remote.dispatch import Fleet
     from nemo_aapo.engines.remote.engine import RemoteEngine
@@ -348,7 +358,7 @@ def _trainer(pace: Pace, config: Config, folder: Path, stack: contextlib.ExitSta
         collector=Collector(engine, rewards, lambda tokens: ""),
         sampling=SamplingSpec(1.0, 1 << 12, ()),
         prompts=data,
-        sampler=PromptSampler(len(data), pace.prompts, config.seed),
+        sampler=PromptSampler(len(data), prompts_drawn(config), config.seed),
         reference=None,
     )
     learner: Any = PacedLearner(pace, policy)
