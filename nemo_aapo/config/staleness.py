@@ -62,10 +62,10 @@ def _check_in_flight(config: Config, asked: str) -> None:
             f"{asked} with rollout.server.engine={rollout.server.engine}: only Megatron's engine takes new weights "
             "between two tokens. Use rollout.async_depth"
         )
-    if rollout.refit == "collective":
+    if rollout.refit in ("collective", "ipc"):
         raise ConfigError(
-            f"{asked} with rollout.refit=collective: servers would answer by weights that not all ranks of the trainer "
-            "know of yet. Use rollout.refit=files or delta"
+            f"{asked} with rollout.refit={rollout.refit}: servers would answer by weights that not all ranks of the "
+            "trainer know of yet. Use rollout.refit=files or delta"
         )
     if config.data.sampling != "uniform":
         raise ConfigError(

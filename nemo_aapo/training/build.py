@@ -204,6 +204,8 @@ def build_rollouts(
             f"rollout.max_lag={lag}: which groups a step trains on, and which policy samples a token, depend on how "
             "fast servers and learner are: two runs differ. A run that goes on after a kill repeats what it had made"
         )
+    if config.rollout.engine == "plain":
+        reporter.note("rollout.engine=plain: each token takes a forward pass over all before it, so rollouts are slow")
     collector = Collector(engine, scorer, text.decode)
     if config.rollout.offload_learner and trains:
         optimization = policy.optimization

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import multiprocessing
 import os
 import re
 import runpy
@@ -17,6 +16,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -77,7 +77,7 @@ RULES: tuple[tuple[str, Run | Elsewhere | NotRun], ...] = (
         r"(train|launch)\.py experiment=quickstart_moe",
         Elsewhere("tests/examples/test_quickstart_moe.py", "quickstart_moe"),
     ),
-    (r"train\.py .*rollout\.engine=trtllm", COMPOSED),
+    (r"train\.py .*rollout\.(server\.)?engine=trtllm", COMPOSED),
     (r"train\.py .*reasoning_gym", COMPOSED),  # the package is an extra; tests/data/test_reasoning_gym.py trains on it
     (r"torchrun .*train\.py .*run\.name=tp2pp2", Run(f"{SMALL} {TWO_RANKS}", ranks=2)),
     (r"train\.py .*rollout\.engine=remote", Run(f"{SMALL} trainer.val_check_interval=0")),
@@ -91,6 +91,10 @@ RULES: tuple[tuple[str, Run | Elsewhere | NotRun], ...] = (
     (
         r"serve\.py .*tensor_parallel_size=2",
         Elsewhere("tests/engines/remote/test_server_ranks.py", "tensor_parallel_size"),
+    ),
+    (
+        r"serve\.py .*server\.engine=trtllm",
+        Elsewhere("tests/engines/trtllm/test_own_environment.py", "rollout.server.engine=trtllm"),
     ),
     (r"serve\.py ", Run(SMALL)),
     (r"launch\.py (cluster=local|.*run\.name=tp2dp2)", Run(f"{SMALL} {TWO_RANKS}")),
@@ -175,6 +179,7 @@ class Workplace:
         self.folder = folder
         self._context = forking()
         self._done: set[str] = set()
+        self._serving: list[BaseProcess] = []  # processes of commands that end in &
         make_inputs(folder)
         given = "python scripts/train.py model.path=/models/any data.train=train.jsonl data.validation=test.jsonl"
         self.run(f"{given} run.name=mine", Run(SMALL))
@@ -202,6 +207,7 @@ class Workplace:
         for rank in ranks:
             rank.start()
         if text.endswith("&"):
+            self._serving += ranks
             return
         wait([rank.sentinel for rank in ranks], timeout=TIMEOUT_S)
         for rank in ranks:
@@ -214,10 +220,9 @@ class Workplace:
 
     def close(self) -> None:
         """End what still runs."""
-        for process in multiprocessing.active_children():
-            if process.name.startswith("ForkServerProcess"):
-                process.terminate()
-                process.join(10)
+        for process in self._serving:
+            process.terminate()
+            process.join(10)
 
     def _here(self, word: str) -> str:
         """The word with this folder's paths for the pages'."""

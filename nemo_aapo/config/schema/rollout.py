@@ -80,9 +80,9 @@ class Server:
 class Rollout:
     """How completions are sampled, and how well engine and learner must agree."""
 
-    engine: Literal["megatron", "trtllm", "remote"] = setting(
-        "megatron: in process, on the learner's own weights | trtllm: TensorRT-LLM in the learner's GPUs | "
-        "remote: on rollout servers",
+    engine: Literal["megatron", "plain", "trtllm", "remote"] = setting(
+        "megatron: in process, on the learner's own weights | plain: the same by whole forward passes, for any model, "
+        "slow | trtllm: TensorRT-LLM in the learner's GPUs | remote: on rollout servers",
         decides=True,
     )
     temperature: float = setting(
@@ -100,7 +100,8 @@ class Rollout:
         "a completion also ends once its text contains one of these, in validation too", decides=True
     )
     max_concurrent_tokens: int = setting(
-        "KV-cache budget of one model-parallel group: sequences at a time x longest sequence",
+        "KV-cache budget of one model-parallel group: sequences at a time x longest sequence; engine=plain: tokens of "
+        "a forward pass",
         decides=False,
         minimum=1,
         sane=TOKENS,
@@ -138,9 +139,10 @@ class Rollout:
         "bits | groups: each whole group, to the same tokens; log-probs may differ in their last bits | off: nothing",
         decides=False,
     )
-    refit: Literal["files", "delta", "collective"] = setting(
+    refit: Literal["files", "delta", "collective", "ipc"] = setting(
         "how servers get new weights: files: whole, in rollout.remote.directory | delta: there, what changed in them | "
-        "collective: sent by the trainer's ranks to theirs",
+        "collective: sent by the trainer's ranks to theirs | ipc: read in the memory of the trainer's ranks, on one "
+        "machine; servers and learner take turns with the devices",
         decides=False,
     )
     replay_routes: bool | None = setting(
