@@ -120,7 +120,9 @@ def test_a_killed_run_makes_the_steps_behind_its_checkpoint_again_as_they_were(r
     process.kill()
     process.join(10)
     before = steps_of(run_dir)
-    kept = {step: (run_dir / "rollouts" / f"train_{step:06d}.jsonl").read_text() for step in range(5, 8)}
+    kept = {
+        step: (run_dir / "rollouts" / f"train_{step:06d}.jsonl").read_text() for step in (5, 6)
+    }  # of the last one perhaps not yet
     newest = max((run_dir / "checkpoints").iterdir())
     assert newest.name == "step_000004"
     assert ranks.run(run, own, tp=None) == [0]
