@@ -41,7 +41,7 @@ def build_engine(
         from nemo_aapo.engines.remote.engine import RemoteEngine
 
         sender = build_sender(config, policy.module, shape.vocab_size, policy.named_weights)
-        return RemoteEngine.from_config(config, sender)
+        return RemoteEngine.from_config(config, sender, vocab_size=shape.vocab_size)
     if config.rollout.engine == "trtllm":
         from nemo_aapo.engines.trtllm.engine import TrtllmEngine
 

@@ -248,7 +248,7 @@ class Fleet(Servers):
                             if traced:
                                 traced.ends(message, request.sequences)
                             return
-                        sent = wire.decode_completion(message, binary, prompts, digests)
+                        sent = wire.decode_completion(message, binary, prompts, digests, self.vocab_size)
                         yield _as_asked(sent, request.sampling)
         raise ServerError("the connection ended before the answer did")
 

@@ -31,6 +31,7 @@ from nemo_aapo.engines.remote.directory import Claim, ServerRecord
 from nemo_aapo.engines.remote.dispatch import Call, Fleet, MovingWeights
 from nemo_aapo.engines.remote.fleet_status import FleetWatch
 from nemo_aapo.engines.remote.weight_store import WeightStore
+from nemo_aapo.engines.remote.wire import ANY_TOKEN
 from nemo_aapo.engines.weights import Weights, WeightsId
 from nemo_aapo.errors import Interrupted, RunError
 from nemo_aapo.types import Completion, SamplingSpec
@@ -85,12 +86,14 @@ class RemoteEngine:
         config: Config,
         sender: Sender | None = None,
         admit: Callable[[ServerRecord], None] = lambda server: None,
+        vocab_size: int = ANY_TOKEN,
     ) -> RemoteEngine:
         """Make the engine that ``rollout.remote`` describes. Collective.
 
         Args:
             sender: for a ``rollout.refit`` without files.
             admit: raises where a server must not be used.
+            vocab_size: the model's; a server that sends other token ids is left out.
 
         Raises:
             ConfigError: directory or token are open to others, or another client has the servers load its weights.
@@ -107,6 +110,7 @@ class RemoteEngine:
                 patience_s=config.cluster.signal_s / 2,
                 admit=admit,
                 share=(parallel.data_parallel_rank(), parallel.data_parallel_size()),
+                vocab_size=vocab_size,
             )
         )
         claim = agree(lambda: Claim(fleet.directory, config.run.dir) if parallel.rank() == 0 else None)

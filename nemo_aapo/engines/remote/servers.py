@@ -54,6 +54,7 @@ class Servers:
         patience_s: float = math.inf,
         admit: Callable[[ServerRecord], None] = lambda server: None,
         share: tuple[int, int] = (0, 1),
+        vocab_size: int = wire.ANY_TOKEN,
         log: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
     ) -> None:
         """
@@ -68,6 +69,7 @@ class Servers:
                 are not.
             admit: raises where a server must not be used at all; asked before it is told of any weights.
             share: which of how many ranks asks these servers, each for prompts of its own.
+            vocab_size: a server that sends other token ids is left out.
             log: told once of each server that is left out.
 
         Raises:
@@ -77,6 +79,7 @@ class Servers:
         self.servers, self.min_servers = servers, min_servers
         self.wait_s, self.timeout_s, self.retries, self.share = wait_s, timeout_s, retries, share
         self.patience_s, self.admit, self._log = patience_s, admit, log
+        self.vocab_size = vocab_size
         self._complete = False
         self._failed: dict[str, tuple[float, str]] = {}  # by instance: when and why
         self.queues = Queues()

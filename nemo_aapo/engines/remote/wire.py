@@ -24,6 +24,8 @@ T = TypeVar("T")
 
 API = "/v1"
 """Prefix of all addresses: a client of another version gets 404 instead of a misunderstanding."""
+ANY_TOKEN = 2**31
+"""Token ids are below this, whatever the vocabulary."""
 MAX_SEED = 2**63
 """Seeds are below this."""
 MAX_LINE = 1 << 28
@@ -265,10 +267,12 @@ def decode_completion(
     binary: bytes = b"",
     prompts: dict[int, np.ndarray] | None = None,
     served: Mapping[int, str] | None = None,
+    vocab_size: int = ANY_TOKEN,
 ) -> tuple[int, int, Completion]:
     """The reverse of ``encode_completion``.
 
     Args:
+        vocab_size: token ids are below this.
         served: digests of all weights that the completion may have been sampled by, by version; None: the weights
             that were asked for, of which the caller has to see.
         binary: the ``binary_size`` bytes that followed the line.
@@ -284,8 +288,8 @@ def decode_completion(
     try:
         i, j = int(fields.pop("i")), int(fields.pop("j"))
         tokens = np.array(fields["token_ids"])
-        if tokens.size and (tokens.dtype.kind != "i" or tokens.min() < 0 or tokens.max() >= 2**31):
-            raise ValueError("token_ids: integers from 0 on are needed")
+        if tokens.size and (tokens.dtype.kind != "i" or tokens.min() < 0 or tokens.max() >= vocab_size):
+            raise ValueError(f"token_ids: integers from 0 to {vocab_size - 1} are needed")
         fields["token_ids"] = tokens.astype(np.int32)
         with np.errstate(over="ignore"):  # what is infinite then is refused as such (dispatch.py)
             fields["logprobs"] = np.array(fields["logprobs"], dtype=np.float32)
