@@ -143,7 +143,7 @@ def build(spec: dict[str, Any], orders: Orders) -> MeasuredTrainer:
     """The trainer of a contestant."""
     plan, model = settings.Plan(**spec["plan"]), Path(spec["model"])
     questions = [json.loads(line)["question"] for line in Path(spec["prompts"]).read_text().splitlines()]
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model, model_input_names=["input_ids", "attention_mask"])
     chats = [[{"role": "user", "content": question}] for question in questions]
 
     def load() -> Any:

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from nemo_aapo.mcore.attention.spans import RowAttention
+
 _PER_TOKEN = ("targets", "advantages", "weights", "rollout_logprobs", "old_logprobs", "reference_logprobs")
 """Fields of a ``MicroBatch`` that have an entry for each of its n tokens."""
 
@@ -29,6 +31,8 @@ class MicroBatch:
     cu_seqlens: torch.Tensor | None
     """int32 [sequences + 1], where each whole sequence of the one row starts among all of them, and where the last one
     ends. None: there are padded rows."""
+    row: RowAttention | None
+    """What the tokens of the one row attend to. None: there are padded rows."""
     longest: int
     """Tokens that the longest sequence has."""
     positions: torch.Tensor
@@ -52,7 +56,8 @@ class MicroBatch:
     """int64 [s], a place in ``expand`` that holds each token of the row."""
     parts: torch.Tensor | None = None
     """int64 [ranks, s / ranks], the tokens of the one row that each context-parallel rank takes. None: it is not cut.
-    A rank's ``part`` keeps it, as it keeps ``cu_seqlens``, ``expand`` and ``contract``: attention sees the whole."""
+    A rank's ``part`` keeps it, as it keeps ``cu_seqlens``, ``row``, ``expand`` and ``contract``: attention sees the
+    whole."""
     old_logprobs: torch.Tensor | None = None
     """float32 [n], the learner's log-probs of the tokens before the first of several updates."""
     reference_logprobs: torch.Tensor | None = None
@@ -66,7 +71,7 @@ class MicroBatch:
         """The sequence int64 [s] as one row, none of whose tokens are scored: for its hidden states alone."""
         no_tokens, nothing = ids.new_empty(0), torch.empty(0, device=ids.device)
         positions = torch.arange(len(ids), device=ids.device)[None]
-        return cls(ids[None], positions, None, len(ids), no_tokens, no_tokens, (0,), nothing, nothing, nothing)
+        return cls(ids[None], positions, None, None, len(ids), no_tokens, no_tokens, (0,), nothing, nothing, nothing)
 
     def part(self, rank: int) -> MicroBatch:
         """What a context-parallel rank computes: its tokens of the row, and those of the n that they predict."""
