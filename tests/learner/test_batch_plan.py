@@ -168,8 +168,8 @@ def tokens_seen(row: RowAttention) -> list[list[int]]:
     seen = [list(range(start, i + 1)) for start, stop in bounds_of(row.own.queries) for i in range(start, stop)]
     if row.shared is not None:
         for queries, keys in zip(bounds_of(row.shared.queries), bounds_of(row.shared.keys), strict=True):
-            for token in row.completions[slice(*queries)].tolist():
-                seen[token] += row.prompts[slice(*keys)].tolist()
+            for token in row.shared.query_tokens[slice(*queries)].tolist():
+                seen[token] += row.shared.key_tokens[slice(*keys)].tolist()
     return seen
 
 
@@ -181,7 +181,7 @@ def bounds_of(bounds: torch.Tensor) -> list[tuple[int, int]]:
 def test_spans_of_like_lengths_are_padded_to_batches_that_hold_each_token_once(seed):
     lengths = np.random.default_rng(seed).lognormal(3, 1, 40).astype(int) + 1
     bounds = np.concatenate(([0], np.cumsum(lengths)))
-    batches, place, _ = Spans.of(bounds, bounds, True, torch.device("cpu")).batches
+    batches, place, _ = Spans.causal(bounds, torch.device("cpu")).batches
     flat = torch.cat([batch.queries.flatten() for batch in batches])
     assert flat[place].tolist() == list(range(bounds[-1]))
     is_padding = torch.ones(len(flat), dtype=torch.bool).index_fill_(0, place, False)

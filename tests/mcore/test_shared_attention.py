@@ -11,7 +11,7 @@ import torch
 from nemo_aapo.learner.microbatch import PrefixGroup, collate
 from nemo_aapo.mcore.attention import flash_gpu, merged
 from nemo_aapo.mcore.attention.merged import attend
-from nemo_aapo.mcore.attention.spans import RowAttention, Spans
+from nemo_aapo.mcore.attention.spans import RowAttention
 from nemo_aapo.mcore.micro_batch import MicroBatch
 from nemo_aapo.types import Sample
 
@@ -168,6 +168,5 @@ def test_torchs_own_shapes_for_these_kernels_are_those_that_are_merged():
 
 def test_the_rows_example_says_what_it_says():
     row = RowAttention.of([0, 3, 5, 9, 14], [(0, 3, 9)], torch.device("cpu"))
-    assert isinstance(row.shared, Spans)
     assert (row.shared.queries.tolist(), row.shared.keys.tolist()) == ([0, 6], [0, 3])
-    assert (row.completions.tolist(), row.prompts.tolist()) == ([3, 4, 5, 6, 7, 8], [0, 1, 2])
+    assert (row.shared.query_tokens.tolist(), row.shared.key_tokens.tolist()) == ([3, 4, 5, 6, 7, 8], [0, 1, 2])

@@ -18,7 +18,8 @@ def forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: Spans, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``Kernels.forward``"""
-    out, lse, *_ = _forward(query, key, value, *_bounds(spans), 0.0, spans.causal, False, scale=scale)
+    q, k, v = _tokens(query, spans.query_tokens), _tokens(key, spans.key_tokens), _tokens(value, spans.key_tokens)
+    out, lse, *_ = _forward(q, k, v, *_bounds(spans), 0.0, spans.is_causal, False, scale=scale)
     return out, lse
 
 
@@ -35,8 +36,14 @@ def backward(
     """``Kernels.backward``"""
     random = torch.empty(2, dtype=torch.uint64, device=query.device)  # the state of a dropout that there is not
     unused = torch.empty((), dtype=torch.uint64, device=query.device)
-    tensors = (grad.contiguous(), query, key, value, out, lse.contiguous())
-    return _backward(*tensors, *_bounds(spans), 0.0, spans.causal, random, unused, scale=scale)
+    do, q, o = (_tokens(x, spans.query_tokens) for x in (grad, query, out))
+    k, v = (_tokens(x, spans.key_tokens) for x in (key, value))
+    logs = _tokens(lse.t(), spans.query_tokens).t().contiguous()
+    return _backward(do, q, k, v, o, logs, *_bounds(spans), 0.0, spans.is_causal, random, unused, scale=scale)
+
+
+def _tokens(x: torch.Tensor, tokens: torch.Tensor | None) -> torch.Tensor:
+    return x.contiguous() if tokens is None else x.index_select(0, tokens)
 
 
 def _bounds(spans: Spans) -> tuple[torch.Tensor, torch.Tensor, int, int]:

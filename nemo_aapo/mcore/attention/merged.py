@@ -27,12 +27,12 @@ Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class Kernels(Protocol):
-    """A module with both passes of attention within spans; q queries, k keys, all on one device and of one dtype."""
+    """A module with both passes of attention within spans of a row, q queries and k keys of its t tokens."""
 
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: Spans, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """query [q, heads, size], key and value [k, groups, size] -> [q, heads, size] and the log-sum-exps of scale *
+        """query [t, heads, size], key and value [t, groups, size] -> [q, heads, size] and the log-sum-exps of scale *
         query . key, float32 (float64 of such queries) [heads, q]."""
 
     def backward(
@@ -46,7 +46,10 @@ class Kernels(Protocol):
         spans: Spans,
         scale: float,
     ) -> Gradients:
-        """Gradients of query, key and value; out and lse may be those of attention to other keys besides."""
+        """Gradients of query [q, heads, size], key and value [k, groups, size].
+
+        grad and out are [t, heads, size], lse is [heads, t]; these may be of attention to other keys besides.
+        """
 
 
 def attend(
@@ -75,12 +78,13 @@ class _RowAttention(torch.autograd.Function):
     ) -> torch.Tensor:
         out, lse = kernels.forward(q, k, v, row.own, scale)
         if row.shared is not None:
-            at, seen = row.completions, row.prompts
-            to_prompt, lse_prompt = kernels.forward(q[at], k[seen], v[seen], row.shared, scale)
-            to_own, lse_own = out[at], lse[:, at]
+            at = row.shared.query_tokens
+            to_prompt, lse_prompt = kernels.forward(q, k, v, row.shared, scale)
+            to_own, lse_own = out.index_select(0, at), lse.index_select(1, at)
             share = torch.sigmoid(lse_prompt - lse_own).t().unsqueeze(-1)
-            out[at] = torch.lerp(to_own.to(share.dtype), to_prompt.to(share.dtype), share).to(out.dtype)
-            lse[:, at] = torch.logaddexp(lse_own, lse_prompt)
+            both = to_own.to(share.dtype).lerp_(to_prompt.to(share.dtype), share)
+            out.index_copy_(0, at, both.to(out.dtype))
+            lse.index_copy_(1, at, torch.logaddexp(lse_own, lse_prompt))
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.row, ctx.scale, ctx.kernels = row, scale, kernels
         return out
@@ -90,10 +94,10 @@ class _RowAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         row, kernels = ctx.row, ctx.kernels
-        dq, dk, dv = kernels.backward(grad, q, k, v, out, lse, row.own, ctx.scale)
+        found = kernels.backward(grad, q, k, v, out, lse, row.own, ctx.scale)
         if row.shared is not None:
-            at, seen = row.completions, row.prompts
-            parts = kernels.backward(grad[at], q[at], k[seen], v[seen], out[at], lse[:, at], row.shared, ctx.scale)
-            for whole, part, where in zip((dq, dk, dv), parts, (at, seen, seen), strict=True):
-                whole.index_add_(0, where, part)
-        return dq, dk, dv, None, None, None
+            parts = kernels.backward(grad, q, k, v, out, lse, row.shared, ctx.scale)
+            at, seen = row.shared.query_tokens, row.shared.key_tokens
+            for whole, part, tokens in zip(found, parts, (at, seen, seen), strict=True):
+                whole.index_add_(0, tokens, part)
+        return *found, None, None, None

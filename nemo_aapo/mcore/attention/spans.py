@@ -20,16 +20,18 @@ class Batch(NamedTuple):
     """Spans of like lengths as padded rows; a span's last token stands in for its padding."""
 
     queries: torch.Tensor
-    """int64 [b, s], which of the queries stands there."""
+    """int64 [b, s], which token of the row stands there."""
     keys: torch.Tensor
-    """int64 [b, u], which of the keys; for a causal span those of the queries."""
+    """int64 [b, u]"""
     padding: torch.Tensor
-    """int64, which of the b * s queries are padding."""
+    """int64, which of the b * s queries are."""
+    mask: torch.Tensor | None
+    """float32 [b, 1, 1, u], minus infinity at keys that are padding; None where no query would see one."""
 
 
 @dataclass(frozen=True, eq=False)
 class Spans:
-    """Queries and keys, each end to end, cut into as many spans: a query sees keys of its own span alone."""
+    """Queries and keys among the tokens of a row, cut into as many spans: a query sees keys of its own span alone."""
 
     queries: torch.Tensor
     """int32 [spans + 1], where each span of queries starts and the last one ends."""
@@ -38,42 +40,56 @@ class Spans:
     most_queries: int
     """Queries of the longest span."""
     most_keys: int
-    causal: bool
-    """True: queries and keys are the same tokens, and a token sees those up to itself. False: all keys of the span."""
+    query_tokens: torch.Tensor | None = None
+    """int64 [q], which tokens of the row the queries are. None: all of them, queries and keys, and a span is causal: a
+    token sees those up to itself."""
+    key_tokens: torch.Tensor | None = None
+    """int64 [k], which the keys are."""
 
     @classmethod
-    def of(cls, queries: np.ndarray, keys: np.ndarray, causal: bool, device: torch.device) -> Spans:
-        """From bounds int [spans + 1] in host memory."""
-        bounds = [torch.from_numpy(b.astype(np.int32)).to(device) for b in (queries, keys)]
-        return cls(*bounds, int(np.diff(queries).max()), int(np.diff(keys).max()), causal)
+    def causal(cls, bounds: np.ndarray, device: torch.device) -> Spans:
+        """Of all tokens of a row. bounds: int [spans + 1], in host memory."""
+        on_device, longest = torch.from_numpy(bounds.astype(np.int32)).to(device), int(np.diff(bounds).max())
+        return cls(on_device, on_device, longest, longest)
+
+    @classmethod
+    def between(cls, queries: np.ndarray, keys: np.ndarray, device: torch.device) -> Spans:
+        """Of the tokens from queries[i, 0] up to queries[i, 1], which see those from keys[i, 0] up to keys[i, 1]."""
+        lengths = [np.diff(pairs)[:, 0] for pairs in (queries, keys)]
+        bounds = [torch.from_numpy(np.cumsum([0, *n], dtype=np.int32)).to(device) for n in lengths]
+        tokens = [np.concatenate([np.arange(*pair) for pair in pairs]) for pairs in (queries, keys)]
+        return cls(*bounds, *(int(n.max()) for n in lengths), *(torch.from_numpy(t).to(device) for t in tokens))
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether a token sees those up to itself, and not all keys of its span."""
+        return self.query_tokens is None
 
     @functools.cached_property
-    def batches(self) -> tuple[list[Batch], torch.Tensor, torch.Tensor]:
-        """For kernels that take padded rows, on a CPU.
-
-        Causal spans of like lengths make a batch, since no query sees the padding behind it. Of the others each is a
-        batch by itself.
+    def batches(self) -> tuple[list[Batch], torch.Tensor | None, torch.Tensor | None]:
+        """For kernels that take padded rows, on a CPU: spans of like lengths together.
 
         Returns:
-            The batches; and int64, where each query, and each key, is among those of all batches, flattened.
+            The batches; and int64, where each query, and each key, is among those of all batches, flattened. None: they
+            stand there in their order.
         """
-        queries, keys = self.queries.numpy(), self.keys.numpy()
-        lengths = np.diff(queries)
-        groups = _like_lengths(lengths) if self.causal else np.arange(len(lengths))[:, None]
-        batches, place, done = [], np.empty(queries[-1], np.int64), 0
-        for spans in groups:
-            starts, last = queries[spans], queries[spans + 1] - 1
-            width = int((last - starts).max()) + 1
-            tokens = starts[:, None] + np.arange(width)
-            padding = np.flatnonzero((tokens > last[:, None]).ravel())
-            tokens = np.minimum(tokens, last[:, None]).astype(np.int64)
-            seen = tokens if self.causal else np.arange(*keys[spans[0] :][:2], dtype=np.int64)[None]
-            batches.append(Batch(*map(torch.from_numpy, (tokens, seen, padding))))
-            for row, (start, end) in enumerate(zip(starts, last + 1, strict=True)):
-                place[start:end] = done + row * width + np.arange(end - start)
-            done += tokens.size
-        places = torch.from_numpy(place)
-        return batches, places, places if self.causal else torch.arange(int(keys[-1]))
+        bounds, of_row = (self.queries.numpy(), self.keys.numpy()), (self.query_tokens, self.key_tokens)
+        batches, places, done = [], [np.empty(ends[-1], np.int64) for ends in bounds], [0, 0]
+        for spans in _like_lengths(*map(np.diff, bounds)):
+            rows = [_padded(ends, spans) for ends in bounds]
+            for side, (tokens, is_padding) in enumerate(rows):
+                places[side][tokens[~is_padding]] = done[side] + np.flatnonzero(~is_padding)
+                done[side] += tokens.size
+            beyond, mask = torch.from_numpy(rows[1][1]), None
+            if not self.is_causal and beyond.any():  # a causal span's padding stands behind all that see it
+                mask = torch.zeros(beyond.shape).masked_fill_(beyond, -torch.inf)[:, None, None]
+            tokens = [torch.from_numpy(tokens) for tokens, _ in rows]
+            queries, keys = (t if of is None else of[t] for t, of in zip(tokens, of_row, strict=True))
+            batches.append(Batch(queries, keys, torch.from_numpy(np.flatnonzero(rows[0][1])), mask))
+        in_order = [
+            len(place) == count and (np.diff(place) > 0).all() for place, count in zip(places, done, strict=True)
+        ]
+        return batches, *(None if same else torch.from_numpy(p) for same, p in zip(in_order, places, strict=True))
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,10 +104,6 @@ class RowAttention:
     shared: Spans | None = None
     """A span for each group that shares its prompt: the queries are its completions, the keys its prompt. None: there
     is no such group."""
-    completions: torch.Tensor | None = None
-    """int64 [c], where in the row the queries of ``shared`` stand."""
-    prompts: torch.Tensor | None = None
-    """int64 [p], where its keys stand."""
 
     @classmethod
     def of(cls, segments: Sequence[int], groups: Sequence[tuple[int, int, int]], device: torch.device) -> RowAttention:
@@ -104,23 +116,26 @@ class RowAttention:
             A prompt of 3 tokens with completions of 2 and 4, then a sequence of 5:
             ``RowAttention.of([0, 3, 5, 9, 14], [(0, 3, 9)], device)``.
         """
-        bounds = np.asarray(segments)
-        own = Spans.of(bounds, bounds, True, device)
-        if not groups:
-            return cls(own)
-        edges = np.asarray(groups)
-        keys, queries = (np.concatenate(([0], np.cumsum(lengths))) for lengths in np.diff(edges).T)
-        at = [np.concatenate([np.arange(*ends) for ends in pairs]) for pairs in (edges[:, 1:], edges[:, :2])]
-        return cls(own, Spans.of(queries, keys, False, device), *(torch.from_numpy(place).to(device) for place in at))
+        edges = np.asarray(groups).reshape(-1, 3)
+        shared = Spans.between(edges[:, 1:], edges[:, :2], device) if groups else None
+        return cls(Spans.causal(np.asarray(segments), device), shared)
 
 
-def _like_lengths(lengths: np.ndarray) -> list[np.ndarray]:
-    """Indices of spans, longest first, cut where one is shorter than ``SHORTEST_OF_BATCH`` of its batch's first."""
-    order = np.argsort(-lengths, kind="stable")
-    batches, start = [], 0
-    while start < len(order):
-        fits = lengths[order] >= SHORTEST_OF_BATCH * lengths[order[start]]
-        stop = int(np.count_nonzero(fits))
-        batches.append(order[start:stop])
-        start = stop
-    return batches
+def _padded(bounds: np.ndarray, spans: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """int64 [b, s], the tokens of some spans as padded rows, and bool [b, s], which are padding."""
+    starts, last = bounds[spans][:, None].astype(np.int64), bounds[spans + 1][:, None].astype(np.int64) - 1
+    tokens = starts + np.arange(int((last - starts).max()) + 1)
+    return np.minimum(tokens, last), tokens > last
+
+
+def _like_lengths(queries: np.ndarray, keys: np.ndarray) -> list[np.ndarray]:
+    """Indices of spans: those of a batch have ``SHORTEST_OF_BATCH`` of its longest, in their queries and their keys."""
+    batches: list[list[int]] = []
+    for span in np.lexsort((-queries, -keys)):
+        both = queries[[*batches[-1], span]] if batches else queries[:0]
+        fits = batches and keys[span] >= SHORTEST_OF_BATCH * keys[batches[-1][0]]
+        if fits and both.min() >= SHORTEST_OF_BATCH * both.max():
+            batches[-1].append(span)
+        else:
+            batches.append([span])
+    return [np.array(batch) for batch in batches]
