@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import types
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,8 +13,10 @@ import torch
 from nemo_aapo.learner.microbatch import PrefixGroup, collate
 from nemo_aapo.mcore.attention import flash_gpu, merged
 from nemo_aapo.mcore.attention.merged import attend
+from nemo_aapo.mcore.attention.sharing import sharing
 from nemo_aapo.mcore.attention.spans import RowAttention
 from nemo_aapo.mcore.micro_batch import MicroBatch
+from nemo_aapo.mcore.packing import packed_sequences
 from nemo_aapo.types import Sample
 
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -164,6 +168,59 @@ def test_torchs_own_shapes_for_these_kernels_are_those_that_are_merged():
     assert (out.shape, out.dtype) == (query.shape, torch.bfloat16)
     found = torch.autograd.grad(out, (query, key, value), upstream)
     assert [(x.shape, x.dtype) for x in found] == [(x.shape, torch.bfloat16) for x in (query, key, value)]
+
+
+# ---------------------------------------------------------------- in place of TransformerEngine's attention
+
+
+class AnyAttention:
+    """A class of mcore's that has no kernels for shared prompts."""
+
+    def __init__(self, config: object, layer: int, *, softmax_scale: float | None = None) -> None:
+        self.told = softmax_scale
+
+    def forward(self, query: torch.Tensor, *arguments: object, packed_seq_params: object, **more: object) -> str:
+        return f"{len(query)} tokens, {more}"
+
+
+def test_attention_of_a_gpu_gets_the_rows_that_share_no_prompt_and_ours_the_others():
+    config = types.SimpleNamespace(kv_channels=8)
+    attention = sharing(AnyAttention)(config, 1, softmax_scale=0.3)
+    assert attention.told == 0.3
+    batch = random_row(1)
+    *given, _ = tensors(batch, 1, 2, torch.float32)
+    out = attention.forward(*given, None, attn_mask_type="causal", packed_seq_params=packed_sequences(batch))
+    torch.testing.assert_close(out, over_whole_sequences(batch, *given).flatten(1), rtol=0, atol=1e-6)
+    apart = types.SimpleNamespace(row=RowAttention(batch.row.own))
+    for packing in (apart, None):
+        said = attention.forward(*given, None, attn_mask_type="causal", packed_seq_params=packing)
+        assert said == f"{len(given[0])} tokens, {{'attn_mask_type': 'causal'}}"
+    assert sharing(AnyAttention)(config, 1)._scale == 8**-0.5
+
+
+def checked_at_the_start(path: str, wrong: bool) -> tuple[dict[str, float], str]:
+    """The differences that a run's start finds, and why it refuses. wrong: the merge gets a constant weight."""
+    from nemo_aapo.errors import ConfigError
+    from nemo_aapo.learner.sharing_check import check_shared_prompts, shared_prompt_differences
+    from tests.policies import make_policy
+    from tests.tiny_models import make_config
+
+    module = make_policy(make_config(path), trains=False).module
+    if not wrong:
+        check_shared_prompts(module)
+        return shared_prompt_differences(module), ""
+    with mock.patch.object(torch, "sigmoid", torch.zeros_like), pytest.raises(ConfigError) as refused:
+        check_shared_prompts(module)
+    return {}, str(refused.value)
+
+
+@pytest.mark.exact
+def test_a_run_starts_only_where_attention_over_shared_prompts_is_that_over_whole_sequences(ranks, tiny_models):
+    [(differences, _)] = ranks.run(checked_at_the_start, tiny_models["qwen2"], False)
+    assert max(differences.values()) < 1e-6
+    [(_, said)] = ranks.run(checked_at_the_start, tiny_models["qwen2"], True)
+    assert "is not that over whole sequences" in said
+    assert "model.share_prompts=true" in said
 
 
 def test_the_rows_example_says_what_it_says():

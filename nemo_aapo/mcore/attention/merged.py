@@ -79,6 +79,7 @@ class _RowAttention(torch.autograd.Function):
         out, lse = kernels.forward(q, k, v, row.own, scale)
         if row.shared is not None:
             at = row.shared.query_tokens
+            assert at is not None
             to_prompt, lse_prompt = kernels.forward(q, k, v, row.shared, scale)
             to_own, lse_own = out.index_select(0, at), lse.index_select(1, at)
             share = torch.sigmoid(lse_prompt - lse_own).t().unsqueeze(-1)

@@ -55,10 +55,11 @@ class Spans:
     @classmethod
     def between(cls, queries: np.ndarray, keys: np.ndarray, device: torch.device) -> Spans:
         """Of the tokens from queries[i, 0] up to queries[i, 1], which see those from keys[i, 0] up to keys[i, 1]."""
-        lengths = [np.diff(pairs)[:, 0] for pairs in (queries, keys)]
-        bounds = [torch.from_numpy(np.cumsum([0, *n], dtype=np.int32)).to(device) for n in lengths]
-        tokens = [np.concatenate([np.arange(*pair) for pair in pairs]) for pairs in (queries, keys)]
-        return cls(*bounds, *(int(n.max()) for n in lengths), *(torch.from_numpy(t).to(device) for t in tokens))
+        q_lengths, k_lengths = (np.diff(pairs)[:, 0] for pairs in (queries, keys))
+        q_bounds, k_bounds = (torch.from_numpy(np.cumsum([0, *n], dtype=np.int32)) for n in (q_lengths, k_lengths))
+        q, k = (torch.from_numpy(np.concatenate([np.arange(*p) for p in pairs])) for pairs in (queries, keys))
+        on_device = [x.to(device) for x in (q_bounds, k_bounds, q, k)]
+        return cls(*on_device[:2], int(q_lengths.max()), int(k_lengths.max()), *on_device[2:])
 
     @property
     def is_causal(self) -> bool:
@@ -83,13 +84,14 @@ class Spans:
             beyond, mask = torch.from_numpy(rows[1][1]), None
             if not self.is_causal and beyond.any():  # a causal span's padding stands behind all that see it
                 mask = torch.zeros(beyond.shape).masked_fill_(beyond, -torch.inf)[:, None, None]
-            tokens = [torch.from_numpy(tokens) for tokens, _ in rows]
-            queries, keys = (t if of is None else of[t] for t, of in zip(tokens, of_row, strict=True))
+            held = (torch.from_numpy(tokens) for tokens, _ in rows)
+            queries, keys = (t if of is None else of[t] for t, of in zip(held, of_row, strict=True))
             batches.append(Batch(queries, keys, torch.from_numpy(np.flatnonzero(rows[0][1])), mask))
         in_order = [
             len(place) == count and (np.diff(place) > 0).all() for place, count in zip(places, done, strict=True)
         ]
-        return batches, *(None if same else torch.from_numpy(p) for same, p in zip(in_order, places, strict=True))
+        q, k = (None if same else torch.from_numpy(place) for same, place in zip(in_order, places, strict=True))
+        return batches, q, k
 
 
 @dataclass(frozen=True, eq=False)
