@@ -31,8 +31,6 @@ class MicroBatch:
     cu_seqlens: torch.Tensor | None
     """int32 [sequences + 1], where each whole sequence of the one row starts among all of them, and where the last one
     ends. None: there are padded rows."""
-    row: RowAttention | None
-    """What the tokens of the one row attend to. None: there are padded rows."""
     longest: int
     """Tokens that the longest sequence has."""
     positions: torch.Tensor
@@ -47,6 +45,8 @@ class MicroBatch:
     """float32 [n], the token's share of the loss: 1 / (global denominator)."""
     rollout_logprobs: torch.Tensor
     """float32 [n], the rollout engine's log-probs of the tokens."""
+    row: RowAttention | None = None
+    """What the tokens of the one row attend to. None: there are padded rows."""
     versions: tuple[int, ...] = ()
     """Optimizer steps that the policy had taken which sampled each sequence."""
     expand: torch.Tensor | None = None
@@ -71,7 +71,7 @@ class MicroBatch:
         """The sequence int64 [s] as one row, none of whose tokens are scored: for its hidden states alone."""
         no_tokens, nothing = ids.new_empty(0), torch.empty(0, device=ids.device)
         positions = torch.arange(len(ids), device=ids.device)[None]
-        return cls(ids[None], positions, None, None, len(ids), no_tokens, no_tokens, (0,), nothing, nothing, nothing)
+        return cls(ids[None], positions, None, len(ids), no_tokens, no_tokens, (0,), nothing, nothing, nothing)
 
     def part(self, rank: int) -> MicroBatch:
         """What a context-parallel rank computes: its tokens of the row, and those of the n that they predict."""

@@ -58,8 +58,8 @@ class Spans:
         q_lengths, k_lengths = (np.diff(pairs)[:, 0] for pairs in (queries, keys))
         q_bounds, k_bounds = (torch.from_numpy(np.cumsum([0, *n], dtype=np.int32)) for n in (q_lengths, k_lengths))
         q, k = (torch.from_numpy(np.concatenate([np.arange(*p) for p in pairs])) for pairs in (queries, keys))
-        on_device = [x.to(device) for x in (q_bounds, k_bounds, q, k)]
-        return cls(*on_device[:2], int(q_lengths.max()), int(k_lengths.max()), *on_device[2:])
+        longest = int(q_lengths.max()), int(k_lengths.max())
+        return cls(q_bounds.to(device), k_bounds.to(device), *longest, q.to(device), k.to(device))
 
     @property
     def is_causal(self) -> bool:
