@@ -69,7 +69,7 @@ def derive(config: Config, shape: ModelShape, world_size: int) -> Sizes:
     """
     tp, pp = config.model.tensor_model_parallel_size, config.model.pipeline_model_parallel_size
     cp, ep = config.model.context_parallel_size, config.model.expert_model_parallel_size
-    if problem := undivided(shape, tp, pp, ep) or _experts_problem(config, shape):
+    if problem := undivided(shape, tp, pp, ep) or _experts_problem(config, shape) or _adapters_problem(config, shape):
         raise ConfigError(f"model.{problem}")
     check_widths(config, _widths(shape, tp))
     edges = config.precision.num_layers_at_start_in_bf16, config.precision.num_layers_at_end_in_bf16
@@ -232,6 +232,18 @@ def _experts_problem(config: Config, shape: ModelShape) -> str | None:
         return (
             f"lora.target_modules={list(model.lora.target_modules)}: {', '.join(adapted)} are experts here, and "
             "adapters on experts depend on the layout (Megatron-Bridge 0.3.1). Use [linear_qkv, linear_proj]"
+        )
+    return None
+
+
+def _adapters_problem(config: Config, shape: ModelShape) -> str | None:
+    """Why adapters where they are asked for would not be those of ``peft``; None: they are, or there are none."""
+    lora = config.model.lora
+    normed = sorted({"linear_proj", "linear_fc2"} & set(lora.target_modules)) if lora else []
+    if lora and normed and shape.architecture == "Gemma3ForCausalLM":
+        return (
+            f"lora.target_modules={list(lora.target_modules)}: {', '.join(normed)} of Gemma 3 are followed by a norm, "
+            "and Megatron-Bridge adds an adapter after it. Use [linear_qkv, linear_fc1]"
         )
     return None
 

@@ -88,7 +88,9 @@ def expected_tensors(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     }
     if shape.architecture == "Qwen2ForCausalLM":
         layer |= {f"self_attn.{name}_proj.bias": (size,) for name, size in (("q", query), ("k", key), ("v", key))}
-    if shape.architecture in ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM"):
+    if shape.architecture == "Gemma3ForCausalLM":
+        layer |= {f"{place}_feedforward_layernorm.weight": (hidden,) for place in ("pre", "post")}
+    if shape.architecture in ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "Gemma3ForCausalLM"):
         layer |= {f"self_attn.{name}_norm.weight": (shape.head_size,) for name in ("q", "k")}
     return {
         EMBEDDING: (shape.vocab_size, hidden),

@@ -166,6 +166,9 @@ def _install_patches() -> None:
     from nemo_aapo.mcore.cpu import fake_torch
 
     replaced.check(replaced.OF_BRIDGE)
+    from megatron.bridge.models.conversion.param_mapping import AutoMapping
+
+    AutoMapping.register_module_type("RowParallelThenNorm", "row")  # of mcore/cpu/layers.py
     line.mend_bridge()
     if not torch.cuda.is_available():
         fake_torch.give(MODULES_WITH_CUDA)
