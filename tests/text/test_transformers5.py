@@ -32,7 +32,7 @@ def written(tiny_models, tmp_path):
         edit(old / "config.json", rope_theta=theta, rope_scaling=scaling)
         rope = {**(scaling or {"rope_type": "default"}), "rope_theta": theta}
         edit(new / "config.json", ("rope_theta", "rope_scaling"), rope_parameters=rope, transformers_version="5.24.0")
-        (new / "special_tokens_map.json").unlink()
+        (new / "special_tokens_map.json").unlink(missing_ok=True)
         extra = {"extra_special_tokens": ["a", "<eos>"], "backend": "tokenizers", "is_local": True}
         edit(old / "tokenizer_config.json", additional_special_tokens=["a", "<eos>"])
         edit(old / "special_tokens_map.json", additional_special_tokens=["a", "<eos>"])

@@ -253,14 +253,15 @@ def _layer_weights(
         return of_norm(getattr(getattr(base_layer(part(name)), "post_layernorm", None), "weight", None))
 
     qkv, mlp = base_layer(part("self_attention.linear_qkv")), part("mlp")
+    attention: Any = part("self_attention")
     experts = local_experts(mlp) if hasattr(mlp, "router") else None
     after_mlp_norm = mlp if experts else base_layer(part("mlp.linear_fc1"))
     return _Layer(
         attention_norm=gain(_norm_weight(qkv, part("input_layernorm"))),
         qkv=convert(merged_weight(part("self_attention.linear_qkv"))),
         qkv_bias=_bias(qkv),
-        query_norm=of_norm(getattr(part("self_attention.q_layernorm"), "weight", None)),
-        key_norm=of_norm(getattr(part("self_attention.k_layernorm"), "weight", None)),
+        query_norm=of_norm(getattr(attention.q_layernorm, "weight", None)),
+        key_norm=of_norm(getattr(attention.k_layernorm, "weight", None)),
         projection=convert(merged_weight(part("self_attention.linear_proj"))),
         attention_post_norm=post_norm("self_attention.linear_proj"),
         mlp_norm=gain(_norm_weight(after_mlp_norm, part("pre_mlp_layernorm"))),

@@ -23,7 +23,7 @@ from nemo_aapo.mcore.bridge.loader import auto_bridge_class
 from nemo_aapo.models import writer as hf_directory
 from nemo_aapo.models.directory import first_architecture, read_config_json, shape_of
 from nemo_aapo.models.reader import WeightFiles
-from nemo_aapo.models.weights import own_tensors
+from nemo_aapo.models.weights import expected_tensors, own_tensors
 from nemo_aapo.text import transformers5
 from nemo_aapo.utils.files import whole_directory
 from nemo_aapo.utils.safetensors import has_weights, tensor_headers
@@ -48,11 +48,12 @@ class WeightMap:
         self.auto_bridge = auto_bridge_class(architecture).from_hf_pretrained(path, torch_dtype=dtype)
         pretrained = self.auto_bridge.hf_pretrained
         pretrained.config = transformers5.translated_config(Path(path), config)
+        shape = shape_of(config)
         if has_weights(Path(path)):
-            own = own_tensors(tensor_headers(Path(path)), shape_of(config))
-            pretrained._state_dict_accessor = _state(WeightFiles(Path(path), own))
-        else:
-            _name_tensors_by_architecture(pretrained)
+            tensors = WeightFiles(Path(path), own_tensors(tensor_headers(Path(path)), shape))
+        else:  # the Bridge orders its work by their names
+            tensors = {name: torch.empty(size, device="meta") for name, size in expected_tensors(shape).items()}
+        pretrained._state_dict_accessor = _state(tensors)
 
     def provider(self) -> Any:
         """Megatron-Bridge's GPTModelProvider for the architecture, without weights."""
@@ -145,14 +146,3 @@ def _until(stop: Callable[[], bool], tensors: Iterator[tuple[str, torch.Tensor]]
         if number % TENSORS_BETWEEN_QUESTIONS == 0 and parallel.any_rank(stop())[0]:
             raise Interrupted
         yield named
-
-
-def _name_tensors_by_architecture(pretrained: Any) -> None:
-    """The Bridge orders its work by the names in the weight files; without these, by those that transformers uses."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        state = AutoModelForCausalLM.from_config(pretrained.config).state_dict()
-    if pretrained.config.tie_word_embeddings:
-        state.pop("lm_head.weight", None)
-    pretrained._state_dict_accessor = _state(state)

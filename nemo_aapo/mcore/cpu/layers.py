@@ -10,7 +10,6 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel.layers import RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention
-from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -29,7 +28,7 @@ def local_layer_spec(config: Any) -> TransformerBlockSubmodules:
     layer.submodules.pre_mlp_layernorm = TorchNorm
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = LocalAttention
-    if attention.q_layernorm is not IdentityOp:
+    if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = TorchNorm
     layers = [layer] * get_num_layers_to_build(config, vp_stage=None, pp_rank=None)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=TorchNorm)
