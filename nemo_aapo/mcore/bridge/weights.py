@@ -49,6 +49,7 @@ class WeightMap:
         pretrained = self.auto_bridge.hf_pretrained
         pretrained.config = transformers5.translated_config(Path(path), config)
         shape = shape_of(config)
+        tensors: Mapping[str, torch.Tensor]
         if has_weights(Path(path)):
             tensors = WeightFiles(Path(path), own_tensors(tensor_headers(Path(path)), shape))
         else:  # the Bridge orders its work by their names

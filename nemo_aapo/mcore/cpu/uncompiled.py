@@ -59,11 +59,12 @@ class _Loader(importlib.abc.Loader):
         if torch.cuda.is_available():
             self._loader.exec_module(module)
             return
-        compiling, torch.compile = torch.compile, _uncompiled
+        compiling = torch.compile
+        vars(torch)["compile"] = _uncompiled
         try:
             self._loader.exec_module(module)
         finally:
-            torch.compile = compiling
+            vars(torch)["compile"] = compiling
         if module.__name__ == SWITCH:
             module.disable_jit_fuser()
 
