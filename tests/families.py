@@ -45,7 +45,19 @@ def _gemma3() -> Any:
     return Gemma3TextConfig(**SIZES, **rope, head_dim=32, sliding_window=6, layer_types=kinds, query_pre_attn_scalar=20)
 
 
-FAMILIES = {"mistral": Family(_mistral), "gemma": Family(_gemma, norms=0.0), "gemma3": Family(_gemma3, norms=0.0)}
+def _olmoe() -> Any:
+    from transformers import OlmoeConfig
+
+    sizes = {**SIZES, "intermediate_size": 32, "num_key_value_heads": 2}
+    return OlmoeConfig(**sizes, num_experts=8, num_experts_per_tok=2, tie_word_embeddings=False)
+
+
+FAMILIES = {
+    "mistral": Family(_mistral),
+    "gemma": Family(_gemma, norms=0.0),
+    "gemma3": Family(_gemma3, norms=0.0),
+    "olmoe": Family(_olmoe, layouts=("EP2", "PP2", "CP2")),
+}
 
 
 def make_family(name: str, folder: Path) -> Path:

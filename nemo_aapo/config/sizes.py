@@ -255,6 +255,11 @@ def undivided(
 
     An expert is whole on its rank, whatever the tensor-parallel size.
     """
+    if shape.architecture == "OlmoeForCausalLM" and tensor_parallel_size > 1:
+        return (
+            f"tensor_model_parallel_size={tensor_parallel_size}: OLMoE's norms of query and key are of all heads, "
+            "which stay on one rank. Cut its experts instead (expert_model_parallel_size)"
+        )
     if shape.experts is None:
         if expert_parallel_size > 1:
             return f"expert_model_parallel_size={expert_parallel_size}: a {shape.architecture} has no experts"

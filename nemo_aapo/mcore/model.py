@@ -54,7 +54,7 @@ def build_stage(weight_map: WeightMap, fields: Mapping[str, Any]) -> GPTModel:
         ConfigError: as ``build_module``.
     """
     provider = weight_map.provider()
-    if provider.post_norms and device().type == "cuda":
+    if (provider.post_norms or provider.norms_over_heads) and device().type == "cuda":
         raise ConfigError(f"{weight_map.path}: {CPU_ONLY}")
     fields = {
         **fields,

@@ -20,10 +20,11 @@ ARCHITECTURES = (
     "MistralForCausalLM",
     "GemmaForCausalLM",
     "Gemma3ForCausalLM",
+    "OlmoeForCausalLM",
 )
 """Architectures that can be trained; ``models/families.py`` has those that are only converted."""
 
-LOCAL_LAYERS_ONLY = ("Gemma3ForCausalLM",)
+LOCAL_LAYERS_ONLY = ("Gemma3ForCausalLM", "OlmoeForCausalLM")
 """Architectures whose layers are built of mcore's own parts here, which run without a GPU."""
 
 CPU_ONLY = (
@@ -46,6 +47,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 8,
         "moe_intermediate_size": 768,
     },
+    "OlmoeForCausalLM": {"num_experts": 64, "num_experts_per_tok": 8},
     "MistralForCausalLM": {"num_key_value_heads": 8},
     "GemmaForCausalLM": {"num_key_value_heads": 16, "head_dim": 256, "tie_word_embeddings": True},
     "Gemma3ForCausalLM": {"num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True},
@@ -67,8 +69,6 @@ NO_EXPERT_SETTINGS: dict[str, tuple[tuple[Any, ...], str]] = {
 REFUSED = {
     "Gemma2ForCausalLM": "Megatron-Bridge 0.3.1 builds its layers of TransformerEngine classes only "
     "(TERowParallelLinearLayerNorm), which do not exist on a CPU",
-    "OlmoeForCausalLM": "its norms of query and key span all heads, which the in-process engine does not decode; and "
-    "Megatron-Bridge 0.3.1 builds its layers of TransformerEngine classes only",
     "MixtralForCausalLM": "Megatron-Bridge 0.3.1 has no map for its weights",
     "Qwen2MoeForCausalLM": _SHARED,
     "DeepseekV2ForCausalLM": f"latent attention is not decoded here, and {_SHARED}",
@@ -166,8 +166,10 @@ def _gemma_problem(config: dict[str, Any]) -> str | None:
 
 
 def _experts_problem(config: dict[str, Any]) -> str | None:
-    if first_architecture(config) != "Qwen3MoeForCausalLM":
+    if first_architecture(config) not in ("Qwen3MoeForCausalLM", "OlmoeForCausalLM"):
         return None
+    if config.get("clip_qkv") is not None:
+        return f"clip_qkv={config['clip_qkv']!r} gets lost in the weight map: the Megatron model would differ"
     for key, (computed, reason) in NO_EXPERT_SETTINGS.items():
         if config.get(key) not in (None, *computed):
             return f"{key}={config[key]!r}: {reason}; the Megatron model would differ"
@@ -204,7 +206,7 @@ def _experts_of(config: dict[str, Any]) -> Experts:
     return Experts(
         count=_size(config, "num_experts"),
         per_token=_size(config, "num_experts_per_tok"),
-        ffn_hidden_size=_size(config, "moe_intermediate_size"),
+        ffn_hidden_size=_size(config, "moe_intermediate_size", config.get("intermediate_size")),
     )
 
 

@@ -92,6 +92,9 @@ def expected_tensors(shape: ModelShape) -> dict[str, tuple[int, ...]]:
         layer |= {f"{place}_feedforward_layernorm.weight": (hidden,) for place in ("pre", "post")}
     if shape.architecture in ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "Gemma3ForCausalLM"):
         layer |= {f"self_attn.{name}_norm.weight": (shape.head_size,) for name in ("q", "k")}
+    if shape.architecture == "OlmoeForCausalLM":  # of all heads together
+        sizes = hidden, hidden // shape.num_attention_heads * shape.num_query_groups
+        layer |= {f"self_attn.{name}_norm.weight": (size,) for name, size in zip("qk", sizes, strict=True)}
     return {
         EMBEDDING: (shape.vocab_size, hidden),
         **{f"model.layers.{i}.{name}": size for i in range(shape.num_layers) for name, size in layer.items()},

@@ -70,12 +70,10 @@ def _of_all_layers(config: Mapping[str, Any]) -> Any:
     rope = config.get(ROPE)
     if config.get("model_type") != "gemma3_text" or not isinstance(rope, dict):
         return rope
-    kinds = rope.get("full_attention"), rope.get("sliding_attention")
-    if set(rope) != {"full_attention", "sliding_attention"} or not all(isinstance(kind, dict) for kind in kinds):
+    whole, local = rope.get("full_attention"), rope.get("sliding_attention")
+    if len(rope) > 2 or not isinstance(whole, dict) or not isinstance(local, dict) or rope_type(local) != "default":
         return rope
-    if rope_type(kinds[1]) != "default":
-        return rope
-    return {**kinds[0], "rope_local_base_freq": kinds[1].get("rope_theta")}
+    return {**whole, "rope_local_base_freq": local.get("rope_theta")}
 
 
 def rope_type(scaling: Mapping[str, Any]) -> str:

@@ -111,5 +111,5 @@ def test_what_is_not_on_the_list_is_refused_but_shown():
     assert lines["LlamaForCausalLM"].endswith("trains and converts")
     assert lines["MistralForCausalLM"].endswith(" trains and converts")
     assert "TransformerEngine" in lines["Gemma2ForCausalLM"]
-    assert "norms of query and key span all heads" in lines["OlmoeForCausalLM"]
+    assert lines["OlmoeForCausalLM"].endswith(" trains and converts")
     assert "not tested here, refused" in lines["NemotronForCausalLM"]

@@ -9,14 +9,13 @@ and leaves everything else alone.
 Where the learner computes in FP8, rollouts are in bf16 all the same: FP8 kernels want row counts that a decoding step
 doesn't have. The parity gate measures how far that moves the log-probs.
 
-``Decoder`` knows one kind of layer, that of Qwen2, Qwen2.5, Qwen3 and Llama, its feed-forward part dense or a choice of
-experts as in Qwen3-MoE (``experts/``), and refuses others by name.
+``Decoder`` knows one kind of layer: RMSNorms, rotary attention with windows or without, a gated feed-forward part or a
+choice of experts (``experts/``), norms of what is added where there are any. It refuses others by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -30,8 +29,7 @@ from nemo_aapo.engines.megatron.experts.lockstep import Lockstep
 from nemo_aapo.engines.megatron.kv_cache import Attention, KVCache
 from nemo_aapo.engines.megatron.matmul import add_linear_, linear, pack_weight
 from nemo_aapo.mcore.bridge import families
-from nemo_aapo.mcore.bridge.lora import base_layer, merged_weight
-from nemo_aapo.mcore.experts.weights import LocalExperts, local_experts
+from nemo_aapo.mcore.bridge.layer_weights import layer_weights
 from nemo_aapo.mcore.groups import gather_columns
 from nemo_aapo.mcore.model import GPTModel, output_weight
 
@@ -44,37 +42,6 @@ def geglu(gate_and_up: Tensor) -> Tensor:
 
 GATED = {"silu": swiglu, "gelu_pytorch_tanh": geglu}
 """What the feed-forward part makes of gate and up, by transformers' name of the activation."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    """This rank's part of one layer's weights: h hidden, f feed-forward units, s head size.
-
-    Projections may be packed (``matmul.pack_weight``).
-    """
-
-    attention_norm: Tensor
-    """[h]"""
-    qkv: Tensor
-    """[key-value heads * (queries per key + 2) * s, h]: for each key-value head its queries, its key, its value"""
-    qkv_bias: Tensor | None
-    query_norm: Tensor | None
-    """[s]"""
-    key_norm: Tensor | None
-    """[s]"""
-    projection: Tensor
-    """[h, heads * s]"""
-    attention_post_norm: Tensor | None
-    """[h], of what attention adds"""
-    mlp_norm: Tensor
-    """[h]"""
-    mlp_post_norm: Tensor | None
-    """[h], of what the feed-forward part adds"""
-    gate_and_up: Tensor | None
-    """[2 f, h]; None: ``experts`` are in its place."""
-    down: Tensor | None
-    """[h, f]"""
-    experts: LocalExperts | None
 
 
 class Decoder:
@@ -99,7 +66,7 @@ class Decoder:
         check_supported(model)
         self._model, self._config = model, model.config
         convert = pack_weight if pack else _as_it_is
-        self._layers = [_layer_weights(layer, convert, self._gain) for layer in model.decoder.layers]
+        self._layers = [layer_weights(layer, convert, self._gain) for layer in model.decoder.layers]
         self._gated = GATED[families.activation(self._config)]
         self._output = convert(output_weight(model)) if model.post_process else None
         attention = model.decoder.layers[0].self_attention
@@ -154,7 +121,8 @@ class Decoder:
             mixed = mixed.view(len(hidden), self.key_value_heads, -1, self.head_size)
             if layer.query_norm is not None and layer.key_norm is not None:
                 query, key, value = mixed.split((self.queries_per_key, 1, 1), dim=2)
-                mixed = torch.cat((self._norm(query, layer.query_norm), self._norm(key, layer.key_norm), value), dim=2)
+                query, key = self._norm_heads(query, layer.query_norm), self._norm_heads(key, layer.key_norm)
+                mixed = torch.cat((query, key, value), dim=2)
             context = cache.attend(index, mixed)
             if self._is_last(index) and cache.logits_at is not None:
                 # After the last attention only the tokens whose logits are wanted are read any more.
@@ -213,6 +181,12 @@ class Decoder:
             return _rms_norm(x, weight, self._root_epsilon)
         return F.rms_norm(x, weight.shape, weight, self._config.layernorm_epsilon)
 
+    def _norm_heads(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Queries or keys [T, key-value heads, n, head size], each head normalised, or those of a token together."""
+        if len(weight) == self.head_size:
+            return self._norm(x, weight)
+        return self._norm(x.reshape(len(x), -1), weight).view(x.shape)
+
     def _gain(self, weight: Tensor) -> Tensor:
         """What a norm multiplies by; Gemma's weights are the difference to 1."""
         return 1 + weight if self._config.layernorm_zero_centered_gamma else weight
@@ -238,50 +212,6 @@ def _rms_norm(x: Tensor, weight: Tensor, root_epsilon: Tensor) -> Tensor:
 
 def _as_it_is(weight: Tensor) -> Tensor:
     return weight
-
-
-def _layer_weights(
-    layer: torch.nn.Module, convert: Callable[[Tensor], Tensor], gain: Callable[[Tensor], Tensor]
-) -> _Layer:
-    """References to the weights of an mcore TransformerLayer, after ``convert`` and ``gain``."""
-    part = layer.get_submodule
-
-    def of_norm(weight: Tensor | None) -> Tensor | None:
-        return None if weight is None else gain(weight)
-
-    def post_norm(name: str) -> Tensor | None:
-        return of_norm(getattr(getattr(base_layer(part(name)), "post_layernorm", None), "weight", None))
-
-    qkv, mlp = base_layer(part("self_attention.linear_qkv")), part("mlp")
-    attention: Any = part("self_attention")
-    experts = local_experts(mlp) if hasattr(mlp, "router") else None
-    after_mlp_norm = mlp if experts else base_layer(part("mlp.linear_fc1"))
-    return _Layer(
-        attention_norm=gain(_norm_weight(qkv, part("input_layernorm"))),
-        qkv=convert(merged_weight(part("self_attention.linear_qkv"))),
-        qkv_bias=_bias(qkv),
-        query_norm=of_norm(getattr(attention.q_layernorm, "weight", None)),
-        key_norm=of_norm(getattr(attention.k_layernorm, "weight", None)),
-        projection=convert(merged_weight(part("self_attention.linear_proj"))),
-        attention_post_norm=post_norm("self_attention.linear_proj"),
-        mlp_norm=gain(_norm_weight(after_mlp_norm, part("pre_mlp_layernorm"))),
-        mlp_post_norm=None if experts else post_norm("mlp.linear_fc2"),
-        gate_and_up=None if experts else convert(merged_weight(part("mlp.linear_fc1"))),
-        down=None if experts else convert(merged_weight(part("mlp.linear_fc2"))),
-        experts=experts,
-    )
-
-
-def _norm_weight(linear: torch.nn.Module, norm: torch.nn.Module) -> Tensor:
-    """The weight of the norm before a projection; TransformerEngine keeps it in the projection itself."""
-    fused = getattr(linear, "layer_norm_weight", None)
-    return norm.get_parameter("weight") if fused is None else fused
-
-
-def _bias(linear: torch.nn.Module) -> Tensor | None:
-    """The layer's bias; None where it has none, which TransformerEngine marks by an empty tensor."""
-    bias = getattr(linear, "bias", None)
-    return bias if bias is not None and bias.numel() else None
 
 
 def check_supported(model: GPTModel) -> None:

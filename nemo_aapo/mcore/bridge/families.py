@@ -31,6 +31,7 @@ def adapt(provider: Any, config: Any) -> None:
         provider.qk_layernorm = True
     provider.embedding_scale = config.hidden_size**0.5 if family.startswith("Gemma") else 1.0
     provider.post_norms = provider.two_rotary_bases = is_gemma3
+    provider.norms_over_heads = family == "OlmoeForCausalLM"
 
 
 ACTIVATIONS = {F.silu: "silu", fast_gelu: "gelu_pytorch_tanh"}

@@ -55,6 +55,10 @@ def add_parts(module: GPTModel) -> None:
     for layer in module.decoder.layers:
         if config.two_rotary_bases:
             layer.self_attention.__class__ = TwoBasesAttention
+        if config.norms_over_heads:
+            size, epsilon = config.kv_channels, config.layernorm_epsilon
+            layer.self_attention.q_layernorm = NormOverHeads(size * config.num_attention_heads, eps=epsilon)
+            layer.self_attention.k_layernorm = NormOverHeads(size * config.num_query_groups, eps=epsilon)
         for linear in (layer.self_attention.linear_proj, layer.mlp.linear_fc2) if config.post_norms else ():
             linear.post_layernorm = TorchNorm(config, config.hidden_size, config.layernorm_epsilon)
             linear.__class__ = RowParallelThenNorm
@@ -117,6 +121,13 @@ class LocalRMSNorm(torch.nn.RMSNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, self.weight, self.eps)
+
+
+class NormOverHeads(LocalRMSNorm):
+    """OLMoE's, of all heads of a token together: x [..., heads, size], the weight [heads * size]."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.flatten(-2)).view_as(x)
 
 
 class ZeroCenteredRMSNorm(LocalRMSNorm):
