@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,10 @@ class Family:
     """transformers' configuration of a tiny model."""
     layouts: tuple[str, ...] = ("TP2", "PP2", "CP2")
     """Of ``LAYOUTS`` in the test, those that it is trained and sampled on."""
+    decoded: bool = True
+    """Whether the megatron engine's decoder knows it."""
     norms: float = 1.0
     """Mean of the norms' weights."""
-    settings: dict[str, Any] = field(default_factory=dict)
-    """Of training, beside the defaults."""
 
 
 def _mistral() -> Any:
@@ -52,11 +52,18 @@ def _olmoe() -> Any:
     return OlmoeConfig(**sizes, num_experts=8, num_experts_per_tok=2, tie_word_embeddings=False)
 
 
+def _nemotron() -> Any:
+    from transformers import NemotronConfig
+
+    return NemotronConfig(**SIZES, head_dim=16, partial_rotary_factor=0.5, norm_eps=1e-5, tie_word_embeddings=False)
+
+
 FAMILIES = {
     "mistral": Family(_mistral),
     "gemma": Family(_gemma, norms=0.0),
     "gemma3": Family(_gemma3, norms=0.0),
     "olmoe": Family(_olmoe, layouts=("EP2", "PP2", "CP2")),
+    "nemotron": Family(_nemotron, norms=0.0, decoded=False),
 }
 
 

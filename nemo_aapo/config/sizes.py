@@ -41,6 +41,8 @@ class ModelShape:
     max_position_embeddings: int
     experts: Experts | None = None
     """None: every feed-forward layer is dense, of ``ffn_hidden_size`` units. Otherwise no layer is."""
+    not_decoded: str | None = None
+    """What of its layers the megatron engine's decoder does not know; None: it knows all."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,8 @@ def derive(config: Config, shape: ModelShape, world_size: int) -> Sizes:
             f"rollout.engine=trtllm cuts each layer over the {tp} x {pp} GPUs of a model-parallel group, which do not "
             f"divide the model's {shape.num_attention_heads} attention heads"
         )
+    if config.rollout.engine in ("megatron", "remote"):
+        require_decoded(config, shape)
     if config.rollout.engine == "plain" and (cp > 1 or ep > tp):
         raise ConfigError(
             f"rollout.engine=plain with model.context_parallel_size={cp}, model.expert_model_parallel_size={ep} and "
@@ -136,6 +140,23 @@ def derive(config: Config, shape: ModelShape, world_size: int) -> Sizes:
             f"{longest} tokens; a micro-batch holds at least {config.max_tokens_per_microbatch // longest} such",
         ),
     )
+
+
+def require_decoded(config: Config, shape: ModelShape) -> None:
+    """Refuse a model that Megatron's engine does not decode, where that is the engine, here or on servers.
+
+    Raises:
+        ConfigError: names what it does not know, and the engine that does without.
+    """
+    if config.rollout.engine == "remote":
+        setting, engine = "rollout.server.engine", config.rollout.server.engine
+    else:
+        setting, engine = "rollout.engine", config.rollout.engine
+    if engine == "megatron" and shape.not_decoded:
+        raise ConfigError(
+            f"{setting}=megatron does not decode {shape.not_decoded}, which a {shape.architecture} has. Use "
+            "rollout.engine=plain, which samples whatever trains, slowly"
+        )
 
 
 def with_routes_decided(config: Config, shape: ModelShape) -> Config:

@@ -21,8 +21,14 @@ ARCHITECTURES = (
     "GemmaForCausalLM",
     "Gemma3ForCausalLM",
     "OlmoeForCausalLM",
+    "NemotronForCausalLM",
 )
 """Architectures that can be trained; ``models/families.py`` has those that are only converted."""
+
+NOT_DECODED = {
+    "NemotronForCausalLM": "LayerNorms with biases and a feed-forward part without a gate (squared ReLU)",
+}
+"""Architectures that the megatron engine's decoder does not know, with what of them; the plain engine samples them."""
 
 LOCAL_LAYERS_ONLY = ("Gemma3ForCausalLM", "OlmoeForCausalLM")
 """Architectures whose layers are built of mcore's own parts here, which run without a GPU."""
@@ -121,7 +127,7 @@ def twin_problem(config: dict[str, Any]) -> str | None:
 
 
 def _rope_problem(config: dict[str, Any]) -> str | None:
-    if config.get("partial_rotary_factor") not in (None, 1):
+    if config.get("partial_rotary_factor") not in (None, 1) and "NemotronForCausalLM" not in config["architectures"]:
         return "partial_rotary_factor gets lost in Megatron-Bridge 0.3.1: the Megatron model would differ"
     scaling = config.get("rope_scaling")
     if not scaling:
@@ -199,6 +205,7 @@ def shape_of(config: dict[str, Any]) -> ModelShape:
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
         max_position_embeddings=_size(config, "max_position_embeddings", 2**31),
         experts=_experts_of(config) if config.get("num_experts") else None,
+        not_decoded=NOT_DECODED.get(architecture),
     )
 
 

@@ -55,6 +55,8 @@ def prepare_server(words: Words) -> ServerJob:
     config = _decided(config, world, hosts_trtllm)
     shape = read_model_dir(config.model.path)
     check_server_layout(config.rollout.server, shape)
+    if not hosts_trtllm and shape.not_decoded:
+        raise ConfigError(f"rollout.server.engine=megatron does not decode {shape.not_decoded} of {config.model.path}")
     config = with_routes_decided(config, shape)
     check_tokenizer(Path(config.model.path), shape.vocab_size)
     check_packages([*servers_need(config), *(() if hosts_trtllm else MEGATRON)])

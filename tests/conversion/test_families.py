@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nemo_aapo.types import SamplingSpec
-from tests.engines.megatron.generation import VOCAB_SIZE
+from tests.engines.megatron.generation import VOCAB_SIZE, flat
 from tests.families import FAMILIES, make_family
 
 pytestmark = pytest.mark.exact
@@ -34,24 +34,24 @@ def prompts() -> list[np.ndarray]:
 def family(request, ranks, tmp_path_factory) -> tuple[str, Path, tuple]:
     """Its name, its model, and what one process learns and samples."""
     path = make_family(request.param, tmp_path_factory.mktemp("families"))
-    [alone] = ranks.run(learned_and_sampled, path, "alone", FAMILIES[request.param].settings)
+    [alone] = ranks.run(learned_and_sampled, path, "alone", FAMILIES[request.param].decoded)
     return request.param, path, alone
 
 
-def learned_and_sampled(path, layout, settings):
-    """On this rank: what is sampled and how the plain engine does it; metrics and weights after one update."""
+def learned_and_sampled(path, layout, decoded):
+    """On this rank: what the engines sample, alone both of them; metrics and weights after one update."""
     from nemo_aapo.engines.megatron.engine import MegatronEngine
     from nemo_aapo.engines.plain import PlainEngine
     from tests.learner.test_layouts import update
 
     tp, pp, ep, cp, _, more = LAYOUTS[layout]
-    settings = {**settings, **more, "model__expert_model_parallel_size": ep, "model__context_parallel_size": cp}
+    settings = {**more, "model__expert_model_parallel_size": ep, "model__context_parallel_size": cp}
     sampled = []
 
     def before(policy):
-        engines = [MegatronEngine(policy.module, VOCAB_SIZE, 5 * 37)]
-        if layout == "alone":
-            engines.append(PlainEngine(policy.module, VOCAB_SIZE, 5 * 37))
+        engines: list = [MegatronEngine(policy.module, VOCAB_SIZE, 5 * 37)] if decoded else []
+        if layout == "alone" or (cp == 1 and not decoded):
+            engines.append(PlainEngine(policy.module, VOCAB_SIZE, 5 * 37, multiple=tp))
         sampled.extend(engine.generate(prompts(), SPEC, SEEDS) for engine in engines)
 
     policy, metrics = update(path, tp, pp, 128, settings, before=before)
@@ -84,9 +84,9 @@ def test_what_is_sampled_is_what_transformers_says_and_the_plain_engine_draws(fa
 
     from tests.engines.megatron.test_engine import plain_logprobs
 
-    _, path, ((fast, plain), _, _) = family
+    _, path, (sampled, _, _) = family
     model = AutoModelForCausalLM.from_pretrained(path).eval()
-    for prompt, row, others in zip(prompts(), fast, plain, strict=True):
+    for prompt, row, others in zip(prompts(), sampled[0], sampled[-1], strict=True):
         for completion, other in zip(row, others, strict=True):
             assert completion.token_ids.tolist() == other.token_ids.tolist()
             expected = plain_logprobs(model, prompt, completion.token_ids, SPEC)
@@ -96,16 +96,14 @@ def test_what_is_sampled_is_what_transformers_says_and_the_plain_engine_draws(fa
 
 
 def test_every_layout_learns_and_samples_the_same(ranks, family):
-    name, path, ([alone, _], expected, weights) = family
+    name, path, (sampled, expected, weights) = family
+    alone = flat(sampled[0])
     for layout in FAMILIES[name].layouts:
         tp, pp, ep, cp, world, _ = LAYOUTS[layout]
-        settings = FAMILIES[name].settings
-        for [own], metrics, updated in ranks.run(
-            learned_and_sampled, path, layout, settings, world=world, tp=tp, pp=pp, ep=ep, cp=cp
+        for engines, metrics, updated in ranks.run(
+            learned_and_sampled, path, layout, FAMILIES[name].decoded, world=world, tp=tp, pp=pp, ep=ep, cp=cp
         ):
-            assert [c.token_ids.tolist() for row in own for c in row] == [
-                c.token_ids.tolist() for row in alone for c in row
-            ], layout
+            assert all(flat(own) == alone for own in engines), layout
             assert metrics["loss"] == pytest.approx(expected["loss"], rel=1e-6, abs=1e-7), layout
             assert metrics["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5), layout
             for key, tensor in updated.items():

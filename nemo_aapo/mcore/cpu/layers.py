@@ -107,7 +107,7 @@ class TorchNorm:
     ) -> torch.nn.Module:
         norms = {"RMSNorm": LocalRMSNorm, "LayerNorm": torch.nn.LayerNorm}
         if config.layernorm_zero_centered_gamma:
-            norms = {"RMSNorm": ZeroCenteredRMSNorm}
+            norms = {"RMSNorm": ZeroCenteredRMSNorm, "LayerNorm": ZeroCenteredLayerNorm}
         norm = norms[config.normalization](hidden_size, eps=eps)
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel
@@ -135,3 +135,10 @@ class ZeroCenteredRMSNorm(LocalRMSNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, 1.0 + self.weight, self.eps)
+
+
+class ZeroCenteredLayerNorm(torch.nn.LayerNorm):
+    """Nemotron's, which scales by 1 + weight."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x, self.normalized_shape, 1.0 + self.weight, self.bias, self.eps)
