@@ -55,7 +55,8 @@ def _olmoe() -> Any:
 def _nemotron() -> Any:
     from transformers import NemotronConfig
 
-    return NemotronConfig(**SIZES, head_dim=16, partial_rotary_factor=0.5, norm_eps=1e-5, tie_word_embeddings=False)
+    sizes = {key: value for key, value in SIZES.items() if key != "rms_norm_eps"}
+    return NemotronConfig(**sizes, head_dim=16, partial_rotary_factor=0.5, norm_eps=1e-5, tie_word_embeddings=False)
 
 
 FAMILIES = {
