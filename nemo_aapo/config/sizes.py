@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from nemo_aapo.config.precision import check_widths, pad_multiple
 from nemo_aapo.config.schema import Config
+from nemo_aapo.config.schema.rollout import Server
 from nemo_aapo.errors import ConfigError
 
 MAX_ROUTED_EXPERTS = 255
@@ -71,6 +72,10 @@ def derive(config: Config, shape: ModelShape, world_size: int) -> Sizes:
     """
     tp, pp = config.model.tensor_model_parallel_size, config.model.pipeline_model_parallel_size
     cp, ep = config.model.context_parallel_size, config.model.expert_model_parallel_size
+    if config.rollout.engine == "remote":
+        check_server_layout(config.rollout.server, shape)
+    if config.rollout.engine == "megatron":
+        _require_decoded("rollout.engine", shape)
     if problem := undivided(shape, tp, pp, ep) or _experts_problem(config, shape) or _adapters_problem(config, shape):
         raise ConfigError(f"model.{problem}")
     check_widths(config, _widths(shape, tp))
@@ -85,8 +90,6 @@ def derive(config: Config, shape: ModelShape, world_size: int) -> Sizes:
             f"rollout.engine=trtllm cuts each layer over the {tp} x {pp} GPUs of a model-parallel group, which do not "
             f"divide the model's {shape.num_attention_heads} attention heads"
         )
-    if config.rollout.engine in ("megatron", "remote"):
-        require_decoded(config, shape)
     if config.rollout.engine == "plain" and (cp > 1 or ep > tp):
         raise ConfigError(
             f"rollout.engine=plain with model.context_parallel_size={cp}, model.expert_model_parallel_size={ep} and "
@@ -142,17 +145,32 @@ def derive(config: Config, shape: ModelShape, world_size: int) -> Sizes:
     )
 
 
-def require_decoded(config: Config, shape: ModelShape) -> None:
-    """Refuse a model that Megatron's engine does not decode, where that is the engine, here or on servers.
+def check_server_layout(server: Server, shape: ModelShape) -> None:
+    """Refuse what a rollout server's model can't be cut into, or what it does not decode.
 
     Raises:
-        ConfigError: names what it does not know, and the engine that does without.
+        ConfigError: names the sizes that do not divide, or what of the model is not known.
     """
-    if config.rollout.engine == "remote":
-        setting, engine = "rollout.server.engine", config.rollout.server.engine
-    else:
-        setting, engine = "rollout.engine", config.rollout.engine
-    if engine == "megatron" and shape.not_decoded:
+    if server.engine == "megatron":
+        _require_decoded("rollout.server.engine", shape)
+    tp, pp, ep = server.tensor_parallel_size, server.pipeline_parallel_size, server.expert_parallel_size
+    if server.engine == "trtllm" and tp * pp * ep > 1:
+        raise ConfigError(
+            "rollout.server.tensor_parallel_size, pipeline_parallel_size and expert_parallel_size are those of "
+            "engine=megatron; rollout.trtllm.tensor_parallel_size says how many GPUs TensorRT-LLM takes"
+        )
+    if tp % ep:
+        raise ConfigError(
+            f"rollout.server.expert_parallel_size={ep}: the experts of a layer are shared by its tensor-parallel "
+            f"ranks, rollout.server.tensor_parallel_size={tp}, which it does not divide"
+        )
+    if problem := undivided(shape, tp, pp, ep):
+        raise ConfigError(f"rollout.server.{problem.replace('_model_parallel', '_parallel', 1)}")
+
+
+def _require_decoded(setting: str, shape: ModelShape) -> None:
+    """Refuse a model that Megatron's engine does not decode; ``setting`` names that engine."""
+    if shape.not_decoded:
         raise ConfigError(
             f"{setting}=megatron does not decode {shape.not_decoded}, which a {shape.architecture} has. Use "
             "rollout.engine=plain, which samples whatever trains, slowly"
