@@ -26,8 +26,8 @@ def check_shared_prompts(module: GPTModel) -> None:
     """
     if module.config.window_size:
         raise ConfigError(
-            "model.share_prompts=true: the model has a sliding window, which attention over shared prompts does not know "
-            "on a GPU; set it to false"
+            "model.share_prompts=true: the model has a sliding window, which attention over shared prompts does not "
+            "know on a GPU; set it to false"
         )
     try:
         differences = shared_prompt_differences(module)
