@@ -35,8 +35,8 @@ BRIDGE = Needed(
     "megatron.bridge",
     "megatron-bridge",
     "reading and writing weights",
-    f"pip install --no-deps megatron-bridge=={PINS['megatron-bridge']}, after the extra cpu or gpu: with its dependencies "
-    "pip would build packages that need CUDA's toolchain (docs/guide/install.md)",
+    f"pip install --no-deps megatron-bridge=={PINS['megatron-bridge']}, after the extra cpu or gpu: with its "
+    "dependencies pip would build packages that need CUDA's toolchain (docs/guide/install.md)",
 )
 CORE = Needed("megatron.core", "megatron-core", "training", f"pip install megatron-core=={PINS['megatron-core']}")
 MEGATRON = (CORE, BRIDGE)
