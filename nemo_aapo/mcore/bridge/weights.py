@@ -67,17 +67,21 @@ class WeightMap:
             provider.moe_router_pre_softmax = not self.auto_bridge.hf_pretrained.config.norm_topk_prob
         return provider
 
-    def load(self, model: torch.nn.Module, directory: str | os.PathLike | None = None) -> None:
+    def load(
+        self, model: torch.nn.Module, weights: str | os.PathLike | Mapping[str, torch.Tensor] | None = None
+    ) -> None:
         """Fill the Megatron model (this rank's part), tensor by tensor. Collective.
 
         Args:
-            directory: weights of the same architecture, and no other tensors; None: the model directory's own.
+            weights: a directory or tensors by name, of the same architecture, and no other tensors; None: the model
+                directory's own.
         """
         pretrained = self.auto_bridge.hf_pretrained
         own = pretrained._state_dict_accessor
         try:
-            if directory is not None:
-                pretrained._state_dict_accessor = _state(WeightFiles(Path(directory)))
+            if weights is not None:
+                tensors = weights if isinstance(weights, Mapping) else WeightFiles(Path(weights))
+                pretrained._state_dict_accessor = _state(tensors)
             with contextlib.redirect_stdout(io.StringIO()):  # the Bridge draws a bar of its own
                 self.auto_bridge.load_hf_weights([model])
         finally:
