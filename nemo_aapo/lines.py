@@ -58,7 +58,7 @@ NEWEST = Line(
         "transformers>=5.8,<=5.12.1; python_version >= '3.12'",  # as megatron-bridge asks
     ),
     requirements=("cpu.txt", "bridge.txt", "newest.txt"),
-    image_requirements=("newest_gpu.txt",),
+    image_requirements=("gpu.txt", "newest.txt"),
     transformer_engine=((2, 10), (3, 0)),  # neither says
     environment=".venv-newest",
 )
