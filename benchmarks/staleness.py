@@ -158,7 +158,7 @@ def picture(rows: Sequence[Row]) -> str:
     return svg(
         "A step by how far rollouts run ahead: paced servers, lengths with a long tail",
         [
-            panel(seconds, 64, 470, "seconds of a step", most, over=over, marks=4, legend="top right"),
+            panel(seconds, 64, 470, "seconds of a step", most, over=over, marks=4, legend="top left"),
             panel(speed, 566, WIDTH - 20, "times as fast as on policy", over=over, marks=4),
         ],
     )
