@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from nemo_aapo.mcore.attention.spans import RowAttention
+
 _PER_TOKEN = (
     "targets",
     "advantages",
@@ -53,6 +55,8 @@ class MicroBatch:
     """float32 [n], the rollout engine's log-probs of the tokens."""
     versions: torch.Tensor | None = None
     """int64 [n], optimizer steps that the policy had taken which sampled the tokens."""
+    row: RowAttention | None = None
+    """What the tokens of the one row attend to. None: there are padded rows."""
     expand: torch.Tensor | None = None
     """int64 [cu_seqlens[-1]], where in the row each token of the whole sequences stands. None: no prompt is shared, the
     row is those sequences."""
@@ -60,7 +64,8 @@ class MicroBatch:
     """int64 [s], a place in ``expand`` that holds each token of the row."""
     parts: torch.Tensor | None = None
     """int64 [ranks, s / ranks], the tokens of the one row that each context-parallel rank takes. None: it is not cut.
-    A rank's ``part`` keeps it, as it keeps ``cu_seqlens``, ``expand`` and ``contract``: attention sees the whole."""
+    A rank's ``part`` keeps it, as it keeps ``cu_seqlens``, ``row``, ``expand`` and ``contract``: attention sees the
+    whole."""
     old_logprobs: torch.Tensor | None = None
     """float32 [n], the learner's log-probs of the tokens before the first of several updates."""
     reference_logprobs: torch.Tensor | None = None

@@ -29,12 +29,14 @@ from nemo_aapo.data.sampler import PromptSampler
 from nemo_aapo.data.tokenizer import load_text
 from nemo_aapo.distributed import parallel
 from nemo_aapo.distributed.agreement import agree, on_first_rank
+from nemo_aapo.distributed.device import device
 from nemo_aapo.engines.base import BackgroundEngine, RolloutEngine
 from nemo_aapo.engines.build import build_engine
 from nemo_aapo.errors import CheckpointError, ConfigError
 from nemo_aapo.evaluation.validation import Validator
 from nemo_aapo.learner.learner import Learner
 from nemo_aapo.learner.policy import MegatronPolicy
+from nemo_aapo.learner.sharing_check import check_shared_prompts
 from nemo_aapo.mcore.groups import initialize_model_parallel
 from nemo_aapo.mcore.offload import LearnerOffload
 from nemo_aapo.prepare.algorithm import with_algorithm
@@ -243,6 +245,8 @@ def _build_replay(job: Job, reporter: Notes, data: PromptSet | None) -> Replay:
 def build_policy(job: Job, *, trains: bool) -> MegatronPolicy:
     """The policy with the base model's weights."""
     policy = MegatronPolicy(job.config, job.shape)
+    if job.config.model.share_prompts and device().type == "cuda":
+        agree(lambda: check_shared_prompts(policy.module))
     if trains:
         policy.prepare_training()
         if job.config.algorithm.compares_with_reference:
