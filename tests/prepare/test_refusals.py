@@ -178,6 +178,7 @@ CASES = [
     *(("doctor", [], *case) for case in TRAINING),
     *(("plan", ["model=Qwen2.5-7B"], *case) for case in TRAINING),
     ("plan", ["model=Qwen2.5-7B"], ["rollout.engine=plain"], "a plan knows engines that keep keys and values"),
+    ("plan", ["model=Qwen2.5-7B"], ["rollout.engine=remote", "rollout.refit=ipc"], "those of TensorRT-LLM only"),
     *(("fill", [], *case) for case in [*TRAINING, *FILL]),
     *(("serve", [], *case) for case in SERVE),
 ]
