@@ -96,6 +96,7 @@ class CollectiveRefit:
                 self.fleet.are_enough(self._expected)
                 break
             tried |= {server.instance for server, reason in zip(servers, reasons, strict=True) if reason}
+        self.sender.forget()
         return weights, sent
 
     def _send(self, servers: Sequence[ServerRecord], weights: Weights) -> list[str]:
