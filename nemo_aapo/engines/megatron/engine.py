@@ -27,6 +27,7 @@ from nemo_aapo.engines.megatron.experts.lockstep import Lockstep, decodes_in_ste
 from nemo_aapo.engines.megatron.experts.routes import RouteRecorder
 from nemo_aapo.engines.megatron.sampling import sample
 from nemo_aapo.engines.megatron.scheduler import Admission, Scheduler, capacity
+from nemo_aapo.engines.megatron.speculation import Feed, Speculation, plain
 from nemo_aapo.engines.megatron.stop_strings import StopStrings
 from nemo_aapo.mcore.model import GPTModel
 from nemo_aapo.trace import spans
@@ -44,6 +45,7 @@ class MegatronEngine:
         policy_version: int = 0,
         decode: Callable[[np.ndarray], str] | None = None,
         record_routes: bool = False,
+        speculation: bool = True,
     ) -> None:
         """
         Args:
@@ -53,6 +55,7 @@ class MegatronEngine:
             policy_version: optimizer steps behind the weights that the model holds now.
             decode: token ids -> text, the same on all ranks; only stop strings need it.
             record_routes: completions have the experts that each token was sent to; for a model with at most 255.
+            speculation: several tokens of a sequence in one pass where that is expected to pay; the same tokens.
 
         Raises:
             ValueError: a kind of model that the decoder doesn't know; names the settings in question. Routes of a
@@ -69,6 +72,7 @@ class MegatronEngine:
         self.policy_version = policy_version
         self.decode = decode
         self.record_routes = record_routes
+        self.speculation = speculation
         self.shares_weights = True
         self.stats: RolloutStats | None = None
         self.refit_bytes = 0
@@ -188,6 +192,12 @@ class _Batch:
         self._is_stop[list(sampling.stop_token_ids)] = True
         self._stop_strings = engine.stop_strings(sampling)
         self._routes = self._new_recorder() if engine.record_routes else None
+        self._speculation: Speculation | None = None
+        if engine.speculation and self.graphs is None:  # a graph feeds one token of each row
+            counts = [len(row) for row in seeds]
+            self._speculation = Speculation(
+                self.scheduler, prompts, counts, sampling.max_new_tokens, engine.vocab_size
+            )
         self._chosen: list[torch.Tensor] = []  # the experts of the last pass, layer by layer
         self._steps = self._idle = 0
         self._asked_to_end = False  # by this rank's on_finish
@@ -214,28 +224,48 @@ class _Batch:
         for admission in admitted[: len(admitted) - len(prefills)]:
             cache.restore(admission.start, admission.stop)
         decoding_rows = prefills[0].start if prefills else scheduler.running
+        feed = self._speculation.feed(decoding_rows) if self._speculation else plain(scheduler, decoding_rows)
+        prompt_lengths = [len(self._prompts[admission.prompt]) for admission in prefills]
         if self._lockstep:
-            tokens_in = decoding_rows + sum(len(self._prompts[admission.prompt]) for admission in prefills)
-            self._lockstep.begin_step(tokens_in, scheduler.running)
+            self._lockstep.begin_step(len(feed.tokens) + sum(prompt_lengths), len(feed.rows))
         if self.graphs and not prefills:
             sampled = self.graphs.step(scheduler)
         else:
-            logits = self._forward(decoding_rows, prefills)
+            logits = self._forward(feed, prefills)
             if prefills and prefills[-1].keep:
-                cache.keep(prefills[-1].start, len(self._prompts[prefills[-1].prompt]))
-            sampled = self._sample(logits)
+                cache.keep(prefills[-1].start, prompt_lengths[-1])
+            sampled = self._sample(logits, feed)
+        accepted = feed.accepted(sampled[0])
         if self._routes is not None:  # not within the pass: stages wait for one another in it
-            lengths = [len(self._prompts[admission.prompt]) for admission in prefills]
-            self._routes.record(self._chosen, decoding_rows, prefills, lengths)
+            self._routes.record(self._chosen, feed, accepted, prefills, prompt_lengths)
         if self._lockstep:
             self._lockstep.end_step()
-        tokens, logprobs = self._finite(sampled)
-        scheduler.record(tokens, logprobs, decoding_rows)
+        stopped = self._take(feed, accepted, *self._finite(sampled))
         if spans.recorder is not None:
             spans.recorder.sample("rows", live=scheduler.running, waiting=scheduler.waiting)
         self._steps, self._idle = self._steps + 1, self._idle + scheduler.rows - scheduler.running
-        self._retire(self._stopped(tokens))
+        self._retire(stopped)
         return True
+
+    def _take(self, feed: Feed, accepted: np.ndarray, tokens: np.ndarray, logprobs: np.ndarray) -> np.ndarray:
+        """Append each row's accepted tokens, one after the other up to where it ends.
+
+        Args:
+            accepted: int64 [running], how many of its tokens each row gets. tokens, logprobs: [logits].
+
+        Returns:
+            bool [running], the rows that a stop token or stop string ends.
+        """
+        stopped = np.zeros(len(accepted), dtype=bool)
+        for taken in range(int(accepted.max())):
+            rows = np.flatnonzero((accepted > taken) & ~stopped)
+            at = feed.starts[rows] + taken
+            self.scheduler.record(rows, tokens[at], logprobs[at], feed.decoding)
+            stopped[rows] = self._stopped(rows, tokens[at])
+            if self._speculation:
+                self._speculation.learn(rows, tokens[at])
+                self._speculation.accepted += len(rows) if taken else 0
+        return stopped
 
     def lend(self) -> bool:
         """A step of the ranks in lockstep with this one, which has no sequences left; False: none of them has any."""
@@ -245,24 +275,25 @@ class _Batch:
         self._lockstep.end_step()
         return True
 
-    def _stopped(self, tokens: np.ndarray) -> np.ndarray:
-        """bool [running], the rows that a stop token or stop string ends; ``tokens`` [running] are this step's."""
-        scheduler, running = self.scheduler, slice(self.scheduler.running)
+    def _stopped(self, rows: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """bool [n], which of the rows [n] a stop token or stop string ends; ``tokens`` [n] are their last ones."""
+        scheduler = self.scheduler
         stopped = self._is_stop[tokens]
         if self._stop_strings is not None:
-            lengths = scheduler.sampled[running]
-            found = self._stop_strings.found(scheduler.tokens[running], lengths, tokens)
+            lengths = scheduler.sampled[rows]
+            found = self._stop_strings.found(scheduler.tokens[rows], lengths, tokens)
             stopped = stopped | found & (lengths >= self._sampling.min_new_tokens)
         return stopped
 
-    def _forward(self, decoding_rows: int, prefills: Sequence[Admission]) -> torch.Tensor | None:
-        """One pass over all running rows: logits [running, padded vocabulary] on the last stage, None on the others."""
-        scheduler, model, decoder = self.scheduler, self._model, self._decoder
+    def _forward(self, feed: Feed, prefills: Sequence[Admission]) -> torch.Tensor | None:
+        """One pass over all running rows: logits [logits, padded vocabulary] on the last stage, None on the others."""
+        model, decoder = self._model, self._decoder
         pipeline = parallel.groups().pipeline
         prompts = [self._prompts[admission.prompt] for admission in prefills]
         rows_per_prompt = [admission.stop - admission.start for admission in prefills]
-        decode = slice(decoding_rows)
-        tokens = self._cache.begin(scheduler.token[decode], scheduler.length[decode], prompts, rows_per_prompt)
+        decode = slice(feed.decoding)
+        lengths, widths = self.scheduler.length[decode], feed.widths[decode]
+        tokens = self._cache.begin(feed.tokens, lengths, widths, prompts, rows_per_prompt)
         if model.pre_process:
             hidden = decoder.embed(tokens)
         else:
@@ -275,14 +306,14 @@ class _Batch:
         dist.send(hidden, parallel.rank_of_neighbour_stage(1), group=pipeline)
         return None
 
-    def _sample(self, logits: torch.Tensor | None) -> np.ndarray:
-        """Tokens and log-probs of this step, float64 [2, running], the same on every rank of the group."""
+    def _sample(self, logits: torch.Tensor | None, feed: Feed) -> np.ndarray:
+        """Tokens and log-probs of this step, float64 [2, logits], the same on every rank of the group."""
         scheduler, engine = self.scheduler, self._engine
         # float64 holds token ids and float32 numbers alike, so that one broadcast carries both, and whether to end
-        sampled = torch.empty(2, scheduler.running + 1, dtype=torch.float64, device=self._cache.kv.device)
+        sampled = torch.empty(2, len(feed.rows) + 1, dtype=torch.float64, device=self._cache.kv.device)
         sampled[:, -1] = float(self._asked_to_end)
         if logits is not None and engine.is_sampling_rank:
-            columns = (scheduler.seed[: scheduler.running], scheduler.sampled[: scheduler.running])
+            columns = (scheduler.seed[feed.rows], scheduler.sampled[feed.rows] + feed.offsets)
             seeds, steps = (torch.from_numpy(column).to(logits.device) for column in columns)
             sampled[0, :-1], sampled[1, :-1] = sample(logits, self._sampling, seeds, steps, engine.vocab_size)
         if engine.group_size > 1:
@@ -292,7 +323,7 @@ class _Batch:
         return on_host[:, :-1]
 
     def _finite(self, sampled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Split float64 [2, running] into tokens int64 and log-probs; refuse log-probs that are not finite."""
+        """Split float64 [2, logits] into tokens int64 and log-probs; refuse log-probs that are not finite."""
         tokens, logprobs = sampled
         if not np.isfinite(logprobs).all():
             raise FloatingPointError(

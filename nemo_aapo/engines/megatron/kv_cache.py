@@ -5,8 +5,9 @@ anew in each step, and hides padding by a mask that TransformerEngine's attentio
 one is for CUDA and flash-attn only. In ``KVCache`` rows are independent, each sequence has positions 0, 1, 2, ... of
 its own, and keys are stored rotated.
 
-One forward pass takes a packed batch of T tokens: first one token for each decoding row, then whole prompts, one after
-the other. Everything but the attention treats them alike; it alone pads the prompts to a common width.
+One forward pass takes a packed batch of T tokens: first those of the decoding rows, one each or more where some are
+drafts (``speculation``), then whole prompts, one after the other. Everything but the attention treats them alike; it
+alone pads rows and prompts to a common width.
 """
 
 from __future__ import annotations
@@ -72,44 +73,64 @@ class KVCache:
         self._kept: Tensor | None = None
 
     def begin(
-        self, tokens: np.ndarray, lengths: np.ndarray, prompts: Sequence[np.ndarray], rows_per_prompt: Sequence[int]
+        self,
+        tokens: np.ndarray,
+        lengths: np.ndarray,
+        widths: np.ndarray,
+        prompts: Sequence[np.ndarray],
+        rows_per_prompt: Sequence[int],
     ) -> Tensor:
         """Lay out one forward pass.
 
         Args:
-            tokens: int64 [D], what the decoding rows 0 .. D-1 feed.
-            lengths: int64 [D], how many tokens they have in the cache.
+            tokens: int64 [D], what the decoding rows 0 .. R-1 feed, row by row.
+            lengths: int64 [R], how many tokens they have in the cache. What lies behind them is overwritten.
+            widths: int64 [R], how many tokens each of them feeds, one or more; D together.
             prompts: token ids of the N prompts to prefill.
-            rows_per_prompt: [N], how many of the rows from D on each prompt fills.
+            rows_per_prompt: [N], how many of the rows from R on each prompt fills.
 
         Returns:
             int64 [T] token ids. T = D + the prompts' lengths.
         """
         device = self.kv.device
-        decoding = self._decoding = len(lengths)
+        self._rows, self._decoding = len(lengths), len(tokens)
         self._prompts = len(prompts)
-        if decoding:
-            self._lay_out_decoding(lengths)
         positions = lengths
+        if self._decoding:
+            positions = self._lay_out_decoding(lengths, widths)
         self.logits_at = None
         if prompts:
             self._lay_out_prefill(np.array([len(prompt) for prompt in prompts]), rows_per_prompt)
             tokens = np.concatenate([tokens, *prompts])
-            positions = np.concatenate([lengths, *(np.arange(len(prompt)) for prompt in prompts)])
+            positions = np.concatenate([positions, *(np.arange(len(prompt)) for prompt in prompts)])
         at = torch.from_numpy(positions).to(device)
         self._cos_now, self._sin_now = self._cos[at], self._sin[at]
         return torch.from_numpy(tokens).to(device)
 
-    def _lay_out_decoding(self, lengths: np.ndarray) -> None:
-        """Work out where the decoding rows write, how far they read, and a mask if they don't all read equally far."""
-        row_length = self.kv.shape[2]
-        self._write_at = torch.from_numpy(np.arange(len(lengths)) * row_length + lengths).to(self.kv.device)
-        self._extent = int(lengths.max()) + 1
+    def _lay_out_decoding(self, lengths: np.ndarray, widths: np.ndarray) -> np.ndarray:
+        """Work out where the decoding rows write, how far they read, and a mask if they don't all read equally far.
+
+        Returns:
+            int64 [D], the positions of their tokens.
+        """
+        device, width = self.kv.device, int(widths.max())
+        rows, starts = np.repeat(np.arange(self._rows), widths), np.cumsum(widths) - widths
+        positions = lengths[rows] + np.arange(self._decoding) - starts[rows]
+        self._write_at = torch.from_numpy(rows * self.kv.shape[2] + positions).to(device)
+        self._extent = int(positions.max()) + 1
+        last, self._square, self._fed = positions[:, None], None, None
+        if width > 1:  # [R, width]: which of the D tokens; a row's last one stands in for its padding
+            square = starts[:, None] + np.minimum(np.arange(width), widths[:, None] - 1)
+            last = positions[square]
+            self._square = torch.from_numpy(square).to(device)
+            self._fed = torch.from_numpy(np.flatnonzero(np.arange(width) < widths[:, None])).to(device)
         self._mask = None
-        if lengths.min() + 1 < self._extent:
-            beyond = np.arange(self._extent) > lengths[:, None]
-            mask = torch.from_numpy(np.where(beyond, np.float32(-np.inf), np.float32(0)))
-            self._mask = mask[:, None, None].to(self.kv)
+        if last.min() + 1 < self._extent:
+            beyond = np.arange(self._extent) > last[..., None]
+            mask = torch.from_numpy(np.where(beyond, np.float32(-np.inf), np.float32(0))).to(self.kv)
+            # [R, 1, queries, tokens]; without drafts one line serves all queries that share a key
+            self._mask = (mask if width == 1 else mask.repeat_interleave(self._queries, dim=1))[:, None]
+        return positions
 
     def _lay_out_prefill(self, lengths: np.ndarray, rows_per_prompt: Sequence[int]) -> None:
         """Work out where the prompts lie in the packed batch, and how attention pads them to a common width.
@@ -170,20 +191,23 @@ class KVCache:
         return (x * self._cos_now).addcmul_(x.roll(x.shape[-1] // 2, dims=-1), self._sin_now).to(mixed.dtype)
 
     def _decode(self, layer: int, mixed: Tensor) -> Tensor:
-        """Attention of one token of each decoding row over everything before it in the row."""
+        """Attention of the decoding rows' tokens, each over everything before it in its row."""
         cache = self.kv[layer]
         cache.flatten(0, 1).index_copy_(0, self._write_at, mixed[:, :, self._queries :])
-        keys, values = cache[: self._decoding, : self._extent].transpose(1, 2).unbind(3)
+        keys, values = cache[: self._rows, : self._extent].transpose(1, 2).unbind(3)
         # Query heads that share a key take the place of query positions, so that one call serves them all.
-        out = F.scaled_dot_product_attention(
-            mixed[:, :, : self._queries], keys, values, attn_mask=self._mask, scale=self._scale
-        )
-        return out.flatten(1)
+        queries = mixed[:, :, : self._queries]
+        if self._square is None or self._fed is None:
+            out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=self._mask, scale=self._scale)
+            return out.flatten(1)
+        queries = queries[self._square].transpose(1, 2).flatten(2, 3)  # [R, heads, width * queries per key, head size]
+        out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=self._mask, scale=self._scale)
+        return out.unflatten(2, (-1, self._queries)).transpose(1, 2).flatten(0, 1)[self._fed].flatten(1)
 
     def _prefill(self, layer: int, mixed: Tensor) -> Tensor:
         """Attention within whole prompts. They are padded at the end, where the causal mask hides the padding."""
         mixed = mixed[self._padded]  # [N, width, heads, queries per key + 2, head size]
-        rows = slice(self._decoding, self._decoding + len(self._prompt_of_row))
+        rows = slice(self._rows, self._rows + len(self._prompt_of_row))
         new = mixed[:, :, :, self._queries :]
         self.kv[layer, rows, : new.shape[1]] = new[self._prompt_of_row]
         query = mixed[:, :, :, : self._queries].flatten(2, 3).transpose(1, 2)

@@ -146,19 +146,18 @@ class Scheduler:
         self.sampled[start:stop] = 0
         self.running = stop
 
-    def record(self, tokens: np.ndarray, logprobs: np.ndarray, decoded: int) -> None:
-        """Append this step's tokens to the running sequences.
+    def record(self, rows: np.ndarray, tokens: np.ndarray, logprobs: np.ndarray, decoded: int) -> None:
+        """Append a token to running sequences.
 
         Args:
-            tokens: int [running]. logprobs: float [running].
+            rows: int64 [n], ascending. tokens: int [n]. logprobs: float [n].
             decoded: number of rows, from the first, that fed a token in this step; the rest were prefilled.
         """
-        rows = slice(self.running)
-        at = np.arange(self.running), self.sampled[rows]
+        at = rows, self.sampled[rows]
         self.tokens[at] = self.token[rows] = tokens
         self.logprobs[at] = logprobs
         self.sampled[rows] += 1
-        self.length[:decoded] += 1
+        self.length[rows[rows < decoded]] += 1
 
     def retire(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Free the rows of finished sequences, and close the gaps with running rows from the end.
