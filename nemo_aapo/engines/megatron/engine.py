@@ -118,6 +118,9 @@ class MegatronEngine:
                 self._scheduler = None
         self.graphs = batch.graphs  # only if all went well: an overflow may have left NaN in the cache
         self.stats = batch.stats(time.perf_counter() - began)
+        self.spec_debug = (
+            (batch._speculation.drafted, batch._speculation.accepted, self.stats.tokens) if batch._speculation else None
+        )
         return batch.ordered()
 
     @property
@@ -195,9 +198,7 @@ class _Batch:
         self._speculation: Speculation | None = None
         if engine.speculation and self.graphs is None:  # a graph feeds one token of each row
             counts = [len(row) for row in seeds]
-            self._speculation = Speculation(
-                self.scheduler, prompts, counts, sampling.max_new_tokens, engine.vocab_size
-            )
+            self._speculation = Speculation(self.scheduler, prompts, counts, engine.vocab_size)
         self._chosen: list[torch.Tensor] = []  # the experts of the last pass, layer by layer
         self._steps = self._idle = 0
         self._asked_to_end = False  # by this rank's on_finish
@@ -259,12 +260,11 @@ class _Batch:
         stopped = np.zeros(len(accepted), dtype=bool)
         for taken in range(int(accepted.max())):
             rows = np.flatnonzero((accepted > taken) & ~stopped)
-            at = feed.starts[rows] + taken
-            self.scheduler.record(rows, tokens[at], logprobs[at], feed.decoding)
+            at = feed.at(rows, taken)
+            self.scheduler.record(rows, tokens[at], logprobs[at], len(feed.drafts))
             stopped[rows] = self._stopped(rows, tokens[at])
-            if self._speculation:
-                self._speculation.learn(rows, tokens[at])
-                self._speculation.accepted += len(rows) if taken else 0
+            if self._speculation and taken:
+                self._speculation.accepted += len(rows)
         return stopped
 
     def lend(self) -> bool:
@@ -291,9 +291,8 @@ class _Batch:
         pipeline = parallel.groups().pipeline
         prompts = [self._prompts[admission.prompt] for admission in prefills]
         rows_per_prompt = [admission.stop - admission.start for admission in prefills]
-        decode = slice(feed.decoding)
-        lengths, widths = self.scheduler.length[decode], feed.widths[decode]
-        tokens = self._cache.begin(feed.tokens, lengths, widths, prompts, rows_per_prompt)
+        lengths = self.scheduler.length[: len(feed.drafts)]
+        tokens = self._cache.begin(feed.tokens, lengths, feed.drafts, prompts, rows_per_prompt)
         if model.pre_process:
             hidden = decoder.embed(tokens)
         else:
@@ -336,6 +335,8 @@ class _Batch:
         """Hand over the sequences that finished, and close the gaps that they leave."""
         scheduler = self.scheduler
         done = np.flatnonzero(stopped | (scheduler.sampled[: scheduler.running] == self._sampling.max_new_tokens))
+        if self._speculation:
+            self._speculation.learn(done)
         routes = self._routes.ended(done) if self._routes is not None and len(done) else [None] * len(done)
         for row, route in zip(done, routes, strict=True):
             i, j, length = int(scheduler.prompt[row]), int(scheduler.completion[row]), scheduler.sampled[row]

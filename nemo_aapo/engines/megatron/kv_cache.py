@@ -13,7 +13,7 @@ alone pads rows and prompts to a common width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -31,6 +31,21 @@ class Attention(Protocol):
     def attend(self, layer: int, mixed: Tensor) -> Tensor:
         """See ``KVCache.attend``."""
         ...
+
+
+class _Drafts(NamedTuple):
+    """The attention of a pass's drafts; int64, on the cache's device."""
+
+    rows: Tensor
+    """[n], the rows that have some."""
+    square: Tensor
+    """[n, width], which of the drafts each has, padded by its last."""
+    real: Tensor
+    """[drafts], which of the square's are no padding."""
+    extent: int
+    """How many tokens they read at most."""
+    mask: Tensor | None
+    """[n, 1, width * queries per key, extent]"""
 
 
 class KVCache:
@@ -76,16 +91,16 @@ class KVCache:
         self,
         tokens: np.ndarray,
         lengths: np.ndarray,
-        widths: np.ndarray,
+        drafts: np.ndarray,
         prompts: Sequence[np.ndarray],
         rows_per_prompt: Sequence[int],
     ) -> Tensor:
         """Lay out one forward pass.
 
         Args:
-            tokens: int64 [D], what the decoding rows 0 .. R-1 feed, row by row.
-            lengths: int64 [R], how many tokens they have in the cache. What lies behind them is overwritten.
-            widths: int64 [R], how many tokens each of them feeds, one or more; D together.
+            tokens: int64 [D], what the decoding rows 0 .. R-1 feed: one of each, then the drafts, row by row.
+            lengths: int64 [R], how many tokens they have in the cache. What lies behind those is overwritten.
+            drafts: int64 [R], how many of the tokens are drafts of each of them.
             prompts: token ids of the N prompts to prefill.
             rows_per_prompt: [N], how many of the rows from R on each prompt fills.
 
@@ -97,7 +112,7 @@ class KVCache:
         self._prompts = len(prompts)
         positions = lengths
         if self._decoding:
-            positions = self._lay_out_decoding(lengths, widths)
+            positions = self._lay_out_decoding(lengths, drafts)
         self.logits_at = None
         if prompts:
             self._lay_out_prefill(np.array([len(prompt) for prompt in prompts]), rows_per_prompt)
@@ -107,30 +122,46 @@ class KVCache:
         self._cos_now, self._sin_now = self._cos[at], self._sin[at]
         return torch.from_numpy(tokens).to(device)
 
-    def _lay_out_decoding(self, lengths: np.ndarray, widths: np.ndarray) -> np.ndarray:
-        """Work out where the decoding rows write, how far they read, and a mask if they don't all read equally far.
+    def _lay_out_decoding(self, lengths: np.ndarray, drafts: np.ndarray) -> np.ndarray:
+        """Work out where the decoding rows write, and how far each token reads.
 
         Returns:
             int64 [D], the positions of their tokens.
         """
-        device, width = self.kv.device, int(widths.max())
-        rows, starts = np.repeat(np.arange(self._rows), widths), np.cumsum(widths) - widths
-        positions = lengths[rows] + np.arange(self._decoding) - starts[rows]
-        self._write_at = torch.from_numpy(rows * self.kv.shape[2] + positions).to(device)
-        self._extent = int(positions.max()) + 1
-        last, self._square, self._fed = positions[:, None], None, None
-        if width > 1:  # [R, width]: which of the D tokens; a row's last one stands in for its padding
-            square = starts[:, None] + np.minimum(np.arange(width), widths[:, None] - 1)
-            last = positions[square]
-            self._square = torch.from_numpy(square).to(device)
-            self._fed = torch.from_numpy(np.flatnonzero(np.arange(width) < widths[:, None])).to(device)
-        self._mask = None
-        if last.min() + 1 < self._extent:
-            beyond = np.arange(self._extent) > last[..., None]
-            mask = torch.from_numpy(np.where(beyond, np.float32(-np.inf), np.float32(0))).to(self.kv)
-            # [R, 1, queries, tokens]; without drafts one line serves all queries that share a key
-            self._mask = (mask if width == 1 else mask.repeat_interleave(self._queries, dim=1))[:, None]
+        positions, rows, row_length = lengths, np.arange(self._rows), self.kv.shape[2]
+        self._drafts = None
+        if self._decoding > self._rows:
+            drafting, firsts = rows.repeat(drafts), np.cumsum(drafts) - drafts
+            behind = lengths[drafting] + np.arange(len(drafting)) - firsts[drafting] + 1
+            rows, positions = np.concatenate([rows, drafting]), np.concatenate([lengths, behind])
+            self._drafts = self._lay_out_drafts(behind, firsts, drafts)
+        self._write_at = torch.from_numpy(rows * row_length + positions).to(self.kv.device)
+        self._extent, self._mask = self._reach(lengths)
         return positions
+
+    def _reach(self, last: np.ndarray) -> tuple[int, Tensor | None]:
+        """Tokens that queries at positions ``last`` int64 [...] read at most, and a mask if they don't all read them:
+        [rows, 1, queries, tokens]."""
+        extent = int(last.max()) + 1
+        if last.min() + 1 == extent:
+            return extent, None
+        beyond = np.arange(extent) > last[..., None]
+        mask = torch.from_numpy(np.where(beyond, np.float32(-np.inf), np.float32(0)))
+        return extent, mask.reshape(len(last), 1, -1, extent).to(self.kv)
+
+    def _lay_out_drafts(self, positions: np.ndarray, firsts: np.ndarray, counts: np.ndarray) -> _Drafts:
+        """Work out the attention of the drafts, which is padded to the same number in each row that has some.
+
+        Args:
+            positions: int64 [drafts]. firsts, counts: int64 [R], where a row's drafts are among them, and how many.
+        """
+        rows = np.flatnonzero(counts)
+        counts = counts[rows]
+        width = int(counts.max())
+        square = firsts[rows, None] + np.minimum(np.arange(width), counts[:, None] - 1)
+        extent, mask = self._reach(positions[square].repeat(self._queries, axis=1))
+        real = np.flatnonzero(np.arange(width) < counts[:, None])
+        return _Drafts(*(torch.from_numpy(x).to(self.kv.device) for x in (rows, square, real)), extent, mask)
 
     def _lay_out_prefill(self, lengths: np.ndarray, rows_per_prompt: Sequence[int]) -> None:
         """Work out where the prompts lie in the packed batch, and how attention pads them to a common width.
@@ -192,17 +223,25 @@ class KVCache:
 
     def _decode(self, layer: int, mixed: Tensor) -> Tensor:
         """Attention of the decoding rows' tokens, each over everything before it in its row."""
-        cache = self.kv[layer]
+        cache, queries, drafts = self.kv[layer], mixed[:, :, : self._queries], self._drafts
         cache.flatten(0, 1).index_copy_(0, self._write_at, mixed[:, :, self._queries :])
-        keys, values = cache[: self._rows, : self._extent].transpose(1, 2).unbind(3)
-        # Query heads that share a key take the place of query positions, so that one call serves them all.
-        queries = mixed[:, :, : self._queries]
-        if self._square is None or self._fed is None:
-            out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=self._mask, scale=self._scale)
-            return out.flatten(1)
-        queries = queries[self._square].transpose(1, 2).flatten(2, 3)  # [R, heads, width * queries per key, head size]
-        out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=self._mask, scale=self._scale)
-        return out.unflatten(2, (-1, self._queries)).transpose(1, 2).flatten(0, 1)[self._fed].flatten(1)
+        out = self._attend(queries[: self._rows], cache[: self._rows], self._extent, self._mask).flatten(1)
+        if drafts is None:
+            return out
+        everyone = len(drafts.rows) == self._rows
+        read = cache[: self._rows] if everyone else cache[drafts.rows, : drafts.extent]
+        # [rows with drafts, heads, width * queries per key, head size]
+        queries = queries[self._rows :][drafts.square].transpose(1, 2).flatten(2, 3)
+        behind = self._attend(queries, read, drafts.extent, drafts.mask).unflatten(2, (-1, self._queries))
+        return torch.cat((out, behind.transpose(1, 2).flatten(0, 1)[drafts.real].flatten(1)))
+
+    def _attend(self, queries: Tensor, cache: Tensor, extent: int, mask: Tensor | None) -> Tensor:
+        """Attention over the first ``extent`` tokens of rows.
+
+        Query heads that share a key take the place of query positions, so that one call serves them all.
+        """
+        keys, values = cache[:, :extent].transpose(1, 2).unbind(3)
+        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=self._scale)
 
     def _prefill(self, layer: int, mixed: Tensor) -> Tensor:
         """Attention within whole prompts. They are padded at the end, where the causal mask hides the padding."""

@@ -60,7 +60,7 @@ class RouteRecorder:
                 routes[:, layer] = experts
             else:  # of a prompt, only the last token went on; the first of the prompt's rows stands for all
                 routes[:decoding, layer] = experts[:decoding]
-                routes[ends, layer] = experts[feed.starts[[admission.start for admission in prefills]]]
+                routes[ends, layer] = experts[feed.at(np.array([admission.start for admission in prefills]), 0)]
         rows, offsets = feed.rows[:decoding], feed.offsets[:decoding]
         places = self._scheduler.sampled[rows] + offsets - 1
         # A row that decodes its prompt's last token once more (``Admission.prefill``) has its route already.
