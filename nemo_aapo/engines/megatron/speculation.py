@@ -7,8 +7,8 @@ token that its seed, its position and the vocabulary entry decide (``sampling``)
 token that was sampled before it; the first that is not ends the row's step. So the tokens are those of decoding one by
 one, at any temperature: nothing is accepted that would not have been sampled, and no random number is spent on drafts.
 
-Nothing is fed that is not expected to pay. Each guess has a level, by how often in a row the same context was followed
-by the same token; and whether it would have been right is seen for every token that is sampled, fed or not. So the
+Nothing is fed that is not expected to pay. Each guess has a level, which rises where the same context is followed by
+the same token again and falls where it is not; and whether it would have been right is seen for every token that is sampled, fed or not. So the
 chance of each draft is known before it is fed, and those are fed that raise the tokens per cost of a pass. Where no
 level's chance is good enough, this looks at the tokens every few steps only. It counts tokens and no time, and forgets
 all after the call: completions have the same bits each time.
@@ -37,7 +37,7 @@ MAX_LEAD = 16
 MAX_DRAFTS = 8
 """Drafts of a row in one pass."""
 
-CONTEXT = 4
+CONTEXT = 3
 """Tokens that a guess goes by; fewer where so many don't fit into 63 bits."""
 
 MAX_ENTRIES = 1 << 20
@@ -48,6 +48,7 @@ IDLE_STEPS = 8
 
 _LEVEL_BITS = 3
 _TOP = (1 << _LEVEL_BITS) - 1
+_DOUBT = 3  # levels that a wrong guess loses
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -206,7 +207,10 @@ class Speculation:
         at = self._entries(self._keys(recent)[row, column], prompts[row])
         tokens, entries = recent[row, column + self._context], self._table[at]
         level, right = entries & _TOP, entries >> _LEVEL_BITS == tokens
-        self._table[at] = tokens << _LEVEL_BITS | np.where(right, np.minimum(level + 1, _TOP), 1)
+        # What was right often enough survives being wrong once: the others of a group say it again.
+        kept, lower = right | (level > _DOUBT), np.where(level > _DOUBT, level - _DOUBT, 1)
+        guesses = np.where(kept, entries >> _LEVEL_BITS, tokens)
+        self._table[at] = guesses << _LEVEL_BITS | np.where(right, np.minimum(level + 1, _TOP), lower)
         self._guesses += np.bincount(level * 2 + right, minlength=len(self._guesses))
         wrong, right = self._guesses[2::2], self._guesses[3::2]
         self._chances[1:] = right / (wrong + right + 4.0)  # with few seen, rather too low: seeing more costs nothing
