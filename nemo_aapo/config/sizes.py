@@ -83,6 +83,12 @@ def derive(config: Config, shape: ModelShape, world_size: int) -> Sizes:
             f"rollout.engine=trtllm cuts each layer over the {tp} x {pp} GPUs of a model-parallel group, which do not "
             f"divide the model's {shape.num_attention_heads} attention heads"
         )
+    if config.rollout.engine == "plain" and (cp > 1 or ep > tp):
+        raise ConfigError(
+            f"rollout.engine=plain with model.context_parallel_size={cp}, model.expert_model_parallel_size={ep} and "
+            f"model.tensor_model_parallel_size={tp}: ranks that generate each for itself would have to take every "
+            "forward pass together. Use rollout.engine=megatron or remote, or cut neither sequences nor experts so"
+        )
     asked = config.trainer.num_nodes * config.trainer.devices
     if world_size != asked:
         raise ConfigError(

@@ -121,3 +121,21 @@ class BackgroundEngine(RolloutEngine, Protocol):
         collective is begun before ``result``.
         """
         ...
+
+
+def check_request(
+    prompts: Sequence[np.ndarray], sampling: SamplingSpec, seeds: Sequence[Sequence[int]], vocab_size: int
+) -> None:
+    """Refuse what no engine in this process can generate.
+
+    Raises:
+        ValueError: ``seeds`` of another length than ``prompts``, an empty prompt, a stop token outside the vocabulary.
+    """
+    if len(seeds) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts but seeds for {len(seeds)}")
+    empty = [i for i, prompt in enumerate(prompts) if len(prompt) == 0]
+    if empty:
+        raise ValueError(f"prompt {empty[0]} has no tokens: nothing to condition the first token on")
+    outside = [token for token in sampling.stop_token_ids if not 0 <= token < vocab_size]
+    if outside:
+        raise ValueError(f"stop token {outside[0]} lies outside the vocabulary of {vocab_size}")

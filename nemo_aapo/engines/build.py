@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nemo_aapo.config import Config, ModelShape
+from nemo_aapo.config import Config, ModelShape, pad_multiple
 from nemo_aapo.engines.base import RolloutEngine
 from nemo_aapo.utils.libraries import importing
 
@@ -43,6 +43,11 @@ def build_engine(
 
         reserved = 0 if config.rollout.offload_learner else policy.moments_to_come()
         return TrtllmEngine.from_config(config, colocated=True, policy_version=policy.version, reserved_bytes=reserved)
+    if config.rollout.engine == "plain":
+        from nemo_aapo.engines.plain import PlainEngine
+
+        budget, multiple = config.rollout.max_concurrent_tokens, pad_multiple(config)
+        return PlainEngine(policy.module, shape.vocab_size, budget, policy.version, decode, multiple)
     from nemo_aapo.engines.megatron.engine import MegatronEngine
 
     rollout = config.rollout

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from nemo_aapo.config import pad_multiple
 from nemo_aapo.conversion import megatron_model
 from nemo_aapo.conversion.source import lora_of
 from nemo_aapo.distributed import parallel
@@ -43,10 +44,16 @@ def build_engine(
     """
     if job.settings.rollout.engine == "remote":
         return _on_servers(job, stack, log)
-    from nemo_aapo.engines.megatron.engine import MegatronEngine
-
     _, module, digest = _load(job, log)
     budget = job.settings.rollout.max_concurrent_tokens
+    if job.settings.rollout.engine == "plain":
+        from nemo_aapo.engines.plain import PlainEngine
+
+        log("rollout.engine=plain: each token takes a forward pass over all before it, so sampling is slow")
+        multiple = pad_multiple(job.settings)
+        return PlainEngine(module, job.shape.vocab_size, budget, decode=decode, multiple=multiple), digest
+    from nemo_aapo.engines.megatron.engine import MegatronEngine
+
     return MegatronEngine(module, job.shape.vocab_size, budget, decode=decode), digest
 
 

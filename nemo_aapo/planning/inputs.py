@@ -207,7 +207,7 @@ def _engine(config: Config) -> Engine:
         if rollout.server.engine == "trtllm":
             gpus = trtllm.tensor_parallel_size or 1
     return Engine(
-        kind=rollout.engine,
+        kind="megatron" if rollout.engine == "plain" else rollout.engine,  # a plan of it is refused (prepare/plan.py)
         engines=engines,
         gpus=gpus,
         max_concurrent_tokens=rollout.max_concurrent_tokens,

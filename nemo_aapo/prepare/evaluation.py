@@ -78,9 +78,11 @@ def resolve_evaluation(
     return EvaluationJob(config, tree, source, settings, shape, reward)
 
 
-def _engine(settings: Config) -> Literal["megatron", "remote"]:
+def _engine(settings: Config) -> Literal["megatron", "plain", "remote"]:
     """Where it samples; servers that a launcher starts beside it are reason enough."""
-    return "remote" if settings.rollout.engine == "remote" else "megatron"
+    engine = settings.rollout.engine
+    assert engine != "trtllm"
+    return engine
 
 
 def _check_benchmarks(config: EvaluationConfig) -> None:

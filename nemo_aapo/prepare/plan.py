@@ -48,6 +48,11 @@ def prepare_plan(words: Sequence[str]) -> tuple[Config, Question]:
         if tree[section][key] == MISSING:
             tree[section][key] = NOT_NEEDED
     config = with_machine_defaults(parse(tree), on_gpu=True)
+    if config.rollout.engine == "plain":
+        raise ConfigError(
+            "rollout.engine=plain: a plan knows engines that keep keys and values only. Ask it with "
+            "rollout.engine=megatron: what it says of memory and training holds, rollouts take many times as long"
+        )
     is_typed = any(word.startswith("model.path=") for word in command.overrides)
     model = _model(own, MISSING if path_is_missing else config.model.path, is_typed)
     rewards_of(config)

@@ -197,6 +197,8 @@ def build_rollouts(
             f"rollout.async_depth={depth}: without rollout servers the learner waits while it generates: the results "
             "are those of servers, and no time is gained"
         )
+    if config.rollout.engine == "plain":
+        reporter.note("rollout.engine=plain: each token takes a forward pass over all before it, so rollouts are slow")
     collector = Collector(engine, scorer, text.decode)
     if config.rollout.offload_learner and trains:
         optimization = policy.optimization

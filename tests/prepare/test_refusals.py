@@ -112,6 +112,7 @@ FILES = [
     (["model.path=FOLDER/no_data"], "config.json: missing"),
     (["model.path=FOLDER/bare"], "no tokenizer here"),
     (["model.tensor_model_parallel_size=3"], "does not divide"),
+    (["rollout.engine=plain", "model.context_parallel_size=2"], "would have to take every forward pass together"),
     (["rollout.replay_routes=true"], "has no effect: the model has no experts"),
     (["data.max_prompt_tokens=4000", "max_tokens_per_microbatch=9000"], "exceeds the 4096 positions"),
     (["data.train=FOLDER/trian.jsonl"], "data.train: FOLDER/trian.jsonl: no such file; did you mean"),
@@ -171,6 +172,7 @@ CASES = [
     *(("launch", [], *case) for case in LAUNCH),
     *(("doctor", [], *case) for case in TRAINING),
     *(("plan", ["model=Qwen2.5-7B"], *case) for case in TRAINING),
+    ("plan", ["model=Qwen2.5-7B"], ["rollout.engine=plain"], "a plan knows engines that keep keys and values"),
     *(("fill", [], *case) for case in [*TRAINING, *FILL]),
     *(("serve", [], *case) for case in SERVE),
 ]

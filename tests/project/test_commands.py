@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import multiprocessing
 import os
 import re
 import runpy
@@ -17,6 +16,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -175,6 +175,7 @@ class Workplace:
         self.folder = folder
         self._context = forking()
         self._done: set[str] = set()
+        self._serving: list[BaseProcess] = []  # processes of commands that end in &
         make_inputs(folder)
         given = "python scripts/train.py model.path=/models/any data.train=train.jsonl data.validation=test.jsonl"
         self.run(f"{given} run.name=mine", Run(SMALL))
@@ -202,6 +203,7 @@ class Workplace:
         for rank in ranks:
             rank.start()
         if text.endswith("&"):
+            self._serving += ranks
             return
         wait([rank.sentinel for rank in ranks], timeout=TIMEOUT_S)
         for rank in ranks:
@@ -214,10 +216,9 @@ class Workplace:
 
     def close(self) -> None:
         """End what still runs."""
-        for process in multiprocessing.active_children():
-            if process.name.startswith("ForkServerProcess"):
-                process.terminate()
-                process.join(10)
+        for process in self._serving:
+            process.terminate()
+            process.join(10)
 
     def _here(self, word: str) -> str:
         """The word with this folder's paths for the pages'."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from nemo_aapo.rollout.oversampling import chosen
-from tests.training.test_training import assert_same_run
-from tests.training_runs import Parity, exported, make_input, metrics, settings
+from tests.training_runs import Parity, assert_same_run, exported, make_input, metrics, settings
 
 IN_THE_THIRD_STEP = 3
 

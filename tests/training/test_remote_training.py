@@ -12,8 +12,7 @@ import pytest
 from nemo_aapo.checkpoint import manifest
 from nemo_aapo.rollout.saved import pending
 from tests.servers import Servers, wait_until_ready
-from tests.training.test_training import IN_THE_THIRD_STEP, assert_same_run
-from tests.training_runs import exported, make_input, metrics, run, settings
+from tests.training_runs import IN_THE_THIRD_STEP, assert_same_run, exported, make_input, metrics, run, settings
 
 
 @pytest.fixture(scope="module")

@@ -108,8 +108,11 @@ class Sampling:
 class EvaluationRollout:
     """Where completions are sampled."""
 
-    engine: Literal["megatron", "remote"] = setting(
-        "megatron: in process | remote: on rollout servers, which are handed the weights", decides=False, main=True
+    engine: Literal["megatron", "plain", "remote"] = setting(
+        "megatron: in process | plain: by whole forward passes, for any model, slow | remote: on rollout servers, "
+        "which are handed the weights",
+        decides=False,
+        main=True,
     )
     remote: Remote
 

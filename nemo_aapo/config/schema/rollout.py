@@ -80,9 +80,9 @@ class Server:
 class Rollout:
     """How completions are sampled, and how well engine and learner must agree."""
 
-    engine: Literal["megatron", "trtllm", "remote"] = setting(
-        "megatron: in process, on the learner's own weights | trtllm: TensorRT-LLM in the learner's GPUs | "
-        "remote: on rollout servers",
+    engine: Literal["megatron", "plain", "trtllm", "remote"] = setting(
+        "megatron: in process, on the learner's own weights | plain: the same by whole forward passes, for any model, "
+        "slow | trtllm: TensorRT-LLM in the learner's GPUs | remote: on rollout servers",
         decides=True,
     )
     temperature: float = setting(
@@ -100,7 +100,8 @@ class Rollout:
         "a completion also ends once its text contains one of these, in validation too", decides=True
     )
     max_concurrent_tokens: int = setting(
-        "KV-cache budget of one model-parallel group: sequences at a time x longest sequence",
+        "KV-cache budget of one model-parallel group: sequences at a time x longest sequence; engine=plain: tokens of "
+        "a forward pass",
         decides=False,
         minimum=1,
         sane=TOKENS,

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from nemo_aapo.distributed import parallel
-from nemo_aapo.engines.base import OnFinish, RolloutStats
+from nemo_aapo.engines.base import OnFinish, RolloutStats, check_request
 from nemo_aapo.engines.elsewhere import arranged
 from nemo_aapo.engines.megatron.cuda_graphs import DecodingGraphs, can_be_captured
 from nemo_aapo.engines.megatron.decoder import Decoder, check_supported
@@ -108,7 +108,7 @@ class MegatronEngine:
         began = time.perf_counter()
         lockstep = Lockstep() if decodes_in_step(self.model) else None
         with torch.inference_mode(), lockstep.failing_together() if lockstep else nullcontext():
-            self._check(prompts, sampling, seeds)
+            check_request(prompts, sampling, seeds, self.vocab_size)
             batch = _Batch(self, prompts, sampling, seeds, on_finish, lockstep)
             try:
                 self._scheduler = batch.scheduler
@@ -128,16 +128,6 @@ class MegatronEngine:
         """Tokens of running sequences over ``max_concurrent_tokens``, now. Any thread may ask."""
         scheduler = self._scheduler
         return float(scheduler.length[: scheduler.running].sum()) / self.max_concurrent_tokens if scheduler else 0.0
-
-    def _check(self, prompts: Sequence[np.ndarray], sampling: SamplingSpec, seeds: Sequence[Sequence[int]]) -> None:
-        if len(seeds) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts but seeds for {len(seeds)}")
-        empty = [i for i, prompt in enumerate(prompts) if len(prompt) == 0]
-        if empty:
-            raise ValueError(f"prompt {empty[0]} has no tokens: nothing to condition the first token on")
-        outside = [token for token in sampling.stop_token_ids if not 0 <= token < self.vocab_size]
-        if outside:
-            raise ValueError(f"stop token {outside[0]} lies outside the vocabulary of {self.vocab_size}")
 
     def stop_strings(self, sampling: SamplingSpec) -> StopStrings | None:
         """The finder of the spec's stop strings; None if it has none."""
