@@ -114,6 +114,10 @@ FILES = [
     (["model.tensor_model_parallel_size=3"], "does not divide"),
     (["rollout.engine=plain", "model.context_parallel_size=2"], "would have to take every forward pass together"),
     (["rollout.replay_routes=true"], "has no effect: the model has no experts"),
+    (
+        ["rollout.speculation=true", "rollout.engine=plain"],
+        "rollout.speculation has no effect with the engine plain",
+    ),
     (["data.max_prompt_tokens=4000", "max_tokens_per_microbatch=9000"], "exceeds the 4096 positions"),
     (["data.train=FOLDER/trian.jsonl"], "data.train: FOLDER/trian.jsonl: no such file; did you mean"),
     (["data.validation=FOLDER/no_data"], "data.validation: FOLDER/no_data: this is a directory without a data set"),

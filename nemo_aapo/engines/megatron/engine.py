@@ -25,7 +25,8 @@ from nemo_aapo.engines.megatron.cuda_graphs import DecodingGraphs, can_be_captur
 from nemo_aapo.engines.megatron.decoder import Decoder, check_supported
 from nemo_aapo.engines.megatron.experts.lockstep import Lockstep, decodes_in_step
 from nemo_aapo.engines.megatron.experts.routes import RouteRecorder
-from nemo_aapo.engines.megatron.sampling import sample
+from nemo_aapo.engines.megatron.matmul import packing_pays
+from nemo_aapo.engines.megatron.sampling import finite, sample
 from nemo_aapo.engines.megatron.scheduler import Admission, Scheduler, capacity
 from nemo_aapo.engines.megatron.speculation import Feed, Speculation, plain
 from nemo_aapo.engines.megatron.stop_strings import StopStrings
@@ -118,9 +119,6 @@ class MegatronEngine:
                 self._scheduler = None
         self.graphs = batch.graphs  # only if all went well: an overflow may have left NaN in the cache
         self.stats = batch.stats(time.perf_counter() - began)
-        self.spec_debug = (
-            (batch._speculation.drafted, batch._speculation.accepted, self.stats.tokens) if batch._speculation else None
-        )
         return batch.ordered()
 
     @property
@@ -175,7 +173,7 @@ class _Batch:
         length = max((len(prompt) for prompt in prompts), default=0) + sampling.max_new_tokens
         rows = capacity(engine.max_concurrent_tokens, length, sequences=sum(map(len, seeds)))
         self.scheduler = Scheduler(prompts, seeds, sampling.max_new_tokens, rows)
-        pack = _packing_pays(engine.model, rows, sampling.max_new_tokens)
+        pack = packing_pays(next(engine.model.parameters()), rows, sampling.max_new_tokens)
         self._decoder = Decoder(engine.model, pack, lockstep)
         self.graphs = self._reusable_graphs(rows, length)
         self._cache = self.graphs.cache if self.graphs else self._decoder.new_cache(rows, length)
@@ -184,18 +182,15 @@ class _Batch:
         self._is_stop = np.zeros(engine.vocab_size, dtype=bool)
         self._is_stop[list(sampling.stop_token_ids)] = True
         self._stop_strings = engine.stop_strings(sampling)
-        self._routes = self._new_recorder() if engine.record_routes else None
-        self._speculation: Speculation | None = None
+        layers, per_token = len(self._model.decoder.layers), self._model.config.moe_router_topk
+        self._routes = RouteRecorder(self.scheduler, layers, per_token) if engine.record_routes else None
+        self._speculation = None
         if engine.speculation and self.graphs is None:  # a graph feeds one token of each row
-            counts = [len(row) for row in seeds]
-            self._speculation = Speculation(self.scheduler, prompts, counts, engine.vocab_size)
+            self._speculation = Speculation(self.scheduler, prompts, [len(row) for row in seeds], engine.vocab_size)
         self._chosen: list[torch.Tensor] = []  # the experts of the last pass, layer by layer
         self._steps = self._idle = 0
         self._asked_to_end = False  # by this rank's on_finish
         self._ends = False  # the same of the sampling rank, a step later, which all ranks of the group follow
-
-    def _new_recorder(self) -> RouteRecorder:
-        return RouteRecorder(self.scheduler, len(self._model.decoder.layers), self._model.config.moe_router_topk)
 
     def _reusable_graphs(self, rows: int, length: int) -> DecodingGraphs | None:
         """The last call's graphs, with its cache, if they suit this call. Otherwise their memory is freed."""
@@ -231,7 +226,7 @@ class _Batch:
             self._routes.record(self._chosen, feed, accepted, prefills, prompt_lengths)
         if self._lockstep:
             self._lockstep.end_step()
-        stopped = self._take(feed, accepted, *self._finite(sampled))
+        stopped = self._take(feed, accepted, *finite(sampled, self._engine.policy_version))
         if spans.recorder is not None:
             spans.recorder.sample("rows", live=scheduler.running, waiting=scheduler.waiting)
         self._steps, self._idle = self._steps + 1, self._idle + scheduler.rows - scheduler.running
@@ -282,7 +277,7 @@ class _Batch:
         prompts = [self._prompts[admission.prompt] for admission in prefills]
         rows_per_prompt = [admission.stop - admission.start for admission in prefills]
         lengths = self.scheduler.length[: len(feed.drafts)]
-        tokens = self._cache.begin(feed.tokens, lengths, feed.drafts, prompts, rows_per_prompt)
+        tokens = self._cache.begin(feed.tokens, lengths, prompts, rows_per_prompt, feed.drafts)
         if model.pre_process:
             hidden = decoder.embed(tokens)
         else:
@@ -310,16 +305,6 @@ class _Batch:
         on_host = sampled.cpu().numpy()
         self._ends = bool(on_host[0, -1])
         return on_host[:, :-1]
-
-    def _finite(self, sampled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Split float64 [2, logits] into tokens int64 and log-probs; refuse log-probs that are not finite."""
-        tokens, logprobs = sampled
-        if not np.isfinite(logprobs).all():
-            raise FloatingPointError(
-                f"policy version {self._engine.policy_version} gives log-probs that are not finite: the weights or the "
-                "activations have overflowed. Look at grad_norm and the learning rate of the steps before"
-            )
-        return tokens.astype(np.int64), logprobs
 
     def _retire(self, stopped: np.ndarray) -> None:
         """Hand over the sequences that finished, and close the gaps that they leave."""
@@ -359,14 +344,6 @@ class _Batch:
             steps=self._steps,
             tail_factor=max(lengths) * len(lengths) / sum(lengths) if lengths else 1.0,
             idle_fraction=self._idle / (self._steps * self.scheduler.rows) if lengths else 0.0,
+            drafted=self._speculation.drafted if self._speculation else 0,
+            accepted=self._speculation.accepted if self._speculation else 0,
         )
-
-
-def _packing_pays(model: GPTModel, rows: int, new_tokens: int) -> bool:
-    """Whether a rollout of so many rows and new tokens is worth packed copies of the large weights (``matmul``).
-
-    Packing takes about as long as two decoding steps of 32 rows, and each step then gains about a tenth. A rollout that
-    might have been long but stops at its first tokens loses those two steps.
-    """
-    weight = next(model.parameters())
-    return not weight.is_cuda and weight.dtype == torch.float32 and rows >= 4 and new_tokens >= 32

@@ -5,9 +5,9 @@ anew in each step, and hides padding by a mask that TransformerEngine's attentio
 one is for CUDA and flash-attn only. In ``KVCache`` rows are independent, each sequence has positions 0, 1, 2, ... of
 its own, and keys are stored rotated.
 
-One forward pass takes a packed batch of T tokens: first those of the decoding rows, one each or more where some are
-drafts (``speculation``), then whole prompts, one after the other. Everything but the attention treats them alike; it
-alone pads rows and prompts to a common width.
+One forward pass takes a packed batch of T tokens: first one token for each decoding row, then drafts of some of them
+(``speculation``), then whole prompts, one after the other. Everything but the attention treats them alike; it alone
+pads drafts and prompts to a common width.
 """
 
 from __future__ import annotations
@@ -91,18 +91,18 @@ class KVCache:
         self,
         tokens: np.ndarray,
         lengths: np.ndarray,
-        drafts: np.ndarray,
         prompts: Sequence[np.ndarray],
         rows_per_prompt: Sequence[int],
+        drafts: np.ndarray | None = None,
     ) -> Tensor:
         """Lay out one forward pass.
 
         Args:
             tokens: int64 [D], what the decoding rows 0 .. R-1 feed: one of each, then the drafts, row by row.
             lengths: int64 [R], how many tokens they have in the cache. What lies behind those is overwritten.
-            drafts: int64 [R], how many of the tokens are drafts of each of them.
             prompts: token ids of the N prompts to prefill.
             rows_per_prompt: [N], how many of the rows from R on each prompt fills.
+            drafts: int64 [R], how many of the tokens are drafts of each decoding row; None: there are none.
 
         Returns:
             int64 [T] token ids. T = D + the prompts' lengths.
@@ -122,7 +122,7 @@ class KVCache:
         self._cos_now, self._sin_now = self._cos[at], self._sin[at]
         return torch.from_numpy(tokens).to(device)
 
-    def _lay_out_decoding(self, lengths: np.ndarray, drafts: np.ndarray) -> np.ndarray:
+    def _lay_out_decoding(self, lengths: np.ndarray, drafts: np.ndarray | None) -> np.ndarray:
         """Work out where the decoding rows write, and how far each token reads.
 
         Returns:
@@ -130,7 +130,7 @@ class KVCache:
         """
         positions, rows, row_length = lengths, np.arange(self._rows), self.kv.shape[2]
         self._drafts = None
-        if self._decoding > self._rows:
+        if drafts is not None and self._decoding > self._rows:
             drafting, firsts = rows.repeat(drafts), np.cumsum(drafts) - drafts
             behind = lengths[drafting] + np.arange(len(drafting)) - firsts[drafting] + 1
             rows, positions = np.concatenate([rows, drafting]), np.concatenate([lengths, behind])

@@ -7,11 +7,11 @@ token that its seed, its position and the vocabulary entry decide (``sampling``)
 token that was sampled before it; the first that is not ends the row's step. So the tokens are those of decoding one by
 one, at any temperature: nothing is accepted that would not have been sampled, and no random number is spent on drafts.
 
-Nothing is fed that is not expected to pay. Each guess has a level, which rises where the same context is followed by
-the same token again and falls where it is not; and whether it would have been right is seen for every token that is sampled, fed or not. So the
-chance of each draft is known before it is fed, and those are fed that raise the tokens per cost of a pass. Where no
-level's chance is good enough, this looks at the tokens every few steps only. It counts tokens and no time, and forgets
-all after the call: completions have the same bits each time.
+Nothing is fed that is not expected to pay. Each guess has a level, which rises where the same tokens are followed by
+the same one again and falls where they are not; and whether a guess would have been right is seen for every token that
+is sampled, fed or not. So the chance of each draft is known before it is fed, and it is fed if the passes that it saves
+are worth more than it costs. Where no level's chance is good enough, this looks at the tokens every few steps only. It
+counts tokens and no time, and forgets all after the call: completions have the same bits each time.
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ from nemo_aapo.engines.megatron.scheduler import Scheduler
 
 PASS_TOKENS = 32
 """What a forward pass costs besides its tokens, in tokens. Measured on a CPU for 1 to 64 rows of models of 0.3M to 19M
-parameters, whose size makes little difference: a draft costs 0.2 of a row's token with 8 rows, 0.4 with 16, 0.6 with 64
-(docs/results/notebook.md)."""
+parameters, whose size makes little difference (docs/results/notebook.md)."""
+
+DRAFT_TOKENS = 1.5
+"""What a draft costs, in tokens: its attention is padded, and its row's keys and values may have to be gathered."""
 
 DRAFTING_TOKENS = 12
-"""What drafting itself costs, in tokens: drafts are fed if all of a pass are expected to gain more."""
+"""What it costs that a pass has drafts at all, in tokens."""
 
 MAX_LEAD = 16
 """With no sequence waiting, the row furthest behind decides when all is done. Rows so far ahead of it don't draft."""
@@ -188,7 +190,7 @@ class Speculation:
             ending: int64 [n], rows that are about to be freed.
         """
         self._steps += 1
-        if self._pays() or self._steps % IDLE_STEPS == 0:
+        if self._pays() or self._steps < IDLE_STEPS or self._steps % IDLE_STEPS == 0:
             self._learn(np.arange(self._scheduler.running))
         elif len(ending):
             self._learn(ending)
@@ -218,7 +220,8 @@ class Speculation:
     def _pays(self) -> bool:
         """Whether any guess is good enough for the row that gains most."""
         scheduler = self._scheduler
-        return bool(self._chances.max() * (PASS_TOKENS / (scheduler.running if scheduler.waiting else 1) + 1) > 1)
+        gain = PASS_TOKENS / (scheduler.running if scheduler.waiting else 1) + 1.0
+        return bool(self._chances.max() * gain > DRAFT_TOKENS)
 
     def _gains(self, decoding: int) -> np.ndarray:
         """What an accepted draft of each decoding row saves, in tokens, float64 [decoding].
@@ -242,7 +245,7 @@ class Speculation:
         gains = self._gains(decoding)
         drafts, chances = self._drafts(gains)
         chosen = chances > 0.0
-        if (chances * gains[:, None])[chosen].sum() - chosen.sum() < DRAFTING_TOKENS:
+        if (chances * gains[:, None] - DRAFT_TOKENS)[chosen].sum() < DRAFTING_TOKENS:
             return plain(scheduler, decoding)
         self.drafted += int(chosen.sum())
         return Feed.of(scheduler, chosen.sum(1), drafts[chosen])
@@ -262,7 +265,7 @@ class Speculation:
         for draft in range(MAX_DRAFTS):
             entries = self._table[self._entries(keys, prompts)]
             chance = chance * self._chances[entries & _TOP]
-            going = np.flatnonzero((chance * gains[rows] > 1.0) & (room > draft))
+            going = np.flatnonzero((chance * gains[rows] > DRAFT_TOKENS) & (room > draft))
             if not len(going):
                 break
             rows, prompts, room, chance, keys = (x[going] for x in (rows, prompts, room, chance, keys))
