@@ -92,6 +92,11 @@ def check_cluster(config: Config) -> None:
         ):
             if not path.startswith("/"):
                 raise ConfigError(f"{key}={path}: with cluster.container.image paths must be absolute")
+    if cluster.servers.nodes and config.rollout.refit == "ipc":
+        raise ConfigError(
+            f"rollout.refit=ipc with cluster.servers.nodes={cluster.servers.nodes}: servers on nodes of their own "
+            "can't read the trainer's memory. Start them on its node by scripts/serve.py, or take another refit"
+        )
     _check_servers(config)
     if cluster.launcher == "nemo_run" and (cluster.kind != "slurm" or cluster.servers.nodes):
         raise ConfigError("cluster.launcher=nemo_run submits trainers: it needs cluster=slurm, without servers")

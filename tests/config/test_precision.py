@@ -138,7 +138,7 @@ def test_what_the_machine_decides_is_checked_with_the_rest():
             },
             "use_distributed_optimizer=true",
         ),
-        ({"rollout__engine": "remote", "rollout__offload_learner": True}, "it samples elsewhere"),
+        ({"rollout__engine": "remote", "rollout__offload_learner": True}, "which generates elsewhere"),
         ({"rollout__offload_learner": True, "model__optim__cpu_offload_fraction": 0.5}, "one of the two"),
     ],
 )

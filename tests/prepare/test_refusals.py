@@ -250,6 +250,14 @@ def test_what_a_gpu_cannot_do_is_refused_before_torch_is_imported(given, blocker
     assert not blocker.asked
 
 
+def test_memory_that_a_gpu_can_not_share_is_refused_before_torch_is_imported(given, blocker, capsys, monkeypatch):
+    monkeypatch.setattr(Machine, "present", lambda: H200)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    assert command("train")([*given.words, "rollout.engine=remote", "rollout.refit=ipc"]) == 2
+    assert "Take expandable_segments out of PYTORCH_CUDA_ALLOC_CONF" in capsys.readouterr().err
+    assert not blocker.asked
+
+
 def test_a_package_that_was_left_out_is_named_with_the_way_to_get_it(given, blocker, capsys, monkeypatch):
     from nemo_aapo.prepare import packages
 

@@ -127,9 +127,10 @@ class Rollout:
         "bits | groups: each whole group, to the same tokens; log-probs may differ in their last bits | off: nothing",
         decides=False,
     )
-    refit: Literal["files", "delta", "collective"] = setting(
+    refit: Literal["files", "delta", "collective", "ipc"] = setting(
         "how servers get new weights: files: whole, in rollout.remote.directory | delta: there, what changed in them | "
-        "collective: sent by the trainer's ranks to theirs",
+        "collective: sent by the trainer's ranks to theirs | ipc: read in the memory of the trainer's ranks, on one "
+        "machine; servers and learner take turns with the devices",
         decides=False,
     )
     speculation: bool | None = setting(
