@@ -161,7 +161,8 @@ class KVCache:
         square = firsts[rows, None] + np.minimum(np.arange(width), counts[:, None] - 1)
         extent, mask = self._reach(positions[square].repeat(self._queries, axis=1))
         real = np.flatnonzero(np.arange(width) < counts[:, None])
-        return _Drafts(*(torch.from_numpy(x).to(self.kv.device) for x in (rows, square, real)), extent, mask)
+        on_device = [torch.from_numpy(x).to(self.kv.device) for x in (rows, square, real)]
+        return _Drafts(on_device[0], on_device[1], on_device[2], extent, mask)
 
     def _lay_out_prefill(self, lengths: np.ndarray, rows_per_prompt: Sequence[int]) -> None:
         """Work out where the prompts lie in the packed batch, and how attention pads them to a common width.

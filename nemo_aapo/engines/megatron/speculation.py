@@ -268,7 +268,8 @@ class Speculation:
             going = np.flatnonzero((chance * gains[rows] > DRAFT_TOKENS) & (room > draft))
             if not len(going):
                 break
-            rows, prompts, room, chance, keys = (x[going] for x in (rows, prompts, room, chance, keys))
+            rows, prompts, room, keys = (x[going] for x in (rows, prompts, room, keys))
+            chance = chance[going]
             guess = (entries[going] >> _LEVEL_BITS).astype(np.int64)
             drafts[rows, draft], chances[rows, draft] = guess, chance
             keys = (keys << self._token_bits | guess) & mask
