@@ -28,8 +28,8 @@ from nemo_aapo.distributed import parallel
 from nemo_aapo.engines.megatron.experts.layer import ExpertLayers, swiglu
 from nemo_aapo.engines.megatron.experts.lockstep import Lockstep
 from nemo_aapo.engines.megatron.kv_cache import Attention, KVCache
-from nemo_aapo.engines.megatron.matmul import add_linear_, linear, pack_weight
-from nemo_aapo.mcore.bridge.lora import base_layer, merged_weight
+from nemo_aapo.engines.megatron.matmul import Adapted, Weight, add_linear_, linear, pack_weight
+from nemo_aapo.mcore.bridge.lora import adapter_weights, base_layer, is_adapted, merged_weight
 from nemo_aapo.mcore.experts.weights import LocalExperts, local_experts
 from nemo_aapo.mcore.groups import gather_columns
 from nemo_aapo.mcore.model import GPTModel, output_weight
@@ -44,20 +44,20 @@ class _Layer:
 
     attention_norm: Tensor
     """[h]"""
-    qkv: Tensor
+    qkv: Weight
     """[key-value heads * (queries per key + 2) * s, h]: for each key-value head its queries, its key, its value"""
     qkv_bias: Tensor | None
     query_norm: Tensor | None
     """[s]"""
     key_norm: Tensor | None
     """[s]"""
-    projection: Tensor
+    projection: Weight
     """[h, heads * s]"""
     mlp_norm: Tensor
     """[h]"""
-    gate_and_up: Tensor | None
+    gate_and_up: Weight | None
     """[2 f, h]; None: ``experts`` are in its place."""
-    down: Tensor | None
+    down: Weight | None
     """[h, f]"""
     experts: LocalExperts | None
 
@@ -65,8 +65,9 @@ class _Layer:
 class Decoder:
     """The forward pass of one pipeline stage, built for one ``generate`` call: it holds references to the weights.
 
-    For as long as the call takes, it also holds copies: merged weights of layers with a LoRA adapter, and packed ones
-    of large weights with ``pack``.
+    For as long as the call takes, it also holds copies: merged weights of layers with a LoRA adapter in float32, and
+    packed ones of large weights with ``pack``. In bfloat16, an adapter is applied apart, as the learner does: added to
+    the weight, an update below the weight's last bit would be lost.
     """
 
     def __init__(self, model: GPTModel, pack: bool = False, lockstep: Lockstep | None = None) -> None:
@@ -105,7 +106,7 @@ class Decoder:
             queries_per_key=self.queries_per_key,
             angles=self._model.rotary_pos_emb(length, packed_seq=True)[:, 0, 0],  # whole: sequences are not cut here
             scale=self._config.softmax_scale or self.head_size**-0.5,
-            dtype=self._layers[0].qkv.dtype,
+            dtype=self._layers[0].attention_norm.dtype,
         )
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -182,7 +183,8 @@ class Decoder:
     def addresses(self) -> tuple[int, ...]:
         """Addresses of a whole dense model's weights. A CUDA graph is valid as long as they don't change."""
         model = self._model
-        weights = [getattr(layer, field.name) for layer in self._layers for field in fields(layer)]
+        parts = [getattr(layer, field.name) for layer in self._layers for field in fields(layer)]
+        weights = [tensor for part in parts for tensor in (part if isinstance(part, Adapted) else (part,))]
         weights += [model.embedding.word_embeddings.weight, model.decoder.final_layernorm.weight, self._output]
         return tuple(weight.data_ptr() for weight in weights if isinstance(weight, Tensor))
 
@@ -195,7 +197,7 @@ class Decoder:
             return _rms_norm(x, weight, self._root_epsilon)
         return F.rms_norm(x, weight.shape, weight, self._config.layernorm_epsilon)
 
-    def _add(self, hidden: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    def _add(self, hidden: Tensor, x: Tensor, weight: Weight) -> Tensor:
         """``hidden + x weight^T``, in place; ``x`` and ``weight`` are sharded over the tensor-parallel ranks."""
         if self._tp_size == 1:
             return add_linear_(hidden, x, weight)
@@ -223,16 +225,25 @@ def _layer_weights(layer: torch.nn.Module, convert: Callable[[Tensor], Tensor]) 
     after_mlp_norm = mlp if experts else base_layer(part("mlp.linear_fc1"))
     return _Layer(
         attention_norm=_norm_weight(qkv, part("input_layernorm")),
-        qkv=convert(merged_weight(part("self_attention.linear_qkv"))),
+        qkv=_projection(part("self_attention.linear_qkv"), convert),
         qkv_bias=_bias(qkv),
         query_norm=getattr(attention.q_layernorm, "weight", None),
         key_norm=getattr(attention.k_layernorm, "weight", None),
-        projection=convert(merged_weight(part("self_attention.linear_proj"))),
+        projection=_projection(part("self_attention.linear_proj"), convert),
         mlp_norm=_norm_weight(after_mlp_norm, part("pre_mlp_layernorm")),
-        gate_and_up=None if experts else convert(merged_weight(part("mlp.linear_fc1"))),
-        down=None if experts else convert(merged_weight(part("mlp.linear_fc2"))),
+        gate_and_up=None if experts else _projection(part("mlp.linear_fc1"), convert),
+        down=None if experts else _projection(part("mlp.linear_fc2"), convert),
         experts=experts,
     )
+
+
+def _projection(linear: torch.nn.Module, convert: Callable[[Tensor], Tensor]) -> Weight:
+    """A projection's weight after ``convert``, its adapter merged; in bfloat16 the adapter stays beside it."""
+    if is_adapted(linear):
+        base = linear.to_wrap.get_parameter("weight")
+        if base.dtype == torch.bfloat16:
+            return Adapted(base, *adapter_weights(linear))
+    return convert(merged_weight(linear))
 
 
 def _norm_weight(linear: torch.nn.Module, norm: torch.nn.Module) -> Tensor:
