@@ -300,11 +300,10 @@ def _check_refit(config: Config) -> None:
         )
     if config.rollout.refit != "collective":
         return
-    if config.model.lora is not None or config.rollout.server.engine != "megatron":
-        which = "model.lora" if config.model.lora is not None else "rollout.server.engine=trtllm"
+    if config.rollout.server.engine != "megatron":
         raise ConfigError(
-            f"rollout.refit=collective sends Megatron's own weights, and {which} makes those of trainer and server "
-            "differ: use rollout.refit=files or delta"
+            "rollout.refit=collective sends Megatron's own weights, and rollout.server.engine=trtllm has others: use "
+            "rollout.refit=files or delta"
         )
     if depth > 1:
         raise ConfigError(

@@ -169,7 +169,7 @@ def test_words_that_are_right_pass():
         (
             ["cluster=slurm_servers", "cluster.servers.gpus_per_node=4", "rollout.server.tensor_parallel_size=8"],
             "cluster.servers.gpus_per_node=4",
-            "a server is on one node",
+            "spread a server over nodes",
         ),
     ],
 )

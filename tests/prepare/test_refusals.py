@@ -102,6 +102,7 @@ TRAINING = [
     (["cluster.account=lab", "cluster=local"], "no effect on this machine"),
 ]
 """What the words tell by themselves; of a plan and of a doctor, too."""
+REMOTE = ("rollout.engine=remote",)
 FILES = [
     (["model.path=FOLDER/gone"], "no such directory"),
     (["model.path=FOLDER/truncated"], "not JSON"),
@@ -118,6 +119,9 @@ FILES = [
         ["rollout.speculation=true", "rollout.engine=plain"],
         "rollout.speculation has no effect with the engine plain",
     ),
+    ([*REMOTE, "rollout.server.tensor_parallel_size=3"], "rollout.server.tensor_parallel_size=3 does not divide"),
+    ([*REMOTE, "rollout.server.pipeline_parallel_size=3"], "rollout.server.pipeline_parallel_size=3 does not divide"),
+    ([*REMOTE, "rollout.server.expert_parallel_size=2"], "rollout.server.expert_parallel_size=2"),
     (["data.max_prompt_tokens=4000", "max_tokens_per_microbatch=9000"], "exceeds the 4096 positions"),
     (["data.train=FOLDER/trian.jsonl"], "data.train: FOLDER/trian.jsonl: no such file; did you mean"),
     (["data.validation=FOLDER/no_data"], "data.validation: FOLDER/no_data: this is a directory without a data set"),
@@ -151,7 +155,8 @@ SERVE = [
     (["rollout.server.prot=1"], "did you mean 'rollout.server.port'"),
     (["model.path=FOLDER/gone"], "no such directory"),
     (["precision=bf16"], "needs a GPU"),
-    (["rollout.engine=remote", "rollout.server.engine=trtllm"], "tensorrt_llm"),
+    ([*REMOTE, "rollout.server.tensor_parallel_size=3"], "rollout.server.tensor_parallel_size=3 does not divide"),
+    ([*REMOTE, "rollout.server.engine=trtllm"], "tensorrt_llm"),
 ]
 EVALUATE = [
     (["samples=0"], "must be at least 1"),
@@ -177,6 +182,7 @@ CASES = [
     *(("doctor", [], *case) for case in TRAINING),
     *(("plan", ["model=Qwen2.5-7B"], *case) for case in TRAINING),
     ("plan", ["model=Qwen2.5-7B"], ["rollout.engine=plain"], "a plan knows engines that keep keys and values"),
+    ("plan", ["model=Qwen2.5-7B"], ["rollout.engine=remote", "rollout.refit=ipc"], "those of TensorRT-LLM only"),
     *(("fill", [], *case) for case in [*TRAINING, *FILL]),
     *(("serve", [], *case) for case in SERVE),
 ]

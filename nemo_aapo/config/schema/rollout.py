@@ -75,6 +75,11 @@ class Server:
     directory: str = setting("the trainer's rollout.remote.directory", decides=False)
     max_request_bytes: int = setting("larger requests are refused (413)", decides=False, minimum=1024, sane=BYTES)
 
+    @property
+    def ranks(self) -> int:
+        """Processes that hold one engine of Megatron's together."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
 
 @section
 class Rollout:

@@ -45,6 +45,8 @@ class Meeting:
     """What all ranks send, in the order in which they do."""
     senders: int
     """Ranks of the trainer."""
+    timeout_s: float
+    """The longest that a move is waited for."""
 
     def exchange(
         self, rank: int, parts: Sequence[WeightPart], each: Callable[[WeightPart], None] = lambda part: None
@@ -66,9 +68,9 @@ class Meeting:
             total, waiting = total + size, waiting + size
             while waiting > WINDOW_BYTES:
                 waiting -= under_way[0].part.tensor.nbytes
-                each(under_way.popleft().end())
+                each(under_way.popleft().end(self.timeout_s))
         while under_way:
-            each(under_way.popleft().end())
+            each(under_way.popleft().end(self.timeout_s))
         return total
 
     def _own(self, rank: int, parts: Sequence[WeightPart]) -> Iterator[tuple[int, int, WeightPart]]:
@@ -107,8 +109,14 @@ class _Transfer:
         work = (group.send if sends else group.recv)([whole], peer, tag)
         return cls(part, whole, work, sends)
 
-    def end(self) -> WeightPart:
+    def end(self, timeout_s: float) -> WeightPart:
         """Wait for it; what was moved."""
+        if self.whole.is_cuda:  # NCCL's wait() returns at once, and its own deadline ends the process
+            deadline = time.monotonic() + timeout_s
+            while not self.work.is_completed():
+                if time.monotonic() > deadline:
+                    raise RuntimeError(f"nothing came for {timeout_s:g} s")
+                time.sleep(POLL_S)
         self.work.wait()
         if not self.sends and self.whole is not self.part.tensor:
             self.part.tensor.copy_(self.whole)
@@ -150,7 +158,7 @@ def meet(
     held = [_unpacked(_awaited(store, meeting.name, name, deadline)) for name in names]
     moves = plan(held[:first], held[first:], server)
     group = new_group(dist.PrefixStore(f"{meeting.name}/group", store), rank, size, device, timeout_s)
-    return Meeting(group, moves, first)
+    return Meeting(group, moves, first, timeout_s)
 
 
 def new_group(store: dist.Store, rank: int, size: int, device: torch.device, timeout_s: float) -> Any:
@@ -163,7 +171,7 @@ def new_group(store: dist.Store, rank: int, size: int, device: torch.device, tim
     try:
         if device.type == "cuda":
             options = dist.ProcessGroupNCCL.Options()
-            options._timeout = timedelta(seconds=timeout_s)
+            options._timeout = timedelta(seconds=2 * timeout_s)  # ``_Transfer.end`` gives up before, and nothing dies
             return dist.ProcessGroupNCCL(store, rank, size, options)
         return dist.ProcessGroupGloo(store, rank, size, timedelta(seconds=timeout_s))
     except RuntimeError as error:

@@ -28,7 +28,7 @@ Update = tuple[ServerRecord, Weights]
 class Sender(Protocol):
     """One rank's part in handing the trainer's weights to servers that come for them.
 
-    Collective, but for the last three.
+    Collective, but for the last four.
     """
 
     sent_bytes: int
@@ -44,6 +44,10 @@ class Sender(Protocol):
 
     def send(self, servers: Sequence[ServerRecord]) -> list[str]:
         """Send the weights to these servers; why it failed with each, or an empty text, the same on all ranks."""
+        ...
+
+    def forget(self) -> None:
+        """Let go of what was made to be sent."""
         ...
 
     def part_from(self, server: ServerRecord) -> None:
@@ -65,6 +69,7 @@ class CollectiveRefit:
     def __init__(self, fleet: Fleet, sender: Sender) -> None:
         """Args: fleet: which rank 0 alone asks."""
         self.fleet, self.sender = fleet, sender
+        self._expected = 0  # servers that have the weights once all that are sent to have taken them
 
     def bring(self, version: int) -> tuple[Weights, int]:
         """Send the policy to the servers that have other weights, until enough have it. Collective over all ranks.
@@ -87,7 +92,11 @@ class CollectiveRefit:
         while servers := on_first_rank(survey):
             reasons = self._send(servers, weights)
             sent += self.sender.sent_bytes
+            if not any(reasons):  # as each has said itself
+                self.fleet.are_enough(self._expected)
+                break
             tried |= {server.instance for server, reason in zip(servers, reasons, strict=True) if reason}
+        self.sender.forget()
         return weights, sent
 
     def _send(self, servers: Sequence[ServerRecord], weights: Weights) -> list[str]:
@@ -148,7 +157,8 @@ class CollectiveRefit:
                     usable += 1
                 elif record.instance not in tried:
                     others.append(record)
-            if self.fleet.are_enough(usable + len(others), settled=not others):
+            self._expected = usable + len(others)
+            if self.fleet.are_enough(self._expected, settled=not others):
                 return others
             if time.monotonic() >= deadline:
                 raise RunError(self.fleet.too_few(records, reasons, usable))

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from nemo_aapo.engines.remote.wire import dump_object, load_object
-from nemo_aapo.errors import ServerError, WireError
+from nemo_aapo.errors import ServerError, WeightsError, WireError
 
 LOOK_S = 0.5
 """Whoever waits looks up this often."""
@@ -106,7 +106,10 @@ def connect(address: str, timeout_s: float) -> Channel:
 
     Raises:
         ServerError: nobody does.
+        WeightsError: it is an address of another kind.
     """
+    if not address.startswith(SCHEME):
+        raise WeightsError("this server's engine takes weights by rollout.refit=files, delta or ipc only")
     connection = socket.socket(socket.AF_UNIX)
     try:
         connection.connect(address.removeprefix(SCHEME))

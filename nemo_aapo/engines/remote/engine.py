@@ -186,7 +186,7 @@ class RemoteEngine:
             began: the call's beginning by ``time.perf_counter``, for the statistics.
         """
         source = parallel.is_model_parallel_source()
-        outcome: Outcome = parallel.broadcast_in_model_parallel(ask() if source else [])
+        outcome: Outcome = parallel.broadcast_when_done(ask)
         if isinstance(outcome, Exception):
             raise outcome
         if on_finish is not None and not source:

@@ -37,8 +37,8 @@ def check(config: Config) -> None:
         missing.append("a CUDA GPU")
     if missing:
         raise ConfigError(
-            f"rollout.engine=trtllm needs {' and '.join(missing)}, not found on this machine. "
-            "rollout.engine=megatron needs neither: it draws from the learner's own weights"
+            f"TensorRT-LLM needs {' and '.join(missing)}, not found on this machine. rollout.engine=megatron, or "
+            "rollout.server.engine=megatron of a server, needs neither"
         )
     check_allocator()
     if config.precision.name == "fp32":

@@ -15,7 +15,7 @@ import torch
 from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
 from nemo_aapo.engines.ipc import memory
-from nemo_aapo.engines.ipc.channel import Channel
+from nemo_aapo.engines.ipc.channel import Channel, connect
 from nemo_aapo.engines.ipc.receiver import ArrivingTensors, SharedBucket
 from nemo_aapo.errors import ServerError, WeightsError
 from tests import cuda_ipc
@@ -112,6 +112,13 @@ def test_tensors_come_as_they_are_asked_for_and_what_is_passed_over_is_kept():
         tensors["d"]
     with pytest.raises(KeyError):
         tensors["e"]
+
+
+def test_addresses_that_lead_nowhere_are_named(tmp_path):
+    with pytest.raises(ServerError, match=r"can't be reached .*rollout.refit=ipc servers run on the trainer's machine"):
+        connect(f"unix:{tmp_path}/weights", 1.0)
+    with pytest.raises(WeightsError, match="files, delta or ipc only"):
+        connect("127.0.0.1:9", 1.0)
 
 
 def test_a_connection_says_who_is_gone_or_silent_and_closes_what_came_with_half_a_message():

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from nemo_aapo.config.compose import load_config
-from tests.engines.remote.test_rollout_servers import Engines
+from tests.engines.remote.test_rollout_servers import Engines, _on_layout
 from tests.servers import ROOT, Servers, wait_until_ready
 from tests.training_runs import make_input, settings
 
@@ -42,23 +42,25 @@ def directory(words):
 def servers(words, directory):
     """Server 0 under an interpreter of its own, as one of another environment would be; server 1 of two ranks."""
     forked, log = Servers(directory), directory.parent / "server_0.log"
-    forked.start(1, [*words, "rollout.server.tensor_parallel_size=2"], ranks=2)
+    serve = [sys.executable, "scripts/serve.py", *words, "rollout.server.index=0"]
     with log.open("wb") as file:
-        serve = [sys.executable, "scripts/serve.py", *words, "rollout.server.index=0"]
         alone = subprocess.Popen(
             [*serve, f"rollout.server.directory={directory}"], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT
         )
-    end = time.monotonic() + 150
-    while len(forked.records()) < 2:
-        assert alone.poll() is None, log.read_text()
-        assert time.monotonic() < end, log.read_text()
-        time.sleep(0.1)
-    for index in (0, 1):
-        wait_until_ready(directory, index, 120)
-    yield {0: alone.pid, 1: forked.processes[1].pid}
-    alone.kill()
-    alone.wait(20)
-    forked.close()
+    try:
+        forked.start(1, [*words, "rollout.server.tensor_parallel_size=2"], ranks=2)
+        end = time.monotonic() + 150
+        while len(forked.records()) < 2:
+            assert alone.poll() is None, log.read_text()
+            assert time.monotonic() < end, log.read_text()
+            time.sleep(0.1)
+        for index in (0, 1):
+            wait_until_ready(directory, index, 120)
+        yield {0: alone.pid, 1: forked.processes[1].pid}
+    finally:
+        alone.kill()
+        alone.wait(20)
+        forked.close()
 
 
 def held(pid: int) -> int:
@@ -94,6 +96,14 @@ def test_servers_under_any_layout_have_each_version_from_memory_and_no_file_is_w
     assert [held(pid) for pid in servers.values()] == [0, 0]
     assert not [*directory.glob("weights/*")]
     assert {path for path in SHARED.iterdir() if path.name.startswith(("torch_", "psm_", "nemo"))} <= before
+
+
+def test_adapters_arrive_merged_from_tensor_parallel_ranks_as_they_do_by_files(ranks, words, servers):
+    lora = "model.lora={rank: 4, alpha: 8, target_modules: [linear_qkv, linear_fc2]}"
+    words = [*words, lora, "model.tensor_model_parallel_size=2", "trainer.devices=2"]
+    one, other = ranks.run(_on_layout, words, world=2, tp=2)
+    by_files, _ = ranks.run(_on_layout, [*words, "rollout.refit=files"], world=2, tp=2)
+    assert one == other == by_files
 
 
 def _among_faults(words, pid):

@@ -213,19 +213,30 @@ def test_a_server_killed_in_the_middle_of_a_collective_refit_is_left_out_and_the
 
 
 def _on_layout(words):
-    """On each rank: what it was given and told. Data-parallel ranks ask for shares of their own."""
+    """On each rank: what it was given and told. Data-parallel ranks ask for shares of their own.
+
+    Each rank meets another server first.
+    """
     from nemo_aapo.distributed import parallel
     from nemo_aapo.engines.build import build_sender
+    from nemo_aapo.engines.collective import sender
     from nemo_aapo.engines.remote.engine import RemoteEngine
     from tests.policies import make_policy
 
+    meet = sender.meet
+
+    def meets(*words, server: int, **more):
+        time.sleep(0.3 * ((server + parallel.rank()) % 2))
+        return meet(*words, server=server, **more)
+
     config = load_config(words)
     policy = make_policy(config)
-    sender = build_sender(config, policy.module, policy.shape.vocab_size, policy.named_weights)
-    remote = RemoteEngine.from_config(config, sender)
+    sends = build_sender(config, policy.module, policy.shape.vocab_size, policy.named_weights)
+    remote = RemoteEngine.from_config(config, sends)
     for parameter in policy.module.parameters():
         parameter.data.mul_(1.1)
-    remote.update_weights(policy.named_weights(), 3)
+    with mock.patch.object(sender, "meet", meets):
+        remote.update_weights(policy.named_weights(), 3)
     told = []
     part = slice(parallel.data_parallel_rank(), None, parallel.data_parallel_size())
     drawn = remote.generate(PROMPTS[part], SPEC, SEEDS[part], lambda i, j, c: told.append((i, j)))
