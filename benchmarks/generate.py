@@ -79,9 +79,9 @@ def compare(plan: Plan, folder: Path) -> list[Row]:
     logging.set_verbosity_error()  # otherwise it warns for each model that it isn't sharded over ranks
     rows = []
     for hidden_size in plan.hidden_sizes:
-        path = _random_model(plan, hidden_size, folder / f"d{hidden_size}")
+        path = random_model(plan, hidden_size, folder / f"d{hidden_size}")
         transformers_model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-        policy = MegatronPolicy(decide(_config(path), Machine.present()), read_model_dir(str(path)))
+        policy = MegatronPolicy(decide(config_of(path), Machine.present()), read_model_dir(str(path)))
         budget = plan.rows * (plan.prompt_tokens + plan.new_tokens)
         engine = MegatronEngine(policy.module, VOCABULARY, budget)
         for shared in (True, False):
@@ -166,7 +166,7 @@ def _require_same_logprobs(model: Any, prompts: np.ndarray, completions: Sequenc
         assert difference < MAX_LOGPROB_DIFFERENCE, f"engine and transformers differ by {difference:.1e} in log-probs"
 
 
-def _random_model(plan: Plan, hidden_size: int, path: Path) -> Path:
+def random_model(plan: Plan, hidden_size: int, path: Path) -> Path:
     import torch
     from transformers import AutoModelForCausalLM, Qwen2Config
 
@@ -188,7 +188,7 @@ def _random_model(plan: Plan, hidden_size: int, path: Path) -> Path:
     return path
 
 
-def _config(path: Path) -> Any:
+def config_of(path: Path) -> Any:
     from nemo_aapo.config.compose import load_config
 
     return load_config([f"model.path={path}", "data.train=unused", "data.validation=unused", "trainer.devices=1"])

@@ -26,10 +26,10 @@ PROFILER_QUIET = {"KINETO_LOG_LEVEL": "6", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 
 def rollout(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The engine beside transformers' generate, then the cost of the algorithms' steps."""
+    """The engine beside transformers' generate, with and without speculation, and the algorithms' steps."""
     import torch
 
-    from benchmarks import generate, steps
+    from benchmarks import generate, speculation, steps
     from nemo_aapo.mcore.groups import destroy_model_parallel, initialize_model_parallel
     from nemo_aapo.utils.libraries import quiet
 
@@ -41,12 +41,16 @@ def rollout(arguments: argparse.Namespace) -> dict[str, Any]:
             engine = generate.compare(generate.QUICK if arguments.quick else generate.Plan(), Path(folder) / "generate")
             print("Completion tokens per second, median (lowest to highest); ratio: engine over transformers' generate")
             print(generate.report(engine), end="\n\n", flush=True)
+            guessed = speculation.compare(speculation.QUICK if arguments.quick else speculation.Plan(), Path(folder))
+            print("Decoding without speculation over decoding with it, median (lowest to highest)")
+            print(speculation.report(guessed), end="\n\n", flush=True)
             algorithms = steps.compare(steps.QUICK if arguments.quick else steps.Plan(), Path(folder) / "steps")
             print("Milliseconds of a training step, median (lowest to highest)")
             print(steps.report(algorithms), flush=True)
     finally:
         destroy_model_parallel()
-    return {"generate": [asdict(row) for row in engine], "steps": [asdict(row) for row in algorithms]}
+    parts = {"generate": engine, "speculation": guessed, "steps": algorithms}
+    return {name: [asdict(row) for row in rows] for name, rows in parts.items()}
 
 
 def gpu(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -20,6 +20,8 @@ TIMES = (
     "memory/",
     "rollout/idle_fraction",
     "rollout/tokens_per_second",
+    "rollout/acceptance_rate",
+    "rollout/accepted_fraction",
     "rollout/refit_bytes",
     "servers/",
 )

@@ -102,6 +102,9 @@ def _check_layout(config: Config) -> None:
             "rollout.offload_learner=true has no effect with rollout.engine=remote, which generates elsewhere (but "
             "with rollout.refit=ipc)"
         )
+    engine = config.rollout.server.engine if config.rollout.engine == "remote" else config.rollout.engine
+    if config.rollout.speculation is not None and engine != "megatron":
+        raise ConfigError(f"rollout.speculation has no effect with the engine {engine}: leave it at null")
     if config.rollout.offload_learner and model.optim.cpu_offload_fraction:
         raise ConfigError(
             f"rollout.offload_learner=true with model.optim.cpu_offload_fraction={model.optim.cpu_offload_fraction}: "

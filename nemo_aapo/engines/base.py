@@ -48,6 +48,10 @@ class RolloutStats:
     """Longest completion over the mean: how far stragglers stretch the rollout."""
     idle_fraction: float
     """Share of the rows that stood empty, averaged over the steps; NaN where the engine can't tell."""
+    drafted: int = 0
+    """Tokens that were guessed and fed before they were sampled; 0 where the engine does not or can't tell."""
+    accepted: int = 0
+    """How many of them were right, and are tokens of completions."""
 
 
 @runtime_checkable

@@ -58,12 +58,17 @@ def engine_metrics(stats: Sequence[RolloutStats]) -> dict[str, float]:
     Returns:
         ``rollout/idle_fraction``: share of the engines' rows that stood empty, averaged over their steps; NaN where an
         engine can't tell. ``rollout/tokens_per_second``: completion tokens over the slowest engine's seconds.
+        ``rollout/acceptance_rate``: share of the engines' drafts that were accepted; NaN where there were none.
+        ``rollout/accepted_fraction``: share of the completions' tokens that were accepted drafts.
     """
     steps, seconds = sum(stat.steps for stat in stats), max((stat.seconds for stat in stats), default=math.nan)
     idle = sum(stat.idle_fraction * stat.steps for stat in stats)
+    tokens, drafted, accepted = (sum(getattr(stat, n) for stat in stats) for n in ("tokens", "drafted", "accepted"))
     return {
-        "rollout/idle_fraction": idle / steps if steps else float("nan"),
-        "rollout/tokens_per_second": sum(stat.tokens for stat in stats) / seconds,
+        "rollout/idle_fraction": idle / steps if steps else math.nan,
+        "rollout/tokens_per_second": tokens / seconds,
+        "rollout/acceptance_rate": accepted / drafted if drafted else math.nan,
+        "rollout/accepted_fraction": accepted / tokens if tokens else math.nan,
     }
 
 

@@ -150,6 +150,11 @@ class Rollout:
         "machine; servers and learner take turns with the devices",
         decides=False,
     )
+    speculation: bool | None = setting(
+        "false: the megatron engine feeds one token of a sequence in a pass | null: true where the engine is "
+        "Megatron's: guesses go with it where that is expected to be faster, the tokens being the same",
+        decides=False,
+    )
     replay_routes: bool | None = setting(
         "true: the learner sends each token to the experts that the engine sent it to | null: true for a model with "
         "experts, where the engine is Megatron's",

@@ -15,6 +15,8 @@ choice of experts (``experts/``), norms of what is added where there are any. It
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
@@ -27,9 +29,10 @@ from nemo_aapo.distributed import parallel
 from nemo_aapo.engines.megatron.experts.layer import ExpertLayers, swiglu
 from nemo_aapo.engines.megatron.experts.lockstep import Lockstep
 from nemo_aapo.engines.megatron.kv_cache import Attention, KVCache
-from nemo_aapo.engines.megatron.matmul import add_linear_, linear, pack_weight
+from nemo_aapo.engines.megatron.matmul import Adapted, Weight, add_linear_, linear, pack_weight
 from nemo_aapo.mcore.bridge import families
 from nemo_aapo.mcore.bridge.layer_weights import layer_weights
+from nemo_aapo.mcore.bridge.lora import adapter_weights, is_adapted, merged_weight
 from nemo_aapo.mcore.groups import gather_columns
 from nemo_aapo.mcore.model import GPTModel, output_weight
 
@@ -47,8 +50,9 @@ GATED = {"silu": swiglu, "gelu_pytorch_tanh": geglu}
 class Decoder:
     """The forward pass of one pipeline stage, built for one ``generate`` call: it holds references to the weights.
 
-    For as long as the call takes, it also holds copies: merged weights of layers with a LoRA adapter, and packed ones
-    of large weights with ``pack``.
+    For as long as the call takes, it also holds copies: merged weights of layers with a LoRA adapter in float32, and
+    packed ones of large weights with ``pack``. In bfloat16, an adapter is applied apart, as the learner does: added to
+    the weight, an update below the weight's last bit would be lost.
     """
 
     def __init__(self, model: GPTModel, pack: bool = False, lockstep: Lockstep | None = None) -> None:
@@ -66,7 +70,8 @@ class Decoder:
         check_supported(model)
         self._model, self._config = model, model.config
         convert = pack_weight if pack else _as_it_is
-        self._layers = [layer_weights(layer, convert, self._gain) for layer in model.decoder.layers]
+        projection = functools.partial(_projection, convert=convert)
+        self._layers = [layer_weights(layer, projection, self._gain) for layer in model.decoder.layers]
         self._gated = GATED[families.activation(self._config)]
         self._output = convert(output_weight(model)) if model.post_process else None
         attention = model.decoder.layers[0].self_attention
@@ -89,7 +94,7 @@ class Decoder:
             angles=families.layer_angles(self._model, length),
             windows=[families.window(self._config, layer.layer_number) for layer in self._model.decoder.layers],
             scale=self._config.softmax_scale or self.head_size**-0.5,
-            dtype=self._layers[0].qkv.dtype,
+            dtype=self._layers[0].attention_norm.dtype,
         )
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -168,13 +173,14 @@ class Decoder:
     def addresses(self) -> tuple[int, ...]:
         """Addresses of a whole dense model's weights. A CUDA graph is valid as long as they don't change."""
         model = self._model
-        weights = [getattr(layer, field.name) for layer in self._layers for field in fields(layer)]
+        parts = [getattr(layer, field.name) for layer in self._layers for field in fields(layer)]
+        weights = [tensor for part in parts for tensor in (part if isinstance(part, Adapted) else (part,))]
         weights += [model.embedding.word_embeddings.weight, model.decoder.final_layernorm.weight, self._output]
         return tuple(weight.data_ptr() for weight in weights if isinstance(weight, Tensor))
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         if x.is_cuda:
-            from nemo_aapo.engines.megatron import decode_triton  # triton comes with torch's CUDA builds only
+            from nemo_aapo.engines.megatron.kernels import decode_triton  # triton comes with torch's CUDA builds only
 
             return decode_triton.rms_norm(x, weight, self._config.layernorm_epsilon)
         if x.dtype == torch.float32:
@@ -191,7 +197,7 @@ class Decoder:
         """What a norm multiplies by; Gemma's weights are the difference to 1."""
         return 1 + weight if self._config.layernorm_zero_centered_gamma else weight
 
-    def _add(self, hidden: Tensor, x: Tensor, weight: Tensor, post_norm: Tensor | None) -> Tensor:
+    def _add(self, hidden: Tensor, x: Tensor, weight: Weight, post_norm: Tensor | None) -> Tensor:
         """``hidden + x weight^T``, in place, what is added normalised if there is a norm for it.
 
         ``x`` and ``weight`` are sharded over the tensor-parallel ranks.
@@ -212,6 +218,15 @@ def _rms_norm(x: Tensor, weight: Tensor, root_epsilon: Tensor) -> Tensor:
 
 def _as_it_is(weight: Tensor) -> Tensor:
     return weight
+
+
+def _projection(module: Any, convert: Callable[[Tensor], Tensor]) -> Weight:
+    """A projection's weight after ``convert``, its adapter merged; in bfloat16 the adapter stays beside it."""
+    if is_adapted(module):
+        base = module.to_wrap.get_parameter("weight")
+        if base.dtype == torch.bfloat16:
+            return Adapted(base, *adapter_weights(module))
+    return convert(merged_weight(module))
 
 
 def check_supported(model: GPTModel) -> None:

@@ -20,19 +20,14 @@ import torch.distributed as dist
 
 from nemo_aapo.distributed import parallel
 from nemo_aapo.engines.base import InFlight, OnFinish, RolloutStats, check_request
-from nemo_aapo.engines.elsewhere import arranged
+from nemo_aapo.engines.megatron.batch import Batch
 from nemo_aapo.engines.megatron.cuda_graphs import DecodingGraphs, can_be_captured
-from nemo_aapo.engines.megatron.decoder import Decoder, check_supported
+from nemo_aapo.engines.megatron.decoder import check_supported
 from nemo_aapo.engines.megatron.experts.lockstep import Lockstep, decodes_in_step
-from nemo_aapo.engines.megatron.experts.routes import RouteRecorder
-from nemo_aapo.engines.megatron.in_flight import TokenVersions, contents
-from nemo_aapo.engines.megatron.sampling import sample
-from nemo_aapo.engines.megatron.scheduler import MAX_PREFILL_TOKENS, Admission, Scheduler, capacity
+from nemo_aapo.engines.megatron.scheduler import Scheduler
 from nemo_aapo.engines.megatron.stop_strings import StopStrings
 from nemo_aapo.mcore.model import GPTModel
-from nemo_aapo.trace import spans
 from nemo_aapo.types import NO_ROUTE, Completion, SamplingSpec
-from nemo_aapo.utils.buckets import buckets
 
 
 class MegatronEngine:
@@ -46,6 +41,7 @@ class MegatronEngine:
         policy_version: int = 0,
         decode: Callable[[np.ndarray], str] | None = None,
         record_routes: bool = False,
+        speculation: bool = True,
     ) -> None:
         """
         Args:
@@ -55,6 +51,7 @@ class MegatronEngine:
             policy_version: optimizer steps behind the weights that the model holds now.
             decode: token ids -> text, the same on all ranks; only stop strings need it.
             record_routes: completions have the experts that each token was sent to; for a model with at most 255.
+            speculation: several tokens of a sequence in one pass where that is expected to pay; the same tokens.
 
         Raises:
             ValueError: a kind of model that the decoder doesn't know; names the settings in question. Routes of a
@@ -71,6 +68,7 @@ class MegatronEngine:
         self.policy_version = policy_version
         self.decode = decode
         self.record_routes = record_routes
+        self.speculation = speculation
         self.shares_weights = True
         self.stats: RolloutStats | None = None
         self.refit_bytes = 0
@@ -107,7 +105,7 @@ class MegatronEngine:
         lockstep = Lockstep() if decodes_in_step(self.model) else None
         with torch.inference_mode(), lockstep.failing_together() if lockstep else nullcontext():
             check_request(prompts, sampling, seeds, self.vocab_size)
-            batch = _Batch(self, prompts, sampling, seeds, on_finish, lockstep)
+            batch = Batch(self, prompts, sampling, seeds, on_finish, lockstep)
             self._run(batch, lambda: batch.step() or batch.lend())
         self.stats = batch.stats(time.perf_counter() - began)
         return batch.ordered()
@@ -124,10 +122,10 @@ class MegatronEngine:
         assert not decodes_in_step(self.model), "ranks that decode in step have no servers"
         with torch.inference_mode():
             check_request(prompts, sampling, seeds, self.vocab_size)
-            batch = _Batch(self, prompts, sampling, seeds, on_finish, None, in_flight)
+            batch = Batch(self, prompts, sampling, seeds, on_finish, None, in_flight)
             self._run(batch, lambda: batch.take_up() and batch.step())
 
-    def _run(self, batch: _Batch, step: Callable[[], bool]) -> None:
+    def _run(self, batch: Batch, step: Callable[[], bool]) -> None:
         try:
             self._scheduler = batch.scheduler
             while step():
@@ -167,237 +165,3 @@ class MegatronEngine:
         """Let go of the model."""
         self.graphs = None
         del self.model
-
-
-class _Batch:
-    """The sequences of one ``generate`` call: their scheduler, their KV cache, and the finished completions."""
-
-    def __init__(
-        self,
-        engine: MegatronEngine,
-        prompts: Sequence[np.ndarray],
-        sampling: SamplingSpec,
-        seeds: Sequence[Sequence[int]],
-        on_finish: OnFinish | None,
-        lockstep: Lockstep | None,
-        in_flight: InFlight | None = None,
-    ) -> None:
-        self._engine, self._model, self._prompts = engine, engine.model, list(prompts)
-        self._sampling, self._on_finish = sampling, on_finish
-        self._seeds, self._lockstep, self._in_flight = seeds, lockstep, in_flight
-        self._versions = TokenVersions()
-        self._finished: dict[tuple[int, int], Completion] = {}
-        longest = in_flight.prompt_tokens if in_flight else max((len(prompt) for prompt in prompts), default=0)
-        length, sequences = longest + sampling.max_new_tokens, sum(map(len, seeds))
-        rows = capacity(
-            engine.max_concurrent_tokens, length, sequences=engine.max_concurrent_tokens if in_flight else sequences
-        )
-        self.scheduler = Scheduler(prompts, seeds, sampling.max_new_tokens, rows)
-        self._pack = _packing_pays(engine.model, rows, sampling.max_new_tokens)
-        self._decoder = Decoder(engine.model, self._pack, lockstep)
-        self.graphs = self._reusable_graphs(rows, length)
-        self._cache = self.graphs.cache if self.graphs else self._decoder.new_cache(rows, length)
-        if self.graphs is None and engine.cuda_graphs and rows:
-            self.graphs = DecodingGraphs(self._decoder, self._cache, sampling, engine.vocab_size)
-        self._is_stop = np.zeros(engine.vocab_size, dtype=bool)
-        self._is_stop[list(sampling.stop_token_ids)] = True
-        self._stop_strings = engine.stop_strings(sampling)
-        self._routes = self._new_recorder() if engine.record_routes else None
-        self._chosen: list[torch.Tensor] = []  # the experts of the last pass, layer by layer
-        self._steps = self._idle = 0
-        self._asked_to_end = False  # by this rank's on_finish
-        self._ends = False  # the same of the sampling rank, a step later, which all ranks of the group follow
-
-    def _new_recorder(self) -> RouteRecorder:
-        return RouteRecorder(self.scheduler, len(self._model.decoder.layers), self._model.config.moe_router_topk)
-
-    def _reusable_graphs(self, rows: int, length: int) -> DecodingGraphs | None:
-        """The last call's graphs, with its cache, if they suit this call. Otherwise their memory is freed."""
-        engine = self._engine
-        kept, engine.graphs = engine.graphs, None
-        if kept and engine.cuda_graphs and kept.fits(self._decoder, rows, length, self._sampling, engine.vocab_size):
-            return kept
-        return None
-
-    def step(self) -> bool:
-        """Admit sequences, sample a token of each running one, retire the finished; False when none was left."""
-        scheduler, cache = self.scheduler, self._cache
-        admitted = scheduler.admit()
-        if not scheduler.running or self._ends:
-            return False
-        prefills = [admission for admission in admitted if admission.prefill]
-        for admission in admitted[: len(admitted) - len(prefills)]:
-            cache.restore(admission.start, admission.stop)
-        decoding_rows = prefills[0].start if prefills else scheduler.running
-        if self._lockstep:
-            tokens_in = decoding_rows + sum(len(self._prompts[admission.prompt]) for admission in prefills)
-            self._lockstep.begin_step(tokens_in, scheduler.running)
-        if self.graphs and not prefills:
-            sampled = self.graphs.step(scheduler)
-        else:
-            logits = self._forward(decoding_rows, prefills)
-            if prefills and prefills[-1].keep:
-                cache.keep(prefills[-1].start, len(self._prompts[prefills[-1].prompt]))
-            sampled = self._sample(logits)
-        if self._routes is not None:  # not within the pass: stages wait for one another in it
-            lengths = [len(self._prompts[admission.prompt]) for admission in prefills]
-            self._routes.record(self._chosen, decoding_rows, prefills, lengths)
-        if self._lockstep:
-            self._lockstep.end_step()
-        tokens, logprobs = self._finite(sampled)
-        scheduler.record(tokens, logprobs, decoding_rows)
-        if spans.recorder is not None:
-            spans.recorder.sample("rows", live=scheduler.running, waiting=scheduler.waiting)
-        self._steps, self._idle = self._steps + 1, self._idle + scheduler.rows - scheduler.running
-        self._retire(self._stopped(tokens))
-        return True
-
-    def take_up(self) -> bool:
-        """What comes between two steps of a call in flight: more prompts, other weights; False: it is to end."""
-        assert self._in_flight is not None
-        engine, scheduler, before = self._engine, self.scheduler, self._engine.policy_version
-        with torch.inference_mode(False):
-            more = self._in_flight.between()
-        if more is None:
-            return False
-        if engine.policy_version != before:
-            self._versions.changed(scheduler, before)
-            scheduler.forget_kept()
-            self._decoder = Decoder(self._model, self._pack)  # packed and merged weights are copies
-            rows, length = self._cache.kv.shape[1:3]
-            if self.graphs and not self.graphs.fits(self._decoder, rows, length, self._sampling, engine.vocab_size):
-                self.graphs = DecodingGraphs(self._decoder, self._cache, self._sampling, engine.vocab_size)
-            if self._in_flight.recompute_kv:
-                self._recompute()
-        self._prompts += more[0]
-        scheduler.add(*more)
-        return True
-
-    def _recompute(self) -> None:
-        """Keys and values of all running rows, by the weights that the model has now."""
-        rows = [contents(self.scheduler, self._prompts, row) for row in range(self.scheduler.running)]
-        longest, first = max(map(len, rows), default=0), 0
-        for part in buckets(rows, lambda row: longest, MAX_PREFILL_TOKENS):
-            nothing = np.zeros(0, np.int64)
-            self._hidden(self._cache.begin(nothing, nothing, part, [1] * len(part), first_row=first))
-            first += len(part)
-
-    def lend(self) -> bool:
-        """A step of the ranks in lockstep with this one, which has no sequences left; False: none of them has any."""
-        if self._lockstep is None or not self._lockstep.begin_step(0, 0):
-            return False
-        self._decoder.lend_experts()
-        self._lockstep.end_step()
-        return True
-
-    def _stopped(self, tokens: np.ndarray) -> np.ndarray:
-        """bool [running], the rows that a stop token or stop string ends; ``tokens`` [running] are this step's."""
-        scheduler, running = self.scheduler, slice(self.scheduler.running)
-        stopped = self._is_stop[tokens]
-        if self._stop_strings is not None:
-            lengths = scheduler.sampled[running]
-            found = self._stop_strings.found(scheduler.tokens[running], lengths, tokens)
-            stopped = stopped | found & (lengths >= self._sampling.min_new_tokens)
-        return stopped
-
-    def _forward(self, decoding_rows: int, prefills: Sequence[Admission]) -> torch.Tensor | None:
-        """One pass over all running rows: logits [running, padded vocabulary] on the last stage, None on the others."""
-        scheduler = self.scheduler
-        prompts = [self._prompts[admission.prompt] for admission in prefills]
-        rows_per_prompt = [admission.stop - admission.start for admission in prefills]
-        decode = slice(decoding_rows)
-        tokens = self._cache.begin(scheduler.token[decode], scheduler.length[decode], prompts, rows_per_prompt)
-        hidden = self._hidden(tokens)
-        return None if hidden is None else self._decoder.logits(hidden)
-
-    def _hidden(self, tokens: torch.Tensor) -> torch.Tensor | None:
-        """Pass tokens [T], laid out in the cache, through this stage: [rows, h] on the last one, None on the others."""
-        model, decoder, pipeline = self._model, self._decoder, parallel.groups().pipeline
-        if model.pre_process:
-            hidden = decoder.embed(tokens)
-        else:
-            hidden = self._cache.kv.new_empty(len(tokens), model.config.hidden_size)
-            dist.recv(hidden, parallel.rank_of_neighbour_stage(-1), group=pipeline)
-        self._chosen.clear()
-        hidden = decoder.layers(hidden, self._cache, None if self._routes is None else self._chosen)
-        if model.post_process:
-            return hidden
-        dist.send(hidden, parallel.rank_of_neighbour_stage(1), group=pipeline)
-        return None
-
-    def _sample(self, logits: torch.Tensor | None) -> np.ndarray:
-        """Tokens and log-probs of this step, float64 [2, running], the same on every rank of the group."""
-        scheduler, engine = self.scheduler, self._engine
-        # float64 holds token ids and float32 numbers alike, so that one broadcast carries both, and whether to end
-        sampled = torch.empty(2, scheduler.running + 1, dtype=torch.float64, device=self._cache.kv.device)
-        sampled[:, -1] = float(self._asked_to_end)
-        if logits is not None and engine.is_sampling_rank:
-            columns = (scheduler.seed[: scheduler.running], scheduler.sampled[: scheduler.running])
-            seeds, steps = (torch.from_numpy(column).to(logits.device) for column in columns)
-            sampled[0, :-1], sampled[1, :-1] = sample(logits, self._sampling, seeds, steps, engine.vocab_size)
-        if engine.group_size > 1:
-            dist.broadcast(sampled, engine.sampling_rank, group=engine.group)
-        on_host = sampled.cpu().numpy()
-        self._ends = bool(on_host[0, -1])
-        return on_host[:, :-1]
-
-    def _finite(self, sampled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Split float64 [2, running] into tokens int64 and log-probs; refuse log-probs that are not finite."""
-        tokens, logprobs = sampled
-        if not np.isfinite(logprobs).all():
-            raise FloatingPointError(
-                f"policy version {self._engine.policy_version} gives log-probs that are not finite: the weights or the "
-                "activations have overflowed. Look at grad_norm and the learning rate of the steps before"
-            )
-        return tokens.astype(np.int64), logprobs
-
-    def _retire(self, stopped: np.ndarray) -> None:
-        """Hand over the sequences that finished, and close the gaps that they leave."""
-        scheduler = self.scheduler
-        done = np.flatnonzero(stopped | (scheduler.sampled[: scheduler.running] == self._sampling.max_new_tokens))
-        routes = self._routes.ended(done) if self._routes is not None and len(done) else [None] * len(done)
-        for row, route in zip(done, routes, strict=True):
-            i, j, length = int(scheduler.prompt[row]), int(scheduler.completion[row]), scheduler.sampled[row]
-            first, versions = self._versions.ended(i, j, int(length), self._engine.policy_version)
-            completion = Completion(
-                token_ids=scheduler.tokens[row, :length].copy(),
-                logprobs=scheduler.logprobs[row, :length].copy(),
-                finish_reason="stop" if stopped[row] else "length",
-                policy_version=first,
-                routes=route,
-                versions=versions,
-            )
-            if self._in_flight is None:  # else there may be many, and nobody asks for them all
-                self._finished[i, j] = completion
-            if self._on_finish and self._on_finish(i, j, completion):
-                self._asked_to_end, self._ends = True, self._engine.group_size == 1
-        source, target = scheduler.retire(done)
-        if len(target):
-            self._cache.move(source, target, int(scheduler.length[target].max()))
-            if self._routes is not None:
-                self._routes.move(source, target, int(scheduler.sampled[target].max()))
-
-    def ordered(self) -> list[list[Completion]]:
-        """All completions, ``[i][j]`` in the order of prompts and seeds, once ``step`` has returned False."""
-        return arranged([(i, j, completion) for (i, j), completion in self._finished.items()], self._seeds)
-
-    def stats(self, seconds: float) -> RolloutStats:
-        """Figures of the whole call, which took so many seconds."""
-        lengths = [len(completion.token_ids) for completion in self._finished.values()]
-        return RolloutStats(
-            tokens=sum(lengths),
-            seconds=seconds,
-            steps=self._steps,
-            tail_factor=max(lengths) * len(lengths) / sum(lengths) if lengths else 1.0,
-            idle_fraction=self._idle / (self._steps * self.scheduler.rows) if lengths else 0.0,
-        )
-
-
-def _packing_pays(model: GPTModel, rows: int, new_tokens: int) -> bool:
-    """Whether a rollout of so many rows and new tokens is worth packed copies of the large weights (``matmul``).
-
-    Packing takes about as long as two decoding steps of 32 rows, and each step then gains about a tenth. A rollout that
-    might have been long but stops at its first tokens loses those two steps.
-    """
-    weight = next(model.parameters())
-    return not weight.is_cuda and weight.dtype == torch.float32 and rows >= 4 and new_tokens >= 32

@@ -5,14 +5,15 @@ anew in each step, and hides padding by a mask that TransformerEngine's attentio
 one is for CUDA and flash-attn only. In ``KVCache`` rows are independent, each sequence has positions 0, 1, 2, ... of
 its own, and keys are stored rotated.
 
-One forward pass takes a packed batch of T tokens: first one token for each decoding row, then whole prompts, one after
-the other. Everything but the attention treats them alike; it alone pads the prompts to a common width.
+One forward pass takes a packed batch of T tokens: first one token for each decoding row, then drafts of some of them
+(``speculation``), then whole prompts, one after the other. Everything but the attention treats them alike; it alone
+pads drafts and prompts to a common width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -30,6 +31,25 @@ class Attention(Protocol):
     def attend(self, layer: int, mixed: Tensor) -> Tensor:
         """See ``KVCache.attend``."""
         ...
+
+
+_Masks = dict[int | None, Tensor | None]
+"""By the window of a layer: minus infinity where a query does not see a token; None: each sees all."""
+
+
+class _Drafts(NamedTuple):
+    """The attention of a pass's drafts; int64, on the cache's device."""
+
+    rows: Tensor
+    """[n], the rows that have some."""
+    square: Tensor
+    """[n, width], which of the drafts each has, padded by its last."""
+    real: Tensor
+    """[drafts], which of the square's are no padding."""
+    extent: int
+    """How many tokens they read at most."""
+    masks: _Masks
+    """[n, 1, width * queries per key, extent]"""
 
 
 class KVCache:
@@ -76,53 +96,88 @@ class KVCache:
         lengths: np.ndarray,
         prompts: Sequence[np.ndarray],
         rows_per_prompt: Sequence[int],
+        drafts: np.ndarray | None = None,
         first_row: int | None = None,
     ) -> Tensor:
         """Lay out one forward pass.
 
         Args:
-            tokens: int64 [D], what the decoding rows 0 .. D-1 feed.
-            lengths: int64 [D], how many tokens they have in the cache.
+            tokens: int64 [D], what the decoding rows 0 .. R-1 feed: one of each, then the drafts, row by row.
+            lengths: int64 [R], how many tokens they have in the cache. What lies behind those is overwritten.
             prompts: token ids of the N prompts to prefill.
             rows_per_prompt: [N], how many of the rows from ``first_row`` on each prompt fills.
-            first_row: D by default.
+            drafts: int64 [R], how many of the tokens are drafts of each decoding row; None: there are none.
+            first_row: R by default.
 
         Returns:
             int64 [T] token ids. T = D + the prompts' lengths.
         """
         device = self.kv.device
-        decoding = self._decoding = len(lengths)
+        self._rows, self._decoding = len(lengths), len(tokens)
         self._prompts = len(prompts)
-        self._first_row = decoding if first_row is None else first_row
-        if decoding:
-            self._lay_out_decoding(lengths)
+        self._first_row = self._rows if first_row is None else first_row
         positions = lengths
+        if self._decoding:
+            positions = self._lay_out_decoding(lengths, drafts)
         self.logits_at = None
         if prompts:
             self._lay_out_prefill(np.array([len(prompt) for prompt in prompts]), rows_per_prompt)
             tokens = np.concatenate([tokens, *prompts])
-            positions = np.concatenate([lengths, *(np.arange(len(prompt)) for prompt in prompts)])
+            positions = np.concatenate([positions, *(np.arange(len(prompt)) for prompt in prompts)])
         at = torch.from_numpy(positions).to(device)
         self._turns_now = [(cos[at], sin[at]) for cos, sin in self._tables]
         return torch.from_numpy(tokens).to(device)
 
-    def _lay_out_decoding(self, lengths: np.ndarray) -> None:
-        """Work out where the decoding rows write, how far they read, and a mask if they don't all read equally far."""
-        row_length = self.kv.shape[2]
-        self._write_at = torch.from_numpy(np.arange(len(lengths)) * row_length + lengths).to(self.kv.device)
-        self._extent = int(lengths.max()) + 1
-        self._masks = {window: self._decoding_mask(lengths, window) for window in set(self._windows)}
+    def _lay_out_decoding(self, lengths: np.ndarray, drafts: np.ndarray | None) -> np.ndarray:
+        """Work out where the decoding rows write, and how far each token reads.
 
-    def _decoding_mask(self, lengths: np.ndarray, window: int | None) -> Tensor | None:
-        """[D, 1, 1, extent], minus infinity where a row's token does not see; None: each sees all."""
-        places, own = np.arange(self._extent), lengths[:, None]
+        Returns:
+            int64 [D], the positions of their tokens.
+        """
+        positions, rows, row_length = lengths, np.arange(self._rows), self.kv.shape[2]
+        self._drafts = None
+        if drafts is not None and self._decoding > self._rows:
+            drafting, firsts = rows.repeat(drafts), np.cumsum(drafts) - drafts
+            behind = lengths[drafting] + np.arange(len(drafting)) - firsts[drafting] + 1
+            rows, positions = np.concatenate([rows, drafting]), np.concatenate([lengths, behind])
+            self._drafts = self._lay_out_drafts(behind, firsts, drafts)
+        self._write_at = torch.from_numpy(rows * row_length + positions).to(self.kv.device)
+        self._extent, self._masks = self._reach(lengths)
+        return positions
+
+    def _reach(self, last: np.ndarray) -> tuple[int, _Masks]:
+        """How far queries at positions ``last`` int64 [rows, ...] read.
+
+        Returns:
+            The most tokens that one of them reads, and masks [rows, 1, queries, tokens].
+        """
+        extent = int(last.max()) + 1
+        return extent, {window: self._mask(last, extent, window) for window in set(self._windows)}
+
+    def _mask(self, last: np.ndarray, extent: int, window: int | None) -> Tensor | None:
+        places, own = np.arange(extent), last[..., None]
         unseen = places > own
         if window is not None:
             unseen |= places <= own - window
         if not unseen.any():
             return None
         mask = torch.from_numpy(np.where(unseen, np.float32(-np.inf), np.float32(0)))
-        return mask[:, None, None].to(self.kv)
+        return mask.reshape(len(last), 1, -1, extent).to(self.kv)
+
+    def _lay_out_drafts(self, positions: np.ndarray, firsts: np.ndarray, counts: np.ndarray) -> _Drafts:
+        """Work out the attention of the drafts, which is padded to the same number in each row that has some.
+
+        Args:
+            positions: int64 [drafts]. firsts, counts: int64 [R], where a row's drafts are among them, and how many.
+        """
+        rows = np.flatnonzero(counts)
+        counts = counts[rows]
+        width = int(counts.max())
+        square = firsts[rows, None] + np.minimum(np.arange(width), counts[:, None] - 1)
+        extent, masks = self._reach(positions[square].repeat(self._queries, axis=1))
+        real = np.flatnonzero(np.arange(width) < counts[:, None])
+        on_device = [torch.from_numpy(x).to(self.kv.device) for x in (rows, square, real)]
+        return _Drafts(on_device[0], on_device[1], on_device[2], extent, masks)
 
     def _lay_out_prefill(self, lengths: np.ndarray, rows_per_prompt: Sequence[int]) -> None:
         """Work out where the prompts lie in the packed batch, and how attention pads them to a common width.
@@ -168,7 +223,7 @@ class KVCache:
         Returns:
             [R, heads * queries per key * head size]
         """
-        from nemo_aapo.engines.megatron import decode_triton  # triton comes with torch's CUDA builds only
+        from nemo_aapo.engines.megatron.kernels import decode_triton  # triton comes with torch's CUDA builds only
 
         cache = self.kv[layer]
         cos, sin = (table[:, 0, 0] for table in self._tables[self._table_of_layer[layer]])
@@ -187,15 +242,27 @@ class KVCache:
         return turned if size == mixed.shape[-1] else torch.cat((turned, mixed[..., size:]), -1)
 
     def _decode(self, layer: int, mixed: Tensor) -> Tensor:
-        """Attention of one token of each decoding row over everything before it in the row."""
-        cache = self.kv[layer]
+        """Attention of the decoding rows' tokens, each over everything before it in its row."""
+        cache, queries, drafts = self.kv[layer], mixed[:, :, : self._queries], self._drafts
+        window = self._windows[layer]
         cache.flatten(0, 1).index_copy_(0, self._write_at, mixed[:, :, self._queries :])
-        keys, values = cache[: self._decoding, : self._extent].transpose(1, 2).unbind(3)
-        # Query heads that share a key take the place of query positions, so that one call serves them all.
-        out = F.scaled_dot_product_attention(
-            mixed[:, :, : self._queries], keys, values, attn_mask=self._masks[self._windows[layer]], scale=self._scale
-        )
-        return out.flatten(1)
+        out = self._attend(queries[: self._rows], cache[: self._rows], self._extent, self._masks[window]).flatten(1)
+        if drafts is None:
+            return out
+        everyone = len(drafts.rows) == self._rows
+        read = cache[: self._rows] if everyone else cache[drafts.rows, : drafts.extent]
+        # [rows with drafts, heads, width * queries per key, head size]
+        queries = queries[self._rows :][drafts.square].transpose(1, 2).flatten(2, 3)
+        behind = self._attend(queries, read, drafts.extent, drafts.masks[window]).unflatten(2, (-1, self._queries))
+        return torch.cat((out, behind.transpose(1, 2).flatten(0, 1)[drafts.real].flatten(1)))
+
+    def _attend(self, queries: Tensor, cache: Tensor, extent: int, mask: Tensor | None) -> Tensor:
+        """Attention over the first ``extent`` tokens of rows.
+
+        Query heads that share a key take the place of query positions, so that one call serves them all.
+        """
+        keys, values = cache[:, :extent].transpose(1, 2).unbind(3)
+        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=self._scale)
 
     def _prefill(self, layer: int, mixed: Tensor) -> Tensor:
         """Attention within whole prompts. They are padded at the end, where the causal mask hides the padding."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+import numpy as np
 import torch
 
 from nemo_aapo.types import SamplingSpec
@@ -85,7 +86,7 @@ def sample(
         ``top_p`` narrows what is sampled, not what is reported.
     """
     if logits.is_cuda and not sampling.greedy and sampling.top_p >= 1.0:
-        from nemo_aapo.engines.megatron import sampling_triton  # triton comes with torch's CUDA builds only
+        from nemo_aapo.engines.megatron.kernels import sampling_triton  # triton comes with torch's CUDA builds only
 
         stops = early_stops(sampling, vocab_size, logits.device)
         minimum = sampling.min_new_tokens
@@ -94,6 +95,21 @@ def sample(
     blocks = zip(logits[:, :vocab_size].split(size), seeds.split(size), steps.split(size), strict=True)
     tokens, logprobs = zip(*(_sample_block(*block, sampling) for block in blocks), strict=True)
     return torch.cat(tokens), torch.cat(logprobs)
+
+
+def finite(sampled: np.ndarray, policy_version: int) -> tuple[np.ndarray, np.ndarray]:
+    """Split float64 [2, B] into tokens int64 and log-probs.
+
+    Raises:
+        FloatingPointError: a log-prob is not finite.
+    """
+    tokens, logprobs = sampled
+    if not np.isfinite(logprobs).all():
+        raise FloatingPointError(
+            f"policy version {policy_version} gives log-probs that are not finite: the weights or the "
+            "activations have overflowed. Look at grad_norm and the learning rate of the steps before"
+        )
+    return tokens.astype(np.int64), logprobs
 
 
 def _sample_block(

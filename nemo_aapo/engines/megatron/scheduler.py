@@ -157,19 +157,18 @@ class Scheduler:
         self.sampled[start:stop] = 0
         self.running = stop
 
-    def record(self, tokens: np.ndarray, logprobs: np.ndarray, decoded: int) -> None:
-        """Append this step's tokens to the running sequences.
+    def record(self, rows: np.ndarray, tokens: np.ndarray, logprobs: np.ndarray, decoded: int) -> None:
+        """Append a token to running sequences.
 
         Args:
-            tokens: int [running]. logprobs: float [running].
+            rows: int64 [n], ascending. tokens: int [n]. logprobs: float [n].
             decoded: number of rows, from the first, that fed a token in this step; the rest were prefilled.
         """
-        rows = slice(self.running)
-        at = np.arange(self.running), self.sampled[rows]
+        at = rows, self.sampled[rows]
         self.tokens[at] = self.token[rows] = tokens
         self.logprobs[at] = logprobs
         self.sampled[rows] += 1
-        self.length[:decoded] += 1
+        self.length[rows[rows < decoded]] += 1
 
     def retire(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Free the rows of finished sequences, and close the gaps with running rows from the end.
@@ -187,3 +186,37 @@ class Scheduler:
         for column in (*self._columns, self.tokens, self.logprobs):
             column[target] = column[source]
         return source, target
+
+
+class TokenVersions:
+    """Which version sampled which tokens of running sequences, where new weights come between two steps.
+
+    All rows change at the same step, so a few numbers a row suffice.
+    """
+
+    def __init__(self) -> None:
+        self._before: dict[tuple[int, int], list[tuple[int, int]]] = {}
+
+    def changed(self, scheduler: Scheduler, before: int) -> None:
+        """What the running sequences have so far was sampled by version ``before`` or earlier ones."""
+        for row in range(scheduler.running):
+            sequence = int(scheduler.prompt[row]), int(scheduler.completion[row])
+            self._before.setdefault(sequence, []).append((int(scheduler.sampled[row]), before))
+
+    def ended(self, i: int, j: int, length: int, version: int) -> tuple[int, np.ndarray | None]:
+        """Of completion j of prompt i, which has ended with so many tokens while the weights are of ``version``.
+
+        Returns:
+            The version of its first token; and int32 [length], that of each, or None if it is the same for all.
+        """
+        versions = np.full(length, version, np.int32)
+        for tokens, earlier in reversed(self._before.pop((i, j), [])):
+            versions[:tokens] = earlier
+        first = int(versions[0]) if length else version
+        return first, versions if length and first != version else None
+
+
+def contents(scheduler: Scheduler, prompts: list[np.ndarray], row: int) -> np.ndarray:
+    """The tokens of a row whose keys and values are in the cache: all but the last one sampled."""
+    sampled = scheduler.tokens[row, : scheduler.sampled[row] - 1]
+    return np.concatenate([prompts[scheduler.prompt[row]], sampled])

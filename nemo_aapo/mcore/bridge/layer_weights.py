@@ -1,20 +1,23 @@
-"""The weights of a built layer as the decoder reads them: where the learner keeps them, those of adapters merged."""
+"""The weights of a built layer as the decoder reads them: where the learner keeps them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from nemo_aapo.mcore.bridge.lora import base_layer, merged_weight
+from nemo_aapo.mcore.bridge.lora import base_layer
 from nemo_aapo.mcore.experts.weights import LocalExperts, local_experts
 
+W = TypeVar("W")
+"""What stands for a projection's weight."""
 
-@dataclass(frozen=True, slots=True)
-class LayerWeights:
+
+@dataclass(frozen=True)
+class LayerWeights(Generic[W]):
     """This rank's part of one layer's weights: h hidden, f feed-forward units, s head size.
 
     Projections may have another layout than the module's (``layer_weights``).
@@ -22,14 +25,14 @@ class LayerWeights:
 
     attention_norm: Tensor
     """[h]"""
-    qkv: Tensor
+    qkv: W
     """[key-value heads * (queries per key + 2) * s, h]: for each key-value head its queries, its key, its value"""
     qkv_bias: Tensor | None
     query_norm: Tensor | None
     """[s], or of all heads together [heads * s]"""
     key_norm: Tensor | None
     """The same of keys."""
-    projection: Tensor
+    projection: W
     """[h, heads * s]"""
     attention_post_norm: Tensor | None
     """[h], of what attention adds"""
@@ -37,20 +40,20 @@ class LayerWeights:
     """[h]"""
     mlp_post_norm: Tensor | None
     """[h], of what the feed-forward part adds"""
-    gate_and_up: Tensor | None
+    gate_and_up: W | None
     """[2 f, h]; None: ``experts`` are in its place."""
-    down: Tensor | None
+    down: W | None
     """[h, f]"""
     experts: LocalExperts | None
 
 
 def layer_weights(
-    layer: torch.nn.Module, convert: Callable[[Tensor], Tensor], gain: Callable[[Tensor], Tensor]
-) -> LayerWeights:
+    layer: torch.nn.Module, projection: Callable[[torch.nn.Module], W], gain: Callable[[Tensor], Tensor]
+) -> LayerWeights[W]:
     """References to the weights of an mcore TransformerLayer. Collective, where there are adapters.
 
     Args:
-        convert: changes the layout of a projection.
+        projection: what stands for a projection's weight, of its module.
         gain: what a norm multiplies by, of its weight.
     """
     part = layer.get_submodule
@@ -67,16 +70,16 @@ def layer_weights(
     after_mlp_norm = mlp if experts else base_layer(part("mlp.linear_fc1"))
     return LayerWeights(
         attention_norm=gain(_norm_weight(qkv, part("input_layernorm"))),
-        qkv=convert(merged_weight(part("self_attention.linear_qkv"))),
+        qkv=projection(part("self_attention.linear_qkv")),
         qkv_bias=_bias(qkv),
         query_norm=of_norm(getattr(attention.q_layernorm, "weight", None)),
         key_norm=of_norm(getattr(attention.k_layernorm, "weight", None)),
-        projection=convert(merged_weight(part("self_attention.linear_proj"))),
+        projection=projection(part("self_attention.linear_proj")),
         attention_post_norm=post_norm("self_attention.linear_proj"),
         mlp_norm=gain(_norm_weight(after_mlp_norm, part("pre_mlp_layernorm"))),
         mlp_post_norm=None if experts else post_norm("mlp.linear_fc2"),
-        gate_and_up=None if experts else convert(merged_weight(part("mlp.linear_fc1"))),
-        down=None if experts else convert(merged_weight(part("mlp.linear_fc2"))),
+        gate_and_up=None if experts else projection(part("mlp.linear_fc1")),
+        down=None if experts else projection(part("mlp.linear_fc2")),
         experts=experts,
     )
 

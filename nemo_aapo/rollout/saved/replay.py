@@ -22,6 +22,7 @@ from nemo_aapo.data.sampler import PromptSampler
 from nemo_aapo.errors import RunError
 from nemo_aapo.rollout.collector import own_shard
 from nemo_aapo.rollout.saved.kept import ROWS, TOKENS
+from nemo_aapo.rollout.scored import engine_metrics
 from nemo_aapo.run.names import ROLLOUTS, kept_name
 from nemo_aapo.types import Completion, Group, Prompt
 
@@ -42,7 +43,7 @@ class ReplayedRollouts:
         self.config, self.data, self.sampler = config, prompts, sampler
         self.directory = Path(str(config.rollout.replay))
         self.seconds = dict.fromkeys(("rollout", "reward", "reference", "refit"), 0.0)
-        self.metrics = {"rollout/idle_fraction": math.nan, "rollout/tokens_per_second": math.nan}
+        self.metrics = engine_metrics([])
 
     def generate(self, step: int) -> list[Group]:
         """This rank's groups of a step (from 0), as the run had them.

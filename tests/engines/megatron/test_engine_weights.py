@@ -76,7 +76,7 @@ def _rollouts_around_a_change(path, tp):
 
     import torch
 
-    from nemo_aapo.engines.megatron import decoder, matmul
+    from nemo_aapo.engines.megatron import batch, decoder, matmul
     from nemo_aapo.engines.megatron import engine as megatron_engine
 
     model, copies, shapes, results = build(path, tp), [], [], []
@@ -96,10 +96,10 @@ def _rollouts_around_a_change(path, tp):
         patch.setattr(matmul, "SMALL_WEIGHT", 1 << 12)  # of which a tiny model has large ones
         patch.setattr(matmul, "MAX_BLOCK_COLUMNS", 64)
         patch.setattr(decoder, "pack_weight", watched)
-        pays = megatron_engine._packing_pays
+        pays = batch.packing_pays
         for _ in range(2):
             for rule in (pays, lambda *_: False):
-                patch.setattr(megatron_engine, "_packing_pays", rule)
+                patch.setattr(batch, "packing_pays", rule)
                 made = len(copies)
                 results.append(engine.generate(prompts(), long, SEEDS))
                 assert (len(copies) > made) == (rule is pays)

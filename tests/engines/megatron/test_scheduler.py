@@ -59,7 +59,7 @@ class Simulation:
         self.running.append(scheduler.running)
         rows = range(scheduler.running)
         tokens = np.array([next_token(self.cache[r], int(scheduler.seed[r]), int(scheduler.sampled[r])) for r in rows])
-        scheduler.record(tokens, -tokens.astype(float), decoding)
+        scheduler.record(np.arange(scheduler.running), tokens, -tokens.astype(float), decoding)
         done = np.flatnonzero((tokens == 0) | (scheduler.sampled[: scheduler.running] == self.max_new_tokens))
         for row in done:
             out = scheduler.tokens[row, : scheduler.sampled[row]]

@@ -43,7 +43,7 @@ if not INTERPRETED:
 
 @pytest.mark.parametrize(("rows", "vocab_size", "padding", "dtype", "temperature", "stops"), SAMPLING_CASES)
 def test_the_fused_race_draws_the_same_tokens(rows, vocab_size, padding, dtype, temperature, stops):
-    from nemo_aapo.engines.megatron import sampling_triton
+    from nemo_aapo.engines.megatron.kernels import sampling_triton
 
     logits = (torch.randn(rows, vocab_size + padding, device=DEVICE) * 3).to(dtype)
     logits[:, vocab_size:] = 60.0  # would win, were it not padding
@@ -70,7 +70,7 @@ def test_the_fused_race_draws_the_same_tokens(rows, vocab_size, padding, dtype, 
 
 @pytest.mark.parametrize(("shape", "dtype"), [((5, 96), torch.float32), ((3, 2, 4, 64), HALF), ((64, 1536), HALF)])
 def test_rms_norm_is_torchs(shape, dtype):
-    from nemo_aapo.engines.megatron import decode_triton
+    from nemo_aapo.engines.megatron.kernels import decode_triton
 
     x, weight = torch.randn(*shape, device=DEVICE).to(dtype), torch.randn(shape[-1], device=DEVICE).to(dtype)
     expected = torch.nn.functional.rms_norm(x.double(), weight.shape, weight.double(), 1e-6)
@@ -81,7 +81,7 @@ def test_rms_norm_is_torchs(shape, dtype):
 
 
 def test_the_fused_race_shows_logits_that_are_not_finite():
-    from nemo_aapo.engines.megatron import sampling_triton
+    from nemo_aapo.engines.megatron.kernels import sampling_triton
 
     logits = torch.zeros(3, 3000, device=DEVICE)
     logits[0, 2999], logits[1, 5] = torch.nan, torch.inf
@@ -139,7 +139,7 @@ def test_attention_over_rows_of_different_lengths(rows, capacity, heads, group, 
 
 @pytest.mark.parametrize(("tokens", "width"), [(7, 1500), (1, 4864), (64, 8960)])
 def test_swiglu(tokens, width):
-    from nemo_aapo.engines.megatron.decode_triton import swiglu
+    from nemo_aapo.engines.megatron.kernels.decode_triton import swiglu
 
     units = torch.randn(tokens, 2 * width, device=DEVICE).to(HALF)
     gate, up = units.double().chunk(2, -1)

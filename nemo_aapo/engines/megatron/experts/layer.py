@@ -103,7 +103,7 @@ def _own_part(x: Tensor, experts: Tensor, weights: Tensor, layer: LocalExperts, 
 def swiglu(gate_and_up: Tensor) -> Tensor:
     """[T, 2 f] -> silu(gate) * up [T, f]."""
     if gate_and_up.is_cuda:
-        from nemo_aapo.engines.megatron import decode_triton  # triton comes with torch's CUDA builds only
+        from nemo_aapo.engines.megatron.kernels import decode_triton  # triton comes with torch's CUDA builds only
 
         return decode_triton.swiglu(gate_and_up)
     gate, up = gate_and_up.chunk(2, dim=-1)

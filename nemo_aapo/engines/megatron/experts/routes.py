@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nemo_aapo.distributed import parallel
 from nemo_aapo.engines.megatron.scheduler import Admission, Scheduler
+from nemo_aapo.engines.megatron.speculation import Feed
 from nemo_aapo.types import NO_ROUTE, Routes
 
 
@@ -32,32 +33,41 @@ class RouteRecorder:
         self._prompts: dict[int, np.ndarray] = {}  # uint8 [P, all layers, k] by prompt
 
     def record(
-        self, chosen: Sequence[Tensor], decoding_rows: int, prefills: Sequence[Admission], lengths: Sequence[int]
+        self,
+        chosen: Sequence[Tensor],
+        feed: Feed,
+        accepted: np.ndarray,
+        prefills: Sequence[Admission],
+        lengths: Sequence[int],
     ) -> None:
         """Take the experts of one forward pass, before its tokens are recorded in the scheduler.
 
         Args:
-            chosen: int64 [T, k] for each layer of this stage; for the last layer of the model [running, k].
-            decoding_rows: how many rows, from the first, fed one token.
+            chosen: int64 [T, k] for each layer of this stage; for the last layer of the model [logits, k].
+            feed: what went through it; drafts that were not accepted have no routes.
+            accepted: int64 [running], how many tokens each row gets of it.
             lengths: tokens of the prompts that were prefilled.
         """
-        tokens = decoding_rows + sum(lengths)
+        decoding = len(feed.tokens)
+        tokens = decoding + sum(lengths)
         routes = np.full((tokens, *self._width), NO_ROUTE, np.uint8)
         packed = torch.cat([experts.to(torch.uint8) for experts in chosen]).cpu().numpy()
         layers = np.split(packed, np.cumsum([len(experts) for experts in chosen])[:-1])
-        ends = decoding_rows + np.cumsum(lengths, dtype=np.int64) - 1
+        ends = decoding + np.cumsum(lengths, dtype=np.int64) - 1
         narrowed = len(layers) - 1 if prefills and parallel.is_last_stage() else None
         for layer, experts in enumerate(layers):
             if layer != narrowed:
                 routes[:, layer] = experts
             else:  # of a prompt, only the last token went on; the first of the prompt's rows stands for all
-                routes[:decoding_rows, layer] = experts[:decoding_rows]
-                routes[ends, layer] = experts[[admission.start for admission in prefills]]
+                routes[:decoding, layer] = experts[:decoding]
+                routes[ends, layer] = experts[feed.at(np.array([admission.start for admission in prefills]), 0)]
+        rows, offsets = feed.rows[:decoding], feed.offsets[:decoding]
+        places = self._scheduler.sampled[rows] + offsets - 1
         # A row that decodes its prompt's last token once more (``Admission.prefill``) has its route already.
-        rows = np.flatnonzero(self._scheduler.sampled[:decoding_rows])
-        self._routes[rows, self._scheduler.sampled[rows] - 1] = routes[rows]
+        taken = np.flatnonzero((offsets < accepted[rows]) & (places >= 0))
+        self._routes[rows[taken], places[taken]] = routes[taken]
         if prefills:
-            joined = _all_stages(routes[decoding_rows:])
+            joined = _all_stages(routes[decoding:])
             for admission, prompt in zip(prefills, np.split(joined, np.cumsum(lengths)[:-1]), strict=True):
                 self._prompts[admission.prompt] = prompt
 

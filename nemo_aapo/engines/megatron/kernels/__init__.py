@@ -1,0 +1,1 @@
+"""Triton kernels of decoding and sampling, for GPUs."""
