@@ -253,6 +253,14 @@ def test_what_a_gpu_cannot_do_is_refused_before_torch_is_imported(given, blocker
     assert not blocker.asked
 
 
+def test_a_family_that_needs_local_layers_is_refused_on_a_gpu(given, blocker, capsys, monkeypatch):
+    monkeypatch.setattr(Machine, "present", lambda: H200)
+    model = save_empty_model(given.folder / "gemma3", architectures=["Gemma3ForCausalLM"], head_dim=16)
+    assert command("train")([*given.words, f"model.path={model}"]) == 2
+    assert "which run without a GPU only" in capsys.readouterr().err
+    assert not blocker.asked
+
+
 def test_memory_that_a_gpu_can_not_share_is_refused_before_torch_is_imported(given, blocker, capsys, monkeypatch):
     monkeypatch.setattr(Machine, "present", lambda: H200)
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
