@@ -71,9 +71,10 @@ def test_tp2_pp2_gives_one_processs_tokens_and_a_rank_that_dies_ends_its_server(
 IN_FLIGHT = ("rollout.max_lag=2", "rollout.recompute_kv=true", "algorithm.importance_weight_cap=2.0")
 
 
-def _in_flight(words, refit):
+def _in_flight(words):
     """New weights twice in the midst of completions; each token has the log-prob of its version's forward pass."""
-    engines = Engines(words, *IN_FLIGHT, f"rollout.refit={refit}")
+    engines = Engines(words, *IN_FLIGHT)
+    engines.tolerance = 1e-5  # sums over ranks are taken in another order
     told, models = {}, [_plain_model(engines)]
     seeds = [[10 * i + j for j in range(6)] for i in range(len(PROMPTS))]
     pending = engines.remote.start(PROMPTS, LONG, seeds, lambda i, j, c: told.__setitem__((i, j), c))
@@ -116,10 +117,9 @@ def _plain(model, prompt, tokens):
     return torch.log_softmax(logits / LONG.temperature, -1).gather(1, ids[0, len(prompt) :, None])[:, 0].numpy()
 
 
-@pytest.mark.parametrize("refit", ["files", "delta"])
-def test_all_ranks_of_a_server_take_new_weights_between_the_same_two_tokens(ranks, tmp_path, refit):
+def test_all_ranks_of_a_server_take_new_weights_between_the_same_two_tokens(ranks, tmp_path):
     with server(make_input(tmp_path), [], tp=2) as (started, words):
-        ranks.run(_in_flight, words, refit, tp=None)
+        ranks.run(_in_flight, words, tp=None)
         started.processes[0].terminate()
         for process in (started.processes[0], *started.others):
             process.join(60)
