@@ -161,7 +161,8 @@ class RemoteEngine:
             self._under_way.append(weights)
 
         def result() -> list[list[Completion]]:
-            self._under_way.remove(weights)
+            if self.moving is None:
+                self._under_way.remove(weights)
             return self._on_all_ranks(answered.result, seeds, on_finish, began)
 
         return _Pending(result, answered)
