@@ -60,6 +60,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 """What transformers 4.57 takes for a size that ``config.json`` leaves out, where it differs from ``shape_of``'s."""
 
+NO_HEAD_DIM = ("OlmoeForCausalLM",)
+"""Architectures whose heads share out the hidden size, whatever ``config.json`` has as ``head_dim``."""
+
 NO_EXPERT_SETTINGS: dict[str, tuple[tuple[Any, ...], str]] = {
     "decoder_sparse_step": ((1,), "dense layers among those of experts are not told apart in Megatron-Bridge 0.3.1"),
     "mlp_only_layers": (([],), "dense layers among those of experts are not told apart in Megatron-Bridge 0.3.1"),
@@ -200,7 +203,7 @@ def shape_of(config: dict[str, Any]) -> ModelShape:
         ffn_hidden_size=_size(config, "intermediate_size"),
         num_attention_heads=heads,
         num_query_groups=_size(config, "num_key_value_heads", heads),
-        head_size=_size(config, "head_dim", hidden // heads),
+        head_size=hidden // heads if architecture in NO_HEAD_DIM else _size(config, "head_dim", hidden // heads),
         vocab_size=_size(config, "vocab_size"),
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
         max_position_embeddings=_size(config, "max_position_embeddings", 2**31),

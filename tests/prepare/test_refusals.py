@@ -115,6 +115,7 @@ FILES = [
     (["model.tensor_model_parallel_size=3"], "does not divide"),
     (["rollout.engine=plain", "model.context_parallel_size=2"], "would have to take every forward pass together"),
     (["rollout.replay_routes=true"], "has no effect: the model has no experts"),
+    (["rollout.max_lag=2", "algorithm.importance_weight_cap=2.0"], "needs rollout servers"),
     ([*REMOTE, "rollout.server.tensor_parallel_size=3"], "rollout.server.tensor_parallel_size=3 does not divide"),
     ([*REMOTE, "rollout.server.pipeline_parallel_size=3"], "rollout.server.pipeline_parallel_size=3 does not divide"),
     ([*REMOTE, "rollout.server.expert_parallel_size=2"], "rollout.server.expert_parallel_size=2"),

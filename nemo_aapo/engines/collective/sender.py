@@ -58,10 +58,8 @@ class WeightSender:
 
         A server that dies breaks off its own part; one that says nothing is given up after ``timeout_s``.
         """
-        self._parts = self._parts or weight_parts(self._module, self._vocab_size)
         with ThreadPoolExecutor(max(1, len(servers))) as threads:
             mine = list(threads.map(self._send_to, servers))
-        self._parts = []  # merged adapters have memory of their own
         everyone: list[list[tuple[str, int]]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(everyone, mine)
         self.sent_bytes = sum(count for part in everyone for _, count in part)
@@ -70,6 +68,10 @@ class WeightSender:
             if reason:
                 self.part_from(server)
         return reasons
+
+    def forget(self) -> None:
+        """Let go of what was sent: merged adapters have memory of their own. Not collective."""
+        self._parts = []
 
     def part_from(self, server: ServerRecord) -> None:
         """Meet a server anew next time. Called on all ranks, and not collective."""
