@@ -105,11 +105,11 @@ def test_ranks_are_started_where_a_layout_has_several(tiny_models, tmp_path):
 def test_what_is_not_on_the_list_is_refused_but_shown():
     from nemo_aapo.models.families import supported
 
-    names = ("Llama", "Nemotron", "Olmoe", "Gemma2", "Mistral")
+    names = ("Llama", "Exaone4", "Olmoe", "Gemma2", "Mistral")
     text = supported([f"{name}ForCausalLM" for name in names])
     lines = {line.split()[0]: line for line in text.splitlines()}
     assert lines["LlamaForCausalLM"].endswith("trains and converts")
     assert lines["MistralForCausalLM"].endswith(" trains and converts")
     assert "TransformerEngine" in lines["Gemma2ForCausalLM"]
     assert lines["OlmoeForCausalLM"].endswith(" trains and converts")
-    assert "not tested here, refused" in lines["NemotronForCausalLM"]
+    assert "not tested here, refused" in lines["Exaone4ForCausalLM"]
