@@ -1,12 +1,13 @@
 """What a refit of two rollout servers costs by files, by what changed, and from memory to memory: seconds and bytes.
 
 Real servers, a real fleet, one trainer's rank, all on this machine. In between its weights change as by a step of Adam
-at a learning rate of 1e-6. ``collective`` sends what the model holds, fp32 on a CPU; ``delta`` is measured on bf16,
-which it is made for, beside ``files`` of the same.
+at a learning rate of 1e-6. ``collective`` and ``ipc`` hand over what the model holds, fp32 on a CPU; ``delta`` is
+measured on bf16, which it is made for, beside ``files`` of the same.
 """
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ from typing import Any
 from benchmarks.refits import server
 from benchmarks.workload import Workload, make_input
 
-KINDS = (("files", "fp32"), ("collective", "fp32"), ("files", "bf16"), ("delta", "bf16"))
+KINDS = (("files", "fp32"), ("collective", "fp32"), ("ipc", "fp32"), ("files", "bf16"), ("delta", "bf16"))
 LEARNING_RATE = 1e-6
 WAIT_S = 120.0
 
@@ -63,7 +64,7 @@ def measure(plan: Plan, folder: Path) -> list[Row]:
 
 def _rows(plan: Plan, folder: Path) -> list[Row]:
     from nemo_aapo.config.compose import load_config
-    from nemo_aapo.engines.build import build_hosted_engine
+    from nemo_aapo.engines.build import build_hosted_engine, build_sender
     from nemo_aapo.engines.remote.engine import RemoteEngine
     from nemo_aapo.launch.world import Machine, decide
     from nemo_aapo.mcore import precision
@@ -80,7 +81,8 @@ def _rows(plan: Plan, folder: Path) -> list[Row]:
     rows, version = [], 0
     for kind, dtype in KINDS:
         config = load_config([*words, f"rollout.refit={kind}"])
-        engine = RemoteEngine.from_config(config, (module, shape.vocab_size) if kind == "collective" else None)
+        export = functools.partial(weights.export, module)
+        engine = RemoteEngine.from_config(config, build_sender(config, module, shape.vocab_size, export))
         seconds, sizes = [], []
         for _ in range(plan.refits + 1):
             version += 1

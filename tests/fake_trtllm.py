@@ -2,19 +2,24 @@
 
 It refuses arguments that the contract doesn't name and calls that come at the wrong moment, and draws tokens from a
 tiny model whose logits depend on the loaded weights and on nothing else. There is no Ray: workers are objects.
+``tests/peers/ray_trtllm.py`` has the same workers as actors of a real one.
 """
 
 from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import enum
 import importlib
 import importlib.machinery
+import io
 import os
 import pickle
+import re
 import sys
 import types
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +28,7 @@ import torch
 
 from nemo_aapo.engines.trtllm import contract
 from nemo_aapo.engines.trtllm.contract import REQUIRED, Contract
+from tests import cuda_ipc
 
 VOCAB = 24
 TABLE = "model.table.weight"
@@ -159,6 +165,19 @@ class Executor:
         self.prefixes: set[tuple[int, ...]] = set()
         self.stale: set[tuple[int, ...]] = set()
 
+    @contextlib.contextmanager
+    def running(self, prompt: list[int]) -> Iterator[None]:
+        """Inside, a request is under way."""
+        self.require(self.present == set(memory_tags()), "generate while memory is released")
+        self.require(not self.unfinished_update, "generate before finalize")
+        self.require(tuple(prompt) not in self.stale, "generate from a prefix whose keys and values are gone")
+        self.prefixes.add(tuple(prompt))
+        self.in_flight += 1
+        try:
+            yield
+        finally:
+            self.in_flight -= 1
+
     def reset_prefix_cache(self) -> None:
         self.prefixes.clear()
         self.stale.clear()
@@ -181,15 +200,34 @@ class WorkerExtension:
             engine.reset_prefix_cache()
             return
         engine.unfinished_update = True
-        handles = pickle.loads(base64.b64decode(ipc_handles[self.device_id]))
-        tensors = [(name, function(*arguments)) for name, (function, arguments) in handles]
-        engine.weights.update(tensors)
-        FAULTS.bucket_bytes.append(sum(tensor.nbytes for _, tensor in tensors))
+        handles = Restricted(io.BytesIO(base64.b64decode(ipc_handles[self.device_id]))).load()
+        tensors = {}
+        for name, (function, arguments) in handles:
+            on_this_device = [*arguments[:6], self.device_index, *arguments[7:]]
+            tensors[name] = cuda_ipc.open_tensor(function, on_this_device)
+        self.take(tensors)
+        FAULTS.bucket_bytes.append(sum(tensor.nbytes for tensor in tensors.values()))
+
+
+class Restricted(pickle.Unpickler):
+    """What the library takes in a payload: 1.2 lets torch's names pass, 1.3 all but these of them (rlhf_utils.py)."""
+
+    denied = frozenset({("torch.storage", "_load_from_bytes"), ("torch.hub", "_load_local"), ("torch", "save")})
+
+    def find_class(self, module: str, name: str) -> Any:
+        if not re.match("^torch.*", module) or (module, name) in self.denied:
+            raise ValueError(f"Import {module} | {name} is not allowed")
+        return super().find_class(module, name)
 
 
 class Worker:
     def __init__(self, device_id: str) -> None:
         self.device_id, self.engine = device_id, Executor()
+        self.device_index = 0  # in the worker's own process
+
+    def take(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Load whole tensors of another process's memory, which is gone afterwards."""
+        self.engine.weights.update({name: tensor.clone() for name, tensor in tensors.items()})
 
     def report_device_id(self) -> str:
         return self.device_id
@@ -298,31 +336,27 @@ class AsyncLLM:
         return self.under_way[-1]
 
     async def _generate(self, prompt: list[int], sampling: SamplingParams) -> CompletionOutput:
-        for worker in self.workers:
-            engine = worker.engine
-            engine.require(self.ready and not self.closed, "generate before start or after shutdown")
-            engine.require(engine.present == set(memory_tags()), "generate while memory is released")
-            engine.require(not engine.unfinished_update, "generate before finalize")
-            engine.require(tuple(prompt) not in engine.stale, "generate from a prefix whose keys and values are gone")
-            engine.prefixes.add(tuple(prompt))
+        if not self.ready or self.closed:
+            raise LifeCycleError("generate before start or after shutdown")
         if len(prompt) > self.args.max_input_len or len(prompt) + sampling.max_tokens > self.args.max_seq_len:
             raise ValueError(f"prompt of {len(prompt)} + {sampling.max_tokens} tokens is too long")
         if sampling.end_id is None:
             raise ValueError("tokenizer is required to reset end_id if it is None")
         FAULTS.requests += 1
         number = FAULTS.requests
-        try:
+        return await self._draw(number, prompt, sampling, getattr(self.args, "sampler_type", None))
+
+    async def _draw(
+        self, number: int, prompt: list[int], sampling: SamplingParams, sampler: str | None
+    ) -> CompletionOutput:
+        with contextlib.ExitStack() as running:
             for worker in self.workers:
-                worker.engine.in_flight += 1
+                running.enter_context(worker.engine.running(prompt))
             late = FAULTS.hang_after is not None and number > FAULTS.hang_after
             await asyncio.sleep(3600 if FAULTS.hang or late else 0)
             if FAULTS.fail_request == number:
                 raise RuntimeError("CUDA error: an illegal memory access")
-            weights, sampler = self.workers[0].engine.weights[TABLE], getattr(self.args, "sampler_type", None)
-            return draw(weights, sampler, self.generator, prompt, sampling)
-        finally:
-            for worker in self.workers:
-                worker.engine.in_flight -= 1
+            return draw(self.workers[0].engine.weights[TABLE], sampler, self.generator, prompt, sampling)
 
     def shutdown(self) -> None:
         self.closed = True

@@ -28,17 +28,17 @@ from typing import Any, BinaryIO
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.dict_utils import merge, nested_values
 from megatron.core.dist_checkpointing.exchange_utils import determine_main_replica_uniform_distribution
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor, StateDict
-from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor, StateDict, apply_factory_merges
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess, save_preprocess
 from megatron.core.dist_checkpointing.strategies import torch as mcore_torch
-from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME, TorchCommonLoadStrategy
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     distribute_main_replicas_with_precomputed_distribution,
 )
+from megatron.core.dist_checkpointing.utils import extract_sharded_base, force_all_tensors_to_non_fp8
 from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -173,14 +173,31 @@ def read(state: ShardedStateDict, directory: Path, header: Header) -> StateDict:
     Raises:
         CheckpointError: on all ranks, if it failed on one; also for objects that may run code.
     """
+    force_all_tensors_to_non_fp8(state)
+    parts, own, factories = load_preprocess(state)
+    loaded = merge(header.common, own)
+    shards, _ = extract_sharded_base(parts)
     with _failures_of_ranks():
-        return dist_checkpointing.load(
-            state,
-            str(directory),
-            sharded_strategy=_ShardedReader(header.metadata),
-            common_strategy=_CommonReader(header.common),
-            validate_access_integrity=False,  # rank 0 alone would raise; every rank's own plan is checked as it is
-        )
+        merge(loaded, _read_shards(shards, directory, header.metadata))
+    return apply_factory_merges(loaded, factories)
+
+
+def _read_shards(shards: ShardedStateDict, directory: Path, metadata: dcp.Metadata) -> StateDict:
+    """What lies in the ranks' files, in the form of ``shards``. Collective."""
+    tensors = [leaf for leaf in nested_values(shards) if isinstance(leaf, ShardedTensor)]
+    planner = _Planner(
+        flatten_state_dict=False,  # it is flat
+        flatten_sharded_tensors=False,
+        shapes_validation_sharded_tensors=[leaf for leaf in tensors if not leaf.allow_shape_mismatch],
+        allow_shape_mismatch_sharded_tensors={leaf.key: leaf for leaf in tensors if leaf.allow_shape_mismatch},
+    )
+    by_key, paths, names = mcore_torch._replace_state_dict_keys_with_sharded_keys(shards)
+    flat = mcore_torch.mcore_to_pyt_state_dict(by_key, is_loading=True)
+    dcp.load(flat, storage_reader=_Reader(str(directory), metadata), planner=planner)
+    read = {key: mcore_torch._unwrap_pyt_sharded_tensor(value) for key, value in flat.items()}
+    nested = mcore_torch._replace_sharded_keys_with_state_dict_keys(read, paths, names)
+    mcore_torch._restore_dict_types(nested, shards)
+    return nested
 
 
 class _Writer(dcp.FileSystemWriter):
@@ -222,40 +239,6 @@ class _Planner(mcore_torch.MCoreLoadPlanner):
     def load_bytes(self, read_item: dcp.planner.ReadItem, value: io.BytesIO) -> None:
         name = read_item.dest_index.fqn
         self.state_dict[name] = _load_plain_data(value, name)
-
-
-class _ShardedReader(mcore_torch.TorchDistLoadShardedStrategy):
-    """mcore's strategy with our reader and planner; it makes its own, and takes no others."""
-
-    def __init__(self, metadata: dcp.Metadata) -> None:
-        super().__init__()
-        self._metadata = metadata
-
-    def load(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: str) -> StateDict:
-        tensors = [leaf for leaf in nested_values(sharded_state_dict) if isinstance(leaf, ShardedTensor)]
-        planner = _Planner(
-            flatten_state_dict=False,  # it is flat
-            flatten_sharded_tensors=False,
-            shapes_validation_sharded_tensors=[leaf for leaf in tensors if not leaf.allow_shape_mismatch],
-            allow_shape_mismatch_sharded_tensors={leaf.key: leaf for leaf in tensors if leaf.allow_shape_mismatch},
-        )
-        by_key, paths, names = mcore_torch._replace_state_dict_keys_with_sharded_keys(sharded_state_dict)
-        flat = mcore_torch.mcore_to_pyt_state_dict(by_key, is_loading=True)
-        dcp.load(flat, storage_reader=_Reader(checkpoint_dir, self._metadata), planner=planner)
-        parts = {key: mcore_torch._unwrap_pyt_sharded_tensor(value) for key, value in flat.items()}
-        nested = mcore_torch._replace_sharded_keys_with_state_dict_keys(parts, paths, names)
-        mcore_torch._restore_dict_types(nested, sharded_state_dict)
-        return nested
-
-
-class _CommonReader(TorchCommonLoadStrategy):
-    """Hands over what was read already."""
-
-    def __init__(self, common: StateDict) -> None:
-        self._common = common
-
-    def load_common(self, checkpoint_dir: str) -> StateDict:
-        return self._common
 
 
 class _MetadataUnpickler(pickle.Unpickler):

@@ -43,4 +43,4 @@ def _plan(words: Sequence[str], as_json: bool) -> int:
         return 0
     made = plan.make(*prepare_plan(words))
     print(json.dumps(report.tree(made), indent=1) if as_json else report.text(made), end="\n" if as_json else "")
-    return 0 if made.memory.fits else DOES_NOT_FIT
+    return 0 if made.fits else DOES_NOT_FIT

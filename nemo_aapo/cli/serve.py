@@ -177,10 +177,11 @@ def _worker(job: ServerJob, directory: Path) -> EngineWorker:
     def locate(weights: Weights, tensors: Set[str]) -> Iterator[Path]:
         from nemo_aapo.engines.remote.weight_store import require_architecture
         from nemo_aapo.errors import WeightsError
+        from nemo_aapo.models.directory import read_config_json
 
         if weights.manifest is not None:
             with reader().whole(weights, tensors) as folder:
-                require_architecture(folder, Path(path))
+                require_architecture(read_config_json(folder), path)
                 yield folder
         elif weights.id == base():
             yield Path(path)

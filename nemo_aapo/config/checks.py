@@ -96,9 +96,10 @@ def _check_layout(config: Config) -> None:
         )
     if model.recompute_granularity == "selective" and not model.recompute_modules:
         raise ConfigError("model.recompute_granularity=selective recomputes model.recompute_modules, which is empty")
-    if config.rollout.offload_learner and config.rollout.engine == "remote":
+    if config.rollout.offload_learner and config.rollout.engine == "remote" and config.rollout.refit != "ipc":
         raise ConfigError(
-            "rollout.offload_learner=true has no effect with rollout.engine=remote, which generates elsewhere"
+            "rollout.offload_learner=true has no effect with rollout.engine=remote, which generates elsewhere (but "
+            "with rollout.refit=ipc)"
         )
     if config.rollout.offload_learner and model.optim.cpu_offload_fraction:
         raise ConfigError(
@@ -288,17 +289,22 @@ def _check_async(config: Config) -> None:
 
 
 def _check_refit(config: Config) -> None:
+    depth, nodes = config.rollout.async_depth, config.trainer.num_nodes
+    if config.rollout.refit == "ipc" and (depth or nodes > 1):
+        raise ConfigError(
+            f"rollout.refit=ipc with rollout.async_depth={depth}, trainer.num_nodes={nodes}: servers read weights in "
+            "the trainer's memory, on one machine, while it waits. Set these to 0 and 1, or use another refit"
+        )
     if config.rollout.refit != "collective":
         return
-    if config.model.lora is not None or config.rollout.server.engine != "megatron":
-        which = "model.lora" if config.model.lora is not None else "rollout.server.engine=trtllm"
+    if config.rollout.server.engine != "megatron":
         raise ConfigError(
-            f"rollout.refit=collective sends Megatron's own weights, and {which} makes those of trainer and server "
-            "differ: use rollout.refit=files or delta"
+            "rollout.refit=collective sends Megatron's own weights, and rollout.server.engine=trtllm has others: use "
+            "rollout.refit=files or delta"
         )
-    if config.rollout.async_depth > 1:
+    if depth > 1:
         raise ConfigError(
-            f"rollout.refit=collective with rollout.async_depth={config.rollout.async_depth}: servers take weights at "
+            f"rollout.refit=collective with rollout.async_depth={depth}: servers take weights at "
             "different times then, and the trainer has the newest only. Use rollout.refit=files or delta"
         )
 

@@ -92,21 +92,35 @@ def check_cluster(config: Config) -> None:
         ):
             if not path.startswith("/"):
                 raise ConfigError(f"{key}={path}: with cluster.container.image paths must be absolute")
+    if cluster.servers.nodes and config.rollout.refit == "ipc":
+        raise ConfigError(
+            f"rollout.refit=ipc with cluster.servers.nodes={cluster.servers.nodes}: servers on nodes of their own "
+            "can't read the trainer's memory. Start them on its node by scripts/serve.py, or take another refit"
+        )
     _check_servers(config)
     if cluster.launcher == "nemo_run" and (cluster.kind != "slurm" or cluster.servers.nodes):
         raise ConfigError("cluster.launcher=nemo_run submits trainers: it needs cluster=slurm, without servers")
 
 
 def _check_servers(config: Config) -> None:
-    """Each server's ranks are on one node, where each has a GPU of its own."""
+    """Servers fill their nodes, and each rank has a GPU of its own where GPUs are asked for."""
     servers, server = config.cluster.servers, config.rollout.server
-    ranks = server.tensor_parallel_size * server.pipeline_parallel_size
-    if servers.nodes and servers.gpus_per_node and servers.per_node * ranks > servers.gpus_per_node:
+    if not servers.nodes:
+        return
+    ranks, spanned = server.ranks, servers.nodes_per_server
+    if spanned > 1 and (servers.per_node > 1 or servers.nodes % spanned or ranks % spanned):
+        raise ConfigError(
+            f"cluster.servers.nodes_per_server={spanned}: the {ranks} ranks of a server (rollout.server."
+            f"tensor_parallel_size x pipeline_parallel_size) and cluster.servers.nodes={servers.nodes} must be "
+            f"divisible by it, and cluster.servers.per_node={servers.per_node} must be 1"
+        )
+    needed = servers.per_node * ranks // spanned
+    if servers.gpus_per_node and needed > servers.gpus_per_node:
         raise ConfigError(
             f"cluster.servers.per_node={servers.per_node} servers of rollout.server.tensor_parallel_size="
             f"{server.tensor_parallel_size} x pipeline_parallel_size={server.pipeline_parallel_size} = {ranks} ranks "
-            f"need {servers.per_node * ranks} GPUs on a node, and cluster.servers.gpus_per_node="
-            f"{servers.gpus_per_node}: a server is on one node. Lower one of them"
+            f"need {needed} GPUs on a node, and cluster.servers.gpus_per_node={servers.gpus_per_node}: lower one of "
+            "them, or spread a server over nodes (cluster.servers.nodes_per_server)"
         )
 
 

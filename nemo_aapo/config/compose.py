@@ -8,6 +8,7 @@ from typing import Any
 
 from nemo_aapo.config import Config, check_overrides, parse
 from nemo_aapo.config.command_line import CommandLine, read_command_line
+from nemo_aapo.config.schema.cluster import Servers
 from nemo_aapo.errors import ConfigError, one_line
 
 OPEN_MAPPINGS = ("cluster.env", "cluster.sbatch_args", "data.template_arguments", "sources", "template_arguments")
@@ -70,11 +71,12 @@ def resolved(tree: Any) -> dict[str, Any]:
 
 
 def register_resolvers() -> None:
-    """NeMo's own resolvers, so that a page means the same without NeMo."""
+    """NeMo's own resolvers, so that a page means the same without NeMo; and the number of a job's servers."""
     from omegaconf import OmegaConf
 
     OmegaConf.register_new_resolver("multiply", lambda x, y: x * y, replace=True)
     OmegaConf.register_new_resolver("sum", lambda x, y: x + y, replace=True)
+    OmegaConf.register_new_resolver("servers_of", lambda servers: Servers(**servers).count, replace=True)
 
 
 def _refuse_changing(value: Any, path: str = "") -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from nemo_aapo.config.precision import check_widths, pad_multiple
 from nemo_aapo.config.schema import Config
+from nemo_aapo.config.schema.rollout import Server
 from nemo_aapo.errors import ConfigError
 
 MAX_ROUTED_EXPERTS = 255
@@ -69,6 +70,8 @@ def derive(config: Config, shape: ModelShape, world_size: int) -> Sizes:
     """
     tp, pp = config.model.tensor_model_parallel_size, config.model.pipeline_model_parallel_size
     cp, ep = config.model.context_parallel_size, config.model.expert_model_parallel_size
+    if config.rollout.engine == "remote":
+        check_server_layout(config.rollout.server, shape)
     if problem := undivided(shape, tp, pp, ep) or _experts_problem(config, shape):
         raise ConfigError(f"model.{problem}")
     check_widths(config, _widths(shape, tp))
@@ -136,6 +139,27 @@ def derive(config: Config, shape: ModelShape, world_size: int) -> Sizes:
             f"{longest} tokens; a micro-batch holds at least {config.max_tokens_per_microbatch // longest} such",
         ),
     )
+
+
+def check_server_layout(server: Server, shape: ModelShape) -> None:
+    """Refuse what a rollout server's model can't be cut into.
+
+    Raises:
+        ConfigError: names the sizes that do not divide.
+    """
+    tp, pp, ep = server.tensor_parallel_size, server.pipeline_parallel_size, server.expert_parallel_size
+    if server.engine == "trtllm" and tp * pp * ep > 1:
+        raise ConfigError(
+            "rollout.server.tensor_parallel_size, pipeline_parallel_size and expert_parallel_size are those of "
+            "engine=megatron; rollout.trtllm.tensor_parallel_size says how many GPUs TensorRT-LLM takes"
+        )
+    if tp % ep:
+        raise ConfigError(
+            f"rollout.server.expert_parallel_size={ep}: the experts of a layer are shared by its tensor-parallel "
+            f"ranks, rollout.server.tensor_parallel_size={tp}, which it does not divide"
+        )
+    if problem := undivided(shape, tp, pp, ep):
+        raise ConfigError(f"rollout.server.{problem.replace('_model_parallel', '_parallel', 1)}")
 
 
 def with_routes_decided(config: Config, shape: ModelShape) -> Config:

@@ -18,9 +18,10 @@ import pickle
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,8 @@ from nemo_aapo.errors import LostRankError
 from nemo_aapo.utils.job import check_rendezvous, rank_of_job
 
 T = TypeVar("T")
+BEAT_S = 2.0
+"""A rank at work that others wait for tells them so this often."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +191,21 @@ def broadcast_in_model_parallel(value: T) -> T:
     box: list[Any] = [value if is_model_parallel_source() else None]
     dist.broadcast_object_list(box, src=dist.get_process_group_ranks(group)[0], group=group)
     return box[0]
+
+
+def broadcast_when_done(action: Callable[[], T]) -> T:
+    """What ``action`` returns on the source rank, on all ranks of its model-parallel group, however long it takes.
+
+    A single broadcast would end with the group's timeout. So the source says now and then that it is at work; where it
+    has others, ``action`` runs in a thread of its own.
+    """
+    if dist.get_world_size(groups().model) == 1:
+        return action()
+    with ThreadPoolExecutor(1) as thread:
+        running = thread.submit(action) if is_model_parallel_source() else None
+        while not broadcast_in_model_parallel(running is not None and bool(wait([running], BEAT_S).done)):
+            pass
+        return broadcast_in_model_parallel(cast(T, running.result() if running is not None else None))
 
 
 def gather_in_model_parallel(value: T) -> list[T]:

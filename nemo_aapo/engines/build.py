@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -19,8 +20,11 @@ from nemo_aapo.utils.libraries import importing
 
 if TYPE_CHECKING:  # servers with another engine do without Megatron
     from nemo_aapo.engines.collective.plan import Rendezvous
+    from nemo_aapo.engines.collective.refit import Sender
+    from nemo_aapo.engines.ipc.sender import NamedWeights
     from nemo_aapo.engines.weights import WeightsId
     from nemo_aapo.learner.policy import MegatronPolicy
+    from nemo_aapo.mcore.model import GPTModel
 
 
 def build_engine(
@@ -36,13 +40,13 @@ def build_engine(
     if config.rollout.engine == "remote":
         from nemo_aapo.engines.remote.engine import RemoteEngine
 
-        sends = config.rollout.refit == "collective"
-        return RemoteEngine.from_config(config, (policy.module, shape.vocab_size) if sends else None)
+        sender = build_sender(config, policy.module, shape.vocab_size, policy.named_weights)
+        return RemoteEngine.from_config(config, sender)
     if config.rollout.engine == "trtllm":
         from nemo_aapo.engines.trtllm.engine import TrtllmEngine
 
         reserved = 0 if config.rollout.offload_learner else policy.moments_to_come()
-        return TrtllmEngine.from_config(config, colocated=True, policy_version=policy.version, reserved_bytes=reserved)
+        return TrtllmEngine.from_config(config, in_learner=True, policy_version=policy.version, reserved_bytes=reserved)
     if config.rollout.engine == "plain":
         from nemo_aapo.engines.plain import PlainEngine
 
@@ -59,6 +63,28 @@ def build_engine(
         decode,
         record_routes=bool(rollout.replay_routes),
     )
+
+
+def build_sender(config: Config, module: GPTModel, vocab_size: int, named_weights: NamedWeights) -> Sender | None:
+    """What hands a model's weights to servers; None: ``rollout.refit`` says by files. Collective.
+
+    Args:
+        module: this rank's stage.
+        named_weights: makes (Hugging Face name, full tensor) of all weights; collective.
+    """
+    timeout_s = config.rollout.remote.timeout_s
+    if config.rollout.refit == "collective":
+        from nemo_aapo.engines.collective.sender import WeightSender
+
+        return WeightSender(module, vocab_size, timeout_s)
+    if config.rollout.refit == "ipc":
+        from nemo_aapo.engines.ipc.sender import MemorySender
+
+        patience_s = config.cluster.signal_s / 2
+        return MemorySender(
+            module, vocab_size, named_weights, config.model.path, timeout_s=timeout_s, patience_s=patience_s
+        )
+    return None
 
 
 @dataclass(frozen=True)
@@ -87,24 +113,34 @@ def build_hosted_engine(config: Config, shape: ModelShape) -> HostedEngine:
 
 
 def _hosted_trtllm(config: Config, shape: ModelShape) -> HostedEngine:
+    from nemo_aapo.engines.ipc.receiver import visit
+    from nemo_aapo.engines.remote.weight_store import require_architecture
     from nemo_aapo.engines.trtllm.engine import TrtllmEngine
     from nemo_aapo.models.reader import WeightFiles
     from nemo_aapo.models.weights import own_tensors
     from nemo_aapo.utils.safetensors import tensor_headers
 
     engine = TrtllmEngine.from_config(config)
+    tensors = frozenset(own_tensors(tensor_headers(Path(config.model.path)), shape))
 
     def load(directory: Path, version: int) -> None:
         engine.update_weights(WeightFiles(directory).items(), version)
 
-    tensors = own_tensors(tensor_headers(Path(config.model.path)), shape)
-    return HostedEngine(engine, load, frozenset(tensors), can_break_off=False)
+    @contextmanager
+    def meeting(where: Rendezvous, weights: WeightsId) -> Iterator[Callable[[], int]]:
+        with visit(where, engine.device_names, config.rollout.remote.timeout_s) as found:
+            require_architecture(found.config, config.model.path)
+            yield lambda: engine.take_handles(found.buckets(), tensors, weights.policy_version)
+
+    return HostedEngine(engine, load, tensors, can_break_off=False, meeting=meeting)
 
 
 def _hosted_megatron(config: Config, shape: ModelShape) -> HostedEngine:
     with importing():
         from nemo_aapo.data.tokenizer import load_text
         from nemo_aapo.engines.collective.receiver import WeightReceiver
+        from nemo_aapo.engines.ipc.channel import SCHEME
+        from nemo_aapo.engines.ipc.receiver import taking
         from nemo_aapo.engines.megatron.engine import MegatronEngine
         from nemo_aapo.mcore import precision
         from nemo_aapo.mcore.bridge.weights import WeightMap
@@ -143,11 +179,15 @@ def _hosted_megatron(config: Config, shape: ModelShape) -> HostedEngine:
 
     load(Path(config.model.path), 0)
     tensors = frozenset(name for name, _ in weight_map.export(module))
-    receiver = WeightReceiver(module, shape.vocab_size, rollout.server.index, rollout.remote.timeout_s)
+    timeout_s = rollout.remote.timeout_s
+    receiver = WeightReceiver(module, shape.vocab_size, rollout.server.index, timeout_s)
 
     @contextmanager
     def meeting(where: Rendezvous, weights: WeightsId) -> Iterator[Callable[[], int]]:
-        with receiver.meeting(where, weights) as take:
+        met = receiver.meeting(where, weights)
+        if where.address.startswith(SCHEME):
+            met = taking(where, config.model.path, tensors, functools.partial(weight_map.load, module), timeout_s)
+        with met as take:
             yield take
         engine.update_weights((), weights.policy_version)
 

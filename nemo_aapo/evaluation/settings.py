@@ -8,6 +8,7 @@ from dataclasses import asdict
 from nemo_aapo.config import Config, EvaluationConfig, derive, parse
 from nemo_aapo.config.command_line import read_command_line
 from nemo_aapo.config.compose import compose
+from nemo_aapo.config.schema.cluster import Servers
 from nemo_aapo.conversion.source import ModelSource, check_base, find_source
 from nemo_aapo.errors import ConfigError
 from nemo_aapo.models.directory import read_model_dir
@@ -56,7 +57,7 @@ def engine_settings(config: EvaluationConfig, source: ModelSource, launched: Seq
         **{key: getattr(config.model, key) for key in layout},
     )
     tree["data"].update(train="none", validation="none", max_prompt_tokens=config.max_prompt_tokens)
-    beside = tree["cluster"]["servers"]["nodes"] * tree["cluster"]["servers"]["per_node"]
+    beside = Servers(**tree["cluster"]["servers"]).count
     tree["rollout"].update(
         engine="remote" if beside else config.rollout.engine,
         max_new_tokens=config.sampling.max_new_tokens,

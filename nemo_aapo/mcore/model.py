@@ -16,6 +16,7 @@ from nemo_aapo.distributed.device import device
 from nemo_aapo.errors import ConfigError
 from nemo_aapo.mcore import precision
 from nemo_aapo.mcore.bridge.weights import WeightMap
+from nemo_aapo.mcore.cpu import layers
 from nemo_aapo.mcore.experts.model import expert_fields, mark_experts
 
 
@@ -79,6 +80,8 @@ def build_stage(weight_map: WeightMap, fields: Mapping[str, Any]) -> GPTModel:
         )
     module = provider.provide(pre_process=parallel.is_first_stage(), post_process=parallel.is_last_stage())
     mark_experts(module)
+    if not torch.cuda.is_available():
+        layers.use_kernels(module)
     return module.to(device())
 
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
 from megatron.core.models.gpt import GPTModel
 
-from nemo_aapo.mcore.bridge.lora import ADAPTER, is_adapted
+from nemo_aapo.mcore.bridge.lora import ADAPTER, is_adapted, merged_weight
 
 EXTRA_STATE = "_extra_state"
 """torch's name for what a module keeps besides tensors."""
@@ -61,11 +61,19 @@ class WeightPart:
 def weight_parts(module: GPTModel, vocab_size: int) -> list[WeightPart]:
     """The parts of the model that this rank holds; rows that pad the vocabulary are left out.
 
+    Adapters are merged into the layers that have them, as the in-process engine merges them; those parts are new
+    tensors. Collective over the tensor-parallel ranks then.
+
     Args:
         vocab_size: the model's, without padding.
     """
+    adapted = {part.to_wrap.get_parameter("weight").data_ptr(): part for part in module.modules() if is_adapted(part)}
     parts = []
-    for entry in sharded_model_state(module).values():
+    for name, entry in sharded_model_state(module).items():
+        if ADAPTER in name:
+            continue
+        if adapted and (linear := adapted.get(entry.data.data_ptr())):
+            entry = replace(entry, data=merged_weight(cast(torch.nn.Module, linear)))
         built = entry.build() if isinstance(entry, ShardedTensorFactory) else entry
         for sharded in nested_values(built) if isinstance(built, dict | list) else [built]:
             if isinstance(sharded, ShardedTensor):

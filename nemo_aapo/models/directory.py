@@ -148,7 +148,7 @@ def shape_of(config: dict[str, Any]) -> ModelShape:
         ConfigError: a size is missing, or is no number.
     """
     architecture = first_architecture(config)
-    config = {**DEFAULTS.get(architecture, {}), **config}
+    config = {**DEFAULTS.get(architecture, {}), **config, **transformers5.translation(config)}
     heads, hidden = _size(config, "num_attention_heads"), _size(config, "hidden_size")
     return ModelShape(
         architecture=architecture,

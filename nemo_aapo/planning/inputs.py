@@ -205,9 +205,12 @@ def _engine(config: Config) -> Engine:
     if rollout.engine == "remote":
         engines, gpus = rollout.remote.servers, rollout.server.tensor_parallel_size  # its stages take turns
         if rollout.server.engine == "trtllm":
-            gpus = trtllm.tensor_parallel_size or 1
+            gpus = trtllm.tensor_parallel_size or layout.tensor * layout.pipeline
+    kind = "megatron" if rollout.engine == "plain" else rollout.engine  # a plan of it is refused (prepare/plan.py)
+    if rollout.engine == "remote" and rollout.refit == "ipc":
+        kind = "trtllm"  # on the learner's GPUs, as in its processes; of Megatron's a plan is refused
     return Engine(
-        kind="megatron" if rollout.engine == "plain" else rollout.engine,  # a plan of it is refused (prepare/plan.py)
+        kind=kind,
         engines=engines,
         gpus=gpus,
         max_concurrent_tokens=rollout.max_concurrent_tokens,

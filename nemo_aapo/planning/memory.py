@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from nemo_aapo.config.schema.rollout import Server
 from nemo_aapo.planning import activations, parameters
 from nemo_aapo.planning.hardware import RUNTIME_BYTES
 from nemo_aapo.planning.inputs import Inputs, Layout, Learner
@@ -180,6 +181,41 @@ def _stage_memory(inputs: Inputs, stage: int) -> RankMemory:
         phases["scoring"] = {**resident, **runtime, "policy, while the reference is swapped in": clone}
     phases["train"] = {**resident, **runtime, **_training(inputs, count, stage)}
     return RankMemory(phases, {part: size for part, size in host.items() if size}, inputs.hardware.memory_bytes)
+
+
+@dataclass(frozen=True)
+class ServerMemory:
+    """Memory of the fullest rank of a rollout server, and what its KV cache can hold."""
+
+    layout: Layout
+    rank: RankMemory
+    """Its only phase is ``serve``."""
+    kv_tokens: float
+    """Tokens for whose keys and values there is room beside the rest, on the fullest rank."""
+    wanted_tokens: int
+    """``rollout.max_concurrent_tokens``."""
+
+
+def server_memory(trainer: Inputs, server: Server) -> ServerMemory:
+    """Memory of a rollout server.
+
+    Args:
+        trainer: the run's plan, whose hardware, precision and work the servers share.
+        server: ``rollout.server``; one with TensorRT-LLM has the GPUs of ``rollout.trtllm``.
+    """
+    own = server.engine == "megatron"
+    tensor = server.tensor_parallel_size if own else trainer.engine.gpus
+    pipeline = server.pipeline_parallel_size
+    layout = Layout(tensor, pipeline, expert=server.expert_parallel_size)
+    inputs = replace(trainer, layout=layout, engine=replace(trainer.engine, kind=server.engine, gpus=tensor))
+    stages = [parameters.rank_parameters(inputs.model, layout, stage) for stage in range(pipeline)]
+    held = max(weights(count, inputs.learner) for count in stages)
+    parts = {"runtime (assumed)": float(RUNTIME_BYTES), **({"weights": held} if own else {})}
+    parts |= _engine_memory(inputs, sum(parts.values()))
+    memory = RankMemory({"serve": parts}, {}, inputs.hardware.memory_bytes)
+    free = memory.capacity - memory.peak + parts["KV cache"]
+    each = kv_bytes_per_token(inputs, tensor, pipeline)
+    return ServerMemory(layout, memory, max(0.0, free / each), inputs.engine.max_concurrent_tokens)
 
 
 def _training(inputs: Inputs, count: Parameters, stage: int) -> dict[str, float]:

@@ -9,7 +9,7 @@ from nemo_aapo.planning import compute, layouts, memory
 from nemo_aapo.planning.compute import Phase, StoreSaving
 from nemo_aapo.planning.inputs import Inputs, Question
 from nemo_aapo.planning.layouts import Verdict
-from nemo_aapo.planning.memory import RankMemory
+from nemo_aapo.planning.memory import RankMemory, ServerMemory
 from nemo_aapo.planning.simulation.splits import Simulation, simulate
 
 
@@ -19,6 +19,8 @@ class Plan:
 
     inputs: Inputs
     memory: RankMemory
+    server: ServerMemory | None
+    """None: the run has no rollout servers."""
     step: tuple[Phase, ...]
     measured_step: tuple[Phase, ...] | None
     """The phases of a step at rates that were measured on this GPU; None: nobody measured them."""
@@ -30,6 +32,11 @@ class Plan:
     """The fitting layout on the fewest GPUs; None: not sought, as one on the configured GPUs fits, or none fits."""
     simulation: Simulation | None
     """The run with lengths that vary, on every split of the GPUs; None: not asked for."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether trainer and servers have the memory that they need."""
+        return self.memory.fits and (self.server is None or self.server.rank.fits)
 
 
 def make(config: Config, question: Question) -> Plan:
@@ -45,6 +52,7 @@ def make(config: Config, question: Question) -> Plan:
     return Plan(
         inputs=inputs,
         memory=memory.rank_memory(inputs),
+        server=memory.server_memory(inputs, config.rollout.server) if config.rollout.engine == "remote" else None,
         step=compute.step(inputs, rates),
         measured_step=compute.step(inputs, measured) if measured else None,
         saving=compute.store_saving(inputs, rates),

@@ -10,6 +10,7 @@ from nemo_aapo.planning import compute, parameters
 from nemo_aapo.planning.compute import Phase
 from nemo_aapo.planning.inputs import Layout
 from nemo_aapo.planning.layouts import Verdict
+from nemo_aapo.planning.memory import RankMemory
 from nemo_aapo.planning.plan import Plan
 from nemo_aapo.planning.simulation import table as simulated
 
@@ -23,7 +24,8 @@ NOT_MODELLED = (
 
 def text(plan: Plan) -> str:
     """Tables for a terminal of 120 columns."""
-    blocks = [_head(plan), _memory(plan), _step(plan), _store(plan), _layouts(plan), _simulation(plan), NOT_MODELLED]
+    blocks = [_head(plan), _memory(plan), _server(plan), _step(plan), _store(plan), _layouts(plan), _simulation(plan)]
+    blocks.append(NOT_MODELLED)
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 
@@ -61,12 +63,30 @@ def _memory(plan: Plan) -> str:
     rows = [["GiB on the fullest rank", *phases]]
     rows += [[part, *(_gib(needed.phases[phase].get(part)) for phase in phases)] for part in parts]
     rows += [["total", *(_gib(needed.total(phase)) for phase in phases)]]
-    capacity = needed.capacity / GIB
-    verdict = f"fits: {needed.peak / GIB:.1f} of {capacity:.1f} GiB"
-    if not needed.fits:
-        verdict = f"DOES NOT FIT: {needed.peak / GIB:.1f} GiB needed, {capacity:.1f} there"
     host = ", ".join(f"{part} {_gib(size)} GiB" for part, size in needed.host.items())
-    return _table(rows) + f"\n{verdict}" + (f"\nin host memory, for each rank: {host}" if host else "")
+    return _table(rows) + f"\n{_fits(needed)}" + (f"\nin host memory, for each rank: {host}" if host else "")
+
+
+def _fits(needed: RankMemory) -> str:
+    peak, capacity = needed.peak / GIB, needed.capacity / GIB
+    if needed.fits:
+        return f"fits: {peak:.1f} of {capacity:.1f} GiB"
+    return f"DOES NOT FIT: {peak:.1f} GiB needed, {capacity:.1f} there"
+
+
+def _server(plan: Plan) -> str:
+    if (server := plan.server) is None:
+        return ""
+    layout, engine = server.layout, plan.inputs.engine
+    experts = f" x EP {layout.expert}" if layout.expert > 1 else ""
+    rows = [["GiB on the fullest rank of a server", ""]]
+    rows += [[part, _gib(size)] for part, size in server.rank.phases["serve"].items()]
+    rows += [["total", _gib(server.rank.peak)]]
+    return (
+        f"{_table(rows)}\n{_fits(server.rank)}; {engine.engines} servers of TP {layout.tensor} x PP {layout.pipeline}"
+        f"{experts}\nroom for the KV cache of {server.kv_tokens:,.0f} tokens; "
+        f"rollout.max_concurrent_tokens={server.wanted_tokens}"
+    )
 
 
 def _gib(size: float | None) -> str:
@@ -197,6 +217,7 @@ def tree(plan: Plan) -> dict[str, Any]:
             "capacity": plan.memory.capacity,
             "fits": plan.memory.fits,
         },
+        "server": asdict(plan.server) if plan.server else None,
         "step": _phases(plan.step),
         "step_at_measured_rates": _phases(plan.measured_step) if plan.measured_step else None,
         "straggler_seconds": plan.straggler_seconds,

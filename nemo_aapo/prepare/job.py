@@ -156,6 +156,8 @@ def _job(
     if world.machine is not None:
         if config.rollout.engine == "trtllm":
             trtllm_settings.check(config)
+        if config.rollout.engine == "remote" and config.rollout.refit == "ipc" and world.machine.gpu is not None:
+            trtllm_settings.check_allocator()
         config = decide(config, world.machine)
     shape, sizes = check_model(config, world.size)
     config = with_routes_decided(config, shape)

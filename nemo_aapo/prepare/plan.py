@@ -53,6 +53,11 @@ def prepare_plan(words: Sequence[str]) -> tuple[Config, Question]:
             "rollout.engine=plain: a plan knows engines that keep keys and values only. Ask it with "
             "rollout.engine=megatron: what it says of memory and training holds, rollouts take many times as long"
         )
+    if config.rollout.engine == "remote" and config.rollout.refit == "ipc" and config.rollout.server.engine != "trtllm":
+        raise ConfigError(
+            "rollout.refit=ipc: of servers on the learner's GPUs a plan knows those of TensorRT-LLM only. Ask it with "
+            "rollout.server.engine=trtllm; Megatron's keep a copy of the weights there besides"
+        )
     is_typed = any(word.startswith("model.path=") for word in command.overrides)
     model = _model(own, MISSING if path_is_missing else config.model.path, is_typed)
     rewards_of(config)

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from nemo_aapo.config import Config, ModelShape, parse, with_machine_defaults, with_routes_decided
 from nemo_aapo.config.compose import compose
-from nemo_aapo.config.schema.rollout import Server
-from nemo_aapo.config.sizes import undivided
+from nemo_aapo.config.sizes import check_server_layout
 from nemo_aapo.engines.trtllm import settings as trtllm_settings
 from nemo_aapo.errors import ConfigError
 from nemo_aapo.launch.world import World, decide, of_rank
@@ -31,7 +30,7 @@ class ServerJob:
     @property
     def ranks(self) -> int:
         """Processes that it consists of."""
-        return ranks_of_server(self.config.rollout.server)
+        return self.config.rollout.server.ranks
 
 
 def prepare_server(words: Words) -> ServerJob:
@@ -42,7 +41,7 @@ def prepare_server(words: Words) -> ServerJob:
     """
     config = parse(compose(command_line(words)))  # rewards are the trainer's: it may bring a scorer of its own
     world = of_rank(config)
-    ranks = ranks_of_server(config.rollout.server)
+    ranks = config.rollout.server.ranks
     if world.size not in (1, ranks) or (world.size == 1 < ranks and "RANK" in os.environ):
         raise ConfigError(
             f"a rollout server of rollout.server.tensor_parallel_size x pipeline_parallel_size = {ranks} ranks, and "
@@ -59,32 +58,6 @@ def prepare_server(words: Words) -> ServerJob:
     check_tokenizer(Path(config.model.path), shape.vocab_size)
     check_packages([*servers_need(config), *(() if hosts_trtllm else MEGATRON)])
     return ServerJob(config, shape)
-
-
-def ranks_of_server(server: Server) -> int:
-    """Processes that hold one engine of Megatron's together."""
-    return server.tensor_parallel_size * server.pipeline_parallel_size
-
-
-def check_server_layout(server: Server, shape: ModelShape) -> None:
-    """Refuse what a server's model can't be cut into.
-
-    Raises:
-        ConfigError: names the sizes that do not divide.
-    """
-    tp, pp, ep = server.tensor_parallel_size, server.pipeline_parallel_size, server.expert_parallel_size
-    if server.engine == "trtllm" and tp * pp * ep > 1:
-        raise ConfigError(
-            "rollout.server.tensor_parallel_size, pipeline_parallel_size and expert_parallel_size are those of "
-            "engine=megatron; rollout.trtllm.tensor_parallel_size says how many GPUs TensorRT-LLM takes"
-        )
-    if tp % ep:
-        raise ConfigError(
-            f"rollout.server.expert_parallel_size={ep}: the experts of a layer are shared by its tensor-parallel "
-            f"ranks, rollout.server.tensor_parallel_size={tp}, which it does not divide"
-        )
-    if problem := undivided(shape, tp, pp, ep):
-        raise ConfigError(f"rollout.server: the model can't be cut so; as in training, model.{problem}")
 
 
 def _decided(config: Config, world: World, hosts_trtllm: bool) -> Config:

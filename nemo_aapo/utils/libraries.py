@@ -22,8 +22,10 @@ def quiet() -> None:
     Call it before they are imported. It imports nothing itself.
     """
     for name in (
+        "torch.utils.cpp_extension",  # says that a CUDA build finds no GPU
         "nv_one_logger",  # telemetry, off, says at each import that it is off
         "megatron.bridge.utils.fusions",  # says which GPU kernels a CPU lacks
+        "megatron.bridge.utils.import_utils",  # and which classes of TransformerEngine
         "transformers.configuration_utils",  # the Bridge's own use of a deprecated argument
         "transformers.modeling_utils",
         "transformers.integrations.tensor_parallel",  # says in every process group what it does not cut

@@ -159,10 +159,17 @@ def test_words_that_are_right_pass():
         (["rollout.max_concurrent_tokens=99"], "rollout.max_concurrent_tokens=99", "can't hold one sequence"),
         (["rollout.refit=copy"], "rollout.refit", "files"),
         (["rollout.refit=collective", "rollout.server.engine=trtllm"], "rollout.refit=collective", "files or delta"),
+        (["rollout.refit=ipc", "trainer.num_nodes=2"], "trainer.num_nodes=2", "on one machine"),
+        (
+            ["rollout.refit=ipc", "rollout.async_depth=1", "algorithm.importance_weight_cap=2.0"],
+            "rollout.async_depth=1",
+            "while it waits",
+        ),
+        (["rollout.refit=ipc", "cluster=slurm_servers"], "cluster.servers.nodes", "on its node by scripts/serve.py"),
         (
             ["cluster=slurm_servers", "cluster.servers.gpus_per_node=4", "rollout.server.tensor_parallel_size=8"],
             "cluster.servers.gpus_per_node=4",
-            "a server is on one node",
+            "spread a server over nodes",
         ),
     ],
 )

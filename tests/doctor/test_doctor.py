@@ -155,7 +155,7 @@ def test_disk_space_is_that_of_the_kept_checkpoints_and_the_export(config):
 
 def test_memory_is_held_against_the_plan_and_its_lower_bound(config):
     weights = sizes.count_parameters(Path(config.model.path)) * 4
-    training = memory.plan(sizes.on_this_machine(config), 2**30).phases["train"]
+    training = memory.rank_memory(memory.planned_inputs(sizes.on_this_machine(config), 2**30)).phases["train"]
     assert [training[part] for part in memory.DEVICE_PARTS] == [weights, weights, 2 * weights]
     gib = 2**30
     assert memory.judge("gpu_memory", 50 * gib, 80 * gib, "weights", peak=70 * gib).level == "ok"
@@ -165,6 +165,8 @@ def test_memory_is_held_against_the_plan_and_its_lower_bound(config):
 
 def test_memory_of_a_container_counts_and_too_little_is_a_failure(config, tmp_path, monkeypatch):
     assert all(finding.level == "ok" for finding in memory.memory(context(config)))
+    served = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, engine="remote"))
+    assert [finding.name for finding in memory.memory(context(served))] == ["host_memory", "server_memory"]
     (tmp_path / "memory.max").write_text(f"{2**20}\n")
     (tmp_path / "memory.current").write_text("4096\n")
     assert memory.free_host_memory(tmp_path) == 2**20 - 4096

@@ -39,10 +39,19 @@ CONTAINER = (
     "cluster.container.mounts=[/models:/models:ro]",
     "cluster.container.workdir=/opt/nemo_aapo",
 )
+SPREAD = ("cluster.servers.nodes_per_server=2",)
 NO_NAMES = ("cluster.account=null", "cluster.partition=null")
 SCRIPTS = {
     "single": (),
-    "het": ("cluster.servers.nodes=2", "cluster.servers.gpus_per_node=4"),
+    "het": (
+        "cluster.servers.nodes=2",
+        "cluster.servers.per_node=2",
+        "cluster.servers.gpus_per_node=4",
+        "cluster.cpus_per_task=6",
+        "rollout.server.tensor_parallel_size=2",
+        "rollout.remote.servers=4",
+        "rollout.remote.min_servers=3",
+    ),
     "container": (*CONTAINER, "cluster.cpus_per_task=12", 'cluster.srun_args=["--cpu-bind=none"]'),
     "chain": ("cluster.chain=3", '+cluster.sbatch_args={mail-type: END, constraint: "h100|h200"}', "cluster.qos=long"),
     "setup": ("cluster.setup=[module load cuda]", "+cluster.env.WANDB_API_KEY=secret", "cluster.exclusive=true"),
@@ -103,7 +112,7 @@ def test_bash_hands_on_every_word_as_it_is_whatever_the_names(name, tmp_path):
     site = Site(str(recorder), Path("/check out"), tmp_path)
     tree = compose(read_command_line(["model.path=/m", "data.train=/t", "data.validation=/v", *CLUSTER]))
     tree["run"] |= {"name": name, "dir": f"runs/{name}"}
-    tree["cluster"] |= {"env": {"TOKEN": f"{name}\n2"}, "servers": {"nodes": 1, "per_node": 1, "gpus_per_node": 0}}
+    tree["cluster"] |= {"env": {"TOKEN": f"{name}\n2"}, "servers": {**tree["cluster"]["servers"], "nodes": 1}}
     config = parse(tree)
     paths = RunPaths(tmp_path / "runs" / name)
     paths.make()
@@ -151,6 +160,14 @@ def test_jobs_of_different_runs_never_share_a_name_and_roles_of_one_job_neither(
         (["cluster=interactive"], "cluster.account", "no effect in an allocation"),
         (["cluster=interactive", *NO_NAMES, "cluster.servers.nodes=1"], "cluster.servers.nodes", "no effect in an"),
         (["cluster.launcher=nemo_run", "cluster.servers.nodes=1"], "cluster.launcher=nemo_run", "without servers"),
+        ([*SPREAD, "cluster.servers.nodes=3"], "cluster.servers.nodes_per_server=2", "divisible"),
+        ([*SPREAD, "cluster.servers.nodes=2"], "cluster.servers.nodes_per_server=2: the 1 ranks", "divisible"),
+        ([*SPREAD, "cluster.servers.nodes=2", "cluster.servers.per_node=2"], "cluster.servers.per_node=2", "must be 1"),
+        (
+            ["cluster.servers.nodes=2", "cluster.servers.gpus_per_node=2", "rollout.server.pipeline_parallel_size=4"],
+            "cluster.servers.gpus_per_node=2",
+            "need 4 GPUs on a node",
+        ),
     ],
 )
 def test_what_slurm_would_misread_is_refused_with_key_and_reason(words, key, reason):

@@ -142,3 +142,11 @@ def test_tiles_of_log_probs_are_planned_as_large_as_they_are():
 
     sizes = {"local": logprob.MIN_TILE_LOGITS, "transformer_engine": logprob.CUDA_MIN_TILE_LOGITS}
     assert (sizes, logprob.TILE_ALIGNMENT) == (memory.MIN_TILE_LOGITS, memory.TILE_ALIGNMENT)
+
+
+def test_servers_that_share_the_learners_gpus_are_in_its_memory_as_the_engine_in_its_processes_is():
+    apart = ("rollout.engine=remote", "rollout.refit=ipc", "rollout.server.engine=trtllm")
+    cut = ("model=Qwen2.5-7B", "trainer.devices=8", "model.tensor_model_parallel_size=2")
+    within, beside = (memory.rank_memory(made_inputs(*cut, *words)) for words in (["rollout.engine=trtllm"], apart))
+    assert beside.phases["rollout"] == within.phases["rollout"]
+    assert "rollout" not in memory.rank_memory(made_inputs("model=Qwen2.5-7B", *apart, "rollout.refit=files")).phases

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from nemo_aapo.errors import ConfigError
-from nemo_aapo.planning import hardware, layouts, models, parameters, plan, report
+from nemo_aapo.planning import hardware, layouts, memory, models, parameters, plan, report
 from nemo_aapo.planning.inputs import Layout
 from nemo_aapo.prepare.plan import prepare_plan
 from tests.planning.planned import PUBLISHED_PARAMETERS, made_inputs
@@ -178,3 +178,30 @@ def test_a_refusal_is_one_message_and_exit_code_2():
     assert done.returncode == 2
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("layout", [(1, 1), (2, 1), (1, 2), (4, 2)], ids=lambda sizes: "TP{}-PP{}".format(*sizes))
+def test_a_server_has_room_for_just_as_many_tokens_as_the_plan_says(layout):
+    tp, pp = layout
+
+    words = [f"rollout.server.tensor_parallel_size={tp}", f"rollout.server.pipeline_parallel_size={pp}"]
+    words += ["model=Qwen2.5-7B", "hardware=h100", "rollout.engine=remote", "prompts_per_step=4096"]
+    config, question = prepare_plan(words)
+    made = plan.make(config, question)
+    longest = made.inputs.work.max_sequence_tokens  # the cache has rows of so many tokens
+
+    def server(rows: int) -> memory.ServerMemory:
+        engine = dataclasses.replace(made.inputs.engine, max_concurrent_tokens=rows * longest)
+        return memory.server_memory(dataclasses.replace(made.inputs, engine=engine), config.rollout.server)
+
+    cut = 2 * parameters.whole(made.inputs.model).total / tp / pp
+    assert made.server.rank.phases["serve"]["weights"] == pytest.approx(cut, rel=0.2 if pp > 1 else 0.01)
+    low, high = 0, 20_000  # rows that fit, and that do not
+    while high - low > 1:
+        rows = (low + high) // 2
+        low, high = (rows, high) if server(rows).rank.fits else (low, rows)
+    assert server(low).kv_tokens // longest >= low > 0
+    assert server(high).kv_tokens // longest < high
+    said = report.text(made)
+    assert f"servers of TP {tp} x PP {pp}" in said
+    assert f"room for the KV cache of {made.server.kv_tokens:,.0f} tokens" in said

@@ -102,6 +102,7 @@ TRAINING = [
     (["cluster.account=lab", "cluster=local"], "no effect on this machine"),
 ]
 """What the words tell by themselves; of a plan and of a doctor, too."""
+REMOTE = ("rollout.engine=remote",)
 FILES = [
     (["model.path=FOLDER/gone"], "no such directory"),
     (["model.path=FOLDER/truncated"], "not JSON"),
@@ -114,6 +115,9 @@ FILES = [
     (["model.tensor_model_parallel_size=3"], "does not divide"),
     (["rollout.engine=plain", "model.context_parallel_size=2"], "would have to take every forward pass together"),
     (["rollout.replay_routes=true"], "has no effect: the model has no experts"),
+    ([*REMOTE, "rollout.server.tensor_parallel_size=3"], "rollout.server.tensor_parallel_size=3 does not divide"),
+    ([*REMOTE, "rollout.server.pipeline_parallel_size=3"], "rollout.server.pipeline_parallel_size=3 does not divide"),
+    ([*REMOTE, "rollout.server.expert_parallel_size=2"], "rollout.server.expert_parallel_size=2"),
     (["data.max_prompt_tokens=4000", "max_tokens_per_microbatch=9000"], "exceeds the 4096 positions"),
     (["data.train=FOLDER/trian.jsonl"], "data.train: FOLDER/trian.jsonl: no such file; did you mean"),
     (["data.validation=FOLDER/no_data"], "data.validation: FOLDER/no_data: this is a directory without a data set"),
@@ -147,7 +151,8 @@ SERVE = [
     (["rollout.server.prot=1"], "did you mean 'rollout.server.port'"),
     (["model.path=FOLDER/gone"], "no such directory"),
     (["precision=bf16"], "needs a GPU"),
-    (["rollout.engine=remote", "rollout.server.engine=trtllm"], "tensorrt_llm"),
+    ([*REMOTE, "rollout.server.tensor_parallel_size=3"], "rollout.server.tensor_parallel_size=3 does not divide"),
+    ([*REMOTE, "rollout.server.engine=trtllm"], "tensorrt_llm"),
 ]
 EVALUATE = [
     (["samples=0"], "must be at least 1"),
@@ -173,6 +178,7 @@ CASES = [
     *(("doctor", [], *case) for case in TRAINING),
     *(("plan", ["model=Qwen2.5-7B"], *case) for case in TRAINING),
     ("plan", ["model=Qwen2.5-7B"], ["rollout.engine=plain"], "a plan knows engines that keep keys and values"),
+    ("plan", ["model=Qwen2.5-7B"], ["rollout.engine=remote", "rollout.refit=ipc"], "those of TensorRT-LLM only"),
     *(("fill", [], *case) for case in [*TRAINING, *FILL]),
     *(("serve", [], *case) for case in SERVE),
 ]
@@ -243,6 +249,14 @@ def test_what_a_gpu_cannot_do_is_refused_before_torch_is_imported(given, blocker
     monkeypatch.setattr(Machine, "present", lambda: H200)
     assert command("train")([*given.words, *words]) == 2
     assert said in capsys.readouterr().err
+    assert not blocker.asked
+
+
+def test_memory_that_a_gpu_can_not_share_is_refused_before_torch_is_imported(given, blocker, capsys, monkeypatch):
+    monkeypatch.setattr(Machine, "present", lambda: H200)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    assert command("train")([*given.words, "rollout.engine=remote", "rollout.refit=ipc"]) == 2
+    assert "Take expandable_segments out of PYTORCH_CUDA_ALLOC_CONF" in capsys.readouterr().err
     assert not blocker.asked
 
 

@@ -77,7 +77,7 @@ RULES: tuple[tuple[str, Run | Elsewhere | NotRun], ...] = (
         r"(train|launch)\.py experiment=quickstart_moe",
         Elsewhere("tests/examples/test_quickstart_moe.py", "quickstart_moe"),
     ),
-    (r"train\.py .*rollout\.engine=trtllm", COMPOSED),
+    (r"train\.py .*rollout\.(server\.)?engine=trtllm", COMPOSED),
     (r"train\.py .*reasoning_gym", COMPOSED),  # the package is an extra; tests/data/test_reasoning_gym.py trains on it
     (r"torchrun .*train\.py .*run\.name=tp2pp2", Run(f"{SMALL} {TWO_RANKS}", ranks=2)),
     (r"train\.py .*rollout\.engine=remote", Run(f"{SMALL} trainer.val_check_interval=0")),
@@ -91,6 +91,10 @@ RULES: tuple[tuple[str, Run | Elsewhere | NotRun], ...] = (
     (
         r"serve\.py .*tensor_parallel_size=2",
         Elsewhere("tests/engines/remote/test_server_ranks.py", "tensor_parallel_size"),
+    ),
+    (
+        r"serve\.py .*server\.engine=trtllm",
+        Elsewhere("tests/engines/trtllm/test_own_environment.py", "rollout.server.engine=trtllm"),
     ),
     (r"serve\.py ", Run(SMALL)),
     (r"launch\.py (cluster=local|.*run\.name=tp2dp2)", Run(f"{SMALL} {TWO_RANKS}")),

@@ -17,7 +17,7 @@ ROOT = SCRIPTS.parent
 PACKAGE = ROOT / "nemo_aapo"
 OURS = {"nemo_aapo", "tests", "benchmarks", "examples", "scripts"}
 LAYERS = (
-    {"errors", "types", "seeds"},
+    {"errors", "types", "seeds", "lines"},
     {"utils"},
     {"config"},
     {"text"},

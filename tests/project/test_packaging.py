@@ -203,6 +203,16 @@ def test_the_gpu_pins_differ_only_in_transformers_and_leave_the_images_torch_alo
     assert {name for name in gpu.keys() - ONLY_ON_GPUS if gpu[name] != pins[name]} == {"transformers"}
 
 
+def test_a_package_that_several_environments_have_is_pinned_alike(pins):
+    """A server of TensorRT-LLM talks to a learner of the CPU's list or the image's; one Ray is tested and shipped."""
+    server, gpu, peers = (read_pins(f"{name}.txt") for name in ("trtllm_server", "gpu", "peers"))
+    assert server["ray"] == gpu["ray"] == peers["ray"] == Version(contract.RAY_VERSION)
+    for mine, others in ((server, gpu), (server, pins), (peers, gpu)):
+        assert {name: mine[name] for name in mine.keys() & others.keys()} == {
+            name: others[name] for name in mine.keys() & others.keys()
+        }
+
+
 FOR_PYTHON_312 = {"python_version": "3.12", "python_full_version": "3.12.3", "extra": ""}
 
 
@@ -238,6 +248,9 @@ def test_the_dockerfile_is_built_on_the_matching_image_without_root_or_missing_f
     users = [arguments for step, arguments in steps if step == "USER"]
     assert len(users) == 1
     assert users[0] not in ("root", "0")
+    (made,) = [arguments for step, arguments in steps if step == "RUN" and "useradd" in arguments]
+    assert {"--non-unique", "--uid", "${UID}"} <= set(made.split())  # a mounted results/ belongs to the host's user
+    assert any(step == "ARG" and arguments.startswith("UID=") for step, arguments in steps)
     assert "RUN" not in names[names.index("USER") :]
     assert names.count("ENTRYPOINT") == 1
     (health,) = [arguments for step, arguments in steps if step == "HEALTHCHECK"]

@@ -19,7 +19,18 @@ class Servers:
         minimum=1,
         sane=RANKS_OF_NODE,
     )
+    nodes_per_server: int = setting(
+        "nodes that the ranks of one server are spread over; above 1 with per_node=1",
+        decides=False,
+        minimum=1,
+        sane=NODES,
+    )
     gpus_per_node: int = setting("GPUs asked for on each of these nodes", decides=False, minimum=0, sane=RANKS_OF_NODE)
+
+    @property
+    def count(self) -> int:
+        """Number of servers."""
+        return self.nodes * self.per_node // self.nodes_per_server
 
 
 @section

@@ -75,6 +75,11 @@ class Server:
     directory: str = setting("the trainer's rollout.remote.directory", decides=False)
     max_request_bytes: int = setting("larger requests are refused (413)", decides=False, minimum=1024, sane=BYTES)
 
+    @property
+    def ranks(self) -> int:
+        """Processes that hold one engine of Megatron's together."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
 
 @section
 class Rollout:
@@ -127,9 +132,10 @@ class Rollout:
         "bits | groups: each whole group, to the same tokens; log-probs may differ in their last bits | off: nothing",
         decides=False,
     )
-    refit: Literal["files", "delta", "collective"] = setting(
+    refit: Literal["files", "delta", "collective", "ipc"] = setting(
         "how servers get new weights: files: whole, in rollout.remote.directory | delta: there, what changed in them | "
-        "collective: sent by the trainer's ranks to theirs",
+        "collective: sent by the trainer's ranks to theirs | ipc: read in the memory of the trainer's ranks, on one "
+        "machine; servers and learner take turns with the devices",
         decides=False,
     )
     replay_routes: bool | None = setting(

@@ -187,7 +187,7 @@ def tensorrt_llm(context: Context) -> Finding:
         if wanted:
             remedy = "use the Dockerfile's image, or rollout.engine=megatron"
             return Finding(name, "failure", "not installed; the chosen rollout engine is trtllm", remedy)
-        return Finding(name, "ok", "not installed; only rollout.engine=trtllm needs it")
+        return Finding(name, "ok", "not installed; only rollout.engine=trtllm, and servers that host it, need it")
     package = Package(path, trtllm_check.PACKAGE)
     agreed, version = trtllm_check.contract_with(package), trtllm_check.version(package)
     if differences := trtllm_check.compare(package, agreed):
@@ -234,11 +234,7 @@ def judge_allocator(variable: str, wanted: bool) -> Finding:
 
 def _wants_trtllm(context: Context) -> bool:
     config = context.config
-    return config is not None and "trtllm" in (config.rollout.engine, _hosted(config))
-
-
-def _hosted(config: Config) -> str:
-    return config.rollout.server.engine if config.rollout.engine == "remote" else ""
+    return config is not None and config.rollout.engine == "trtllm"  # servers may have an environment of their own
 
 
 def kernels(context: Context) -> list[Finding]:

@@ -10,8 +10,8 @@ from nemo_aapo.doctor.checks.sizes import on_this_machine, readable
 from nemo_aapo.doctor.checks.versions import has_gpu
 from nemo_aapo.doctor.finding import Context, Finding
 from nemo_aapo.planning import hardware, models
-from nemo_aapo.planning.inputs import Question, plan_inputs
-from nemo_aapo.planning.memory import RankMemory, rank_memory
+from nemo_aapo.planning.inputs import Inputs, Question, plan_inputs
+from nemo_aapo.planning.memory import rank_memory, server_memory
 
 CGROUPS = (
     ("memory.max", "memory.current"),
@@ -28,7 +28,8 @@ def memory(context: Context) -> list[Finding]:
     config, ranks, on_gpu = on_this_machine(context.run_config), ranks_here(context), has_gpu()
     host = free_host_memory()
     free = _free_gpu_memory(context.place.local_rank) if on_gpu else host
-    planned = plan(config, free)
+    inputs = planned_inputs(config, free)
+    planned = rank_memory(inputs)
     training = planned.phases["train"]
     learner = sum(training[part] for part in DEVICE_PARTS)
     copies = sum(planned.host.values())
@@ -39,11 +40,16 @@ def memory(context: Context) -> list[Finding]:
     found = [judge("host_memory", need, host, f"{', '.join(parts)}; ranks here: {ranks}")]
     if on_gpu:
         found.append(judge("gpu_memory", learner, free, ", ".join(DEVICE_PARTS), planned.peak))
+    if config.rollout.engine == "remote":
+        server = server_memory(inputs, config.rollout.server)
+        need = server.rank.peak - server.rank.phases["serve"]["KV cache"]
+        what = f"a rank of a server, TP {server.layout.tensor} x PP {server.layout.pipeline}, on such a machine"
+        found.append(judge("server_memory", need, free, what, server.rank.peak))
     return found
 
 
-def plan(config: Config, free: int) -> RankMemory:
-    """The planned memory of the fullest rank, as ``scripts/plan.py`` has it.
+def planned_inputs(config: Config, free: int) -> Inputs:
+    """What ``scripts/plan.py`` plans with.
 
     Args:
         config: without values that are left to the machine.
@@ -52,7 +58,7 @@ def plan(config: Config, free: int) -> RankMemory:
     lengths = float(config.data.max_prompt_tokens), float(config.rollout.max_new_tokens)
     gpu = replace(hardware.find("h100"), memory_bytes=free)  # its other figures decide times only
     question = Question(models.read(config.model.path), gpu, *lengths, dataset_prompts=None)
-    return rank_memory(plan_inputs(config, question))
+    return plan_inputs(config, question)
 
 
 def ranks_here(context: Context) -> int:

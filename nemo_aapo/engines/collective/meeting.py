@@ -15,8 +15,8 @@ import json
 import socket
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -45,36 +45,45 @@ class Meeting:
     """What all ranks send, in the order in which they do."""
     senders: int
     """Ranks of the trainer."""
+    timeout_s: float
+    """The longest that a move is waited for."""
 
-    def exchange(self, rank: int, parts: Sequence[WeightPart]) -> int:
+    def exchange(
+        self, rank: int, parts: Sequence[WeightPart], each: Callable[[WeightPart], None] = lambda part: None
+    ) -> int:
         """This rank's part in all moves: what it sends is read from ``parts``, what it receives is written there.
 
         All ranks take the moves in one order, and wait for the oldest: nobody waits in a circle.
+
+        Args:
+            each: told of what each move has filled or read, while those after it are under way.
 
         Returns:
             Bytes that it sent or received.
         """
         under_way, waiting, total = deque[_Transfer](), 0, 0
         for tag, peer, part in self._own(rank, parts):
-            transfer = _Transfer.begin(self.group, rank < self.senders, part, peer, tag)
-            under_way.append(transfer)
-            total, waiting = total + part.nbytes, waiting + part.nbytes
+            under_way.append(_Transfer.begin(self.group, rank < self.senders, part, peer, tag))
+            size = part.tensor.nbytes
+            total, waiting = total + size, waiting + size
             while waiting > WINDOW_BYTES:
-                waiting -= under_way.popleft().end()
+                waiting -= under_way[0].part.tensor.nbytes
+                each(under_way.popleft().end(self.timeout_s))
         while under_way:
-            under_way.popleft().end()
+            each(under_way.popleft().end(self.timeout_s))
         return total
 
-    def _own(self, rank: int, parts: Sequence[WeightPart]) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """Number, rank at the other end, and memory of each move that a rank has a part in."""
-        held: dict[str, list[tuple[Box, torch.Tensor]]] = defaultdict(list)
+    def _own(self, rank: int, parts: Sequence[WeightPart]) -> Iterator[tuple[int, int, WeightPart]]:
+        """Number, rank at the other end, and what is moved, of each move that a rank has a part in."""
+        held: dict[str, list[tuple[Box, WeightPart]]] = defaultdict(list)
         for box, part in zip(boxes_of(parts), parts, strict=True):
-            held[box.key].append((box, part.tensor))
+            held[box.key].append((box, part))
         for tag, move in enumerate(self.moves):
             receiver = self.senders + move.receiver
             if rank in (move.sender, receiver):
-                box, tensor = next(item for item in held[move.box.key] if common(item[0], move.box) == move.box)
-                yield tag, receiver if rank == move.sender else move.sender, tensor[within(move.box, box)]
+                box, whole = next(item for item in held[move.box.key] if common(item[0], move.box) == move.box)
+                moved = replace(whole, start=move.box.start, tensor=whole.tensor[within(move.box, box)])
+                yield tag, receiver if rank == move.sender else move.sender, moved
 
     def close(self) -> None:
         """End the connections; what still waits on them fails."""
@@ -86,7 +95,7 @@ class Meeting:
 class _Transfer:
     """One move under way."""
 
-    part: torch.Tensor
+    part: WeightPart
     """The model's own memory, perhaps with gaps."""
     whole: torch.Tensor
     """What is sent or received: the same, or a copy without gaps."""
@@ -94,17 +103,24 @@ class _Transfer:
     sends: bool
 
     @classmethod
-    def begin(cls, group: Any, sends: bool, part: torch.Tensor, peer: int, tag: int) -> _Transfer:
-        whole = part.contiguous() if sends or part.is_contiguous() else torch.empty_like(part).contiguous()
+    def begin(cls, group: Any, sends: bool, part: WeightPart, peer: int, tag: int) -> _Transfer:
+        own = part.tensor
+        whole = own.contiguous() if sends or own.is_contiguous() else torch.empty_like(own).contiguous()
         work = (group.send if sends else group.recv)([whole], peer, tag)
         return cls(part, whole, work, sends)
 
-    def end(self) -> int:
-        """Wait for it; its bytes."""
+    def end(self, timeout_s: float) -> WeightPart:
+        """Wait for it; what was moved."""
+        if self.whole.is_cuda:  # NCCL's wait() returns at once, and its own deadline ends the process
+            deadline = time.monotonic() + timeout_s
+            while not self.work.is_completed():
+                if time.monotonic() > deadline:
+                    raise RuntimeError(f"nothing came for {timeout_s:g} s")
+                time.sleep(POLL_S)
         self.work.wait()
-        if not self.sends and self.whole is not self.part:
-            self.part.copy_(self.whole)
-        return self.part.nbytes
+        if not self.sends and self.whole is not self.part.tensor:
+            self.part.tensor.copy_(self.whole)
+        return self.part
 
 
 def boxes_of(parts: Sequence[WeightPart]) -> list[Box]:
@@ -142,7 +158,7 @@ def meet(
     held = [_unpacked(_awaited(store, meeting.name, name, deadline)) for name in names]
     moves = plan(held[:first], held[first:], server)
     group = new_group(dist.PrefixStore(f"{meeting.name}/group", store), rank, size, device, timeout_s)
-    return Meeting(group, moves, first)
+    return Meeting(group, moves, first, timeout_s)
 
 
 def new_group(store: dist.Store, rank: int, size: int, device: torch.device, timeout_s: float) -> Any:
@@ -155,7 +171,7 @@ def new_group(store: dist.Store, rank: int, size: int, device: torch.device, tim
     try:
         if device.type == "cuda":
             options = dist.ProcessGroupNCCL.Options()
-            options._timeout = timedelta(seconds=timeout_s)
+            options._timeout = timedelta(seconds=2 * timeout_s)  # ``_Transfer.end`` gives up before, and nothing dies
             return dist.ProcessGroupNCCL(store, rank, size, options)
         return dist.ProcessGroupGloo(store, rank, size, timedelta(seconds=timeout_s))
     except RuntimeError as error:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch.distributed as dist
 
 from nemo_aapo.distributed import parallel
-from nemo_aapo.engines.collective.digest import digest
+from nemo_aapo.engines.collective.digest import Digest
 from nemo_aapo.engines.collective.meeting import Meeting, boxes_of, failures_named, meet, open_store
 from nemo_aapo.engines.collective.plan import PROTOCOL, Rendezvous
 from nemo_aapo.engines.weights import WeightsId
@@ -77,9 +77,10 @@ class WeightReceiver:
 
     def _take(self, weights: WeightsId) -> int:
         assert self._meeting is not None, "called inside ``meeting``"
+        sums = Digest()
         with failures_named("receiving weights"):
-            self._meeting.exchange(self._meeting.senders + dist.get_rank(), self._parts)
-        if (has := digest(self._parts)) != weights.digest:
+            self._meeting.exchange(self._meeting.senders + dist.get_rank(), self._parts, each=sums.add)
+        if (has := sums.of_all_ranks()) != weights.digest:
             raise WeightsError(
                 f"rank {parallel.rank()}: {weights} did not arrive as the trainer has it: its digest here is {has}"
             )

@@ -1,4 +1,4 @@
-"""A collective refit from end to end: who needs the weights, asking them to come, sending, and who has failed."""
+"""A refit without files from end to end: who needs the weights, asking them to come, sending, and who has failed."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
 
 import aiohttp
 
 from nemo_aapo.distributed import parallel
 from nemo_aapo.distributed.agreement import on_first_rank
-from nemo_aapo.engines.collective.sender import WeightSender
+from nemo_aapo.engines.collective.plan import Rendezvous
 from nemo_aapo.engines.remote.directory import ServerRecord, read_servers
 from nemo_aapo.engines.remote.dispatch import Fleet
 from nemo_aapo.engines.remote.servers import POLL_S
@@ -24,12 +25,51 @@ Update = tuple[ServerRecord, Weights]
 """A server and what it is to take, where."""
 
 
+class Sender(Protocol):
+    """One rank's part in handing the trainer's weights to servers that come for them.
+
+    Collective, but for the last four.
+    """
+
+    sent_bytes: int
+    """By the last ``send``."""
+
+    def digest(self) -> str:
+        """Names the weights as they are now, which ``send`` sends from here on."""
+        ...
+
+    def rendezvous(self, servers: Sequence[ServerRecord]) -> list[Rendezvous]:
+        """Where each server is to come to."""
+        ...
+
+    def send(self, servers: Sequence[ServerRecord]) -> list[str]:
+        """Send the weights to these servers; why it failed with each, or an empty text, the same on all ranks."""
+        ...
+
+    def forget(self) -> None:
+        """Let go of what was made to be sent."""
+        ...
+
+    def part_from(self, server: ServerRecord) -> None:
+        """Meet a server anew next time."""
+        ...
+
+    def give_up(self, meeting: Rendezvous, reason: str) -> None:
+        """Wait no longer for a server that won't come; called on rank 0, in any thread."""
+        ...
+
+    def close(self) -> None:
+        """End all connections."""
+        ...
+
+
 class CollectiveRefit:
     """The servers of a fleet, and this rank's part in sending weights to them."""
 
-    def __init__(self, fleet: Fleet, sender: WeightSender) -> None:
+    def __init__(self, fleet: Fleet, sender: Sender) -> None:
         """Args: fleet: which rank 0 alone asks."""
         self.fleet, self.sender = fleet, sender
+        self._expected = 0  # servers that have the weights once all that are sent to have taken them
 
     def bring(self, version: int) -> tuple[Weights, int]:
         """Send the policy to the servers that have other weights, until enough have it. Collective over all ranks.
@@ -52,7 +92,11 @@ class CollectiveRefit:
         while servers := on_first_rank(survey):
             reasons = self._send(servers, weights)
             sent += self.sender.sent_bytes
+            if not any(reasons):  # as each has said itself
+                self.fleet.are_enough(self._expected)
+                break
             tried |= {server.instance for server, reason in zip(servers, reasons, strict=True) if reason}
+        self.sender.forget()
         return weights, sent
 
     def _send(self, servers: Sequence[ServerRecord], weights: Weights) -> list[str]:
@@ -113,7 +157,8 @@ class CollectiveRefit:
                     usable += 1
                 elif record.instance not in tried:
                     others.append(record)
-            if self.fleet.are_enough(usable + len(others), settled=not others):
+            self._expected = usable + len(others)
+            if self.fleet.are_enough(self._expected, settled=not others):
                 return others
             if time.monotonic() >= deadline:
                 raise RunError(self.fleet.too_few(records, reasons, usable))

@@ -69,6 +69,10 @@ class WeightSender:
                 self.part_from(server)
         return reasons
 
+    def forget(self) -> None:
+        """Let go of what was sent: merged adapters have memory of their own. Not collective."""
+        self._parts = []
+
     def part_from(self, server: ServerRecord) -> None:
         """Meet a server anew next time. Called on all ranks, and not collective."""
         _, meeting = self._meetings.pop(server.instance, (None, None))
@@ -110,11 +114,10 @@ class WeightSender:
     def _send_to(self, server: ServerRecord) -> tuple[str, int]:
         """Why it failed, if it did, and the bytes that went to one server."""
         where, meeting = self._meetings[server.instance]
-        assert self._store is not None, "rendezvous() comes first"
         try:
             if meeting is None:
                 meeting = meet(
-                    self._store,
+                    open_store(where.address, self.timeout_s),  # who waits on one keeps others from using it
                     where,
                     rank=parallel.rank(),
                     boxes=boxes_of(self._parts),

@@ -218,14 +218,15 @@ def _layer_weights(layer: torch.nn.Module, convert: Callable[[Tensor], Tensor]) 
     """References to the weights of an mcore TransformerLayer, the projections' after ``convert``."""
     part = layer.get_submodule
     qkv, mlp = base_layer(part("self_attention.linear_qkv")), part("mlp")
+    attention: Any = part("self_attention")
     experts = local_experts(mlp) if hasattr(mlp, "router") else None
     after_mlp_norm = mlp if experts else base_layer(part("mlp.linear_fc1"))
     return _Layer(
         attention_norm=_norm_weight(qkv, part("input_layernorm")),
         qkv=convert(merged_weight(part("self_attention.linear_qkv"))),
         qkv_bias=_bias(qkv),
-        query_norm=getattr(part("self_attention.q_layernorm"), "weight", None),
-        key_norm=getattr(part("self_attention.k_layernorm"), "weight", None),
+        query_norm=getattr(attention.q_layernorm, "weight", None),
+        key_norm=getattr(attention.k_layernorm, "weight", None),
         projection=convert(merged_weight(part("self_attention.linear_proj"))),
         mlp_norm=_norm_weight(after_mlp_norm, part("pre_mlp_layernorm")),
         gate_and_up=None if experts else convert(merged_weight(part("mlp.linear_fc1"))),

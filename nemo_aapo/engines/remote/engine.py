@@ -21,17 +21,16 @@ from nemo_aapo.config import Config
 from nemo_aapo.distributed import parallel
 from nemo_aapo.distributed.agreement import agree, on_first_rank
 from nemo_aapo.engines.base import OnFinish, PendingCompletions, RolloutStats
-from nemo_aapo.engines.collective.refit import CollectiveRefit
-from nemo_aapo.engines.collective.sender import WeightSender
+from nemo_aapo.engines.collective.refit import CollectiveRefit, Sender
 from nemo_aapo.engines.deltas import DeltaStore
 from nemo_aapo.engines.elsewhere import Finished, arranged, stats_of
+from nemo_aapo.engines.ipc import memory
 from nemo_aapo.engines.remote.directory import Claim, ServerRecord
 from nemo_aapo.engines.remote.dispatch import Call, Fleet
 from nemo_aapo.engines.remote.fleet_status import FleetWatch
 from nemo_aapo.engines.remote.weight_store import WeightStore
 from nemo_aapo.engines.weights import Weights, WeightsId
 from nemo_aapo.errors import RunError
-from nemo_aapo.mcore.model import GPTModel
 from nemo_aapo.types import Completion, SamplingSpec
 from nemo_aapo.utils.safetensors import model_digest
 
@@ -49,7 +48,8 @@ class RemoteEngine:
         base: Weights,
         claim: Claim | None,
         routes: bool = False,
-        sender: WeightSender | None = None,
+        sender: Sender | None = None,
+        takes_turns: bool = False,
     ) -> None:
         """
         Args:
@@ -59,9 +59,10 @@ class RemoteEngine:
             claim: on rank 0, the right to the servers.
             routes: completions without the experts that each token was sent to are refused.
             sender: sends weights to the servers in place of leaving them in the store.
+            takes_turns: the servers compute on the learner's devices, while it does not.
         """
         self.fleet, self.store, self.claim, self.sender = fleet, store, claim, sender
-        self.shares_weights = False
+        self.shares_weights, self._takes_turns = False, takes_turns
         self.stats: RolloutStats | None = None
         self._weights, self._routes = base, routes
         self._versions = {base.id.policy_version: base}  # those that need not be written
@@ -74,13 +75,13 @@ class RemoteEngine:
     def from_config(
         cls,
         config: Config,
-        model: tuple[GPTModel, int] | None = None,
+        sender: Sender | None = None,
         admit: Callable[[ServerRecord], None] = lambda server: None,
     ) -> RemoteEngine:
         """Make the engine that ``rollout.remote`` describes. Collective.
 
         Args:
-            model: for ``rollout.refit=collective``, this rank's stage and the size of its vocabulary.
+            sender: for a ``rollout.refit`` without files.
             admit: raises where a server must not be used.
 
         Raises:
@@ -103,8 +104,8 @@ class RemoteEngine:
         claim = agree(lambda: Claim(fleet.directory, config.run.dir) if parallel.rank() == 0 else None)
         base = Weights(WeightsId(0, on_first_rank(lambda: model_digest(path))), None)
         store = (DeltaStore if config.rollout.refit == "delta" else WeightStore)(Path(remote.directory), path)
-        sender = WeightSender(*model, remote.timeout_s) if model is not None else None
-        return cls(fleet, store, base, claim, bool(config.rollout.replay_routes), sender)
+        routes, takes_turns = bool(config.rollout.replay_routes), config.rollout.refit == "ipc"
+        return cls(fleet, store, base, claim, routes, sender, takes_turns)
 
     def generate(
         self,
@@ -185,7 +186,7 @@ class RemoteEngine:
             began: the call's beginning by ``time.perf_counter``, for the statistics.
         """
         source = parallel.is_model_parallel_source()
-        outcome: Outcome = parallel.broadcast_in_model_parallel(ask() if source else [])
+        outcome: Outcome = parallel.broadcast_when_done(ask)
         if isinstance(outcome, Exception):
             raise outcome
         if on_finish is not None and not source:
@@ -235,10 +236,16 @@ class RemoteEngine:
         return self._watch.metrics() if parallel.rank() == 0 else {}
 
     def sleep(self) -> None:
-        """Nothing to give back: the servers have devices of their own."""
+        """Have servers on the learner's devices give back their memory; others have their own. Collective."""
+        if self._takes_turns:
+            parallel.barrier()  # every rank has its completions
+            agree(lambda: self.fleet.sleep() if parallel.rank() == 0 else None)
 
     def wake(self) -> None:
-        """Nothing to take."""
+        """Give back what the learner doesn't use: servers on its devices wake at the first request. Collective."""
+        if self._takes_turns:
+            memory.give_back()
+            parallel.barrier()
 
     def close(self) -> None:
         """Remove the weights that were left for the servers; they go on serving what they have loaded."""

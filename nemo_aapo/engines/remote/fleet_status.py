@@ -161,7 +161,9 @@ def fleet_metrics(
 
     Returns:
         ``servers/answering``: how many did; ``servers/busy_fraction``: share of the time in which they generated;
-        ``servers/tokens_per_second``: what they sent together; ``servers/kv_cache_use``: the fullest one's now;
+        ``servers/tokens_per_second``: what they sent together; ``servers/outstanding``: completions that they were
+        asked for and have not drawn, now; ``servers/policy_version``: the oldest that one serves;
+        ``servers/kv_cache_use``: the fullest one's now;
         ``servers/refit_seconds``: the slowest one's last refit; ``servers/failures``: answers and refits that failed
         since their start. NaN where no server tells.
     """
@@ -172,6 +174,8 @@ def fleet_metrics(
         "servers/answering": float(len(answered)),
         "servers/busy_fraction": sum(busy) / len(busy) if busy else math.nan,
         "servers/tokens_per_second": sum(new.tokens - old.tokens for old, new in told) / seconds,
+        "servers/outstanding": sum(figures.outstanding for figures in answered.values()),
+        "servers/policy_version": -_most(-figures.policy_version for figures in answered.values()),
         "servers/kv_cache_use": _most(figures.kv_cache_use for figures in answered.values()),
         "servers/refit_seconds": _most(figures.refit_seconds for figures in answered.values()),
         "servers/failures": sum(figures.failures for figures in answered.values()),

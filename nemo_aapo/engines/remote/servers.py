@@ -214,6 +214,27 @@ class Servers:
                     raise ServerError(f"was told to load {weights.id} and loaded {answer}")
         traced_servers.refitted(server.index, weights.id.policy_version, began)
 
+    def sleep(self) -> None:
+        """Have all servers that are there give back their devices' memory. One that fails is left out.
+
+        Raises:
+            Interrupted: a stop broke it off.
+        """
+
+        async def ask(session: aiohttp.ClientSession, server: ServerRecord) -> None:
+            try:
+                with failures_named(self.timeout_s):
+                    async with session.post(f"{server.address}{wire.API}/sleep") as response:
+                        if response.status != 200:
+                            raise ServerError(complaint(response, wire.load_object(await response.read())))
+            except ServerError as error:
+                self.fail(server, str(error))
+
+        async def ask_all(session: aiohttp.ClientSession) -> None:
+            await asyncio.gather(*(ask(session, server) for server in read_servers(self.directory)))
+
+        asyncio.run(self.with_session(ask_all))
+
     def fail(self, server: ServerRecord, reason: str) -> None:
         """Note that a server has failed."""
         if server.instance not in self._failed:

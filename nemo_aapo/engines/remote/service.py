@@ -6,6 +6,7 @@
     POST /v1/generate         one line of JSON for each completion as it ends, bytes of routes behind it where it has
                               some, then {"done": how many}; with the header X-Trace also "trace": what was done when
     POST /v1/update_weights   check and load other weights; answers when they are served
+    POST /v1/sleep            give back the memory of the devices, until the next request to generate
 
 Errors are {"error": message, "reason": word} with 400 (what was asked), 401 (token), 408, 409 (other weights), 413
 (too large), 422 (damaged weights), 500 (the engine), 503 (not now). The engine's traceback stays in the server's log;
@@ -55,6 +56,7 @@ class Service:
         self.app.router.add_get(f"{wire.API}/metrics", self._show_metrics)
         self.app.router.add_post(f"{wire.API}/generate", self._generate)
         self.app.router.add_post(f"{wire.API}/update_weights", self._update_weights)
+        self.app.router.add_post(f"{wire.API}/sleep", self._sleep)
 
     def runner(self) -> web.AppRunner:
         """What serves it on a socket. A client that goes away ends its handler, and with it the work done for it."""
@@ -135,6 +137,13 @@ class Service:
             return _error(500, "engine", f"{weights.id} could not be loaded: {type(error).__name__}: {error}")
         self._metrics.refits.inc()
         return web.Response(body=wire.encode_weights_id(weights.id), content_type="application/json")
+
+    async def _sleep(self, request: web.Request) -> web.Response:
+        try:
+            await asyncio.shield(asyncio.wrap_future(self.worker.sleep()))
+        except Exception as error:
+            return _error(500, "engine", f"the engine can't sleep: {type(error).__name__}: {error}")
+        return web.json_response({"status": "asleep"})
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         asked = wire.decode_request(await self._body(request), self.limits)

@@ -186,17 +186,17 @@ def _is_read(folder: Path) -> bool:
     return False
 
 
-def require_architecture(folder: Path, model: Path) -> None:
+def require_architecture(theirs: Mapping[str, Any], model: str) -> None:
     """Refuse weights of another architecture than the one that a server has built: some would load all the same.
 
     Args:
-        folder: of a version.
+        theirs: the ``config.json`` that came with them.
         model: the server's own model directory.
 
     Raises:
         WeightsError: the settings of their ``config.json`` that differ.
     """
-    theirs, ours = (read_config_json(directory) for directory in (folder, model))
+    ours = read_config_json(Path(model))
     names = sorted({*theirs, *ours} - NOT_COMPUTED)
     if different := [name for name in names if theirs.get(name) != ours.get(name)]:
         values = ", ".join(f"{name}={theirs.get(name)!r} (here {ours.get(name)!r})" for name in different[:SHOWN])

@@ -73,8 +73,19 @@ class _Load:
     done: Future[None] = field(default_factory=Future)
 
 
+@dataclass(eq=False)
+class _Sleep:
+    """A request to give back the devices' memory, and the future that tells when that is done."""
+
+    done: Future[None] = field(default_factory=Future)
+
+
 class _Aborted(Exception):
     """Nobody waits for the running batch any more."""
+
+
+Item = Job | _Load | _Sleep
+"""What waits for its turn."""
 
 
 class EngineWorker:
@@ -106,7 +117,7 @@ class EngineWorker:
         self._build, self._base, self._locate = build, base, locate
         self._generated_s = 0.0  # by the batches that have ended
         self._began: float | None = None  # the batch that runs
-        self._queue: deque[Job | _Load] = deque()
+        self._queue: deque[Item] = deque()
         self._changed = threading.Condition()
         self._stopping = False
         self._hosted: HostedEngine
@@ -122,6 +133,12 @@ class EngineWorker:
         load = _Load(weights)
         self._put(load)
         return load.done
+
+    def sleep(self) -> Future[None]:
+        """Have the engine give back its devices' memory when its turn has come; the next batch wakes it."""
+        sleep = _Sleep()
+        self._put(sleep)
+        return sleep.done
 
     @property
     def waiting(self) -> int:
@@ -147,7 +164,7 @@ class EngineWorker:
         self._thread.join(wait_s)
         return not self._thread.is_alive()
 
-    def _put(self, item: Job | _Load) -> None:
+    def _put(self, item: Item) -> None:
         with self._changed:
             if self._stopping:
                 _drop(item)
@@ -175,6 +192,8 @@ class EngineWorker:
             while (batch := self._next()) is not None:
                 if isinstance(batch, _Load):
                     self._load(batch)
+                elif isinstance(batch, _Sleep):
+                    self._sleep(batch)
                 else:
                     self._generate(batch)
             self._hosted.engine.close()
@@ -184,8 +203,8 @@ class EngineWorker:
         for item in self._queue:
             _drop(item)
 
-    def _next(self) -> list[Job] | _Load | None:
-        """What to do next: a refit, or a batch of requests that go together; None: stop."""
+    def _next(self) -> list[Job] | _Load | _Sleep | None:
+        """What to do next: a refit, a sleep, or a batch of requests that go together; None: stop."""
         while self._hosted.idle is not None and not self._wait(IDLE_S):
             self._hosted.idle()
         with self._changed:
@@ -195,7 +214,7 @@ class EngineWorker:
             if self._stopping:
                 return None
             first = self._queue.popleft()
-            if isinstance(first, _Load):
+            if not isinstance(first, Job):
                 return first
             batch = [first]
             while self._queue and isinstance(following := self._queue[0], Job) and _alike(following, first):
@@ -226,6 +245,18 @@ class EngineWorker:
             return
         self.weights, self.refit_seconds = load.weights.id, time.perf_counter() - began
         load.done.set_result(None)
+
+    def _sleep(self, sleep: _Sleep) -> None:
+        try:
+            self._hosted.engine.sleep()
+        except LostRankError:
+            sleep.done.cancel()
+            raise
+        except Exception as error:
+            traceback.print_exc(file=sys.stderr)
+            sleep.done.set_exception(error)
+        else:
+            sleep.done.set_result(None)
 
     @contextmanager
     def _at_hand(self, weights: Weights) -> Iterator[Callable[[], int]]:
@@ -274,7 +305,6 @@ class EngineWorker:
                 engine.wake()
                 with spans.span("generate", "server", prompts=len(prompts), completions=left, requests=len(jobs)):
                     engine.generate(prompts, jobs[0].request.sampling, seeds, on_finish)
-                engine.sleep()
         except _Aborted:
             end = _STOPPING
         except FloatingPointError as error:
@@ -304,7 +334,7 @@ def _record(jobs: Sequence[Job]) -> None:
         job.recorder.add("waits", job.received, time.perf_counter_ns(), "server", track="queue")
 
 
-def _drop(item: Job | _Load) -> None:
+def _drop(item: Item) -> None:
     item.emit(_STOPPING) if isinstance(item, Job) else item.done.cancel()
 
 

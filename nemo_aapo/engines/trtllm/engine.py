@@ -17,7 +17,7 @@ import dataclasses
 import functools
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import TypeVar
 
@@ -27,6 +27,8 @@ import torch
 from nemo_aapo.config import Config
 from nemo_aapo.engines.base import OnFinish, RolloutStats
 from nemo_aapo.engines.elsewhere import Finished, arranged, stats_of
+from nemo_aapo.engines.ipc import memory
+from nemo_aapo.engines.ipc.receiver import SharedBucket
 from nemo_aapo.engines.trtllm import library, placement, refit
 from nemo_aapo.engines.trtllm.client import EngineClient
 from nemo_aapo.engines.trtllm.contract import KV_CACHE_TAG
@@ -93,12 +95,12 @@ class TrtllmEngine:
 
     @classmethod
     def from_config(
-        cls, config: Config, *, colocated: bool = False, policy_version: int = 0, reserved_bytes: int = 0
+        cls, config: Config, *, in_learner: bool = False, policy_version: int = 0, reserved_bytes: int = 0
     ) -> TrtllmEngine:
         """Start the engine that a configuration describes.
 
         Args:
-            colocated: in the learner's GPUs; else this process has its GPUs for itself.
+            in_learner: the learner's ranks own it together, on their GPUs; else this process does, a server's.
             policy_version: of the weights in ``model.path``.
             reserved_bytes: see ``TrtllmSettings``.
 
@@ -108,8 +110,8 @@ class TrtllmEngine:
         """
         check(config)
         settings = TrtllmSettings.from_config(config, reserved_bytes)
-        if colocated:
-            refit.give_back_memory()
+        if in_learner:
+            memory.give_back()
             gpus = [placement.visible_gpu()]
             return cls(settings, placement.ModelParallelRanks(), gpus, colocated=True, policy_version=policy_version)
         visible = torch.cuda.device_count()
@@ -118,7 +120,8 @@ class TrtllmEngine:
                 f"rollout.trtllm.tensor_parallel_size={settings.tensor_parallel_size}: this process sees {visible} GPUs"
             )
         gpus = [placement.visible_gpu(device) for device in range(settings.tensor_parallel_size)]
-        return cls(settings, placement.Alone(), gpus, colocated=False, policy_version=policy_version)
+        takes_turns = config.rollout.refit == "ipc"
+        return cls(settings, placement.Alone(), gpus, colocated=takes_turns, policy_version=policy_version)
 
     # ------------------------------------------------------------------ start and end
 
@@ -205,7 +208,7 @@ class TrtllmEngine:
     def _make_room(self) -> None:
         """Give back what the learner's allocator holds and doesn't use, on all of the engine's GPUs, before it takes
         them."""
-        refit.give_back_memory()
+        memory.give_back()
         self._ranks.gather(None)
 
     # ------------------------------------------------------------------ weights
@@ -216,19 +219,50 @@ class TrtllmEngine:
         Raises:
             RunError: on every rank. The engine may hold mixed weights then, and refuses to go on.
         """
+        self._take(self._shared(named_tensors), version)
+
+    @property
+    def device_names(self) -> list[str]:
+        """UUIDs of the GPUs that this process hands weights to."""
+        return [gpu.uuid for gpu in self._gpus]
+
+    def take_handles(self, buckets: Iterable[SharedBucket], names: Set[str], version: int) -> int:
+        """Take over weights that lie in another process's memory on these GPUs; the bytes that it holds of them.
+
+        Args:
+            names: of all tensors that must come.
+
+        Raises:
+            WeightsError: one did not come, or lies elsewhere.
+            RunError: see ``update_weights``.
+        """
+        self._take(self._opened(buckets, names), version)
+        return self.refit_bytes
+
+    def _opened(self, buckets: Iterable[SharedBucket], names: Set[str]) -> Iterator[dict[str, str]]:
+        for found, size in refit.payloads_of(buckets, names, self._gpus):
+            self.refit_bytes += size
+            yield found
+
+    def _shared(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[dict[str, str]]:
+        """Payloads of buckets in this rank's memory; each stays there until the next one is asked for."""
+        for bucket in tensor_buckets(named_tensors, self.settings.refit_bucket_bytes):
+            self.refit_bytes += sum(tensor.nbytes for _, tensor in bucket)
+            found, shared = refit.payloads(bucket, self._gpus)
+            bucket.clear()  # the buffers have all of it, and the export is not to hold it twice
+            yield found
+            del shared
+
+    def _take(self, payloads: Iterable[dict[str, str]], version: int) -> None:
         with self._exclusive("update_weights"):  # drained: no request is under way
-            self._broken = "a refit failed half-way, its weights are mixed"
             self._resume_weights()
             self.refit_bytes = 0
-            for bucket in tensor_buckets(named_tensors, self.settings.refit_bucket_bytes):
-                found, buffers = refit.payloads(bucket, self._gpus)
-                bucket.clear()  # the buffers have all of it, and the export is not to hold it twice
-                parts = self._ranks.gather(found)
-                self.refit_bytes += sum(tensor.nbytes for _, tensor in bucket)
+            for payload in payloads:
+                self._broken = "a refit failed half-way, its weights are mixed"
+                parts = self._ranks.gather(payload)
                 self._on_owner(functools.partial(self._hand_over, parts))
-                del buffers  # until here the engine may read them
             self._on_owner(lambda: self._client.update_weights(None))
-            refit.give_back_memory()
+            memory.give_back()
             self.policy_version, self._broken = version, ""
 
     def _hand_over(self, parts: Sequence[dict[str, str]]) -> None:

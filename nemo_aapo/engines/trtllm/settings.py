@@ -37,17 +37,26 @@ def check(config: Config) -> None:
         missing.append("a CUDA GPU")
     if missing:
         raise ConfigError(
-            f"rollout.engine=trtllm needs {' and '.join(missing)}, not found on this machine. "
-            "rollout.engine=megatron needs neither: it draws from the learner's own weights"
+            f"TensorRT-LLM needs {' and '.join(missing)}, not found on this machine. rollout.engine=megatron, or "
+            "rollout.server.engine=megatron of a server, needs neither"
         )
+    check_allocator()
+    if config.precision.name == "fp32":
+        raise ConfigError("precision=fp32: rollout.engine=trtllm computes in bfloat16; use precision=bf16")
+
+
+def check_allocator() -> None:
+    """Refuse an allocator of torch's that shares no memory, and can't give it back piece by piece.
+
+    Raises:
+        ConfigError: names the variable.
+    """
     if variable := expandable_segments(os.environ):
         raise ConfigError(
             f"{variable}={os.environ[variable]}: with expandable segments torch shares GPU memory by file descriptors, "
-            "not by the handles that a refit of rollout.engine=trtllm sends, and the engine's sleep needs segments "
-            f"that it can unmap. Take expandable_segments out of {variable}"
+            "not by the handles that a refit of rollout.engine=trtllm or rollout.refit=ipc sends, and TensorRT-LLM's "
+            f"sleep needs segments that it can unmap. Take expandable_segments out of {variable}"
         )
-    if config.precision.name == "fp32":
-        raise ConfigError("precision=fp32: rollout.engine=trtllm computes in bfloat16; use precision=bf16")
 
 
 def ray_difference() -> str:

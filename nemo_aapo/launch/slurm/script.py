@@ -58,6 +58,9 @@ class Role:
     """What Python is called with."""
     log: str
     """Name of the log, with Slurm's placeholders."""
+    servers: int = 0
+    """Each server is a step of its own, with its part of these nodes. 0: all tasks are one step."""
+    nodes_per_server: int = 1
 
 
 def render_training(config: Config, site: Site) -> str:
@@ -118,14 +121,19 @@ def _server_role(config: Config, config_file: Sequence[str]) -> list[Role]:
     servers = config.cluster.servers
     if not servers.nodes:
         return []
-    words = (*COMMANDS, "serve", *config_file, "rollout.server.index={rank}", "rollout.server.host={address}")
-    return [Role(SERVERS, servers.nodes, servers.per_node, servers.gpus_per_node, words, "server_%t")]
+    words = (*COMMANDS, "serve", *config_file, "rollout.server.index={server}", "rollout.server.host={address}")
+    spanned = servers.nodes_per_server
+    tasks = servers.per_node * config.rollout.server.ranks // spanned
+    return [Role(SERVERS, servers.nodes, tasks, servers.gpus_per_node, words, "", servers.count, spanned)]
 
 
 def supervisor_words(config: Config, site: Site, roles: Sequence[Role], mode: Sequence[str]) -> list[str]:
     """The call of the supervisor, with the ``srun`` of every role."""
     words = [site.python, "-u", "-m", "nemo_aapo.launch.slurm.supervisor", *mode]
-    words += [f"--fault-timeout={config.trainer.fault_timeout_s:g}", str(paths_of(config, site).run_dir)]
+    words.append(f"--fault-timeout={config.trainer.fault_timeout_s:g}")
+    for role in roles[1:]:
+        words += [f"--servers={role.servers}", f"--min-servers={config.rollout.remote.min_servers}"]
+    words.append(str(paths_of(config, site).run_dir))
     for number, role in enumerate(roles):
         group = [f"--het-group={number}"] if len(roles) > 1 else []
         words += [SEPARATOR, role.name, "srun", *group, *_srun_flags(config, site, role), "--"]
@@ -191,12 +199,15 @@ def _flags(config: Config, site: Site, role: Role, job_name: str) -> dict[str, A
 
 def _srun_flags(config: Config, site: Site, role: Role) -> list[str]:
     cluster, container = config.cluster, config.cluster.container
-    tasks = role.nodes * role.per_node  # else srun would take salloc's --ntasks
-    flags = [f"--nodes={role.nodes}", f"--ntasks={tasks}", f"--ntasks-per-node={role.per_node}"]
-    flags.append(f"--kill-on-bad-exit={int(role.name != SERVERS)}")  # one server less is no reason to end the others
-    if cluster.cpus_per_task is not None:  # since Slurm 22.05 srun does not take it from sbatch
-        flags.append(f"--cpus-per-task={cluster.cpus_per_task}")
-    flags += ["--open-mode=append", f"--output={_log(config, site, role.log)}"]
+    nodes = role.nodes_per_server if role.servers else role.nodes
+    tasks = role.nodes * role.per_node // (role.servers or 1)  # else srun would take salloc's --ntasks
+    flags = [f"--nodes={nodes}", f"--ntasks={tasks}", f"--ntasks-per-node={tasks // nodes}", "--kill-on-bad-exit=1"]
+    if role.servers:  # steps share what the job has on a node: Slurm would else give all of it to the first one
+        flags += ["--relative={node}", "--overlap", "--cpu-bind=none", "--open-mode=append"]
+    else:
+        if cluster.cpus_per_task is not None:  # since Slurm 22.05 srun does not take it from sbatch
+            flags.append(f"--cpus-per-task={cluster.cpus_per_task}")
+        flags += ["--open-mode=append", f"--output={_log(config, site, role.log)}"]
     if container.image is not None:
         run_dir = paths_of(config, site).run_dir
         mounts = ",".join([*container.mounts, f"{run_dir}:{run_dir}"])

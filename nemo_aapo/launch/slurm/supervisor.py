@@ -1,6 +1,7 @@
 """What a job's script becomes: starts the roles, hears Slurm's signals, and decides what follows their end.
 
-    supervisor job|interactive|task --fault-timeout S [--max-requeues N] RUN_DIR :: train srun ... [:: servers ...]
+    supervisor job|interactive|task --fault-timeout S [--max-requeues N] [--servers N --min-servers N] RUN_DIR
+               :: train srun ... [:: servers srun ...]
 
 job: a batch job that trains; interactive: the same in an allocation, without history and requeue, and its ranks' logs
 are shown; task: anything else, which leaves the run's state alone.
@@ -29,8 +30,8 @@ from nemo_aapo.launch.slurm.commands import node_addresses, parse_scontrol, slur
 from nemo_aapo.launch.slurm.logs import Tail
 from nemo_aapo.launch.slurm.paths import RunPaths
 from nemo_aapo.launch.slurm.rank import ADDRESSES, free_port
-from nemo_aapo.launch.slurm.roles import Ended, Roles, Signals
-from nemo_aapo.launch.slurm.script import SEPARATOR
+from nemo_aapo.launch.slurm.roles import Ended, Roles, Signals, Step, server_steps
+from nemo_aapo.launch.slurm.script import SEPARATOR, SERVERS
 from nemo_aapo.run.state import read_state
 from nemo_aapo.run.stop import STOP_FILE
 from nemo_aapo.utils import clock
@@ -49,9 +50,23 @@ CANCELLED, LOST = "cancelled", "requeued by Slurm"
 class Supervisor:
     """One start of a job."""
 
-    def __init__(self, paths: RunPaths, commands: Mapping[str, Sequence[str]], *, fault_timeout_s: float) -> None:
-        """Args: commands: role -> ``srun`` and all its words, the trainer first."""
+    def __init__(
+        self,
+        paths: RunPaths,
+        commands: Mapping[str, Sequence[str]],
+        *,
+        fault_timeout_s: float,
+        servers: int = 0,
+        min_servers: int = 0,
+    ) -> None:
+        """
+        Args:
+            commands: role -> ``srun`` and all its words, the trainer first; that of the servers is one server's.
+            servers: how many rollout servers there are.
+            min_servers: the attempt ends when it can't have so many any more.
+        """
         self.paths, self.commands, self.fault_timeout_s = paths, commands, fault_timeout_s
+        self.servers, self.min_servers = servers, min_servers
         self.job, self.restart = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         self.asked: str | None = None
         """What asked the trainer to stop: USR1, INT, or what TERM stood for."""
@@ -87,8 +102,14 @@ class Supervisor:
 
     def run(self, each: Callable[[], None]) -> Ended:
         """Start all roles and see them off; ``each`` is called several times a second."""
-        roles = Roles(self.commands, self._environment(), self.paths.logs, fault_timeout_s=self.fault_timeout_s)
-        return roles.wait(each)
+        (train, *_), logs = self.commands, self.paths.logs
+        environment = self._environment()
+        servers = []
+        if SERVERS in self.commands:
+            addresses = environment[ADDRESSES.format(role=SERVERS.upper())].split(",")
+            servers = server_steps(self.commands[SERVERS], addresses, self.servers, environment, logs)
+        step = Step(train, self.commands[train], environment, "rank_%t.log")
+        return Roles(step, servers, logs, min_servers=self.min_servers, fault_timeout_s=self.fault_timeout_s).wait(each)
 
     def attempt(self, max_requeues: int) -> int:
         """Run as a batch job: keep the history, sum up, requeue. Returns the exit code unless it is requeued."""
@@ -205,7 +226,7 @@ class Supervisor:
             for group in range(len(self.commands)):
                 flags = [f"--het-group={group}"] if len(self.commands) > 1 else []
                 flags += ["--ntasks-per-node=1", "--chdir=/", "--input=none"]
-                flags += [word for word in list(self.commands.values())[group] if word.startswith("--nodes=")]
+                flags.append(f"--nodes={len(node_addresses(os.environ, group if len(self.commands) > 1 else None))}")
                 blind += slurm("srun", *flags, "bash", "-c", look_for, "bash", str(mark)).split()
         finally:
             mark.unlink(missing_ok=True)
@@ -269,11 +290,19 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--max-requeues", type=int, default=0)
     parser.add_argument("--fault-timeout", type=float, required=True)
+    parser.add_argument("--servers", type=int, default=0)
+    parser.add_argument("--min-servers", type=int, default=0)
     given = parser.parse_args(options)
     started = clock.start_of_process() if given.mode == "interactive" else clock.start_of_job()
     os.environ[clock.STARTED] = f"{started:.3f}"  # the ranks' time limit counts from there
     os.environ["SLURM_EXPORT_ENV"] = "ALL"  # after `sbatch --export=NONE`, srun would hold back what is here
-    supervisor = Supervisor(RunPaths(given.run_dir), commands, fault_timeout_s=given.fault_timeout)
+    supervisor = Supervisor(
+        RunPaths(given.run_dir),
+        commands,
+        fault_timeout_s=given.fault_timeout,
+        servers=given.servers,
+        min_servers=given.min_servers,
+    )
     try:
         if given.mode == "job":
             return supervisor.attempt(given.max_requeues)

@@ -10,25 +10,18 @@ import contextlib
 import importlib
 import importlib.abc
 import importlib.machinery
-import importlib.metadata
 import importlib.util
 import re
 import sys
 import types
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from nemo_aapo.distributed import parallel
 from nemo_aapo.mcore import replaced
 from nemo_aapo.mcore.bridge.import_stubs import standing_in
+from nemo_aapo.mcore.lines import line
 from nemo_aapo.utils.libraries import importing
-
-if TYPE_CHECKING:
-    import torch
-
-SUPPORTED = "0.3"
-"""The release line whose layout of packages is known here; of any other, all is imported."""
 
 OPTIONAL_DEPENDENCIES = ("transformer_engine", "triton", "mamba_ssm", "causal_conv1d", "mlflow", "timm", "modelopt")
 """Packages that Megatron-Bridge imports at module level for models and features that we don't use."""
@@ -97,8 +90,6 @@ def known_architectures() -> list[str]:
 
 def bridge_module(architecture: str) -> str | None:
     """The module that registers the architecture's bridge; None: it is not found by its text, so import all."""
-    if not importlib.metadata.version("megatron-bridge").startswith(SUPPORTED + "."):
-        return None
     source = rf"^@MegatronModelBridge\.register_bridge\(\s*source=[\"']?{re.escape(architecture)}\b"
     for path in _bridge_files():
         if re.search(source, path.read_text(encoding="utf-8"), re.MULTILINE):
@@ -175,49 +166,7 @@ def _install_patches() -> None:
     from nemo_aapo.mcore.cpu import fake_torch
 
     replaced.check(replaced.OF_BRIDGE)
-    _scatter_contiguous()
-    _experts_one_by_one()
+    line.mend_bridge()
     if not torch.cuda.is_available():
         fake_torch.give(MODULES_WITH_CUDA)
     _installed = True
-
-
-def _scatter_contiguous() -> None:
-    """gloo's scatter misreads non-contiguous tensors without an error: every row-parallel weight would arrive wrong."""
-    from megatron.bridge.models.conversion.param_mapping import MegatronParamMapping
-
-    original = MegatronParamMapping.scatter_to_tp_ranks
-
-    def scatter_to_tp_ranks(self: Any, splits: list[torch.Tensor] | None, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return original(self, splits and [split.contiguous() for split in splits], *args, **kwargs)
-
-    MegatronParamMapping.scatter_to_tp_ranks = scatter_to_tp_ranks
-
-
-def _experts_one_by_one() -> None:
-    """The Bridge has maps for experts that are modules of their own, as on a CPU, but numbers TransformerEngine's only.
-
-    Under expert parallelism each rank would load the first experts, without an error (model_bridge.py:148), and the
-    export of any fails (param_mapping.py:677). Later versions number both.
-    """
-    from megatron.bridge.models.conversion import model_bridge
-    from megatron.bridge.models.conversion.param_mapping import MegatronParamMapping
-
-    to_global, gather = model_bridge._megatron_local_name_to_global, MegatronParamMapping.gather_from_ep_ranks
-
-    def name_to_global(models: Any, config: Any, param_name: str, vp_stage: int | None = None) -> str:
-        name = to_global(models, config, param_name, vp_stage)
-        first = (config.num_moe_experts or 0) // parallel.expert_parallel_size() * parallel.expert_parallel_rank()
-        return re.sub(r"(?<=\.local_experts\.)\d+", lambda number: str(first + int(number[0])), name)
-
-    def gather_from_ep_ranks(self: Any, weights: torch.Tensor | None, module: Any, name: str | None) -> Any:
-        own = self.megatron_param
-        if one := re.fullmatch(r"(.*\.experts\.)local_experts\.(\d+)\.(\w+\.\w+)", own):
-            self.megatron_param = f"{one[1]}{one[3]}{one[2]}"  # as TransformerEngine's are called
-        try:
-            return gather(self, None if weights is None else weights.contiguous(), module, name)
-        finally:
-            self.megatron_param = own
-
-    model_bridge._megatron_local_name_to_global = name_to_global
-    MegatronParamMapping.gather_from_ep_ranks = gather_from_ep_ranks

@@ -22,7 +22,7 @@ from nemo_aapo.mcore.bridge.loader import auto_bridge_class
 from nemo_aapo.models import writer as hf_directory
 from nemo_aapo.models.directory import first_architecture, read_config_json, shape_of
 from nemo_aapo.models.reader import WeightFiles
-from nemo_aapo.models.weights import own_tensors
+from nemo_aapo.models.weights import expected_tensors, own_tensors
 from nemo_aapo.text import transformers5
 from nemo_aapo.utils.files import whole_directory
 from nemo_aapo.utils.safetensors import has_weights, tensor_headers
@@ -47,35 +47,41 @@ class WeightMap:
         self.auto_bridge = auto_bridge_class(architecture).from_hf_pretrained(path, torch_dtype=dtype)
         pretrained = self.auto_bridge.hf_pretrained
         pretrained.config = transformers5.translated_config(Path(path), config)
+        shape = shape_of(config)
+        tensors: Mapping[str, torch.Tensor]
         if has_weights(Path(path)):
-            own = own_tensors(tensor_headers(Path(path)), shape_of(config))
-            pretrained._state_dict_accessor = _state(WeightFiles(Path(path), own))
-        else:
-            _name_tensors_by_architecture(pretrained)
+            tensors = WeightFiles(Path(path), own_tensors(tensor_headers(Path(path)), shape))
+        else:  # the Bridge orders its work by their names
+            tensors = {name: torch.empty(size, device="meta") for name, size in expected_tensors(shape).items()}
+        pretrained._state_dict_accessor = _state(tensors)
 
     def provider(self) -> Any:
         """Megatron-Bridge's GPTModelProvider for the architecture, without weights."""
         provider = self.auto_bridge.to_megatron_provider(load_weights=False)
         if isinstance(provider.window_size, tuple | list):
-            # The Bridge hands over transformers' sliding_window, which counts the token itself; mcore's left width
-            # does not.
-            provider.window_size = (provider.window_size[0] - 1, 0)
+            # transformers' sliding_window counts the token itself; mcore's left width does not, nor does every Bridge
+            # see to it.
+            provider.window_size = (self.auto_bridge.hf_pretrained.config.sliding_window - 1, 0)
         if provider.num_moe_experts:
             # The weights of the chosen experts are their share in the softmax over all of them, or over those alone.
             provider.moe_router_pre_softmax = not self.auto_bridge.hf_pretrained.config.norm_topk_prob
         return provider
 
-    def load(self, model: torch.nn.Module, directory: str | os.PathLike | None = None) -> None:
+    def load(
+        self, model: torch.nn.Module, weights: str | os.PathLike | Mapping[str, torch.Tensor] | None = None
+    ) -> None:
         """Fill the Megatron model (this rank's part), tensor by tensor. Collective.
 
         Args:
-            directory: weights of the same architecture, and no other tensors; None: the model directory's own.
+            weights: a directory or tensors by name, of the same architecture, and no other tensors; None: the model
+                directory's own.
         """
         pretrained = self.auto_bridge.hf_pretrained
         own = pretrained._state_dict_accessor
         try:
-            if directory is not None:
-                pretrained._state_dict_accessor = _state(WeightFiles(Path(directory)))
+            if weights is not None:
+                tensors = weights if isinstance(weights, Mapping) else WeightFiles(Path(weights))
+                pretrained._state_dict_accessor = _state(tensors)
             with contextlib.redirect_stdout(io.StringIO()):  # the Bridge draws a bar of its own
                 self.auto_bridge.load_hf_weights([model])
         finally:
@@ -147,14 +153,3 @@ def _until(stop: Callable[[], bool], tensors: Iterator[tuple[str, torch.Tensor]]
         if number % TENSORS_BETWEEN_QUESTIONS == 0 and parallel.any_rank(stop())[0]:
             raise Interrupted
         yield named
-
-
-def _name_tensors_by_architecture(pretrained: Any) -> None:
-    """The Bridge orders its work by the names in the weight files; without these, by those that transformers uses."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        state = AutoModelForCausalLM.from_config(pretrained.config).state_dict()
-    if pretrained.config.tie_word_embeddings:
-        state.pop("lm_head.weight", None)
-    pretrained._state_dict_accessor = _state(state)

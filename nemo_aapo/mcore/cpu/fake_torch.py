@@ -50,7 +50,12 @@ def give(modules: Iterable[str]) -> None:
 
 def _fake_torch() -> types.ModuleType:
     """All of torch, with the CPU as its current device and factories that read ``cuda`` as the CPU."""
-    cuda = _like(torch.cuda, current_device=lambda: torch.device("cpu"), synchronize=lambda device=None: None)
+    cuda = _like(
+        torch.cuda,
+        current_device=lambda: torch.device("cpu"),
+        current_stream=lambda device=None: torch.cpu.current_stream(),
+        synchronize=lambda device=None: None,
+    )
     factories = {name: _on_cpu(getattr(torch, name)) for name in ("zeros", "ones", "empty", "full", "tensor")}
     return _like(torch, cuda=cuda, **factories)
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
 from nemo_aapo.mcore.cpu.attention import LocalAttention
@@ -16,7 +17,7 @@ from nemo_aapo.mcore.experts.grouped import GroupedExperts
 
 
 def local_layer_spec(config: Any) -> TransformerBlockSubmodules:
-    """The decoder block for a provider's configuration, in which it sets ``use_te_activation_func`` for SwiGLU."""
+    """The decoder block for a provider's configuration; ``use_kernels`` completes what is built of it."""
     layer = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization=config.normalization
     )
@@ -24,17 +25,23 @@ def local_layer_spec(config: Any) -> TransformerBlockSubmodules:
     layer.submodules.pre_mlp_layernorm = TorchNorm
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = LocalAttention
-    if attention.q_layernorm is not IdentityOp:
+    if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = TorchNorm
-    if is_swiglu(config):
-        mlp = layer.submodules.mlp.submodules
-        if config.num_moe_experts:
-            mlp.experts.module = GroupedExperts
-            mlp = mlp.experts.submodules
-        mlp.activation_func = swiglu
-        config.use_te_activation_func = True  # mcore's word for: call the module's own activation
     layers = [layer] * get_num_layers_to_build(config, vp_stage=None, pp_rank=None)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=TorchNorm)
+
+
+def use_kernels(module: torch.nn.Module) -> None:
+    """Have the feed-forward layers of a built stage compute SwiGLU by ``kernels.swiglu``, and experts together.
+
+    The layers' specification could say it beforehand, in a form that each release of mcore has changed.
+    """
+    for layer in module.modules():
+        if isinstance(layer, SequentialMLP) and is_swiglu(layer.config):
+            layer.__class__ = GroupedExperts
+        elif isinstance(layer, MLP) and is_swiglu(layer.config):
+            layer.activation_func = swiglu
+            layer.config.use_te_activation_func = True  # mcore's word for: call the module's own activation
 
 
 def is_swiglu(config: Any) -> bool:

@@ -1,8 +1,9 @@
 """Leaves mcore's fused functions as plain Python where there is no GPU to run them.
 
 mcore hands them to ``torch.compile`` as it is imported, which imports torch's whole compiler (0.6 s of CPU), although
-none of them is called without a GPU. mcore has a switch for it, in a module that its own import runs first: so the
-switch is turned as soon as that module is there.
+none of them is called without a GPU. Most go by a switch of mcore's, in a module that its own import runs first: it is
+turned as soon as that module is there. The router of later releases compiles a method for inference besides, and is
+imported with a ``torch.compile`` that does nothing.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import importlib.abc
 import importlib.machinery
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
-SWITCH = "megatron.core.jit"
+SWITCH, ROUTER = "megatron.core.jit", "megatron.core.transformer.moe.router"
 
 
 def install() -> None:
@@ -23,14 +25,19 @@ def install() -> None:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds the module with the switch, once."""
+    """Finds the two modules, once each."""
+
+    def __init__(self) -> None:
+        self._to_come = {SWITCH, ROUTER}
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != SWITCH:
+        if fullname not in self._to_come:
             return None
-        sys.meta_path.remove(self)
+        self._to_come.remove(fullname)
+        if not self._to_come:
+            sys.meta_path.remove(self)
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
             spec.loader = _Loader(spec.loader)
@@ -38,7 +45,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 class _Loader(importlib.abc.Loader):
-    """Another loader's work, and then the switch."""
+    """Another loader's work without compiling, and then the switch."""
 
     def __init__(self, loader: importlib.abc.Loader) -> None:
         self._loader = loader
@@ -49,6 +56,19 @@ class _Loader(importlib.abc.Loader):
     def exec_module(self, module: types.ModuleType) -> None:
         import torch
 
-        self._loader.exec_module(module)
-        if not torch.cuda.is_available():
+        if torch.cuda.is_available():
+            self._loader.exec_module(module)
+            return
+        compiling = torch.compile
+        vars(torch)["compile"] = _uncompiled
+        try:
+            self._loader.exec_module(module)
+        finally:
+            vars(torch)["compile"] = compiling
+        if module.__name__ == SWITCH:
             module.disable_jit_fuser()
+
+
+def _uncompiled(function: Callable | None = None, **options: Any) -> Callable:
+    """The function as it is, with ``torch.compile``'s two ways to decorate it."""
+    return (lambda decorated: decorated) if function is None else function

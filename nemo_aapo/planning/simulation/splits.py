@@ -172,6 +172,8 @@ def _with_servers(
     config: Config, question: Question, gpus: int, batches: Sequence[Sequence[Sequence[int]]]
 ) -> list[Split]:
     """The splits with servers that fit, by the servers' share."""
+    if config.rollout.refit == "ipc":  # servers on the trainer's own GPUs, as colocated engines
+        return []
     sizes = _server_sizes(config, question)
     found = []
     for share in sorted({max(1, gpus * part // SHARES) for part in range(1, SHARES)}):

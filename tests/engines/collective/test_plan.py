@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import itertools
 import random
-from datetime import timedelta
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from nemo_aapo.engines.collective import meeting
 from nemo_aapo.engines.collective.digest import _sums_of
 from nemo_aapo.engines.collective.plan import Box, plan, within
 from nemo_aapo.errors import WeightsError
@@ -93,19 +90,3 @@ def test_the_digest_is_that_of_any_cut_and_changes_with_every_bit_place_and_name
     swapped[:, [3, 4]] = whole[:, [4, 3]]
     others.add(tuple(digest(sums("w", (0, 0, 0), swapped))))
     assert len(others) == 7
-
-
-def test_nccl_gets_a_group_beside_the_jobs_with_a_deadline(monkeypatch):
-    """Never run: what torch's own class takes, as it is called on a GPU."""
-    asked = []
-
-    class Nccl:
-        Options = SimpleNamespace
-
-        def __init__(self, store, rank, size, options):
-            asked.append((rank, size, options._timeout))
-
-    monkeypatch.setattr(meeting.dist, "ProcessGroupNCCL", Nccl, raising=False)
-    store = meeting.dist.HashStore()
-    meeting.new_group(store, 2, 3, torch.device("cuda"), 40.0)
-    assert asked == [(2, 3, timedelta(seconds=40))]

@@ -26,16 +26,20 @@ def folders(tmp_path_factory) -> dict[bool, Path]:
 class Side:
     """One side's ranks within those of the pool, as a job of their own."""
 
-    def __init__(self, folder, shared: Path, name: str, first: int, ranks: int, tp: int, pp: int, ep: int) -> None:
+    def __init__(
+        self, folder, shared: Path, name: str, first: int, ranks: int, tp: int, pp: int, ep: int, lora: bool = False
+    ) -> None:
         from nemo_aapo.config.compose import load_config
+        from nemo_aapo.config.schema import Lora
         from nemo_aapo.launch.world import Machine, decide
         from nemo_aapo.mcore import precision
+        from nemo_aapo.mcore.bridge.lora import add_adapters, is_adapted
         from nemo_aapo.mcore.bridge.weights import WeightMap
-        from nemo_aapo.mcore.groups import initialize_model_parallel
+        from nemo_aapo.mcore.groups import destroy_model_parallel, initialize_model_parallel
         from nemo_aapo.mcore.model import build_module
 
         rank = dist.get_rank() - first
-        dist.destroy_process_group()
+        destroy_model_parallel()
         store = dist.FileStore(str(shared / name), ranks)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=TIMEOUT_S))
         initialize_model_parallel(
@@ -52,6 +56,10 @@ class Side:
         self.module = build_module(config, self.map)
         if name == "t":
             self.map.load(self.module)  # random ones would differ from copy to copy
+        if lora:
+            add_adapters(self.module, Lora(4, 8, ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")), seed=0)
+            for adapter in (part.adapter for part in self.module.modules() if is_adapted(part)):
+                torch.nn.init.normal_(adapter.linear_out.weight, std=0.02)
         self.vocab_size = json.loads((Path(config.model.path) / "config.json").read_text())["vocab_size"]
 
     def exported(self) -> dict[str, torch.Tensor]:
@@ -124,6 +132,66 @@ def test_a_server_has_the_trainers_bits_whatever_both_layouts(ranks, folders, tm
     for name, wanted in sides[0].items():
         for rank, got in enumerate(sides[1:]):
             assert torch.equal(got[name], wanted), (rank + 1, name)
+
+
+def _from_all_four_ranks(folder, shared, trainer, servers):
+    """Digests of the trainer and of each server; and of each server the weights that differ. Ranks play both sides."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from nemo_aapo.engines.collective import meeting
+    from nemo_aapo.engines.collective.digest import Digest, digest
+    from nemo_aapo.engines.collective.plan import Rendezvous
+    from nemo_aapo.mcore.state import weight_parts
+
+    rank = dist.get_rank()
+    side = Side(folder, shared, "t", 0, **trainer)
+    sent, wanted = weight_parts(side.module, side.vocab_size), side.exported()
+    digests, differing = [digest(sent)], []
+
+    def store():
+        return dist.FileStore(str(shared / "meetings"), -1)
+
+    store().set(f"senders/{rank}", meeting.packed(meeting.boxes_of(sent)))
+
+    def exchange(own, parts, index, receivers, sums):
+        where = Rendezvous("", f"server{index}", trainer["ranks"], receivers)
+        told = {"boxes": meeting.boxes_of(parts), "device": parts[0].tensor.device, "server": index}
+        met = meeting.meet(store(), where, rank=own, timeout_s=TIMEOUT_S, **told)
+        met.exchange(own, parts, each=sums.add)
+
+    with ThreadPoolExecutor(2) as threads:
+        for index, layout in enumerate(servers):
+            work, sums = [threads.submit(exchange, rank, sent, index, layout["ranks"], Digest())], Digest()
+            if rank < layout["ranks"]:
+                side = Side(folder, shared, f"server{index}", 0, **layout)
+                got = weight_parts(side.module, side.vocab_size)
+                work.append(threads.submit(exchange, trainer["ranks"] + rank, got, index, layout["ranks"], sums))
+            for one in work:
+                one.result()
+            if rank < layout["ranks"]:
+                digests.append(sums.of_all_ranks())
+                differing += [name for name, tensor in side.exported().items() if not torch.equal(tensor, wanted[name])]
+    return digests, differing
+
+
+@pytest.mark.parametrize("experts", [False, True], ids=["dense", "experts"])
+def test_tp2_pp2_sends_its_bits_to_servers_of_every_layout(ranks, folders, tmp_path, experts):
+    ep = 2 if experts else 1
+    servers = [layout(tp=2, ep=ep), layout(pp=2), layout(), layout(), layout(tp=2, pp=2, ep=ep)]
+    trainer = layout(tp=2, pp=2, ep=ep)
+    found = ranks.run(_from_all_four_ranks, folders[experts], tmp_path, trainer, servers, world=4, tp=None)
+    assert len(found[0][0]) == 1 + len(servers)
+    assert {digest for digests, _ in found for digest in digests} == {found[0][0][0]}
+    assert [differing for _, differing in found] == [[]] * 4
+
+
+def test_a_server_without_adapters_has_the_trainers_weights_with_its_adapters_merged(ranks, folders, tmp_path):
+    trainer = {**layout(tp=2), "lora": True}
+    wanted, other, got = ranks.run(_refitted, folders[False], tmp_path, trainer, layout(), 2, world=3, tp=None)
+    assert sorted(got) == sorted(wanted)
+    for name, tensor in wanted.items():
+        assert torch.equal(tensor, other[name]), name
+        torch.testing.assert_close(got[name], tensor, rtol=0, atol=1e-6)  # the Bridge adds B A up in its own order
 
 
 # ---------------------------------------------------------------- who does not come, dies, hangs, or does not fit

@@ -123,6 +123,8 @@ def test_a_runs_metrics_are_of_the_servers_that_answered_over_the_time_between_t
         "servers/answering": 2,
         "servers/busy_fraction": pytest.approx(0.4),
         "servers/tokens_per_second": 100,
+        "servers/outstanding": 7,
+        "servers/policy_version": 3,
         "servers/kv_cache_use": 0.25,
         "servers/refit_seconds": 2.0,
         "servers/failures": 2,

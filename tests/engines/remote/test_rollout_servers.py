@@ -75,17 +75,21 @@ class Engines:
     """The in-process engine and the remote one, on the same weights."""
 
     def __init__(self, words, *more):
-        from nemo_aapo.engines.build import build_hosted_engine
+        import torch
+
+        from nemo_aapo.engines.build import build_hosted_engine, build_sender
         from nemo_aapo.engines.megatron.engine import MegatronEngine
         from nemo_aapo.engines.remote.engine import RemoteEngine
+        from nemo_aapo.mcore.bridge.weights import WeightMap
         from nemo_aapo.models import directory as model_dir
 
         config = decide(load_config([*words, *more]), Machine.present())
         hosted = build_hosted_engine(config, model_dir.read_model_dir(config.model.path))
         self.local: MegatronEngine = hosted.engine
-        sends = config.rollout.refit == "collective"
         shape = model_dir.read_model_dir(config.model.path)
-        self.remote = RemoteEngine.from_config(config, (hosted.engine.model, shape.vocab_size) if sends else None)
+        self.map = WeightMap(config.model.path, torch.float32)
+        sender = build_sender(config, hosted.engine.model, shape.vocab_size, self.exported)
+        self.remote = RemoteEngine.from_config(config, sender)
         self.tolerance = 0.0 if config.rollout.remote.servers == 1 else 1e-5
         self.said: list[str] = []
         self.remote.fleet._log = self.said.append
@@ -94,15 +98,15 @@ class Engines:
         """New weights, as after an optimizer step, on both."""
         import torch
 
-        from nemo_aapo.mcore.bridge.weights import WeightMap
-
         generator = torch.Generator().manual_seed(version)
         with torch.no_grad():
             for parameter in self.local.model.parameters():
                 parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
         self.local.update_weights((), version)
-        exported = WeightMap(str(self.remote.store.config.parent), torch.float32).export(self.local.model)
-        self.remote.update_weights(exported, version)
+        self.remote.update_weights(self.exported(), version)
+
+    def exported(self):
+        return self.map.export(self.local.model)
 
     def assert_same(self, spec=SPEC, seeds=SEEDS, on_finish=None):
         """Both draw the same tokens, and log-probs up to what batches of another size round otherwise; each completion
@@ -209,18 +213,30 @@ def test_a_server_killed_in_the_middle_of_a_collective_refit_is_left_out_and_the
 
 
 def _on_layout(words):
-    """On each rank: what it was given and told. Data-parallel ranks ask for shares of their own."""
+    """On each rank: what it was given and told. Data-parallel ranks ask for shares of their own.
+
+    Each rank meets another server first.
+    """
     from nemo_aapo.distributed import parallel
+    from nemo_aapo.engines.build import build_sender
+    from nemo_aapo.engines.collective import sender
     from nemo_aapo.engines.remote.engine import RemoteEngine
     from tests.policies import make_policy
 
+    meet = sender.meet
+
+    def meets(*words, server: int, **more):
+        time.sleep(0.3 * ((server + parallel.rank()) % 2))
+        return meet(*words, server=server, **more)
+
     config = load_config(words)
     policy = make_policy(config)
-    sends = config.rollout.refit == "collective"
-    remote = RemoteEngine.from_config(config, (policy.module, policy.shape.vocab_size) if sends else None)
+    sends = build_sender(config, policy.module, policy.shape.vocab_size, policy.named_weights)
+    remote = RemoteEngine.from_config(config, sends)
     for parameter in policy.module.parameters():
         parameter.data.mul_(1.1)
-    remote.update_weights(policy.named_weights(), 3)
+    with mock.patch.object(sender, "meet", meets):
+        remote.update_weights(policy.named_weights(), 3)
     told = []
     part = slice(parallel.data_parallel_rank(), None, parallel.data_parallel_size())
     drawn = remote.generate(PROMPTS[part], SPEC, SEEDS[part], lambda i, j, c: told.append((i, j)))

@@ -23,7 +23,7 @@ class Engine:
     """Notes what it is asked for; each completion waits for a permit."""
 
     def __init__(self) -> None:
-        self.calls: list[list[int]] = []
+        self.calls: list[list[int] | str] = []
         self.permits, self.begun = threading.Semaphore(0), threading.Semaphore(0)
         self.version = 0
 
@@ -37,7 +37,8 @@ class Engine:
 
     def wake(self): ...
 
-    def sleep(self): ...
+    def sleep(self):
+        self.calls.append("sleep")
 
     def close(self): ...
 
@@ -161,3 +162,16 @@ def test_stopping_ends_what_runs_at_its_next_completion_and_drops_what_waits():
     assert len(completions) == 1
     assert end == all_of(waiting)[1] == all_of(harness.ask(30)[1])[1] == Failure("stopping", "the server is stopping")
     assert refit.cancelled()
+
+
+def test_a_sleep_waits_for_the_batch_before_it_and_the_next_one_goes_on(harness):
+    _, first = harness.ask(1)
+    assert harness.engine.begun.acquire(timeout=10)
+    asleep = harness.worker.sleep()
+    _, second = harness.ask(2)
+    assert not asleep.done()
+    harness.engine.permits.release(4)
+    asleep.result(10)
+    for answers in (first, second):
+        assert [answers.get(timeout=10) for _ in range(3)][-1] is None
+    assert harness.engine.calls == [[1], "sleep", [2]]

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 
+from nemo_aapo.engines.ipc import memory
 from nemo_aapo.engines.trtllm import placement as trtllm_placement
-from nemo_aapo.engines.trtllm import refit as trtllm_refit
 from nemo_aapo.engines.trtllm import settings as trtllm_settings
 from nemo_aapo.engines.trtllm.engine import TrtllmEngine
 from nemo_aapo.engines.trtllm.placement import Gpu
 from nemo_aapo.engines.trtllm.settings import TrtllmSettings
 from nemo_aapo.seeds import stream_seed
 from nemo_aapo.types import SamplingSpec
-from tests import fake_trtllm
+from tests import cuda_ipc, fake_trtllm
 
 SETTINGS = TrtllmSettings(
     model_path="/model",
@@ -36,19 +36,13 @@ SEEDS = [[stream_seed(i, j) for j in range(4)] for i in range(len(PROMPTS))]
 @pytest.fixture
 def fake(monkeypatch):
     """The stand-in is ``tensorrt_llm``, for this test."""
-    monkeypatch.setattr(trtllm_refit, "export_to_ipc", export_on_cpu)
+    monkeypatch.setattr(memory, "share_on_gpu", cuda_ipc.share_on_gpu)
     return fake_trtllm.install(monkeypatch)
-
-
-def export_on_cpu(bucket, device):
-    """The numbers of the buffer's tensors in place of CUDA IPC handles."""
-    views = trtllm_refit.flat(bucket, torch.device("cpu"))
-    return [(name, (torch.from_numpy, (view.numpy(),))) for name, view in views], views
 
 
 def pretend_gpus(monkeypatch, count=1):
     """A machine with GPUs and the Ray that the library wants, as far as the adapter looks."""
-    monkeypatch.setattr(trtllm_refit, "export_to_ipc", export_on_cpu)
+    monkeypatch.setattr(memory, "share_on_gpu", cuda_ipc.share_on_gpu)
     monkeypatch.setattr(trtllm_settings, "_has_gpu", lambda: True)
     monkeypatch.setattr(trtllm_settings, "ray_difference", str)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)

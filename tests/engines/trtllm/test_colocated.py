@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nemo_aapo.errors import RunError
-from tests.engines.trtllm.conftest import PROMPTS, SAMPLING, SEEDS, export_on_cpu
+from tests.engines.trtllm.conftest import PROMPTS, SAMPLING, SEEDS
 from tests.tiny_models import make_config
 
 
@@ -23,10 +23,10 @@ def _rollout(path, tp, pp):
     """What this rank saw: weights in the engine's workers, completions, how they came, how a failure ended."""
     from nemo_aapo.distributed import parallel
     from nemo_aapo.engines.build import build_engine
+    from nemo_aapo.engines.ipc import memory
     from nemo_aapo.engines.trtllm import placement as trtllm_placement
-    from nemo_aapo.engines.trtllm import refit as trtllm_refit
     from nemo_aapo.engines.trtllm import settings as trtllm_settings
-    from tests import fake_trtllm
+    from tests import cuda_ipc, fake_trtllm
     from tests.policies import make_policy
 
     layout = {"model__tensor_model_parallel_size": tp, "model__pipeline_model_parallel_size": pp, "trainer__devices": 2}
@@ -42,7 +42,7 @@ def _rollout(path, tp, pp):
     rank, came = parallel.rank(), []
     gpu = trtllm_placement.Gpu("node", rank, f"GPU-{rank}", 0)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(trtllm_refit, "export_to_ipc", export_on_cpu)
+        monkeypatch.setattr(memory, "share_on_gpu", cuda_ipc.share_on_gpu)
         monkeypatch.setattr(trtllm_settings, "_has_gpu", lambda: True)
         monkeypatch.setattr(trtllm_settings, "ray_difference", str)
         monkeypatch.setattr(trtllm_placement, "visible_gpu", lambda: gpu)

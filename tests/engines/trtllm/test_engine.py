@@ -175,6 +175,7 @@ def test_the_engines_processes_see_nothing_of_slurm_mpi_and_torchrun_and_the_lea
         "MASTER_PORT": "1",
         "RANK": "3",
         "TORCHELASTIC_RUN_ID": "x",
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
         "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5",
     }
     for name, value in job.items():
@@ -184,7 +185,9 @@ def test_the_engines_processes_see_nothing_of_slurm_mpi_and_torchrun_and_the_lea
     engine = start()
     [seen] = fake.environments
     assert not [name for name in seen if name.startswith(("SLURM", "PMI", "OMPI", "TORCHELASTIC"))]
-    assert not {"MASTER_PORT", "RANK"} & seen.keys()
+    assert not {"MASTER_PORT", "RANK", "CUDA_DEVICE_MAX_CONNECTIONS"} & seen.keys()
+    assert seen["TLLM_NUMA_AWARE_WORKER_AFFINITY"] == seen["RAY_memory_monitor_refresh_ms"] == "0"
+    assert int(seen["RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES"]) < 1 << 30
     assert seen["CUDA_VISIBLE_DEVICES"] == "5"
     assert seen.items() >= contract.ENVIRONMENT.items()
     assert os.environ.items() >= job.items()
@@ -245,6 +248,7 @@ def test_a_reward_that_raises_is_not_hidden_and_an_export_that_breaks_off_leaves
 
     def export():
         yield TABLE, table(1)
+        yield "more", table(1)
         raise OSError("lost")
 
     engine = start(colocated=False, refit_bucket_bytes=1)
@@ -284,6 +288,14 @@ def test_a_machine_without_the_library_is_told_what_is_missing_and_what_to_use()
         trtllm_settings.check(config)
     with pytest.raises(ConfigError, match="tensorrt_llm"):
         TrtllmEngine.from_config(config)
+
+
+def test_code_of_the_models_directory_runs_only_if_the_settings_say_so(fake, monkeypatch):
+    pretend_gpus(monkeypatch)
+    for trusted in (False, True):
+        config = make_config("/m", rollout__engine="trtllm", precision__name="bf16", model__trust_remote_code=trusted)
+        TrtllmEngine.from_config(config).close()
+        assert fake.engines[-1].args.trust_remote_code is trusted
 
 
 def test_an_engine_by_the_configuration(fake, monkeypatch):

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import pytest
 
+from nemo_aapo.engines.ipc import memory
 from nemo_aapo.engines.trtllm import contract
-from nemo_aapo.engines.trtllm import refit as trtllm_refit
 from nemo_aapo.errors import RunError
-from tests import fake_trtllm
-from tests.engines.trtllm.conftest import PROMPTS, SAMPLING, SEEDS, export_on_cpu, start, tokens
+from tests import cuda_ipc, fake_trtllm
+from tests.engines.trtllm.conftest import PROMPTS, SAMPLING, SEEDS, start, tokens
 from tests.fake_trtllm import TABLE, table
 
 
 @pytest.mark.parametrize("generation", contract.CONTRACTS, ids=lambda generation: generation.version)
 def test_each_generation_of_the_library_is_asked_for_what_it_has_and_lives_through_a_step(monkeypatch, generation):
-    monkeypatch.setattr(trtllm_refit, "export_to_ipc", export_on_cpu)
+    monkeypatch.setattr(memory, "share_on_gpu", cuda_ipc.share_on_gpu)
     fake = fake_trtllm.install(monkeypatch, generation)
     engine = start(max_concurrent_tokens=10 * 2040 + 7)
     arguments = vars(fake.engines[0].args)
@@ -42,11 +42,21 @@ def test_a_release_without_seeds_of_requests_is_refused_with_the_reason(monkeypa
         start()
 
 
+@pytest.mark.parametrize("generation", contract.CONTRACTS, ids=lambda generation: generation.version)
+def test_another_temperature_is_refused_where_log_probs_are_before_it(monkeypatch, generation):
+    fake_trtllm.install(monkeypatch, generation)
+    if generation is contract.V1_4:
+        with pytest.raises(RunError, match=r"rollout.temperature=0.7.*before temperature"):
+            start(temperature=0.7)
+    else:
+        start(temperature=0.7).close()
+
+
 @pytest.mark.parametrize(
     ("generation", "call", "times"), [(contract.V1_2, "abort", 7), (contract.V1_3, "pause_generation", 1)]
 )
 def test_requests_that_nobody_waits_for_any_more_are_ended_in_the_engine(monkeypatch, generation, call, times):
-    monkeypatch.setattr(trtllm_refit, "export_to_ipc", export_on_cpu)
+    monkeypatch.setattr(memory, "share_on_gpu", cuda_ipc.share_on_gpu)
     fake, ended = fake_trtllm.install(monkeypatch, generation), []
     engine = start()
     engine.wake()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from nemo_aapo.engines.ipc import memory
 from nemo_aapo.engines.trtllm import contract
 from nemo_aapo.engines.trtllm import refit as trtllm_refit
 from nemo_aapo.engines.trtllm.placement import Gpu
 from nemo_aapo.errors import RunError
+from tests import cuda_ipc
 from tests.engines.trtllm.conftest import PROMPTS, SAMPLING, SEEDS, start, tokens
 from tests.fake_trtllm import TABLE, VOCAB, table
 
@@ -33,6 +35,23 @@ def test_a_step_calls_the_library_in_the_order_that_it_needs_and_the_new_weights
     ]
     refit = [awake[0], ("update_weights", False), ("update_weights", True), awake[1]]
     assert calls == 2 * [*awake, *asleep, *refit, *asleep]
+
+
+def test_what_the_learner_does_not_use_is_given_back_before_the_engine_takes_weights_and_kv_cache(
+    engine, fake, monkeypatch
+):
+    monkeypatch.setattr(memory, "give_back", lambda: fake.seen.append(("give back", ())))
+    del fake.seen[:]
+    engine.update_weights([(TABLE, table(seed=1))], 1)
+    engine.wake()
+    assert [method for method, _ in fake.seen] == [
+        "give back",
+        "wakeup",
+        *["update_weights"] * 2,
+        "give back",  # the last bucket
+        "give back",
+        "wakeup",
+    ]
 
 
 def test_sleep_and_wake_may_be_called_again_and_a_wake_without_a_refit_serves_the_old_weights(engine):
@@ -88,7 +107,13 @@ WRONG_ORDERS = {
 
 
 def payload():
-    return trtllm_refit.payloads([(TABLE, table())], [Gpu("node", 0, "GPU-0", 0)])[0]
+    found, shared = trtllm_refit.payloads([(TABLE, table())], [Gpu("node", 0, "GPU-0", 0)])
+    KEPT.extend(shared)
+    return found
+
+
+KEPT: list[memory.Bucket] = []
+"""What a payload's handles lead to."""
 
 
 @pytest.mark.parametrize("message", WRONG_ORDERS)
@@ -122,6 +147,9 @@ def test_a_refit_comes_in_buckets_and_never_holds_two_at_a_time(fake, monkeypatc
             assert len(fake.bucket_bytes) >= len(produced) - 2  # one being filled, the one before handed over
             yield name, table(1)
 
+    left = cuda_ipc.left_behind()
     engine.update_weights(export(), 1)
     assert fake.bucket_bytes == 3 * [VOCAB * VOCAB * 4]
+    assert engine.refit_bytes == 3 * VOCAB * VOCAB * 4
+    assert cuda_ipc.left_behind() == left
     engine.close()

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from nemo_aapo.config import ModelShape
 from nemo_aapo.engines.build import build_hosted_engine
+from nemo_aapo.engines.collective.refit import CollectiveRefit
 from nemo_aapo.engines.deltas import VersionReader
 from nemo_aapo.engines.remote import wire
 from nemo_aapo.engines.remote.directory import ServerRecord, open_directory, open_token, publish
@@ -21,8 +22,11 @@ from nemo_aapo.engines.remote.dispatch import Call, Fleet
 from nemo_aapo.engines.remote.service import Service
 from nemo_aapo.engines.remote.weight_store import WeightStore
 from nemo_aapo.engines.remote.worker import EngineWorker
+from nemo_aapo.engines.trtllm import contract
+from nemo_aapo.engines.weights import Weights
+from nemo_aapo.errors import RunError
 from nemo_aapo.types import SamplingSpec
-from tests import fake_trtllm
+from tests import cuda_ipc, fake_trtllm
 from tests.engines.trtllm.conftest import PROMPTS, SEEDS, STOP, pretend_gpus
 from tests.fake_trtllm import TABLE, VOCAB, table
 from tests.tiny_models import make_config
@@ -30,29 +34,33 @@ from tests.tiny_models import make_config
 SAMPLING = SamplingSpec(1.0, 16, (STOP,))
 
 
+def make(monkeypatch, folder, **settings):
+    """The stand-in of the library, and the configuration of a server that hosts it."""
+    fake = fake_trtllm.install(monkeypatch)
+    pretend_gpus(monkeypatch)
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text("{}")
+    save_file({TABLE: table()}, folder / "model" / "model.safetensors")
+    engine = {"rollout__engine": "remote", "rollout__server__engine": "trtllm", "precision__name": "bf16"}
+    return fake, make_config(folder / "model", **engine, **settings)
+
+
 @pytest.fixture
 def config(monkeypatch, tmp_path):
-    fake_trtllm.install(monkeypatch)
-    pretend_gpus(monkeypatch)
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text("{}")
-    save_file({TABLE: table()}, tmp_path / "model" / "model.safetensors")
-    return make_config(
-        tmp_path / "model", rollout__engine="remote", rollout__server__engine="trtllm", precision__name="bf16"
-    )
+    return make(monkeypatch, tmp_path)[1]
 
 
-@pytest.fixture
-def served(config, tmp_path):
+@contextmanager
+def serving(config, folder):
     """The server's directory; the server runs in threads of this process."""
-    directory, base = open_directory(tmp_path / "servers"), wire.WeightsId(0, "base")
+    directory, base = open_directory(folder / "servers"), wire.WeightsId(0, "base")
     shape = ModelShape("Qwen2ForCausalLM", 1, 8, 8, 1, 1, 8, VOCAB, False, 64)
 
     @contextmanager
     def locate(weights, tensors):
         assert tensors == {TABLE}
-        with VersionReader(directory, tmp_path / "copy").whole(weights, tensors) as folder:
-            yield folder
+        with VersionReader(directory, folder / "copy").whole(weights, tensors) as found:
+            yield found
 
     worker = EngineWorker(lambda: build_hosted_engine(config, shape), lambda: base, locate)
     service = Service(worker, open_token(directory), wire.Limits(VOCAB, 64), 2**20)
@@ -72,9 +80,16 @@ def served(config, tmp_path):
 
     threading.Thread(target=run, daemon=True).start()
     assert ready.wait(10)
+    worker.built.result(20)
     yield directory
     assert worker.stop(20)
     loop.call_soon_threadsafe(loop.stop)
+
+
+@pytest.fixture
+def served(config, tmp_path):
+    with serving(config, tmp_path) as directory:
+        yield directory
 
 
 def test_a_hosted_engine_serves_each_version_it_is_given_and_tells_its_own_log_probs(served, config):
@@ -107,3 +122,48 @@ def test_a_client_that_goes_away_does_not_break_the_engine_for_the_next(served, 
     told = []
     fleet.generate(Call(weights, PROMPTS, SAMPLING, SEEDS, lambda *news: told.append(news)))
     assert len(told) == sum(map(len, SEEDS))
+
+
+def draw(fleet, weights):
+    told = {}
+    fleet.generate(Call(weights, PROMPTS, SAMPLING, SEEDS, lambda i, j, c: told.update({(i, j): c.token_ids.tolist()})))
+    return told
+
+
+def _taking_turns(folder):
+    """Tokens before and after a refit out of GPU memory, what the library was asked, and a refusal."""
+    from nemo_aapo.engines.ipc.sender import MemorySender
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        fake, config = make(monkeypatch, folder, rollout__refit="ipc")
+        with serving(config, folder) as directory:
+            fleet = Fleet(directory, servers=1, wait_s=1, timeout_s=20, retries=0, log=lambda text: None)
+            weights = lambda: [(TABLE, table(1))]  # noqa: E731
+            sender = MemorySender(None, VOCAB, weights, config.model.path, timeout_s=20, patience_s=5)
+            sender.digest, sender._device = lambda: "0" * 16, torch.device("cuda", 0)
+            sender._name, sender._names = "GPU-0", ["GPU-0"]
+            before = draw(fleet, Weights(wire.WeightsId(0, "base"), None))
+            fleet.sleep()
+            del fake.seen[:]
+            served, sent = CollectiveRefit(fleet, sender).bring(1)
+            after = draw(fleet, served)
+            seen = [(method, arguments and arguments[0]) for method, arguments in fake.seen]
+            left = cuda_ipc.left_behind()
+            sender._name, sender._names = "GPU-9", ["GPU-9"]
+            with pytest.raises(RunError) as refused:
+                CollectiveRefit(fleet, sender).bring(2)
+            sender.close()
+    return before, after, sent, seen, left, str(refused.value)
+
+
+def test_learner_and_server_take_turns_and_the_workers_open_the_learners_memory_themselves(ranks, tmp_path):
+    ((before, after, sent, seen, left, refused),) = ranks.run(_taking_turns, tmp_path, tp=None)
+    assert before != after
+    assert sent == VOCAB * VOCAB * 4
+    weights, cache = list(contract.WEIGHT_TAGS), [contract.KV_CACHE_TAG]
+    assert [(method, tags) for method, tags in seen if method == "wakeup"] == [("wakeup", weights), ("wakeup", cache)]
+    assert [method for method, _ in seen] == ["wakeup", "update_weights", "update_weights", "wakeup"]
+    assert seen[1][1].keys() == {"GPU-0"}
+    assert seen[2][1] is None
+    assert left == []
+    assert "holds no weights on GPU-0, which this server computes on, but on GPU-9" in refused

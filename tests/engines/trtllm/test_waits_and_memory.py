@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
+import os
 import queue
 import threading
 import time
@@ -10,9 +13,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nemo_aapo.engines.trtllm import placement, refit, settings
+from nemo_aapo.distributed import parallel
+from nemo_aapo.engines.ipc import memory
+from nemo_aapo.engines.trtllm import client, placement, settings
+from nemo_aapo.engines.trtllm.engine import TrtllmEngine
 from nemo_aapo.engines.trtllm.placement import Beat, OwnerActions, OwnerFailed
 from nemo_aapo.errors import ConfigError, RunError
+from tests import fake_trtllm
+from tests.engines.trtllm.conftest import SETTINGS
 from tests.tiny_models import make_config
 
 GIB = 2**30
@@ -115,6 +123,50 @@ def test_a_beat_says_only_what_is_new_and_none_is_sent_outside_an_action(monkeyp
     assert sent == [Beat(["a"]), Beat(["b"]), Beat(["c"], over=True)]
 
 
+def test_ranks_that_wait_for_an_engines_start_hear_of_it_meanwhile(monkeypatch):
+    fake_trtllm.install(monkeypatch)
+    monkeypatch.setattr(placement, "BEAT_S", 0.0)
+    monkeypatch.setattr(client, "LOOK_S", 0.02)
+
+    async def slow_start(self):
+        await asyncio.sleep(0.5)
+        self.workers, self.ready = [self.worker_class("GPU-0")], True
+
+    monkeypatch.setattr(fake_trtllm.AsyncLLM, "setup_async", slow_start)
+    beats = []
+    ranks = placement.Alone()
+    monkeypatch.setattr(ranks, "broadcast", lambda beat: beats.append(beat) or beat)
+    settings_ = dataclasses.replace(SETTINGS, timeout_s=20.0)
+    TrtllmEngine(settings_, ranks, [placement.Gpu("node", 0, "GPU-0", 0)], colocated=False).close()
+    assert [beat.over for beat in beats].index(True) > 5
+    assert not any(beat.failure for beat in beats)
+
+
+def test_adams_moments_are_counted_until_the_first_update_has_made_them(ranks, tiny_models):
+    ((before, after, parameters),) = ranks.run(_moments, tiny_models["qwen2"])
+    assert (before, after) == (8 * parameters, 0)
+
+
+def _moments(model):
+    from tests.checkpoint_runs import make_policy, train
+
+    policy = make_policy(model)
+    before = policy.moments_to_come()
+    train(policy, 1)
+    return before, policy.moments_to_come(), sum(parameter.numel() for parameter in policy.module.parameters())
+
+
+def test_ranks_have_one_queue_of_launches_unless_the_environment_says_otherwise(monkeypatch):
+    monkeypatch.setattr(parallel.dist, "is_initialized", lambda: True)  # all that follows was done before
+    for given, found in ((None, "1"), ("8", "8")):
+        monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+        if given:
+            monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", given)
+        parallel.join(1.0)
+        assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == found
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS")
+
+
 class Traffic(TorchDispatchMode):
     """Counts the bytes that are copied on a device, and refuses what would leave it."""
 
@@ -142,19 +194,23 @@ def test_a_bucket_is_copied_once_into_one_buffer_on_its_device_and_never_through
     bucket = [(name, torch.empty(shape, dtype=dtype, device="meta")) for name, (shape, dtype) in shapes.items()]
     bucket[2] = ("c", bucket[2][1].transpose(0, 2))
     with Traffic() as traffic:
-        views = refit.flat(bucket, torch.device("meta"))
+        views = memory.flat(bucket, lambda size: torch.empty(size, dtype=torch.uint8, device="meta"))
     assert traffic.copied == sum(tensor.nbytes for _, tensor in bucket)
     assert [(name, view.shape, view.dtype) for name, view in views] == [(n, t.shape, t.dtype) for n, t in bucket]
     assert len({view.untyped_storage()._cdata for _, view in views}) == 1
 
 
+def on_cpu(size):
+    return torch.empty(size, dtype=torch.uint8)
+
+
 def test_the_buffer_has_each_tensors_numbers_aligned():
     tensors = [torch.arange(15).reshape(3, 5).t(), torch.tensor(3.5), torch.ones(4, 4, dtype=torch.bfloat16)]
-    views = refit.flat([(str(i), tensor) for i, tensor in enumerate(tensors)], torch.device("cpu"))
+    views = memory.flat([(str(i), tensor) for i, tensor in enumerate(tensors)], on_cpu)
     assert all(torch.equal(view, tensor) for (_, view), tensor in zip(views, tensors, strict=True))
     base = views[0][1].data_ptr()
-    assert all((view.data_ptr() - base) % refit.ALIGNMENT == 0 for _, view in views)
-    assert refit.flat([], torch.device("cpu")) == []
+    assert all((view.data_ptr() - base) % memory.ALIGNMENT == 0 for _, view in views)
+    assert memory.flat([], on_cpu) == []
 
 
 def test_the_kv_cache_leaves_room_for_the_moments_that_adam_does_not_have_yet():

@@ -136,8 +136,8 @@ class Run:
             seconds,
         )
 
-    def ranks(self, job: str) -> dict[int, int]:
-        """Rank -> process id, of what runs now."""
+    def ranks(self, job: str, what: str = "train") -> dict[int, int]:
+        """Rank -> process id, of what runs now, of a kind."""
         found = {}
         for process in Path("/proc").glob("[0-9]*"):
             try:
@@ -145,7 +145,7 @@ class Run:
                 command = (process / "cmdline").read_text().split("\0")
             except (OSError, UnicodeDecodeError):
                 continue
-            if f"SLURM_JOB_ID={job}" in variables and command[1:4] == ["-m", "nemo_aapo.cli", "train"]:
+            if f"SLURM_JOB_ID={job}" in variables and command[1:4] == ["-m", "nemo_aapo.cli", what]:
                 rank = next(v.partition("=")[2] for v in variables if v.startswith("RANK="))
                 found[int(rank)] = int(process.name)
         return found

@@ -11,14 +11,18 @@ import pytest
 
 from nemo_aapo.engines.remote.directory import read_servers
 from tests.launch.slurm.cluster import make_run, wait_for
-from tests.training_runs import metrics
+from tests.training_runs import exported, metrics
 
 pytestmark = pytest.mark.timeout(900)
 ONE_RANK = ("trainer.num_nodes=1", "model.tensor_model_parallel_size=1")
 
 
+TP2 = ("cluster.servers.nodes=2", "cluster.servers.nodes_per_server=2", "rollout.server.tensor_parallel_size=2")
+
+
 def test_a_dead_trainer_ends_the_attempt_and_a_dead_server_is_replaced_within_it(cluster, given):
-    more = ("cluster=slurm_servers", "cluster.servers.gpus_per_node=0", "checkpoint.save_interval=1")
+    """The server has two ranks on a node each, of which one is killed; the bits are those of a run without servers."""
+    more = ("cluster=slurm_servers", "cluster.servers.gpus_per_node=1", *TP2, "checkpoint.save_interval=1")
     # the reward holds the second step up until the test has done its worst
     go_on = given / "with_servers" / "go_on"
     hold = ("+cluster.env.HELD_AFTER_STEP=1", "+cluster.env.HELD_ATTEMPTS=2", f"+cluster.env.HOLD_UNTIL={go_on}")
@@ -35,21 +39,25 @@ def test_a_dead_trainer_ends_the_attempt_and_a_dead_server_is_replaced_within_it
     assert stat.S_IMODE(run.paths.servers.stat().st_mode) == 0o700
     assert not_shown(token)
     nodes = cluster.run("squeue", "--noheader", f"--job={job}", "--format=%N").split()
-    assert len(set(nodes)) == 2
+    assert set(nodes) == {"node1", "node[2-3]"}
     os.kill(run.ranks(job)[0], signal.SIGKILL)
 
     run.wait_until_held(1)
     (before,) = read_servers(run.paths.servers)
-    assert f"server      0 {before.address} policy version 1" in run.say("status")
-    os.kill(before.pid, signal.SIGKILL)
-    wait_for(lambda: read_servers(run.paths.servers)[0].instance != before.instance, "another server", run.log, 60)
+    assert f"server      0 {before.address} TP 2 x PP 1, policy version 1" in run.say("status")
+    os.kill(run.ranks(job, "serve")[1], signal.SIGKILL)
+    known = ([], [before])  # the ranks that are left withdraw their server
+    wait_for(lambda: read_servers(run.paths.servers) not in known, "another server", run.log, 60)
     go_on.touch()
     run.wait_until(job, "COMPLETED")
     assert [attempt.end for attempt in run.attempts()] == ["failed", "finished"], run.log()
     assert "task 0: Killed" in run.attempts()[0].why
-    assert "the server ended (SIGKILL): another one is started" in (run.paths.logs / "server_0.log").read_text()
+    assert "task 1: Killed): it is started again in its place" in run.log()
     steps = [line["step"] for line in metrics(run.directory) if "loss" in line]
     assert steps == [1, 2, 3]
+    alone = make_run(cluster, given, "without_servers", *ONE_RANK, "trainer.val_check_interval=0", "cluster=local")
+    cluster.launch(*(word for word in alone.words if not word.startswith(("cluster.", "+cluster"))), timeout=600)
+    assert exported(run.directory) == exported(alone.directory)
 
 
 def not_shown(token: str) -> bool:

@@ -1,0 +1,1 @@
+"""Weights that other processes of the same machine read where the trainer holds them: ``rollout.refit=ipc``."""

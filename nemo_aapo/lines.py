@@ -1,0 +1,84 @@
+"""The two lines of Megatron that this package runs on: releases that belong together, and which of them are installed.
+
+``setup.py`` and ``scripts/environment.sh`` read this file by itself, so it imports the standard library alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """Releases of Megatron and of what it is built on."""
+
+    name: str
+    python: tuple[str, ...]
+    """Versions of Python that all of its packages are there for; the first is that of its CPU environment."""
+    pins: Mapping[str, str]
+    """Version by distribution, of those that decide the line; ``requirements`` has all others."""
+    ranges: tuple[str, ...]
+    """The same as ``setup.py`` declares it, in the extra of this name."""
+    requirements: tuple[str, ...]
+    """Lists in ``requirements/`` that are its CPU environment."""
+    environment: str
+    """The folder where ``scripts/environment.sh`` makes that environment."""
+
+
+TRTLLM = Line(
+    name="trtllm",
+    python=("3.11", "3.10", "3.12"),
+    pins={"megatron-core": "0.16.1", "megatron-bridge": "0.3.1", "transformers": "4.57.6"},
+    ranges=(
+        "megatron-core>=0.16.1,<0.17",
+        "transformers>=4.57,<5",  # as megatron-bridge asks
+        "huggingface_hub<1",  # as transformers 4 asks; some data libraries would raise it
+    ),
+    requirements=("cpu.txt", "bridge.txt"),
+    environment=".venv",
+)
+"""That of TensorRT-LLM 1.2.1, which pins transformers 4.57: what the image of the Dockerfile has, and the default."""
+
+NEWEST = Line(
+    name="newest",
+    python=("3.12",),
+    pins={"megatron-core": "0.19.2", "megatron-bridge": "0.6.2", "transformers": "5.12.1"},
+    ranges=(
+        "megatron-core>=0.19.2,<0.20; python_version >= '3.12'",
+        "transformers>=5.8,<=5.12.1; python_version >= '3.12'",  # as megatron-bridge asks
+    ),
+    requirements=("newest.txt",),
+    environment=".venv-newest",
+)
+"""The newest releases; TensorRT-LLM needs an environment of its own beside them."""
+
+LINES = {line.name: line for line in (TRTLLM, NEWEST)}
+
+
+@functools.cache
+def installed() -> Line:
+    """The line that the installed megatron-core is of, or the one that it is nearest to; the default without any.
+
+    Whether it really is that release the sources say that are replaced in it (``mcore/replaced.py``).
+    """
+    try:
+        version = importlib.metadata.version("megatron-core")
+    except importlib.metadata.PackageNotFoundError:
+        return TRTLLM
+    return TRTLLM if _release(version) <= _release(TRTLLM.pins["megatron-core"]) else NEWEST
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """Major and minor number."""
+    return tuple(int(number) for number in version.split(".")[:2])
+
+
+if __name__ == "__main__":  # scripts/environment.sh asks: python nemo_aapo/lines.py NAME
+    if len(sys.argv) != 2 or sys.argv[1] not in LINES:
+        sys.exit(f"there is no line {' '.join(sys.argv[1:])!r} of Megatron: give one of {', '.join(LINES)}")
+    chosen = LINES[sys.argv[1]]
+    print(chosen.python[0], chosen.environment, *chosen.requirements)
