@@ -131,7 +131,10 @@ def collate(
             [np.where(np.isfinite(s.rollout_logprobs), w, 0.0) for s, w in zip(samples, token_weights, strict=True)],
             torch.float32,
         ),
-        versions=tuple(sample.version for sample in samples),
+        versions=flat(
+            [np.zeros(n) if s.versions is None else s.versions for n, s in zip(lengths, samples, strict=True)],
+            torch.int64,
+        ),
         rollout_logprobs=flat([sample.rollout_logprobs for sample in samples], torch.float32),
         expand=index(rows.expand),
         contract=index(rows.contract),

@@ -12,7 +12,15 @@ import torch
 
 from nemo_aapo.mcore.attention.spans import RowAttention
 
-_PER_TOKEN = ("targets", "advantages", "weights", "rollout_logprobs", "old_logprobs", "reference_logprobs")
+_PER_TOKEN = (
+    "targets",
+    "advantages",
+    "weights",
+    "rollout_logprobs",
+    "versions",
+    "old_logprobs",
+    "reference_logprobs",
+)
 """Fields of a ``MicroBatch`` that have an entry for each of its n tokens."""
 
 
@@ -45,10 +53,10 @@ class MicroBatch:
     """float32 [n], the token's share of the loss: 1 / (global denominator)."""
     rollout_logprobs: torch.Tensor
     """float32 [n], the rollout engine's log-probs of the tokens."""
+    versions: torch.Tensor | None = None
+    """int64 [n], optimizer steps that the policy had taken which sampled the tokens."""
     row: RowAttention | None = None
     """What the tokens of the one row attend to. None: there are padded rows."""
-    versions: tuple[int, ...] = ()
-    """Optimizer steps that the policy had taken which sampled each sequence."""
     expand: torch.Tensor | None = None
     """int64 [cu_seqlens[-1]], where in the row each token of the whole sequences stands. None: no prompt is shared, the
     row is those sequences."""
