@@ -262,10 +262,34 @@ def context(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"rows": [asdict(row) for row in rows]}
 
 
+def sharing(arguments: argparse.Namespace) -> dict[str, Any]:
+    """A step with shared prompts beside one without, prompts short to long; writes docs/results/benchmarks.md."""
+    import torch
+
+    from benchmarks import sharing
+    from benchmarks.page import write_section
+    from nemo_aapo.mcore.groups import destroy_model_parallel, initialize_model_parallel
+    from nemo_aapo.utils.libraries import quiet
+
+    quiet()
+    torch.set_num_threads(1)
+    plan = sharing.QUICK if arguments.quick else sharing.Plan()
+    initialize_model_parallel(tensor_model_parallel_size=1, pipeline_model_parallel_size=1, seed=0, timeout_s=600)
+    try:
+        with tempfile.TemporaryDirectory(prefix="aapo_benchmark_") as folder:
+            rows = sharing.measure(plan, Path(folder))
+    finally:
+        destroy_model_parallel()
+    print(plain(*sharing.table(rows)), flush=True)
+    if not arguments.quick:
+        write_section(DOCS / "results" / "benchmarks.md", "sharing", markdown(*sharing.table(rows)))
+    return {"rows": [asdict(row) for row in rows]}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="WHAT")
-    for run in (rollout, gpu, experts, rewards, refits, refit, guard, scaling, context, staleness, peers):
+    for run in (rollout, gpu, experts, rewards, refits, refit, guard, scaling, context, sharing, staleness, peers):
         command = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
         command.set_defaults(run=run)
         if run is guard:

@@ -49,6 +49,23 @@ def test_the_rollout_benchmark_prints_two_whole_tables(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_sharing_benchmark_compares_steps_on_the_same_groups():
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "scripts/benchmark.py", "sharing", "--quick"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    header, _, row = done.stdout.splitlines()
+    assert header.split()[0] == "prompt,"
+    assert row.split()[:2] == ["16", "4"]
+    assert row.split()[-1] == "0.60"  # of tokens: (16 / 2 + 4) / (16 + 4)
+
+
+@pytest.mark.slow
 def test_the_rewards_benchmark_prints_speeds_and_what_hostile_completions_cost(tmp_path):
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "scripts/benchmark.py", "rewards", "--quick", "--json", tmp_path / "f.json"],
