@@ -186,6 +186,12 @@ def with_routes_decided(config: Config, shape: ModelShape) -> Config:
             f"rollout.replay_routes: a route is one byte, which tells {MAX_ROUTED_EXPERTS} experts apart and not the "
             f"model's {shape.experts.count}: set it to false"
         )
+    if decided and rollout.max_lag is not None:
+        raise ConfigError(
+            f"rollout.max_lag={rollout.max_lag} with rollout.replay_routes={str(asked).lower()}: keys and values by "
+            "other weights may have been sent to other experts than those recorded. Set rollout.replay_routes=false, "
+            "or use rollout.async_depth"
+        )
     if decided and rollout.replay is not None:
         raise ConfigError(
             f"rollout.replay={rollout.replay}: the experts that tokens were sent to are not kept with rollouts. Set "

@@ -240,7 +240,7 @@ def assert_refused(given: Given, blocker: Blocker, told, said: str, before: list
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["model.share_prompts=true"], "not wired to TransformerEngine"),
+        (["model.share_prompts=true", "precision=fp32"], "kernels for shared prompts take bf16 only"),
         (["precision=fp8_blockwise"], "multiples of 128"),
         (["precision=fp32", "rollout.offload_learner=true"], "precision=bf16"),
     ],

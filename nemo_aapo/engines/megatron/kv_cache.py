@@ -72,7 +72,12 @@ class KVCache:
         self._kept: Tensor | None = None
 
     def begin(
-        self, tokens: np.ndarray, lengths: np.ndarray, prompts: Sequence[np.ndarray], rows_per_prompt: Sequence[int]
+        self,
+        tokens: np.ndarray,
+        lengths: np.ndarray,
+        prompts: Sequence[np.ndarray],
+        rows_per_prompt: Sequence[int],
+        first_row: int | None = None,
     ) -> Tensor:
         """Lay out one forward pass.
 
@@ -80,7 +85,8 @@ class KVCache:
             tokens: int64 [D], what the decoding rows 0 .. D-1 feed.
             lengths: int64 [D], how many tokens they have in the cache.
             prompts: token ids of the N prompts to prefill.
-            rows_per_prompt: [N], how many of the rows from D on each prompt fills.
+            rows_per_prompt: [N], how many of the rows from ``first_row`` on each prompt fills.
+            first_row: D by default.
 
         Returns:
             int64 [T] token ids. T = D + the prompts' lengths.
@@ -88,6 +94,7 @@ class KVCache:
         device = self.kv.device
         decoding = self._decoding = len(lengths)
         self._prompts = len(prompts)
+        self._first_row = decoding if first_row is None else first_row
         if decoding:
             self._lay_out_decoding(lengths)
         positions = lengths
@@ -183,7 +190,7 @@ class KVCache:
     def _prefill(self, layer: int, mixed: Tensor) -> Tensor:
         """Attention within whole prompts. They are padded at the end, where the causal mask hides the padding."""
         mixed = mixed[self._padded]  # [N, width, heads, queries per key + 2, head size]
-        rows = slice(self._decoding, self._decoding + len(self._prompt_of_row))
+        rows = slice(self._first_row, self._first_row + len(self._prompt_of_row))
         new = mixed[:, :, :, self._queries :]
         self.kv[layer, rows, : new.shape[1]] = new[self._prompt_of_row]
         query = mixed[:, :, :, : self._queries].flatten(2, 3).transpose(1, 2)

@@ -19,6 +19,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch.utils.checkpoint import checkpoint
 
 from nemo_aapo.distributed import parallel
+from nemo_aapo.mcore.attention.merged import attend
 from nemo_aapo.mcore.packing import PackedSequences
 
 
@@ -81,15 +82,8 @@ class LocalAttention(DotProductAttention):
     def packed(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sequences: PackedSequences
     ) -> torch.Tensor:
-        """Causal within each sequence; shapes as of ``forward``. Sequences of like lengths are padded to one batch."""
-        batches, place = sequences.attention_batches
-        results = []
-        for tokens in batches:  # [b, s]
-            whole = (x.index_select(0, tokens.flatten()).unflatten(0, tokens.shape) for x in (query, key, value))
-            q, k, v = (x.transpose(1, 2) for x in whole)
-            out = self._attend(q, k, v)
-            results.append(out.transpose(1, 2).flatten(0, 1).flatten(1))  # [b * s, heads * size]
-        return torch.cat(results).index_select(0, place)
+        """Causal within each sequence; shapes as of ``forward``."""
+        return attend(query, key, value, sequences.row, self.softmax_scale).flatten(1)
 
     def cut(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sequences: PackedSequences
@@ -98,8 +92,10 @@ class LocalAttention(DotProductAttention):
         group = parallel.groups().context
         if key.shape[1] % group.size():
             return self.gathered(query, key, value, sequences, group)
-        q, k, v = (_heads_cut(x, group) for x in (query, key, value))
-        return _tokens_cut(self.packed(q, k, v, sequences), group)
+        assert sequences.parts is not None
+        order = sequences.parts.flatten()  # all tokens come as the parts of the ranks, end to end
+        q, k, v = (_heads_cut(x, group).index_select(0, order.argsort()) for x in (query, key, value))
+        return _tokens_cut(self.packed(q, k, v, sequences).index_select(0, order), group)
 
     def gathered(
         self,
