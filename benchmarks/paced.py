@@ -86,8 +86,8 @@ def planned(pace: Pace, lengths: Sequence[Sequence[Sequence[int]]], train_token_
     )
 
 
-def step_seconds(pace: Pace, folder: Path, *words: str, after: int = 1) -> float:
-    """Mean seconds of a step of a run at this pace, from the end of its first ``after`` steps on.
+def step_seconds(pace: Pace, folder: Path, *words: str, after: int = 1) -> tuple[float, float]:
+    """Of a run at this pace, from the end of its first ``after`` steps on: mean seconds of a step, mean lag of a token.
 
     Args:
         folder: an empty one.
@@ -116,7 +116,8 @@ def step_seconds(pace: Pace, folder: Path, *words: str, after: int = 1) -> float
     with serving(pace, folder / "servers"), contextlib.ExitStack() as stack:
         trainer, clock = _trainer(pace, config, folder, stack)
         trainer.fit()
-    return (clock.ends[-1] - clock.ends[after - 1]) / (len(clock.ends) - after)
+    counted = len(clock.ends) - after
+    return (clock.ends[-1] - clock.ends[after - 1]) / counted, sum(clock.lags[after:]) / counted
 
 
 @contextlib.contextmanager
@@ -293,13 +294,15 @@ class PacedLearner:
 
 
 class Clock(Silent):
-    """A reporter that notes when each step ended."""
+    """A reporter that notes when each step ended, and how old its tokens were."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
+        self.lags: list[float] = []
 
     def log_step(self, step: int, metrics: dict[str, float]) -> None:
         self.ends.append(time.perf_counter())
+        self.lags.append(metrics["rollout/lag"])
 
     def begin(self, step: int) -> None: ...
     def stop_requested(self) -> bool:

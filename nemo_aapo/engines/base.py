@@ -126,8 +126,8 @@ class RolloutEngine(Protocol):
 
 
 @runtime_checkable
-class InFlightEngine(RolloutEngine, Protocol):
-    """An engine of a rollout server that takes other weights and more prompts while it generates."""
+class InFlightEngine(Protocol):
+    """What an engine of a rollout server has besides that takes other weights and more prompts while it generates."""
 
     def generate_in_flight(
         self,

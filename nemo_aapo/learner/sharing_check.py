@@ -22,8 +22,13 @@ def check_shared_prompts(module: GPTModel) -> None:
     """Compare attention over shared prompts with that over whole sequences: results and gradients, in the first layer.
 
     Raises:
-        ConfigError: they differ by more than ``MAX_DIFFERENCE``, or the kernels fail.
+        ConfigError: they differ by more than ``MAX_DIFFERENCE``, the kernels fail, or the model has a window.
     """
+    if module.config.window_size:
+        raise ConfigError(
+            "model.share_prompts=true: the model has a sliding window, which attention over shared prompts does not "
+            "know on a GPU; set it to false"
+        )
     try:
         differences = shared_prompt_differences(module)
     except (RuntimeError, NotImplementedError) as error:

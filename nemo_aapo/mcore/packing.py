@@ -139,7 +139,7 @@ def rotary_positions(module: GPTModel, batch: MicroBatch) -> Iterator[None]:
         return
 
     def of_each_token(_module: torch.nn.Module, _arguments: Any, angles: torch.Tensor) -> torch.Tensor:
-        return angles.index_select(0, batch.position_ids[0])
+        return angles.index_select(-4, batch.position_ids[0])  # [s, 1, 1, d], or of several bases [n, s, 1, 1, d]
 
     hook = module.rotary_pos_emb.register_forward_hook(of_each_token)
     try:

@@ -38,7 +38,7 @@ def test_both_sides_of_a_balanced_run_take_as_long():
 
 def test_the_table_compares_with_the_first_mode_and_the_picture_is_one():
     modes = [(0, False, None), (1, False, None), (2, False, None), (2, True, None), (2, True, 1.5)]
-    rows = [Row(mode, 4.0 / (1 + mode[0]), simulated(balanced(PACE), mode, after=1)) for mode in modes]
+    rows = [Row(mode, 4.0 / (1 + mode[0]), 1.0, simulated(balanced(PACE), mode, after=1)) for mode in modes]
     header, lines = table(rows)
     assert [line[header.index("times as fast as 0")] for line in lines] == ["1.00", "2.00", "3.00", "3.00", "3.00"]
     assert [line[0] for line in lines[2:]] == ["async_depth=2", "max_lag=2", "max_lag=2 oversample=1.5"]

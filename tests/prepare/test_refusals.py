@@ -115,6 +115,7 @@ FILES = [
     (["model.tensor_model_parallel_size=3"], "does not divide"),
     (["rollout.engine=plain", "model.context_parallel_size=2"], "would have to take every forward pass together"),
     (["rollout.replay_routes=true"], "has no effect: the model has no experts"),
+    (["rollout.max_lag=2", "algorithm.importance_weight_cap=2.0"], "needs rollout servers"),
     ([*REMOTE, "rollout.server.tensor_parallel_size=3"], "rollout.server.tensor_parallel_size=3 does not divide"),
     ([*REMOTE, "rollout.server.pipeline_parallel_size=3"], "rollout.server.pipeline_parallel_size=3 does not divide"),
     ([*REMOTE, "rollout.server.expert_parallel_size=2"], "rollout.server.expert_parallel_size=2"),
@@ -249,6 +250,14 @@ def test_what_a_gpu_cannot_do_is_refused_before_torch_is_imported(given, blocker
     monkeypatch.setattr(Machine, "present", lambda: H200)
     assert command("train")([*given.words, *words]) == 2
     assert said in capsys.readouterr().err
+    assert not blocker.asked
+
+
+def test_a_family_that_needs_local_layers_is_refused_on_a_gpu(given, blocker, capsys, monkeypatch):
+    monkeypatch.setattr(Machine, "present", lambda: H200)
+    model = save_empty_model(given.folder / "gemma3", architectures=["Gemma3ForCausalLM"], head_dim=16)
+    assert command("train")([*given.words, f"model.path={model}"]) == 2
+    assert "which run without a GPU only" in capsys.readouterr().err
     assert not blocker.asked
 
 

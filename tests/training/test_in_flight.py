@@ -92,6 +92,13 @@ def test_tokens_of_several_versions_reach_the_learner_within_the_bound(ranks, fo
     assert steps_of(run_dir)[0]["parity/mult_prob_error"] < 1.0001
 
 
+def test_data_parallel_ranks_agree_on_what_each_step_takes(ranks, folder, servers):
+    """Each asks the servers for prompts of its own, and is dealt its part of what any of them has in hand."""
+    run_dir = folder / "two_ranks"
+    assert ranks.run(run, words(folder, run_dir, servers, world=2), world=2, tp=None) == [0, 0]
+    assert_bounded(run_dir)
+
+
 def _alone(environment, words, log):
     os.environ.update(environment)
     with open(log, "ab", buffering=0) as file:

@@ -28,7 +28,7 @@ Update = tuple[ServerRecord, Weights]
 class Sender(Protocol):
     """One rank's part in handing the trainer's weights to servers that come for them.
 
-    Collective, but for the last three.
+    Collective, but for the last four.
     """
 
     sent_bytes: int
@@ -44,6 +44,10 @@ class Sender(Protocol):
 
     def send(self, servers: Sequence[ServerRecord]) -> list[str]:
         """Send the weights to these servers; why it failed with each, or an empty text, the same on all ranks."""
+        ...
+
+    def forget(self) -> None:
+        """Let go of what was made to be sent."""
         ...
 
     def part_from(self, server: ServerRecord) -> None:

@@ -143,6 +143,9 @@ class MemorySender:
         """What rank 0 did at its door, on all ranks."""
         return on_first_rank(lambda: action(cast(_Door, self._door)))
 
+    def forget(self) -> None:
+        """Do nothing: each bucket is let go of when all have taken it."""
+
     def part_from(self, server: ServerRecord) -> None:
         """Nothing to do: a server comes anew to each refit. Not collective."""
 

@@ -264,7 +264,8 @@ class _Batch:
             self._versions.changed(scheduler, before)
             scheduler.forget_kept()
             self._decoder = Decoder(self._model, self._pack)  # packed and merged weights are copies
-            if self.graphs:
+            rows, length = self._cache.kv.shape[1:3]
+            if self.graphs and not self.graphs.fits(self._decoder, rows, length, self._sampling, engine.vocab_size):
                 self.graphs = DecodingGraphs(self._decoder, self._cache, self._sampling, engine.vocab_size)
             if self._in_flight.recompute_kv:
                 self._recompute()

@@ -38,37 +38,36 @@ class KVCache:
     def __init__(
         self,
         *,
-        layers: int,
         rows: int,
         length: int,
         heads: int,
+        head_size: int,
         queries_per_key: int,
-        angles: Tensor,
+        angles: Sequence[Tensor],
+        windows: Sequence[int | None],
         scale: float,
         dtype: torch.dtype,
     ) -> None:
         """
         Args:
-            layers: number of layers of this stage.
             rows: sequences at a time. length: tokens that one of them may have.
             heads: key-value heads of this rank, each with ``queries_per_key`` query heads.
-            angles: rotary angles float32 [length, head size]; the cache lives on their device.
+            angles: rotary angles of each layer, float32 [length, rotated part of a head], on the device of the cache.
+            windows: keys that a token sees in each layer, its own among them; None: all before it.
             scale: factor on the attention scores, before the softmax.
             dtype: the dtype of keys and values.
         """
-        size = angles.shape[-1]
+        device = angles[0].device
         # A token's keys and values lie side by side, so that one copy writes them. The memory starts as zeros because
         # attention multiplies masked entries by 0, and 0 * NaN would be NaN.
-        self.kv = torch.zeros(layers, rows, length, heads, 2, size, dtype=dtype, device=angles.device)
+        self.kv = torch.zeros(len(angles), rows, length, heads, 2, head_size, dtype=dtype, device=device)
         self.logits_at: Tensor | None = None
         """int64 [rows], which of the T tokens each running row's logits come from; None: token i is row i's."""
         self._queries, self._scale = queries_per_key, scale
-        # [length, 1, queries per key + 2, head size]: queries and key turn, the value stays as it is
-        self._cos = torch.ones(length, 1, queries_per_key + 2, size, device=angles.device)
-        self._sin = torch.zeros_like(self._cos)
-        self._cos[:, :, :-1] = angles.cos()[:, None, None]
-        self._sin[:, :, :-1] = angles.sin()[:, None, None]
-        self._sin[..., : size // 2].neg_()
+        self._windows = windows
+        different = {id(of_layer): of_layer for of_layer in angles}
+        self._table_of_layer = [list(different).index(id(of_layer)) for of_layer in angles]
+        self._tables = [_turns(of_layer, queries_per_key) for of_layer in different.values()]
         self._kept: Tensor | None = None
 
     def begin(
@@ -104,7 +103,7 @@ class KVCache:
             tokens = np.concatenate([tokens, *prompts])
             positions = np.concatenate([lengths, *(np.arange(len(prompt)) for prompt in prompts)])
         at = torch.from_numpy(positions).to(device)
-        self._cos_now, self._sin_now = self._cos[at], self._sin[at]
+        self._turns_now = [(cos[at], sin[at]) for cos, sin in self._tables]
         return torch.from_numpy(tokens).to(device)
 
     def _lay_out_decoding(self, lengths: np.ndarray) -> None:
@@ -112,11 +111,18 @@ class KVCache:
         row_length = self.kv.shape[2]
         self._write_at = torch.from_numpy(np.arange(len(lengths)) * row_length + lengths).to(self.kv.device)
         self._extent = int(lengths.max()) + 1
-        self._mask = None
-        if lengths.min() + 1 < self._extent:
-            beyond = np.arange(self._extent) > lengths[:, None]
-            mask = torch.from_numpy(np.where(beyond, np.float32(-np.inf), np.float32(0)))
-            self._mask = mask[:, None, None].to(self.kv)
+        self._masks = {window: self._decoding_mask(lengths, window) for window in set(self._windows)}
+
+    def _decoding_mask(self, lengths: np.ndarray, window: int | None) -> Tensor | None:
+        """[D, 1, 1, extent], minus infinity where a row's token does not see; None: each sees all."""
+        places, own = np.arange(self._extent), lengths[:, None]
+        unseen = places > own
+        if window is not None:
+            unseen |= places <= own - window
+        if not unseen.any():
+            return None
+        mask = torch.from_numpy(np.where(unseen, np.float32(-np.inf), np.float32(0)))
+        return mask[:, None, None].to(self.kv)
 
     def _lay_out_prefill(self, lengths: np.ndarray, rows_per_prompt: Sequence[int]) -> None:
         """Work out where the prompts lie in the packed batch, and how attention pads them to a common width.
@@ -144,7 +150,7 @@ class KVCache:
         Returns:
             [T, heads * queries per key * head size]
         """
-        mixed, cut, parts = self._rotate(mixed), self._decoding, []
+        mixed, cut, parts = self._rotate(layer, mixed), self._decoding, []
         if cut:
             parts.append(self._decode(layer, mixed[:cut]))
         if self._prompts:
@@ -165,16 +171,20 @@ class KVCache:
         from nemo_aapo.engines.megatron import decode_triton  # triton comes with torch's CUDA builds only
 
         cache = self.kv[layer]
-        queries = decode_triton.rotate_and_store(mixed, lengths, self._cos[:, 0, 0], self._sin[:, 0, 0], cache)
+        cos, sin = (table[:, 0, 0] for table in self._tables[self._table_of_layer[layer]])
+        queries = decode_triton.rotate_and_store(mixed, lengths, cos, sin, cache)
         return decode_triton.attend(queries, cache, lengths, self._scale)
 
-    def _rotate(self, mixed: Tensor) -> Tensor:
-        """Rotary embedding as in mcore's rope_utils, not interleaved, in float32.
+    def _rotate(self, layer: int, mixed: Tensor) -> Tensor:
+        """Rotary embedding as in mcore's rope_utils, not interleaved, in float32; what is beyond the angles stays.
 
         All heads go in one piece, with cosines that were looked up once for all layers.
         """
-        x = mixed.float()
-        return (x * self._cos_now).addcmul_(x.roll(x.shape[-1] // 2, dims=-1), self._sin_now).to(mixed.dtype)
+        cos, sin = self._turns_now[self._table_of_layer[layer]]
+        size = cos.shape[-1]
+        x = mixed[..., :size].float()
+        turned = (x * cos).addcmul_(x.roll(size // 2, dims=-1), sin).to(mixed.dtype)
+        return turned if size == mixed.shape[-1] else torch.cat((turned, mixed[..., size:]), -1)
 
     def _decode(self, layer: int, mixed: Tensor) -> Tensor:
         """Attention of one token of each decoding row over everything before it in the row."""
@@ -183,7 +193,7 @@ class KVCache:
         keys, values = cache[: self._decoding, : self._extent].transpose(1, 2).unbind(3)
         # Query heads that share a key take the place of query positions, so that one call serves them all.
         out = F.scaled_dot_product_attention(
-            mixed[:, :, : self._queries], keys, values, attn_mask=self._mask, scale=self._scale
+            mixed[:, :, : self._queries], keys, values, attn_mask=self._masks[self._windows[layer]], scale=self._scale
         )
         return out.flatten(1)
 
@@ -195,8 +205,11 @@ class KVCache:
         self.kv[layer, rows, : new.shape[1]] = new[self._prompt_of_row]
         query = mixed[:, :, :, : self._queries].flatten(2, 3).transpose(1, 2)
         key, value = new.transpose(1, 2).unbind(3)
-        grouped = self._queries > 1
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=self._scale, enable_gqa=grouped)
+        grouped, mask = self._queries > 1, _windowed(query.shape[2], self._windows[layer])
+        mask = None if mask is None else mask.to(query.device)
+        out = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=self._scale, enable_gqa=grouped
+        )
         return out.transpose(1, 2).flatten(0, 1)[self._real].flatten(1)
 
     def move(self, source: np.ndarray, target: np.ndarray, length: int) -> None:
@@ -211,3 +224,25 @@ class KVCache:
         """Fill rows with the prompt that ``keep`` copied."""
         assert self._kept is not None, "restore without keep"
         self.kv[:, start:stop, : self._kept.shape[1]] = self._kept[:, None]
+
+
+def _turns(angles: Tensor, queries_per_key: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [length, 1, queries per key + 2, rotated part]: queries and key turn, the value stays as it is.
+
+    Args:
+        angles: float32 [length, rotated part].
+    """
+    length, size = angles.shape
+    cos = torch.ones(length, 1, queries_per_key + 2, size, device=angles.device)
+    sin = torch.zeros_like(cos)
+    cos[:, :, :-1] = angles.cos()[:, None, None]
+    sin[:, :, :-1] = angles.sin()[:, None, None]
+    sin[..., : size // 2].neg_()
+    return cos, sin
+
+
+def _windowed(length: int, window: int | None) -> Tensor | None:
+    """bool [length, length], the keys that each token of a sequence sees; None: all up to its own."""
+    if window is None or window >= length:
+        return None
+    return torch.ones(length, length, dtype=torch.bool).tril_().triu_(1 - window)

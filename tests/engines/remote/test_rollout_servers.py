@@ -219,7 +219,11 @@ def _on_layout(words):
     """
     from nemo_aapo.distributed import parallel
     from nemo_aapo.engines.build import build_sender
+<<<<<<< HEAD
     from nemo_aapo.engines.collective import sender as sending
+=======
+    from nemo_aapo.engines.collective import sender
+>>>>>>> main
     from nemo_aapo.engines.remote.engine import RemoteEngine
     from tests.policies import make_policy
 
