@@ -219,15 +219,11 @@ def _on_layout(words):
     """
     from nemo_aapo.distributed import parallel
     from nemo_aapo.engines.build import build_sender
-<<<<<<< HEAD
-    from nemo_aapo.engines.collective import sender as sending
-=======
     from nemo_aapo.engines.collective import sender
->>>>>>> main
     from nemo_aapo.engines.remote.engine import RemoteEngine
     from tests.policies import make_policy
 
-    meet = sending.meet
+    meet = sender.meet
 
     def meets(*words, server: int, **more):
         time.sleep(0.3 * ((server + parallel.rank()) % 2))
@@ -239,7 +235,7 @@ def _on_layout(words):
     remote = RemoteEngine.from_config(config, sends)
     for parameter in policy.module.parameters():
         parameter.data.mul_(1.1)
-    with mock.patch.object(sending, "meet", meets):
+    with mock.patch.object(sender, "meet", meets):
         remote.update_weights(policy.named_weights(), 3)
     told = []
     part = slice(parallel.data_parallel_rank(), None, parallel.data_parallel_size())
