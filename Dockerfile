@@ -1,13 +1,17 @@
 # syntax=docker/dockerfile:1
-# The GPU environment: learner and TensorRT-LLM in one image.
+# The GPU environment, for one of the two lines of Megatron (nemo_aapo/lines.py): trtllm, learner and TensorRT-LLM in one
+# image, or newest, the learner alone. No image of it was ever built where this was written.
 #
 #   docker build --build-arg UID=$(id -u) -t nemo_aapo .
+#   docker build --build-arg UID=$(id -u) --build-arg LINE=newest -t nemo_aapo:newest .
 #   docker run --gpus all --ipc=host --ulimit memlock=-1 -v "$PWD/results:/opt/nemo_aapo/results" nemo_aapo \
 #       scripts/train.py model.path=... data.train=... data.validation=...
 #
+ARG LINE=trtllm
+
 # The release image is the base because TensorRT-LLM, torch, CUDA, NCCL and TransformerEngine in it are built for each
 # other. TensorRT-LLM 1.2.1 takes torch >= 2.9.1, <= 2.10.0a0; megatron-core 0.16, TransformerEngine >= 2.9, < 2.12.
-FROM nvcr.io/nvidia/tensorrt-llm/release:1.2.1
+FROM nvcr.io/nvidia/tensorrt-llm/release:1.2.1 AS trtllm
 
 # The image's constraint file would hold back versions that we pin; --no-deps keeps pip from touching anything else.
 ENV PIP_CONSTRAINT="" \
@@ -27,6 +31,23 @@ sys.exit(not SpecifierSet('>=2.10,<2.12', prereleases=True).contains(version('tr
         transformer_engine==${TRANSFORMER_ENGINE} \
         transformer_engine_cu13==${TRANSFORMER_ENGINE} \
         transformer_engine_torch==${TRANSFORMER_ENGINE}
+
+# NeMo Framework 26.08 is the release that Megatron-Bridge 0.6 belongs to. Its torch, CUDA, NCCL and TransformerEngine stay;
+# its Megatron, a checkout, gives way to the release whose sources are known here. TensorRT-LLM pins transformers 4: its
+# rollout servers run from an image of the line trtllm (docs/guide/install.md).
+FROM nvcr.io/nvidia/nemo:26.08 AS newest
+
+ENV PIP_CONSTRAINT="" \
+    PIP_BREAK_SYSTEM_PACKAGES=1 \
+    PIP_NO_CACHE_DIR=1 \
+    PIP_DISABLE_PIP_VERSION_CHECK=1
+
+COPY requirements/gpu.txt requirements/newest.txt /tmp/
+RUN python3 -m pip install --no-deps --no-build-isolation -r /tmp/gpu.txt \
+ && python3 -m pip install --no-deps --no-build-isolation -r /tmp/newest.txt \
+ && rm /tmp/gpu.txt /tmp/newest.txt
+
+FROM ${LINE}
 
 WORKDIR /opt/nemo_aapo
 COPY . .

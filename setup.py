@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -27,6 +28,8 @@ CONF = {
     for folder in (ROOT / "conf", *sorted(path for path in (ROOT / "conf").rglob("*") if path.is_dir()))
 }
 """Package -> folder of pages. An editable install finds them where they are, beside the package."""
+LINES = runpy.run_path(str(ROOT / "nemo_aapo" / "lines.py"))["LINES"]
+"""The two lines of Megatron; each is an extra, and without one pip takes the newest that this Python has."""
 NEMO = ["nemo-toolkit[core]>=2.7.3,<2.8", "lightning>=2.4,<2.5", "tensorboard"]
 SERVERS = ["aiohttp>=3.10,<4", "prometheus_client>=0.20"]
 DATA = ["datasets>=4.4,<6", "pyarrow>=21"]
@@ -52,9 +55,8 @@ setup(
     entry_points={"console_scripts": ["nemo-aapo = nemo_aapo.cli.__main__:main"]},
     install_requires=[
         "torch>=2.6",
-        "megatron-core>=0.16.1,<0.17",  # mcore/replaced.py lists what is replaced in it
-        "transformers>=4.57,<5",  # as megatron-bridge asks
-        "huggingface_hub<1",  # as transformers 4 asks; some data libraries would raise it
+        "megatron-core>=0.16.1,!=0.17.*,!=0.18.*,<0.20",  # mcore/replaced.py lists what is replaced in it
+        "transformers>=4.57,<=5.12.1",
         "tokenizers",
         "safetensors>=0.4.3",
         "jinja2",  # transformers renders chat templates with it without declaring it
@@ -67,6 +69,7 @@ setup(
         "typing_extensions",  # Python 3.10's typing lacks Unpack and NotRequired
     ],
     extras_require={
+        **{name: list(line.ranges) for name, line in LINES.items()},
         # All that training imports but Megatron-Bridge: what it declares can't be had without CUDA's toolchain, and an
         # extra can't say --no-deps. docs/guide/install.md has the two commands.
         "cpu": [*NEMO, *SERVERS, *DATA, *MATH, "einops", "rich"],  # the last two are imported by the bridge
@@ -75,7 +78,7 @@ setup(
             *SERVERS,
             *DATA,
             *MATH,
-            "megatron-bridge>=0.3.1,<0.4",
+            "megatron-bridge>=0.3.1,!=0.4.*,!=0.5.*,<0.7",
             "transformer-engine[pytorch]>=2.10,<2.12",
             "torch>=2.8",  # float32 products of bfloat16 inputs: torch.mm(..., out_dtype=...)
             "triton>=3.4",  # comes with torch's CUDA builds

@@ -27,6 +27,7 @@ from nemo_aapo.types import Completion, Group, Prompt, SamplingSpec
 
 if TYPE_CHECKING:
     from nemo_aapo.config import Config
+    from nemo_aapo.engines.base import InFlight
     from nemo_aapo.training.trainer import AAPOTrainer
 
 WAIT_S = 120.0
@@ -48,7 +49,7 @@ class Pace:
     """Seconds of a decoding step of a server, whatever the number of its sequences."""
     train_token_s: float = 0.001
     """Seconds of the learner on one completion token."""
-    steps: int = 12
+    steps: int = 14
 
     @property
     def completions(self) -> int:
@@ -60,24 +61,33 @@ class Pace:
         return lengths.draw(1, str(seed))[0]
 
 
-def planned(pace: Pace, seed: int) -> Seconds:
-    """What a simulation knows beforehand of a run at this pace: the same lengths, prompts going round the servers."""
-    engine = Engine(pace.completions, lambda rows, context: pace.token_s, prompt_tokens=0)
-    steps = [
+def engine_of(pace: Pace) -> Engine:
+    """A server, for simulations: it has rows for all."""
+    return Engine(1 << 20, lambda rows, context: pace.token_s, prompt_tokens=0)
+
+
+def lengths_of(pace: Pace, seed: int, prompts: int | None = None) -> list[list[list[int]]]:
+    """By step and prompt, the lengths that the seeds decide; of so many prompts a step, where more are generated."""
+    return [
         [
             [pace.length(stream_seed(seed, "rollout", step, i, j)) for j in range(pace.group_size)]
-            for i in range(pace.prompts)
+            for i in range(prompts or pace.prompts)
         ]
         for step in range(pace.steps)
     ]
+
+
+def planned(pace: Pace, lengths: Sequence[Sequence[Sequence[int]]], train_token_s: float) -> Seconds:
+    """What a simulation knows beforehand of a run with these lengths, whose prompts go round the servers."""
+    engine = engine_of(pace)
     return Seconds(
-        generate=[[engine.seconds(groups[s :: pace.servers]) for s in range(pace.servers)] for groups in steps],
-        train=[pace.train_token_s * sum(map(sum, groups)) for groups in steps],
+        generate=[[engine.seconds(groups[s :: pace.servers]) for s in range(pace.servers)] for groups in lengths],
+        train=[train_token_s * sum(map(sum, groups)) for groups in lengths],
     )
 
 
-def step_seconds(pace: Pace, folder: Path, *words: str) -> float:
-    """Mean seconds of a step of a run at this pace, from the end of its first step on.
+def step_seconds(pace: Pace, folder: Path, *words: str, after: int = 1) -> tuple[float, float]:
+    """Of a run at this pace, from the end of its first ``after`` steps on: mean seconds of a step, mean lag of a token.
 
     Args:
         folder: an empty one.
@@ -106,7 +116,8 @@ def step_seconds(pace: Pace, folder: Path, *words: str) -> float:
     with serving(pace, folder / "servers"), contextlib.ExitStack() as stack:
         trainer, clock = _trainer(pace, config, folder, stack)
         trainer.fit()
-    return (clock.ends[-1] - clock.ends[0]) / (len(clock.ends) - 1)
+    counted = len(clock.ends) - after
+    return (clock.ends[-1] - clock.ends[after - 1]) / counted, sum(clock.lags[after:]) / counted
 
 
 @contextlib.contextmanager
@@ -131,6 +142,8 @@ def alone() -> Iterator[None]:
 class PacedEngine:
     """Generates a token of every sequence in each ``token_s``: no sequence waits for a row."""
 
+    shares_weights, stats, refit_bytes = False, None, 0
+
     def __init__(self, pace: Pace) -> None:
         self.pace, self.version = pace, 0
 
@@ -146,15 +159,50 @@ class PacedEngine:
         places = ((self.pace.length(seed), i, j, seed) for i, row in enumerate(seeds) for j, seed in enumerate(row))
         for length, i, j, seed in sorted(places):
             time.sleep(max(0.0, began + length * self.pace.token_s - time.perf_counter()))
-            tokens = np.random.default_rng(seed).integers(0, VOCABULARY, length).astype(np.int32)
-            on_finish(i, j, Completion(tokens, np.zeros(length, np.float32), "stop", self.version))
+            on_finish(i, j, _completion(seed, length, self.version))
+
+    def generate_in_flight(
+        self,
+        prompts: Sequence[np.ndarray],
+        sampling: SamplingSpec,
+        seeds: Sequence[Sequence[int]],
+        on_finish: Callable[[int, int, Completion], object],
+        in_flight: InFlight,
+    ) -> None:
+        """See ``InFlightEngine``: a decoding step in each ``token_s``, at whose end more may come."""
+        live: list[tuple[int, int, int, int, list[int]]] = []  # prompt, number, seed, length, versions of its tokens
+        count, more = 0, (prompts, seeds)
+        while True:
+            for i, row in enumerate(more[1], count):
+                live += [(i, j, seed, self.pace.length(seed), []) for j, seed in enumerate(row)]
+            count += len(more[1])
+            if not live:
+                return
+            time.sleep(self.pace.token_s)
+            for _, _, _, _, versions in live:
+                versions.append(self.version)
+            for i, j, seed, length, versions in [entry for entry in live if len(entry[4]) == entry[3]]:
+                several = np.array(versions, np.int32) if versions[0] != versions[-1] else None
+                on_finish(i, j, _completion(seed, length, versions[0], several))
+            live = [entry for entry in live if len(entry[4]) < entry[3]]
+            if (asked := in_flight.between()) is None:
+                return
+            more = asked
+
+    def update_weights(self, named_tensors: object, version: int) -> None:
+        self.version = version
 
     def load(self, folder: Path, version: int) -> None:
-        self.version = version
+        self.update_weights((), version)
 
     def wake(self) -> None: ...
     def sleep(self) -> None: ...
     def close(self) -> None: ...
+
+
+def _completion(seed: int, length: int, version: int, versions: np.ndarray | None = None) -> Completion:
+    tokens = np.random.default_rng(seed).integers(0, VOCABULARY, length).astype(np.int32)
+    return Completion(tokens, np.zeros(length, np.float32), "stop", version, versions=versions)
 
 
 @contextlib.contextmanager
@@ -246,13 +294,15 @@ class PacedLearner:
 
 
 class Clock(Silent):
-    """A reporter that notes when each step ended."""
+    """A reporter that notes when each step ended, and how old its tokens were."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
+        self.lags: list[float] = []
 
     def log_step(self, step: int, metrics: dict[str, float]) -> None:
         self.ends.append(time.perf_counter())
+        self.lags.append(metrics["rollout/lag"])
 
     def begin(self, step: int) -> None: ...
     def stop_requested(self) -> bool:
@@ -284,6 +334,7 @@ class Nothing:
 def _trainer(pace: Pace, config: Config, folder: Path, stack: contextlib.ExitStack) -> tuple[AAPOTrainer, Clock]:
     """The real loop around a paced learner and paced servers; this process has joined the ranks."""
     from nemo_aapo.algorithms.objective import Objective
+    from nemo_aapo.config.sizes import prompts_drawn
     from nemo_aapo.data.sampler import PromptSampler
     from nemo_aapo.engines.remote.dispatch import Fleet
     from nemo_aapo.engines.remote.engine import RemoteEngine
@@ -291,22 +342,26 @@ def _trainer(pace: Pace, config: Config, folder: Path, stack: contextlib.ExitSta
     from nemo_aapo.engines.weights import Weights
     from nemo_aapo.rewards.workers.runner import RewardRunner
     from nemo_aapo.rollout.collector import Collector
-    from nemo_aapo.rollout.pipeline import RolloutPipeline
+    from nemo_aapo.rollout.in_flight import InFlightPipeline
+    from nemo_aapo.rollout.in_order import InOrderPipeline
     from nemo_aapo.training.trainer import AAPOTrainer
 
     directory, policy, clock, nothing = folder / "servers", PacedPolicy(), Clock(), Nothing()
     fleet = Fleet(directory, servers=pace.servers, wait_s=WAIT_S, timeout_s=WAIT_S, retries=0)
-    engine = RemoteEngine(fleet, WeightStore(directory, str(folder)), Weights(base(), None), None)
+    in_flight: Any = None if config.rollout.max_lag is None else "keeps_kv"
+    weights = Weights(base(), None)
+    engine = RemoteEngine(fleet, WeightStore(directory, str(folder)), weights, None, in_flight=in_flight)
     stack.callback(engine.close)
     rewards = stack.enter_context(RewardRunner([(MeanToken(), 1.0)], workers=0, timeout_s=WAIT_S))
     data = [Prompt(str(i), np.array([5, i], np.int32), str(i), "0", f"made:{i}") for i in range(pace.prompts * 8)]
-    pipeline = RolloutPipeline(
+    kind = InOrderPipeline if config.rollout.max_lag is None else InFlightPipeline
+    pipeline = kind(
         config=config,
         policy=policy,
         collector=Collector(engine, rewards, lambda tokens: ""),
         sampling=SamplingSpec(1.0, 1 << 12, ()),
         prompts=data,
-        sampler=PromptSampler(len(data), pace.prompts, config.seed),
+        sampler=PromptSampler(len(data), prompts_drawn(config), config.seed),
         reference=None,
     )
     learner: Any = PacedLearner(pace, policy)

@@ -94,6 +94,10 @@ class ServerError(Exception):
     """One rollout server did not do what it was asked; another may."""
 
 
+class OtherWeightsError(ServerError):
+    """A server has taken other weights since it was asked."""
+
+
 class WeightsRefusedError(ServerError):
     """A rollout server can't use the weights as they were handed over; in another form it may."""
 

@@ -1,13 +1,13 @@
 """The two lines of Megatron that this package runs on: releases that belong together, and which of them are installed.
 
-``setup.py`` and ``scripts/environment.sh`` read this file by itself, so it imports the standard library alone.
+``setup.py`` runs this file by itself, so it imports the standard library alone; ``scripts/environment.sh`` reads the
+fields ``python``, ``requirements`` and ``environment`` by lines, so each stands in one.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.metadata
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -24,7 +24,11 @@ class Line:
     ranges: tuple[str, ...]
     """The same as ``setup.py`` declares it, in the extra of this name."""
     requirements: tuple[str, ...]
-    """Lists in ``requirements/`` that are its CPU environment."""
+    """Lists in ``requirements/`` that are its CPU environment; a later one's version of a package counts."""
+    image_requirements: tuple[str, ...]
+    """The same of its GPU image, what the base image lacks."""
+    transformer_engine: tuple[tuple[int, int], tuple[int, int]]
+    """The versions that its Megatron takes: from, and below."""
     environment: str
     """The folder where ``scripts/environment.sh`` makes that environment."""
 
@@ -39,6 +43,8 @@ TRTLLM = Line(
         "huggingface_hub<1",  # as transformers 4 asks; some data libraries would raise it
     ),
     requirements=("cpu.txt", "bridge.txt"),
+    image_requirements=("gpu.txt",),
+    transformer_engine=((2, 10), (2, 12)),  # the Bridge takes >= 2.10, < 2.13; megatron-core >= 2.9, < 2.12
     environment=".venv",
 )
 """That of TensorRT-LLM 1.2.1, which pins transformers 4.57: what the image of the Dockerfile has, and the default."""
@@ -51,7 +57,9 @@ NEWEST = Line(
         "megatron-core>=0.19.2,<0.20; python_version >= '3.12'",
         "transformers>=5.8,<=5.12.1; python_version >= '3.12'",  # as megatron-bridge asks
     ),
-    requirements=("newest.txt",),
+    requirements=("cpu.txt", "bridge.txt", "newest.txt"),
+    image_requirements=("gpu.txt", "newest.txt"),
+    transformer_engine=((2, 10), (3, 0)),  # neither says
     environment=".venv-newest",
 )
 """The newest releases; TensorRT-LLM needs an environment of its own beside them."""
@@ -59,26 +67,23 @@ NEWEST = Line(
 LINES = {line.name: line for line in (TRTLLM, NEWEST)}
 
 
+def line_of(distribution: str, version: str) -> Line:
+    """The line that this version of one of the deciding packages is of, or the one that it is nearest to."""
+    return TRTLLM if _release(version) <= _release(TRTLLM.pins[distribution]) else NEWEST
+
+
 @functools.cache
 def installed() -> Line:
-    """The line that the installed megatron-core is of, or the one that it is nearest to; the default without any.
+    """The line that megatron-core is of here; the default where there is none.
 
     Whether it really is that release the sources say that are replaced in it (``mcore/replaced.py``).
     """
     try:
-        version = importlib.metadata.version("megatron-core")
+        return line_of("megatron-core", importlib.metadata.version("megatron-core"))
     except importlib.metadata.PackageNotFoundError:
         return TRTLLM
-    return TRTLLM if _release(version) <= _release(TRTLLM.pins["megatron-core"]) else NEWEST
 
 
 def _release(version: str) -> tuple[int, ...]:
     """Major and minor number."""
     return tuple(int(number) for number in version.split(".")[:2])
-
-
-if __name__ == "__main__":  # scripts/environment.sh asks: python nemo_aapo/lines.py NAME
-    if len(sys.argv) != 2 or sys.argv[1] not in LINES:
-        sys.exit(f"there is no line {' '.join(sys.argv[1:])!r} of Megatron: give one of {', '.join(LINES)}")
-    chosen = LINES[sys.argv[1]]
-    print(chosen.python[0], chosen.environment, *chosen.requirements)

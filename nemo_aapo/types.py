@@ -70,9 +70,20 @@ class Completion:
     finish_reason: FinishReason
     """``"stop"``: a stop token was sampled, or a stop string completed. ``"length"``: cut at the length limit."""
     policy_version: int
-    """Number of optimizer steps that the policy had taken which the engine served."""
+    """Number of optimizer steps that the policy had taken which the engine served; if that changed, for the
+    first token."""
     routes: Routes | None = None
     """The engine's choices of experts, for the learner to replay; None where it recorded none."""
+    versions: np.ndarray | None = None
+    """int32 [T], the same for each token, ascending, where the engine took new weights meanwhile (``rollout.max_lag``);
+    None: one policy sampled them all."""
+
+    @property
+    def token_versions(self) -> np.ndarray:
+        """int32 [T], for each token the optimizer steps of the policy that sampled it."""
+        if self.versions is not None:
+            return self.versions
+        return np.full(len(self.token_ids), self.policy_version, np.int32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,8 +179,8 @@ class Sample:
     """float32 [T], the engine's."""
     advantage: float
     """A*, the same for all T tokens."""
-    version: int = 0
-    """Optimizer steps that the policy had taken which sampled it."""
+    versions: np.ndarray | None = None
+    """int32 [T], optimizer steps that the policy had taken which sampled each token; None: 0, for whoever asks not."""
     routes: Routes | None = None
     """The engine's choices of experts, to be replayed; None: the model's own hold."""
 

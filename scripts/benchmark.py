@@ -153,27 +153,31 @@ def staleness(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def peers(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Training steps beside TRL's: seven minutes. Needs scripts/peers.sh, writes docs/results/benchmarks.md."""
+    """Training steps beside TRL's: ten minutes. Needs scripts/peers.sh, writes docs/results/benchmarks.md."""
+    from dataclasses import replace
+
     from benchmarks.page import write_section
-    from benchmarks.peers import compare, picture, plan, report
+    from benchmarks.peers import compare, picture, report
+    from benchmarks.peers import plan as plans
     from nemo_aapo.utils.libraries import quiet
 
     quiet()
-    folder = Path("results") / ("peers_quick" if arguments.quick else "peers")
+    section, plan = "peers", plans.QUICK if arguments.quick else plans.Plan()
+    if arguments.models:
+        section, plan = "peers at real sizes", plan if arguments.quick else plans.REAL
+        plan = replace(plan, models=plans.models(arguments.models))
+    folder = Path("results") / (section.replace(" ", "_") + ("_quick" if arguments.quick else ""))
     before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="aapo_benchmark_") as place:
-        for found in compare.measure(
-            plan.QUICK if arguments.quick else plan.Plan(), Path(place), lambda text: print(text, flush=True)
-        ):
+        for found in compare.measure(plan, Path(place), lambda text: print(text, flush=True)):
             tables = report.tables(found, (before, os.getloadavg()[0]), judged=not arguments.quick)
             write_atomic(folder / "tables.md", tables)
             write_atomic(folder / "figures.json", json.dumps(asdict(found), indent=1) + "\n")
     print(f"\n{tables}", flush=True)
-    if not arguments.quick:
-        write_section(DOCS / "results" / "benchmarks.md", "peers", tables)
     picture.draw(report.ratios(found), folder / "ratios.png")
     if not arguments.quick:
-        shutil.copy(folder / "ratios.png", DOCS / "images" / "peers.png")
+        write_section(DOCS / "results" / "benchmarks.md", section, tables)
+        shutil.copy(folder / "ratios.png", DOCS / "images" / f"{section.replace(' ', '_')}.png")
     return asdict(found)
 
 
@@ -269,6 +273,13 @@ def main() -> int:
         else:
             command.add_argument(
                 "--quick", action="store_true", help="tiny sizes: shows that it works, measures nothing"
+            )
+        if run is peers:
+            command.add_argument(
+                "--models",
+                nargs="+",
+                metavar="MODEL",
+                help="instead of 0.3M, 4M and 20M: 135M, or Hugging Face directories; minutes for each",
             )
         command.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
     arguments = parser.parse_args()

@@ -5,10 +5,16 @@
 #
 # --quick is style and the tier `unit` (pyproject.toml names the tiers); it installs nothing besides, and leaves
 # types to `mypy`, which reads all of torch for a minute when it runs for the first time.
-# Without arguments, the tests of numbers run a second time, by narrower vector instructions.
+# Without arguments, the tests of numbers run a second time, by narrower vector instructions, and the distributed ones by
+# the newest releases of Megatron, where there is a Python 3.12.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+readonly OF_BOTH_LINES=(
+    tests/learner/test_layouts.py tests/learner/test_expert_layouts.py tests/mcore tests/engines/megatron/test_engine.py
+    tests/checkpoint/test_checkpoint.py tests/checkpoint/test_expert_checkpoint.py tests/checkpoint/test_format.py
+    tests/training/test_training.py tests/conversion/test_conversion.py tests/text/test_transformers5.py
+)
 readonly SESSION_TIMEOUT_S=3600 # of all tests together; pyproject.toml has the one for each
 
 chosen=("$@")
@@ -48,6 +54,19 @@ beside() { # in the others' gaps: the tests on Slurm mostly wait, and these take
     run_tests -m "slurm or unit or peers" || failed=$?
     echo "test.sh: the tests of numbers again, by narrower instructions"
     ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 run_tests -m "exact and not slow" || failed=$?
+    newest_line || failed=$?
+    return "$failed"
+}
+newest_line() {
+    local failed=0 started=$SECONDS
+    echo "test.sh: the distributed tests again, by the newest releases of Megatron"
+    if ! bash scripts/environment.sh --line newest 2>&1; then
+        echo "test.sh: going on without .venv-newest: the tests that need it are skipped"
+        return
+    fi
+    run_tests tests/lines || failed=$?
+    PATH="$PWD/.venv-newest/bin:$PATH" run_tests -m ranks "${OF_BOTH_LINES[@]}" || failed=$?
+    echo "test.sh: the second line took $((SECONDS - started)) s, beside the others"
     return "$failed"
 }
 if (($#)); then
@@ -55,7 +74,7 @@ if (($#)); then
 else
     beside >"$said_beside" 2>&1 &
     beside=$!
-    run_tests -m "not slurm and not unit and not peers" || status=$?
+    run_tests -m "not slurm and not unit and not peers" --ignore=tests/lines || status=$?
     wait "$beside" || status=$?
     cat "$said_beside"
 fi

@@ -96,8 +96,12 @@ def save_empty_input(folder: Path) -> list[str]:
     return [f"model.path={model}", *data, f"run.dir={folder / 'run'}"]
 
 
-def save_model(config: Any, directory: Path, seed: int = 0) -> None:
-    """A random model of this configuration; biases and norms too, so that none can be lost unnoticed."""
+def save_model(config: Any, directory: Path, seed: int = 0, norms: float = 1.0) -> None:
+    """A random model of this configuration; biases and norms too, so that none can be lost unnoticed.
+
+    Args:
+        norms: mean of the norms' weights; 0 for families that add 1 to them.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -105,7 +109,7 @@ def save_model(config: Any, directory: Path, seed: int = 0) -> None:
     model = AutoModelForCausalLM.from_config(config).float()
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
-            torch.nn.init.normal_(parameter, mean=0.0 if name.endswith("bias") else 1.0, std=0.1)
+            torch.nn.init.normal_(parameter, mean=0.0 if name.endswith("bias") else norms, std=0.1)
         else:
             torch.nn.init.normal_(parameter, std=0.15)
     model.save_pretrained(directory)

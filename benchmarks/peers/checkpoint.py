@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.peers.plan import Lengths, Model, Plan
+from benchmarks.peers.plan import Lengths, Model, Plan, Pretrained
 from nemo_aapo.utils.files import write_atomic
 
 EOS, PAD, FIRST_WORD = 1, 0, 2
@@ -23,8 +23,25 @@ NEVER = -50.0
 """A bias that makes a token practically impossible."""
 
 
+def make_input(model: Model | Pretrained, plan: Plan, lengths: Lengths, place: Path) -> dict[str, str]:
+    """What the contestants train: the paths of a Hugging Face directory (``model``) and of its ``prompts``."""
+    directory = (
+        model.directory if isinstance(model, Pretrained) else make_checkpoint(model, plan, lengths, place / "model")
+    )
+    generator = np.random.default_rng(0)
+    if isinstance(model, Pretrained):
+        sums = generator.integers(10, 100, (plan.data_prompts, 2)).tolist()
+        questions = [f"What is {a} + {b}? Explain how you get there." for a, b in sums]
+    else:
+        words = generator.integers(FIRST_WORD, model.vocabulary, (plan.data_prompts, plan.prompt_tokens)).tolist()
+        questions = [" ".join(f"w{i}" for i in row) for row in words]
+    rows = [{"question": question, "answer": "0"} for question in questions]
+    write_atomic(place / "prompts.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    return {"model": str(directory), "prompts": str(place / "prompts.jsonl")}
+
+
 def make_checkpoint(model: Model, plan: Plan, lengths: Lengths, directory: Path) -> Path:
-    """A Hugging Face directory, with ``prompts.jsonl`` beside its files."""
+    """A Hugging Face directory."""
     import torch
     from transformers import AutoModelForCausalLM, Qwen2Config
 
@@ -35,8 +52,8 @@ def make_checkpoint(model: Model, plan: Plan, lengths: Lengths, directory: Path)
             hidden_size=model.hidden_size,
             intermediate_size=model.intermediate_size,
             num_hidden_layers=model.layers,
-            num_attention_heads=8,
-            num_key_value_heads=2,
+            num_attention_heads=model.heads,
+            num_key_value_heads=model.key_value_heads,
             max_position_embeddings=1024,
             tie_word_embeddings=False,
             bos_token_id=None,
@@ -47,10 +64,6 @@ def make_checkpoint(model: Model, plan: Plan, lengths: Lengths, directory: Path)
     bias_end_of_sequence(made, 1 / _mean_length(plan) if lengths == "variable" else None)
     made.save_pretrained(directory)
     _tokenizer(model.vocabulary).save_pretrained(directory)
-    generator = np.random.default_rng(0)
-    prompts = generator.integers(FIRST_WORD, model.vocabulary, (plan.data_prompts, plan.prompt_tokens))
-    rows = [{"question": " ".join(f"w{i}" for i in row), "answer": "0"} for row in prompts.tolist()]
-    write_atomic(directory / "prompts.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     return directory
 
 

@@ -6,18 +6,20 @@ import contextlib
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers.checkpoint import make_checkpoint
+from benchmarks.peers.checkpoint import make_input
 from benchmarks.peers.orders import Step, Worker
-from benchmarks.peers.plan import CONTESTANTS, OURS, Lengths, Model, Plan
+from benchmarks.peers.plan import OURS, Comparison, Lengths, Model, Plan
 from nemo_aapo.errors import RunError
 
 ROOT = Path(__file__).resolve().parents[2]
 PEERS = ROOT / ".venv-peers"
 
+AGREEING = ("ours", "trl")
+"""The contestants that compute the same; a first comparison of theirs shows that they do."""
 MAX_LOGPROB_DIFFERENCE = 1e-5
 """Largest mean absolute difference of log-probs, over all tokens."""
 MAX_LOSS_DIFFERENCE = 1e-5
@@ -28,11 +30,13 @@ MAX_GRADIENT_DIFFERENCE = 1e-3
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """The measured steps of one contestant with one model, kind of lengths and number of threads."""
+    """The measured steps of one contestant in one comparison, with one model and number of threads."""
 
     model: str
     lengths: Lengths
     threads: int
+    arm: str
+    """The comparison."""
     contestant: str
     steps: tuple[Step, ...]
 
@@ -77,7 +81,9 @@ class Found:
 
     trl: str
     """The version of TRL."""
-    large_vocabulary: str
+    comparisons: tuple[Comparison, ...]
+    """Those that are measured."""
+    large_vocabulary: str | None = None
     """The model that is measured for memory only."""
     memory: list[Memory] = field(default_factory=list)
     cells: list[Cell] = field(default_factory=list)
@@ -111,83 +117,114 @@ def measure(plan: Plan, folder: Path, log: Callable[[str], None]) -> Iterator[Fo
     Raises:
         RunError: no TRL, a contestant that failed, or sides that do not agree.
     """
-    found = Found(trl_version(), plan.large_vocabulary.name)
+    large = plan.large_vocabulary
+    found = Found(trl_version(), plan.comparisons, large.name if large else None)
     for model in plan.models:
-        for lengths in plan.lengths:
-            place = folder / model.name / lengths
-            make_checkpoint(model, plan, lengths, place / "model")
-            with _contestants(plan, place, CONTESTANTS[lengths]) as workers:
-                _agree(found, model, lengths, place, workers)
-                for threads in plan.threads:
-                    log(f"{model.name}, {lengths} lengths, {threads} {'thread' if threads == 1 else 'threads'}")
-                    found.cells += _in_turns(plan, model, lengths, threads, workers)
-                    yield found
-                found.memory += _peaks(model, lengths, workers)
-    log(f"memory, {plan.large_vocabulary.name}")
-    _measure_memory(plan, folder / "memory", found)
+        for lengths, comparisons in plan.comparisons_of(model).items():
+            sizes, place = plan.sized_for(model), folder / model.name / lengths
+            place.mkdir(parents=True)
+            with contextlib.closing(Contestants(sizes, place, make_input(model, sizes, lengths, place))) as contestants:
+                for comparison in comparisons:
+                    pair = contestants.only(comparison.ours, comparison.theirs)
+                    if (comparison.ours, comparison.theirs) == AGREEING and comparison is comparisons[0]:
+                        found.agreements.append(_agree(model.name, lengths, contestants))
+                    for threads in plan.threads:
+                        log(f"{model.name}, arm {comparison.arm}, {threads} {'thread' if threads == 1 else 'threads'}")
+                        for name, steps in _in_turns(plan.repeats, threads, pair).items():
+                            found.cells.append(Cell(model.name, lengths, threads, comparison.arm, name, tuple(steps)))
+                        yield found
+                contestants.only()
+            found.memory += [Memory(model.name, lengths, name, peak) for name, peak in contestants.peaks.items()]
+            for name, seconds in contestants.fill_cpu.items():
+                if name == "ours_stored":
+                    found.fill_cpu[f"{model.name}, {lengths}"] = seconds
+    if large:
+        log(f"memory, {large.name}")
+        found.memory += _large_memory(large, plan, folder / "memory")
     yield found
 
 
-def _in_turns(plan: Plan, model: Model, lengths: Lengths, threads: int, workers: dict[str, Worker]) -> list[Cell]:
-    """Steps in turns A, B, A, B, ..., so that load on the machine affects all alike. The first round is not counted."""
-    steps: dict[str, list[Step]] = {name: [] for name in workers}
-    for turn in range(plan.repeats + 1):
-        for name, worker in workers.items():
+def _in_turns(repeats: int, threads: int, pair: dict[str, Worker]) -> dict[str, list[Step]]:
+    """Steps in turns A, B, A, B, ..., so that load on the machine affects both alike. The first round is left out."""
+    steps: dict[str, list[Step]] = {name: [] for name in pair}
+    for turn in range(repeats + 1):
+        for name, worker in pair.items():
             step = worker.step(threads)
             if turn:
                 steps[name].append(step)
-    return [Cell(model.name, lengths, threads, name, tuple(done)) for name, done in steps.items()]
+    return steps
 
 
-def _agree(found: Found, model: Model, lengths: Lengths, place: Path, workers: dict[str, Worker]) -> None:
+def _agree(model: str, lengths: Lengths, contestants: Contestants) -> Agreement:
     """Have TRL take its first step and ours train on the same completions, and require that they agree."""
-    for name, worker in workers.items():
-        ready = worker.wait()
-        if name == "ours_stored":
-            found.fill_cpu[f"{model.name}, {lengths}"] = ready["fill_cpu"]
-    workers["trl"].step(1)
-    agreement = Agreement(model.name, lengths, **workers["ours"].ask("agree", file=str(place / "recorded.json")))
+    ours, trl = contestants.only(*AGREEING).values()
+    trl.step(1)
+    agreement = Agreement(model, lengths, **ours.ask("agree", file=str(contestants.recorded)))
     agreement.require()
-    found.agreements.append(agreement)
+    return agreement
 
 
-def _measure_memory(plan: Plan, place: Path, found: Found) -> None:
+def _large_memory(model: Model, plan: Plan, place: Path) -> list[Memory]:
     """Take two steps at the large vocabulary: during the second the optimizer has its state."""
-    make_checkpoint(plan.large_vocabulary, plan, "fixed", place / "model")
-    for name in ("ours", "trl"):  # one at a time: they are large
-        with _contestants(plan, place, (name,), record=False) as workers:
-            workers[name].wait()
-            workers[name].step(1)
-            workers[name].step(1)
-            found.memory += _peaks(plan.large_vocabulary, "fixed", workers)
+    place.mkdir(parents=True)
+    paths = make_input(model, plan, "fixed", place)
+    with contextlib.closing(Contestants(plan, place, paths, record=False)) as contestants:
+        for name in AGREEING:  # one at a time: they are large
+            [worker] = contestants.only(name).values()
+            worker.step(1)
+            worker.step(1)
+        contestants.only()
+    return [Memory(model.name, "fixed", name, peak) for name, peak in contestants.peaks.items()]
 
 
-def _peaks(model: Model, lengths: Lengths, workers: dict[str, Worker]) -> list[Memory]:
-    return [Memory(model.name, lengths, name, worker.ask("memory")["peak_bytes"]) for name, worker in workers.items()]
+class Contestants:
+    """The contestants' processes, of which only those that are compared just now are alive: they may be large."""
 
+    def __init__(self, plan: Plan, place: Path, paths: dict[str, str], record: bool = True) -> None:
+        """
+        Args:
+            place: gets their specs, logs and folders.
+            paths: what ``make_input`` returned.
+            record: have TRL record its first step for ``_agree``, which takes more memory.
+        """
+        self._plan, self._place, self._paths = plan, place, paths
+        self._alive: dict[str, Worker] = {}
+        self.recorded = place / "recorded.json" if record else None
+        self.peaks: dict[str, int] = {}
+        """The most memory, in bytes, of each contestant that has ended."""
+        self.fill_cpu: dict[str, float] = {}
+        """CPU seconds that each took for its stored reference rewards before its first step."""
 
-@contextlib.contextmanager
-def _contestants(plan: Plan, place: Path, names: tuple[str, ...], record: bool = True) -> Iterator[dict[str, Worker]]:
-    """The contestants' processes, not ready yet; they are ended on leaving.
+    def only(self, *names: str) -> dict[str, Worker]:
+        """End all others, start the ones that are not alive, and wait until these are ready."""
+        for name in [name for name in self._alive if name not in names]:
+            self.peaks[name] = self._alive[name].ask("memory")["peak_bytes"]
+            self._alive.pop(name).close()
+        missing = [name for name in names if name not in self._alive]
+        for name in missing:
+            self._alive[name] = self._start(name)
+        for name in missing:
+            self.fill_cpu[name] = self._alive[name].wait()["fill_cpu"]
+        return {name: self._alive[name] for name in names}
 
-    Args:
-        record: have TRL record its first step for ``_agree``, which takes more memory.
-    """
-    sizes = ("prompts_per_step", "group_size", "prompt_tokens", "new_tokens")
-    numbers = {key: value for key, value in asdict(plan).items() if key in sizes}
-    with contextlib.ExitStack() as stack:
-        workers = {}
-        for name in names:
-            module = "our_side" if name in OURS else "trl_side"
-            spec: dict[str, Any] = {"name": name, "plan": numbers, "model": str(place / "model")}
-            spec["folder"] = str(place / name)
-            spec["record"] = str(place / "recorded.json") if record and name == "trl" else None
-            # the most threads that any step takes; each order says how many
-            variables = environment(peers=module == "trl_side", threads=max(plan.threads))
-            worker = Worker(name, f"benchmarks.peers.{module}", spec, place, variables)
-            stack.callback(worker.close)
-            workers[name] = worker
-        yield workers
+    def close(self) -> None:
+        """End all. Idempotent."""
+        while self._alive:
+            self._alive.popitem()[1].close()
+
+    def _start(self, name: str) -> Worker:
+        module = "our_side" if name in OURS else "trl_side"
+        sizes = ("prompts_per_step", "group_size", "prompt_tokens", "new_tokens")
+        spec: dict[str, Any] = {
+            "name": name,
+            "plan": {size: getattr(self._plan, size) for size in sizes},
+            **self._paths,
+        }
+        spec["folder"] = str(self._place / name)
+        spec["record"] = str(self.recorded) if self.recorded and name == "trl" else None
+        # the most threads that any step takes; each order says how many
+        variables = environment(peers=module == "trl_side", threads=max(self._plan.threads))
+        return Worker(name, f"benchmarks.peers.{module}", spec, self._place, variables)
 
 
 def environment(*, peers: bool, threads: int = 1) -> dict[str, str]:

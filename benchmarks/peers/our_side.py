@@ -15,6 +15,7 @@ import numpy as np
 from benchmarks.peers import plan as settings
 from benchmarks.peers.orders import Orders, peak_bytes
 from nemo_aapo.algorithms import ScoredGroups
+from nemo_aapo.errors import RunError
 from nemo_aapo.rewards.base import Reward
 from nemo_aapo.types import Completion, Group, Prompt
 
@@ -39,14 +40,15 @@ class LastStep:
     def note(self, text: str) -> None: ...
 
 
-def overrides(name: str, plan: settings.Plan, model: Path, folder: Path) -> list[str]:
+def overrides(spec: dict[str, Any]) -> list[str]:
     """A contestant's settings."""
+    plan = settings.Plan(**spec["plan"])
     return [
-        *settings.OURS[name],
-        f"run.dir={folder}",
-        f"model.path={model}",
-        f"data.train={model / 'prompts.jsonl'}",
-        f"data.validation={model / 'prompts.jsonl'}",
+        *settings.OURS[spec["name"]],
+        f"run.dir={spec['folder']}",
+        f"model.path={spec['model']}",
+        f"data.train={spec['prompts']}",
+        f"data.validation={spec['prompts']}",
         f"data.max_prompt_tokens={plan.prompt_tokens}",
         "data.shuffle=false",
         f"prompts_per_step={plan.prompts_per_step}",
@@ -68,6 +70,8 @@ def agree(trainer: Any, recorded: dict[str, Any]) -> dict[str, float]:
     groups = []
     for first in range(0, len(recorded["completions"]), size):
         rows = range(first, first + size)
+        if tuple(recorded["prompts"][first]) not in prompts:
+            raise RunError(f"TRL's prompt is none of ours: {recorded['prompts'][first]}; does the chat template agree?")
         completions = [
             Completion(
                 np.array(recorded["completions"][i], np.int32),
@@ -121,8 +125,7 @@ def build(spec: dict[str, Any], reporter: LastStep, stack: contextlib.ExitStack)
     from nemo_aapo.rewards.workers.runner import RewardRunner
     from nemo_aapo.training.build import build_training, initialize
 
-    words = overrides(spec["name"], settings.Plan(**spec["plan"]), Path(spec["model"]), Path(spec["folder"]))
-    job = resolve(load_config(words), 1, given=("rewards",))
+    job = resolve(load_config(overrides(spec)), 1, given=("rewards",))
     initialize(job.config)
     rewards = RewardRunner([(CoinToss(), 1.0)], workers=0, timeout_s=10.0)
     return build_training(job, reporter=reporter, stack=stack, rewards=rewards)

@@ -9,7 +9,8 @@ from statistics import median
 
 from benchmarks.measure import Figure
 from benchmarks.peers.compare import Cell, Found
-from benchmarks.peers.plan import COMPARISONS, LABELS, MEMORY_TARGET, Comparison
+from benchmarks.peers.orders import Step
+from benchmarks.peers.plan import LABELS, MEMORY_TARGET, Comparison
 from nemo_aapo.utils.tables import markdown
 
 PHASES = ("rollout", "score", "reference", "train", "refit")
@@ -34,11 +35,11 @@ class Ratio:
 
 def ratios(found: Found) -> list[Ratio]:
     """Every comparison for which both sides were measured."""
-    cells = {(c.model, c.lengths, c.threads, c.contestant): c for c in found.cells}
+    cells = {(c.model, c.arm, c.threads, c.contestant): c for c in found.cells}
     made = []
-    for comparison in COMPARISONS:
+    for comparison in found.comparisons:
         for model, threads in dict.fromkeys((c.model, c.threads) for c in found.cells):
-            key = (model, comparison.lengths, threads)
+            key = (model, comparison.arm, threads)
             ours, theirs = cells.get((*key, comparison.ours)), cells.get((*key, comparison.theirs))
             if ours is None or theirs is None:
                 continue
@@ -47,6 +48,14 @@ def ratios(found: Found) -> list[Ratio]:
             wall = _median(ours, "wall") / _median(theirs, "wall")
             made.append(Ratio(comparison, model, threads, cpu, min(turns), max(turns), wall))
     return made
+
+
+def _over_arms(found: Found) -> list[Cell]:
+    """The cells with all steps of a contestant in one, whatever the comparison."""
+    steps: dict[tuple, list[Step]] = {}
+    for c in found.cells:
+        steps.setdefault((c.model, c.lengths, c.threads, "", c.contestant), []).extend(c.steps)
+    return [Cell(*key, tuple(done)) for key, done in steps.items()]
 
 
 def _median(cell: Cell, clock: str) -> float:
@@ -114,7 +123,7 @@ def _step_table(found: Found) -> str:
             f"{median(step.longest_over_mean for step in cell.steps):.1f}",
             _signed(median(step.loss for step in cell.steps), 4),
         ]
-        for cell in found.cells
+        for cell in _over_arms(found)
     ]
     header = ["lengths, what", "model", "threads", "CPU", "clock", "completion tokens", "max/mean length", "loss"]
     return markdown(header, rows)
@@ -133,7 +142,7 @@ def _phase_table(found: Found) -> str:
             str(cell.threads),
             *(f"{median(step.phases[phase] for step in cell.steps):.3f}" for phase in PHASES),
         ]
-        for cell in found.cells
+        for cell in _over_arms(found)
     ]
     return markdown(["lengths, what", "model", "threads", *PHASES], rows)
 
@@ -142,7 +151,7 @@ def _memory_table(found: Found, judged: bool) -> str:
     theirs = {(m.model, m.lengths): m.peak_bytes for m in found.memory if m.contestant == "trl"}
     rows = []
     for m in found.memory:
-        ratio = m.peak_bytes / theirs[m.model, m.lengths]
+        ratio = m.peak_bytes / theirs[m.model, m.lengths]  # TRL's takes part in each kind of lengths
         has_target = judged and m.model == found.large_vocabulary and m.contestant == "ours"
         rows.append(
             [

@@ -54,7 +54,8 @@ class MeasuredTrainer(GRPOTrainer):
         loss = super().training_step(*arguments, **more)
         if self.record:
             gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients).item()
+            # In float64: torch's own norm of a float32 tensor is off by a hundredth at 100 million entries.
+            norm = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients]).norm().item()
             self.record.write_text(json.dumps({**self._recorded, "loss": self.loss, "gradient_norm": norm}))
             self.record = None
         return loss
@@ -141,7 +142,9 @@ class OnOrder(TrainerCallback):
 def build(spec: dict[str, Any], orders: Orders) -> MeasuredTrainer:
     """The trainer of a contestant."""
     plan, model = settings.Plan(**spec["plan"]), Path(spec["model"])
-    rows = [json.loads(line) for line in (model / "prompts.jsonl").read_text().splitlines()]
+    questions = [json.loads(line)["question"] for line in Path(spec["prompts"]).read_text().splitlines()]
+    tokenizer = AutoTokenizer.from_pretrained(model, model_input_names=["input_ids", "attention_mask"])
+    chats = [[{"role": "user", "content": question}] for question in questions]
 
     def load() -> Any:
         return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
@@ -178,8 +181,8 @@ def build(spec: dict[str, Any], orders: Orders) -> MeasuredTrainer:
             report_to="none",
             disable_tqdm=True,
         ),
-        train_dataset=Dataset.from_dict({"prompt": [row["question"] for row in rows]}),
-        processing_class=AutoTokenizer.from_pretrained(model),
+        train_dataset=Dataset.from_dict({"prompt": chats if tokenizer.chat_template else questions}),
+        processing_class=tokenizer,
         callbacks=[on_order],
         **({"reference": load().eval()} if twice else {}),
     )

@@ -188,8 +188,8 @@ class Tokens:
     """bool [n], False at padding; there when an algorithm sees the tokens, as ``shares`` is."""
     lengths: Sequence[int] | None = None
     """Tokens at hand of each of the S sequences; they sum to n. Context parallelism cuts a sequence over ranks."""
-    versions: Sequence[int] | None = None
-    """Optimizer steps that the policy had taken which sampled each of the S sequences."""
+    versions: torch.Tensor | None = None
+    """int64 [n], optimizer steps that the policy had taken which sampled the token."""
     reduce: Callable[[torch.Tensor], torch.Tensor] | None = None
     """Adds up over the ranks that a sequence is cut over, with its gradient; None: it is whole."""
 

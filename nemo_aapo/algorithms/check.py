@@ -168,7 +168,7 @@ class _Batch:
             logprobs=distribution[:, 0],
             entropy=entropy if self.entropy_gradient else entropy.detach(),
             lengths=[len(part) for part in index],
-            versions=[3] * len(index),
+            versions=torch.full((len(at),), 3),
             **{name: column[at] for name, column in self.columns.items()},
         ).replace(**changes)
 

@@ -13,6 +13,7 @@ from nemo_aapo.config.precision import check_optimizer, check_precision
 from nemo_aapo.config.schema import Config
 from nemo_aapo.config.schema.limits import COMPLETIONS_OF_STEP
 from nemo_aapo.config.sources import check_data
+from nemo_aapo.config.staleness import check_staleness
 from nemo_aapo.errors import ConfigError
 
 
@@ -44,7 +45,7 @@ def check_alone(config: Config) -> None:
     if config.rollout.engine == "trtllm":
         _check_trtllm_colocated(config)
     _check_algorithm(config)
-    _check_async(config)
+    check_staleness(config)
     _check_refit(config)
     remote = config.rollout.remote
     if remote.min_servers > remote.servers:
@@ -270,27 +271,6 @@ def _check_switches(config: Config) -> None:
         raise ConfigError("algorithm.kl_coefficient has no effect with algorithm.loss=cross_entropy: set it to 0")
 
 
-def _check_async(config: Config) -> None:
-    depth, algorithm = config.rollout.async_depth, config.algorithm
-    if depth == 0:
-        return
-    if algorithm.importance_weight_cap is None:
-        raise ConfigError(
-            f"rollout.async_depth={depth} trains on rollouts of an earlier policy: set algorithm.importance_weight_cap "
-            "(2.0, say), or the loss takes them for its own"
-        )
-    if algorithm.reference == "online" and config.rollout.engine == "remote":
-        raise ConfigError(
-            f"rollout.async_depth={depth} with algorithm.reference=online: the servers can't sample from reference and "
-            "policy at a time. Use algorithm.reference=cached"
-        )
-    if depth > 1 and config.data.sampling != "uniform":
-        raise ConfigError(
-            f"rollout.async_depth={depth} with data.sampling={config.data.sampling}: which prompts a step takes would "
-            "depend on steps that are not trained on yet when it begins. Use data.sampling=uniform, or a depth of 1"
-        )
-
-
 def _check_refit(config: Config) -> None:
     depth, nodes = config.rollout.async_depth, config.trainer.num_nodes
     if config.rollout.refit == "ipc" and (depth or nodes > 1):
@@ -304,11 +284,6 @@ def _check_refit(config: Config) -> None:
         raise ConfigError(
             "rollout.refit=collective sends Megatron's own weights, and rollout.server.engine=trtllm has others: use "
             "rollout.refit=files or delta"
-        )
-    if depth > 1:
-        raise ConfigError(
-            f"rollout.refit=collective with rollout.async_depth={depth}: servers take weights at "
-            "different times then, and the trainer has the newest only. Use rollout.refit=files or delta"
         )
 
 

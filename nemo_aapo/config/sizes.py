@@ -42,6 +42,8 @@ class ModelShape:
     max_position_embeddings: int
     experts: Experts | None = None
     """None: every feed-forward layer is dense, of ``ffn_hidden_size`` units. Otherwise no layer is."""
+    not_decoded: str | None = None
+    """What of its layers the megatron engine's decoder does not know; None: it knows all."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,9 @@ def derive(config: Config, shape: ModelShape, world_size: int) -> Sizes:
     cp, ep = config.model.context_parallel_size, config.model.expert_model_parallel_size
     if config.rollout.engine == "remote":
         check_server_layout(config.rollout.server, shape)
-    if problem := undivided(shape, tp, pp, ep) or _experts_problem(config, shape):
+    if config.rollout.engine == "megatron":
+        _require_decoded("rollout.engine", shape)
+    if problem := undivided(shape, tp, pp, ep) or _experts_problem(config, shape) or _adapters_problem(config, shape):
         raise ConfigError(f"model.{problem}")
     check_widths(config, _widths(shape, tp))
     edges = config.precision.num_layers_at_start_in_bf16, config.precision.num_layers_at_end_in_bf16
@@ -142,11 +146,13 @@ def derive(config: Config, shape: ModelShape, world_size: int) -> Sizes:
 
 
 def check_server_layout(server: Server, shape: ModelShape) -> None:
-    """Refuse what a rollout server's model can't be cut into.
+    """Refuse what a rollout server's model can't be cut into, or what it does not decode.
 
     Raises:
-        ConfigError: names the sizes that do not divide.
+        ConfigError: names the sizes that do not divide, or what of the model is not known.
     """
+    if server.engine == "megatron":
+        _require_decoded("rollout.server.engine", shape)
     tp, pp, ep = server.tensor_parallel_size, server.pipeline_parallel_size, server.expert_parallel_size
     if server.engine == "trtllm" and tp * pp * ep > 1:
         raise ConfigError(
@@ -160,6 +166,15 @@ def check_server_layout(server: Server, shape: ModelShape) -> None:
         )
     if problem := undivided(shape, tp, pp, ep):
         raise ConfigError(f"rollout.server.{problem.replace('_model_parallel', '_parallel', 1)}")
+
+
+def _require_decoded(setting: str, shape: ModelShape) -> None:
+    """Refuse a model that Megatron's engine does not decode; ``setting`` names that engine."""
+    if shape.not_decoded:
+        raise ConfigError(
+            f"{setting}=megatron does not decode {shape.not_decoded}, which a {shape.architecture} has. Use "
+            "rollout.engine=plain, which samples whatever trains, slowly"
+        )
 
 
 def with_routes_decided(config: Config, shape: ModelShape) -> Config:
@@ -185,6 +200,12 @@ def with_routes_decided(config: Config, shape: ModelShape) -> Config:
         raise ConfigError(
             f"rollout.replay_routes: a route is one byte, which tells {MAX_ROUTED_EXPERTS} experts apart and not the "
             f"model's {shape.experts.count}: set it to false"
+        )
+    if decided and rollout.max_lag is not None:
+        raise ConfigError(
+            f"rollout.max_lag={rollout.max_lag} with rollout.replay_routes={str(asked).lower()}: keys and values by "
+            "other weights may have been sent to other experts than those recorded. Set rollout.replay_routes=false, "
+            "or use rollout.async_depth"
         )
     if decided and rollout.replay is not None:
         raise ConfigError(
@@ -260,6 +281,18 @@ def _experts_problem(config: Config, shape: ModelShape) -> str | None:
     return None
 
 
+def _adapters_problem(config: Config, shape: ModelShape) -> str | None:
+    """Why adapters where they are asked for would not be those of ``peft``; None: they are, or there are none."""
+    lora = config.model.lora
+    normed = sorted({"linear_proj", "linear_fc2"} & set(lora.target_modules)) if lora else []
+    if lora and normed and shape.architecture == "Gemma3ForCausalLM":
+        return (
+            f"lora.target_modules={list(lora.target_modules)}: {', '.join(normed)} of Gemma 3 are followed by a norm, "
+            "and Megatron-Bridge adds an adapter after it. Use [linear_qkv, linear_fc1]"
+        )
+    return None
+
+
 def undivided(
     shape: ModelShape, tensor_parallel_size: int, pipeline_parallel_size: int, expert_parallel_size: int = 1
 ) -> str | None:
@@ -267,6 +300,11 @@ def undivided(
 
     An expert is whole on its rank, whatever the tensor-parallel size.
     """
+    if shape.architecture == "OlmoeForCausalLM" and tensor_parallel_size > 1:
+        return (
+            f"tensor_model_parallel_size={tensor_parallel_size}: OLMoE's norms of query and key are of all heads, "
+            "which stay on one rank. Cut its experts instead (expert_model_parallel_size)"
+        )
     if shape.experts is None:
         if expert_parallel_size > 1:
             return f"expert_model_parallel_size={expert_parallel_size}: a {shape.architecture} has no experts"

@@ -16,6 +16,24 @@ OnFinish = Callable[[int, int, Completion], object]
 and the engine may break off the others."""
 
 
+More = tuple[Sequence[np.ndarray], Sequence[Sequence[int]]]
+"""Prompts and seeds, as ``RolloutEngine.generate`` takes them."""
+
+
+@dataclass(frozen=True, slots=True)
+class InFlight:
+    """A call that goes on while weights change and more prompts come."""
+
+    between: Callable[[], More | None]
+    """Called between two decoding steps, on all ranks of the engine alike. It may load other weights into the model.
+    What it returns is generated too, numbered behind the prompts so far; None: it is enough, and the call ends."""
+    recompute_kv: bool
+    """After other weights were loaded: True: keys and values of running sequences are computed anew by them. False:
+    those that earlier weights left are gone on with."""
+    prompt_tokens: int
+    """No prompt that comes later is longer."""
+
+
 @dataclass(frozen=True, slots=True)
 class RolloutStats:
     """What one ``generate`` call did for this model-parallel group."""
@@ -50,6 +68,10 @@ class PendingCompletions(Protocol):
 
     def result(self) -> list[list[Completion]]:
         """Wait for them; what ``generate`` would have returned. Collective over the model-parallel group."""
+        ...
+
+    def error(self) -> Exception | None:
+        """What ended them before their end, on the model-parallel source rank; None so far. Returns at once."""
         ...
 
 
@@ -108,8 +130,29 @@ class RolloutEngine(Protocol):
 
 
 @runtime_checkable
+class InFlightEngine(Protocol):
+    """What an engine of a rollout server has besides that takes other weights and more prompts while it generates."""
+
+    def generate_in_flight(
+        self,
+        prompts: Sequence[np.ndarray],
+        sampling: SamplingSpec,
+        seeds: Sequence[Sequence[int]],
+        on_finish: OnFinish,
+        in_flight: InFlight,
+    ) -> None:
+        """Generate these prompts' completions and those of prompts that come meanwhile, until none is left.
+
+        Completions go to ``on_finish`` alone. Those that began before weights changed go on by the new ones: their
+        ``versions`` say which sampled which token, and each log-prob is that of the weights that sampled it.
+        """
+        ...
+
+
+@runtime_checkable
 class BackgroundEngine(RolloutEngine, Protocol):
-    """An engine that generates elsewhere while this process does something else: for ``rollout.async_depth``."""
+    """An engine that generates elsewhere while this process does something else: for ``rollout.async_depth`` and
+    ``rollout.max_lag``."""
 
     def start(
         self,
@@ -121,8 +164,8 @@ class BackgroundEngine(RolloutEngine, Protocol):
         """As ``generate``, but returns at once.
 
         ``on_finish`` is called from another thread. Several calls may be under way: each keeps the weights that were
-        served when it began, also where ``update_weights`` brings others meanwhile, and none waits for a later one. No
-        collective is begun before ``result``.
+        served when it began, also where ``update_weights`` brings others meanwhile (with ``rollout.max_lag`` it goes on
+        by those), and none waits for a later one. No collective is begun before ``result``.
         """
         ...
 

@@ -41,7 +41,7 @@ def build_engine(
         from nemo_aapo.engines.remote.engine import RemoteEngine
 
         sender = build_sender(config, policy.module, shape.vocab_size, policy.named_weights)
-        return RemoteEngine.from_config(config, sender)
+        return RemoteEngine.from_config(config, sender, vocab_size=shape.vocab_size)
     if config.rollout.engine == "trtllm":
         from nemo_aapo.engines.trtllm.engine import TrtllmEngine
 
@@ -105,6 +105,8 @@ class HostedEngine:
     """To be called every few seconds while there is nothing to do; None: nobody waits for that."""
     kv_cache_use: Callable[[], float] = lambda: math.nan
     """Share of the KV cache that is in use now; NaN where the engine does not tell."""
+    prompt_tokens: int = 0
+    """Prompts that come to what is generated in flight are expected to be no longer: rows have room for so much."""
 
 
 def build_hosted_engine(config: Config, shape: ModelShape) -> HostedEngine:
@@ -194,5 +196,11 @@ def _hosted_megatron(config: Config, shape: ModelShape) -> HostedEngine:
         engine.update_weights((), weights.policy_version)
 
     return HostedEngine(
-        engine, load, tensors, can_break_off=True, meeting=meeting, kv_cache_use=lambda: engine.kv_cache_use
+        engine,
+        load,
+        tensors,
+        can_break_off=True,
+        meeting=meeting,
+        kv_cache_use=lambda: engine.kv_cache_use,
+        prompt_tokens=config.data.max_prompt_tokens,
     )

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from nemo_aapo.distributed import parallel
 from nemo_aapo.distributed.agreement import first_error
-from nemo_aapo.engines.base import OnFinish, RolloutEngine
+from nemo_aapo.engines.base import InFlight, InFlightEngine, More, OnFinish, RolloutEngine
 from nemo_aapo.engines.build import HostedEngine
 from nemo_aapo.engines.collective.plan import Rendezvous
 from nemo_aapo.engines.weights import WeightsId
@@ -52,6 +52,7 @@ def led(hosted: HostedEngine) -> HostedEngine:
         meeting,
         lambda: ranks.call("idle"),
         hosted.kv_cache_use,
+        hosted.prompt_tokens,
     )
 
 
@@ -76,8 +77,11 @@ class _Ranks:
         self.taken = 0
         """Bytes of this rank's part of what the trainer has sent."""
 
-    def call(self, name: str, *arguments: Any, on_finish: OnFinish | None = None) -> None:
+    def call(self, name: str, *arguments: Any, **here: Any) -> None:
         """On rank 0: have all ranks make a call.
+
+        Args:
+            here: arguments of rank 0 alone: whom it tells and asks.
 
         Raises:
             What it raised here, or else on the first other rank.
@@ -85,7 +89,7 @@ class _Ranks:
         """
         with parallel.lost_ranks_reported(lambda: name):
             dist.broadcast_object_list([(name, arguments)], src=0)
-        self._make(name, arguments, on_finish)
+        self._make(name, arguments, here)
 
     def follow_once(self) -> bool:
         """On the others: wait for the next call and make it; False: it was the last."""
@@ -94,14 +98,29 @@ class _Ranks:
             dist.broadcast_object_list(box, src=0)
         name, arguments = box[0]
         with contextlib.suppress(_Told):
-            self._make(name, arguments, None)
+            self._make(name, arguments, {})
         return name != "close"
 
-    def _make(self, name: str, arguments: Sequence[Any], on_finish: OnFinish | None) -> None:
+    def _between(self, between: Callable[[], More | None] | None) -> More | None:
+        """Between two decoding steps: on rank 0 what it has to say, which may make calls; on the others make those."""
+        if between is not None:
+            more = between()
+            dist.broadcast_object_list([("go on", more)], src=0)
+            return more
+        while True:
+            box: list[Any] = [None]
+            dist.broadcast_object_list(box, src=0)
+            name, arguments = box[0]
+            if name == "go on":
+                return cast("More | None", arguments)
+            with contextlib.suppress(_Told):
+                self._make(name, arguments, {})
+
+    def _make(self, name: str, arguments: Sequence[Any], here: dict[str, Any]) -> None:
         error: Exception | None = None
         with parallel.lost_ranks_reported(lambda: name):
             try:
-                self._run(name, arguments, on_finish)
+                self._run(name, arguments, here)
             except LostRankError:
                 raise
             except _ALIKE as raised:
@@ -110,14 +129,10 @@ class _Ranks:
         if error is not None:
             raise error if dist.get_rank() == 0 else _Told from error
 
-    def _run(self, name: str, arguments: Sequence[Any], on_finish: OnFinish | None) -> None:
+    def _run(self, name: str, arguments: Sequence[Any], here: dict[str, Any]) -> None:
         """Raises: LostRankError: the others can't know of what happened here, and may wait for this rank in vain."""
         try:
-            if name == "generate":
-                prompts, sampling, seeds = arguments
-                self.generate(prompts, sampling, seeds, on_finish)
-            else:
-                getattr(self, name)(*arguments)
+            getattr(self, name)(*arguments, **here)
         except (*_ALIKE, dist.DistError):
             raise
         except Exception as error:
@@ -134,15 +149,26 @@ class _Ranks:
         prompts: Sequence[np.ndarray],
         sampling: SamplingSpec,
         seeds: Sequence[Sequence[int]],
-        on_finish: OnFinish | None,
+        on_finish: OnFinish | None = None,
     ) -> None:
         """``RolloutEngine.generate``; rank 0 alone says when it is enough."""
+        self.hosted.engine.generate(prompts, sampling, seeds, _heard(on_finish))
 
-        def tell(i: int, j: int, completion: Completion) -> bool:
-            enough = bool(on_finish is not None and on_finish(i, j, completion))
-            return parallel.broadcast_from_first_rank(enough)
-
-        self.hosted.engine.generate(prompts, sampling, seeds, tell)
+    def generate_in_flight(
+        self,
+        prompts: Sequence[np.ndarray],
+        sampling: SamplingSpec,
+        seeds: Sequence[Sequence[int]],
+        recompute_kv: bool,
+        prompt_tokens: int,
+        on_finish: OnFinish | None = None,
+        between: Callable[[], More | None] | None = None,
+    ) -> None:
+        """``InFlightEngine.generate_in_flight``: all ranks take up at one step what rank 0 does."""
+        engine = self.hosted.engine
+        assert isinstance(engine, InFlightEngine), "only Megatron's engine has several ranks"
+        in_flight = InFlight(lambda: self._between(between), recompute_kv, prompt_tokens)
+        engine.generate_in_flight(prompts, sampling, seeds, _heard(on_finish), in_flight)
 
     def load(self, folder: Path, version: int) -> None:
         """Take over the weights of a directory, which all ranks see."""
@@ -169,6 +195,15 @@ class _Ranks:
         self.hosted.engine.close()
 
 
+def _heard(on_finish: OnFinish | None) -> OnFinish:
+    """On all ranks: what rank 0's callback says."""
+
+    def tell(i: int, j: int, completion: Completion) -> bool:
+        return parallel.broadcast_from_first_rank(bool(on_finish is not None and on_finish(i, j, completion)))
+
+    return tell
+
+
 class _Told(Exception):
     """A call failed alike on all ranks; rank 0 says so."""
 
@@ -182,18 +217,21 @@ class _LedEngine:
     def generate(
         self, prompts: Sequence[np.ndarray], sampling: SamplingSpec, seeds: Sequence[Sequence[int]], on_finish: OnFinish
     ) -> None:
-        raised: list[Exception] = []
+        with _raised_here(on_finish) as tell:
+            self._ranks.call("generate", prompts, sampling, seeds, on_finish=tell)
 
-        def tell(i: int, j: int, completion: Completion) -> bool:
-            try:
-                return bool(on_finish(i, j, completion))
-            except Exception as error:  # here alone: the others have to be told to end, too
-                raised.append(error)
-                return True
-
-        self._ranks.call("generate", prompts, sampling, seeds, on_finish=tell)
-        if raised:
-            raise raised[0]
+    def generate_in_flight(
+        self,
+        prompts: Sequence[np.ndarray],
+        sampling: SamplingSpec,
+        seeds: Sequence[Sequence[int]],
+        on_finish: OnFinish,
+        in_flight: InFlight,
+    ) -> None:
+        shared = in_flight.recompute_kv, in_flight.prompt_tokens
+        with _raised_here(on_finish) as tell:
+            call = self._ranks.call
+            call("generate_in_flight", prompts, sampling, seeds, *shared, on_finish=tell, between=in_flight.between)
 
     def wake(self) -> None:
         """Megatron's engine takes what it needs by itself."""
@@ -203,3 +241,20 @@ class _LedEngine:
 
     def close(self) -> None:
         self._ranks.call("close")
+
+
+@contextmanager
+def _raised_here(on_finish: OnFinish) -> Iterator[OnFinish]:
+    """A callback that ends the call on all ranks where ``on_finish`` raises, which is raised then."""
+    raised: list[Exception] = []
+
+    def tell(i: int, j: int, completion: Completion) -> bool:
+        try:
+            return bool(on_finish(i, j, completion))
+        except Exception as error:  # here alone: the others have to be told to end, too
+            raised.append(error)
+            return True
+
+    yield tell
+    if raised:
+        raise raised[0]

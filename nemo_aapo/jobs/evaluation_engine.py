@@ -69,7 +69,7 @@ def _on_servers(
     from nemo_aapo.engines.remote.engine import RemoteEngine
 
     admit = functools.partial(_require_precision, job.settings.precision.name)
-    engine = RemoteEngine.from_config(job.settings, admit=admit)
+    engine = RemoteEngine.from_config(job.settings, admit=admit, vocab_size=job.shape.vocab_size)
     stack.callback(engine.close)
     log(f"handing {job.source.path} to the rollout servers of {engine.fleet.directory}")
     if job.source.kind == "hf":

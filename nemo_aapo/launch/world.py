@@ -108,10 +108,11 @@ def refusal(config: Config, machine: Machine) -> str | None:
                 "is no GPU: set them to 0 and false"
             )
         return None
-    if config.model.share_prompts:
+    if config.model.share_prompts and (not kind.bf16 or config.model.context_parallel_size > 1):
         return (
-            "model.share_prompts=true: attention over prompts that sequences share is not wired to TransformerEngine "
-            "yet; leave it at null"
+            f"model.share_prompts=true with precision={name} and model.context_parallel_size="
+            f"{config.model.context_parallel_size} on a GPU: the kernels for shared prompts take bf16 only, and rows "
+            "that are not cut; set it to false, or precision=bf16 and model.context_parallel_size=1"
         )
     if config.model.context_parallel_size > 1 and not kind.bf16:
         return (

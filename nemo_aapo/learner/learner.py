@@ -260,7 +260,7 @@ def _samples(group: Group) -> list[Sample]:
             completion_ids=completion.token_ids,
             rollout_logprobs=completion.logprobs,
             advantage=float(advantage),
-            version=completion.policy_version,
+            versions=completion.token_versions,
             routes=completion.routes,
         )
         for completion, advantage in zip(group.completions, group.final_advantages, strict=True)

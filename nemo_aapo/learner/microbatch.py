@@ -2,9 +2,9 @@
 
 The completions of a group have their prompt in common, and what a transformer computes of a token depends on the tokens
 before it alone. So the prompt need not be computed once for each of them: a prefix group is completions behind one copy
-of their prompt. Only attention sees whole sequences: ``expand`` copies queries, keys and values to them, and
-``contract`` takes its results back to the row. Loss and gradients are the same (up to rounding): each completion's
-gradient flows into the one copy. The idea is that of Prefix Grouper (arXiv 2506.05433).
+of their prompt. In attention a completion's tokens see their own completion and that copy (``mcore/attention``). Loss
+and gradients are the same (up to rounding): each completion's gradient flows into the one copy. The idea is that of
+Prefix Grouper (arXiv 2506.05433).
 
 Context parallelism cuts the row: each prefix group into twice as many chunks as there are ranks, of which a rank takes
 one from the front and its mirror image from the back. A token attends to those before it, so that is equal work. Of
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from nemo_aapo.mcore.attention.spans import RowAttention
 from nemo_aapo.mcore.micro_batch import MicroBatch
 from nemo_aapo.types import NO_ROUTE, Sample
 
@@ -119,6 +120,7 @@ def collate(
         input_ids=torch.from_numpy(rows.ids).to(device),
         position_ids=torch.from_numpy(rows.position_ids).to(device),
         cu_seqlens=None if rows.bounds is None else torch.tensor(rows.bounds, dtype=torch.int32).to(device),
+        row=None if rows.segments is None else RowAttention.of(rows.segments, rows.groups, device),
         longest=int(rows.position_ids.max()) + 1,
         positions=flat(rows.predictions, torch.int64),
         targets=flat([sample.completion_ids for sample in samples], torch.int64),
@@ -129,7 +131,10 @@ def collate(
             [np.where(np.isfinite(s.rollout_logprobs), w, 0.0) for s, w in zip(samples, token_weights, strict=True)],
             torch.float32,
         ),
-        versions=tuple(sample.version for sample in samples),
+        versions=flat(
+            [np.zeros(n) if s.versions is None else s.versions for n, s in zip(lengths, samples, strict=True)],
+            torch.int64,
+        ),
         rollout_logprobs=flat([sample.rollout_logprobs for sample in samples], torch.float32),
         expand=index(rows.expand),
         contract=index(rows.contract),
@@ -171,6 +176,10 @@ class _Rows:
     """Indices, for each sequence, of the flattened hidden states [s * b, h] that predict its completion tokens."""
     bounds: tuple[int, ...] | None = None
     """``MicroBatch.cu_seqlens``"""
+    segments: Sequence[int] | None = None
+    """Where each prompt, completion and whole sequence of the one row starts, and where the last one ends."""
+    groups: Sequence[tuple[int, int, int]] = ()
+    """As ``RowAttention.of`` takes them."""
     expand: np.ndarray | None = None
     """``MicroBatch.expand``"""
     contract: np.ndarray | None = None
@@ -204,9 +213,11 @@ def _pack(groups: Sequence[PrefixGroup], multiple: int, ranks: int) -> _Rows:
     What pads a group for context parallelism stands behind its last sequence, where no token of that attends to it.
     """
     ids, positions, predictions, sequences = [], [], [], []
-    pieces, end = [0], 0
+    pieces, segments, sharing, end = [0], [0], [], 0
     for group in groups:
         prompt = group.prompt_ids
+        if len(group.samples) > 1:
+            segments.append(end + len(prompt))
         at_prompt = end + np.arange(len(prompt))
         ids.append(prompt)
         positions.append(np.arange(len(prompt)))
@@ -219,17 +230,22 @@ def _pack(groups: Sequence[PrefixGroup], multiple: int, ranks: int) -> _Rows:
             sequences.append(np.concatenate([at_prompt, at_completion]))
             predictions.append(np.concatenate([at_prompt[-1:], at_completion])[:length])
             end += length
+            segments.append(end)
         if extra := pad_to(end - pieces[-1], chunks(ranks)) - (end - pieces[-1]):
             ids.append(np.zeros(extra))
             positions.append(len(sequences[-1]) + np.arange(extra))
             sequences[-1] = np.concatenate([sequences[-1], end + np.arange(extra)])
             end += extra
+            segments[-1] = end
+        if len(group.samples) > 1:
+            sharing.append((int(at_prompt[0]), int(at_prompt[-1]) + 1, end))
         pieces.append(end)
     if padding := pad_to(max(end, 1), math.lcm(multiple, chunks(ranks))) - end:
         ids.append(np.zeros(padding))
         positions.append(np.arange(padding))
         sequences.append(end + np.arange(padding))
         pieces.append(end + padding)
+        segments.append(end + padding)
     bounds = np.cumsum([0, *map(len, sequences)])
     expand = np.concatenate(sequences)
     contract = np.empty(end + padding, np.int64)
@@ -241,6 +257,8 @@ def _pack(groups: Sequence[PrefixGroup], multiple: int, ranks: int) -> _Rows:
         position_ids=np.concatenate(positions)[None],
         predictions=predictions,
         bounds=tuple(bounds.tolist()),
+        segments=sorted(set(segments)),  # a completion without a token is none
+        groups=sharing,
         expand=expand if shared else None,
         contract=contract if shared else None,
         parts=mirrored_parts(pieces, ranks) if ranks > 1 else None,

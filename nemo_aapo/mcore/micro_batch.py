@@ -10,7 +10,17 @@ from typing import Any
 import numpy as np
 import torch
 
-_PER_TOKEN = ("targets", "advantages", "weights", "rollout_logprobs", "old_logprobs", "reference_logprobs")
+from nemo_aapo.mcore.attention.spans import RowAttention
+
+_PER_TOKEN = (
+    "targets",
+    "advantages",
+    "weights",
+    "rollout_logprobs",
+    "versions",
+    "old_logprobs",
+    "reference_logprobs",
+)
 """Fields of a ``MicroBatch`` that have an entry for each of its n tokens."""
 
 
@@ -43,8 +53,10 @@ class MicroBatch:
     """float32 [n], the token's share of the loss: 1 / (global denominator)."""
     rollout_logprobs: torch.Tensor
     """float32 [n], the rollout engine's log-probs of the tokens."""
-    versions: tuple[int, ...] = ()
-    """Optimizer steps that the policy had taken which sampled each sequence."""
+    versions: torch.Tensor | None = None
+    """int64 [n], optimizer steps that the policy had taken which sampled the tokens."""
+    row: RowAttention | None = None
+    """What the tokens of the one row attend to. None: there are padded rows."""
     expand: torch.Tensor | None = None
     """int64 [cu_seqlens[-1]], where in the row each token of the whole sequences stands. None: no prompt is shared, the
     row is those sequences."""
@@ -52,7 +64,8 @@ class MicroBatch:
     """int64 [s], a place in ``expand`` that holds each token of the row."""
     parts: torch.Tensor | None = None
     """int64 [ranks, s / ranks], the tokens of the one row that each context-parallel rank takes. None: it is not cut.
-    A rank's ``part`` keeps it, as it keeps ``cu_seqlens``, ``expand`` and ``contract``: attention sees the whole."""
+    A rank's ``part`` keeps it, as it keeps ``cu_seqlens``, ``row``, ``expand`` and ``contract``: attention sees the
+    whole."""
     old_logprobs: torch.Tensor | None = None
     """float32 [n], the learner's log-probs of the tokens before the first of several updates."""
     reference_logprobs: torch.Tensor | None = None

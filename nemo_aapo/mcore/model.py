@@ -18,6 +18,7 @@ from nemo_aapo.mcore import precision
 from nemo_aapo.mcore.bridge.weights import WeightMap
 from nemo_aapo.mcore.cpu import layers
 from nemo_aapo.mcore.experts.model import expert_fields, mark_experts
+from nemo_aapo.models.directory import CPU_ONLY
 
 
 def build_module(config: Config, weight_map: WeightMap) -> GPTModel:
@@ -53,6 +54,8 @@ def build_stage(weight_map: WeightMap, fields: Mapping[str, Any]) -> GPTModel:
         ConfigError: as ``build_module``.
     """
     provider = weight_map.provider()
+    if (provider.post_norms or provider.norms_over_heads) and device().type == "cuda":
+        raise ConfigError(f"{weight_map.path}: {CPU_ONLY}")
     fields = {
         **fields,
         # The weights come from the model directory, but mcore marks tensor-parallel parameters in the same breath
@@ -82,6 +85,7 @@ def build_stage(weight_map: WeightMap, fields: Mapping[str, Any]) -> GPTModel:
     mark_experts(module)
     if not torch.cuda.is_available():
         layers.use_kernels(module)
+        layers.add_parts(module)
     return module.to(device())
 
 

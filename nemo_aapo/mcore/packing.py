@@ -16,12 +16,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 from nemo_aapo.distributed import parallel
 from nemo_aapo.distributed.device import device
+from nemo_aapo.mcore.attention.spans import RowAttention
 from nemo_aapo.mcore.micro_batch import MicroBatch
-
-SHORTEST_OF_BATCH = 0.7
-"""Sequences attend in one batch if each has at least this share of the longest one's length.
-
-A lower share computes more padding, a higher one makes more batches; both cost time."""
 
 QUERIES_AT_ONCE = 1024
 """Tokens of a run at most, where a rank has the keys of all: bounds the mask, and what is computed in vain of it."""
@@ -37,6 +33,8 @@ class PackedSequences(PackedSeqParams):
 
     bounds: torch.Tensor
     """``MicroBatch.cu_seqlens``"""
+    row: RowAttention
+    """``MicroBatch.row``"""
     expand: torch.Tensor | None
     """``MicroBatch.expand``"""
     contract: torch.Tensor | None
@@ -45,27 +43,6 @@ class PackedSequences(PackedSeqParams):
     """``MicroBatch.parts``. What the ranks' parts are gathered to is in this order."""
     rank: int = 0
     """Which of ``parts`` this rank has."""
-
-    @functools.cached_property
-    def attention_batches(self) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Batches of sequences of like lengths, for attention that takes padded rows.
-
-        Returns:
-            For each batch int64 [b, s]: which token of the row stands there; a sequence's last one stands in for its
-            padding. And int64 [t]: where the token's result is among those of all batches, flattened. Tokens are
-            counted as they stand in the row or, where it is cut, as the parts of all ranks end to end.
-        """
-        bounds, tokens = self.bounds.numpy(), self._tokens
-        batches, place, done = [], np.empty(len(tokens), np.int64), 0
-        for sequences in like_lengths(np.diff(bounds)):
-            starts, last = bounds[sequences], bounds[sequences + 1] - 1
-            width = int((last - starts).max()) + 1
-            batches.append(torch.from_numpy(tokens[np.minimum(starts[:, None] + np.arange(width), last[:, None])]))
-            for row, (start, end) in enumerate(zip(starts, last + 1, strict=True)):
-                place[start:end] = done + row * width + np.arange(end - start)
-            done += len(sequences) * width
-        place = place if self.contract is None else place[self.contract.numpy()]
-        return batches, torch.from_numpy(place if self.parts is None else place[self.parts.flatten().numpy()])
 
     @property
     def _tokens(self) -> np.ndarray:
@@ -118,26 +95,14 @@ class OwnQueries(NamedTuple):
     """How many tokens of a sequence these are, by its index."""
 
 
-def like_lengths(lengths: np.ndarray) -> list[np.ndarray]:
-    """Indices of sequences, longest first, cut where one is shorter than ``SHORTEST_OF_BATCH`` of its batch's first."""
-    order = np.argsort(-lengths, kind="stable")
-    batches, start = [], 0
-    while start < len(order):
-        fits = lengths[order] >= SHORTEST_OF_BATCH * lengths[order[start]]
-        stop = int(np.count_nonzero(fits))
-        batches.append(order[start:stop])
-        start = stop
-    return batches
-
-
 def packed_sequences(batch: MicroBatch) -> PackedSequences:
     """What attention is told of a micro-batch that is one row.
 
     Raises:
         ValueError: its sequences are padded rows.
     """
-    bounds, longest = batch.cu_seqlens, batch.longest
-    if bounds is None:
+    bounds, row, longest = batch.cu_seqlens, batch.row, batch.longest
+    if bounds is None or row is None:
         raise ValueError("a micro-batch of padded rows needs no description of its sequences")
     whole = bounds
     if _needs_positions(batch):
@@ -149,6 +114,7 @@ def packed_sequences(batch: MicroBatch) -> PackedSequences:
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
         bounds=whole,
+        row=row,
         expand=batch.expand,
         contract=batch.contract,
         parts=batch.parts,
@@ -173,7 +139,7 @@ def rotary_positions(module: GPTModel, batch: MicroBatch) -> Iterator[None]:
         return
 
     def of_each_token(_module: torch.nn.Module, _arguments: Any, angles: torch.Tensor) -> torch.Tensor:
-        return angles.index_select(0, batch.position_ids[0])
+        return angles.index_select(-4, batch.position_ids[0])  # [s, 1, 1, d], or of several bases [n, s, 1, 1, d]
 
     hook = module.rotary_pos_emb.register_forward_hook(of_each_token)
     try:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from nemo_aapo.config import Config, PrecisionKind, kind_of
+from nemo_aapo.mcore.attention.sharing import sharing
 
 
 def dtype(config: Config) -> torch.dtype:
@@ -81,12 +82,15 @@ def _layer_spec() -> Any:
 
 
 def transformer_engine_layer_spec(config: Any) -> Any:
-    """TransformerEngine's layers for a provider's configuration."""
+    """TransformerEngine's layers for a provider's configuration; their attention takes shared prompts, too."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
-    return get_gpt_layer_with_transformer_engine_spec(
+    layer = get_gpt_layer_with_transformer_engine_spec(
         num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm, qk_layernorm=config.qk_layernorm
     )
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = sharing(attention.core_attention)
+    return layer
 
 
 def fuse_weight_gradients(module: torch.nn.Module) -> int:

@@ -249,6 +249,16 @@ OF_BRIDGE = (
 )
 """Checked on every machine as Megatron-Bridge is imported."""
 
+OF_OLMOE = (
+    Function(
+        "megatron.bridge.models.olmoe.olmoe_bridge:OlMoEBridge.mapping_registry",
+        "eabac2cb6a8c31d1ce9fbd4d57afc34269afdf2aced9e938da15c1ad7207f5b0",
+        "eabac2cb6a8c31d1ce9fbd4d57afc34269afdf2aced9e938da15c1ad7207f5b0",
+        "it has no place for experts that are modules of their own, as they are without TransformerEngine",
+    ),
+)
+"""Checked on every machine as the Bridge's map of OLMoE is imported."""
+
 OF_LORA = (
     Function(
         "megatron.bridge.peft.utils:get_adapter_attributes_from_linear",

@@ -12,8 +12,31 @@ from nemo_aapo.errors import ConfigError
 from nemo_aapo.models.weights import check_weights
 from nemo_aapo.text import transformers5
 
-ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "LlamaForCausalLM")
+ARCHITECTURES = (
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "GemmaForCausalLM",
+    "Gemma3ForCausalLM",
+    "OlmoeForCausalLM",
+    "NemotronForCausalLM",
+)
 """Architectures that can be trained; ``models/families.py`` has those that are only converted."""
+
+NOT_DECODED = {
+    "NemotronForCausalLM": "LayerNorms with biases and a feed-forward part without a gate (squared ReLU)",
+}
+"""Architectures that the megatron engine's decoder does not know, with what of them; the plain engine samples them."""
+
+LOCAL_LAYERS_ONLY = ("Gemma3ForCausalLM", "OlmoeForCausalLM")
+"""Architectures whose layers are built of mcore's own parts here, which run without a GPU."""
+
+CPU_ONLY = (
+    "layers of this family are built of megatron-core's own parts here, which run without a GPU only; with "
+    "TransformerEngine's they were never tried"
+)
 
 _SHARED = "an expert that every token passes is not decoded here"
 
@@ -30,10 +53,15 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 8,
         "moe_intermediate_size": 768,
     },
+    "OlmoeForCausalLM": {"num_experts": 64, "num_experts_per_tok": 8},
     "MistralForCausalLM": {"num_key_value_heads": 8},
     "GemmaForCausalLM": {"num_key_value_heads": 16, "head_dim": 256, "tie_word_embeddings": True},
+    "Gemma3ForCausalLM": {"num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True},
 }
 """What transformers 4.57 takes for a size that ``config.json`` leaves out, where it differs from ``shape_of``'s."""
+
+NO_HEAD_DIM = ("OlmoeForCausalLM",)
+"""Architectures whose heads share out the hidden size, whatever ``config.json`` has as ``head_dim``."""
 
 NO_EXPERT_SETTINGS: dict[str, tuple[tuple[Any, ...], str]] = {
     "decoder_sparse_step": ((1,), "dense layers among those of experts are not told apart in Megatron-Bridge 0.3.1"),
@@ -50,10 +78,6 @@ NO_EXPERT_SETTINGS: dict[str, tuple[tuple[Any, ...], str]] = {
 REFUSED = {
     "Gemma2ForCausalLM": "Megatron-Bridge 0.3.1 builds its layers of TransformerEngine classes only "
     "(TERowParallelLinearLayerNorm), which do not exist on a CPU",
-    "Gemma3ForCausalLM": "Megatron-Bridge 0.3.1 builds its layers of TransformerEngine classes only "
-    "(TERowParallelLinearLayerNorm, Gemma3TEDotProductAttention), which do not exist on a CPU",
-    "OlmoeForCausalLM": "its norms of query and key span all heads, which the in-process engine does not decode; and "
-    "Megatron-Bridge 0.3.1 builds its layers of TransformerEngine classes only",
     "MixtralForCausalLM": "Megatron-Bridge 0.3.1 has no map for its weights",
     "Qwen2MoeForCausalLM": _SHARED,
     "DeepseekV2ForCausalLM": f"latent attention is not decoded here, and {_SHARED}",
@@ -102,11 +126,11 @@ def twin_problem(config: dict[str, Any]) -> str | None:
     if problem := transformers5.problem(config):
         return problem
     config = {**config, **transformers5.translation(config)}
-    return _rope_problem(config) or _window_problem(config) or _experts_problem(config)
+    return _rope_problem(config) or _window_problem(config) or _gemma_problem(config) or _experts_problem(config)
 
 
 def _rope_problem(config: dict[str, Any]) -> str | None:
-    if config.get("partial_rotary_factor") not in (None, 1):
+    if config.get("partial_rotary_factor") not in (None, 1) and "NemotronForCausalLM" not in config["architectures"]:
         return "partial_rotary_factor gets lost in Megatron-Bridge 0.3.1: the Megatron model would differ"
     scaling = config.get("rope_scaling")
     if not scaling:
@@ -114,7 +138,7 @@ def _rope_problem(config: dict[str, Any]) -> str | None:
     if not isinstance(scaling, dict):
         return f"rope_scaling={scaling!r} is not what transformers writes there: a JSON object"
     kind = transformers5.rope_type(scaling)
-    if kind == "default":
+    if kind == "default" or (kind == "linear" and "Gemma3ForCausalLM" in config["architectures"]):
         return None
     if kind != "llama3" or "LlamaForCausalLM" not in config["architectures"]:
         return f"rope_scaling of type {kind} gets lost in Megatron-Bridge 0.3.1: the Megatron model would differ"
@@ -130,9 +154,31 @@ def _window_problem(config: dict[str, Any]) -> str | None:
     return None
 
 
-def _experts_problem(config: dict[str, Any]) -> str | None:
-    if first_architecture(config) != "Qwen3MoeForCausalLM":
+NO_GEMMA_SETTINGS = {
+    "final_logit_softcapping": None,
+    "attn_logit_softcapping": None,
+    "use_bidirectional_attention": False,
+}
+"""Settings of Gemma and Gemma 3: the value that is computed here, besides null."""
+
+
+def _gemma_problem(config: dict[str, Any]) -> str | None:
+    if not first_architecture(config).startswith("Gemma"):
         return None
+    for key, computed in NO_GEMMA_SETTINGS.items():
+        if config.get(key) not in (None, computed):
+            return f"{key}={config[key]!r} gets lost in the weight map: the Megatron model would differ"
+    key = "hidden_act" if first_architecture(config) == "GemmaForCausalLM" else "hidden_activation"
+    if (activation := config.get(key)) not in (None, "gelu_pytorch_tanh"):
+        return f"{key}={activation}: megatron-core computes gelu_pytorch_tanh whatever a model says"
+    return None
+
+
+def _experts_problem(config: dict[str, Any]) -> str | None:
+    if first_architecture(config) not in ("Qwen3MoeForCausalLM", "OlmoeForCausalLM"):
+        return None
+    if config.get("clip_qkv") is not None:
+        return f"clip_qkv={config['clip_qkv']!r} gets lost in the weight map: the Megatron model would differ"
     for key, (computed, reason) in NO_EXPERT_SETTINGS.items():
         if config.get(key) not in (None, *computed):
             return f"{key}={config[key]!r}: {reason}; the Megatron model would differ"
@@ -157,11 +203,12 @@ def shape_of(config: dict[str, Any]) -> ModelShape:
         ffn_hidden_size=_size(config, "intermediate_size"),
         num_attention_heads=heads,
         num_query_groups=_size(config, "num_key_value_heads", heads),
-        head_size=_size(config, "head_dim", hidden // heads),
+        head_size=hidden // heads if architecture in NO_HEAD_DIM else _size(config, "head_dim", hidden // heads),
         vocab_size=_size(config, "vocab_size"),
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
         max_position_embeddings=_size(config, "max_position_embeddings", 2**31),
         experts=_experts_of(config) if config.get("num_experts") else None,
+        not_decoded=NOT_DECODED.get(architecture),
     )
 
 
@@ -169,7 +216,7 @@ def _experts_of(config: dict[str, Any]) -> Experts:
     return Experts(
         count=_size(config, "num_experts"),
         per_token=_size(config, "num_experts_per_tok"),
-        ffn_hidden_size=_size(config, "moe_intermediate_size"),
+        ffn_hidden_size=_size(config, "moe_intermediate_size", config.get("intermediate_size")),
     )
 
 

@@ -15,7 +15,7 @@ from nemo_aapo.errors import ConfigError
 from nemo_aapo.models.directory import ARCHITECTURES as TRAINS
 from nemo_aapo.models.directory import REFUSED, first_architecture, read_config_json, shape_of, twin_problem
 
-CONVERTS = (*TRAINS, "MistralForCausalLM", "GemmaForCausalLM")
+CONVERTS = TRAINS
 """Architectures that convert; those of ``TRAINS`` can be trained as well."""
 
 

@@ -88,12 +88,21 @@ def expected_tensors(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     }
     if shape.architecture == "Qwen2ForCausalLM":
         layer |= {f"self_attn.{name}_proj.bias": (size,) for name, size in (("q", query), ("k", key), ("v", key))}
-    if shape.architecture in ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM"):
+    if shape.architecture == "Gemma3ForCausalLM":
+        layer |= {f"{place}_feedforward_layernorm.weight": (hidden,) for place in ("pre", "post")}
+    if shape.architecture in ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "Gemma3ForCausalLM"):
         layer |= {f"self_attn.{name}_norm.weight": (shape.head_size,) for name in ("q", "k")}
+    norm_bias = {"model.norm.bias": (hidden,)} if shape.architecture == "NemotronForCausalLM" else {}
+    if norm_bias:
+        layer |= {f"{name}_layernorm.bias": (hidden,) for name in ("input", "post_attention")}
+    if shape.architecture == "OlmoeForCausalLM":  # of all heads together
+        sizes = hidden, hidden // shape.num_attention_heads * shape.num_query_groups
+        layer |= {f"self_attn.{name}_norm.weight": (size,) for name, size in zip("qk", sizes, strict=True)}
     return {
         EMBEDDING: (shape.vocab_size, hidden),
         **{f"model.layers.{i}.{name}": size for i in range(shape.num_layers) for name, size in layer.items()},
         "model.norm.weight": (hidden,),
+        **norm_bias,
         **({} if shape.tied_embeddings else {OUTPUT: (shape.vocab_size, hidden)}),
     }
 
@@ -107,7 +116,9 @@ def _feed_forward(shape: ModelShape) -> dict[str, tuple[int, ...]]:
         return {f"{prefix}.{name}_proj.weight": size for name, size in sizes.items()}
 
     if (experts := shape.experts) is None:
-        return gated("mlp", shape.ffn_hidden_size)
+        whole = gated("mlp", shape.ffn_hidden_size)
+        without_gate = shape.architecture == "NemotronForCausalLM"
+        return {name: size for name, size in whole.items() if not (without_gate and "gate_proj" in name)}
     tensors: dict[str, tuple[int, ...]] = {"mlp.gate.weight": (experts.count, shape.hidden_size)}
     for number in range(experts.count):
         tensors |= gated(f"mlp.experts.{number}", experts.ffn_hidden_size)

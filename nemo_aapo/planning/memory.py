@@ -173,7 +173,7 @@ def _stage_memory(inputs: Inputs, stage: int) -> RankMemory:
         if engine.offload_learner:  # gradients are dropped, weights stay (mcore/offload.py)
             del rollout["gradients"]
             host[OFFLOADED_OPTIMIZER] = rollout.pop("optimizer")
-        if learner.lora and engine.kind == "megatron" and learner.numbers == "fp32":  # in bf16 they stay apart
+        if learner.lora and engine.kind == "megatron":
             merged = parameters.adapted(inputs.model, layout, learner.lora)
             rollout["adapted layers, merged"] = merged * WEIGHT_BYTES[learner.numbers]
         rollout |= _engine_memory(inputs, sum(rollout.values()))

@@ -10,7 +10,16 @@ from typing import Any
 
 from nemo_aapo.config import Experts, ModelShape
 from nemo_aapo.errors import ConfigError
-from nemo_aapo.models.directory import ARCHITECTURES, first_architecture, shape_of, twin_problem
+from nemo_aapo.models.directory import first_architecture, shape_of, twin_problem
+
+PLANNED = (
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+)
+"""Architectures whose parameters and activations the plan counts; a sliding window is planned as if it were none."""
 
 
 @dataclass(frozen=True)
@@ -163,8 +172,8 @@ def from_hugging_face(config: dict[str, Any], name: str) -> PlannedModel:
         ConfigError: an architecture that isn't known here, a size that is missing, or what a run would be refused for.
     """
     architecture = first_architecture(config)
-    if architecture not in ARCHITECTURES:
-        raise ConfigError(f"{name}: architecture {architecture}; planned can be {', '.join(ARCHITECTURES)}")
+    if architecture not in PLANNED:
+        raise ConfigError(f"{name}: architecture {architecture}; planned can be {', '.join(PLANNED)}")
     if problem := twin_problem(config):
         raise ConfigError(f"{name}: {problem}")
     shape = shape_of(config)

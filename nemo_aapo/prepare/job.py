@@ -15,7 +15,7 @@ from nemo_aapo.config.compose import compose, resolved
 from nemo_aapo.engines.trtllm import settings as trtllm_settings
 from nemo_aapo.errors import ConfigError
 from nemo_aapo.launch.world import Machine, World, decide, of_rank
-from nemo_aapo.models.directory import check_model
+from nemo_aapo.models.directory import CPU_ONLY, LOCAL_LAYERS_ONLY, check_model
 from nemo_aapo.prepare.algorithm import with_algorithm
 from nemo_aapo.prepare.files import check_data, check_replay
 from nemo_aapo.prepare.loggers import check_loggers
@@ -160,6 +160,8 @@ def _job(
             trtllm_settings.check_allocator()
         config = decide(config, world.machine)
     shape, sizes = check_model(config, world.size)
+    if world.machine is not None and world.machine.gpu and shape.architecture in LOCAL_LAYERS_ONLY:
+        raise ConfigError(f"model.path={config.model.path}: {CPU_ONLY}")
     config = with_routes_decided(config, shape)
     config = with_date(config, shape.vocab_size)
     check_data(config.data, given)

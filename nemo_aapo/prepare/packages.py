@@ -9,12 +9,14 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
+from nemo_aapo import lines
 from nemo_aapo.config import Config
 from nemo_aapo.config.sources import Source
 from nemo_aapo.errors import ConfigError
 from nemo_aapo.prepare.files import named_sources
 
 EXTRAS = "pip install 'nemo_aapo[cpu]' or 'nemo_aapo[gpu]'"
+PINS = lines.installed().pins
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +35,11 @@ BRIDGE = Needed(
     "megatron.bridge",
     "megatron-bridge",
     "reading and writing weights",
-    "pip install --no-deps megatron-bridge==0.3.1, after the extra cpu or gpu: with its dependencies pip would build "
-    "packages that need CUDA's toolchain (docs/guide/install.md)",
+    f"pip install --no-deps megatron-bridge=={PINS['megatron-bridge']}, after the extra cpu or gpu: with its "
+    "dependencies pip would build packages that need CUDA's toolchain (docs/guide/install.md)",
 )
-MEGATRON = (Needed("megatron.core", "megatron-core", "training", "pip install megatron-core==0.16.1"), BRIDGE)
+CORE = Needed("megatron.core", "megatron-core", "training", f"pip install megatron-core=={PINS['megatron-core']}")
+MEGATRON = (CORE, BRIDGE)
 MATH = Needed("math_verify", "math-verify", "the reward accuracy")
 GYM = Needed(
     "reasoning_gym",

@@ -69,7 +69,12 @@ CURVES = (
         "exp of the mean |difference|; 1 is perfect",
     ),
     Chart("kl", "KL of engine and learner", ("parity/gen_kl",), "estimate, on the sampled tokens"),
-    Chart("lag", "Staleness", ("rollout/lag",), "updates between the policy that sampled and the one that learns"),
+    Chart(
+        "lag",
+        "Staleness",
+        ("rollout/lag", "rollout/lag_max"),
+        "updates between the policy that sampled and the one that learns",
+    ),
     Chart("lr", "Learning rate", ("lr",), "of the optimizer step"),
     Chart("failed", "Scoring failed", ("reward/failed_fraction",), "share of completions without a reward"),
 )

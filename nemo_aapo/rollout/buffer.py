@@ -14,10 +14,10 @@ Example:
     >>> buffer = RolloutBuffer(InOrder(depth=1), groups_per_step=1, clock=lambda: 0.0)
     >>> [buffer.may_start(step) for step in range(3)]
     [True, True, False]
-    >>> buffer.start((0, 0)), buffer.start((1, 0)), buffer.drawn((1, 0)), buffer.take() is None
+    >>> buffer.start((0, 0)), buffer.start((1, 0)), buffer.drawn((1, 0)), buffer.next() is None
     (0, 0, None, True)
-    >>> buffer.drawn((0, 0)), buffer.take(), buffer.trained(), buffer.start((2, 0))
-    (None, [(0, 0)], None, 1)
+    >>> buffer.drawn((0, 0)), buffer.next(), buffer.take([(0, 0)]), buffer.trained(), buffer.start((2, 0))
+    (None, [(0, 0)], None, None, 1)
 """
 
 from __future__ import annotations
@@ -87,7 +87,12 @@ class InOrder:
 
 @dataclass(frozen=True)
 class InFlight:
-    """A step trains on whatever is in hand, oldest first; what would be too old after it is waited for, not dropped."""
+    """A step trains on whatever is in hand, oldest first. What would become too old is waited for, not dropped.
+
+    A group of version v has to be trained on by step v + ``depth``, and a step takes ``count``. So of the groups that a
+    step leaves, no more than n x ``count`` may be due within the n steps behind it: young ones that are in hand must
+    not go first so often that old ones, once they have come, are too many for the steps that are left to them.
+    """
 
     depth: int
 
@@ -95,12 +100,11 @@ class InFlight:
         return step <= done + self.depth
 
     def next(self, slots: dict[Key, Slot], count: int, done: int) -> list[Key] | None:
-        due = [key for key, slot in slots.items() if done - slot.version >= self.depth]
-        ready = sorted(
-            (key for key, s in slots.items() if s.state is State.IN_HAND), key=lambda k: (slots[k].version, k)
-        )
-        chosen = ready[:count]
-        return chosen if len(chosen) == count and set(due) <= set(chosen) else None
+        ready = [key for key, slot in slots.items() if slot.state is State.IN_HAND]
+        chosen = sorted(ready, key=lambda key: (slots[key].version, key))[:count]
+        left = sorted(slot.version for key, slot in slots.items() if key not in chosen)
+        in_time = all(done + 1 + i // count <= version + self.depth for i, version in enumerate(left))
+        return sorted(chosen) if len(chosen) == count and in_time else None
 
 
 class RolloutBuffer:
@@ -130,26 +134,28 @@ class RolloutBuffer:
         self._slots[key] = Slot(self.done, self.clock())
         return self.done
 
-    def restore(self, key: Key, version: int) -> None:
-        """Take up a group that was drawn before an interruption.
+    def restore(self, key: Key, version: int, state: State = State.IN_HAND) -> None:
+        """Take up a group that was drawn, or begun, before an interruption.
 
         Raises:
             ValueError: there is no slot for it.
         """
         if key in self._slots or len(self._slots) >= self.capacity or not 0 <= self.done - version <= self.policy.depth:
             raise ValueError(f"group {key} of version {version} can't be taken up after {self.done} training steps")
-        self._slots[key] = Slot(version, self.clock(), State.IN_HAND)
+        self._slots[key] = Slot(version, self.clock(), state)
 
     def drawn(self, key: Key) -> None:
         """All completions of a group have come."""
         self._move(key, State.UNDER_WAY, State.IN_HAND)
 
-    def take(self) -> list[Key] | None:
-        """The groups of the next training step, now in training; None: they are not all there."""
-        keys = self.policy.next(self._slots, self.groups_per_step, self.done)
-        for key in keys or []:
+    def next(self) -> list[Key] | None:
+        """The groups of the next training step; None: they are not all there."""
+        return self.policy.next(self._slots, self.groups_per_step, self.done)
+
+    def take(self, keys: Iterable[Key]) -> None:
+        """These groups are trained on now: those of ``next``, or of a step that is made again."""
+        for key in keys:
             self._move(key, State.IN_HAND, State.IN_TRAINING)
-        return keys
 
     def trained(self) -> None:
         """The step whose groups were taken is done."""

@@ -90,7 +90,7 @@ class _Shard:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class InFlightRollout:
+class BegunRollout:
     """A rollout whose completions are generated in the background while this process does something else."""
 
     shard: _Shard
@@ -162,7 +162,7 @@ class Collector:
 
     def begin(
         self, prompts: Sequence[Prompt], sampling: SamplingSpec, seeds: Sequence[Sequence[int]], **bank: Unpack[Banking]
-    ) -> InFlightRollout:
+    ) -> BegunRollout:
         """As ``collect`` without ``observe_lengths``, but returns at once. Several may be under way.
 
         Raises:
@@ -173,9 +173,9 @@ class Collector:
             raise TypeError(f"{type(engine).__name__} generates while everybody waits: it is no BackgroundEngine")
         shard = self._shard(prompts, seeds, **bank)
         self._score_found(shard)
-        return InFlightRollout(shard, engine.start(shard.token_ids, sampling, shard.seeds, self._scoring(shard)))
+        return BegunRollout(shard, engine.start(shard.token_ids, sampling, shard.seeds, self._scoring(shard)))
 
-    def finish(self, rollout: InFlightRollout) -> list[Group]:
+    def finish(self, rollout: BegunRollout) -> list[Group]:
         """Wait for what ``begin`` began."""
         start = time.perf_counter()
         return self._groups(rollout.shard, _unless_stopped(rollout.completions.result), start, observe_lengths=False)

@@ -28,8 +28,12 @@ class GroupNumbers:
     """bool [G], True for a completion that was cut at the length limit"""
     failed: np.ndarray
     """bool [G], True where scoring failed"""
-    policy_version: int
-    """Version of the policy that generated the completions."""
+    version_sums: np.ndarray
+    """int64 [G], versions of the policy that sampled a completion's tokens, added up over them"""
+    oldest: np.ndarray
+    """int64 [G], the version that sampled the first token"""
+    mixed: np.ndarray
+    """bool [G], True for a completion that several versions sampled"""
     prompt_tokens: int
     """Tokens of the prompt."""
 
@@ -44,7 +48,9 @@ def group_numbers(group: Group) -> GroupNumbers:
         lengths=np.array([len(completion.token_ids) for completion in group.completions]),
         truncated=np.array([completion.finish_reason == "length" for completion in group.completions]),
         failed=group.failed,
-        policy_version=group.completions[0].policy_version,
+        version_sums=np.array([completion.token_versions.sum(dtype=np.int64) for completion in group.completions]),
+        oldest=np.array([completion.policy_version for completion in group.completions]),
+        mixed=np.array([completion.versions is not None for completion in group.completions]),
         prompt_tokens=len(group.prompt.token_ids),
     )
 
@@ -72,7 +78,7 @@ def step_metrics(groups: Sequence[GroupNumbers], policy_version: int, verdict: s
         "groups/zero_advantage": _mean(np.array([float((own == 0).all()) for _, own in scored])),
         **_verdicts([group.reward_parts[verdict] for group in groups if verdict in group.reward_parts]),
         "groups/failed": 1.0 - len(scored) / len(groups),
-        "rollout/lag": policy_version - np.mean([group.policy_version for group in groups]),
+        **_lags(groups, policy_version),
         **_lengths(groups),
     }
     references = [group.reference_rewards for group in groups if group.reference_rewards is not None]
@@ -81,6 +87,17 @@ def step_metrics(groups: Sequence[GroupNumbers], policy_version: int, verdict: s
         for name in groups[0].reward_parts:
             metrics[f"reward/{name}"] = _mean(np.concatenate([group.reward_parts[name] for group in groups]))
     return {key: float(value) for key, value in metrics.items()}
+
+
+def _lags(groups: Sequence[GroupNumbers], policy_version: int) -> dict[str, float]:
+    """Over tokens, how many versions behind the policy was that sampled them."""
+    tokens = max(1, sum(int(group.lengths.sum()) for group in groups))
+    behind = sum(int((policy_version * group.lengths - group.version_sums).sum()) for group in groups)
+    return {
+        "rollout/lag": behind / tokens,
+        "rollout/lag_max": policy_version - min(group.oldest.min() for group in groups),
+        "rollout/mixed_versions": np.concatenate([group.mixed for group in groups]).mean(),
+    }
 
 
 def _verdicts(values: Sequence[np.ndarray]) -> dict[str, float]:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 ROPE = "rope_parameters"
 BACKEND = "TokenizersBackend"
-_OTHER_WORDS = ("rope_theta", "partial_rotary_factor")
+_OTHER_WORDS = ("rope_theta", "rope_local_base_freq", "partial_rotary_factor")
 """What stands in ``rope_parameters`` and has a key of its own in 4.57; all else is ``rope_scaling``."""
 EXPERTS = {"num_local_experts": "num_experts"}
 """4.57's word for a size, in models of the type ``qwen3_moe``."""
@@ -37,7 +37,7 @@ _MISTRALS = ("mistral", "mistral3", "voxtral", "ministral", "pixtral")
 
 def problem(config: Mapping[str, Any]) -> str | None:
     """What of a ``config.json`` can't be said in 4.57's words; None: all can, or nothing needs to."""
-    rope = config.get(ROPE) or {}
+    rope = _of_all_layers(config) or {}
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         return f"{ROPE} of transformers 5 differ between kinds of layers, which transformers 4.57 can't say"
     plain = {key: value for key, value in config.items() if value not in (None, {"rope_type": "default"})}
@@ -57,12 +57,23 @@ def translation(config: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if config.get("model_type") == "qwen3_moe":
         found = {old: config[new] for new, old in EXPERTS.items() if config.get(new) is not None}
-    rope = config.get(ROPE)
+    rope = _of_all_layers(config)
     if not isinstance(rope, dict):
         return found
     found |= {key: rope[key] for key in _OTHER_WORDS if rope.get(key) is not None}
     scaling = {key: value for key, value in rope.items() if key not in _OTHER_WORDS}
     return {**found, "rope_scaling": None if rope_type(scaling) == "default" else scaling}
+
+
+def _of_all_layers(config: Mapping[str, Any]) -> Any:
+    """``rope_parameters``; Gemma 3's, which are of two kinds of layers, as those of one with a key more."""
+    rope = config.get(ROPE)
+    if config.get("model_type") != "gemma3_text" or not isinstance(rope, dict):
+        return rope
+    whole, local = rope.get("full_attention"), rope.get("sliding_attention")
+    if len(rope) > 2 or not isinstance(whole, dict) or not isinstance(local, dict) or rope_type(local) != "default":
+        return rope
+    return {**whole, "rope_local_base_freq": local.get("rope_theta")}
 
 
 def rope_type(scaling: Mapping[str, Any]) -> str:

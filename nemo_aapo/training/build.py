@@ -29,12 +29,14 @@ from nemo_aapo.data.sampler import PromptSampler
 from nemo_aapo.data.tokenizer import load_text
 from nemo_aapo.distributed import parallel
 from nemo_aapo.distributed.agreement import agree, on_first_rank
+from nemo_aapo.distributed.device import device
 from nemo_aapo.engines.base import BackgroundEngine, RolloutEngine
 from nemo_aapo.engines.build import build_engine
 from nemo_aapo.errors import CheckpointError, ConfigError
 from nemo_aapo.evaluation.validation import Validator
 from nemo_aapo.learner.learner import Learner
 from nemo_aapo.learner.policy import MegatronPolicy
+from nemo_aapo.learner.sharing_check import check_shared_prompts
 from nemo_aapo.mcore.groups import initialize_model_parallel
 from nemo_aapo.mcore.offload import LearnerOffload
 from nemo_aapo.prepare.algorithm import with_algorithm
@@ -42,6 +44,8 @@ from nemo_aapo.prepare.job import Job
 from nemo_aapo.rewards.base import Reward
 from nemo_aapo.rewards.workers.runner import RewardRunner
 from nemo_aapo.rollout.collector import Collector, RewardScorer
+from nemo_aapo.rollout.in_flight import InFlightPipeline
+from nemo_aapo.rollout.in_order import InOrderPipeline
 from nemo_aapo.rollout.pipeline import RolloutPipeline
 from nemo_aapo.rollout.saved.bank import FOLDER as BANK
 from nemo_aapo.rollout.saved.bank import RolloutBank
@@ -197,13 +201,19 @@ def build_rollouts(
             f"rollout.async_depth={depth}: without rollout servers the learner waits while it generates: the results "
             "are those of servers, and no time is gained"
         )
+    if trains and (lag := config.rollout.max_lag) is not None:
+        reporter.note(
+            f"rollout.max_lag={lag}: which groups a step trains on, and which policy samples a token, depend on how "
+            "fast servers and learner are: two runs differ. A run that goes on after a kill repeats what it had made"
+        )
     if config.rollout.engine == "plain":
         reporter.note("rollout.engine=plain: each token takes a forward pass over all before it, so rollouts are slow")
     collector = Collector(engine, scorer, text.decode)
     if config.rollout.offload_learner and trains:
         optimization = policy.optimization
         collector.offload = LearnerOffload(optimization.model, optimization.optimizer, reporter.note)
-    pipeline = RolloutPipeline(
+    kind = InOrderPipeline if config.rollout.max_lag is None else InFlightPipeline
+    pipeline = kind(
         config=config,
         policy=policy,
         collector=collector,
@@ -235,6 +245,8 @@ def _build_replay(job: Job, reporter: Notes, data: PromptSet | None) -> Replay:
 def build_policy(job: Job, *, trains: bool) -> MegatronPolicy:
     """The policy with the base model's weights."""
     policy = MegatronPolicy(job.config, job.shape)
+    if job.config.model.share_prompts and device().type == "cuda":
+        agree(lambda: check_shared_prompts(policy.module))
     if trains:
         policy.prepare_training()
         if job.config.algorithm.compares_with_reference:

@@ -26,12 +26,14 @@ def quiet() -> None:
         "nv_one_logger",  # telemetry, off, says at each import that it is off
         "megatron.bridge.utils.fusions",  # says which GPU kernels a CPU lacks
         "megatron.bridge.utils.import_utils",  # and which classes of TransformerEngine
+        "megatron.core.models.gpt.gpt_model",  # praises another model class
         "transformers.configuration_utils",  # the Bridge's own use of a deprecated argument
         "transformers.modeling_utils",
         "transformers.integrations.tensor_parallel",  # says in every process group what it does not cut
         "megatron.bridge.models.conversion.param_mapping",  # warns of each tensor in another dtype, as was asked for
     ):
         logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).addFilter(_is_error)  # some set their own level as they are imported
     # mcore calls what torch 2.13 has renamed; GPU stacks run a torch that has the old names only
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     # torch to itself, as its checkpoint reader asks mcore's tensors what they are
@@ -39,6 +41,10 @@ def quiet() -> None:
     for library in ("megatron", "nemo", "lightning"):
         for category in (UserWarning, FutureWarning, DeprecationWarning):
             warnings.filterwarnings("ignore", category=category, module=rf"{library}\.")
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 def import_nemo() -> None:

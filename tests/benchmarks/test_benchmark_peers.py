@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import re
 import subprocess
 import sys
+from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 
 from benchmarks.peers import compare, report
-from benchmarks.peers.checkpoint import EOS, FIRST_WORD, bias_end_of_sequence, make_checkpoint
+from benchmarks.peers.checkpoint import EOS, FIRST_WORD, bias_end_of_sequence, make_input
 from benchmarks.peers.compare import Agreement, Cell, Found, Memory
 from benchmarks.peers.orders import Step, Worker
-from benchmarks.peers.plan import COMPARISONS, CONTESTANTS, LABELS, OURS, QUICK, TRL, reward
-from nemo_aapo.errors import RunError
+from benchmarks.peers.plan import COMPARISONS, LABELS, OURS, QUICK, REAL, SIZES, TRL, Pretrained, models, reward
+from nemo_aapo.errors import ConfigError, RunError
 
 
 def step(cpu: float, wall: float = 2.0) -> Step:
@@ -26,21 +30,63 @@ def step(cpu: float, wall: float = 2.0) -> Step:
 
 
 def found(ours: tuple[float, ...] = (1.0, 2.0, 4.0), theirs: tuple[float, ...] = (4.0, 4.0, 5.0)) -> Found:
-    made = Found("1.2.3", "large")
-    for lengths, names in CONTESTANTS.items():
-        for name in names:
-            seconds = ours if name in OURS else theirs
-            made.cells.append(Cell("small", lengths, 1, name, tuple(map(step, seconds))))
+    made = Found("1.2.3", COMPARISONS, "large")
+    for c in COMPARISONS:
+        for name, seconds in ((c.ours, ours), (c.theirs, theirs)):
+            made.cells.append(Cell("small", c.lengths, 1, c.arm, name, tuple(map(step, seconds))))
     made.memory = [Memory("large", "fixed", "ours", 6 << 20), Memory("large", "fixed", "trl", 8 << 20)]
     return made
 
 
-def test_every_contestant_has_a_side_and_a_label_and_every_comparison_has_both():
-    assert {*OURS, *TRL} == set(LABELS) == {name for names in CONTESTANTS.values() for name in names}
-    for c in COMPARISONS:
+def test_every_contestant_has_a_side_and_a_label():
+    assert {*OURS, *TRL} == set(LABELS) == {name for c in COMPARISONS for name in (c.ours, c.theirs)}
+    for c in (*COMPARISONS, *REAL.comparisons):
         assert c.ours in OURS
         assert c.theirs in TRL
-        assert {c.ours, c.theirs} <= set(CONTESTANTS[c.lengths])
+
+
+def test_models_are_sizes_or_directories_and_a_directorys_completions_end_by_themselves(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    size, directory = models(["135M", str(tmp_path), "135M"])
+    assert size is SIZES["135M"]
+    assert directory == Pretrained(tmp_path)
+    assert set(REAL.comparisons_of(size)) == {"fixed", "variable"}
+    assert set(REAL.comparisons_of(directory)) == {"variable"}
+    with pytest.raises(ConfigError, match=r"'135m' is neither a size .*135M.* nor a Hugging Face directory"):
+        models(["135m"])
+
+
+class FakeWorker:
+    alive: ClassVar[list[str]] = []
+    most = 0
+
+    def __init__(self, name, *_):
+        self.name = name
+        self.alive.append(name)
+        FakeWorker.most = max(FakeWorker.most, len(self.alive))
+
+    def wait(self):
+        return {"fill_cpu": 1.0}
+
+    def ask(self, do):
+        assert self.name in self.alive
+        return {"peak_bytes": 2}
+
+    def close(self):
+        self.alive.remove(self.name)
+
+
+def test_no_more_than_two_contestants_are_alive_and_a_shared_one_goes_on(monkeypatch, tmp_path):
+    monkeypatch.setattr(compare, "Worker", FakeWorker)
+    with contextlib.closing(compare.Contestants(QUICK, tmp_path, {})) as contestants:
+        for before, now in itertools.pairwise([None, *QUICK.comparisons]):
+            kept = FakeWorker.alive[:]
+            pair = contestants.only(now.ours, now.theirs)
+            assert list(pair) == [now.ours, now.theirs]
+            assert sorted(FakeWorker.alive) == sorted(pair)
+            assert before is None or set(kept) & set(pair), "each comparison but the first has a contestant already"
+    assert (FakeWorker.most, FakeWorker.alive) == (2, [])
+    assert set(contestants.peaks) | {"trl_twice", "ours_fresh"} == {*OURS, *TRL}
 
 
 @pytest.mark.parametrize("probability", [1 / 16, None])
@@ -66,11 +112,12 @@ def test_a_checkpoints_words_are_its_token_ids(tmp_path):
     from transformers import AutoTokenizer
 
     model = QUICK.models[0]
-    path = make_checkpoint(model, QUICK, "variable", tmp_path)
+    paths = make_input(model, QUICK, "variable", tmp_path)
+    path = Path(paths["model"])
     tokenizer = AutoTokenizer.from_pretrained(path)
     assert tokenizer("w7 w255")["input_ids"] == [7, 255]
     assert len(tokenizer) == model.vocabulary
-    assert len((path / "prompts.jsonl").read_text().splitlines()) == QUICK.data_prompts
+    assert len(Path(paths["prompts"]).read_text().splitlines()) == QUICK.data_prompts
 
 
 def test_rewards_are_a_coin_toss_of_the_tokens():
@@ -94,7 +141,7 @@ def test_the_tables_say_which_targets_were_met_and_which_were_missed():
 
 
 def test_tables_of_what_was_measured_before_an_interruption_are_tables():
-    part = Found("1.2.3", "large", memory=found().memory)
+    part = Found("1.2.3", COMPARISONS, "large", memory=found().memory)
     assert "0.70 missed" in report.tables(part, (0.0, 0.0))
 
 

@@ -14,6 +14,7 @@ from nemo_aapo.config.compose import compose, register_resolvers
 from nemo_aapo.errors import ConfigError
 
 GIVEN = ("model.path=/m", "data.train=/t", "data.validation=/v")
+IN_FLIGHT = ("rollout.engine=remote", "rollout.max_lag=2", "algorithm.importance_weight_cap=2.0")
 GROUPS = read_command_line([]).groups()
 SHAPE = ModelShape("Qwen2ForCausalLM", 6, 48, 96, 12, 4, 4, 1000, False, 4096)
 
@@ -165,6 +166,17 @@ def test_words_that_are_right_pass():
             "rollout.async_depth=1",
             "while it waits",
         ),
+        (["rollout.max_lag=0"], "rollout.max_lag", "at least 1"),
+        (["rollout.recompute_kv=true"], "rollout.recompute_kv=true", "rollout.max_lag=null"),
+        ([*IN_FLIGHT, "rollout.async_depth=1"], "rollout.async_depth=1", "in flight or in order"),
+        ([*IN_FLIGHT, "rollout.engine=megatron"], "rollout.max_lag=2", "rollout.engine=remote"),
+        ([*IN_FLIGHT, "rollout.engine=trtllm"], "rollout.max_lag=2", "rollout.engine=remote"),
+        ([*IN_FLIGHT, "rollout.server.engine=trtllm"], "rollout.server.engine=trtllm", "Megatron's engine"),
+        ([*IN_FLIGHT, "rollout.refit=collective"], "rollout.refit=collective", "files or delta"),
+        ([*IN_FLIGHT, "data.sampling=hard"], "data.sampling=hard", "data.sampling=uniform"),
+        ([*IN_FLIGHT, "algorithm=aapo_paper"], "algorithm.reference=online", "reference=cached"),
+        ([*IN_FLIGHT, "algorithm.importance_weight_cap=null"], "rollout.max_lag=2", "importance_weight_cap"),
+        ([*IN_FLIGHT, "rollout.replay=/r", "trainer.val_check_interval=0"], "rollout.", "no effect"),
         (["rollout.refit=ipc", "cluster=slurm_servers"], "cluster.servers.nodes", "on its node by scripts/serve.py"),
         (
             ["cluster=slurm_servers", "cluster.servers.gpus_per_node=4", "rollout.server.tensor_parallel_size=8"],

@@ -97,10 +97,12 @@ def test_transformer_engine_cuts_no_sequence_of_fp32():
     assert refusal(decided(CPU, **cut), CPU) is None
 
 
-def test_prompts_are_shared_on_a_cpu_alone():
+def test_prompts_are_shared_on_a_cpu_and_where_asked_for_on_a_gpu_in_bf16():
     asked = {"model__share_prompts": True}
-    assert refusal(decided(CPU, **asked), CPU) is None
-    assert "not wired to TransformerEngine" in refusal(decided(H200, **asked), H200)
+    for machine in (CPU, H200):
+        assert refusal(decided(machine, **asked), machine) is None
+    for more in ({"precision__name": "fp32"}, {"model__context_parallel_size": 2}):
+        assert "precision=bf16 and model.context_parallel_size=1" in refusal(decided(H200, **asked, **more), H200)
 
 
 def test_what_the_machine_decides_is_checked_with_the_rest():

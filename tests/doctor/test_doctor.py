@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from nemo_aapo import lines
 from nemo_aapo.config.schema import Lora
 from nemo_aapo.doctor.catalog import select
 from nemo_aapo.doctor.checks import files, memory, model, rewards, sizes, slurm, versions
@@ -27,6 +28,19 @@ from tests.tiny_models import make_config, save_headers
 
 def test_versions_are_those_that_were_tested_here():
     assert versions.versions(context()).level == "ok"
+
+
+def test_what_is_of_the_other_line_of_megatron_is_a_failure(tmp_path, monkeypatch):
+    assert f"line {lines.installed().name}, " in versions.versions(context()).text
+    other = next(line for line in lines.LINES.values() if line is not lines.installed())
+    for name in ("megatron-bridge", "transformers"):
+        distribution(tmp_path, name.replace("-", "_"), other.pins[name])
+    monkeypatch.syspath_prepend(tmp_path)
+    found = versions.versions(context())
+    assert found.level == "failure"
+    for name in ("megatron-bridge", "transformers"):
+        assert f"{name} {other.pins[name]} is of the line {other.name} (here" in found.text
+    assert "environment.sh --line trtllm or newest" in found.remedy
 
 
 def test_another_version_is_a_warning_and_a_missing_package_a_failure(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 from nemo_aapo.launch.slurm.attempts import Attempt, History, decide, read_history, summary, write_history
 from nemo_aapo.launch.slurm.commands import JobState, parse_sacct, parse_scontrol, parse_squeue
 from nemo_aapo.launch.slurm.control import describe
-from nemo_aapo.launch.slurm.rank import fill_in, own_gpus, rank_environment
+from nemo_aapo.launch.slurm.rank import PLACE, fill_in, own_gpus, rank_environment
 from nemo_aapo.launch.slurm.roles import first_fault
 from nemo_aapo.run.state import RunState
 
@@ -147,9 +147,10 @@ def test_a_rank_gets_what_torchrun_would_set():
     assert rank_environment({**STEP, "SLURM_CPUS_PER_TASK": "6"}, "train")["OMP_NUM_THREADS"] == "6"
 
 
-def test_a_server_gets_its_number_its_nodes_address_and_its_share_of_the_gpus():
-    words = ["-m", "server", "/runs/{rank}/x", "index={rank}", "host={address}", "--shard", "{task}"]
-    filled = ["-m", "server", "/runs/{rank}/x", "index=5", "host=10.0.0.4", "--shard", "3"]
+def test_a_server_gets_its_nodes_address_its_place_in_an_array_and_its_share_of_the_gpus():
+    words = ["-m", "server", "/runs/{task}/x", "host={address}", "--shard", "{task}"]
+    filled = ["-m", "server", "/runs/{task}/x", "host=10.0.0.4", "--shard", "3"]
     assert fill_in(words, {**STEP, "SLURM_ARRAY_TASK_ID": "3"}, "servers") == filled
-    assert own_gpus({**STEP, "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}) == {"CUDA_VISIBLE_DEVICES": "2,3"}
-    assert own_gpus(STEP) == {}
+    of_four = {**STEP, PLACE: "1/4"}
+    assert own_gpus({**of_four, "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}) == {"CUDA_VISIBLE_DEVICES": "2,3"}
+    assert own_gpus(of_four) == {}

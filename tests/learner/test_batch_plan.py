@@ -10,7 +10,7 @@ import torch
 
 from nemo_aapo.learner.batch_plan import padded_tokens, padding_fraction, plan
 from nemo_aapo.learner.microbatch import PrefixGroup, collate, pad_to
-from nemo_aapo.mcore.packing import SHORTEST_OF_BATCH, packed_sequences
+from nemo_aapo.mcore.attention.spans import SHORTEST_OF_BATCH, RowAttention, Spans
 from nemo_aapo.types import Sample
 
 
@@ -157,11 +157,38 @@ def test_attention_sees_whole_sequences_of_a_row_whose_prompts_stand_there_once(
         first += len(sample.completion_ids)
     assert batch.expand[batch.contract].tolist() == list(range(len(row)))
 
-    batches, place = packed_sequences(batch).attention_batches
-    flat = torch.cat([tokens.flatten() for tokens in batches])
-    assert flat[place].tolist() == list(range(len(row)))
-    padded = sum(tokens.numel() for tokens in batches)
-    assert padded <= sum(sample.length for sample in samples) / SHORTEST_OF_BATCH + multiple
+    seen = tokens_seen(batch.row)
+    for tokens in (batch.expand[start:stop] for start, stop in itertools.pairwise(bounds)):
+        for i, token in enumerate(tokens.tolist()):
+            assert sorted(seen[token]) == sorted(tokens[: i + 1].tolist())
+
+
+def tokens_seen(row: RowAttention) -> list[list[int]]:
+    """What each token of a row attends to."""
+    seen = [list(range(start, i + 1)) for start, stop in bounds_of(row.own.queries) for i in range(start, stop)]
+    if row.shared is not None:
+        for queries, keys in zip(bounds_of(row.shared.queries), bounds_of(row.shared.keys), strict=True):
+            for token in row.shared.query_tokens[slice(*queries)].tolist():
+                seen[token] += row.shared.key_tokens[slice(*keys)].tolist()
+    return seen
+
+
+def bounds_of(bounds: torch.Tensor) -> list[tuple[int, int]]:
+    return list(itertools.pairwise(bounds.tolist()))
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_spans_of_like_lengths_are_padded_to_batches_that_hold_each_token_once(seed):
+    lengths = np.random.default_rng(seed).lognormal(3, 1, 40).astype(int) + 1
+    bounds = np.concatenate(([0], np.cumsum(lengths)))
+    batches, place, _ = Spans.causal(bounds, torch.device("cpu")).batches
+    flat = torch.cat([batch.queries.flatten() for batch in batches])
+    assert flat[place].tolist() == list(range(bounds[-1]))
+    is_padding = torch.ones(len(flat), dtype=torch.bool).index_fill_(0, place, False)
+    firsts = np.cumsum([0, *(batch.queries.numel() for batch in batches)])[:-1].tolist()
+    found = torch.cat([first + batch.padding for first, batch in zip(firsts, batches, strict=True)])
+    assert is_padding.nonzero()[:, 0].tolist() == found.tolist()
+    assert len(flat) <= bounds[-1] / SHORTEST_OF_BATCH
 
 
 def test_prefix_groups_of_one_are_ordinary_sequences():

@@ -91,8 +91,8 @@ def metrics_of(*arguments):
     return update(*arguments)[1]
 
 
-def update(path, tp, pp, budget, more, updates=1, change=None, gone=False):
-    """The policy after the updates, and their metrics."""
+def update(path, tp, pp, budget, more, updates=1, change=None, gone=False, before=lambda policy: None):
+    """The policy after the updates, and their metrics. ``before`` is shown it as it was."""
     from nemo_aapo.algorithms.objective import Objective
     from nemo_aapo.config import pad_multiple
     from nemo_aapo.learner.learner import Learner
@@ -109,6 +109,7 @@ def update(path, tp, pp, budget, more, updates=1, change=None, gone=False):
         **more,
     )
     policy = make_policy(config)
+    before(policy)
     if config.algorithm.kl_coefficient:
         policy.keep_reference()
     learner = Learner(

@@ -17,9 +17,12 @@ def _asked_for():
 
     real, found = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec, {}
     known, is_available = set(inspect.signature(real).parameters), torch.cuda.is_available
+    layer, attention = (types.SimpleNamespace() for _ in range(2))
+    layer.submodules = types.SimpleNamespace(self_attention=types.SimpleNamespace(submodules=attention))
+    attention.core_attention = type("Attention", (), {})
     provider = types.SimpleNamespace(num_moe_experts=8, moe_grouped_gemm=True, qk_layernorm=True)
     try:
-        gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec = lambda **given: found.update(given)
+        gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec = lambda **given: found.update(given) or layer
         torch.cuda.is_available = lambda: True
         transformer_engine_layer_spec(provider)
         fields = expert_fields(provider)

@@ -208,6 +208,8 @@ def test_the_tensors_that_are_asked_for_are_those_of_transformers(architecture, 
     import transformers
 
     sizes = {**SIZES, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 24, "tie_word_embeddings": True}
+    if architecture == "NemotronForCausalLM" and "num_key_value_heads" in left_out:
+        pytest.skip("transformers 4.57 can't make such a model itself")
     written = {key: value for key, value in sizes.items() if key not in left_out}
     kind = getattr(transformers, architecture)
     with torch.device("meta"):

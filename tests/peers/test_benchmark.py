@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.peers import compare
-from benchmarks.peers.plan import COMPARISONS, CONTESTANTS, QUICK
+from benchmarks.peers.plan import COMPARISONS, QUICK
 from nemo_aapo.errors import RunError
 
 
@@ -31,7 +31,9 @@ def test_training_steps_beside_trls_on_the_same_checkpoint(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     figures = json.loads((tmp_path / "results" / "peers_quick" / "figures.json").read_text())
     assert figures["trl"] == version
-    assert [cell["contestant"] for cell in figures["cells"]] == list(CONTESTANTS["variable"])
+    assert [cell["contestant"] for cell in figures["cells"]] == [
+        name for c in QUICK.comparisons for name in (c.ours, c.theirs)
+    ]
     for cell in figures["cells"]:
         assert len(cell["steps"]) == QUICK.repeats
         for step in cell["steps"]:

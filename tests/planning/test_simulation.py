@@ -11,6 +11,7 @@ from nemo_aapo.errors import ConfigError
 from nemo_aapo.planning import compute, plan, report
 from nemo_aapo.planning.hardware import KNOWN
 from nemo_aapo.planning.simulation.decoding import Engine, engine_of
+from nemo_aapo.planning.simulation.in_flight import in_flight
 from nemo_aapo.planning.simulation.lengths import LogNormal, kept_lengths
 from nemo_aapo.planning.simulation.schedule import Seconds, schedule
 from nemo_aapo.planning.simulation.splits import DEPTHS, simulate
@@ -58,10 +59,60 @@ def test_with_random_seconds_a_step_lies_between_the_busier_side_and_the_sum_and
         trained = sum(seconds.train[1:]) / steps
         assert found[0] == pytest.approx(longest + trained + seconds.send + seconds.load)
         assert all(step_s >= trained + seconds.send * (1 - 1e-9) for step_s in found)
-        # With no bound the trainer waits for nothing but groups: the last time that it did decides.
-        arrived = [max(sum(row[s] for row in seconds.generate[: k + 1]) for s in range(4)) for k in range(steps + 1)]
-        ends = [arrived[k] + sum(seconds.train[k:]) + (steps - k) * seconds.send for k in range(steps + 1)]
-        assert found[-1] == pytest.approx((max(ends) - arrived[0] - seconds.train[0]) / steps)
+
+
+def test_with_one_engine_and_no_bound_a_run_is_a_queue_and_more_engines_help_one_another():
+    gained = 0.0
+    for seed in range(50):
+        for engines in (1, 4):
+            seconds = drawn(seed, engines)
+            steps, own = len(seconds.train) - 1, range(engines)
+            # The trainer waits for nothing but groups: the last time that it did decides.
+            arrived = [max(sum(row[s] for row in seconds.generate[: k + 1]) for s in own) for k in range(steps + 1)]
+            ends = [arrived[k] + sum(seconds.train[k:]) + (steps - k) * seconds.send for k in range(steps + 1)]
+            alone = (max(ends) - arrived[0] - seconds.train[0]) / steps
+            found = schedule(seconds, 100).step_s
+            assert found == pytest.approx(alone, rel=1e-9 if engines == 1 else 0.1)
+            gained += alone - found
+    assert gained > 0
+
+
+def test_an_engine_that_has_ended_its_part_takes_over_what_another_has_not_begun():
+    """At depth 1 the first engine is at step 1's long part when the second one has done its own and the first's."""
+    generate = [[1.0, 1.0], [9.0, 1.0], [1.0, 1.0], [1.0, 1.0]]
+    ends = [1 + 1, 9 + 1 + 1, 11 + 1, 12 + 1]
+    assert schedule(Seconds(generate, [1.0] * 4), 1).step_s == (ends[3] - ends[0]) / 3
+
+
+# ---------------------------------------------------------------- in flight
+
+
+def plain_engine(rows: int = 1000, token_s: float = 1.0) -> Engine:
+    return Engine(rows, lambda rows, context: token_s, prompt_tokens=0)
+
+
+@pytest.mark.parametrize(("token_s", "train_s"), [(1.0, 5.0), (1.0, 40.0)])
+def test_in_flight_with_constant_lengths_a_step_takes_what_the_learner_or_the_engines_need(token_s, train_s):
+    """Rows for half of what is under way: an engine ends 2 x 4 sequences of 10 tokens in every 10 steps."""
+    engine, lengths = plain_engine(8, token_s), [[[10] * 4] * 4] * 60
+    found = in_flight(engine, 2, lengths, train_s / 160, depth=2, after=10)
+    assert found.step_s == pytest.approx(max(train_s, 10 * token_s), rel=0.02)
+    assert 0 < found.lag <= 2
+
+
+def test_in_flight_is_never_slower_than_in_order_at_the_same_bound_and_keeps_both_sides_as_busy_as_they_can_be():
+    for seed in range(5):
+        draw = LogNormal(30, 5, 64, 10_000).draw
+        lengths = [[draw(4, f"{seed}/{k}/{i}") for i in range(16)] for k in range(40)]
+        engine = plain_engine()
+        parts = [[engine.seconds(of_step[s::4]) for s in range(4)] for of_step in lengths]
+        train = [sum(map(sum, of_step)) / 64 for of_step in lengths]
+        for depth in (1, 2, 4):
+            ordered = schedule(Seconds(parts, train), depth, after=8)
+            found = in_flight(engine, 4, lengths, 1 / 64, depth, after=8)
+            assert found.step_s < 1.02 * ordered.step_s
+            assert found.step_s >= 0.9 * sum(train[8:]) / 32  # which steps have which groups is another matter
+            assert found.lag <= depth
 
 
 def test_no_version_is_used_before_it_is_there():

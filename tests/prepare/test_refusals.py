@@ -119,6 +119,7 @@ FILES = [
         ["rollout.speculation=true", "rollout.engine=plain"],
         "rollout.speculation has no effect with the engine plain",
     ),
+    (["rollout.max_lag=2", "algorithm.importance_weight_cap=2.0"], "needs rollout servers"),
     ([*REMOTE, "rollout.server.tensor_parallel_size=3"], "rollout.server.tensor_parallel_size=3 does not divide"),
     ([*REMOTE, "rollout.server.pipeline_parallel_size=3"], "rollout.server.pipeline_parallel_size=3 does not divide"),
     ([*REMOTE, "rollout.server.expert_parallel_size=2"], "rollout.server.expert_parallel_size=2"),
@@ -244,7 +245,7 @@ def assert_refused(given: Given, blocker: Blocker, told, said: str, before: list
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["model.share_prompts=true"], "not wired to TransformerEngine"),
+        (["model.share_prompts=true", "precision=fp32"], "kernels for shared prompts take bf16 only"),
         (["precision=fp8_blockwise"], "multiples of 128"),
         (["precision=fp32", "rollout.offload_learner=true"], "precision=bf16"),
     ],
@@ -253,6 +254,14 @@ def test_what_a_gpu_cannot_do_is_refused_before_torch_is_imported(given, blocker
     monkeypatch.setattr(Machine, "present", lambda: H200)
     assert command("train")([*given.words, *words]) == 2
     assert said in capsys.readouterr().err
+    assert not blocker.asked
+
+
+def test_a_family_that_needs_local_layers_is_refused_on_a_gpu(given, blocker, capsys, monkeypatch):
+    monkeypatch.setattr(Machine, "present", lambda: H200)
+    model = save_empty_model(given.folder / "gemma3", architectures=["Gemma3ForCausalLM"], head_dim=16)
+    assert command("train")([*given.words, f"model.path={model}"]) == 2
+    assert "which run without a GPU only" in capsys.readouterr().err
     assert not blocker.asked
 
 

@@ -17,6 +17,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import nemo_aapo
+from nemo_aapo import lines
 from nemo_aapo.engines.trtllm import contract
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -90,6 +91,11 @@ def test_the_pins_are_whole_and_agree_with_what_each_package_declares(pins):
             assert version is None or requirement.specifier.contains(version, prereleases=True), (package, requirement)
 
 
+def test_the_lines_differ_in_nothing_that_does_not_need_it(pins):
+    newest = read_pins("newest.txt")
+    assert newest.keys() & pins.keys() == lines.NEWEST.pins.keys() | {"huggingface-hub"}
+
+
 def test_no_pin_is_left_over(pins):
     listed = (ROOT / "requirements" / "cpu.txt").read_text().split("# Needed by the above\n")[1].splitlines()
     indirect = {canonicalize_name(line.partition("==")[0]) for line in listed}
@@ -121,18 +127,24 @@ def setup_py() -> setuptools.Distribution:
     return run_setup(str(ROOT / "setup.py"), stop_after="init")
 
 
-def declared_in_setup_py() -> list[Requirement]:
-    extras = [text for texts in setup_py().extras_require.values() for text in texts]
+def declared_in_setup_py(line: lines.Line = lines.TRTLLM) -> list[Requirement]:
+    """What pip is told, without the extra of the other line of Megatron."""
+    others = lines.LINES.keys() - {line.name}
+    extras = [text for name, texts in setup_py().extras_require.items() if name not in others for text in texts]
     return [Requirement(text) for text in [*setup_py().install_requires, *extras]]
 
 
-def test_setup_py_accepts_the_pins_of_both_environments(pins):
+@pytest.mark.parametrize("line", lines.LINES.values(), ids=lines.LINES)
+def test_setup_py_accepts_the_pins_of_each_lines_environments(pins, line):
     assert setup_py().get_version() == nemo_aapo.__version__
-    gpu = read_pins("gpu.txt")
-    for requirement in declared_in_setup_py():
-        name = canonicalize_name(requirement.name)
-        for version in (pins.get(name), gpu.get(name)):
+    for files in (line.requirements, line.image_requirements):
+        listed = {name: version for file in files for name, version in read_pins(file).items()}
+        for requirement in declared_in_setup_py(line):
+            version = listed.get(canonicalize_name(requirement.name))
             assert version is None or requirement.specifier.contains(version), requirement
+        if line is lines.TRTLLM and files is line.image_requirements:
+            continue  # TensorRT-LLM pins an older transformers
+        assert {name: str(listed[name]) for name in line.pins} == line.pins
     assert {canonicalize_name(Requirement(text).name) for text in setup_py().install_requires} <= set(pins)
 
 
@@ -233,10 +245,18 @@ def test_the_gpu_pins_resolve_against_each_other_and_the_image(pins):
                 assert requirement.specifier.contains(versions[name], prereleases=True), (package, requirement)
 
 
-def test_the_dockerfile_is_built_on_the_matching_image_without_root_or_missing_files():
+def test_the_dockerfile_is_built_on_the_matching_images_without_root_or_missing_files():
     text = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
     steps = [line.split(maxsplit=1) for line in text.splitlines() if re.match(r"[A-Z]+ ", line)]
-    assert steps[0] == ["FROM", f"nvcr.io/nvidia/tensorrt-llm/release:{contract.VERSION}"]
+    assert steps[0] == ["ARG", f"LINE={lines.TRTLLM.name}"]
+    images = [arguments.split() for step, arguments in steps if step == "FROM"]
+    assert [image[2] for image in images[:-1]] == [*lines.LINES]
+    assert images[0][0] == f"nvcr.io/nvidia/tensorrt-llm/release:{contract.VERSION}"
+    assert images[-1] == ["${LINE}"]
+    starts = [number for number, (step, _) in enumerate(steps) if step == "FROM"]
+    for line, start, stop in zip(lines.LINES.values(), starts, starts[1:], strict=False):
+        installed = " ".join(arguments for step, arguments in steps[start:stop] if step == "RUN")
+        assert re.findall(r"-r /tmp/(\S+)", installed) == [*line.image_requirements]
     for words in (arguments.split() for step, arguments in steps if step == "COPY"):
         assert all((ROOT / source).exists() for source in words[:-1])
     for command in (arguments for step, arguments in steps if step == "RUN" and "pip install" in arguments):

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from nemo_aapo import lines
+
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,11 +48,13 @@ class Checkout:
         self.bin = root / "bin"
         self.calls_file = root / "calls"
         self.bin.mkdir()
-        for name in ("python3.11", "python3", "python"):
+        for name in ("python3.11", "python3.12", "python3", "python"):
             (self.bin / name).write_text(FAKE_PYTHON)
             (self.bin / name).chmod(0o755)
         for name in ("scripts", "requirements"):
             shutil.copytree(ROOT / name, self.root / name)
+        (self.root / "nemo_aapo").mkdir()
+        shutil.copy(ROOT / "nemo_aapo" / "lines.py", self.root / "nemo_aapo")
 
     def start(self, script: str, *arguments: str, **environment: str) -> subprocess.Popen:
         path = f"{self.bin}{os.pathsep}{os.environ['PATH']}"
@@ -106,8 +110,8 @@ def test_what_a_run_imports_is_compiled_once_even_where_python_is_told_to_keep_n
 
 
 def test_an_environment_whose_making_was_killed_is_made_anew(checkout):
-    process = checkout.start("environment.sh", SLOW="-r requirements/cpu.txt", SECONDS_SLOW="600")
-    checkout.wait_for("-r requirements/cpu.txt")
+    process = checkout.start("environment.sh", SLOW="-r .venv/pins.txt", SECONDS_SLOW="600")
+    checkout.wait_for("-r .venv/pins.txt")
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate(timeout=WAIT_S)
     left_over = checkout.root / ".venv" / "left_over"
@@ -120,6 +124,43 @@ def test_an_environment_whose_making_was_killed_is_made_anew(checkout):
 def test_a_failing_step_fails_the_script_and_is_not_taken_for_done(checkout):
     assert checkout.run("environment.sh", REFUSE="--editable")[0] != 0
     assert made(checkout.run("environment.sh")[2])
+
+
+def test_each_line_of_megatron_has_an_environment_of_its_own(checkout):
+    for line in lines.LINES.values():
+        status, output, calls = checkout.run("environment.sh", "--line", line.name)
+        assert status == 0, output
+        assert f"-m venv {line.environment}" in calls
+        assert checkout.run("environment.sh", "--line", line.name) == (0, "", [])
+        listed = (checkout.root / line.environment / "pins.txt").read_text().split()
+        assert {f"{name}=={version}" for name, version in line.pins.items()} <= set(listed)
+        assert len({pin.partition("==")[0] for pin in listed}) == len(listed)
+    assert checkout.run("environment.sh") == (0, "", [])
+
+
+@pytest.mark.parametrize("words", [("--line", "nwest"), ("--line",), ("newest",), ("--line", "newest", "now")])
+def test_a_line_that_there_is_not_is_refused(checkout, words):
+    status, output, calls = checkout.run("environment.sh", *words)
+    assert (status, calls) == (1, [])
+    assert "trtllm" in output
+    assert "newest" in output
+
+
+@pytest.mark.parametrize("folder", ["pyenv/versions/3.12.9/bin", "conda/bin"])
+def test_a_python_is_found_where_pyenv_and_conda_keep_it(checkout, folder):
+    there = checkout.root.parent / folder
+    there.mkdir(parents=True)
+    (there / "python").write_text(FAKE_PYTHON)
+    (there / "python").chmod(0o755)
+    for name in ("python3.12", "python3", "python"):  # as pyenv's own stand-ins, and another version
+        (checkout.bin / name).write_text("#!/usr/bin/env bash\nexit 127\n")
+    home = checkout.root.parent / "home"
+    (home / ".conda").mkdir(parents=True)
+    (home / ".conda" / "environments.txt").write_text(f"/no/such\n{checkout.root.parent / 'conda'}\n")
+    places = {"HOME": str(home), "PYENV_ROOT": str(checkout.root.parent / "pyenv")}
+    status, output, calls = checkout.run("environment.sh", "--line", "newest", **places)
+    assert status == 0, output
+    assert "-m venv .venv-newest" in calls
 
 
 @pytest.mark.parametrize("name", ["requirements/cpu.txt", "requirements/bridge.txt", "scripts/environment.sh"])
@@ -155,22 +196,35 @@ def test_a_virtual_environment_of_the_users_own_is_left_alone(checkout):
 
 
 @pytest.mark.parametrize(
-    ("refuse", "hint"), [("version_info", "needs Python 3.11"), ("ensurepip", "apt-get install python3.11-venv")]
+    ("line", "refuse", "hint"),
+    [
+        ("trtllm", "version_info", "needs Python 3.11"),
+        ("trtllm", "ensurepip", "apt-get install python3.11-venv"),
+        ("newest", "version_info", "needs Python 3.12"),
+    ],
 )
-def test_a_missing_python_or_venv_module_is_named_with_the_way_to_get_it(checkout, refuse, hint):
-    status, output, calls = checkout.run("environment.sh", REFUSE=refuse)
+def test_a_missing_python_or_venv_module_is_named_with_the_way_to_get_it(checkout, line, refuse, hint):
+    status, output, calls = checkout.run("environment.sh", "--line", line, REFUSE=refuse)
     assert status != 0
     assert hint in output
     assert not made(calls)
 
 
-def test_torch_is_never_taken_as_a_cuda_build(checkout):
-    without_index = "--disable-pip-version-check torch=="
+def test_torch_is_a_cpu_build_wherever_there_is_one(checkout):
+    without_index = "--no-deps torch=="
     calls = checkout.run("environment.sh", REFUSE=without_index)[2]
     torch = [call for call in calls if "torch==" in call]
     assert len(torch) == 2  # pip's own configuration has none; then PyTorch's index
     assert "whl/cpu" in torch[1]
     assert all(call.endswith("+cpu") for call in torch)
+
+
+def test_without_a_cpu_build_torch_is_the_default_one_with_its_own_dependencies(checkout):
+    status, output, calls = checkout.run("environment.sh", REFUSE="+cpu")
+    torch = [call for call in calls if "torch==" in call]
+    assert (status, len(torch)) == (0, 3)
+    assert "--no-deps" not in torch[2]
+    assert "with CUDA (4.7 GB)" in output
 
 
 def test_the_index_of_torch_can_be_chosen(checkout):
@@ -245,8 +299,12 @@ def test_peers_that_cannot_be_installed_are_named_and_do_not_stop_the_tests(test
     assert "pip could not install requirements/peers.txt" in output
     assert "going on without .venv-peers" in output
     chosen = [call.rpartition(" -m ")[2].replace("\\", "") for call in calls if "-m pytest" in call]
-    side_by_side = {"exact and not slow", "not slurm and not unit and not peers", "slurm or unit or peers"}
-    assert set(chosen) == side_by_side
+    main = "not slurm and not unit and not peers --ignore=tests/lines"
+    side_by_side = {"exact and not slow", main, "slurm or unit or peers"}
+    assert side_by_side <= set(chosen)
+    both_lines = [text.split() for text in chosen if text.startswith("ranks ")]
+    assert len(both_lines) == 1
+    assert all((ROOT / path).exists() for path in both_lines[0][1:])
     assert not (tested.root / ".venv-peers").exists()
     assert tested.run("peers.sh", REFUSE="requirements/peers.txt")[0] != 0
 

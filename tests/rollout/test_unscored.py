@@ -57,16 +57,17 @@ def test_metrics_of_a_step_are_those_of_what_was_scored():
 
     def group(rewards, advantages, references):
         parts = {"a": np.array(rewards), "b": np.array([1.0, nan])}
-        lengths, cut = np.array([3, 5]), np.zeros(2, bool)
-        return GroupNumbers(
-            np.array(rewards), parts, np.array(references), np.array(advantages), lengths, cut, np.isnan(rewards), 0, 7
-        )
+        lengths, none = np.array([3, 5]), np.zeros(2, bool)
+        drawn = np.array([9, 16]), np.array([3, 3]), np.array([False, True])  # by version 3, and the last token by 4
+        values = (np.array(rewards), parts, np.array(references), np.array(advantages))
+        return GroupNumbers(*values, lengths, none, np.isnan(rewards), *drawn, 7)
 
-    found = step_metrics([group([1.0, nan], [0.0, nan], [nan, 0.5]), group([nan, nan], [nan, nan], [nan, nan])], 0, "a")
+    found = step_metrics([group([1.0, nan], [0.0, nan], [nan, 0.5]), group([nan, nan], [nan, nan], [nan, nan])], 5, "a")
     expected = {"reward/mean": 1.0, "reward/std": 0.0, "reward/failed_fraction": 0.75, "reward/a": 1.0, "reward/b": 1.0}
     expected |= {"advantage/mean": 0.0, "groups/zero_std": 1.0, "groups/zero_advantage": 1.0, "groups/failed": 0.5}
     expected |= {"groups/all_right": 1.0, "groups/all_wrong": 0.0, "reference_reward/mean": 0.5}
     expected |= {"completion_length/mean": 4.0}
+    expected |= {"rollout/lag": (2 * 3 + 2 * 4 + 1) / 8, "rollout/lag_max": 2.0, "rollout/mixed_versions": 0.5}
     assert {key: found[key] for key in expected} == expected
     nothing = step_metrics([group([nan, nan], [nan, nan], [nan, nan])], 0, "a")
     assert all(math.isnan(nothing[key]) for key in ("reward/mean", "reward/std", "groups/zero_std", "advantage/mean"))
@@ -87,7 +88,7 @@ def augmented(rewards, references):
 
 
 def test_rollouts_that_could_not_be_scored_at_all_are_not_kept_for_a_resumed_run():
-    from nemo_aapo.rollout.pipeline import RolloutPipeline
+    from nemo_aapo.rollout.in_order import InOrderPipeline
 
     trainer = SimpleNamespace(max_steps=2)
     config = SimpleNamespace(
@@ -95,7 +96,7 @@ def test_rollouts_that_could_not_be_scored_at_all_are_not_kept_for_a_resumed_run
     )
     sampler = SimpleNamespace(step=0, knows=lambda step: True)
     parts = {"collector": None, "sampling": None, "prompts": [], "sampler": sampler, "reference": None}
-    pipeline = RolloutPipeline(config=config, policy=SimpleNamespace(version=0), **parts)
+    pipeline = InOrderPipeline(config=config, policy=SimpleNamespace(version=0), **parts)
     pipeline._ahead = {0: ScoredRollout([], [], tally(8, a=0)), 1: ScoredRollout([], [], tally(8, a=1))}
     assert pipeline.pending_files() == {}
     del pipeline._ahead[0]  # never begun, or lost: a run that went on from here would draw it with later weights

@@ -21,9 +21,9 @@ MATRICES = 3 * (64 * (64 + 2 * 32) + 64 * 64 + 3 * 64 * 96)
 
 
 def group(advantages=(1.0, -1.0)) -> GroupNumbers:
-    nothing = np.zeros(2)
+    nothing, none = np.zeros(2), np.zeros(2, bool)
     return GroupNumbers(
-        nothing, {}, None, np.array(advantages), np.array(LENGTHS), nothing == 1, nothing == 1, 0, PROMPT
+        nothing, {}, None, np.array(advantages), np.array(LENGTHS), none, none, nothing, nothing, none, PROMPT
     )
 
 

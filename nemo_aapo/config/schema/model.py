@@ -94,7 +94,8 @@ class Model:
     )
     share_prompts: bool | None = setting(
         "true: a group's completions stand behind one copy of their prompt, which is computed once | null: "
-        "true on a CPU, unless sequence_packing=false; on a GPU not wired yet",
+        "true on a CPU, unless sequence_packing=false; false on a GPU, where true was never run and is tried out at "
+        "the start",
         decides=False,
     )
     recompute_granularity: Literal["full", "selective"] | None = setting(

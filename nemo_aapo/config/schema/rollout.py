@@ -120,6 +120,18 @@ class Rollout:
         minimum=0,
         sane=1_000,
     )
+    max_lag: int | None = setting(
+        "null: in order, see async_depth | N: in flight: servers take new weights between two tokens of a completion, "
+        "which is trained on within N steps after the policy that sampled its first one; not deterministic",
+        decides="set",
+        minimum=1,
+        sane=1_000,
+    )
+    recompute_kv: bool = setting(
+        "with max_lag, once a server has new weights: true: keys and values of what is under way are computed anew by "
+        "them | false: those of the old ones are gone on with",
+        decides="set",
+    )
     oversample: float | None = setting(
         "so many times the prompts of a step are generated, and those whose final advantages are all zero left out, as "
         "long as prompts_per_step are left, in the order of the prompts; null: as many as a step needs",

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 
+from nemo_aapo import lines
 from nemo_aapo.config import PRECISIONS, Config, PrecisionKind
 from nemo_aapo.doctor.checks.sizes import on_this_machine
 from nemo_aapo.doctor.checks.versions import cuda_of_torch, has_gpu, installed_version
@@ -17,9 +18,6 @@ from nemo_aapo.engines.trtllm import check as trtllm_check
 from nemo_aapo.engines.trtllm import settings as trtllm_settings
 from nemo_aapo.engines.trtllm.package_source import Package
 
-TRANSFORMER_ENGINE = ((2, 10), (2, 12))
-"""The versions that both megatron-bridge 0.3.1 (>= 2.10, < 2.13) and megatron-core 0.16.1 (>= 2.9, < 2.12) take: from
-the first, below the second."""
 DRIVER_TIMEOUT_S = 20.0
 """nvidia-smi is given up after so long."""
 
@@ -144,8 +142,9 @@ def transformer_engine(context: Context) -> Finding:
     remedy = "use the Dockerfile's image, or pip install transformer_engine[pytorch] built against this torch"
     if version is None:
         return _absent(name, context, remedy)
-    low, high = (_dotted(bound) for bound in TRANSFORMER_ENGINE)
-    if not TRANSFORMER_ENGINE[0] <= _numbers(version)[:2] < TRANSFORMER_ENGINE[1]:
+    bounds = lines.installed().transformer_engine
+    low, high = (_dotted(bound) for bound in bounds)
+    if not bounds[0] <= _numbers(version)[:2] < bounds[1]:
         return Finding(name, "failure", f"version {version}; megatron-core and -bridge take >= {low}, < {high}", remedy)
     return _imported(name, f"{name}.pytorch", version, remedy)
 

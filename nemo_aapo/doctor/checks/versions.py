@@ -6,25 +6,32 @@ import importlib.metadata
 import importlib.util
 import platform
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
+from nemo_aapo import lines
 from nemo_aapo.doctor.finding import Context, Finding
+from nemo_aapo.lines import Line
 
 REQUIREMENTS = Path(__file__).resolve().parents[3] / "requirements"
-CPU, GPU = ("cpu.txt", "bridge.txt"), ("gpu.txt",)
-TESTED_PYTHON = {CPU: ("3.11",), GPU: ("3.12",)}
-"""Versions of Python; on GPUs that of TensorRT-LLM's release image."""
+PYTHON_OF_IMAGES = "3.12"
 SHOWN = 6
 """Number of packages that a finding names."""
 
 
 def versions(context: Context) -> Finding:
-    """Report packages that are missing or of another version than the tested one."""
-    files = CPU if cuda_of_torch() is None else GPU
-    names = ", ".join(f"requirements/{name}" for name in files)
+    """Report the line of Megatron, what does not belong to it, and what is missing or not as it was tested."""
+    line = lines.installed()
+    if strangers := [*_strangers(line)]:
+        remedy = f"install one line whole: bash scripts/environment.sh --line {' or '.join(lines.LINES)}"
+        return Finding("versions", "failure", f"line {line.name} by its megatron-core, but {_some(strangers)}", remedy)
     if not REQUIREMENTS.is_dir():
-        remedy = "run it from a checkout to have them compared"
-        return Finding("versions", "warning", f"{REQUIREMENTS} is not there: versions are not compared", remedy)
+        text = f"line {line.name}; {REQUIREMENTS} is not there: versions are not compared"
+        return Finding("versions", "warning", text, "run it from a checkout to have them compared")
+    on_gpu = has_gpu() or installed_version("transformer_engine") is not None
+    files = line.image_requirements if on_gpu else line.requirements
+    tested_python = PYTHON_OF_IMAGES if on_gpu else line.python[0]
+    names = f"line {line.name}, {', '.join(f'requirements/{name}' for name in files)}"
     pins = {name: version for file in files for name, version in read_pins(REQUIREMENTS / file).items()}
     installed = {name: installed_version(name) for name in pins}
     missing = [name for name in pins if installed[name] is None]
@@ -32,14 +39,22 @@ def versions(context: Context) -> Finding:
         f"{name} {installed[name]} (tested: {pins[name]})" for name in pins if installed[name] not in (None, pins[name])
     ]
     python = ".".join(platform.python_version_tuple()[:2])
-    if python not in TESTED_PYTHON[files]:
-        different.append(f"Python {python} (tested: {', '.join(TESTED_PYTHON[files])})")
-    remedy = " ".join(["pip install --no-deps", *(f"-r requirements/{name}" for name in files)])
+    if python != tested_python:
+        different.append(f"Python {python} (tested: {tested_python})")
+    remedy = " && ".join(f"pip install --no-deps -r requirements/{name}" for name in files)
     if missing:
         return Finding("versions", "failure", f"of {names} are missing: {_some(missing)}", remedy)
     if different:
         return Finding("versions", "warning", f"not as in {names}: {_some(different)}", remedy)
     return Finding("versions", "ok", f"Python {python} and {len(pins)} packages are as tested ({names})")
+
+
+def _strangers(line: Line) -> Iterator[str]:
+    """Packages of the other line among those that decide it."""
+    for name, wanted in line.pins.items():
+        version = installed_version(name)
+        if version is not None and (other := lines.line_of(name, version)) is not line:
+            yield f"{name} {version} is of the line {other.name} (here {wanted})"
 
 
 def read_pins(path: Path) -> dict[str, str]:

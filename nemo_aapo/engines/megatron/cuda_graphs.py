@@ -31,12 +31,17 @@ SMALL_BATCHES = (16, 64)
 
 
 def can_be_captured(model: GPTModel) -> bool:
-    """True for a whole dense model on a GPU whose heads have a size that ``decode_triton`` takes.
+    """True for a whole dense model on a GPU whose heads ``decode_triton`` takes: their size, turned whole, no window.
 
     The number of rows that each expert has comes to the host, which a graph can't wait for.
     """
-    size = model.config.kv_channels
-    if model.config.num_moe_experts:
+    config, size = model.config, model.config.kv_channels
+    if (
+        config.num_moe_experts
+        or config.window_size
+        or config.layernorm_zero_centered_gamma
+        or model.rotary_percent != 1
+    ):
         return False
     return next(model.parameters()).is_cuda and size >= 16 and size & (size - 1) == 0
 

@@ -9,14 +9,13 @@ and leaves everything else alone.
 Where the learner computes in FP8, rollouts are in bf16 all the same: FP8 kernels want row counts that a decoding step
 doesn't have. The parity gate measures how far that moves the log-probs.
 
-``Decoder`` knows one kind of layer, that of Qwen2, Qwen2.5, Qwen3 and Llama, its feed-forward part dense or a choice of
-experts as in Qwen3-MoE (``experts/``), and refuses others by name.
+``Decoder`` knows one kind of layer: RMSNorms, rotary attention with windows or without, a gated feed-forward part or a
+choice of experts (``experts/``), norms of what is added where there are any. It refuses others by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -28,46 +27,28 @@ from nemo_aapo.distributed import parallel
 from nemo_aapo.engines.megatron.experts.layer import ExpertLayers, swiglu
 from nemo_aapo.engines.megatron.experts.lockstep import Lockstep
 from nemo_aapo.engines.megatron.kv_cache import Attention, KVCache
-from nemo_aapo.engines.megatron.matmul import Adapted, Weight, add_linear_, linear, pack_weight
-from nemo_aapo.mcore.bridge.lora import adapter_weights, base_layer, is_adapted, merged_weight
-from nemo_aapo.mcore.experts.weights import LocalExperts, local_experts
+from nemo_aapo.engines.megatron.matmul import add_linear_, linear, pack_weight
+from nemo_aapo.mcore.bridge import families
+from nemo_aapo.mcore.bridge.layer_weights import layer_weights
 from nemo_aapo.mcore.groups import gather_columns
 from nemo_aapo.mcore.model import GPTModel, output_weight
 
 
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    """This rank's part of one layer's weights: h hidden, f feed-forward units, s head size.
+def geglu(gate_and_up: Tensor) -> Tensor:
+    """[T, 2 f] -> gelu(gate) * up [T, f], gelu by its approximation with tanh."""
+    gate, up = gate_and_up.chunk(2, dim=-1)
+    return F.gelu(gate, approximate="tanh").mul_(up)
 
-    Projections may be packed (``matmul.pack_weight``).
-    """
 
-    attention_norm: Tensor
-    """[h]"""
-    qkv: Weight
-    """[key-value heads * (queries per key + 2) * s, h]: for each key-value head its queries, its key, its value"""
-    qkv_bias: Tensor | None
-    query_norm: Tensor | None
-    """[s]"""
-    key_norm: Tensor | None
-    """[s]"""
-    projection: Weight
-    """[h, heads * s]"""
-    mlp_norm: Tensor
-    """[h]"""
-    gate_and_up: Weight | None
-    """[2 f, h]; None: ``experts`` are in its place."""
-    down: Weight | None
-    """[h, f]"""
-    experts: LocalExperts | None
+GATED = {"silu": swiglu, "gelu_pytorch_tanh": geglu}
+"""What the feed-forward part makes of gate and up, by transformers' name of the activation."""
 
 
 class Decoder:
     """The forward pass of one pipeline stage, built for one ``generate`` call: it holds references to the weights.
 
-    For as long as the call takes, it also holds copies: merged weights of layers with a LoRA adapter in float32, and
-    packed ones of large weights with ``pack``. In bfloat16, an adapter is applied apart, as the learner does: added to
-    the weight, an update below the weight's last bit would be lost.
+    For as long as the call takes, it also holds copies: merged weights of layers with a LoRA adapter, and packed ones
+    of large weights with ``pack``.
     """
 
     def __init__(self, model: GPTModel, pack: bool = False, lockstep: Lockstep | None = None) -> None:
@@ -85,7 +66,8 @@ class Decoder:
         check_supported(model)
         self._model, self._config = model, model.config
         convert = pack_weight if pack else _as_it_is
-        self._layers = [_layer_weights(layer, convert) for layer in model.decoder.layers]
+        self._layers = [layer_weights(layer, convert, self._gain) for layer in model.decoder.layers]
+        self._gated = GATED[families.activation(self._config)]
         self._output = convert(output_weight(model)) if model.post_process else None
         attention = model.decoder.layers[0].self_attention
         self.key_value_heads = attention.num_query_groups_per_partition
@@ -99,26 +81,28 @@ class Decoder:
     def new_cache(self, rows: int, length: int) -> KVCache:
         """An empty cache for this stage. rows: sequences at a time. length: tokens that one of them may have."""
         return KVCache(
-            layers=len(self._layers),
             rows=rows,
             length=length,
             heads=self.key_value_heads,
+            head_size=self.head_size,
             queries_per_key=self.queries_per_key,
-            angles=self._model.rotary_pos_emb(length, packed_seq=True)[:, 0, 0],  # whole: sequences are not cut here
+            angles=families.layer_angles(self._model, length),
+            windows=[families.window(self._config, layer.layer_number) for layer in self._model.decoder.layers],
             scale=self._config.softmax_scale or self.head_size**-0.5,
-            dtype=self._layers[0].attention_norm.dtype,
+            dtype=self._layers[0].qkv.dtype,
         )
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Token ids int64 [T] -> hidden states [T, h]; first stage only."""
         embedding = self._model.embedding.word_embeddings
+        scale = self._config.embedding_scale
         if self._tp_size == 1:
-            return F.embedding(tokens, embedding.weight)
+            return F.embedding(tokens, embedding.weight).mul_(scale)
         local = tokens - embedding.vocab_start_index
         elsewhere = (local < 0) | (local >= len(embedding.weight))
         hidden = F.embedding(local.masked_fill(elsewhere, 0), embedding.weight).masked_fill_(elsewhere[:, None], 0.0)
         dist.all_reduce(hidden, group=self._tp_group)
-        return hidden
+        return hidden.mul_(scale)
 
     def layers(self, hidden: Tensor, cache: Attention, routes: list[Tensor] | None = None) -> Tensor:
         """Pass hidden states through this stage's layers.
@@ -137,12 +121,13 @@ class Decoder:
             mixed = mixed.view(len(hidden), self.key_value_heads, -1, self.head_size)
             if layer.query_norm is not None and layer.key_norm is not None:
                 query, key, value = mixed.split((self.queries_per_key, 1, 1), dim=2)
-                mixed = torch.cat((self._norm(query, layer.query_norm), self._norm(key, layer.key_norm), value), dim=2)
+                query, key = self._norm_heads(query, layer.query_norm), self._norm_heads(key, layer.key_norm)
+                mixed = torch.cat((query, key, value), dim=2)
             context = cache.attend(index, mixed)
             if self._is_last(index) and cache.logits_at is not None:
                 # After the last attention only the tokens whose logits are wanted are read any more.
                 hidden, context = hidden[cache.logits_at], context[cache.logits_at]
-            hidden = self._add(hidden, context, layer.projection)
+            hidden = self._add(hidden, context, layer.projection, layer.attention_post_norm)
             x = self._norm(hidden, layer.mlp_norm)
             if layer.experts is not None and self._experts is not None:
                 choice = self._experts.choose(x, layer.experts.router)
@@ -152,7 +137,7 @@ class Decoder:
             else:
                 assert layer.gate_and_up is not None
                 assert layer.down is not None
-                hidden = self._add(hidden, swiglu(linear(x, layer.gate_and_up)), layer.down)
+                hidden = self._add(hidden, self._gated(linear(x, layer.gate_and_up)), layer.down, layer.mlp_post_norm)
         return hidden
 
     def lend_experts(self) -> None:
@@ -171,7 +156,7 @@ class Decoder:
         On a GPU they are float32, as the learner's are (learner/logprobs.py): rounding them to bfloat16 would move the
         engine's log-probs away from the learner's by more than all else together.
         """
-        normed = self._norm(hidden, self._model.decoder.final_layernorm.weight)
+        normed = self._norm(hidden, self._gain(self._model.decoder.final_layernorm.weight))
         weight = self._output
         assert weight is not None, "only the last stage has an output layer"
         if normed.is_cuda and normed.dtype != torch.float32:
@@ -183,8 +168,7 @@ class Decoder:
     def addresses(self) -> tuple[int, ...]:
         """Addresses of a whole dense model's weights. A CUDA graph is valid as long as they don't change."""
         model = self._model
-        parts = [getattr(layer, field.name) for layer in self._layers for field in fields(layer)]
-        weights = [tensor for part in parts for tensor in (part if isinstance(part, Adapted) else (part,))]
+        weights = [getattr(layer, field.name) for layer in self._layers for field in fields(layer)]
         weights += [model.embedding.word_embeddings.weight, model.decoder.final_layernorm.weight, self._output]
         return tuple(weight.data_ptr() for weight in weights if isinstance(weight, Tensor))
 
@@ -197,13 +181,27 @@ class Decoder:
             return _rms_norm(x, weight, self._root_epsilon)
         return F.rms_norm(x, weight.shape, weight, self._config.layernorm_epsilon)
 
-    def _add(self, hidden: Tensor, x: Tensor, weight: Weight) -> Tensor:
-        """``hidden + x weight^T``, in place; ``x`` and ``weight`` are sharded over the tensor-parallel ranks."""
-        if self._tp_size == 1:
+    def _norm_heads(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Queries or keys [T, key-value heads, n, head size], each head normalised, or those of a token together."""
+        if len(weight) == self.head_size:
+            return self._norm(x, weight)
+        return self._norm(x.reshape(len(x), -1), weight).view(x.shape)
+
+    def _gain(self, weight: Tensor) -> Tensor:
+        """What a norm multiplies by; Gemma's weights are the difference to 1."""
+        return 1 + weight if self._config.layernorm_zero_centered_gamma else weight
+
+    def _add(self, hidden: Tensor, x: Tensor, weight: Tensor, post_norm: Tensor | None) -> Tensor:
+        """``hidden + x weight^T``, in place, what is added normalised if there is a norm for it.
+
+        ``x`` and ``weight`` are sharded over the tensor-parallel ranks.
+        """
+        if self._tp_size == 1 and post_norm is None:
             return add_linear_(hidden, x, weight)
         part = linear(x, weight)
-        dist.all_reduce(part, group=self._tp_group)
-        return hidden.add_(part)
+        if self._tp_size > 1:
+            dist.all_reduce(part, group=self._tp_group)
+        return hidden.add_(part if post_norm is None else self._norm(part, post_norm))
 
 
 def _rms_norm(x: Tensor, weight: Tensor, root_epsilon: Tensor) -> Tensor:
@@ -216,48 +214,6 @@ def _as_it_is(weight: Tensor) -> Tensor:
     return weight
 
 
-def _layer_weights(layer: torch.nn.Module, convert: Callable[[Tensor], Tensor]) -> _Layer:
-    """References to the weights of an mcore TransformerLayer, the projections' after ``convert``."""
-    part = layer.get_submodule
-    qkv, mlp = base_layer(part("self_attention.linear_qkv")), part("mlp")
-    attention: Any = part("self_attention")
-    experts = local_experts(mlp) if hasattr(mlp, "router") else None
-    after_mlp_norm = mlp if experts else base_layer(part("mlp.linear_fc1"))
-    return _Layer(
-        attention_norm=_norm_weight(qkv, part("input_layernorm")),
-        qkv=_projection(part("self_attention.linear_qkv"), convert),
-        qkv_bias=_bias(qkv),
-        query_norm=getattr(attention.q_layernorm, "weight", None),
-        key_norm=getattr(attention.k_layernorm, "weight", None),
-        projection=_projection(part("self_attention.linear_proj"), convert),
-        mlp_norm=_norm_weight(after_mlp_norm, part("pre_mlp_layernorm")),
-        gate_and_up=None if experts else _projection(part("mlp.linear_fc1"), convert),
-        down=None if experts else _projection(part("mlp.linear_fc2"), convert),
-        experts=experts,
-    )
-
-
-def _projection(linear: torch.nn.Module, convert: Callable[[Tensor], Tensor]) -> Weight:
-    """A projection's weight after ``convert``, its adapter merged; in bfloat16 the adapter stays beside it."""
-    if is_adapted(linear):
-        base = linear.to_wrap.get_parameter("weight")
-        if base.dtype == torch.bfloat16:
-            return Adapted(base, *adapter_weights(linear))
-    return convert(merged_weight(linear))
-
-
-def _norm_weight(linear: torch.nn.Module, norm: torch.nn.Module) -> Tensor:
-    """The weight of the norm before a projection; TransformerEngine keeps it in the projection itself."""
-    fused = getattr(linear, "layer_norm_weight", None)
-    return norm.get_parameter("weight") if fused is None else fused
-
-
-def _bias(linear: torch.nn.Module) -> Tensor | None:
-    """The layer's bias; None where it has none, which TransformerEngine marks by an empty tensor."""
-    bias = getattr(linear, "bias", None)
-    return bias if bias is not None and bias.numel() else None
-
-
 def check_supported(model: GPTModel) -> None:
     """Refuse models that compute something else than ``Decoder`` does.
 
@@ -267,19 +223,16 @@ def check_supported(model: GPTModel) -> None:
     config = model.config
     found = {
         "position_embedding_type": (model.position_embedding_type, "rope"),
-        "rotary_percent": (model.rotary_percent, 1.0),
         "rotary_interleaved": (config.rotary_interleaved, False),
         "multi_latent_attention": (config.multi_latent_attention, False),
-        "window_size": (config.window_size, None),
         "softmax_type": (config.softmax_type, "vanilla"),
         "no_rope_freq": (config.no_rope_freq, None),
         "attention_output_gate": (config.attention_output_gate, False),
         "apply_query_key_layer_scaling": (config.apply_query_key_layer_scaling, False),
         "normalization": (config.normalization, "RMSNorm"),
-        "layernorm_zero_centered_gamma": (config.layernorm_zero_centered_gamma, False),
         "add_bias_linear": (config.add_bias_linear, False),
         "gated_linear_unit": (config.gated_linear_unit, True),
-        "activation_func": (config.activation_func, F.silu),
+        "activation_func in GATED": (families.activation(config) in GATED, True),
         "activation_func_clamp_value": (config.activation_func_clamp_value, None),
         "glu_linear_offset": (config.glu_linear_offset, 0.0),
         "fp32_residual_connection": (config.fp32_residual_connection, False),

@@ -19,20 +19,22 @@ import torch
 import torch.distributed as dist
 
 from nemo_aapo.distributed import parallel
-from nemo_aapo.engines.base import OnFinish, RolloutStats, check_request
+from nemo_aapo.engines.base import InFlight, OnFinish, RolloutStats, check_request
 from nemo_aapo.engines.elsewhere import arranged
 from nemo_aapo.engines.megatron.cuda_graphs import DecodingGraphs, can_be_captured
 from nemo_aapo.engines.megatron.decoder import Decoder, check_supported
 from nemo_aapo.engines.megatron.experts.lockstep import Lockstep, decodes_in_step
 from nemo_aapo.engines.megatron.experts.routes import RouteRecorder
+from nemo_aapo.engines.megatron.in_flight import TokenVersions, contents
 from nemo_aapo.engines.megatron.matmul import packing_pays
 from nemo_aapo.engines.megatron.sampling import finite, sample
-from nemo_aapo.engines.megatron.scheduler import Admission, Scheduler, capacity
+from nemo_aapo.engines.megatron.scheduler import MAX_PREFILL_TOKENS, Admission, Scheduler, capacity
 from nemo_aapo.engines.megatron.speculation import Feed, Speculation, plain
 from nemo_aapo.engines.megatron.stop_strings import StopStrings
 from nemo_aapo.mcore.model import GPTModel
 from nemo_aapo.trace import spans
 from nemo_aapo.types import NO_ROUTE, Completion, SamplingSpec
+from nemo_aapo.utils.buckets import buckets
 
 
 class MegatronEngine:
@@ -111,15 +113,33 @@ class MegatronEngine:
         with torch.inference_mode(), lockstep.failing_together() if lockstep else nullcontext():
             check_request(prompts, sampling, seeds, self.vocab_size)
             batch = _Batch(self, prompts, sampling, seeds, on_finish, lockstep)
-            try:
-                self._scheduler = batch.scheduler
-                while batch.step() or batch.lend():
-                    pass
-            finally:
-                self._scheduler = None
-        self.graphs = batch.graphs  # only if all went well: an overflow may have left NaN in the cache
+            self._run(batch, lambda: batch.step() or batch.lend())
         self.stats = batch.stats(time.perf_counter() - began)
         return batch.ordered()
+
+    def generate_in_flight(
+        self,
+        prompts: Sequence[np.ndarray],
+        sampling: SamplingSpec,
+        seeds: Sequence[Sequence[int]],
+        on_finish: OnFinish,
+        in_flight: InFlight,
+    ) -> None:
+        """See ``InFlightEngine.generate_in_flight``; raises as ``generate`` does."""
+        assert not decodes_in_step(self.model), "ranks that decode in step have no servers"
+        with torch.inference_mode():
+            check_request(prompts, sampling, seeds, self.vocab_size)
+            batch = _Batch(self, prompts, sampling, seeds, on_finish, None, in_flight)
+            self._run(batch, lambda: batch.take_up() and batch.step())
+
+    def _run(self, batch: _Batch, step: Callable[[], bool]) -> None:
+        try:
+            self._scheduler = batch.scheduler
+            while step():
+                pass
+        finally:
+            self._scheduler = None
+        self.graphs = batch.graphs  # only if all went well: an overflow may have left NaN in the cache
 
     @property
     def kv_cache_use(self) -> float:
@@ -165,16 +185,21 @@ class _Batch:
         seeds: Sequence[Sequence[int]],
         on_finish: OnFinish | None,
         lockstep: Lockstep | None,
+        in_flight: InFlight | None = None,
     ) -> None:
-        self._engine, self._model, self._prompts = engine, engine.model, prompts
+        self._engine, self._model, self._prompts = engine, engine.model, list(prompts)
         self._sampling, self._on_finish = sampling, on_finish
-        self._seeds, self._lockstep = seeds, lockstep
+        self._seeds, self._lockstep, self._in_flight = seeds, lockstep, in_flight
+        self._versions = TokenVersions()
         self._finished: dict[tuple[int, int], Completion] = {}
-        length = max((len(prompt) for prompt in prompts), default=0) + sampling.max_new_tokens
-        rows = capacity(engine.max_concurrent_tokens, length, sequences=sum(map(len, seeds)))
+        longest = in_flight.prompt_tokens if in_flight else max((len(prompt) for prompt in prompts), default=0)
+        length, sequences = longest + sampling.max_new_tokens, sum(map(len, seeds))
+        rows = capacity(
+            engine.max_concurrent_tokens, length, sequences=engine.max_concurrent_tokens if in_flight else sequences
+        )
         self.scheduler = Scheduler(prompts, seeds, sampling.max_new_tokens, rows)
-        pack = packing_pays(next(engine.model.parameters()), rows, sampling.max_new_tokens)
-        self._decoder = Decoder(engine.model, pack, lockstep)
+        self._pack = packing_pays(next(engine.model.parameters()), rows, sampling.max_new_tokens)
+        self._decoder = Decoder(engine.model, self._pack, lockstep)
         self.graphs = self._reusable_graphs(rows, length)
         self._cache = self.graphs.cache if self.graphs else self._decoder.new_cache(rows, length)
         if self.graphs is None and engine.cuda_graphs and rows:
@@ -185,7 +210,8 @@ class _Batch:
         layers, per_token = len(self._model.decoder.layers), self._model.config.moe_router_topk
         self._routes = RouteRecorder(self.scheduler, layers, per_token) if engine.record_routes else None
         self._speculation = None
-        if engine.speculation and self.graphs is None:  # a graph feeds one token of each row
+        # A graph feeds one token of each row; in flight, prompts come that nothing is known of here.
+        if engine.speculation and self.graphs is None and in_flight is None:
             self._speculation = Speculation(self.scheduler, prompts, [len(row) for row in seeds], engine.vocab_size)
         self._chosen: list[torch.Tensor] = []  # the experts of the last pass, layer by layer
         self._steps = self._idle = 0
@@ -252,6 +278,36 @@ class _Batch:
                 self._speculation.accepted += len(rows)
         return stopped
 
+    def take_up(self) -> bool:
+        """What comes between two steps of a call in flight: more prompts, other weights; False: it is to end."""
+        assert self._in_flight is not None
+        engine, scheduler, before = self._engine, self.scheduler, self._engine.policy_version
+        with torch.inference_mode(False):
+            more = self._in_flight.between()
+        if more is None:
+            return False
+        if engine.policy_version != before:
+            self._versions.changed(scheduler, before)
+            scheduler.forget_kept()
+            self._decoder = Decoder(self._model, self._pack)  # packed and merged weights are copies
+            rows, length = self._cache.kv.shape[1:3]
+            if self.graphs and not self.graphs.fits(self._decoder, rows, length, self._sampling, engine.vocab_size):
+                self.graphs = DecodingGraphs(self._decoder, self._cache, self._sampling, engine.vocab_size)
+            if self._in_flight.recompute_kv:
+                self._recompute()
+        self._prompts += more[0]
+        scheduler.add(*more)
+        return True
+
+    def _recompute(self) -> None:
+        """Keys and values of all running rows, by the weights that the model has now."""
+        rows = [contents(self.scheduler, self._prompts, row) for row in range(self.scheduler.running)]
+        longest, first = max(map(len, rows), default=0), 0
+        for part in buckets(rows, lambda row: longest, MAX_PREFILL_TOKENS):
+            nothing = np.zeros(0, np.int64)
+            self._hidden(self._cache.begin(nothing, nothing, part, [1] * len(part), first_row=first))
+            first += len(part)
+
     def lend(self) -> bool:
         """A step of the ranks in lockstep with this one, which has no sequences left; False: none of them has any."""
         if self._lockstep is None or not self._lockstep.begin_step(0, 0):
@@ -272,12 +328,16 @@ class _Batch:
 
     def _forward(self, feed: Feed, prefills: Sequence[Admission]) -> torch.Tensor | None:
         """One pass over all running rows: logits [logits, padded vocabulary] on the last stage, None on the others."""
-        model, decoder = self._model, self._decoder
-        pipeline = parallel.groups().pipeline
         prompts = [self._prompts[admission.prompt] for admission in prefills]
         rows_per_prompt = [admission.stop - admission.start for admission in prefills]
         lengths = self.scheduler.length[: len(feed.drafts)]
-        tokens = self._cache.begin(feed.tokens, lengths, prompts, rows_per_prompt, feed.drafts)
+        tokens = self._cache.begin(feed.tokens, lengths, prompts, rows_per_prompt, drafts=feed.drafts)
+        hidden = self._hidden(tokens)
+        return None if hidden is None else self._decoder.logits(hidden)
+
+    def _hidden(self, tokens: torch.Tensor) -> torch.Tensor | None:
+        """Pass tokens [T], laid out in the cache, through this stage: [rows, h] on the last one, None on the others."""
+        model, decoder, pipeline = self._model, self._decoder, parallel.groups().pipeline
         if model.pre_process:
             hidden = decoder.embed(tokens)
         else:
@@ -286,7 +346,7 @@ class _Batch:
         self._chosen.clear()
         hidden = decoder.layers(hidden, self._cache, None if self._routes is None else self._chosen)
         if model.post_process:
-            return decoder.logits(hidden)
+            return hidden
         dist.send(hidden, parallel.rank_of_neighbour_stage(1), group=pipeline)
         return None
 
@@ -315,14 +375,17 @@ class _Batch:
         routes = self._routes.ended(done) if self._routes is not None and len(done) else [None] * len(done)
         for row, route in zip(done, routes, strict=True):
             i, j, length = int(scheduler.prompt[row]), int(scheduler.completion[row]), scheduler.sampled[row]
+            first, versions = self._versions.ended(i, j, int(length), self._engine.policy_version)
             completion = Completion(
                 token_ids=scheduler.tokens[row, :length].copy(),
                 logprobs=scheduler.logprobs[row, :length].copy(),
                 finish_reason="stop" if stopped[row] else "length",
-                policy_version=self._engine.policy_version,
+                policy_version=first,
                 routes=route,
+                versions=versions,
             )
-            self._finished[i, j] = completion
+            if self._in_flight is None:  # else there may be many, and nobody asks for them all
+                self._finished[i, j] = completion
             if self._on_finish and self._on_finish(i, j, completion):
                 self._asked_to_end, self._ends = True, self._engine.group_size == 1
         source, target = scheduler.retire(done)

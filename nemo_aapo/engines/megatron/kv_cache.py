@@ -44,8 +44,8 @@ class _Drafts(NamedTuple):
     """[drafts], which of the square's are no padding."""
     extent: int
     """How many tokens they read at most."""
-    mask: Tensor | None
-    """[n, 1, width * queries per key, extent]"""
+    masks: dict[int | None, Tensor | None]
+    """Of each window [n, 1, width * queries per key, extent]; None: all is seen."""
 
 
 class KVCache:
@@ -54,37 +54,36 @@ class KVCache:
     def __init__(
         self,
         *,
-        layers: int,
         rows: int,
         length: int,
         heads: int,
+        head_size: int,
         queries_per_key: int,
-        angles: Tensor,
+        angles: Sequence[Tensor],
+        windows: Sequence[int | None],
         scale: float,
         dtype: torch.dtype,
     ) -> None:
         """
         Args:
-            layers: number of layers of this stage.
             rows: sequences at a time. length: tokens that one of them may have.
             heads: key-value heads of this rank, each with ``queries_per_key`` query heads.
-            angles: rotary angles float32 [length, head size]; the cache lives on their device.
+            angles: rotary angles of each layer, float32 [length, rotated part of a head], on the device of the cache.
+            windows: keys that a token sees in each layer, its own among them; None: all before it.
             scale: factor on the attention scores, before the softmax.
             dtype: the dtype of keys and values.
         """
-        size = angles.shape[-1]
+        device = angles[0].device
         # A token's keys and values lie side by side, so that one copy writes them. The memory starts as zeros because
         # attention multiplies masked entries by 0, and 0 * NaN would be NaN.
-        self.kv = torch.zeros(layers, rows, length, heads, 2, size, dtype=dtype, device=angles.device)
+        self.kv = torch.zeros(len(angles), rows, length, heads, 2, head_size, dtype=dtype, device=device)
         self.logits_at: Tensor | None = None
         """int64 [rows], which of the T tokens each running row's logits come from; None: token i is row i's."""
         self._queries, self._scale = queries_per_key, scale
-        # [length, 1, queries per key + 2, head size]: queries and key turn, the value stays as it is
-        self._cos = torch.ones(length, 1, queries_per_key + 2, size, device=angles.device)
-        self._sin = torch.zeros_like(self._cos)
-        self._cos[:, :, :-1] = angles.cos()[:, None, None]
-        self._sin[:, :, :-1] = angles.sin()[:, None, None]
-        self._sin[..., : size // 2].neg_()
+        self._windows = windows
+        different = {id(of_layer): of_layer for of_layer in angles}
+        self._table_of_layer = [list(different).index(id(of_layer)) for of_layer in angles]
+        self._tables = [_turns(of_layer, queries_per_key) for of_layer in different.values()]
         self._kept: Tensor | None = None
 
     def begin(
@@ -93,6 +92,7 @@ class KVCache:
         lengths: np.ndarray,
         prompts: Sequence[np.ndarray],
         rows_per_prompt: Sequence[int],
+        first_row: int | None = None,
         drafts: np.ndarray | None = None,
     ) -> Tensor:
         """Lay out one forward pass.
@@ -101,7 +101,8 @@ class KVCache:
             tokens: int64 [D], what the decoding rows 0 .. R-1 feed: one of each, then the drafts, row by row.
             lengths: int64 [R], how many tokens they have in the cache. What lies behind those is overwritten.
             prompts: token ids of the N prompts to prefill.
-            rows_per_prompt: [N], how many of the rows from R on each prompt fills.
+            rows_per_prompt: [N], how many of the rows from ``first_row`` on each prompt fills.
+            first_row: R by default.
             drafts: int64 [R], how many of the tokens are drafts of each decoding row; None: there are none.
 
         Returns:
@@ -110,6 +111,7 @@ class KVCache:
         device = self.kv.device
         self._rows, self._decoding = len(lengths), len(tokens)
         self._prompts = len(prompts)
+        self._first_row = self._rows if first_row is None else first_row
         positions = lengths
         if self._decoding:
             positions = self._lay_out_decoding(lengths, drafts)
@@ -119,7 +121,7 @@ class KVCache:
             tokens = np.concatenate([tokens, *prompts])
             positions = np.concatenate([positions, *(np.arange(len(prompt)) for prompt in prompts)])
         at = torch.from_numpy(positions).to(device)
-        self._cos_now, self._sin_now = self._cos[at], self._sin[at]
+        self._turns_now = [(cos[at], sin[at]) for cos, sin in self._tables]
         return torch.from_numpy(tokens).to(device)
 
     def _lay_out_decoding(self, lengths: np.ndarray, drafts: np.ndarray | None) -> np.ndarray:
@@ -136,18 +138,24 @@ class KVCache:
             rows, positions = np.concatenate([rows, drafting]), np.concatenate([lengths, behind])
             self._drafts = self._lay_out_drafts(behind, firsts, drafts)
         self._write_at = torch.from_numpy(rows * row_length + positions).to(self.kv.device)
-        self._extent, self._mask = self._reach(lengths)
+        self._extent, self._masks = self._reach(lengths)
         return positions
 
-    def _reach(self, last: np.ndarray) -> tuple[int, Tensor | None]:
-        """Tokens that queries at positions ``last`` int64 [...] read at most, and a mask if they don't all read them:
-        [rows, 1, queries, tokens]."""
+    def _reach(self, last: np.ndarray) -> tuple[int, dict[int | None, Tensor | None]]:
+        """How many tokens queries at positions ``last`` int64 [rows, ...] read at most, and each window's mask."""
         extent = int(last.max()) + 1
-        if last.min() + 1 == extent:
-            return extent, None
-        beyond = np.arange(extent) > last[..., None]
-        mask = torch.from_numpy(np.where(beyond, np.float32(-np.inf), np.float32(0)))
-        return extent, mask.reshape(len(last), 1, -1, extent).to(self.kv)
+        return extent, {window: self._mask(last, extent, window) for window in set(self._windows)}
+
+    def _mask(self, last: np.ndarray, extent: int, window: int | None) -> Tensor | None:
+        """[rows, 1, queries, extent], minus infinity where a query does not see; None: each sees all."""
+        places, own = np.arange(extent), last[..., None]
+        unseen = places > own
+        if window is not None:
+            unseen |= places <= own - window
+        if not unseen.any():
+            return None
+        mask = torch.from_numpy(np.where(unseen, np.float32(-np.inf), np.float32(0)))
+        return mask.reshape(len(last), 1, -1, extent).to(self.kv)
 
     def _lay_out_drafts(self, positions: np.ndarray, firsts: np.ndarray, counts: np.ndarray) -> _Drafts:
         """Work out the attention of the drafts, which is padded to the same number in each row that has some.
@@ -159,10 +167,10 @@ class KVCache:
         counts = counts[rows]
         width = int(counts.max())
         square = firsts[rows, None] + np.minimum(np.arange(width), counts[:, None] - 1)
-        extent, mask = self._reach(positions[square].repeat(self._queries, axis=1))
+        extent, masks = self._reach(positions[square].repeat(self._queries, axis=1))
         real = np.flatnonzero(np.arange(width) < counts[:, None])
         on_device = [torch.from_numpy(x).to(self.kv.device) for x in (rows, square, real)]
-        return _Drafts(on_device[0], on_device[1], on_device[2], extent, mask)
+        return _Drafts(on_device[0], on_device[1], on_device[2], extent, masks)
 
     def _lay_out_prefill(self, lengths: np.ndarray, rows_per_prompt: Sequence[int]) -> None:
         """Work out where the prompts lie in the packed batch, and how attention pads them to a common width.
@@ -190,7 +198,7 @@ class KVCache:
         Returns:
             [T, heads * queries per key * head size]
         """
-        mixed, cut, parts = self._rotate(mixed), self._decoding, []
+        mixed, cut, parts = self._rotate(layer, mixed), self._decoding, []
         if cut:
             parts.append(self._decode(layer, mixed[:cut]))
         if self._prompts:
@@ -211,29 +219,34 @@ class KVCache:
         from nemo_aapo.engines.megatron import decode_triton  # triton comes with torch's CUDA builds only
 
         cache = self.kv[layer]
-        queries = decode_triton.rotate_and_store(mixed, lengths, self._cos[:, 0, 0], self._sin[:, 0, 0], cache)
+        cos, sin = (table[:, 0, 0] for table in self._tables[self._table_of_layer[layer]])
+        queries = decode_triton.rotate_and_store(mixed, lengths, cos, sin, cache)
         return decode_triton.attend(queries, cache, lengths, self._scale)
 
-    def _rotate(self, mixed: Tensor) -> Tensor:
-        """Rotary embedding as in mcore's rope_utils, not interleaved, in float32.
+    def _rotate(self, layer: int, mixed: Tensor) -> Tensor:
+        """Rotary embedding as in mcore's rope_utils, not interleaved, in float32; what is beyond the angles stays.
 
         All heads go in one piece, with cosines that were looked up once for all layers.
         """
-        x = mixed.float()
-        return (x * self._cos_now).addcmul_(x.roll(x.shape[-1] // 2, dims=-1), self._sin_now).to(mixed.dtype)
+        cos, sin = self._turns_now[self._table_of_layer[layer]]
+        size = cos.shape[-1]
+        x = mixed[..., :size].float()
+        turned = (x * cos).addcmul_(x.roll(size // 2, dims=-1), sin).to(mixed.dtype)
+        return turned if size == mixed.shape[-1] else torch.cat((turned, mixed[..., size:]), -1)
 
     def _decode(self, layer: int, mixed: Tensor) -> Tensor:
         """Attention of the decoding rows' tokens, each over everything before it in its row."""
         cache, queries, drafts = self.kv[layer], mixed[:, :, : self._queries], self._drafts
         cache.flatten(0, 1).index_copy_(0, self._write_at, mixed[:, :, self._queries :])
-        out = self._attend(queries[: self._rows], cache[: self._rows], self._extent, self._mask).flatten(1)
+        window = self._windows[layer]
+        out = self._attend(queries[: self._rows], cache[: self._rows], self._extent, self._masks[window]).flatten(1)
         if drafts is None:
             return out
         everyone = len(drafts.rows) == self._rows
         read = cache[: self._rows] if everyone else cache[drafts.rows, : drafts.extent]
         # [rows with drafts, heads, width * queries per key, head size]
         queries = queries[self._rows :][drafts.square].transpose(1, 2).flatten(2, 3)
-        behind = self._attend(queries, read, drafts.extent, drafts.mask).unflatten(2, (-1, self._queries))
+        behind = self._attend(queries, read, drafts.extent, drafts.masks[window]).unflatten(2, (-1, self._queries))
         return torch.cat((out, behind.transpose(1, 2).flatten(0, 1)[drafts.real].flatten(1)))
 
     def _attend(self, queries: Tensor, cache: Tensor, extent: int, mask: Tensor | None) -> Tensor:
@@ -247,13 +260,16 @@ class KVCache:
     def _prefill(self, layer: int, mixed: Tensor) -> Tensor:
         """Attention within whole prompts. They are padded at the end, where the causal mask hides the padding."""
         mixed = mixed[self._padded]  # [N, width, heads, queries per key + 2, head size]
-        rows = slice(self._rows, self._rows + len(self._prompt_of_row))
+        rows = slice(self._first_row, self._first_row + len(self._prompt_of_row))
         new = mixed[:, :, :, self._queries :]
         self.kv[layer, rows, : new.shape[1]] = new[self._prompt_of_row]
         query = mixed[:, :, :, : self._queries].flatten(2, 3).transpose(1, 2)
         key, value = new.transpose(1, 2).unbind(3)
-        grouped = self._queries > 1
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=self._scale, enable_gqa=grouped)
+        grouped, mask = self._queries > 1, _windowed(query.shape[2], self._windows[layer])
+        mask = None if mask is None else mask.to(query.device)
+        out = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=self._scale, enable_gqa=grouped
+        )
         return out.transpose(1, 2).flatten(0, 1)[self._real].flatten(1)
 
     def move(self, source: np.ndarray, target: np.ndarray, length: int) -> None:
@@ -268,3 +284,25 @@ class KVCache:
         """Fill rows with the prompt that ``keep`` copied."""
         assert self._kept is not None, "restore without keep"
         self.kv[:, start:stop, : self._kept.shape[1]] = self._kept[:, None]
+
+
+def _turns(angles: Tensor, queries_per_key: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [length, 1, queries per key + 2, rotated part]: queries and key turn, the value stays as it is.
+
+    Args:
+        angles: float32 [length, rotated part].
+    """
+    length, size = angles.shape
+    cos = torch.ones(length, 1, queries_per_key + 2, size, device=angles.device)
+    sin = torch.zeros_like(cos)
+    cos[:, :, :-1] = angles.cos()[:, None, None]
+    sin[:, :, :-1] = angles.sin()[:, None, None]
+    sin[..., : size // 2].neg_()
+    return cos, sin
+
+
+def _windowed(length: int, window: int | None) -> Tensor | None:
+    """bool [length, length], the keys that each token of a sequence sees; None: all up to its own."""
+    if window is None or window >= length:
+        return None
+    return torch.ones(length, length, dtype=torch.bool).tril_().triu_(1 - window)

@@ -5,13 +5,10 @@ needs no reordering, but then walks down columns whose neighbours lie kilobytes 
 the weight is in the core's caches already. ``pack_weight`` cuts the transpose into blocks of at most 256 columns, each
 contiguous: no reordering, and reads that are nearly sequential (docs/results/notebook.md has the measurements).
 
-``linear`` and ``add_linear_`` take a weight either way: ``[out, in]``, or packed as ``[blocks, in, width]``; or with a
-LoRA adapter beside it (``Adapted``).
+``linear`` and ``add_linear_`` take a weight either way: ``[out, in]``, or packed as ``[blocks, in, width]``.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -56,25 +53,8 @@ def pack_weight(weight: Tensor) -> Tensor:
     return packed
 
 
-class Adapted(NamedTuple):
-    """A weight and its LoRA adapter, applied apart in the learner's order: ``x W^T + scale * (x A^T) B^T``."""
-
-    weight: Tensor
-    """[out, in]"""
-    a: Tensor
-    """[rank, in]"""
-    b: Tensor
-    """[out, rank]"""
-    scale: float
-
-
-Weight = Tensor | Adapted
-
-
-def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [T, in] -> ``x weight^T + bias`` [T, out]."""
-    if isinstance(weight, Adapted):
-        return F.linear(x, weight.weight, bias).add_(F.linear(F.linear(x, weight.a), weight.b).mul_(weight.scale))
     if weight.dim() == 2:
         return F.linear(x, weight, bias)
     blocks, _, width = weight.shape
@@ -85,10 +65,8 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     return out
 
 
-def add_linear_(y: Tensor, x: Tensor, weight: Weight) -> Tensor:
+def add_linear_(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """Add ``x weight^T`` to y [T, out] in place, x [T, in]."""
-    if isinstance(weight, Adapted):
-        return y.add_(linear(x, weight))
     if weight.dim() == 2:
         return y.addmm_(x, weight.t())
     _by_block(y, len(weight)).baddbmm_(x.expand(len(weight), *x.shape), weight)

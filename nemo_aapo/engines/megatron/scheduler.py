@@ -98,15 +98,26 @@ class Scheduler:
         self.inputs = columns[2:]
         self.tokens = np.zeros((rows, max_new_tokens), dtype=np.int32)
         self.logprobs = np.zeros((rows, max_new_tokens), dtype=np.float32)
-        self._prompts = prompts
-        self._seeds = seeds
+        self._prompts = prompts = list(prompts)
+        self._seeds = seeds = list(seeds)
         self._waiting = deque(i for i in range(len(prompts)) if len(seeds[i]))
         self._admitted = 0  # completions of the first waiting prompt that have a row already
+        self._prefilled = False  # its keys and values were kept
 
     @property
     def waiting(self) -> int:
         """Completions that have no row yet."""
         return sum(len(self._seeds[i]) for i in self._waiting) - self._admitted
+
+    def add(self, prompts: Sequence[np.ndarray], seeds: Sequence[Sequence[int]]) -> None:
+        """More prompts, behind those that wait."""
+        self._waiting.extend(len(self._prompts) + i for i in range(len(prompts)) if len(seeds[i]))
+        self._prompts += prompts
+        self._seeds += seeds
+
+    def forget_kept(self) -> None:
+        """The keys and values that were kept of a prompt are not to be used: its completions left prefill it again."""
+        self._prefilled = False
 
     def admit(self) -> list[Admission]:
         """Give the free rows to waiting sequences.
@@ -118,7 +129,7 @@ class Scheduler:
         padded = prefilled = 0
         while self._waiting and self.running < self.rows:
             i = self._waiting[0]
-            prefill = self._admitted == 0
+            prefill = not self._prefilled
             if prefill:
                 padded = max(padded, len(self._prompts[i]))
                 prefilled += 1
@@ -127,7 +138,7 @@ class Scheduler:
             start, stop = self.running, min(self.running + len(self._seeds[i]) - self._admitted, self.rows)
             self._fill_rows(i, start, stop, prefill)
             self._admitted += stop - start
-            keep = self._admitted < len(self._seeds[i])
+            self._prefilled = keep = self._admitted < len(self._seeds[i])
             if not keep:
                 self._waiting.popleft()
                 self._admitted = 0

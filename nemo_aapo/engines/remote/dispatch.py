@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import aiohttp
 import numpy as np
@@ -22,7 +22,7 @@ from nemo_aapo.engines.remote import wire
 from nemo_aapo.engines.remote.directory import ServerRecord
 from nemo_aapo.engines.remote.queues import Ticket
 from nemo_aapo.engines.remote.servers import TURN_S, Servers, complaint, failures_named
-from nemo_aapo.errors import RunError, ServerError
+from nemo_aapo.errors import OtherWeightsError, RunError, ServerError
 from nemo_aapo.trace import servers as traced_servers
 from nemo_aapo.types import Completion, SamplingSpec
 from nemo_aapo.utils.buckets import buckets
@@ -59,8 +59,14 @@ class Part:
     ticket: Ticket
 
 
-class _OtherWeights(ServerError):
-    """A server has taken other weights since it was asked."""
+@dataclass(frozen=True)
+class MovingWeights:
+    """Weights that servers exchange for newer ones in the midst of completions."""
+
+    newest: Callable[[], wire.Weights]
+    digests: Mapping[int, str]
+    """By version, of all weights that servers were given: what says that it was sampled by others is refused."""
+    refit: Literal["keeps_kv", "recomputes_kv"]
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,13 @@ class Call:
     seeds: Sequence[Sequence[int]]
     """``seeds[i][j]`` names the random stream of completion j of prompt i."""
     on_finish: OnFinish
+    moving: MovingWeights | None = None
+    """In flight: the weights may change meanwhile; ``weights`` are those that it began with."""
+
+    @property
+    def newest(self) -> wire.Weights:
+        """What is asked for now."""
+        return self.weights if self.moving is None else self.moving.newest()
 
 
 class Fleet(Servers):
@@ -115,13 +128,17 @@ class Fleet(Servers):
         try:
             while waiting or running:
                 if waiting:
-                    alone = self.queues.alone(call.weights.id)  # else each server gets the weights in its turn
+                    alone = call.moving is None and self.queues.alone(
+                        call.weights.id
+                    )  # else each server gets the weights in its turn
                     if fresh := not servers or len(servers) < self.min_servers:
                         servers = await self.usable(session, call.weights if alone else None)
                     servers = sorted(servers, key=lambda server: self.queues.tokens(server.instance))
                     # The parts themselves depend on nothing but the number of servers, as log-probs depend in their
                     # last bits on what is in a batch; who gets which part, and takes it over, is a matter of time.
-                    busy = [self.queues.tokens(server.instance) if running else 0 for server in servers]
+                    # In flight they depend on time as well.
+                    known = bool(running) or call.moving is not None
+                    busy = [self.queues.tokens(server.instance) if known else 0 for server in servers]
                     for server, works in zip(servers, distribute(waiting, busy, self.share), strict=True):
                         start(server, works, has_weights=fresh and alone)
                     waiting = []
@@ -153,14 +170,15 @@ class Fleet(Servers):
 
     async def _in_turn(self, session: aiohttp.ClientSession, part: Part, call: Call, has_weights: bool) -> None:
         """Wait until it is this request's turn at its server, and have the server load the weights and generate."""
+        part.ticket.running = call.moving is not None  # servers take up what comes in flight between two steps
         while part.works and not self.queues.run(part.ticket):
             await asyncio.sleep(TURN_S)
         for _ in range(TRIES if part.works else 0):
             try:
                 if not has_weights:
-                    await self.load(session, part.server, call.weights)
-                return await self._attempt(session, part.server, part.works, call)
-            except _OtherWeights as error:  # another rank was faster to have it load its own
+                    await self.load(session, part.server, call.newest, at_once=call.moving is not None)
+                return await self._attempt(session, part, call)
+            except OtherWeightsError as error:  # another rank was faster to have it load its own
                 has_weights, reason = False, error
         if part.works:
             raise ServerError(f"{TRIES} times: {reason}")
@@ -177,33 +195,39 @@ class Fleet(Servers):
                 )
         return left
 
-    async def _attempt(
-        self, session: aiohttp.ClientSession, server: ServerRecord, works: Sequence[Work], call: Call
-    ) -> None:
+    async def _attempt(self, session: aiohttp.ClientSession, part: Part, call: Call) -> None:
         """Have one server generate what is left of some prompts; what it has sent before it fails counts."""
+        works = part.works
         asked = [tuple(work.left) for work in works]
         request = wire.GenerateRequest(
-            call.weights.id,
+            call.newest.id,
             call.sampling,
             [call.prompts[work.prompt] for work in works],
             [[call.seeds[work.prompt][j] for j in numbers] for work, numbers in zip(works, asked, strict=True)],
+            "waits" if call.moving is None else call.moving.refit,
         )
-        async for k, n, completion in self._answers(session, server, request):
+        digests = None if call.moving is None else call.moving.digests
+        async for k, n, completion in self._answers(session, part.server, request, digests):
             if not (0 <= k < len(works) and 0 <= n < len(asked[k]) and asked[k][n] in works[k].left):
                 raise ServerError(f"sent completion {n} of prompt {k}, which it was not asked for, or twice")
-            if completion.policy_version != call.weights.id.policy_version:
+            if not _is_by(completion, request):
                 raise ServerError(
-                    f"answered with policy version {completion.policy_version} instead of {call.weights.id}"
+                    f"answered with policy version {completion.policy_version} instead of {request.weights}"
                 )
             if completion.routes is not None and len(completion.routes.prompt) != len(request.prompts[k]):
                 raise ServerError(f"sent routes of {len(completion.routes.prompt)} tokens for prompt {k}")
             works[k].left.remove(asked[k][n])
+            part.ticket.tokens -= call.sampling.max_new_tokens
             call.on_finish(works[k].prompt, asked[k][n], completion)
         if any(work.left for work in works):
             raise ServerError("left out completions that it was asked for")
 
     async def _answers(
-        self, session: aiohttp.ClientSession, server: ServerRecord, request: wire.GenerateRequest
+        self,
+        session: aiohttp.ClientSession,
+        server: ServerRecord,
+        request: wire.GenerateRequest,
+        digests: Mapping[int, str] | None,
     ) -> AsyncIterator[tuple[int, int, Completion]]:
         url, body = f"{server.address}{wire.API}/generate", wire.encode_request(request)
         traced = traced_servers.begin(server.index)
@@ -224,8 +248,15 @@ class Fleet(Servers):
                             if traced:
                                 traced.ends(message, request.sequences)
                             return
-                        yield _as_asked(wire.decode_completion(message, binary, prompts), request.sampling)
+                        sent = wire.decode_completion(message, binary, prompts, digests, self.vocab_size)
+                        yield _as_asked(sent, request.sampling)
         raise ServerError("the connection ended before the answer did")
+
+
+def _is_by(completion: Completion, request: wire.GenerateRequest) -> bool:
+    """Whether the policy that sampled its first token is the one asked for, or in flight a newer one."""
+    asked = request.weights.policy_version
+    return completion.policy_version == asked or (request.refit != "waits" and completion.policy_version > asked)
 
 
 def _as_asked(answer: tuple[int, int, Completion], sampling: SamplingSpec) -> tuple[int, int, Completion]:
@@ -286,5 +317,5 @@ def _raise(message: str, answer: dict[str, Any]) -> NoReturn:
     if answer.get("reason") == "not_finite":
         raise FloatingPointError(answer["error"])
     if answer.get("reason") == "other_weights":
-        raise _OtherWeights(message)
+        raise OtherWeightsError(message)
     raise ServerError(message)

@@ -5,6 +5,7 @@ One rank of each model-parallel group talks to the servers and tells the others;
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 import time
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -26,11 +28,12 @@ from nemo_aapo.engines.deltas import DeltaStore
 from nemo_aapo.engines.elsewhere import Finished, arranged, stats_of
 from nemo_aapo.engines.ipc import memory
 from nemo_aapo.engines.remote.directory import Claim, ServerRecord
-from nemo_aapo.engines.remote.dispatch import Call, Fleet
+from nemo_aapo.engines.remote.dispatch import Call, Fleet, MovingWeights
 from nemo_aapo.engines.remote.fleet_status import FleetWatch
 from nemo_aapo.engines.remote.weight_store import WeightStore
+from nemo_aapo.engines.remote.wire import ANY_TOKEN
 from nemo_aapo.engines.weights import Weights, WeightsId
-from nemo_aapo.errors import RunError
+from nemo_aapo.errors import Interrupted, RunError
 from nemo_aapo.types import Completion, SamplingSpec
 from nemo_aapo.utils.safetensors import model_digest
 
@@ -50,6 +53,7 @@ class RemoteEngine:
         routes: bool = False,
         sender: Sender | None = None,
         takes_turns: bool = False,
+        in_flight: Literal["keeps_kv", "recomputes_kv"] | None = None,
     ) -> None:
         """
         Args:
@@ -60,6 +64,8 @@ class RemoteEngine:
             routes: completions without the experts that each token was sent to are refused.
             sender: sends weights to the servers in place of leaving them in the store.
             takes_turns: the servers compute on the learner's devices, while it does not.
+            in_flight: what ``start`` starts goes on by weights that come meanwhile, and what becomes of keys and values
+                then; None: by those that it began with.
         """
         self.fleet, self.store, self.claim, self.sender = fleet, store, claim, sender
         self.shares_weights, self._takes_turns = False, takes_turns
@@ -69,7 +75,10 @@ class RemoteEngine:
         self.refit_bytes = 0
         fleet.whole_of = store.whole_of
         self._watch = FleetWatch(fleet.directory)
-        self._under_way: list[Weights] = []  # of the calls that were started and not waited for
+        self._under_way: list[Weights] = []  # of the calls that were started and not waited for, and of pushes
+        self._calls: list[Future[Outcome]] = []  # that were started and may not have ended
+        self._digests = {base.id.policy_version: base.id.digest}
+        self.moving = MovingWeights(lambda: self._weights, self._digests, in_flight) if in_flight else None
 
     @classmethod
     def from_config(
@@ -77,12 +86,14 @@ class RemoteEngine:
         config: Config,
         sender: Sender | None = None,
         admit: Callable[[ServerRecord], None] = lambda server: None,
+        vocab_size: int = ANY_TOKEN,
     ) -> RemoteEngine:
         """Make the engine that ``rollout.remote`` describes. Collective.
 
         Args:
             sender: for a ``rollout.refit`` without files.
             admit: raises where a server must not be used.
+            vocab_size: the model's; a server that sends other token ids is left out.
 
         Raises:
             ConfigError: directory or token are open to others, or another client has the servers load its weights.
@@ -99,13 +110,17 @@ class RemoteEngine:
                 patience_s=config.cluster.signal_s / 2,
                 admit=admit,
                 share=(parallel.data_parallel_rank(), parallel.data_parallel_size()),
+                vocab_size=vocab_size,
             )
         )
         claim = agree(lambda: Claim(fleet.directory, config.run.dir) if parallel.rank() == 0 else None)
         base = Weights(WeightsId(0, on_first_rank(lambda: model_digest(path))), None)
         store = (DeltaStore if config.rollout.refit == "delta" else WeightStore)(Path(remote.directory), path)
         routes, takes_turns = bool(config.rollout.replay_routes), config.rollout.refit == "ipc"
-        return cls(fleet, store, base, claim, routes, sender, takes_turns)
+        in_flight: Literal["keeps_kv", "recomputes_kv"] | None = None
+        if config.rollout.max_lag is not None:
+            in_flight = "recomputes_kv" if config.rollout.recompute_kv else "keeps_kv"
+        return cls(fleet, store, base, claim, routes, sender, takes_turns, in_flight)
 
     def generate(
         self,
@@ -135,17 +150,21 @@ class RemoteEngine:
         weights = self._weights
         if parallel.is_model_parallel_source():
             number = self.fleet.queues.enter(weights.id)  # here, where calls begin in their order
-            ask = functools.partial(self._ask_servers, weights, prompts, sampling, seeds, on_finish, number)
+            ask = functools.partial(
+                self._ask_servers, weights, prompts, sampling, seeds, on_finish, number, self.moving
+            )
             # A daemon: a run that ends in an error meanwhile does not wait for it.
             threading.Thread(target=lambda: answered.set_result(ask()), name="rollouts", daemon=True).start()
-        self._under_way.append(weights)
         began = time.perf_counter()
+        self._calls.append(answered)
+        if self.moving is None:
+            self._under_way.append(weights)
 
         def result() -> list[list[Completion]]:
             self._under_way.remove(weights)
             return self._on_all_ranks(answered.result, seeds, on_finish, began)
 
-        return _Pending(result)
+        return _Pending(result, answered)
 
     def _ask_servers(
         self,
@@ -155,6 +174,7 @@ class RemoteEngine:
         seeds: Sequence[Sequence[int]],
         on_finish: OnFinish | None,
         number: int | None = None,
+        moving: MovingWeights | None = None,
     ) -> Outcome:
         """Have the servers generate; called on the source rank alone, and not collective."""
         finished: Finished = []
@@ -170,7 +190,7 @@ class RemoteEngine:
                 raise _Enough
 
         try:
-            self.fleet.generate(Call(weights, prompts, sampling, seeds, keep), number)
+            self.fleet.generate(Call(weights, prompts, sampling, seeds, keep, moving), number)
         except _Enough:  # its connections are closed, and servers drop what nobody waits for
             return finished
         except Exception as error:  # raised by ``_on_all_ranks``
@@ -223,13 +243,32 @@ class RemoteEngine:
             self._versions[version] = parallel.broadcast_from_first_rank(agree(write))
             self.refit_bytes = self.store.written_bytes
         self._weights = self._versions[version]
-        if not self._under_way:  # else each server takes them when it has ended what is
+        self._digests[version] = self._weights.id.digest
+        if self.moving is not None:
+            self._move(first)
+        elif not self._under_way:  # else each server takes them when it has ended what is
             agree(lambda: self.fleet.prepare(self._weights) if first else None)
         # The base model, which is the reference, comes back; older ones of the policy's that nothing waits for don't.
         needed = min([version, *(weights.id.policy_version for weights in self._under_way)])
         self._versions = {v: weights for v, weights in self._versions.items() if v == 0 or v >= needed}
         if first:
             self.store.prune(keep=self._versions.values())
+
+    def _move(self, first: bool) -> None:
+        """Have the servers take the newest weights between two decoding steps; the learner does not wait for that."""
+        parallel.barrier()  # all ranks know them before a server can answer with them
+        self._calls = [call for call in self._calls if not call.done()]
+        if not parallel.any_rank(bool(self._calls))[0]:
+            agree(lambda: self.fleet.prepare(self._weights, at_once=True) if first else None)
+        elif first:
+            self._under_way.append(weights := self._weights)
+
+            def push() -> None:
+                with contextlib.suppress(Interrupted, RunError):  # what is generated meets with the same
+                    self.fleet.push(weights)
+                self._under_way.remove(weights)
+
+            threading.Thread(target=push, name="refit", daemon=True).start()
 
     def server_metrics(self) -> dict[str, float]:
         """See ``ReportsServers.server_metrics``."""
@@ -265,3 +304,9 @@ class _Pending:
     """``PendingCompletions`` that a thread is waiting for."""
 
     result: Callable[[], list[list[Completion]]]
+    answered: Future[Outcome]
+
+    def error(self) -> Exception | None:
+        """See ``PendingCompletions.error``."""
+        outcome = self.answered.result() if self.answered.done() else None
+        return outcome if isinstance(outcome, Exception) else None

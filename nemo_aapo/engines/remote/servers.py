@@ -16,7 +16,7 @@ import aiohttp
 from nemo_aapo.engines.remote import wire
 from nemo_aapo.engines.remote.directory import ServerRecord, open_directory, open_token, read_servers
 from nemo_aapo.engines.remote.queues import Queues
-from nemo_aapo.errors import RunError, ServerError, WeightsRefusedError, WireError
+from nemo_aapo.errors import OtherWeightsError, RunError, ServerError, WeightsRefusedError, WireError
 from nemo_aapo.run.stop import heed
 from nemo_aapo.trace import servers as traced_servers
 
@@ -54,6 +54,7 @@ class Servers:
         patience_s: float = math.inf,
         admit: Callable[[ServerRecord], None] = lambda server: None,
         share: tuple[int, int] = (0, 1),
+        vocab_size: int = wire.ANY_TOKEN,
         log: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
     ) -> None:
         """
@@ -68,6 +69,7 @@ class Servers:
                 are not.
             admit: raises where a server must not be used at all; asked before it is told of any weights.
             share: which of how many ranks asks these servers, each for prompts of its own.
+            vocab_size: a server that sends other token ids is left out.
             log: told once of each server that is left out.
 
         Raises:
@@ -77,6 +79,7 @@ class Servers:
         self.servers, self.min_servers = servers, min_servers
         self.wait_s, self.timeout_s, self.retries, self.share = wait_s, timeout_s, retries, share
         self.patience_s, self.admit, self._log = patience_s, admit, log
+        self.vocab_size = vocab_size
         self._complete = False
         self._failed: dict[str, tuple[float, str]] = {}  # by instance: when and why
         self.queues = Queues()
@@ -84,14 +87,32 @@ class Servers:
         self.whole_of: Callable[[wire.Weights], wire.Weights | None] = lambda weights: None
         """Weights in another form, for a server that can't use the first one; None: there is none."""
 
-    def prepare(self, weights: wire.Weights) -> None:
+    def prepare(self, weights: wire.Weights, at_once: bool = False) -> None:
         """Have all servers serve these weights.
+
+        Args:
+            at_once: also those that are generating, which take them between two decoding steps.
 
         Raises:
             RunError: too few do in time; names each server and why.
             Interrupted: a stop broke it off.
         """
-        asyncio.run(self.with_session(lambda session: self.usable(session, weights)))
+        asyncio.run(self.with_session(lambda session: self.usable(session, weights, at_once)))
+
+    def push(self, weights: wire.Weights) -> None:
+        """The same at once, for those that can; one that fails is left out, and nobody waits for it.
+
+        Raises:
+            Interrupted: a stop broke it off.
+        """
+
+        async def push(session: aiohttp.ClientSession) -> None:
+            servers = read_servers(self.directory)
+            for record in servers:
+                self.admit(record)
+            await asyncio.gather(*(self._problem(session, record, weights, at_once=True) for record in servers))
+
+        asyncio.run(self.with_session(push))
 
     async def with_session(self, action: Callable[[aiohttp.ClientSession], Awaitable[T]]) -> T:
         """The action's result, which may talk to the servers."""
@@ -110,7 +131,9 @@ class Servers:
                 acting.cancel()
                 await asyncio.gather(acting, return_exceptions=True)
 
-    async def usable(self, session: aiohttp.ClientSession, weights: wire.Weights | None) -> list[ServerRecord]:
+    async def usable(
+        self, session: aiohttp.ClientSession, weights: wire.Weights | None, at_once: bool = False
+    ) -> list[ServerRecord]:
         """The servers that have these weights, after those that had others were told to load them; None: all there."""
         end = time.monotonic() + self.wait_s
         while True:
@@ -119,7 +142,7 @@ class Servers:
             asked = asked or records
             for record in asked:
                 self.admit(record)
-            problems = await asyncio.gather(*(self._problem(session, record, weights) for record in asked))
+            problems = await asyncio.gather(*(self._problem(session, record, weights, at_once) for record in asked))
             usable = [record for record, problem in zip(asked, problems, strict=True) if problem is None]
             if self.are_enough(len(usable)):
                 return usable
@@ -136,12 +159,12 @@ class Servers:
         return enough
 
     async def _problem(
-        self, session: aiohttp.ClientSession, server: ServerRecord, weights: wire.Weights | None
+        self, session: aiohttp.ClientSession, server: ServerRecord, weights: wire.Weights | None, at_once: bool = False
     ) -> str | None:
         """Why a server can't be used now; None: it serves these weights, or is there if none are named."""
         try:
-            await self.load(session, server, weights)
-        except Starting as error:
+            await self.load(session, server, weights, at_once)
+        except (Starting, OtherWeightsError) as error:
             return str(error)
         except ServerError as error:
             self.fail(server, str(error))
@@ -149,10 +172,17 @@ class Servers:
         self._failed.pop(server.instance, None)
         return None
 
-    async def load(self, session: aiohttp.ClientSession, server: ServerRecord, weights: wire.Weights | None) -> None:
-        """Have a server serve these weights, once what it generates with others has ended.
+    async def load(
+        self,
+        session: aiohttp.ClientSession,
+        server: ServerRecord,
+        weights: wire.Weights | None,
+        at_once: bool = False,
+    ) -> None:
+        """Have a server serve these weights, once what it generates with others has ended, or at once.
 
         Raises:
+            OtherWeightsError: it has newer ones by now.
             ServerError: it does not.
         """
         moved, left = time.monotonic(), None
@@ -160,7 +190,7 @@ class Servers:
             has, outstanding = await self.served(session, server)
             if weights is None or has == weights.id:
                 return
-            if not outstanding:
+            if at_once or not outstanding:
                 return await self._update(session, server, weights)
             if outstanding != left:  # other ranks' completions, which go first
                 moved, left = time.monotonic(), outstanding
@@ -208,6 +238,8 @@ class Servers:
         with failures_named(self.timeout_s):
             async with session.post(url, data=body) as response:
                 answer = wire.load_object(await response.read())
+                if answer.get("reason") == "other_weights":
+                    raise OtherWeightsError(complaint(response, answer))
                 if response.status != 200:
                     raise (WeightsRefusedError if response.status == 422 else ServerError)(complaint(response, answer))
                 if wire.decode_weights_id(answer) != weights.id:

@@ -25,8 +25,9 @@ from aiohttp import http_exceptions, web
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
 from nemo_aapo.engines.remote import wire
-from nemo_aapo.engines.remote.worker import Answer, EngineWorker, Failure, Job
-from nemo_aapo.errors import WeightsError, WireError, one_line
+from nemo_aapo.engines.remote.batch import Answer, Failure, Job
+from nemo_aapo.engines.remote.worker import EngineWorker
+from nemo_aapo.errors import OtherWeightsError, WeightsError, WireError, one_line
 from nemo_aapo.trace import servers as traced_servers
 from nemo_aapo.types import Completion
 
@@ -132,6 +133,8 @@ class Service:
             return _error(422, "weights", str(error))
         except WireError:
             raise
+        except OtherWeightsError as error:
+            return _error(409, "other_weights", str(error))
         except Exception as error:  # the worker has logged it
             self._metrics.failed("refit")
             return _error(500, "engine", f"{weights.id} could not be loaded: {type(error).__name__}: {error}")
@@ -191,7 +194,8 @@ class Service:
         following: Answer = answer
         while isinstance(following, tuple):
             i, j, completion = following
-            await response.write(wire.encode_completion(i, j, completion, with_prompt=i not in prompts_sent))
+            served = None if job.request.refit == "waits" else self.worker.served
+            await response.write(wire.encode_completion(i, j, completion, i not in prompts_sent, served))
             prompts_sent.add(i)
             self._metrics.finished(completion)
             count += 1

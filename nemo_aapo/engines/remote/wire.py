@@ -10,7 +10,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -24,6 +24,8 @@ T = TypeVar("T")
 
 API = "/v1"
 """Prefix of all addresses: a client of another version gets 404 instead of a misunderstanding."""
+ANY_TOKEN = 2**31
+"""Token ids are below this, whatever the vocabulary."""
 MAX_SEED = 2**63
 """Seeds are below this."""
 MAX_LINE = 1 << 28
@@ -49,6 +51,9 @@ class GenerateRequest:
     prompts: Sequence[np.ndarray]
     """int32 [P_i] each."""
     seeds: Sequence[Sequence[int]]
+    refit: Literal["waits", "keeps_kv", "recomputes_kv"] = "waits"
+    """What new weights do that come meanwhile: wait for the end; or are taken between two decoding steps, whose keys
+    and values are kept or computed anew."""
 
     @property
     def sequences(self) -> int:
@@ -63,6 +68,7 @@ class _Head:
     policy_version: int
     digest: str
     sampling: SamplingSpec
+    refit: Literal["waits", "keeps_kv", "recomputes_kv"] = "waits"
 
 
 @dataclass(frozen=True)
@@ -145,6 +151,7 @@ def encode_request(request: GenerateRequest) -> bytes:
             "sampling": dataclasses.asdict(request.sampling),
             "prompts": [prompt.tolist() for prompt in request.prompts],
             "seeds": [list(row) for row in request.seeds],
+            **({} if request.refit == "waits" else {"refit": request.refit}),
         }
     )
 
@@ -175,6 +182,7 @@ def decode_request(body: Mapping[str, Any], limits: Limits) -> GenerateRequest:
         head.sampling,
         [np.array(prompt, dtype=np.int32) for prompt in prompts],
         seeds,
+        head.refit,
     )
 
 
@@ -211,15 +219,25 @@ def _rows(value: Any, field: str, bound: int, wanted: str) -> list[list[int]]:
 # ---------------------------------------------------------------- completions
 
 
-def encode_completion(i: int, j: int, completion: Completion, with_prompt: bool = True) -> bytes:
+def encode_completion(
+    i: int, j: int, completion: Completion, with_prompt: bool = True, served: Mapping[int, str] | None = None
+) -> bytes:
     """A part of the answer to ``generate``, completion j of prompt i: a line, and its routes as bytes behind it.
 
     Args:
         with_prompt: the prompt's routes too. They are sent once, with the first of its completions that ends.
+        served: digests of the weights by version, where weights changed meanwhile: the completion says which of them
+            sampled how many of its tokens.
     """
     fields = {field.name: getattr(completion, field.name) for field in dataclasses.fields(completion)}
     routes: Routes | None = fields.pop("routes")
-    plain = {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in fields.items()}
+    del fields["versions"]
+    plain: dict[str, Any] = {
+        name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in fields.items()
+    }
+    if served is not None:
+        versions, tokens = np.unique(completion.token_versions, return_counts=True)  # which ascend
+        plain["versions"] = [[v, served[v], n] for v, n in zip(versions.tolist(), tokens.tolist(), strict=True)]
     if routes is None:
         return dump_object({"i": i, "j": j, **plain})
     prompt = routes.prompt if with_prompt else routes.prompt[:0]
@@ -245,11 +263,18 @@ def binary_size(message: Mapping[str, Any]) -> int:
 
 
 def decode_completion(
-    message: Mapping[str, Any], binary: bytes = b"", prompts: dict[int, np.ndarray] | None = None
+    message: Mapping[str, Any],
+    binary: bytes = b"",
+    prompts: dict[int, np.ndarray] | None = None,
+    served: Mapping[int, str] | None = None,
+    vocab_size: int = ANY_TOKEN,
 ) -> tuple[int, int, Completion]:
     """The reverse of ``encode_completion``.
 
     Args:
+        vocab_size: token ids are below this.
+        served: digests of all weights that the completion may have been sampled by, by version; None: the weights
+            that were asked for, of which the caller has to see.
         binary: the ``binary_size`` bytes that followed the line.
         prompts: the prompts' routes by i, as far as they have come: grows, and serves a prompt's later completions.
 
@@ -257,12 +282,14 @@ def decode_completion(
         WireError: a field is missing, unknown or of a wrong type.
     """
     fields = dict(message)
-    counts = fields.pop("routes", None)
+    counts, parts = fields.pop("routes", None), fields.pop("versions", None)
+    if (parts is None) != (served is None):
+        raise WireError("versions: are there if, and only if, the request let weights change meanwhile")
     try:
         i, j = int(fields.pop("i")), int(fields.pop("j"))
         tokens = np.array(fields["token_ids"])
-        if tokens.size and (tokens.dtype.kind != "i" or tokens.min() < 0 or tokens.max() >= 2**31):
-            raise ValueError("token_ids: integers from 0 on are needed")
+        if tokens.size and (tokens.dtype.kind != "i" or tokens.min() < 0 or tokens.max() >= vocab_size):
+            raise ValueError(f"token_ids: integers from 0 to {vocab_size - 1} are needed")
         fields["token_ids"] = tokens.astype(np.int32)
         with np.errstate(over="ignore"):  # what is infinite then is refused as such (dispatch.py)
             fields["logprobs"] = np.array(fields["logprobs"], dtype=np.float32)
@@ -271,6 +298,8 @@ def decode_completion(
         raise WireError(f"not a completion ({type(error).__name__}: {error})") from None
     if completion.token_ids.ndim != 1 or completion.token_ids.shape != completion.logprobs.shape:
         raise WireError(f"completion {i}, {j}: {completion.token_ids.shape} ids, {completion.logprobs.shape} logprobs")
+    if served is not None:
+        completion = dataclasses.replace(completion, versions=_versions(parts, completion, served))
     if counts is None:
         return i, j, completion
     prompts = {} if prompts is None else prompts
@@ -280,6 +309,27 @@ def decode_completion(
     if i not in prompts:
         raise WireError(f"completion {i}, {j}: the routes of its prompt did not come")
     return i, j, dataclasses.replace(completion, routes=Routes(prompts[i], routes[counts[0] :]))
+
+
+def _versions(parts: Any, completion: Completion, served: Mapping[int, str]) -> np.ndarray | None:
+    """int32 [T], the version that sampled each token; None if it is the same for all.
+
+    Raises:
+        WireError: they are not in order, do not make up the completion, or are of other weights.
+    """
+    try:
+        versions = [int(version) for version, _, _ in parts]
+        tokens = np.repeat(np.array(versions, np.int32), [int(count) for _, _, count in parts])
+        digests = {version: digest for version, digest, _ in parts}
+    except (TypeError, ValueError, OverflowError):
+        raise WireError(f"versions={str(parts)[:80]}: a list of [version, digest, tokens] is needed") from None
+    for version in versions:
+        if served.get(version) != digests[version]:
+            raise WireError(f"sampled by policy version {version} ({str(digests[version])[:8]}), of no use here")
+    whole = len(tokens) == len(completion.token_ids) and versions == sorted(set(versions))
+    if not whole or versions[:1] != [completion.policy_version][: len(versions)]:
+        raise WireError(f"versions={str(parts)[:80]}: they are not those of {len(completion.token_ids)} tokens")
+    return tokens if len(versions) > 1 else None
 
 
 # ---------------------------------------------------------------- weights

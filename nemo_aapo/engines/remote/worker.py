@@ -1,7 +1,8 @@
 """The one thread of a rollout server that touches the engine: generation and refit, one after the other.
 
 Requests that wait, and ask the same of the same weights, run as one batch. A refit waits for the batch before it, and
-what comes after it waits for the refit, so that no completion is ever sampled from mixed weights.
+what comes after it waits for the refit, so that no completion is ever sampled from mixed weights. But a batch of
+requests in flight (``GenerateRequest.refit``) takes up refits, and requests like them, between two decoding steps.
 """
 
 from __future__ import annotations
@@ -17,11 +18,14 @@ from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
+import numpy as np
+
+from nemo_aapo.engines.base import InFlight, InFlightEngine, More, OnFinish
 from nemo_aapo.engines.build import HostedEngine
-from nemo_aapo.engines.remote.wire import GenerateRequest, Weights, WeightsId
-from nemo_aapo.errors import LostRankError, RunError, ServerError, WeightsError
+from nemo_aapo.engines.remote.batch import Batch, Failure, Job
+from nemo_aapo.engines.remote.wire import Weights, WeightsId
+from nemo_aapo.errors import LostRankError, OtherWeightsError, RunError, ServerError, WeightsError
 from nemo_aapo.trace import servers as traced_servers
 from nemo_aapo.trace import spans
 from nemo_aapo.types import Completion
@@ -30,39 +34,6 @@ IDLE_S = 5.0
 """An engine of several ranks is called no later than this, so that they know of one another."""
 MERGE_S = 0.02
 """Seconds that a batch waits for requests that were sent together with its first one."""
-
-Reason = Literal["other_weights", "not_finite", "engine", "stopping"]
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why a request is not answered, or not to its end."""
-
-    reason: Reason
-    """The kind of failure, for the client's program."""
-    message: str
-    """The same for people."""
-
-
-Answer = tuple[int, int, Completion] | Failure | None
-"""One answer to a request: (i, j, completion j of prompt i); then, as the last one, None or a failure."""
-
-
-@dataclass(eq=False)
-class Job:
-    """A request to generate, and where its answers go."""
-
-    request: GenerateRequest
-    emit: Callable[[Answer], None]
-    """Takes each answer; called from the worker's thread."""
-    traced: bool = False
-    """Whether its sender records a trace."""
-    received: int = field(default_factory=time.perf_counter_ns)
-    """When it came, nanoseconds."""
-    recorder: spans.Recorder | None = None
-    """At the end, what was done for it, if it was traced; of a batch the first such request has all of it."""
-    cancelled: bool = False
-    """True once nobody waits for the answers any more; whoever asked sets it."""
 
 
 @dataclass(eq=False)
@@ -104,6 +75,8 @@ class EngineWorker:
             locate: checks every byte of the files of some weights, and that they hold the tensors of these names;
                 their folder, which stays while it is held.
         """
+        self.served: dict[int, str] = {}
+        """Digests of the weights that it has served so far, by version; of the last ones, if there were several."""
         self.weights: WeightsId | None = None
         """The weights that the engine serves; None while it has none that are whole."""
         self.outstanding = 0
@@ -183,7 +156,7 @@ class EngineWorker:
     def _run(self) -> None:
         try:
             self._hosted = self._build()
-            self.weights = self._base()
+            self._serve(self._base())
             self.built.set_result(None)
         except BaseException as error:  # for the main thread, which waits for it
             self.built.set_exception(error)
@@ -217,7 +190,7 @@ class EngineWorker:
             if not isinstance(first, Job):
                 return first
             batch = [first]
-            while self._queue and isinstance(following := self._queue[0], Job) and _alike(following, first):
+            while self._queue and isinstance(following := self._queue[0], Job) and following.goes_with(first):
                 batch.append(following)
                 self._queue.popleft()
             return batch
@@ -243,8 +216,12 @@ class EngineWorker:
             if isinstance(error, LostRankError):
                 raise
             return
-        self.weights, self.refit_seconds = load.weights.id, time.perf_counter() - began
+        self._serve(load.weights.id)
+        self.refit_seconds = time.perf_counter() - began
         load.done.set_result(None)
+
+    def _serve(self, weights: WeightsId) -> None:
+        self.weights, self.served[weights.policy_version] = weights, weights.digest
 
     def _sleep(self, sleep: _Sleep) -> None:
         try:
@@ -276,52 +253,93 @@ class EngineWorker:
                 yield take
 
     def _generate(self, jobs: list[Job]) -> None:
-        prompts, seeds, owners = [], [], []
-        for job in jobs:
-            for i, (prompt, row) in enumerate(zip(job.request.prompts, job.request.seeds, strict=True)):
-                prompts.append(prompt)
-                seeds.append(row)
-                owners.append((job, i))
-        left = sum(job.request.sequences for job in jobs)
+        batch = Batch(jobs, self._hosted.prompt_tokens)
 
         def on_finish(number: int, j: int, completion: Completion) -> None:
-            nonlocal left
-            left -= 1
             self._count(-1)
-            job, i = owners[number]
-            if not job.cancelled:
-                job.emit((i, j, completion))
-            if self._stopping or (self._hosted.can_break_off and all(job.cancelled for job in jobs)):
+            batch.hand_over(number, j, completion)
+            if self._stopping or (self._hosted.can_break_off and batch.abandoned):
                 raise _Aborted
 
         self._began = time.perf_counter()
         _record(jobs)
         end: Failure | None = None
         try:
-            if self.weights != jobs[0].request.weights:
-                end = Failure("other_weights", f"this server has {self.weights or 'no whole weights'} now")
-            elif not all(job.cancelled for job in jobs):
+            if self.weights != batch.request.weights:
+                end = self._other_weights()
+            elif not batch.abandoned:
                 engine = self._hosted.engine
                 engine.wake()
-                with spans.span("generate", "server", prompts=len(prompts), completions=left, requests=len(jobs)):
-                    engine.generate(prompts, jobs[0].request.sampling, seeds, on_finish)
+                with spans.span(
+                    "generate", "server", prompts=len(batch.prompts), completions=batch.left, requests=len(jobs)
+                ):
+                    if batch.in_flight:
+                        end = self._generate_in_flight(batch, on_finish)
+                    else:
+                        engine.generate(batch.prompts, batch.request.sampling, batch.seeds, on_finish)
         except _Aborted:
             end = _STOPPING
         except FloatingPointError as error:
             end = Failure("not_finite", str(error))
         except LostRankError as error:
-            for job in jobs:
-                job.emit(Failure("engine", str(error)))
+            batch.end(Failure("engine", str(error)))
             raise
         except Exception as error:  # the client learns of it and asks elsewhere; the rest is for this server's log
             traceback.print_exc(file=sys.stderr)
             end = Failure("engine", f"the engine failed: {type(error).__name__}: {error}")
         if any(job.recorder for job in jobs):
             spans.stop()
-        self._count(-left)
+        self._count(-batch.left)
         self._generated_s, self._began = self.busy_seconds, None
-        for job in jobs:
-            job.emit(end)
+        batch.end(end)
+
+    def _generate_in_flight(self, batch: Batch, on_finish: OnFinish) -> Failure | None:
+        """Run a batch that takes up refits and more requests as they come; why it had to end before its end."""
+        engine, request, end = self._hosted.engine, batch.request, None
+        if not isinstance(engine, InFlightEngine):
+            return Failure("engine", "this server's engine takes new weights between two requests only")
+
+        def between() -> More | None:
+            nonlocal end
+            if self._stopping or batch.abandoned:
+                end = _STOPPING
+                return None
+            prompts, seeds = list[np.ndarray](), list[Sequence[int]]()
+            while (item := self._joins(batch)) is not None:
+                if isinstance(item, Job):
+                    more = batch.add(item)
+                    prompts += more[0]
+                    seeds += more[1]
+                    continue
+                if self.weights is not None and item.weights.id.policy_version < self.weights.policy_version:
+                    item.done.set_exception(OtherWeightsError(f"{self.weights} are newer than {item.weights.id}"))
+                    continue
+                self._load(item)
+                if self.weights is None:
+                    end = Failure("engine", "a refit failed half-way")
+                    return None
+            return prompts, seeds
+
+        in_flight = InFlight(between, request.refit == "recomputes_kv", batch.prompt_tokens)
+        engine.generate_in_flight(batch.prompts, request.sampling, batch.seeds, on_finish, in_flight)
+        return end
+
+    def _joins(self, batch: Batch) -> Job | _Load | None:
+        """What waits first and can be done in the midst of a batch; None: nothing waits, or what does has to wait."""
+        with self._changed:
+            while self._queue:
+                first = self._queue[0]
+                if isinstance(first, _Sleep) or (isinstance(first, Job) and not batch.takes(first)):
+                    break
+                self._queue.popleft()
+                if isinstance(first, _Load) or first.request.weights == self.weights:
+                    return first
+                self.outstanding -= first.left
+                first.emit(self._other_weights())
+        return None
+
+    def _other_weights(self) -> Failure:
+        return Failure("other_weights", f"this server has {self.weights or 'no whole weights'} now")
 
 
 _STOPPING = Failure("stopping", "the server is stopping")
@@ -336,7 +354,3 @@ def _record(jobs: Sequence[Job]) -> None:
 
 def _drop(item: Item) -> None:
     item.emit(_STOPPING) if isinstance(item, Job) else item.done.cancel()
-
-
-def _alike(job: Job, other: Job) -> bool:
-    return (job.request.weights, job.request.sampling) == (other.request.weights, other.request.sampling)

@@ -43,7 +43,7 @@ MODELS = "megatron.bridge.models"
 MODULES_WITH_CUDA = (f"{MODELS}.conversion.param_mapping",)
 """Modules of the Bridge that get ``fake_torch`` where there is no GPU."""
 
-_installed = False
+_installed = _olmoe_installed = False
 
 
 def auto_bridge_class(architecture: str) -> Any:  # the Bridge has no types
@@ -61,6 +61,8 @@ def auto_bridge_class(architecture: str) -> Any:  # the Bridge has no types
         auto_bridge = importlib.import_module(f"{MODELS}.conversion.auto_bridge").AutoBridge
         importlib.import_module(module or MODELS)
     _install_patches()
+    if architecture == "OlmoeForCausalLM":
+        _map_experts_one_by_one()
     return auto_bridge
 
 
@@ -166,7 +168,34 @@ def _install_patches() -> None:
     from nemo_aapo.mcore.cpu import fake_torch
 
     replaced.check(replaced.OF_BRIDGE)
+    from megatron.bridge.models.conversion.param_mapping import AutoMapping
+
+    AutoMapping.register_module_type("RowParallelThenNorm", "row")  # of mcore/cpu/layers.py
     line.mend_bridge()
     if not torch.cuda.is_available():
         fake_torch.give(MODULES_WITH_CUDA)
     _installed = True
+
+
+def _map_experts_one_by_one() -> None:
+    """Change what ``replaced.OF_OLMOE`` lists. Idempotent."""
+    global _olmoe_installed
+    if _olmoe_installed:
+        return
+    from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
+    from megatron.bridge.models.conversion.param_mapping import AutoMapping, GatedMLPMapping
+    from megatron.bridge.models.olmoe.olmoe_bridge import OlMoEBridge
+
+    replaced.check(replaced.OF_OLMOE)
+    original = OlMoEBridge.mapping_registry
+
+    def mapping_registry(self: Any) -> MegatronMappingRegistry:
+        one, file = "decoder.layers.*.mlp.experts.local_experts.*", "model.layers.*.mlp.experts.*"
+        first = GatedMLPMapping(
+            f"{one}.linear_fc1.weight", gate=f"{file}.gate_proj.weight", up=f"{file}.up_proj.weight"
+        )
+        second = AutoMapping(f"{one}.linear_fc2.weight", f"{file}.down_proj.weight")
+        return MegatronMappingRegistry(*original(self).mappings, first, second)
+
+    OlMoEBridge.mapping_registry = mapping_registry
+    _olmoe_installed = True

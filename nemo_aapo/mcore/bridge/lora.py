@@ -1,8 +1,7 @@
 """LoRA: adapters on Megatron's linear layers, by Megatron-Bridge's PEFT; the base weights stay as they are.
 
 A layer computes x W^T + (alpha / rank) x A^T B^T, with A [rank, in] and B [out, rank] cut over the tensor-parallel
-ranks. Who reads weights instead of calling the module (the in-process rollout engine) takes the merged ones, or in
-bfloat16, whose rounding would swallow small updates, the adapter beside the base weight.
+ranks. Who reads weights instead of calling the module (the in-process rollout engine) takes the merged ones.
 """
 
 from __future__ import annotations
@@ -83,20 +82,13 @@ def merged_weight(linear: torch.nn.Module) -> torch.Tensor:
     """W of a linear layer; with an adapter W + (alpha / rank) B A, as a new tensor. This rank's part. Collective."""
     if not is_adapted(linear):
         return linear.get_parameter("weight")
-    a, b, scale = adapter_weights(linear)
-    return torch.addmm(linear.to_wrap.get_parameter("weight"), b, a, alpha=scale)
-
-
-@torch.no_grad()
-def adapter_weights(linear: AdaptedLinear) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """A [rank, in], B [out, rank] and alpha / rank, cut as this rank's part of W [out, in] is. Collective."""
-    adapter = linear.adapter
+    base, adapter = linear.to_wrap.get_parameter("weight"), linear.adapter
     a, b = adapter.linear_in.weight, adapter.linear_out.weight
     if adapter.input_is_parallel:  # W is cut along its input as A is; B along the rows that W has all of
         b = _gather_rows(b)
     else:  # W is cut along its output as B is; A along the rank
         a = _gather_rows(a)
-    return a, b, adapter.alpha / adapter.dim
+    return torch.addmm(base, b, a, alpha=adapter.alpha / adapter.dim)
 
 
 def _gather_rows(part: torch.Tensor) -> torch.Tensor:

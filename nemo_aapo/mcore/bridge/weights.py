@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from nemo_aapo.distributed import parallel
 from nemo_aapo.errors import Interrupted
+from nemo_aapo.mcore.bridge import families
 from nemo_aapo.mcore.bridge.loader import auto_bridge_class
 from nemo_aapo.models import writer as hf_directory
 from nemo_aapo.models.directory import first_architecture, read_config_json, shape_of
@@ -58,10 +59,7 @@ class WeightMap:
     def provider(self) -> Any:
         """Megatron-Bridge's GPTModelProvider for the architecture, without weights."""
         provider = self.auto_bridge.to_megatron_provider(load_weights=False)
-        if isinstance(provider.window_size, tuple | list):
-            # transformers' sliding_window counts the token itself; mcore's left width does not, nor does every Bridge
-            # see to it.
-            provider.window_size = (self.auto_bridge.hf_pretrained.config.sliding_window - 1, 0)
+        families.adapt(provider, self.auto_bridge.hf_pretrained.config)
         if provider.num_moe_experts:
             # The weights of the chosen experts are their share in the softmax over all of them, or over those alone.
             provider.moe_router_pre_softmax = not self.auto_bridge.hf_pretrained.config.norm_topk_prob

@@ -19,6 +19,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch.utils.checkpoint import checkpoint
 
 from nemo_aapo.distributed import parallel
+from nemo_aapo.mcore.attention.merged import attend
 from nemo_aapo.mcore.packing import PackedSequences
 
 
@@ -33,6 +34,9 @@ class LocalAttention(DotProductAttention):
         uncut = copy.copy(config)
         uncut.context_parallel_size = 1  # mcore's own asserts that it is
         super().__init__(uncut, *arguments, **more)
+        window = self.scale_mask_softmax.window_size
+        self.window: int | None = None if window is None else window[0] + 1
+        """Keys that a token sees, its own among them; None: all before it."""
 
     def forward(
         self,
@@ -50,21 +54,19 @@ class LocalAttention(DotProductAttention):
         if packed_seq_params is not None:
             return self.packed(query, key, value, packed_seq_params)
         plain = attention_mask is None and attention_bias is None and len(query) == len(key)
-        if plain and self.is_plainly_causal():
+        if plain and self.is_known():
             return self.padded(query, key, value)
         return super().forward(query, key, value, attention_mask, attn_mask_type, attention_bias)
 
-    def is_plainly_causal(self) -> bool:
-        """Whether softmax(scale q k) under a causal mask is all that the configuration asks for.
+    def is_known(self) -> bool:
+        """Whether softmax(scale q k) under a causal mask, or one with a window, is all that the configuration asks for.
 
-        A window, an offset of the softmax, dropout, and a factor that goes out of the product and into the softmax
+        An offset of the softmax, dropout, and a factor that goes out of the product and into the softmax
         (``apply_query_key_layer_scaling``) are left to mcore. ``attention_softmax_in_fp32`` changes nothing in fp32.
         """
-        softmax = self.scale_mask_softmax
         return (
             self.attn_mask_type is AttnMaskType.causal
-            and softmax.window_size is None
-            and softmax.scale is None
+            and self.scale_mask_softmax.scale is None
             and self.config.softmax_type == "vanilla"
             and self.attention_dropout.p == 0.0
         )
@@ -81,15 +83,24 @@ class LocalAttention(DotProductAttention):
     def packed(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sequences: PackedSequences
     ) -> torch.Tensor:
-        """Causal within each sequence; shapes as of ``forward``. Sequences of like lengths are padded to one batch."""
-        batches, place = sequences.attention_batches
+        """Causal within each sequence; shapes as of ``forward``."""
+        if self.window is not None:
+            return self.by_sequence(query, key, value, sequences)
+        return attend(query, key, value, sequences.row, self.softmax_scale).flatten(1)
+
+    def by_sequence(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sequences: PackedSequences
+    ) -> torch.Tensor:
+        """``packed`` with a window, which may begin within a shared prompt: one whole sequence after the other."""
+        order = sequences.expand
+        if order is None:
+            order = torch.arange(len(query))
         results = []
-        for tokens in batches:  # [b, s]
-            whole = (x.index_select(0, tokens.flatten()).unflatten(0, tokens.shape) for x in (query, key, value))
-            q, k, v = (x.transpose(1, 2) for x in whole)
-            out = self._attend(q, k, v)
-            results.append(out.transpose(1, 2).flatten(0, 1).flatten(1))  # [b * s, heads * size]
-        return torch.cat(results).index_select(0, place)
+        for tokens in order.split(sequences.bounds.diff().tolist()):
+            q, k, v = (x.index_select(0, tokens).transpose(0, 1)[None] for x in (query, key, value))
+            results.append(self._attend(q, k, v)[0].transpose(0, 1).flatten(1))
+        whole = torch.cat(results)
+        return whole if sequences.contract is None else whole.index_select(0, sequences.contract)
 
     def cut(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sequences: PackedSequences
@@ -98,8 +109,10 @@ class LocalAttention(DotProductAttention):
         group = parallel.groups().context
         if key.shape[1] % group.size():
             return self.gathered(query, key, value, sequences, group)
-        q, k, v = (_heads_cut(x, group) for x in (query, key, value))
-        return _tokens_cut(self.packed(q, k, v, sequences), group)
+        assert sequences.parts is not None
+        order = sequences.parts.flatten()  # all tokens come as the parts of the ranks, end to end
+        q, k, v = (_heads_cut(x, group).index_select(0, order.argsort()) for x in (query, key, value))
+        return _tokens_cut(self.packed(q, k, v, sequences).index_select(0, order), group)
 
     def gathered(
         self,
@@ -121,25 +134,35 @@ class LocalAttention(DotProductAttention):
             whole = (part, *seen[run.sequence][: run.stop].chunk(2, 1))
             q, k, v = (x.transpose(0, 1)[None] for x in whole)
             # Made again for the backward pass: kept, the masks would take as much as the scores that the kernel spares.
-            out = checkpoint(self._attend, q, k, v, run.start, use_reentrant=False, preserve_rng_state=False)
+            out = checkpoint(self._attend, q, k, v, use_reentrant=False, preserve_rng_state=False)
             results.append(out[0].transpose(0, 1).flatten(1))
         return torch.cat(results).index_select(0, own.order.argsort())
 
-    def _attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen_before: int = 0
-    ) -> torch.Tensor:
-        """Causal. query [b, heads, s, size], key and value [b, groups, seen_before + s, size] -> [b, heads, s, size].
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Causal: of the k tokens of the keys the last s ask.
 
-        Args:
-            seen_before: how many keys stand before that of the first query's own token.
+        query [b, heads, s, size], key and value [b, groups, k, size] -> [b, heads, s, size].
         """
         grouped = query.shape[1] != key.shape[1]
-        mask = None
-        if seen_before:
-            mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril_(seen_before)
+        mask = causal_mask(query.shape[2], key.shape[2], self.window)
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale, enable_gqa=grouped
         )
+
+
+def causal_mask(queries: int, keys: int, window: int | None) -> torch.Tensor | None:
+    """Which of so many keys the last so many tokens see, bool [queries, keys].
+
+    None where that is all up to their own, and they are as many as the keys.
+
+    Args:
+        window: keys that a token sees, its own among them; None: all before it.
+    """
+    is_cut = window is not None and window < keys
+    if queries == keys and not is_cut:
+        return None
+    mask = torch.ones(queries, keys, dtype=torch.bool).tril_(keys - queries)
+    return mask.triu_(keys - queries + 1 - window) if window is not None else mask
 
 
 def _heads_cut(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

@@ -6,7 +6,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel.layers import RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -44,6 +47,47 @@ def use_kernels(module: torch.nn.Module) -> None:
             layer.config.use_te_activation_func = True  # mcore's word for: call the module's own activation
 
 
+def add_parts(module: GPTModel) -> None:
+    """Add to a built stage what mcore's own layers lack of the model's family (``bridge/families.py``)."""
+    config = module.config
+    if config.two_rotary_bases:
+        module.rotary_pos_emb.register_forward_hook(_stacked)
+    for layer in module.decoder.layers:
+        if config.two_rotary_bases:
+            layer.self_attention.__class__ = TwoBasesAttention
+        if config.norms_over_heads:
+            size, epsilon = config.kv_channels, config.layernorm_epsilon
+            layer.self_attention.q_layernorm = NormOverHeads(size * config.num_attention_heads, eps=epsilon)
+            layer.self_attention.k_layernorm = NormOverHeads(size * config.num_query_groups, eps=epsilon)
+        for linear in (layer.self_attention.linear_proj, layer.mlp.linear_fc2) if config.post_norms else ():
+            linear.post_layernorm = TorchNorm(config, config.hidden_size, config.layernorm_epsilon)
+            linear.__class__ = RowParallelThenNorm
+
+
+def _stacked(_module: torch.nn.Module, _arguments: Any, angles: Any) -> torch.Tensor:
+    """Megatron-Bridge 0.3.1 gives a tuple of the two, which recomputation can't keep; later ones a tensor."""
+    return torch.stack(angles) if isinstance(angles, tuple) else angles
+
+
+class TwoBasesAttention(SelfAttention):
+    """Gemma 3's: a layer with a window turns queries and keys by other angles than one without."""
+
+    def forward(self, *arguments: Any, rotary_pos_emb: torch.Tensor, **more: Any) -> Any:
+        """Args: rotary_pos_emb: [2, s, 1, 1, d], of layers with a window and without."""
+        own = rotary_pos_emb[0 if self.core_attention.window is not None else 1]
+        return super().forward(*arguments, rotary_pos_emb=own, **more)
+
+
+class RowParallelThenNorm(RowParallelLinear):
+    """Gemma 3's: what attention and feed-forward part add to the residual stream is normalised."""
+
+    post_layernorm: torch.nn.Module
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        out, bias = super().forward(x)
+        return self.post_layernorm(out), bias
+
+
 def is_swiglu(config: Any) -> bool:
     """Whether the feed-forward layer's activation is silu(gate) * up, neither clamped nor offset."""
     plain = config.activation_func_clamp_value is None and not config.glu_linear_offset
@@ -63,7 +107,7 @@ class TorchNorm:
     ) -> torch.nn.Module:
         norms = {"RMSNorm": LocalRMSNorm, "LayerNorm": torch.nn.LayerNorm}
         if config.layernorm_zero_centered_gamma:
-            norms = {"RMSNorm": ZeroCenteredRMSNorm}
+            norms = {"RMSNorm": ZeroCenteredRMSNorm, "LayerNorm": ZeroCenteredLayerNorm}
         norm = norms[config.normalization](hidden_size, eps=eps)
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel
@@ -79,8 +123,22 @@ class LocalRMSNorm(torch.nn.RMSNorm):
         return rms_norm(x, self.weight, self.eps)
 
 
+class NormOverHeads(LocalRMSNorm):
+    """OLMoE's, of all heads of a token together: x [..., heads, size], the weight [heads * size]."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.flatten(-2)).view_as(x)
+
+
 class ZeroCenteredRMSNorm(LocalRMSNorm):
     """Gemma's, which scales by 1 + weight."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, 1.0 + self.weight, self.eps)
+
+
+class ZeroCenteredLayerNorm(torch.nn.LayerNorm):
+    """Nemotron's, which scales by 1 + weight."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x, self.normalized_shape, 1.0 + self.weight, self.bias, self.eps)

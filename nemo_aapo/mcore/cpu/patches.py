@@ -206,14 +206,14 @@ def patch_rotary_embedding() -> None:
         t: torch.Tensor,
         freqs: torch.Tensor,
         rotary_interleaved: bool = False,
-        of_latent: bool = False,
+        *,
         mscale: float = 1.0,
-        **interleaved: bool | None,  # of latent attention, by a name that mcore has changed
+        **of_latent: bool | None,  # latent attention, by a name that mcore has changed
     ) -> torch.Tensor:
-        plain = not (rotary_interleaved or of_latent or any(interleaved.values()))
+        plain = not (rotary_interleaved or any(of_latent.values()))
         if plain and t.shape[-1] == freqs.shape[-1] and t.dtype == freqs.dtype:
             return rotary(t, freqs, mscale)
-        return original(t, freqs, rotary_interleaved, of_latent, mscale, **interleaved)
+        return original(t, freqs, rotary_interleaved, mscale=mscale, **of_latent)
 
     rope_utils._apply_rotary_pos_emb_bshd, rope_utils._apply_rotary_pos_emb_thd = apply, apply_packed
 

@@ -2,6 +2,7 @@
 
     RUN/bank/manifest.json         which run's they are
     RUN/bank/step_000007_1.bank    those of step 7 (from 0) by data-parallel rank 1: one record behind the other
+    RUN/bank/step_000009.json      in flight: which groups step 9 trained on
 
     record = 8 bytes length | 16 bytes BLAKE2b of the content | content (``pending.pack``)
 
@@ -17,12 +18,13 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from nemo_aapo.errors import RunError
+from nemo_aapo.rollout.buffer import Key
 from nemo_aapo.rollout.saved import pending
 from nemo_aapo.run.names import step_name, step_of
 from nemo_aapo.types import Completion, Group, Prompt
@@ -71,6 +73,23 @@ class RolloutBank:
         except OSError as error:
             raise RunError(f"{self.directory}: the bank of rollouts can't be read ({error}). {REMEDY}") from error
 
+    def taken(self) -> dict[int, list[Key]]:
+        """The groups that steps were trained on, as far as it is known. For one process."""
+        found = {}
+        for path in self.directory.glob("*.json"):
+            if (step := step_of(path.stem)) is not None:
+                found[step] = [(int(of), int(i)) for of, i in json.loads(path.read_bytes())]
+        return found
+
+    def keep_only(self, records: Mapping[int, Sequence[bytes]], taken_before: int) -> None:
+        """Leave these records by step, and the choices of earlier steps. For one process, before others write."""
+        for path in [*self.directory.glob(f"*{ENDING}"), *self.directory.glob("*.json")]:
+            step = step_of(path.stem.rpartition("_")[0] if path.suffix == ENDING else path.stem)
+            if step is not None and (path.suffix == ENDING or step >= taken_before):
+                path.unlink()
+        for step, contents in records.items():
+            write_atomic(self.directory / f"{step_name(step)}_0{ENDING}", b"".join(map(_record, contents)))
+
     def _claim(self) -> None:
         path = self.directory / MANIFEST
         if path.exists():
@@ -90,8 +109,7 @@ class RolloutBank:
         """Write a finished group. Any thread may call; an error of the file system is said once and ends the bank."""
         nothing = np.zeros(len(completions))
         group = Group(prompt, tuple(completions), (), nothing, {}, nothing.astype(bool))
-        content = pending.pack([group])
-        record = len(content).to_bytes(LENGTH_BYTES, "little") + _digest(content) + content
+        record = _record(pending.pack([group]))
         with self._lock:
             if self._broken:
                 return
@@ -108,6 +126,14 @@ class RolloutBank:
                 self._sync_at = threading.Timer(SYNC_S, self.sync)
                 self._sync_at.daemon = True
                 self._sync_at.start()
+
+    def took(self, step: int, keys: Sequence[Key]) -> None:
+        """Write which groups a step is trained on, before it is; for rank 0. Errors are treated as in ``add``."""
+        try:
+            if not self._broken:
+                write_atomic(self.directory / f"{step_name(step)}.json", to_json(keys))
+        except OSError as error:
+            self._end(error)
 
     def sync(self) -> None:
         """Bring all records to the disk. A slow disk keeps nobody waiting who adds some meanwhile."""
@@ -139,8 +165,8 @@ class RolloutBank:
         if self.rank == 0:
             shutil.rmtree(self.directory, ignore_errors=True)
 
-    def forget(self, before: int) -> None:
-        """The records of earlier steps are not needed any more: a checkpoint covers them."""
+    def forget(self, before: int, taken_before: int = 0) -> None:
+        """The records of earlier steps, and of what steps trained on, are not needed: a checkpoint covers them."""
         with self._lock:
             for covered in [step for step in self._files if step < before]:
                 os.close(self._files.pop(covered))
@@ -148,6 +174,9 @@ class RolloutBank:
             for path in self.directory.glob(f"*{ENDING}"):
                 step = step_of(path.stem.rpartition("_")[0])
                 if step is not None and step < before:
+                    path.unlink(missing_ok=True)
+            for path in self.directory.glob("*.json"):
+                if (step := step_of(path.stem)) is not None and step < taken_before:
                     path.unlink(missing_ok=True)
 
     def _path(self, step: int) -> Path:
@@ -158,12 +187,12 @@ REMEDY = "Remove that folder, which costs what was generated since the last chec
 
 
 def completions_of(
-    records: Sequence[bytes], prompts: Sequence[Prompt], version: int, count: int
+    records: Sequence[bytes], prompts: Sequence[Prompt], version: int | None, count: int
 ) -> dict[int, tuple[Completion, ...]]:
     """What records hold of a step's prompts, by the prompt's index.
 
     Args:
-        version: of the policy that draws the step: completions of any other are passed over.
+        version: of the policy that draws the step: completions of any other are passed over; None: in flight, no one.
         count: completions of a group.
     """
     places = {prompt.id: i for i, prompt in enumerate(prompts)}
@@ -172,7 +201,8 @@ def completions_of(
         (name,) = pending.prompt_ids(content)
         if (place := places.get(name)) is not None:
             (group,) = pending.unpack(content, [prompts[place]])
-            if len(group.completions) == count and all(c.policy_version == version for c in group.completions):
+            alike = version is None or all(c.policy_version == version for c in group.completions)
+            if len(group.completions) == count and alike:
                 found[place] = group.completions
     return found
 
@@ -188,6 +218,10 @@ def _whole_records(path: Path) -> Iterator[bytes]:
             return
         yield content[begin:end]
         start = end
+
+
+def _record(content: bytes) -> bytes:
+    return len(content).to_bytes(LENGTH_BYTES, "little") + _digest(content) + content
 
 
 def _digest(content: bytes) -> bytes:

@@ -26,7 +26,7 @@ from nemo_aapo.rollout.collector import own_shard
 from nemo_aapo.run.experiment import rollout_rows
 from nemo_aapo.run.names import ROLLOUTS, kept_name, step_of
 from nemo_aapo.seeds import stream_seed
-from nemo_aapo.types import Group
+from nemo_aapo.types import Completion, Group
 from nemo_aapo.utils.background import Background
 from nemo_aapo.utils.files import to_json, write_atomic
 
@@ -134,9 +134,18 @@ def _rows(step: int, index: int, group: Group, algorithm: AlgorithmConfig) -> li
             "group_advantage": own[i],
             "margin": group.final_advantages[i] - own[i],
             "policy_version": group.completions[i].policy_version,
+            **_versions(group.completions[i]),
         }
         for i, row in enumerate(rollout_rows([group]))
     ]
+
+
+def _versions(completion: Completion) -> dict[str, Any]:
+    """How many tokens each version sampled, [[version, tokens], ...], where there are several."""
+    if completion.versions is None:
+        return {}
+    versions, counts = np.unique(completion.versions, return_counts=True)
+    return {"versions": [[int(version), int(count)] for version, count in zip(versions, counts, strict=True)]}
 
 
 def _tokens(group: Group, first: int, figures: dict[int, np.ndarray]) -> list[dict[str, np.ndarray]]:

@@ -34,6 +34,7 @@ def pack(groups: Sequence[Group]) -> bytes:
         "logprobs": np.concatenate([completion.logprobs for completion in completions]),
         "stopped": np.array([completion.finish_reason == "stop" for completion in completions]),
         "policy_versions": np.array([completion.policy_version for completion in completions]),
+        **_packed_versions(completions),
         "text_lengths": np.array([len(text) for text in texts]),
         "texts": np.frombuffer(b"".join(texts), np.uint8),
         "rewards": np.concatenate([group.rewards for group in groups]),
@@ -76,7 +77,7 @@ def unpack(content: bytes, prompts: Sequence[Prompt]) -> list[Group]:
     token_ids, logprobs = (_split(of[name], of["lengths"]) for name in ("token_ids", "logprobs"))
     texts = [part.tobytes().decode("utf-8", "surrogatepass") for part in _split(of["texts"], of["text_lengths"])]
     names = [name.decode() for name in _unstrings(of["reward_names"])]
-    routes = _unpacked_routes(of)
+    routes, versions = _unpacked_routes(of), _unpacked_versions(of)
     groups, first = [], 0
     for prompt, size in zip(prompts, of["group_sizes"], strict=True):
         mine = slice(first, first + int(size))
@@ -87,6 +88,7 @@ def unpack(content: bytes, prompts: Sequence[Prompt]) -> list[Group]:
                 "stop" if of["stopped"][k] else "length",
                 int(of["policy_versions"][k]),
                 routes[k],
+                versions[k],
             )
             for k in range(mine.start, mine.stop)
         )
@@ -122,6 +124,21 @@ def _unpacked_routes(of: Mapping[str, np.ndarray]) -> list[Routes | None]:
     fed = _split(of["routes"], np.maximum(of["lengths"] - 1, 0))
     groups = np.repeat(np.arange(len(prompts)), of["group_sizes"])
     return [Routes(prompts[group], part) for group, part in zip(groups, fed, strict=True)]
+
+
+def _packed_versions(completions: Sequence[Completion]) -> dict[str, np.ndarray]:
+    """The versions of each token, where some completion has several."""
+    if all(completion.versions is None for completion in completions):
+        return {}
+    return {"token_versions": np.concatenate([completion.token_versions for completion in completions])}
+
+
+def _unpacked_versions(of: Mapping[str, np.ndarray]) -> list[np.ndarray | None]:
+    """The versions of each completion's tokens; None where it has one."""
+    if "token_versions" not in of:
+        return [None] * len(of["lengths"])
+    parts = _split(of["token_versions"], of["lengths"])
+    return [part if len(part) and part[0] != part[-1] else None for part in parts]
 
 
 def _split(flat: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:

@@ -141,7 +141,9 @@ def _completions(rows: Sequence[dict[str, Any]], tokens: dict[str, np.ndarray]) 
     bounds = np.cumsum(tokens["lengths"])[:-1]
     parts = (np.split(tokens[name], bounds) for name in ("token_ids", "logprobs"))
     for row, ids, logprobs in zip(rows, *parts, strict=True):
-        yield Completion(ids, logprobs, row["finish_reason"], row["policy_version"])
+        parts = row.get("versions")
+        versions = None if parts is None else np.repeat(*np.array(parts, np.int32).T)
+        yield Completion(ids, logprobs, row["finish_reason"], row["policy_version"], versions=versions)
 
 
 def _group(prompt: Prompt, members: Sequence[tuple[dict[str, Any], Completion]]) -> Group:

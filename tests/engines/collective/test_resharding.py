@@ -67,7 +67,7 @@ class Side:
 
 
 def _refitted(folder, shared, trainer, server, refits):
-    """Both sides' weights after some refits: those of the trainer's ranks, then those of the server's."""
+    """Both sides' weights after some refits over one group: of the trainer's ranks, then of the server's."""
     from nemo_aapo.engines.collective.plan import Rendezvous
     from nemo_aapo.engines.collective.receiver import WeightReceiver
     from nemo_aapo.engines.collective.sender import WeightSender
@@ -82,6 +82,7 @@ def _refitted(folder, shared, trainer, server, refits):
         sender = WeightSender(side.module, side.vocab_size, TIMEOUT_S)
     else:
         receiver = WeightReceiver(side.module, side.vocab_size, 0, TIMEOUT_S)
+    groups = set()
     for version in range(1, refits + 1):
         told = shared / f"{version}.json"
         if sends:
@@ -99,6 +100,8 @@ def _refitted(folder, shared, trainer, server, refits):
             named, where = json.loads(_read(told))
             with receiver.meeting(Rendezvous(**where), WeightsId(version, named)) as take:
                 take()
+        groups.add(sender._meetings["one"][1].group if sends else receiver._meeting.group)
+    assert len(groups) == 1  # kept while nobody fails
     return side.exported()
 
 

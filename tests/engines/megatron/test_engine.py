@@ -199,8 +199,8 @@ def _refusals(path):
     refused(ValueError, prompts(), SEEDS, dataclasses.replace(SPEC, stop_strings=("a",)))
     model.decoder.final_layernorm.weight.data[0] = torch.nan
     refused(FloatingPointError, prompts(), SEEDS)
-    model.config.window_size = (8, 0)
-    with pytest.raises(ValueError, match="window_size"):
+    model.config.attention_output_gate = True
+    with pytest.raises(ValueError, match="attention_output_gate"):
         MegatronEngine(model, VOCAB_SIZE, ROOMY)
     return messages
 

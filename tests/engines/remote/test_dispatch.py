@@ -31,7 +31,8 @@ from tests.engines.remote.test_service import TOKEN, Server
 
 WEIGHTS = wire.Weights(wire.WeightsId(5, "5" * 64), "weights/v5-55555555/manifest.json")
 SPEC = SamplingSpec(temperature=1.0, max_new_tokens=8, stop_token_ids=(1,))
-LIMITS = wire.Limits(1000, 100)
+VOCABULARY = 1000
+LIMITS = wire.Limits(VOCABULARY, 100)
 TIMEOUT_S = 0.3
 
 
@@ -124,6 +125,7 @@ class ScriptedServer:
         extra = {
             "long": spoilt(following, token_ids=[1] * 9, logprobs=[-1.0] * 9),
             "negative": spoilt(following, token_ids=[-1], logprobs=[-1.0]),
+            "outside": spoilt(following, token_ids=[VOCABULARY], logprobs=[-1.0]),
             "infinite": spoilt(following, token_ids=[1], logprobs=[-1e39]),
             "bored": spoilt(following, finish_reason="bored"),
             "garbage": b"{not json\n",
@@ -145,7 +147,7 @@ def spoilt(line: bytes, **fields) -> bytes:
 
 MISDEEDS = (
     "refuse", "html", "stale", "hang", "drip", "drop", "garbage", "twice", "unasked", "fail", "short", "long",
-    "negative", "infinite", "bored",
+    "negative", "outside", "infinite", "bored",
 )  # fmt: skip
 
 
@@ -168,7 +170,8 @@ def start(tmp_path) -> Iterator[Callable[..., list[ScriptedServer]]]:
 @pytest.fixture
 def fleet(tmp_path) -> Callable[..., Fleet]:
     def make(servers: int = 1, **changes) -> Fleet:
-        settings = {"wait_s": 2.0, "timeout_s": TIMEOUT_S, "retries": 3, "log": lambda text: None, **changes}
+        settings = {"wait_s": 2.0, "timeout_s": TIMEOUT_S, "retries": 3, "log": lambda text: None}
+        settings |= {"vocab_size": VOCABULARY, **changes}
         return Fleet(tmp_path / "servers", servers=servers, **settings)
 
     return make

@@ -22,6 +22,7 @@ from nemo_aapo.engines.remote.fleet_status import (
     read_figures,
 )
 from nemo_aapo.errors import WireError
+from nemo_aapo.report.charts import TIMES
 from tests.engines.remote.test_service import BODY, TOKEN, Server
 from tests.engines.remote.test_worker import V1, V2
 
@@ -129,6 +130,7 @@ def test_a_runs_metrics_are_of_the_servers_that_answered_over_the_time_between_t
         "servers/refit_seconds": 2.0,
         "servers/failures": 2,
     }
+    assert set(found) == {name for chart in TIMES for name in chart.metrics if name.startswith("servers/")}
     alone = fleet_metrics({}, {three: "does not answer"}, seconds=1.0)
     assert alone["servers/answering"] == 0
     assert math.isnan(alone["servers/busy_fraction"])

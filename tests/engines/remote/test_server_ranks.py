@@ -6,6 +6,7 @@ import contextlib
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from nemo_aapo.config.compose import load_config
@@ -65,6 +66,57 @@ def test_tp2_pp2_gives_one_processs_tokens_and_a_rank_that_dies_ends_its_server(
         assert "another rank is gone" in said
         assert "Traceback" not in said
         assert started.records() == []
+
+
+IN_FLIGHT = ("rollout.max_lag=2", "rollout.recompute_kv=true", "algorithm.importance_weight_cap=2.0")
+
+
+def _in_flight(words, refit):
+    """New weights twice in the midst of completions; each token has the log-prob of its version's forward pass."""
+    engines = Engines(words, *IN_FLIGHT, f"rollout.refit={refit}")
+    told, states = {}, [{name: p.detach().clone() for name, p in engines.local.model.named_parameters()}]
+    seeds = [[10 * i + j for j in range(6)] for i in range(len(PROMPTS))]
+    pending = engines.remote.start(PROMPTS, LONG, seeds, lambda i, j, c: told.__setitem__((i, j), c))
+    for version in (1, 2):
+        before = len(told)
+        while len(told) <= before:
+            assert pending.error() is None
+            time.sleep(0.005)
+        engines.train(version)
+        states.append({name: p.detach().clone() for name, p in engines.local.model.named_parameters()})
+    assert [len(row) for row in pending.result()] == [6] * len(PROMPTS)
+    assert pending.error() is None
+    assert {v for c in told.values() for v in c.token_versions.tolist()} == {0, 1, 2}
+    assert any(c.versions is not None for c in told.values())
+    assert max(len(c.token_ids) for c in told.values()) <= LONG.max_new_tokens
+    for (i, _), completion in told.items():
+        expected = np.stack([_plain(engines.local.model, state, PROMPTS[i], completion.token_ids) for state in states])
+        chosen = expected[completion.token_versions, np.arange(len(completion.token_ids))]
+        np.testing.assert_allclose(completion.logprobs, chosen, atol=1e-4)
+    engines.assert_same(SPEC)  # in order again, on the newest weights
+    engines.remote.close()
+
+
+def _plain(model, state, prompt, tokens):
+    """Log-probs of the tokens by a whole forward pass of the model with these weights, which it then has."""
+    import torch
+
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(state[name])
+        ids = torch.from_numpy(np.concatenate([prompt, tokens])).long()[None]
+        logits = model(ids, torch.arange(ids.shape[1])[None], None)[0, len(prompt) - 1 : -1, :160]
+        return torch.log_softmax(logits / LONG.temperature, -1).gather(1, ids[0, len(prompt) :, None])[:, 0].numpy()
+
+
+@pytest.mark.parametrize("refit", ["files", "delta"])
+def test_all_ranks_of_a_server_take_new_weights_between_the_same_two_tokens(ranks, tmp_path, refit):
+    with server(make_input(tmp_path), [], tp=2) as (started, words):
+        ranks.run(_in_flight, words, refit, tp=None)
+        started.processes[0].terminate()
+        for process in (started.processes[0], *started.others):
+            process.join(60)
+            assert process.exitcode == 0
 
 
 def test_ranks_that_share_experts_take_weights_from_the_trainers_memory_and_end_with_a_signal(ranks, tmp_path):

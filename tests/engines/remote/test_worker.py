@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from nemo_aapo.engines.build import HostedEngine
+from nemo_aapo.engines.remote.batch import Failure, Job
 from nemo_aapo.engines.remote.wire import GenerateRequest, Weights, WeightsId
-from nemo_aapo.engines.remote.worker import EngineWorker, Failure, Job
+from nemo_aapo.engines.remote.worker import EngineWorker
 from nemo_aapo.types import Completion, SamplingSpec
 
 WARM, COLD = (SamplingSpec(temperature, 4, (1,)) for temperature in (1.0, 0.5))

@@ -21,6 +21,11 @@ def random_groups(rng, routed=False):
         fed = rng.integers(0, 256, (max(length - 1, 0), 3, 2)).astype(np.uint8)
         return Routes(prompt, fed) if routed else None
 
+    def versions(length):
+        if length < 2 or rng.random() < 0.5:
+            return None
+        return np.sort(np.append(rng.integers(5, 8, length - 2), (4, 9))).astype(np.int32)  # first and last differ
+
     groups = []
     for i in range(rng.integers(1, 5)):
         size = int(rng.integers(1, 5))
@@ -32,6 +37,7 @@ def random_groups(rng, routed=False):
                 "stop" if rng.random() < 0.5 else "length",
                 int(rng.integers(0, 100)),
                 routes(of_prompt, length),
+                versions(length),
             )
             for length in rng.integers(0, 9, size)
         )
@@ -57,6 +63,8 @@ def test_rollouts_come_back_equal_to_the_bit(seed):
             assert same(one.token_ids, other.token_ids)
             assert same(one.logprobs, other.logprobs)
             assert (one.finish_reason, one.policy_version) == (other.finish_reason, other.policy_version)
+            assert (one.versions is None) is (other.versions is None)
+            assert one.versions is None or same(one.versions, other.versions)
             assert (one.routes is None) is (other.routes is None)
             if one.routes is not None:
                 assert one.routes.prompt is again.completions[0].routes.prompt  # once in memory, too

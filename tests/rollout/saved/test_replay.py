@@ -28,6 +28,7 @@ def make_group(name: str, seed: int) -> Group:
         Completion(rng.integers(0, 9, n).astype(np.int32), -rng.random(n, np.float32), "stop" if n else "length", 4)
         for n in lengths
     ]
+    completions[2] = dataclasses.replace(completions[2], versions=np.array([4, 4, 5, 7, 7], np.int32))
     rewards = np.array([1 / 3, math.nan, -0.0])
     return Group(
         prompt=Prompt(name, np.array([1, 2], np.int32), "2+2=", "4", "train.jsonl:1"),
@@ -62,6 +63,7 @@ def test_a_kept_step_comes_back_equal_to_the_bit(tmp_path):
             assert one.token_ids.tobytes() == other.token_ids.tobytes()
             assert one.logprobs.tobytes() == other.logprobs.tobytes()
             assert (one.finish_reason, one.policy_version) == (other.finish_reason, other.policy_version)
+            assert one.token_versions.tobytes() == other.token_versions.tobytes()
 
 
 def test_what_was_not_kept_whole_or_of_other_prompts_is_refused(tmp_path):
