@@ -92,6 +92,8 @@ class ScriptedServer:
         misdeed, _, at = self.script().partition(" ")
         if asked.weights != self.weights or misdeed == "other":
             return web.json_response({"error": "other weights", "reason": "other_weights"}, status=409)
+        if misdeed == "loading":
+            return web.json_response({"error": "no whole weights are loaded", "reason": "no_weights"}, status=503)
         if misdeed == "refuse":
             return web.json_response({"error": "out of memory", "reason": "engine"}, status=500)
         if misdeed == "not_finite":
@@ -474,6 +476,15 @@ def test_a_server_that_always_has_other_weights_than_it_says_is_left_out(start, 
     assert sorted(told) == sorted(wanted)
     assert len(said) == 1
     assert "10 times: HTTP 409: other weights" in said[0]
+
+
+def test_a_server_in_the_midst_of_a_refit_is_asked_again_and_not_left_out(start, fleet):
+    start(iter(["loading", "loading", "well"]).__next__)
+    call, told, wanted = make_call([2] * 4)
+    said = []
+    fleet(1, log=said.append).generate(call)
+    assert sorted(told) == sorted(wanted)
+    assert not said
 
 
 def test_requests_of_earlier_calls_go_first_and_calls_never_mix_at_a_server():
