@@ -76,7 +76,7 @@ class RemoteEngine:
         fleet.whole_of = store.whole_of
         self._watch = FleetWatch(fleet.directory)
         self._under_way: list[Weights] = []  # of the calls that were started and not waited for, and of pushes
-        self._calls: list[Future[Outcome]] = []  # that were started and may not have ended
+        self._calls: list[Future[Outcome]] = []  # in flight, those of this rank that may not have ended
         self._digests = {base.id.policy_version: base.id.digest}
         self.moving = MovingWeights(lambda: self._weights, self._digests, in_flight) if in_flight else None
 
@@ -155,8 +155,9 @@ class RemoteEngine:
             )
             # A daemon: a run that ends in an error meanwhile does not wait for it.
             threading.Thread(target=lambda: answered.set_result(ask()), name="rollouts", daemon=True).start()
+            if self.moving is not None:
+                self._calls.append(answered)
         began = time.perf_counter()
-        self._calls.append(answered)
         if self.moving is None:
             self._under_way.append(weights)
 

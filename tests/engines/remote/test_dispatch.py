@@ -6,18 +6,21 @@ Real HTTP against scripted servers: their completions are a function of prompt a
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import random
 import shutil
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 from aiohttp import web
 
+from nemo_aapo.distributed import parallel
 from nemo_aapo.engines.remote import dispatch, wire
 from nemo_aapo.engines.remote.directory import ServerRecord, open_directory, open_token, publish
 from nemo_aapo.engines.remote.dispatch import Call, Fleet, Work, distribute
@@ -385,6 +388,18 @@ def test_once_it_is_enough_the_connections_are_closed_and_the_next_call_goes_on(
     assert 4 <= len(ended) <= 6  # what servers had sent by then comes too, and no more: each hangs after three
     first.script = second.script = lambda: "well"
     assert len(engine._ask_servers(*asked, None)) == 12
+
+
+def test_an_engine_keeps_no_completion_of_a_call_that_was_waited_for(start, fleet, tmp_path, monkeypatch):
+    monkeypatch.setattr(parallel, "is_model_parallel_source", lambda: True)
+    monkeypatch.setattr(parallel, "broadcast_when_done", lambda action: action())
+    start(always("well"))
+    engine = RemoteEngine(fleet(1), WeightStore(tmp_path, "model"), WEIGHTS, None)
+    begun = engine.start([np.array([5], np.int32)], SPEC, [[1]])
+    ((completion,),) = begun.result()
+    tokens = weakref.ref(completion.token_ids)
+    del begun, completion
+    wait_for(lambda: gc.collect() is None or tokens() is None)
 
 
 @pytest.mark.parametrize("scripts", [(), (lambda: "hang 3",)], ids=["none_comes", "one_hangs"])
