@@ -203,9 +203,9 @@ def with_routes_decided(config: Config, shape: ModelShape) -> Config:
         )
     if decided and rollout.max_lag is not None:
         raise ConfigError(
-            f"rollout.max_lag={rollout.max_lag} with rollout.replay_routes={str(asked).lower()}: keys and values by "
-            "other weights may have been sent to other experts than those recorded. Set rollout.replay_routes=false, "
-            "or use rollout.async_depth"
+            f"rollout.max_lag={rollout.max_lag} with rollout.replay_routes={'true' if asked else 'null'}: keys and "
+            "values by other weights may have been sent to other experts than those recorded. Set "
+            "rollout.replay_routes=false, or use rollout.async_depth"
         )
     if decided and rollout.replay is not None:
         raise ConfigError(

@@ -14,6 +14,7 @@ were they left out, long completions would be missing more often than short ones
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import queue
 import time
@@ -28,6 +29,7 @@ from nemo_aapo.config.sizes import prompts_drawn
 from nemo_aapo.distributed import parallel
 from nemo_aapo.distributed.agreement import agree, first_error, on_first_rank
 from nemo_aapo.engines.base import RolloutStats
+from nemo_aapo.errors import Interrupted
 from nemo_aapo.rollout.buffer import InFlight, Key, State
 from nemo_aapo.rollout.collector import BegunRollout, own_shard
 from nemo_aapo.rollout.pipeline import RolloutPipeline
@@ -62,8 +64,9 @@ class InFlightPipeline(RolloutPipeline):
         self._steps_needed = config.rollout.max_lag + 1
         self._cursor = 0  # the first step of the sampler's whose groups have not begun
         self._again: list[Key] = []  # begun by the process before this one, and lost
-        self._in_hand: list[Key] = []  # what the checkpoint's file holds
+        self._in_hand: list[Key] = []  # what the file of a checkpoint holds
         self._begun: dict[Key, _Begun] = {}  # this rank's
+        self._judgements: dict[Key, tuple[Group, Tally]] = {}  # of this rank's in hand, until all ranks have theirs
         self._scored: dict[Key, Group] = {}  # this rank's in hand
         self._ended: queue.SimpleQueue[Key] = queue.SimpleQueue()  # this rank's, as servers tell
         self._found: dict[Key, tuple[Completion, ...]] = {}  # in the bank
@@ -114,9 +117,8 @@ class InFlightPipeline(RolloutPipeline):
     # ------------------------------------------------------------------ checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """Also which groups have begun, and which of them the checkpoint's file holds."""
-        under_way, in_hand = (list(map(list, self.buffer.keys(s))) for s in (State.UNDER_WAY, State.IN_HAND))
-        begun = {"cursor": self._cursor, "under_way": under_way, "in_hand": in_hand}
+        """Also which groups have begun, and which of them the file of the last ``pending_files`` holds."""
+        begun = {"cursor": self._cursor, "under_way": self._left_out(), "in_hand": self._in_hand}
         return {**super().state_dict(), "in_flight": begun}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -127,18 +129,19 @@ class InFlightPipeline(RolloutPipeline):
         self._again, self._in_hand = ([(int(of), int(i)) for of, i in begun[name]] for name in ("under_way", "in_hand"))
 
     def pending_files(self) -> dict[str, bytes]:
-        """The groups in hand. Those under way are not waited for."""
+        """The groups in hand that are scored. Those under way are not waited for."""
         self._trained_before(self.sampler.step)
         self._hear()
-        keys = self.buffer.keys(State.IN_HAND)
-        self._score(keys)
-        under_way = self.buffer.keys(State.UNDER_WAY)
-        self._covered[self.sampler.step] = min([of for of, _ in under_way], default=self._cursor)
-        everyone = parallel.gather_data_parallel({key: self._scored[key] for key in keys if key in self._scored})
-        groups = {key: group for part in everyone for key, group in part.items()}
-        if not keys:
+        with contextlib.suppress(Interrupted):  # a stop broke off the wait for scores
+            self._score(self.buffer.keys(State.IN_HAND))
+        # What could not be scored at all is better scored anew.
+        mine = {key: group for key, group in self._scored.items() if not group.failed.all()}
+        groups = {key: group for part in parallel.gather_data_parallel(mine) for key, group in part.items()}
+        self._in_hand = sorted(groups)
+        self._covered[self.sampler.step] = min([of for of, _ in self._left_out()], default=self._cursor)
+        if not groups:
             return {}
-        return {pending.FILE_NAME: pending.pack([groups[key] for key in keys]) if parallel.rank() == 0 else b""}
+        return {pending.FILE_NAME: pending.pack([groups[k] for k in self._in_hand]) if parallel.rank() == 0 else b""}
 
     def load_pending(self, checkpoint: Path, step: int) -> None:
         """Take up the groups that a checkpoint holds."""
@@ -201,12 +204,13 @@ class InFlightPipeline(RolloutPipeline):
                 continue
             oldest, self._not_before[key] = self._steps_behind(found[place])
             self.buffer.restore(key, min(oldest, self.buffer.done), State.UNDER_WAY)
-        by_prompt = {prompts[i].id: (step, i) for i in numbers}
+        # By the object, as a source without end may make a prompt twice; the rollout keeps them alive.
+        by_prompt = {id(prompts[i]): (step, i) for i in numbers}
 
         def keep(prompt: Prompt, completions: Sequence[Completion]) -> None:
             if self.bank is not None:
                 self.bank.add(step, prompt, completions)
-            self._ended.put(by_prompt[prompt.id])
+            self._ended.put(by_prompt[id(prompt)])
 
         rollout = self.collector.begin(
             [prompts[i] for i in numbers], self.sampling, [seeds[i] for i in numbers], found=found, keep=keep
@@ -246,11 +250,18 @@ class InFlightPipeline(RolloutPipeline):
         """Have groups in hand scored that are not yet; over all ranks, how many completions were scored now."""
         mine = [key for key in keys if key in self._begun]
         scores = self.collector.rewards is not None
+
+        def judge() -> list[tuple[Group, Tally]]:
+            for key in mine if scores else ():
+                if key not in self._judgements:  # by an earlier call that a stop broke off
+                    self._judgements[key] = self._judged(self._begun[key])
+            return [self._judgements[key] for key in mine] if scores else []
+
         # One rank judges and tells the others: a timeout could strike on one of them and not on the next.
-        judged = agree(lambda: [self._judged(self._begun[key]) for key in mine] if scores else [])
-        told = parallel.broadcast_in_model_parallel(judged)
+        told = parallel.broadcast_in_model_parallel(agree(judge))
         for key, (group, _) in zip(mine, told, strict=True):
             self._scored[key] = group
+            self._judgements.pop(key, None)
             del self._begun[key]
         return sum(parallel.gather_data_parallel(sum((tally for _, tally in told), Tally())), Tally())
 
@@ -258,8 +269,9 @@ class InFlightPipeline(RolloutPipeline):
         """A group whose completions have ended, with their scores, which are waited for."""
         shard, i, scorer = begun.rollout.shard, begun.number, self.collector.rewards
         assert scorer is not None
-        row = tuple(shard.found[i]) if i in shard.found else tuple(c for _, c in sorted(shard.ended.pop(i).items()))
-        scores = scorer.collect([(shard.number, i, j) for j in range(len(row))])
+        row = tuple(shard.found[i]) if i in shard.found else tuple(c for _, c in sorted(shard.ended[i].items()))
+        scores = scorer.collect([(shard.number, i, j) for j in range(len(row))])  # a stop may break it off
+        shard.ended.pop(i, None)
         (found,) = scores_of({(0, j): score for (_, _, j), score in scores.items()}, [len(row)])  # type: ignore[misc]
         group = Group(
             prompt=shard.prompts[i],
@@ -292,6 +304,11 @@ class InFlightPipeline(RolloutPipeline):
         updates = self.config.algorithm.updates_per_rollout
         versions = [v for c in completions for v in (c.policy_version, *c.token_versions[-1:].tolist())]
         return min(versions) // updates, max(versions) // updates
+
+    def _left_out(self) -> list[Key]:
+        """The groups that the checkpoint's file does not hold, which begin anew or come out of the bank."""
+        keys = {*self.buffer.keys(State.UNDER_WAY), *self.buffer.keys(State.IN_HAND)}
+        return sorted(keys - set(self._in_hand))
 
     def _is_found(self, step: int, record: bytes) -> bool:
         (name,) = pending.prompt_ids(record)

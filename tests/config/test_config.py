@@ -28,13 +28,13 @@ def composed(*choices: str) -> DictConfig:
 
 def config_of(*words: str) -> Config:
     choices = [word for word in words if word.partition("=")[0] in GROUPS or word.startswith(("+", "~"))]
+    register_resolvers()
     rest = OmegaConf.from_dotlist([word for word in words if word not in choices])
     return parse(OmegaConf.to_container(OmegaConf.merge(composed(*choices), rest), resolve=True))
 
 
 @pytest.mark.parametrize("group", sorted(GROUPS))
 def test_every_choice_composes_with_the_page_into_a_valid_configuration(group):
-    register_resolvers()
     assert GROUPS[group]
     for choice in GROUPS[group]:
         config = config_of(f"{group}={choice}")
@@ -173,6 +173,7 @@ def test_words_that_are_right_pass():
         ([*IN_FLIGHT, "rollout.engine=trtllm"], "rollout.max_lag=2", "rollout.engine=remote"),
         ([*IN_FLIGHT, "rollout.server.engine=trtllm"], "rollout.server.engine=trtllm", "Megatron's engine"),
         ([*IN_FLIGHT, "rollout.refit=collective"], "rollout.refit=collective", "files or delta"),
+        ([*IN_FLIGHT, "rollout.refit=ipc"], "rollout.refit=ipc", "files or delta"),
         ([*IN_FLIGHT, "data.sampling=hard"], "data.sampling=hard", "data.sampling=uniform"),
         ([*IN_FLIGHT, "algorithm=aapo_paper"], "algorithm.reference=online", "reference=cached"),
         ([*IN_FLIGHT, "algorithm.importance_weight_cap=null"], "rollout.max_lag=2", "importance_weight_cap"),

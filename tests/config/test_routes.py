@@ -44,6 +44,11 @@ def test_routes_are_replayed_where_the_engine_records_them(shape, settings, deci
         (DENSE, {"rollout__replay_routes": True}, "the model has no experts"),
         (DENSE, {"rollout__replay_routes": False}, "the model has no experts"),
         (MIXTURE, {"rollout__replay_routes": True, "rollout__engine": "trtllm"}, "only Megatron's engine"),
+        (
+            MIXTURE,
+            {**REMOTE, "rollout__max_lag": 2, "algorithm__importance_weight_cap": 2.0},
+            "rollout.max_lag=2 with rollout.replay_routes=null",
+        ),
         (MIXTURE, {"rollout__replay": "kept", "trainer__val_check_interval": 0}, "were sent to are not kept"),
         (dataclasses.replace(MIXTURE, experts=Experts(256, 2, 32)), {}, "255 experts apart and not the model's 256"),
     ],

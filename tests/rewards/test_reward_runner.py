@@ -179,8 +179,9 @@ def test_a_stop_breaks_off_the_waiting_for_scores(custom, monkeypatch):
     with RewardRunner([(custom("time.sleep(1000)"), 1.0)], 1, timeout_s=1000) as runner, stop.StopSignal(speak=False):
         runner.submit(0, prompt(), "", completion())
         os.kill(os.getpid(), signal.SIGTERM)
-        with pytest.raises(Interrupted, match="SIGTERM came while waiting for the rewards of 1 completions"):
-            runner.collect()
+        for _ in range(2):  # it can be collected yet
+            with pytest.raises(Interrupted, match="SIGTERM came while waiting for the rewards of 1 completions"):
+                runner.collect()
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The pipeline in flight, with servers and rewards of random speed, killed and resumed at random moments."""
+"""The pipeline in flight, with servers and rewards of random speed, killed, stopped and resumed at random moments."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from nemo_aapo.distributed import parallel
+from nemo_aapo.errors import Interrupted, RewardError
 from nemo_aapo.rollout import in_flight
 from nemo_aapo.rollout.collector import BegunRollout, _Shard
 from nemo_aapo.rollout.in_flight import InFlightPipeline
@@ -69,6 +70,7 @@ class Run:
         self.rng = rng = random.Random(seed)
         self.lag, self.count, self.steps = rng.randrange(1, 4), rng.randrange(1, 4), rng.randrange(2, 8)
         self.kill_rate, self.folder, self.checkpoint = rng.choice((0.0, 0.02, 0.1)), folder, None
+        self.stop_rate, self.broken, self.twice = rng.choice((0.0, 0.05)), False, False
         self.trained: dict[int, list] = {}
         self.deaths = 0
 
@@ -88,7 +90,10 @@ class Run:
         )  # fmt: skip
         self.pipeline = pipeline = InFlightPipeline(
             config=config, policy=policy, collector=self.collector, sampling=SamplingSpec(1.0, 3, ()),
-            prompts=[Prompt(f"p{i}", np.array([i], np.int32), "", "", "") for i in range(self.count * self.steps)],
+            prompts=[
+                Prompt(f"p{0 if self.twice else i}", np.array([i], np.int32), "", "", "")
+                for i in range(self.count * self.steps)
+            ],
             sampler=Sampler(self.count), reference=None, bank=RolloutBank(self.folder, ("run",), 0, lambda text: None),
         )  # fmt: skip
         step = 0
@@ -102,12 +107,20 @@ class Run:
         for step in range(step, self.steps):  # noqa: B020
             pipeline.refit()
             pipeline.begin(step)
-            self.train(step, pipeline.generate(step))
+            try:
+                groups = pipeline.generate(step)
+            except (Interrupted, RewardError):
+                self.save(step)
+                raise
+            self.train(step, groups)
             policy.version = step + 1
             if self.rng.random() < 0.3:
-                files = pipeline.pending_files()
-                self.checkpoint = step + 1, pipeline.state_dict(), files
-                pipeline.checkpointed(step + 1)
+                self.save(step + 1)
+
+    def save(self, step) -> None:
+        files = self.pipeline.pending_files()
+        self.checkpoint = step, self.pipeline.state_dict(), files
+        self.pipeline.checkpointed(step)
 
     def train(self, step, groups) -> None:
         """A step that was made before is made on the same tokens; its versions are within the bound."""
@@ -141,7 +154,10 @@ class Run:
             shard.keep(shard.prompts[i], [ended[j] for j in sorted(ended)])
 
     def scores(self, places):
-        return {place: SimpleNamespace(score=0.5, parts={"r": 0.5}, failure=None, detail="") for place in places}
+        if self.rng.random() < self.stop_rate:
+            raise Interrupted
+        score, failure = (np.nan, "error") if self.broken else (0.5, None)
+        return {place: SimpleNamespace(score=score, parts={"r": score}, failure=failure, detail="") for place in places}
 
 
 class Sampler:
@@ -169,9 +185,28 @@ def test_no_schedule_with_kills_loses_a_group_trains_on_one_twice_or_makes_a_ste
             try:
                 run.live()
                 break
-            except Killed:
+            except (Killed, Interrupted):
                 run.deaths += 1
         deaths += run.deaths
         trained = sorted(name for made in run.trained.values() for name, _ in made)
         assert trained == sorted(f"p{i}" for i in range(run.count * run.steps)), seed
     assert deaths > SCHEDULES
+
+
+def test_what_could_not_be_scored_is_scored_anew_by_the_run_that_goes_on(tmp_path):
+    run = Run(0, tmp_path / "bank")
+    run.kill_rate, run.stop_rate, run.broken = 0.0, 0.0, True
+    with pytest.raises(RewardError, match="step 1: not one of"):
+        run.live()
+    assert run.checkpoint[2] == {}
+    run.broken = False
+    run.live()
+    assert sorted(run.trained) == list(range(run.steps))
+
+
+def test_a_prompt_that_a_step_has_twice_is_two_groups(tmp_path):
+    """A source without end may make it again."""
+    run = Run(0, tmp_path / "bank")
+    run.kill_rate, run.stop_rate, run.count, run.twice = 0.0, 0.0, 2, True
+    run.live()
+    assert [name for made in run.trained.values() for name, _ in made] == ["p0"] * 2 * run.steps

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch.distributed as dist
 
 from nemo_aapo.distributed import parallel
+from nemo_aapo.distributed.agreement import agree
 from nemo_aapo.engines.collective.digest import Digest
 from nemo_aapo.engines.collective.meeting import Meeting, boxes_of, failures_named, meet, open_store
 from nemo_aapo.engines.collective.plan import PROTOCOL, Rendezvous
@@ -78,8 +79,9 @@ class WeightReceiver:
     def _take(self, weights: WeightsId) -> int:
         assert self._meeting is not None, "called inside ``meeting``"
         sums = Digest()
-        with failures_named("receiving weights"):
-            self._meeting.exchange(self._meeting.senders + dist.get_rank(), self._parts, each=sums.add)
+        exchange, rank = self._meeting.exchange, self._meeting.senders + dist.get_rank()
+        with failures_named("receiving weights"):  # one rank may lose a sender that the others have nothing from
+            agree(lambda: exchange(rank, self._parts, each=sums.add))
         if (has := sums.of_all_ranks()) != weights.digest:
             raise WeightsError(
                 f"rank {parallel.rank()}: {weights} did not arrive as the trainer has it: its digest here is {has}"

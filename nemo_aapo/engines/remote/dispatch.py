@@ -316,6 +316,6 @@ def _raise(message: str, answer: dict[str, Any]) -> NoReturn:
     """A failed answer of ``generate``; weights that are not finite are the policy's fault and not the server's."""
     if answer.get("reason") == "not_finite":
         raise FloatingPointError(answer["error"])
-    if answer.get("reason") == "other_weights":
+    if answer.get("reason") in ("other_weights", "no_weights"):  # it has taken others since it was asked, or is at it
         raise OtherWeightsError(message)
     raise ServerError(message)

@@ -76,7 +76,7 @@ class RemoteEngine:
         fleet.whole_of = store.whole_of
         self._watch = FleetWatch(fleet.directory)
         self._under_way: list[Weights] = []  # of the calls that were started and not waited for, and of pushes
-        self._calls: list[Future[Outcome]] = []  # that were started and may not have ended
+        self._calls: list[Future[Outcome]] = []  # in flight, those of this rank that may not have ended
         self._digests = {base.id.policy_version: base.id.digest}
         self.moving = MovingWeights(lambda: self._weights, self._digests, in_flight) if in_flight else None
 
@@ -155,8 +155,9 @@ class RemoteEngine:
             )
             # A daemon: a run that ends in an error meanwhile does not wait for it.
             threading.Thread(target=lambda: answered.set_result(ask()), name="rollouts", daemon=True).start()
+            if self.moving is not None:
+                self._calls.append(answered)
         began = time.perf_counter()
-        self._calls.append(answered)
         if self.moving is None:
             self._under_way.append(weights)
 
@@ -243,21 +244,23 @@ class RemoteEngine:
         if version not in self._versions:
             self._versions[version] = parallel.broadcast_from_first_rank(agree(write))
             self.refit_bytes = self.store.written_bytes
+        self._digests[version] = self._versions[version].id.digest
+        if self.moving is not None:
+            parallel.barrier()  # all ranks know the digest before any of them asks a server for these weights
         self._weights = self._versions[version]
-        self._digests[version] = self._weights.id.digest
         if self.moving is not None:
             self._move(first)
         elif not self._under_way:  # else each server takes them when it has ended what is
             agree(lambda: self.fleet.prepare(self._weights) if first else None)
         # The base model, which is the reference, comes back; older ones of the policy's that nothing waits for don't.
-        needed = min([version, *(weights.id.policy_version for weights in self._under_way)])
+        under_way = tuple(self._under_way)  # which a push that ends meanwhile leaves
+        needed = min([version, *(weights.id.policy_version for weights in under_way)])
         self._versions = {v: weights for v, weights in self._versions.items() if v == 0 or v >= needed}
         if first:
             self.store.prune(keep=self._versions.values())
 
     def _move(self, first: bool) -> None:
         """Have the servers take the newest weights between two decoding steps; the learner does not wait for that."""
-        parallel.barrier()  # all ranks know them before a server can answer with them
         self._calls = [call for call in self._calls if not call.done()]
         if not parallel.any_rank(bool(self._calls))[0]:
             agree(lambda: self.fleet.prepare(self._weights, at_once=True) if first else None)
@@ -265,9 +268,11 @@ class RemoteEngine:
             self._under_way.append(weights := self._weights)
 
             def push() -> None:
-                with contextlib.suppress(Interrupted, RunError):  # what is generated meets with the same
-                    self.fleet.push(weights)
-                self._under_way.remove(weights)
+                try:
+                    with contextlib.suppress(Interrupted, RunError):  # what is generated meets with the same
+                        self.fleet.push(weights)
+                finally:
+                    self._under_way.remove(weights)
 
             threading.Thread(target=push, name="refit", daemon=True).start()
 

@@ -128,15 +128,17 @@ class RewardRunner:
         Raises:
             TimeoutError: some are not scored by then.
             RewardError: a killed worker could not be replaced.
-            Interrupted: a stop broke the waiting off.
+            Interrupted: a stop broke the waiting off; they can be collected yet.
         """
         wanted = list(self._pending) if indices is None else [index for index in indices if index in self._pending]
-        pending = {index: self._pending.pop(index) for index in wanted}
+        pending = {index: self._pending[index] for index in wanted}
         if timeout_s is None:
             timeout_s = math.ceil(len(pending) / max(self._workers, 1)) * (self._timeout_s + START_TIMEOUT_S)
         late = _wait(pending.values(), timeout_s)
         if late:
             raise TimeoutError(f"{len(late)} of {len(pending)} completions were not scored within {timeout_s:g} s")
+        for index in pending:
+            del self._pending[index]
         results = {index: self._result(future.result()) for index, future in pending.items()}
         self._count(results)
         return results

@@ -82,13 +82,22 @@ class RolloutBank:
         return found
 
     def keep_only(self, records: Mapping[int, Sequence[bytes]], taken_before: int) -> None:
-        """Leave these records by step, and the choices of earlier steps. For one process, before others write."""
+        """Leave these records by step, and the choices of earlier steps. For one process, before others write.
+
+        They are written before the others go: a kill in between loses none. Errors are treated as in ``add``.
+        """
+        kept = set[Path]()
+        try:
+            for step, contents in records.items():
+                path = self.directory / f"{step_name(step)}_0{ENDING}"
+                write_atomic(path, b"".join(map(_record, contents)))
+                kept.add(path)
+        except OSError as error:
+            self._end(error)
         for path in [*self.directory.glob(f"*{ENDING}"), *self.directory.glob("*.json")]:
-            step = step_of(path.stem.rpartition("_")[0] if path.suffix == ENDING else path.stem)
-            if step is not None and (path.suffix == ENDING or step >= taken_before):
+            of_step = step_of(path.stem.rpartition("_")[0] if path.suffix == ENDING else path.stem)
+            if of_step is not None and path not in kept and (path.suffix == ENDING or of_step >= taken_before):
                 path.unlink()
-        for step, contents in records.items():
-            write_atomic(self.directory / f"{step_name(step)}_0{ENDING}", b"".join(map(_record, contents)))
 
     def _claim(self) -> None:
         path = self.directory / MANIFEST

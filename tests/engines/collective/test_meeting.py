@@ -65,6 +65,23 @@ def test_a_server_of_another_protocol_refuses_before_it_meets_anybody(monkeypatc
         pass
 
 
+def _second_of_two_ranks_loses_the_trainer():
+    def exchange(rank, parts, each):
+        if dist.get_rank() == 1:
+            raise RuntimeError("Connection reset by peer")
+
+    server = receiver.WeightReceiver.__new__(receiver.WeightReceiver)
+    server._meeting, server._parts = SimpleNamespace(senders=1, exchange=exchange), []
+    with pytest.raises(ServerError) as raised:
+        server._take(WeightsId(1, "0" * 16))
+    return str(raised.value)
+
+
+def test_a_sender_that_only_one_rank_of_a_server_loses_fails_the_refit_on_all_of_them(ranks):
+    said = ranks.run(_second_of_two_ranks_loses_the_trainer, world=2, tp=None)
+    assert said == ["receiving weights failed (Connection reset by peer)"] * 2
+
+
 def test_nccl_gets_a_group_beside_the_jobs_whose_own_deadline_comes_after_ours(monkeypatch):
     """Never run: what torch's own class takes, as it is called on a GPU."""
     asked = []

@@ -6,18 +6,21 @@ Real HTTP against scripted servers: their completions are a function of prompt a
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import random
 import shutil
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 from aiohttp import web
 
+from nemo_aapo.distributed import parallel
 from nemo_aapo.engines.remote import dispatch, wire
 from nemo_aapo.engines.remote.directory import ServerRecord, open_directory, open_token, publish
 from nemo_aapo.engines.remote.dispatch import Call, Fleet, Work, distribute
@@ -92,6 +95,8 @@ class ScriptedServer:
         misdeed, _, at = self.script().partition(" ")
         if asked.weights != self.weights or misdeed == "other":
             return web.json_response({"error": "other weights", "reason": "other_weights"}, status=409)
+        if misdeed == "loading":
+            return web.json_response({"error": "no whole weights are loaded", "reason": "no_weights"}, status=503)
         if misdeed == "refuse":
             return web.json_response({"error": "out of memory", "reason": "engine"}, status=500)
         if misdeed == "not_finite":
@@ -385,6 +390,18 @@ def test_once_it_is_enough_the_connections_are_closed_and_the_next_call_goes_on(
     assert len(engine._ask_servers(*asked, None)) == 12
 
 
+def test_an_engine_keeps_no_completion_of_a_call_that_was_waited_for(start, fleet, tmp_path, monkeypatch):
+    monkeypatch.setattr(parallel, "is_model_parallel_source", lambda: True)
+    monkeypatch.setattr(parallel, "broadcast_when_done", lambda action: action())
+    start(always("well"))
+    engine = RemoteEngine(fleet(1), WeightStore(tmp_path, "model"), WEIGHTS, None)
+    begun = engine.start([np.array([5], np.int32)], SPEC, [[1]])
+    ((completion,),) = begun.result()
+    tokens = weakref.ref(completion.token_ids)
+    del begun, completion
+    wait_for(lambda: gc.collect() is None or tokens() is None)
+
+
 @pytest.mark.parametrize("scripts", [(), (lambda: "hang 3",)], ids=["none_comes", "one_hangs"])
 def test_a_stop_ends_the_waiting_for_servers(start, fleet, monkeypatch, scripts):
     monkeypatch.setattr(stop, "PATIENCE_S", 0.1)
@@ -474,6 +491,15 @@ def test_a_server_that_always_has_other_weights_than_it_says_is_left_out(start, 
     assert sorted(told) == sorted(wanted)
     assert len(said) == 1
     assert "10 times: HTTP 409: other weights" in said[0]
+
+
+def test_a_server_in_the_midst_of_a_refit_is_asked_again_and_not_left_out(start, fleet):
+    start(iter(["loading", "loading", "well"]).__next__)
+    call, told, wanted = make_call([2] * 4)
+    said = []
+    fleet(1, log=said.append).generate(call)
+    assert sorted(told) == sorted(wanted)
+    assert not said
 
 
 def test_requests_of_earlier_calls_go_first_and_calls_never_mix_at_a_server():

@@ -124,3 +124,35 @@ def test_records_go_with_the_checkpoint_that_covers_them(tmp_path):
         "step_000003_0.bank",
         "step_000003_1.bank",
     ]
+
+
+@pytest.mark.parametrize("fault", ["killed", "full"])
+def test_what_is_left_of_a_bank_is_written_before_the_rest_goes(tmp_path, monkeypatch, fault):
+    said = []
+    banks = [bank(tmp_path, note=said.append), bank(tmp_path, rank=1)]
+    banks[0].recover()
+    for number, kept in enumerate(banks):
+        kept.add(2, PROMPTS[number], completions(number))
+        kept.took(number, [(2, 0)])
+    records = banks[0].recover()
+
+    def killed(path, *args, **kwargs):
+        raise KeyboardInterrupt
+
+    def full(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if fault == "killed":
+        monkeypatch.setattr("pathlib.Path.unlink", killed)
+        with pytest.raises(KeyboardInterrupt):
+            banks[0].keep_only(records, 1)
+    else:
+        monkeypatch.setattr("nemo_aapo.rollout.saved.bank.write_atomic", full)
+        banks[0].keep_only(records, 1)
+        banks[0].add(2, PROMPTS[2], completions(2))
+        assert len(said) == 1
+        assert "No space left on device" in said[0]
+    monkeypatch.undo()
+    left = completions_of(bank(tmp_path).recover().get(2, []), PROMPTS, 4, 2)
+    assert sorted(left) == ([0, 1] if fault == "killed" else [])
+    assert sorted(banks[0].taken()) == ([0, 1] if fault == "killed" else [0])
