@@ -10,7 +10,8 @@
 ARG LINE=trtllm
 
 # The release image is the base because TensorRT-LLM, torch, CUDA, NCCL and TransformerEngine in it are built for each
-# other. TensorRT-LLM 1.2.1 takes torch >= 2.9.1, <= 2.10.0a0; megatron-core 0.16, TransformerEngine >= 2.9, < 2.12.
+# other. TensorRT-LLM 1.2.1 takes torch >= 2.9.1, <= 2.10.0a0; megatron-core 0.16 TransformerEngine >= 2.9, < 2.12;
+# megatron-bridge 0.3 >= 2.10, < 2.13.
 FROM nvcr.io/nvidia/tensorrt-llm/release:1.2.1 AS trtllm
 
 # The image's constraint file would hold back versions that we pin; --no-deps keeps pip from touching anything else.

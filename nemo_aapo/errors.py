@@ -31,7 +31,7 @@ class RunError(RuntimeError):
 
 
 class LostRankError(RunError):
-    """This rank waited for another one, which is gone or did not come in time."""
+    """This rank waited for another one, which is gone or did not come in time; or its engine can't go on."""
 
 
 class NonFiniteError(RunError):

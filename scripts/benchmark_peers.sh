@@ -2,7 +2,7 @@
 # From a fresh checkout to a training step beside TRL's: environment, TRL in a folder of its own, the benchmark, which
 # writes docs/results/benchmarks.md and results/peers.
 #
-#   bash scripts/benchmark_peers.sh [--quick] [--json FILE]
+#   bash scripts/benchmark_peers.sh [--quick] [--json FILE] [--models 135M DIRECTORY...]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -16,7 +16,7 @@ from typing import Any
 FEW_OPERATIONS = "a few torch operations"
 """What ``mcore/cpu/kernels.py`` is made of."""
 
-GET_TRANSFORMER_ENGINE = "install TransformerEngine >= 2.9, < 2.12 (the Dockerfile's image has it)"
+GET_TRANSFORMER_ENGINE = "install TransformerEngine as docs/guide/install.md says (the Dockerfile's image has it)"
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from nemo_aapo.config import with_machine_defaults
 from nemo_aapo.errors import ConfigError
 from nemo_aapo.launch import world
 from nemo_aapo.mcore import precision
+from tests.gpu.learning import learn, make_model
 from tests.tiny_models import save_empty_model
 
 
@@ -116,3 +117,17 @@ def test_without_bf16_nothing_is_measured_in_vain(tmp_path, monkeypatch):
     monkeypatch.setattr(world.Machine, "present", lambda: world.Machine("NVIDIA H200", (9, 0), (13, 0)))
     with pytest.raises(ConfigError, match="needs TransformerEngine"):
         gpu.measure(gpu.QUICK, tmp_path)
+
+
+def _learned(path, share):
+    return learn(path, **{"model.share_prompts": share})
+
+
+def test_what_a_gpus_learner_is_compared_with_gives_the_figures_of_the_results_on_a_cpu(ranks, tmp_path):
+    """``tests/gpu`` is skipped without a GPU: here its reference is run, whole and with prompts shared."""
+    path = make_model(tmp_path / "model")
+    for share in (True, False):
+        (found,) = ranks.run(_learned, path, share)
+        assert found["loss"][0] == pytest.approx(-1.40079, abs=2e-5)
+        assert found["grad_norm"][0] == pytest.approx(1.2873, rel=1e-4)
+        assert found["gradient"]

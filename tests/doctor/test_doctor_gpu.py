@@ -147,6 +147,10 @@ def test_ray_and_torchs_allocator_are_judged_by_whether_the_engine_needs_them(co
     wanted = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, engine="trtllm"))
     assert gpu.allocator(context(config)).level == "ok"
     assert gpu.allocator(context(wanted)).level == "failure"
+    shared = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, engine="remote", refit="ipc"))
+    for there, level in ((False, "ok"), (True, "failure")):  # without a GPU weights lie in files' memory
+        monkeypatch.setattr(gpu, "has_gpu", lambda there=there: there)
+        assert gpu.allocator(context(shared)).level == level
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:False")
     assert gpu.allocator(context(wanted)).level == "ok"
 

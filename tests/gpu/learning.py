@@ -9,6 +9,7 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -80,6 +81,7 @@ def learn(path: Path | str, updates: int = 1, groups=None, policy=None, **settin
     """Loss and gradient norm of each update, the first gradient by parameter, log-probs before, weights after all."""
     from nemo_aapo.algorithms.objective import Objective
     from nemo_aapo.config import pad_multiple
+    from nemo_aapo.learner import optimization
     from nemo_aapo.learner.learner import Learner
     from tests.policies import make_policy
     from tests.tiny_models import make_config
@@ -95,22 +97,27 @@ def learn(path: Path | str, updates: int = 1, groups=None, policy=None, **settin
     policy = policy or make_policy(config)
     config = policy.config
     learner = Learner(
-        policy, Objective.of(config.algorithm, 256), BUDGET, 1, pad_multiple(config), config.model.sequence_packing
+        policy,
+        Objective.of(config.algorithm, 256),
+        BUDGET,
+        1,
+        pad_multiple(config),
+        config.model.sequence_packing,
+        bool(config.model.share_prompts),
     )
     groups = groups or make_groups()
     batches, _ = learner._microbatches(groups)
     logprobs = by_sequence(batches, policy.score(batches))
     gradients = []
-    clip = policy.optimization.optimizer.clip_grad_norm
+    clip = optimization.clip_gradients
 
-    def keep_gradient(limit):
+    def keep_gradient(optimizer):
         named = policy.module.named_parameters()
         gradients.append({name: p.main_grad.float().flatten().cpu().numpy().copy() for name, p in named})
-        return clip(limit)
+        return clip(optimizer)
 
-    policy.optimization.optimizer.clip_grad_norm = keep_gradient
-    metrics = [learner.update(groups) for _ in range(updates)]
-    policy.optimization.optimizer.clip_grad_norm = clip
+    with mock.patch.object(optimization, "clip_gradients", keep_gradient):
+        metrics = [learner.update(groups) for _ in range(updates)]
     weights = {name: tensor.float().numpy().copy() for name, tensor in policy.named_weights()}
     return {
         "loss": [step["loss"] for step in metrics],

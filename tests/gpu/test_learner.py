@@ -86,6 +86,21 @@ def test_packed_and_padded_sequences_give_the_same(one_rank, model, precision):
     assert cosine(packed["gradient"], padded["gradient"]) > (0.999 if precision == "bf16" else 0.97)
 
 
+def test_prompts_that_completions_share_give_the_same_and_the_starts_check_passes(one_rank, model):
+    """Never run so far."""
+    from nemo_aapo.learner.sharing_check import check_shared_prompts, shared_prompt_differences
+    from tests.policies import make_policy
+    from tests.tiny_models import make_config
+
+    module = make_policy(make_config(model, precision__name="bf16"), trains=False).module
+    print("FIGURES sharing", shared_prompt_differences(module))
+    check_shared_prompts(module)
+    shared, apart = (learn(model, **{"precision.name": "bf16", "model.share_prompts": s}) for s in (True, False))
+    assert shared["loss"][0] == pytest.approx(apart["loss"][0], rel=2e-2, abs=2e-2)
+    assert cosine(shared["gradient"], apart["gradient"]) > 0.999
+    assert np.abs(shared["logprobs"] - apart["logprobs"]).mean() < 2e-2
+
+
 def test_layers_kept_in_bf16_compute_as_without_fp8(one_rank, model):
     """All four of them: two at the start, two at the end."""
     edges = {f"precision.num_layers_at_{end}_in_bf16": 2 for end in ("start", "end")}

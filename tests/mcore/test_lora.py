@@ -13,7 +13,7 @@ LAYOUTS = {"2x1+sp": (2, 2, 1, True), "1x2": (2, 1, 2, False), "2x2": (4, 2, 2, 
 TARGETS = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 
 
-def make_policy(path, tp=1, pp=1, sp=False):
+def make_policy(path, tp=1, pp=1, sp=False, trains=True):
     """A policy with adapters of rank 4 on all layers."""
     from tests.policies import make_policy
 
@@ -25,7 +25,7 @@ def make_policy(path, tp=1, pp=1, sp=False):
         model__lora={"rank": 4, "alpha": 8, "target_modules": TARGETS},
         model__optim__lr=0.02,
     )
-    return make_policy(config)
+    return make_policy(config, trains=trains)
 
 
 def _train(path, tp=1, pp=1, sp=False):
@@ -92,6 +92,29 @@ def test_every_layout_trains_the_same_adapters(ranks, tiny_models, trained, layo
         for name in after:
             np.testing.assert_allclose(other[name], after[name], atol=2e-5, err_msg=name)
         np.testing.assert_allclose(engine, learner, atol=1e-5)
+
+
+def _in_bf16(path, tp):
+    """Whether all projections have their adapters beside them; log-probs of the engine and the learner."""
+    from nemo_aapo.engines.megatron.decoder import Decoder
+    from nemo_aapo.engines.megatron.matmul import Adapted
+
+    policy = make_policy(path, tp, trains=False)
+    policy.module.bfloat16()
+    for name, parameter in policy.module.named_parameters():
+        if name.endswith("adapter.linear_out.weight"):
+            parameter.data.fill_(0.05)
+    engine, learner = _rollout(policy)
+    layer = Decoder(policy.module)._layers[0]
+    apart = all(isinstance(w, Adapted) for w in (layer.qkv, layer.projection, layer.gate_and_up, layer.down))
+    return apart, engine, learner
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_in_bf16_the_engine_applies_adapters_beside_the_weights_as_the_learner_does(ranks, tiny_models, tp):
+    for apart, engine, learner in ranks.run(_in_bf16, tiny_models["qwen2_tied"], tp, world=tp, tp=tp):
+        assert apart
+        np.testing.assert_allclose(engine, learner, atol=0.2)  # bf16's noise is 0.05; without the adapters it is 2
 
 
 def _save_at_one(path, directory):

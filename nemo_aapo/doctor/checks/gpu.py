@@ -216,8 +216,10 @@ def judge_ray(difference: str, version: str | None, wanted: bool) -> Finding:
 
 
 def allocator(context: Context) -> Finding:
-    """Check that torch's allocator can share memory with TensorRT-LLM's workers."""
-    return judge_allocator(trtllm_settings.expandable_segments(os.environ), _wants_trtllm(context))
+    """Check that torch's allocator can share memory with TensorRT-LLM's workers, or with servers on the same GPUs."""
+    rollout = context.config.rollout if context.config is not None else None
+    by_handles = rollout is not None and (rollout.engine, rollout.refit) == ("remote", "ipc") and has_gpu()
+    return judge_allocator(trtllm_settings.expandable_segments(os.environ), _wants_trtllm(context) or by_handles)
 
 
 def judge_allocator(variable: str, wanted: bool) -> Finding:
@@ -227,7 +229,10 @@ def judge_allocator(variable: str, wanted: bool) -> Finding:
     level: Level = "failure" if wanted else "ok"
     remedy = f"take expandable_segments out of {variable}" if wanted else ""
     return Finding(
-        "allocator", level, f"{variable} asks for expandable segments, unfit for rollout.engine=trtllm", remedy
+        "allocator",
+        level,
+        f"{variable} asks for expandable segments, unfit for rollout.engine=trtllm and rollout.refit=ipc",
+        remedy,
     )
 
 

@@ -37,7 +37,7 @@ from nemo_aapo.engines.trtllm.placement import OwnerActions, OwnerFailed
 from nemo_aapo.engines.trtllm.requests import check_request, read_completion, sampling_arguments
 from nemo_aapo.engines.trtllm.selftest import check_seeds, check_temperature
 from nemo_aapo.engines.trtllm.settings import TrtllmSettings, cache_fraction, check, llm_arguments, weight_bytes
-from nemo_aapo.errors import ConfigError, RunError
+from nemo_aapo.errors import ConfigError, LostRankError, RunError
 from nemo_aapo.text.transformers5 import readable_directory
 from nemo_aapo.types import Completion, SamplingSpec
 from nemo_aapo.utils.buckets import tensor_buckets
@@ -339,9 +339,13 @@ class TrtllmEngine:
 
     @contextlib.contextmanager
     def _exclusive(self, what: str) -> Iterator[None]:
-        """One call at a time, and none after a failure: requests may be under way, or weights be mixed."""
+        """One call at a time, and none after a failure: requests may be under way, or weights be mixed.
+
+        Raises:
+            LostRankError: there was a failure. A rollout server ends by it, and gives the GPUs' memory back.
+        """
         if self._broken:
-            raise RunError(f"{what}: the TensorRT-LLM engine can't go on: {self._broken}")
+            raise LostRankError(f"{what}: the TensorRT-LLM engine can't go on: {self._broken}")
         if not self._calls.acquire(blocking=False):
             raise RuntimeError(f"{what}() while another call of the engine is under way")
         try:

@@ -24,7 +24,7 @@ from nemo_aapo.engines.remote.weight_store import WeightStore
 from nemo_aapo.engines.remote.worker import EngineWorker
 from nemo_aapo.engines.trtllm import contract
 from nemo_aapo.engines.weights import Weights
-from nemo_aapo.errors import RunError
+from nemo_aapo.errors import LostRankError, RunError
 from nemo_aapo.types import SamplingSpec
 from tests import cuda_ipc, fake_trtllm
 from tests.engines.trtllm.conftest import PROMPTS, SEEDS, STOP, pretend_gpus
@@ -32,6 +32,7 @@ from tests.fake_trtllm import TABLE, VOCAB, table
 from tests.tiny_models import make_config
 
 SAMPLING = SamplingSpec(1.0, 16, (STOP,))
+BASE = Weights(wire.WeightsId(0, "base"), None)
 
 
 def make(monkeypatch, folder, **settings):
@@ -51,8 +52,8 @@ def config(monkeypatch, tmp_path):
 
 
 @contextmanager
-def serving(config, folder):
-    """The server's directory; the server runs in threads of this process."""
+def serving(config, folder, workers=None):
+    """The server's directory; the server runs in threads of this process, its worker is added to ``workers``."""
     directory, base = open_directory(folder / "servers"), wire.WeightsId(0, "base")
     shape = ModelShape("Qwen2ForCausalLM", 1, 8, 8, 1, 1, 8, VOCAB, False, 64)
 
@@ -63,6 +64,8 @@ def serving(config, folder):
             yield found
 
     worker = EngineWorker(lambda: build_hosted_engine(config, shape), lambda: base, locate)
+    if workers is not None:
+        workers.append(worker)
     service = Service(worker, open_token(directory), wire.Limits(VOCAB, 64), 2**20)
     loop, ready = asyncio.new_event_loop(), threading.Event()
 
@@ -124,6 +127,18 @@ def test_a_client_that_goes_away_does_not_break_the_engine_for_the_next(served, 
     assert len(told) == sum(map(len, SEEDS))
 
 
+def test_a_server_whose_engine_can_not_go_on_ends_and_does_not_keep_the_gpus(monkeypatch, tmp_path):
+    fake, config = make(monkeypatch, tmp_path)
+    workers: list[EngineWorker] = []
+    with serving(config, tmp_path, workers) as directory:
+        fake.fail_request = fake.requests + 1
+        for _ in range(2):  # the request that fails, and whatever comes next
+            with pytest.raises(RunError):
+                draw(Fleet(directory, servers=1, wait_s=1, timeout_s=20, retries=0, log=lambda text: None), BASE)
+        with pytest.raises(LostRankError, match=r"can't go on: .*illegal memory access"):
+            raise workers[0].lost.result(20)
+
+
 def draw(fleet, weights):
     told = {}
     fleet.generate(Call(weights, PROMPTS, SAMPLING, SEEDS, lambda i, j, c: told.update({(i, j): c.token_ids.tolist()})))
@@ -142,7 +157,7 @@ def _taking_turns(folder):
             sender = MemorySender(None, VOCAB, weights, config.model.path, timeout_s=20, patience_s=5)
             sender.digest, sender._device = lambda: "0" * 16, torch.device("cuda", 0)
             sender._name, sender._names = "GPU-0", ["GPU-0"]
-            before = draw(fleet, Weights(wire.WeightsId(0, "base"), None))
+            before = draw(fleet, BASE)
             fleet.sleep()
             del fake.seen[:]
             served, sent = CollectiveRefit(fleet, sender).bring(1)
