@@ -55,8 +55,8 @@ NEWEST = Line(
     python=("3.12",),
     pins={"megatron-core": "0.19.2", "megatron-bridge": "0.6.2", "transformers": "5.12.1"},
     ranges=(
-        "megatron-core>=0.19.2,<0.20; python_version >= '3.12'",
-        "transformers>=5.8,<=5.12.1; python_version >= '3.12'",  # as megatron-bridge asks
+        "megatron-core>=0.19.2,<0.20",  # asks for Python 3.12: pip refuses this extra by another
+        "transformers>=5.8,<=5.12.1",  # as megatron-bridge asks
     ),
     requirements=("cpu.txt", "bridge.txt", "newest.txt"),
     image_requirements=("gpu.txt", "newest.txt"),

@@ -137,7 +137,9 @@ def declared_in_setup_py(line: lines.Line = lines.TRTLLM) -> list[Requirement]:
     """What pip is told, without the extra of the other line of Megatron."""
     others = lines.LINES.keys() - {line.name}
     extras = [text for name, texts in setup_py().extras_require.items() if name not in others for text in texts]
-    return [Requirement(text) for text in [*setup_py().install_requires, *extras]]
+    declared = [Requirement(text) for text in [*setup_py().install_requires, *extras]]
+    here = {"python_version": line.python[0]}
+    return [requirement for requirement in declared if requirement.marker is None or requirement.marker.evaluate(here)]
 
 
 @pytest.mark.parametrize("line", lines.LINES.values(), ids=lines.LINES)
