@@ -56,7 +56,8 @@ setup(
     install_requires=[
         "torch>=2.6",
         "megatron-core>=0.16.1,!=0.17.*,!=0.18.*,<0.20",  # mcore/replaced.py lists what is replaced in it
-        "transformers>=4.57,<=5.12.1",
+        "transformers>=4.57,<=5.12.1; python_version >= '3.12'",
+        "transformers>=4.57,<5; python_version < '3.12'",  # the line trtllm: megatron-core 0.19 asks for Python 3.12
         "tokenizers",
         "safetensors>=0.4.3",
         "jinja2",  # transformers renders chat templates with it without declaring it

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 
@@ -54,8 +55,8 @@ NEWEST = Line(
     python=("3.12",),
     pins={"megatron-core": "0.19.2", "megatron-bridge": "0.6.2", "transformers": "5.12.1"},
     ranges=(
-        "megatron-core>=0.19.2,<0.20; python_version >= '3.12'",
-        "transformers>=5.8,<=5.12.1; python_version >= '3.12'",  # as megatron-bridge asks
+        "megatron-core>=0.19.2,<0.20",  # asks for Python 3.12: pip refuses this extra by another
+        "transformers>=5.8,<=5.12.1",  # as megatron-bridge asks
     ),
     requirements=("cpu.txt", "bridge.txt", "newest.txt"),
     image_requirements=("gpu.txt", "newest.txt"),
@@ -73,17 +74,29 @@ def line_of(distribution: str, version: str) -> Line:
 
 
 @functools.cache
-def installed() -> Line:
-    """The line that megatron-core is of here; the default where there is none.
+def installed(distribution: str = "megatron-core") -> Line:
+    """The line that this package is of here, one of those that decide; the default where there is none.
 
     Whether it really is that release the sources say that are replaced in it (``mcore/replaced.py``).
     """
     try:
-        return line_of("megatron-core", importlib.metadata.version("megatron-core"))
+        return line_of(distribution, importlib.metadata.version(distribution))
     except importlib.metadata.PackageNotFoundError:
         return TRTLLM
 
 
+def strangers() -> Iterator[str]:
+    """What is said of packages that are not of megatron-core's line, among those that decide it."""
+    line = installed()
+    for name, wanted in line.pins.items():
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        if (other := line_of(name, version)) is not line:
+            yield f"{name} {version} is of the line {other.name} (here {wanted})"
+
+
 def _release(version: str) -> tuple[int, ...]:
-    """Major and minor number."""
-    return tuple(int(number) for number in version.split(".")[:2])
+    """Major and minor number, also of ``5.0rc1`` and ``0.19+cu130``."""
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])

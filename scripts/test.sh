@@ -13,7 +13,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 readonly OF_BOTH_LINES=(
     tests/learner/test_layouts.py tests/learner/test_expert_layouts.py tests/mcore tests/engines/megatron/test_engine.py
     tests/checkpoint/test_checkpoint.py tests/checkpoint/test_expert_checkpoint.py tests/checkpoint/test_format.py
-    tests/training/test_training.py tests/conversion/test_conversion.py tests/text/test_transformers5.py
+    tests/training/test_training.py tests/training/test_going_on.py tests/text/test_transformers5.py
+    tests/conversion/test_conversion.py tests/conversion/test_families.py tests/engines/test_plain.py
 )
 readonly SESSION_TIMEOUT_S=3600 # of all tests together; pyproject.toml has the one for each
 

@@ -24,7 +24,7 @@ from nemo_aapo.errors import CheckpointError, ConfigError
 from nemo_aapo.mcore.bridge.lora import save_peft
 from nemo_aapo.models import writer as hf_directory
 from nemo_aapo.models.directory import read_model_dir
-from nemo_aapo.models.families import CONVERTS, require_convertible
+from nemo_aapo.models.families import require_convertible
 from nemo_aapo.utils.safetensors import model_digest
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
@@ -100,7 +100,7 @@ def hf_to_megatron(path: Path, target: Path, *, dtype: torch.dtype | None = None
 
     def check() -> None:
         require_convertible(path)
-        read_model_dir(str(path), CONVERTS)
+        read_model_dir(str(path))
         _require_absent(target)
 
     agree(check)

@@ -12,7 +12,6 @@ from nemo_aapo.conversion.source import ModelSource, lora_of, run_settings, show
 from nemo_aapo.errors import CheckpointError, ConfigError, RunError
 from nemo_aapo.models import directory as model_dir
 from nemo_aapo.models import writer as hf_directory
-from nemo_aapo.models.families import CONVERTS, TRAINS
 from nemo_aapo.run.metrics_file import number
 from nemo_aapo.run.state import read_state
 from nemo_aapo.utils.safetensors import tensor_headers
@@ -34,7 +33,7 @@ def describe(source: ModelSource) -> list[str]:
 def _hf(path: Path) -> list[str]:
     lines = [f"Hugging Face model   {path}", *_architecture(path), *_weights(path), *_companions(path)]
     try:
-        model_dir.read_model_dir(str(path), CONVERTS)
+        model_dir.read_model_dir(str(path))
     except ConfigError as error:
         return [*lines, f"REFUSED              {error}"]
     return lines
@@ -43,9 +42,9 @@ def _hf(path: Path) -> list[str]:
 def _architecture(path: Path) -> list[str]:
     config = model_dir.read_config_json(path)
     architecture = model_dir.first_architecture(config)
-    status = "trains and converts" if architecture in TRAINS else "converts" if architecture in CONVERTS else "refused"
-    lines = [f"architecture         {architecture} ({status})"]
-    if architecture in CONVERTS:
+    is_known = architecture in model_dir.ARCHITECTURES
+    lines = [f"architecture         {architecture} ({'trains and converts' if is_known else 'refused'})"]
+    if is_known:
         shape = model_dir.shape_of(config)
         tied = "tied" if shape.tied_embeddings else "own"
         lines.append(

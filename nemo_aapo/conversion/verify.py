@@ -27,7 +27,7 @@ from nemo_aapo.mcore.groups import gather_columns
 from nemo_aapo.mcore.micro_batch import MicroBatch
 from nemo_aapo.mcore.model import GPTModel, output_weight
 from nemo_aapo.models.directory import read_config_json, read_model_dir, shape_of
-from nemo_aapo.models.families import CONVERTS, require_convertible
+from nemo_aapo.models.families import require_convertible
 from nemo_aapo.models.weights import own_tensors
 from nemo_aapo.text.transformers5 import translated_config
 from nemo_aapo.utils.safetensors import tensor_headers, weight_files
@@ -121,7 +121,7 @@ def report(verdict: Verdict, tolerance: float, shown: int = 5) -> list[str]:
 def _check(source: ModelSource, directory: Path) -> None:
     require_convertible(source.base)
     require_convertible(directory)
-    read_model_dir(str(directory), CONVERTS)
+    read_model_dir(str(directory))
 
 
 def _compare_bytes(exported: Iterable[tuple[str, torch.Tensor]], directory: Path) -> tuple[list[str], int]:

@@ -1,4 +1,4 @@
-"""What engines that generate in other processes have in common: completions that came one by one, as one result."""
+"""What engines have in common: completions that came one by one, as one result."""
 
 from __future__ import annotations
 

@@ -13,10 +13,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from nemo_aapo import lines
+
 FEW_OPERATIONS = "a few torch operations"
 """What ``mcore/cpu/kernels.py`` is made of."""
 
-GET_TRANSFORMER_ENGINE = "install TransformerEngine as docs/guide/install.md says (the Dockerfile's image has it)"
+_FROM, _BELOW = (".".join(map(str, bound)) for bound in lines.installed().transformer_engine)
+GET_TRANSFORMER_ENGINE = f"install TransformerEngine >= {_FROM}, < {_BELOW} (the Dockerfile's image has it)"
 
 
 @dataclass(frozen=True, slots=True)

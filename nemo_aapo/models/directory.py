@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ ARCHITECTURES = (
     "OlmoeForCausalLM",
     "NemotronForCausalLM",
 )
-"""Architectures that can be trained; ``models/families.py`` has those that are only converted."""
+"""Architectures that train and convert."""
 
 NOT_DECODED = {
     "NemotronForCausalLM": "LayerNorms with biases and a feed-forward part without a gate (squared ReLU)",
@@ -64,8 +63,8 @@ NO_HEAD_DIM = ("OlmoeForCausalLM",)
 """Architectures whose heads share out the hidden size, whatever ``config.json`` has as ``head_dim``."""
 
 NO_EXPERT_SETTINGS: dict[str, tuple[tuple[Any, ...], str]] = {
-    "decoder_sparse_step": ((1,), "dense layers among those of experts are not told apart in Megatron-Bridge 0.3.1"),
-    "mlp_only_layers": (([],), "dense layers among those of experts are not told apart in Megatron-Bridge 0.3.1"),
+    "decoder_sparse_step": ((1,), "dense layers among those of experts are not told apart in Megatron-Bridge"),
+    "mlp_only_layers": (([],), "dense layers among those of experts are not told apart in Megatron-Bridge"),
     "shared_expert_intermediate_size": ((0,), _SHARED),
     "num_shared_experts": ((0,), _SHARED),
     "n_shared_experts": ((0,), _SHARED),
@@ -75,10 +74,16 @@ NO_EXPERT_SETTINGS: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 """Settings of a model with experts: the values that are computed here, besides null, and why no other is."""
 
+LOST = (
+    "gets lost in Megatron-Bridge 0.3.1 and was not tried with later ones, which may carry it over: the Megatron model "
+    "may differ"
+)
+"""What is said of settings that one of the two lines of Megatron does not compute."""
+
 REFUSED = {
-    "Gemma2ForCausalLM": "Megatron-Bridge 0.3.1 builds its layers of TransformerEngine classes only "
+    "Gemma2ForCausalLM": "Megatron-Bridge builds its layers of TransformerEngine classes only "
     "(TERowParallelLinearLayerNorm), which do not exist on a CPU",
-    "MixtralForCausalLM": "Megatron-Bridge 0.3.1 has no map for its weights",
+    "MixtralForCausalLM": "Megatron-Bridge has no map for its weights",
     "Qwen2MoeForCausalLM": _SHARED,
     "DeepseekV2ForCausalLM": f"latent attention is not decoded here, and {_SHARED}",
     "DeepseekV3ForCausalLM": f"latent attention and sigmoid routers with a bias are not decoded here, and {_SHARED}",
@@ -88,7 +93,7 @@ REFUSED = {
 """Architectures that neither train nor convert, with the reason."""
 
 
-def read_model_dir(path: str, architectures: Sequence[str] = ARCHITECTURES) -> ModelShape:
+def read_model_dir(path: str) -> ModelShape:
     """Check that the directory holds a whole model of a known architecture, and read its shape.
 
     Only headers are read: a 70B model takes milliseconds.
@@ -105,10 +110,10 @@ def read_model_dir(path: str, architectures: Sequence[str] = ARCHITECTURES) -> M
         )
     config = read_config_json(directory)
     architecture = first_architecture(config)
-    if architecture not in architectures:
+    if architecture not in ARCHITECTURES:
         reason = f" ({REFUSED[architecture]})" if architecture in REFUSED else ""
         raise ConfigError(
-            f"model.path={path}: architecture {architecture}{reason}; supported are {', '.join(architectures)}"
+            f"model.path={path}: architecture {architecture}{reason}; supported are {', '.join(ARCHITECTURES)}"
         )
     if problem := twin_problem(config):
         raise ConfigError(f"model.path={path}: {problem}")
@@ -131,7 +136,7 @@ def twin_problem(config: dict[str, Any]) -> str | None:
 
 def _rope_problem(config: dict[str, Any]) -> str | None:
     if config.get("partial_rotary_factor") not in (None, 1) and "NemotronForCausalLM" not in config["architectures"]:
-        return "partial_rotary_factor gets lost in Megatron-Bridge 0.3.1: the Megatron model would differ"
+        return f"partial_rotary_factor {LOST}"
     scaling = config.get("rope_scaling")
     if not scaling:
         return None
@@ -141,7 +146,7 @@ def _rope_problem(config: dict[str, Any]) -> str | None:
     if kind == "default" or (kind == "linear" and "Gemma3ForCausalLM" in config["architectures"]):
         return None
     if kind != "llama3" or "LlamaForCausalLM" not in config["architectures"]:
-        return f"rope_scaling of type {kind} gets lost in Megatron-Bridge 0.3.1: the Megatron model would differ"
+        return f"rope_scaling of type {kind} {LOST}"
     other = {key: scaling.get(key) for key, value in LLAMA3_ROPE.items() if scaling.get(key) != value}
     if other:
         return f"rope_scaling has {other}, but megatron-core computes with {LLAMA3_ROPE} whatever a model says"
@@ -150,7 +155,7 @@ def _rope_problem(config: dict[str, Any]) -> str | None:
 
 def _window_problem(config: dict[str, Any]) -> str | None:
     if config.get("use_sliding_window") and "MistralForCausalLM" not in config["architectures"]:
-        return "use_sliding_window=true gets lost in Megatron-Bridge 0.3.1: the Megatron model would differ"
+        return f"use_sliding_window=true {LOST}"
     return None
 
 

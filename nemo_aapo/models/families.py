@@ -1,7 +1,7 @@
-"""Which model families train, which only convert, and which are refused, with the reason. No torch.
+"""Which model families train and convert, and which are refused, with the reason. No torch.
 
-Megatron-Bridge names more architectures than these (``python scripts/convert.py supported`` prints its list). Here are
-those that the tests convert both ways and compare with transformers.
+Megatron-Bridge names more architectures (``python scripts/convert.py supported`` prints its list). Those of
+``models/directory.py`` are converted both ways and compared with transformers by the tests.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ from typing import Any
 
 from nemo_aapo.config.sizes import undivided
 from nemo_aapo.errors import ConfigError
-from nemo_aapo.models.directory import ARCHITECTURES as TRAINS
-from nemo_aapo.models.directory import REFUSED, first_architecture, read_config_json, shape_of, twin_problem
-
-CONVERTS = TRAINS
-"""Architectures that convert; those of ``TRAINS`` can be trained as well."""
+from nemo_aapo.models.directory import (
+    ARCHITECTURES,
+    REFUSED,
+    first_architecture,
+    read_config_json,
+    shape_of,
+    twin_problem,
+)
 
 
 def require_convertible(path: Path) -> dict[str, Any]:
@@ -33,9 +36,11 @@ def require_convertible(path: Path) -> dict[str, Any]:
     """
     config = read_config_json(path)
     architecture = first_architecture(config)
-    if architecture not in CONVERTS:
+    if architecture not in ARCHITECTURES:
         reason = REFUSED.get(architecture, "it is not among those that were tested here")
-        raise ConfigError(f"{path}: architecture {architecture} is not converted: {reason}. {list_of(CONVERTS)} are")
+        raise ConfigError(
+            f"{path}: architecture {architecture} is not converted: {reason}. {list_of(ARCHITECTURES)} are"
+        )
     if problem := twin_problem(config):
         raise ConfigError(f"{path}: {problem}")
     return config
@@ -69,11 +74,9 @@ def supported(known_to_bridge: Sequence[str]) -> str:
         known_to_bridge: ``mcore.bridge.loader.known_architectures()``.
     """
     lines = []
-    for name in sorted({*known_to_bridge, *CONVERTS}):
-        if name in TRAINS:
+    for name in sorted({*known_to_bridge, *ARCHITECTURES}):
+        if name in ARCHITECTURES:
             status = "trains and converts"
-        elif name in CONVERTS:
-            status = "converts"
         elif name in REFUSED:
             status = f"refused: {REFUSED[name]}"
         else:

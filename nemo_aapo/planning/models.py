@@ -10,7 +10,7 @@ from typing import Any
 
 from nemo_aapo.config import Experts, ModelShape
 from nemo_aapo.errors import ConfigError
-from nemo_aapo.models.directory import first_architecture, shape_of, twin_problem
+from nemo_aapo.models.directory import first_architecture, read_config_json, shape_of, twin_problem
 
 PLANNED = (
     "Qwen2ForCausalLM",
@@ -163,6 +163,11 @@ def read(path: str) -> PlannedModel:
     except ValueError as error:
         raise ConfigError(f"{file}: not JSON ({error})") from None
     return from_hugging_face(config, Path(path).name)
+
+
+def is_planned(path: str) -> bool:
+    """Whether ``read`` knows the architecture of a checked model directory; not every one that trains is planned."""
+    return first_architecture(read_config_json(Path(path))) in PLANNED
 
 
 def from_hugging_face(config: dict[str, Any], name: str) -> PlannedModel:

@@ -90,7 +90,7 @@ def prepare_verification(path: Path, base: Path | None, hf: Path | None, layout:
 
 def _require_whole(directory: Path) -> None:
     families.require_convertible(directory)
-    read_model_dir(str(directory), families.CONVERTS)
+    read_model_dir(str(directory))
 
 
 def _require_source(source: ModelSource, layout: Layout) -> None:

@@ -51,15 +51,20 @@ SERVERS = Needed("aiohttp", "aiohttp", "rollout servers")
 
 
 def check_packages(needed: Iterable[Needed]) -> None:
-    """Refuse a job whose packages are not all there.
+    """Refuse a job whose packages are not all there, or whose Megatron is of two lines.
 
     Raises:
-        ConfigError: the first that is missing, what needs it, and how to get it.
+        ConfigError: the first that is missing, what needs it, and how to get it; or what belongs to the other line.
     """
     for package in needed:
         if not is_installed(package):
             raise ConfigError(
                 f"{package.purpose} needs the package {package.distribution}, which is not installed: {package.remedy}"
+            )
+        if package is CORE and (strangers := [*lines.strangers()]):
+            raise ConfigError(
+                f"megatron-core is of the line {lines.installed().name}, but {', '.join(strangers)}: install one line "
+                "whole (docs/guide/install.md)"
             )
 
 

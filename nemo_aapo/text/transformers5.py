@@ -172,4 +172,4 @@ def said(directory: Path) -> str:
 
 def _is_5() -> bool:
     """Whether transformers reads such directories by itself here."""
-    return lines.installed() is lines.NEWEST
+    return lines.installed("transformers") is lines.NEWEST

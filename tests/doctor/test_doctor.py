@@ -18,10 +18,10 @@ from nemo_aapo.doctor.checks import files, memory, model, rewards, sizes, slurm,
 from nemo_aapo.doctor.finding import Place
 from nemo_aapo.doctor.guard import run_guarded
 from nemo_aapo.errors import ConfigError
-from nemo_aapo.models.directory import shape_of
+from nemo_aapo.models.directory import ARCHITECTURES, shape_of
 from nemo_aapo.models.weights import expected_tensors
 from tests.doctor.contexts import check, context, distribution, failure, program, rank
-from tests.tiny_models import make_config, save_headers
+from tests.tiny_models import make_config, save_empty_model, save_headers
 
 # ---------------------------------------------------------------- versions
 
@@ -175,6 +175,19 @@ def test_memory_is_held_against_the_plan_and_its_lower_bound(config):
     assert memory.judge("gpu_memory", 50 * gib, 80 * gib, "weights", peak=70 * gib).level == "ok"
     assert memory.judge("gpu_memory", 50 * gib, 80 * gib, "weights", peak=90 * gib).level == "warning"
     assert memory.judge("gpu_memory", 90 * gib, 80 * gib, "weights", peak=95 * gib).level == "failure"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_family_that_trains_is_looked_at_planned_or_not(architecture, tmp_path):
+    family = {"head_dim": 16, "num_experts": 8 * ("oe" in architecture), "sliding_window": 64}
+    path = save_empty_model(tmp_path / "model", architectures=[architecture], **family)
+    lora = {"rank": 4, "alpha": 8, "target_modules": ["linear_qkv"]}
+    config = make_config(path, run__dir=str(tmp_path / "run"), model__lora=lora)
+    assert model.model(
+        context(dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, engine="plain")))
+    )
+    assert files.disk(context(config)).level == "ok"
+    assert {found.level for found in memory.memory(context(config))} <= {"ok", "skipped"}
 
 
 def test_memory_of_a_container_counts_and_too_little_is_a_failure(config, tmp_path, monkeypatch):

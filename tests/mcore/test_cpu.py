@@ -156,7 +156,10 @@ def _mcore_takes_torchs_adam_and_norms():
 
 
 def _rotary_embedding():
+    import types
+
     import torch
+    from megatron.core import parallel_state
     from megatron.core.models.common.embeddings import rope_utils
 
     x = torch.randn(5, 2, 3, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
@@ -171,6 +174,14 @@ def _rotary_embedding():
     assert torch.equal(rope_utils._apply_rotary_pos_emb_bshd(x, frequencies[..., :4])[..., 4:], x[..., 4:])
     neighbours = rope_utils._apply_rotary_pos_emb_bshd(x, frequencies, rotary_interleaved=True)
     assert not torch.allclose(neighbours, turned)
+    # bf16 with the angles in fp32 too, as mcore's layers call it: padded rows and packed ones
+    said = {"apply_rope_fusion": False, "rotary_interleaved": False, "multi_latent_attention": False}
+    config, group = types.SimpleNamespace(**said), parallel_state.get_context_parallel_group()
+    rows, end_to_end = x.detach().bfloat16(), torch.tensor([0, 5], dtype=torch.int32)
+    padded = rope_utils.apply_rotary_pos_emb(rows, frequencies, config, cp_group=group)
+    torch.testing.assert_close(padded.float(), turned, rtol=0.02, atol=0.02)
+    packed = rope_utils.apply_rotary_pos_emb(rows[:, 0], frequencies, config, end_to_end, cp_group=group)
+    assert torch.equal(packed, padded[:, 0])
 
 
 def _weight_gradients():

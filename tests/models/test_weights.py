@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from nemo_aapo import lines
 from nemo_aapo.errors import ConfigError
-from nemo_aapo.models.directory import read_model_dir, shape_of
-from nemo_aapo.models.families import CONVERTS
+from nemo_aapo.models.directory import ARCHITECTURES, read_model_dir, shape_of
 from nemo_aapo.models.weights import EMBEDDING, OUTPUT, expected_tensors
 from nemo_aapo.run.identity import identity_of
 from nemo_aapo.utils.safetensors import INDEX, WEIGHTS, tensor_headers
@@ -202,12 +202,14 @@ def test_an_output_layer_of_its_own_in_a_model_that_ties_it_is_refused(tmp_path,
 
 
 @pytest.mark.parametrize("left_out", [(), ("num_key_value_heads",), ("head_dim", "tie_word_embeddings")])
-@pytest.mark.parametrize("architecture", CONVERTS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_tensors_that_are_asked_for_are_those_of_transformers(architecture, left_out):
     import torch
     import transformers
 
     sizes = {**SIZES, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 24, "tie_word_embeddings": True}
+    if lines.installed() is lines.NEWEST and architecture in ("Qwen3MoeForCausalLM", "OlmoeForCausalLM"):
+        pytest.skip("transformers 5 has the experts of a layer in one tensor, in memory")
     if architecture == "NemotronForCausalLM" and "num_key_value_heads" in left_out:
         pytest.skip("transformers 4.57 can't make such a model itself")
     written = {key: value for key, value in sizes.items() if key not in left_out}

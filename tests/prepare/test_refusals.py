@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from nemo_aapo import lines
 from nemo_aapo.launch.world import Machine
 from nemo_aapo.models.directory import read_model_dir
 from nemo_aapo.models.weights import expected_tensors
 from nemo_aapo.utils.safetensors import INDEX, WEIGHTS
+from tests.doctor.contexts import distribution
 from tests.tiny_models import save_empty_input, save_empty_model, save_headers
 
 HEAVY = ("torch", "transformers", "megatron", "nemo", "lightning")
@@ -280,6 +282,16 @@ def test_a_package_that_was_left_out_is_named_with_the_way_to_get_it(given, bloc
         monkeypatch.setattr(packages, "is_installed", lambda package, missing=missing: package.module != missing)
         assert command("train")(given.words) == 2
         assert said in capsys.readouterr().err
+
+
+def test_a_mixture_of_both_lines_of_megatron_is_refused(given, blocker, capsys, monkeypatch, tmp_path):
+    other = next(line for line in lines.LINES.values() if line is not lines.installed())
+    distribution(tmp_path, "transformers", other.pins["transformers"])
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("train", "fill"):
+        assert command(name)(given.words) == 2
+        assert f"transformers {other.pins['transformers']} is of the line {other.name}" in capsys.readouterr().err
+    assert not blocker.asked
 
 
 def test_what_can_work_is_prepared_without_torch_and_wholly_resolved(given, blocker):

@@ -96,6 +96,12 @@ def test_the_lines_differ_in_nothing_that_does_not_need_it(pins):
     assert newest.keys() & pins.keys() == lines.NEWEST.pins.keys() | {"huggingface-hub"}
 
 
+@pytest.mark.parametrize(("older", "newer"), [("0.16rc1", "0.19rc1"), ("0.16.0.dev3", "1"), ("0.15", "0.18.0+cu130")])
+def test_any_form_of_a_version_tells_its_line(older, newer):
+    assert lines.line_of("megatron-core", older) is lines.TRTLLM
+    assert lines.line_of("megatron-core", newer) is lines.NEWEST
+
+
 def test_no_pin_is_left_over(pins):
     listed = (ROOT / "requirements" / "cpu.txt").read_text().split("# Needed by the above\n")[1].splitlines()
     indirect = {canonicalize_name(line.partition("==")[0]) for line in listed}
@@ -131,7 +137,9 @@ def declared_in_setup_py(line: lines.Line = lines.TRTLLM) -> list[Requirement]:
     """What pip is told, without the extra of the other line of Megatron."""
     others = lines.LINES.keys() - {line.name}
     extras = [text for name, texts in setup_py().extras_require.items() if name not in others for text in texts]
-    return [Requirement(text) for text in [*setup_py().install_requires, *extras]]
+    declared = [Requirement(text) for text in [*setup_py().install_requires, *extras]]
+    here = {"python_version": line.python[0]}
+    return [requirement for requirement in declared if requirement.marker is None or requirement.marker.evaluate(here)]
 
 
 @pytest.mark.parametrize("line", lines.LINES.values(), ids=lines.LINES)

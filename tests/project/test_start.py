@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from nemo_aapo import lines
 from nemo_aapo.config.command_line import FROZEN
 from nemo_aapo.mcore.bridge import loader
 from nemo_aapo.mcore.bridge.import_stubs import standing_in
@@ -64,6 +65,12 @@ def test_a_rank_of_a_job_imports_one_family_of_models_and_neither_nemo_nor_a_com
 def test_each_supported_architecture_has_a_bridge_that_is_found_without_importing_the_others():
     assert None not in [loader.bridge_module(architecture) for architecture in ARCHITECTURES]
     assert loader.bridge_module("NoSuchForCausalLM") is None
+    known = loader.known_architectures()
+    assert known == [name for name in known if name[0].isupper()]  # some are registered by a constant's name
+    assert {*ARCHITECTURES} <= {*known}
+    deeper = loader.bridge_module("Exaone4ForCausalLM")  # the newest Bridge alone has it
+    expected = f"{loader.MODELS}.exaone.exaone4.exaone4_bridge" if lines.installed() is lines.NEWEST else None
+    assert deeper == expected
 
 
 @pytest.mark.slow

@@ -171,7 +171,9 @@ def disk_need(config: Config) -> tuple[int, str]:
     size = bytes_per_parameter(config)
     checkpoints = config.checkpoint.keep_last + 1 + (config.checkpoint.keep_best is not None)
     lora = config.model.lora
-    adapters = rank_parameters(models.read(config.model.path), Layout(), 0, lora).adapters
+    adapters = 0  # of a family that is not planned; they are a hundredth of the rest
+    if lora and models.is_planned(config.model.path):
+        adapters = rank_parameters(models.read(config.model.path), Layout(), 0, lora).adapters
     one = (parameters + adapters) * size.weight + (adapters if lora else parameters) * size.optimizer
     export = parameters * size.weight if config.export_hf_model else 0
     need = checkpoints * one + export

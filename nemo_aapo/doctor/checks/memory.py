@@ -26,6 +26,9 @@ REMEDY = "raise the tensor- or pipeline-parallel size, or use machines with more
 def memory(context: Context) -> list[Finding]:
     """Check the host's memory for all ranks of this machine, and a GPU's for one rank."""
     config, ranks, on_gpu = on_this_machine(context.run_config), ranks_here(context), has_gpu()
+    if not models.is_planned(config.model.path):
+        text = f"not compared: what a model of this family needs is not planned, only {', '.join(models.PLANNED)}"
+        return [Finding("memory", "skipped", text)]
     host = free_host_memory()
     free = _free_gpu_memory(context.place.local_rank) if on_gpu else host
     inputs = planned_inputs(config, free)

@@ -6,12 +6,10 @@ import importlib.metadata
 import importlib.util
 import platform
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 from nemo_aapo import lines
 from nemo_aapo.doctor.finding import Context, Finding
-from nemo_aapo.lines import Line
 
 REQUIREMENTS = Path(__file__).resolve().parents[3] / "requirements"
 PYTHON_OF_IMAGES = "3.12"
@@ -22,7 +20,7 @@ SHOWN = 6
 def versions(context: Context) -> Finding:
     """Report the line of Megatron, what does not belong to it, and what is missing or not as it was tested."""
     line = lines.installed()
-    if strangers := [*_strangers(line)]:
+    if strangers := [*lines.strangers()]:
         remedy = f"install one line whole: bash scripts/environment.sh --line {' or '.join(lines.LINES)}"
         return Finding("versions", "failure", f"line {line.name} by its megatron-core, but {_some(strangers)}", remedy)
     if not REQUIREMENTS.is_dir():
@@ -47,14 +45,6 @@ def versions(context: Context) -> Finding:
     if different:
         return Finding("versions", "warning", f"not as in {names}: {_some(different)}", remedy)
     return Finding("versions", "ok", f"Python {python} and {len(pins)} packages are as tested ({names})")
-
-
-def _strangers(line: Line) -> Iterator[str]:
-    """Packages of the other line among those that decide it."""
-    for name, wanted in line.pins.items():
-        version = installed_version(name)
-        if version is not None and (other := lines.line_of(name, version)) is not line:
-            yield f"{name} {version} is of the line {other.name} (here {wanted})"
 
 
 def read_pins(path: Path) -> dict[str, str]:

@@ -86,8 +86,12 @@ def lora_class() -> Any:  # the Bridge has no types
 def known_architectures() -> list[str]:
     """All that the installed Megatron-Bridge registers a map for, whether it works here or not; nothing is imported."""
     source = r"MegatronModelBridge\.register_bridge\(\s*source=[\"']?(\w+)"
-    texts = [path.read_text(encoding="utf-8") for path in _bridge_files()]
-    return sorted({name for text in texts for name in re.findall(source, text, re.MULTILINE)})
+    found = set()
+    for path in _bridge_files():
+        text = path.read_text(encoding="utf-8")
+        constants = dict(re.findall(r"^(\w+) = [\"'](\w+)[\"']", text, re.MULTILINE))
+        found |= {constants.get(name, name) for name in re.findall(source, text)}
+    return sorted(found)
 
 
 def bridge_module(architecture: str) -> str | None:
@@ -95,16 +99,20 @@ def bridge_module(architecture: str) -> str | None:
     source = rf"^@MegatronModelBridge\.register_bridge\(\s*source=[\"']?{re.escape(architecture)}\b"
     for path in _bridge_files():
         if re.search(source, path.read_text(encoding="utf-8"), re.MULTILINE):
-            return f"{MODELS}.{path.parent.name}.{path.stem}"
+            return f"{MODELS}.{'.'.join(path.relative_to(_models_folder()).with_suffix('').parts)}"
     return None
 
 
 def _bridge_files() -> list[Path]:
     """The modules that register a map, without importing any."""
+    return sorted(_models_folder().rglob("*_bridge.py"))
+
+
+def _models_folder() -> Path:
     spec = importlib.util.find_spec("megatron.bridge")
     if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError("megatron-bridge is not installed: pip install --no-deps -r requirements/bridge.txt")
-    return sorted((Path(spec.submodule_search_locations[0]) / "models").glob("*/*_bridge.py"))
+        raise ModuleNotFoundError("megatron-bridge is not installed: docs/guide/install.md says how to get it")
+    return Path(spec.submodule_search_locations[0]) / "models"
 
 
 def _optional_dependencies() -> contextlib.AbstractContextManager[None]:
