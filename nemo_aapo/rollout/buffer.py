@@ -1,12 +1,10 @@
 """The groups between prompt and update: how many there may be, which policy draws them, which step trains on them.
 
     free --start--> under way --drawn--> in hand --take--> in training --trained--> free
-                        |                   |
-                        +------- drop ------+--------------------------------------> free
 
-A group takes a slot when it is started and gives it back only when it was trained on or dropped. Were it given back
-when the group is drawn, groups could be started that are too old by the time that those before them are trained on:
-born stale. So (L + 1) x prompts_per_step slots bound both the memory and the staleness.
+A group takes a slot when it is started and gives it back only when it was trained on. Were it given back when the group
+is drawn, groups could be started that are too old by the time that those before them are trained on: born stale. So
+(L + 1) x prompts_per_step slots bound both the memory and the staleness.
 
 The buffer is told what happens and decides what may; it knows neither engines nor files, and its clock is given to it.
 
@@ -162,11 +160,6 @@ class RolloutBuffer:
         for key in [key for key, slot in self._slots.items() if slot.state is State.IN_TRAINING]:
             del self._slots[key]
         self.done += 1
-
-    def drop(self, keys: Iterable[Key]) -> None:
-        """Groups that no step will train on."""
-        for key in keys:
-            del self._slots[key]
 
     def oldest(self, state: State) -> float:
         """Seconds that the group which came into a state first has been there; 0 where there is none."""

@@ -105,7 +105,7 @@ def test_young_groups_do_not_go_first_so_often_that_old_ones_come_too_late():
     assert buffer.next() == [(1, 0)]
 
 
-def test_a_slot_comes_back_when_its_group_was_trained_on_or_dropped_and_not_before():
+def test_a_slot_comes_back_when_its_group_was_trained_on_and_not_before():
     now = [0.0]
     buffer = RolloutBuffer(InOrder(1), 2, clock=lambda: now[0])
     for key in [(0, 0), (0, 1), (1, 0), (1, 1)]:
@@ -121,8 +121,8 @@ def test_a_slot_comes_back_when_its_group_was_trained_on_or_dropped_and_not_befo
     assert buffer.next() is None  # they are being trained on
     buffer.trained()
     assert buffer.start((2, 0)) == 1
-    buffer.drop([(2, 0)])
-    assert buffer.may_start(2)
+    assert not buffer.may_start(2)
+    buffer.start((2, 1))
     with pytest.raises(ValueError, match=r"group \(1, 0\) is in_hand, not under_way"):
         buffer.drawn((1, 0))
 
