@@ -131,7 +131,8 @@ def twin_problem(config: dict[str, Any]) -> str | None:
     if problem := transformers5.problem(config):
         return problem
     config = {**config, **transformers5.translation(config)}
-    return _rope_problem(config) or _window_problem(config) or _gemma_problem(config) or _experts_problem(config)
+    problems = _rope_problem, _window_problem, _gemma_problem, _activation_problem, _experts_problem
+    return next((found for problem in problems if (found := problem(config))), None)
 
 
 def _rope_problem(config: dict[str, Any]) -> str | None:
@@ -173,9 +174,21 @@ def _gemma_problem(config: dict[str, Any]) -> str | None:
     for key, computed in NO_GEMMA_SETTINGS.items():
         if config.get(key) not in (None, computed):
             return f"{key}={config[key]!r} gets lost in the weight map: the Megatron model would differ"
-    key = "hidden_act" if first_architecture(config) == "GemmaForCausalLM" else "hidden_activation"
-    if (activation := config.get(key)) not in (None, "gelu_pytorch_tanh"):
-        return f"{key}={activation}: megatron-core computes gelu_pytorch_tanh whatever a model says"
+    return None
+
+
+ACTIVATIONS = {
+    "GemmaForCausalLM": ("hidden_act", "gelu_pytorch_tanh"),
+    "Gemma3ForCausalLM": ("hidden_activation", "gelu_pytorch_tanh"),
+    "NemotronForCausalLM": ("hidden_act", "relu2"),
+}
+"""The activation that is computed, by its key and name, where it is not ``hidden_act`` silu."""
+
+
+def _activation_problem(config: dict[str, Any]) -> str | None:
+    key, computed = ACTIVATIONS.get(first_architecture(config), ("hidden_act", "silu"))
+    if (activation := config.get(key)) not in (None, computed):
+        return f"{key}={activation}: {computed} is computed here, whatever a model says"
     return None
 
 
