@@ -34,7 +34,7 @@ FULL_DISK_BYTES = 100_000
 CLOCK = "clock"
 POINTS = {
     # name: (module, attribute, kill before or after the call, which calls count, ranks that come by, calls to choose)
-    "rollout": ("nemo_aapo.engines.megatron.engine", "_Batch._forward", "before", "", "any", (1, 120)),
+    "rollout": ("nemo_aapo.engines.megatron.batch", "Batch._forward", "before", "", "any", (1, 120)),
     "bank": ("nemo_aapo.rollout.saved.bank", "RolloutBank.add", "after", "", "first", (1, 4 * STEPS)),
     "backward": ("megatron.core.pipeline_parallel.schedules", "backward_step", "before", "", "any", (1, 16)),
     "update": ("nemo_aapo.learner.optimization", "Optimization.train_step", "after", "", "any", (1, STEPS)),

@@ -25,6 +25,10 @@ MOST_THREADS = 250
 """Threads of a worker at which the pool starts afresh: groups that a test has kept alive keep theirs, and hundreds of
 them slow every later test."""
 
+NOT_MET = "connectFullMesh failed"
+"""gloo's words where ranks that connect to one another lose a connection, before any code of ours runs: seen now and
+then on a busy machine."""
+
 
 class RankError(AssertionError):
     """A rank raised; the message holds its traceback."""
@@ -54,12 +58,12 @@ class RankPool:
         Raises:
             RankError: a rank raised or did not answer in time; in the latter case the pool starts afresh.
         """
-        self._start(world)
-        with tempfile.TemporaryDirectory() as folder:
-            store = os.path.join(folder, "store")
-            for rank, (_, pipe) in enumerate(self._workers[:world]):
-                pipe.send((function, args, rank, world, tp, pp, ep, cp, seed, store, timeout_s))
-            answers = self._collect(world, timeout_s)
+        job = (tp, pp, ep, cp, seed)
+        answers = self._answers(function, args, world, job, timeout_s)
+        if any(NOT_MET in text for ok, text in answers.values() if not ok):
+            warnings.warn("the ranks could not connect to one another: the pool starts afresh", stacklevel=2)
+            self.close()
+            answers = self._answers(function, args, world, job, timeout_s)
         failures = [f"rank {rank}: {text}" for rank, (ok, text) in sorted(answers.items()) if not ok]
         if len(answers) < world or any("died with exit code" in text for text in failures) or self._is_crowded():
             self.close()
@@ -67,6 +71,17 @@ class RankPool:
             missing = sorted(set(range(world)) - set(answers))
             raise RankError("\n".join(failures) + (f"\nno answer from ranks {missing}" if missing else ""))
         return [answers[rank][1] for rank in range(world)]
+
+    def _answers(
+        self, function: Callable[..., Any], args: tuple[Any, ...], world: int, job: tuple[Any, ...], timeout_s: float
+    ) -> dict[int, tuple[bool, Any]]:
+        """By rank: whether it went well, and the result or a traceback. job: from ``tp`` to ``seed`` of ``run``."""
+        self._start(world)
+        with tempfile.TemporaryDirectory() as folder:
+            store = os.path.join(folder, "store")
+            for rank, (_, pipe) in enumerate(self._workers[:world]):
+                pipe.send((function, args, rank, world, *job, store, timeout_s))
+            return self._collect(world, timeout_s)
 
     def _is_crowded(self) -> bool:
         return any(len(os.listdir(f"/proc/{process.pid}/task")) > MOST_THREADS for process, _ in self._workers)
@@ -135,6 +150,7 @@ def _call(function, args, rank, world, tp, pp, ep, cp, seed, store, timeout_s):
         world_size=world,
         timeout=datetime.timedelta(seconds=timeout_s),
     )
+    dist.barrier()  # or those that have met would begin while others start afresh
     try:
         if tp is not None:
             initialize_model_parallel(

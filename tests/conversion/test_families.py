@@ -104,7 +104,8 @@ def test_every_layout_learns_and_samples_the_same(ranks, family):
             learned_and_sampled, path, layout, FAMILIES[name].decoded, world=world, tp=tp, pp=pp, ep=ep, cp=cp
         ):
             assert all(flat(own) == alone for own in engines), layout
-            assert metrics["loss"] == pytest.approx(expected["loss"], rel=1e-6, abs=1e-7), layout
+            # A mean of terms of both signs: what rounding makes of it goes by their size, not by what is left.
+            assert metrics["loss"] == pytest.approx(expected["loss"], abs=1e-6), layout
             assert metrics["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5), layout
             for key, tensor in updated.items():
                 np.testing.assert_allclose(tensor, weights[key], atol=2e-6, err_msg=f"{layout}: {key}")

@@ -61,7 +61,9 @@ def test_a_server_that_can_t_start_says_why_in_one_line(words, taken_port, tmp_p
     )
     ranks = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
     assert "= 1 ranks, and 2 were started" in refused(words, **ranks)
-    assert "model.tensor_model_parallel_size=3" in refused([*words, "rollout.server.tensor_parallel_size=3"])
+    assert "rollout.server.tensor_parallel_size=3 does not divide" in refused(
+        [*words, "rollout.server.tensor_parallel_size=3"]
+    )
     assert "which it does not divide" in refused([*words, "rollout.server.expert_parallel_size=2"])
     open_token(open_directory(tmp_path / "run" / "servers"))
     (tmp_path / "run" / "servers" / "token").chmod(0o644)
