@@ -118,7 +118,8 @@ class InFlightPipeline(RolloutPipeline):
 
     def state_dict(self) -> dict[str, Any]:
         """Also which groups have begun, and which of them the file of the last ``pending_files`` holds."""
-        begun = {"cursor": self._cursor, "under_way": self._left_out(), "in_hand": self._in_hand}
+        under_way, in_hand = (list(map(list, keys)) for keys in (self._left_out(), self._in_hand))
+        begun = {"cursor": self._cursor, "under_way": under_way, "in_hand": in_hand}
         return {**super().state_dict(), "in_flight": begun}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

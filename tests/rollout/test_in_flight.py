@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from types import SimpleNamespace
 
@@ -119,7 +120,9 @@ class Run:
 
     def save(self, step) -> None:
         files = self.pipeline.pending_files()
-        self.checkpoint = step, self.pipeline.state_dict(), files
+        state = self.pipeline.state_dict()
+        assert json.loads(json.dumps(state)) == state
+        self.checkpoint = step, state, files
         self.pipeline.checkpointed(step)
 
     def train(self, step, groups) -> None:
