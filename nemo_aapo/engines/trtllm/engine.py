@@ -43,8 +43,6 @@ from nemo_aapo.types import Completion, SamplingSpec
 from nemo_aapo.utils.buckets import tensor_buckets
 
 T = TypeVar("T")
-
-
 WORKER_EXTENSION = f"{library.__name__}.WorkerExtension"
 """The class that the engine's workers get, by the name that they find it under."""
 
@@ -339,12 +337,10 @@ class TrtllmEngine:
 
     @contextlib.contextmanager
     def _exclusive(self, what: str) -> Iterator[None]:
-        """One call at a time, and none after a failure: requests may be under way, or weights be mixed.
-
-        Raises:
-            LostRankError: there was a failure. A rollout server ends by it, and gives the GPUs' memory back.
-        """
+        """One call at a time. After a failure requests may be under way, or weights be mixed: a server ends by this."""
         if self._broken:
+            with contextlib.suppress(RunError):  # it may not even answer to that
+                self.close()
             raise LostRankError(f"{what}: the TensorRT-LLM engine can't go on: {self._broken}")
         if not self._calls.acquire(blocking=False):
             raise RuntimeError(f"{what}() while another call of the engine is under way")

@@ -103,7 +103,8 @@ def test_adapters_arrive_merged_from_tensor_parallel_ranks_as_they_do_by_files(r
     words = [*words, lora, "model.tensor_model_parallel_size=2", "trainer.devices=2"]
     one, other = ranks.run(_on_layout, words, world=2, tp=2)
     by_files, _ = ranks.run(_on_layout, [*words, "rollout.refit=files"], world=2, tp=2)
-    assert one == other == by_files
+    assert one == other
+    assert (one[0], one[2]) == (by_files[0], by_files[2])  # not in which order two servers have ended
 
 
 def _among_faults(words, pid):
