@@ -12,6 +12,7 @@ install() {
     pip_install install --target .venv-peers.new -r requirements/peers.txt || die "pip could not install requirements/peers.txt"
     pip_install install --target .venv-peers.new -r requirements/reasoning_gym.txt ||
         say "pip could not install requirements/reasoning_gym.txt (a C compiler is needed): its tests are skipped"
+    echo incomplete >.venv-peers.new/made.stamp
     rm -rf .venv-peers
     mv .venv-peers.new .venv-peers
 }

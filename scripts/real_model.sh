@@ -16,6 +16,7 @@ install() {
     rm -rf .venv-gguf.new
     mkdir .venv-gguf.new
     pip_install install --target .venv-gguf.new -r requirements/gguf.txt || die "pip could not install requirements/gguf.txt"
+    echo incomplete >.venv-gguf.new/made.stamp
     rm -rf .venv-gguf
     mv .venv-gguf.new .venv-gguf
 }

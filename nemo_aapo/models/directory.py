@@ -174,6 +174,8 @@ def _gemma_problem(config: dict[str, Any]) -> str | None:
     for key, computed in NO_GEMMA_SETTINGS.items():
         if config.get(key) not in (None, computed):
             return f"{key}={config[key]!r} gets lost in the weight map: the Megatron model would differ"
+    if first_architecture(config) == "Gemma3ForCausalLM" and config.get("sliding_window", 0) is None:
+        return "sliding_window=null: Gemma 3's local layers have a window; give the one that the model was trained with"
     return None
 
 

@@ -23,6 +23,7 @@ LORA = {"rank": 8, "alpha": 16, "target_modules": ["linear_qkv", "linear_proj"]}
         ("Gemma3", {**GEMMA3, "final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0 gets lost"),
         ("Gemma3", {**GEMMA3, "attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 gets lost"),
         ("Gemma3", {**GEMMA3, "use_bidirectional_attention": True}, "use_bidirectional_attention=True gets lost"),
+        ("Gemma3", {**GEMMA3, "sliding_window": None}, "sliding_window=null: Gemma 3's local layers have a window"),
         ("Gemma3", {**GEMMA3, "hidden_activation": "silu"}, "gelu_pytorch_tanh is computed here, whatever"),
         ("Nemotron", {"hidden_act": "gelu"}, "hidden_act=gelu: relu2 is computed here"),
         ("Llama", {"hidden_act": "gelu"}, "hidden_act=gelu: silu is computed here"),
