@@ -66,7 +66,7 @@ class Batch:
         lockstep: Lockstep | None,
         in_flight: InFlight | None = None,
     ) -> None:
-        self._engine, self._model, self._prompts = engine, engine.model, list(prompts)
+        self._engine, self._model = engine, engine.model
         self._sampling, self._on_finish = sampling, on_finish
         self._seeds, self._lockstep, self._in_flight = seeds, lockstep, in_flight
         self._versions = TokenVersions()
@@ -116,7 +116,7 @@ class Batch:
             cache.restore(admission.start, admission.stop)
         decoding_rows = prefills[0].start if prefills else scheduler.running
         feed = self._speculation.feed(decoding_rows) if self._speculation else plain(scheduler, decoding_rows)
-        prompt_lengths = [len(self._prompts[admission.prompt]) for admission in prefills]
+        prompt_lengths = [len(self.scheduler.prompts[admission.prompt]) for admission in prefills]
         if self._lockstep:
             self._lockstep.begin_step(len(feed.tokens) + sum(prompt_lengths), len(feed.rows))
         if self.graphs and not prefills:
@@ -174,13 +174,12 @@ class Batch:
                 self.graphs = DecodingGraphs(self._decoder, self._cache, self._sampling, engine.vocab_size)
             if self._in_flight.recompute_kv:
                 self._recompute()
-        self._prompts += more[0]
         scheduler.add(*more)
         return True
 
     def _recompute(self) -> None:
         """Keys and values of all running rows, by the weights that the model has now."""
-        rows = [contents(self.scheduler, self._prompts, row) for row in range(self.scheduler.running)]
+        rows = [contents(self.scheduler, row) for row in range(self.scheduler.running)]
         longest, first = max(map(len, rows), default=0), 0
         for part in buckets(rows, lambda row: longest, MAX_PREFILL_TOKENS):
             nothing = np.zeros(0, np.int64)
@@ -207,7 +206,7 @@ class Batch:
 
     def _forward(self, feed: Feed, prefills: Sequence[Admission]) -> torch.Tensor | None:
         """One pass over all running rows: logits [logits, padded vocabulary] on the last stage, None on the others."""
-        prompts = [self._prompts[admission.prompt] for admission in prefills]
+        prompts = [self.scheduler.prompts[admission.prompt] for admission in prefills]
         rows_per_prompt = [admission.stop - admission.start for admission in prefills]
         lengths = self.scheduler.length[: len(feed.drafts)]
         hidden = self._hidden(self._cache.begin(feed.tokens, lengths, prompts, rows_per_prompt, feed.drafts))

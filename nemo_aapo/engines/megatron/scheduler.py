@@ -27,6 +27,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+_NOTHING = np.zeros(0, np.int32)
+
 MAX_PREFILL_TOKENS = 16384
 """Prompt tokens, padding included, of one forward pass: bounds the activations when many prompts enter at once."""
 
@@ -98,11 +100,14 @@ class Scheduler:
         self.inputs = columns[2:]
         self.tokens = np.zeros((rows, max_new_tokens), dtype=np.int32)
         self.logprobs = np.zeros((rows, max_new_tokens), dtype=np.float32)
-        self._prompts = prompts = list(prompts)
-        self._seeds = seeds = list(seeds)
-        self._waiting = deque(i for i in range(len(prompts)) if len(seeds[i]))
+        self.prompts: list[np.ndarray] = []
+        """Token ids of each prompt; of those whose completions have all ended, none."""
+        self._seeds: list[Sequence[int]] = []
+        self._left: list[int] = []  # completions of each prompt that have not ended
+        self._waiting: deque[int] = deque()
         self._admitted = 0  # completions of the first waiting prompt that have a row already
         self._prefilled = False  # its keys and values were kept
+        self.add(prompts, seeds)
 
     @property
     def waiting(self) -> int:
@@ -111,9 +116,10 @@ class Scheduler:
 
     def add(self, prompts: Sequence[np.ndarray], seeds: Sequence[Sequence[int]]) -> None:
         """More prompts, behind those that wait."""
-        self._waiting.extend(len(self._prompts) + i for i in range(len(prompts)) if len(seeds[i]))
-        self._prompts += prompts
+        self._waiting.extend(len(self.prompts) + i for i in range(len(prompts)) if len(seeds[i]))
+        self.prompts += prompts
         self._seeds += seeds
+        self._left += map(len, seeds)
 
     def forget_kept(self) -> None:
         """The keys and values that were kept of a prompt are not to be used: its completions left prefill it again."""
@@ -131,7 +137,7 @@ class Scheduler:
             i = self._waiting[0]
             prefill = not self._prefilled
             if prefill:
-                padded = max(padded, len(self._prompts[i]))
+                padded = max(padded, len(self.prompts[i]))
                 prefilled += 1
                 if prefilled > 1 and prefilled * padded > MAX_PREFILL_TOKENS:
                     break
@@ -146,7 +152,7 @@ class Scheduler:
         return admissions
 
     def _fill_rows(self, i: int, start: int, stop: int, prefill: bool) -> None:
-        prompt = self._prompts[i]
+        prompt = self.prompts[i]
         self.prompt[start:stop] = i
         completions = range(self._admitted, self._admitted + stop - start)
         self.completion[start:stop] = completions
@@ -179,6 +185,10 @@ class Scheduler:
         Returns:
             source, target: int64 of equal length, the rows whose keys and values have to be copied.
         """
+        for i in self.prompt[rows].tolist():
+            self._left[i] -= 1
+            if not self._left[i]:  # a call in flight may go on for as long as a run
+                self.prompts[i], self._seeds[i] = _NOTHING, ()
         staying = np.delete(np.arange(self.running), rows)
         self.running = len(staying)
         source = staying[staying >= self.running]
@@ -216,7 +226,7 @@ class TokenVersions:
         return first, versions if length and first != version else None
 
 
-def contents(scheduler: Scheduler, prompts: list[np.ndarray], row: int) -> np.ndarray:
+def contents(scheduler: Scheduler, row: int) -> np.ndarray:
     """The tokens of a row whose keys and values are in the cache: all but the last one sampled."""
     sampled = scheduler.tokens[row, : scheduler.sampled[row] - 1]
-    return np.concatenate([prompts[scheduler.prompt[row]], sampled])
+    return np.concatenate([scheduler.prompts[scheduler.prompt[row]], sampled])

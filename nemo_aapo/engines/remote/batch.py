@@ -67,7 +67,8 @@ class Batch:
         self.jobs: list[Job] = []  # those that have not ended
         self.prompts: list[np.ndarray] = []
         self.seeds: list[Sequence[int]] = []
-        self._owners: list[tuple[Job, int]] = []
+        self._owners: dict[int, tuple[Job, int]] = {}  # of each prompt whose request has not ended
+        self._count = 0  # prompts so far
         for job in jobs:
             prompts, seeds = self.add(job)
             self.prompts += prompts
@@ -94,7 +95,9 @@ class Batch:
     def add(self, job: Job) -> More:
         """Take up a request; its prompts and seeds, which are numbered behind those so far."""
         self.jobs.append(job)
-        self._owners += [(job, i) for i in range(len(job.request.prompts))]
+        for i in range(len(job.request.prompts)):
+            self._owners[self._count + i] = job, i
+        self._count += len(job.request.prompts)
         return list(job.request.prompts), list(job.request.seeds)
 
     def hand_over(self, number: int, j: int, completion: Completion) -> None:
@@ -105,6 +108,8 @@ class Batch:
             job.emit((i, j, completion))
         if self.in_flight and not job.left:
             self.jobs.remove(job)
+            for other in range(number - i, number - i + len(job.request.prompts)):
+                del self._owners[other]
             job.emit(None)
 
     def end(self, failure: Failure | None) -> None:

@@ -94,6 +94,8 @@ def test_batched_sequences_come_out_as_if_generated_one_at_a_time(seed, rows):
     }
     assert simulation.finished == expected
     assert max(simulation.running, default=0) <= rows
+    left = [prompt for prompt, row in zip(simulation.scheduler.prompts, seeds, strict=True) if row and len(prompt)]
+    assert not left  # of sequences that have ended nothing is kept: a call in flight goes on for as long as a run
 
 
 @pytest.mark.parametrize("rows", [1, 3, 100])
