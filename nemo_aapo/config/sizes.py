@@ -72,10 +72,7 @@ def derive(config: Config, shape: ModelShape, world_size: int) -> Sizes:
     """
     tp, pp = config.model.tensor_model_parallel_size, config.model.pipeline_model_parallel_size
     cp, ep = config.model.context_parallel_size, config.model.expert_model_parallel_size
-    if config.rollout.engine == "remote":
-        check_server_layout(config.rollout.server, shape)
-    if config.rollout.engine == "megatron":
-        _require_decoded("rollout.engine", shape)
+    _check_engine(config, shape)
     if problem := undivided(shape, tp, pp, ep) or _experts_problem(config, shape) or _adapters_problem(config, shape):
         raise ConfigError(f"model.{problem}")
     check_widths(config, _widths(shape, tp))
@@ -84,17 +81,6 @@ def derive(config: Config, shape: ModelShape, world_size: int) -> Sizes:
         raise ConfigError(
             f"precision.num_layers_at_start_in_bf16={edges[0]}, num_layers_at_end_in_bf16={edges[1]}: a pipeline stage "
             f"has {shape.num_layers // pp} layers, and bf16 ones must lie within the first and the last"
-        )
-    if config.rollout.engine == "trtllm" and shape.num_attention_heads % (tp * pp):
-        raise ConfigError(
-            f"rollout.engine=trtllm cuts each layer over the {tp} x {pp} GPUs of a model-parallel group, which do not "
-            f"divide the model's {shape.num_attention_heads} attention heads"
-        )
-    if config.rollout.engine == "plain" and (cp > 1 or ep > tp):
-        raise ConfigError(
-            f"rollout.engine=plain with model.context_parallel_size={cp}, model.expert_model_parallel_size={ep} and "
-            f"model.tensor_model_parallel_size={tp}: ranks that generate each for itself would have to take every "
-            "forward pass together. Use rollout.engine=megatron or remote, or cut neither sequences nor experts so"
         )
     asked = config.trainer.num_nodes * config.trainer.devices
     if world_size != asked:
@@ -143,6 +129,31 @@ def derive(config: Config, shape: ModelShape, world_size: int) -> Sizes:
             f"{longest} tokens; a micro-batch holds at least {config.max_tokens_per_microbatch // longest} such",
         ),
     )
+
+
+def _check_engine(config: Config, shape: ModelShape) -> None:
+    """Refuse an engine that can't have the model, or not on the layout.
+
+    Raises:
+        ConfigError: which, and why.
+    """
+    tp, pp = config.model.tensor_model_parallel_size, config.model.pipeline_model_parallel_size
+    cp, ep = config.model.context_parallel_size, config.model.expert_model_parallel_size
+    if config.rollout.engine == "remote":
+        check_server_layout(config.rollout.server, shape)
+    if config.rollout.engine == "megatron":
+        _require_decoded("rollout.engine", shape)
+    if config.rollout.engine == "trtllm" and shape.num_attention_heads % (tp * pp):
+        raise ConfigError(
+            f"rollout.engine=trtllm cuts each layer over the {tp} x {pp} GPUs of a model-parallel group, which do not "
+            f"divide the model's {shape.num_attention_heads} attention heads"
+        )
+    if config.rollout.engine == "plain" and (cp > 1 or ep > tp):
+        raise ConfigError(
+            f"rollout.engine=plain with model.context_parallel_size={cp}, model.expert_model_parallel_size={ep} and "
+            f"model.tensor_model_parallel_size={tp}: ranks that generate each for itself would have to take every "
+            "forward pass together. Use rollout.engine=megatron or remote, or cut neither sequences nor experts so"
+        )
 
 
 def check_server_layout(server: Server, shape: ModelShape) -> None:

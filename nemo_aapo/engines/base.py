@@ -176,13 +176,22 @@ def check_request(
     """Refuse what no engine in this process can generate.
 
     Raises:
-        ValueError: ``seeds`` of another length than ``prompts``, an empty prompt, a stop token outside the vocabulary.
+        ValueError: as ``check_prompts``; a stop token outside the vocabulary.
+    """
+    check_prompts(prompts, seeds)
+    outside = [token for token in sampling.stop_token_ids if not 0 <= token < vocab_size]
+    if outside:
+        raise ValueError(f"stop token {outside[0]} lies outside the vocabulary of {vocab_size}")
+
+
+def check_prompts(prompts: Sequence[np.ndarray], seeds: Sequence[Sequence[int]]) -> None:
+    """Refuse what no engine can generate.
+
+    Raises:
+        ValueError: ``seeds`` of another length than ``prompts``, an empty prompt.
     """
     if len(seeds) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts but seeds for {len(seeds)}")
     empty = [i for i, prompt in enumerate(prompts) if len(prompt) == 0]
     if empty:
         raise ValueError(f"prompt {empty[0]} has no tokens: nothing to condition the first token on")
-    outside = [token for token in sampling.stop_token_ids if not 0 <= token < vocab_size]
-    if outside:
-        raise ValueError(f"stop token {outside[0]} lies outside the vocabulary of {vocab_size}")

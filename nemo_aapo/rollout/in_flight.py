@@ -41,8 +41,8 @@ from nemo_aapo.rollout.spread import owner
 from nemo_aapo.rollout.unscored import Tally
 from nemo_aapo.types import Completion, Group, Prompt
 
-POLL_S = 0.02
-"""Pause before ranks tell one another again which groups have ended."""
+POLL_S = 0.1
+"""Pause before ranks tell one another again which groups have ended; all ranks of the job take part each time."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)

@@ -47,14 +47,7 @@ class InOrderPipeline(RolloutPipeline):
     # ------------------------------------------------------------------ a step
 
     def generate(self, step: int) -> list[Group]:
-        """This rank's groups of a step, with rewards and reference rewards; waits for them where they were begun.
-
-        Raises:
-            FloatingPointError: the engine's log-probs are not finite.
-            RuntimeError: the engine does not serve the policy: ``refit`` comes first.
-            RewardError: on all ranks; the rewards fail for everything, and nothing of the step was taken up.
-            Interrupted: on all ranks; a stop broke off a wait, and nothing of the step was taken up.
-        """
+        """This rank's groups of the step, which are waited for where they were begun."""
         refit_s = self.seconds.get("refit", 0.0) if self.runs_ahead else 0.0  # it came before
         self.seconds = {**dict.fromkeys(("rollout", "reward", "reference"), 0.0), "refit": refit_s}
         self._trained_before(step)
@@ -116,7 +109,7 @@ class InOrderPipeline(RolloutPipeline):
         return {pending.FILE_NAME: pending.pack(everyone) if parallel.rank() == 0 else b""}
 
     def load_pending(self, checkpoint: Path, step: int) -> None:
-        """Take up the rollouts that a checkpoint holds for the steps to come, if it holds any."""
+        """Take up the rollouts that a checkpoint holds, whole steps of them."""
         path = checkpoint / pending.FILE_NAME
         content = path.read_bytes() if parallel.rank() == 0 and path.exists() else None
         if (content := parallel.broadcast_from_first_rank(content)) is not None:
@@ -130,16 +123,12 @@ class InOrderPipeline(RolloutPipeline):
                 self._ahead[later] = ScoredRollout(of_step[own_shard(size)], mean_lengths(of_step))
 
     def recover(self) -> None:
-        """Take up what the bank holds of steps that are to come. Collective.
-
-        Raises:
-            RunError: on all ranks; it is another run's.
-        """
+        """Have what the bank holds at hand for when its steps begin."""
         if (bank := self.bank) is not None:
             self._banked = on_first_rank(bank.recover)
 
     def checkpointed(self, step: int) -> None:
-        """A checkpoint that is whole on the disk holds all up to this step, and what was generated ahead of it."""
+        """Let go of what a checkpoint that is whole on the disk holds."""
         if self.bank is not None and step:
             if step >= self.config.trainer.max_steps:
                 self.bank.remove()

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -36,7 +37,7 @@ class ServedPolicy(Protocol):
     def reference_weights(self) -> AbstractContextManager[None]: ...
 
 
-class RolloutPipeline:
+class RolloutPipeline(ABC):
     """Scored groups of each training step; collective over all ranks of the job."""
 
     def __init__(
@@ -171,6 +172,7 @@ class RolloutPipeline:
 
     # ------------------------------------------------------------------ what each kind does in its own way
 
+    @abstractmethod
     def generate(self, step: int) -> list[Group]:
         """This rank's groups of a step, with rewards and reference rewards; waits for them where they were begun.
 
@@ -180,43 +182,42 @@ class RolloutPipeline:
             RewardError: on all ranks; the rewards fail for everything, and nothing of the step was taken up.
             Interrupted: on all ranks; a stop broke off a wait, and nothing of the step was taken up.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def begin(self, step: int) -> None:
         """Have the completions begun that the policy draws before it is trained on this step."""
-        raise NotImplementedError
 
+    @abstractmethod
     def settle(self) -> object:
         """Wait for what is under way, so that the engine is free.
 
         Raises:
             Interrupted: on all ranks; a stop broke off the wait.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def pending_files(self) -> dict[str, bytes]:
         """Rollouts made and not yet trained on, as files for a checkpoint; rank 0's count.
 
         Raises:
             Interrupted: on all ranks; a stop broke off what a resumed run could not make again.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def load_pending(self, checkpoint: Path, step: int) -> None:
         """Take up the rollouts that a checkpoint holds for the steps to come, if it holds any."""
-        raise NotImplementedError
 
+    @abstractmethod
     def recover(self) -> None:
         """Take up what the bank holds of steps that are to come. Collective.
 
         Raises:
             RunError: on all ranks; it is another run's.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def checkpointed(self, step: int) -> None:
         """A checkpoint that is whole on the disk holds all up to this step, and what was generated ahead of it."""
-        raise NotImplementedError
 
     # ------------------------------------------------------------------ parts
 

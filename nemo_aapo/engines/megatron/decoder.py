@@ -100,14 +100,17 @@ class Decoder:
     def embed(self, tokens: Tensor) -> Tensor:
         """Token ids int64 [T] -> hidden states [T, h]; first stage only."""
         embedding = self._model.embedding.word_embeddings
-        scale = self._config.embedding_scale
         if self._tp_size == 1:
-            return F.embedding(tokens, embedding.weight).mul_(scale)
+            return self._scaled(F.embedding(tokens, embedding.weight))
         local = tokens - embedding.vocab_start_index
         elsewhere = (local < 0) | (local >= len(embedding.weight))
         hidden = F.embedding(local.masked_fill(elsewhere, 0), embedding.weight).masked_fill_(elsewhere[:, None], 0.0)
         dist.all_reduce(hidden, group=self._tp_group)
-        return hidden.mul_(scale)
+        return self._scaled(hidden)
+
+    def _scaled(self, hidden: Tensor) -> Tensor:
+        scale = self._config.embedding_scale
+        return hidden if scale == 1.0 else hidden.mul_(scale)
 
     def layers(self, hidden: Tensor, cache: Attention, routes: list[Tensor] | None = None) -> Tensor:
         """Pass hidden states through this stage's layers.

@@ -190,6 +190,7 @@ class KVCache:
         ends = np.repeat(starts + lengths - 1, rows_per_prompt)
         self.logits_at = torch.from_numpy(np.concatenate([np.arange(self._decoding), self._decoding + ends])).to(device)
         self._prompt_of_row = torch.from_numpy(np.repeat(np.arange(len(lengths)), rows_per_prompt)).to(device)
+        self._prompt_masks = {window: _windowed(width, window, device) for window in set(self._windows)}
         # [N, width]: which packed token; a prompt's last one stands in for its padding
         columns = np.minimum(np.arange(width), lengths[:, None] - 1)
         self._padded = torch.from_numpy(starts[:, None] + columns).to(device)
@@ -272,8 +273,7 @@ class KVCache:
         self.kv[layer, rows, : new.shape[1]] = new[self._prompt_of_row]
         query = mixed[:, :, :, : self._queries].flatten(2, 3).transpose(1, 2)
         key, value = new.transpose(1, 2).unbind(3)
-        grouped, mask = self._queries > 1, _windowed(query.shape[2], self._windows[layer])
-        mask = None if mask is None else mask.to(query.device)
+        grouped, mask = self._queries > 1, self._prompt_masks[self._windows[layer]]
         out = F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, scale=self._scale, enable_gqa=grouped
         )
@@ -308,8 +308,8 @@ def _turns(angles: Tensor, queries_per_key: int) -> tuple[Tensor, Tensor]:
     return cos, sin
 
 
-def _windowed(length: int, window: int | None) -> Tensor | None:
+def _windowed(length: int, window: int | None, device: torch.device) -> Tensor | None:
     """bool [length, length], the keys that each token of a sequence sees; None: all up to its own."""
     if window is None or window >= length:
         return None
-    return torch.ones(length, length, dtype=torch.bool).tril_().triu_(1 - window)
+    return torch.ones(length, length, dtype=torch.bool, device=device).tril_().triu_(1 - window)

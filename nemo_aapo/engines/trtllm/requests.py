@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from nemo_aapo.engines.base import check_prompts
 from nemo_aapo.engines.trtllm.library import CompletionOutput, Logprob
 from nemo_aapo.errors import RunError
 from nemo_aapo.types import Completion, SamplingSpec
@@ -25,13 +26,9 @@ def check_request(prompts: Sequence[np.ndarray], sampling: SamplingSpec, seeds: 
     """Refuse what the engine can't do as asked.
 
     Raises:
-        ValueError: says what.
+        ValueError: as ``check_prompts``; a field of the spec that becomes no part of a request.
     """
-    if len(seeds) != len(prompts):
-        raise ValueError(f"{len(prompts)} prompts but seeds for {len(seeds)}")
-    empty = [i for i, prompt in enumerate(prompts) if len(prompt) == 0]
-    if empty:
-        raise ValueError(f"prompt {empty[0]} has no tokens: nothing to condition the first token on")
+    check_prompts(prompts, seeds)
     for field in dataclasses.fields(sampling):
         value = getattr(sampling, field.name)
         if field.name not in KNOWN and value != field.default:
