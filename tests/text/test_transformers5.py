@@ -77,6 +77,15 @@ def test_it_is_the_same_model_and_is_exported_as_it_was_written(ranks, written, 
     assert told in said(new) if lines.installed() is lines.TRTLLM else said(new) == ""
 
 
+def test_a_mixture_has_as_many_experts_whatever_they_are_called(tiny_models, tmp_path):
+    """4.57 would take its default of 128 for a size that it does not find."""
+    new = shutil.copytree(tiny_models["qwen3_moe"], tmp_path / "new")
+    experts = json.loads((new / "config.json").read_text())["num_experts"]
+    edit(new / "config.json", ("num_experts",), num_local_experts=experts, transformers_version="5.12.1")
+    assert read_model_dir(new) == read_model_dir(tiny_models["qwen3_moe"])
+    assert read_model_dir(new).experts.count == experts
+
+
 def test_its_tokenizer_gives_the_same_tokens_in_silence(written):
     old, new = written("qwen2", 1e4)
     with warnings_of_transformers() as said:
