@@ -128,7 +128,9 @@ def spikes(run: Run) -> str | None:
 
 
 def disparity(run: Run) -> str | None:
-    """The engine samples from another policy than the learner trains."""
+    """The engine samples from another policy than the learner trains, and not only from an earlier one."""
+    if any(_last(run, "rollout/lag")):  # the updates in between are in it
+        return None
     errors = _last(run, "parity/mult_prob_error")
     worst = max(errors, default=1.0)
     return (

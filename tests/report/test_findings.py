@@ -104,6 +104,12 @@ def test_nothing_is_said_of_a_task_that_is_learned_to_its_end():
     assert findings(run_of(100, **learned)) == []
 
 
+def test_updates_between_sampling_and_learning_are_no_disagreement_of_engine_and_learner():
+    differ, late = {"parity__mult_prob_error": lambda done: 1.4}, {"rollout__lag": lambda done: 2.0}
+    assert "disparity" in [finding["name"] for finding in findings(run_of(**differ))]
+    assert "disparity" not in [finding["name"] for finding in findings(run_of(**differ, **late))]
+
+
 def test_a_run_without_a_metric_or_a_step_is_no_error():
     assert findings({"steps": {}, "validations": {}, "attempts": []}) == []
     assert findings({"steps": {"step": [1, 2], "entropy": [None, None]}, "validations": {}, "attempts": []}) == []
