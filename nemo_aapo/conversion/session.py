@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from nemo_aapo.distributed import parallel
+from nemo_aapo.distributed.lost_ranks import lost_ranks_reported
 from nemo_aapo.mcore.groups import destroy_model_parallel, initialize_model_parallel
 
 TIMEOUT_S = 1800.0
@@ -23,7 +23,7 @@ def session(tensor_parallel_size: int, pipeline_parallel_size: int, expert_paral
         timeout_s=TIMEOUT_S,
     )
     try:
-        with parallel.lost_ranks_reported(lambda: "the conversion"):
+        with lost_ranks_reported(lambda: "the conversion"):
             yield
     finally:
         destroy_model_parallel()

@@ -15,18 +15,14 @@ from __future__ import annotations
 import datetime
 import os
 import pickle
-import re
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
-from nemo_aapo.errors import LostRankError
 from nemo_aapo.utils.job import check_rendezvous, rank_of_job
 
 T = TypeVar("T")
@@ -307,30 +303,6 @@ def exchange_data_parallel(outgoing: Sequence[list[T]]) -> list[T]:
     for part in received.split(sizes_in.tolist()):
         items += pickle.loads(part.numpy().tobytes())
     return items
-
-
-@contextmanager
-def lost_ranks_reported(doing: Callable[[], str]) -> Iterator[None]:
-    """Inside, a broken connection between ranks becomes an error that says so: gloo's and NCCL's name only sockets.
-
-    Args:
-        doing: what this rank is at, asked for once a connection broke.
-
-    Raises:
-        LostRankError: which of the others it was is not known here: what started the ranks sees it and says it.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and "gloo/transport" not in str(error):  # gloo's have no class
-            raise
-        reason = re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0]).partition(". ")[0]  # without the place in gloo
-        message = (
-            f"rank {dist.get_rank()} of {dist.get_world_size()} ended at {doing()}: another rank is gone or did not "
-            f"come within trainer.distributed_timeout_s. The rank that ended first says why ({reason})"
-        )
-        print(message, file=sys.stderr, flush=True)  # now: a launcher's SIGTERM may end this rank before its traceback
-        raise LostRankError(message) from error
 
 
 def any_rank(*flags: bool) -> list[bool]:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from nemo_aapo.distributed import parallel
 from nemo_aapo.distributed.agreement import first_error
+from nemo_aapo.distributed.lost_ranks import lost_ranks_reported
 from nemo_aapo.engines.base import InFlight, InFlightEngine, More, OnFinish, RolloutEngine
 from nemo_aapo.engines.build import HostedEngine
 from nemo_aapo.engines.collective.plan import Rendezvous
@@ -87,14 +88,14 @@ class _Ranks:
             What it raised here, or else on the first other rank.
             LostRankError: a rank is gone.
         """
-        with parallel.lost_ranks_reported(lambda: name):
+        with lost_ranks_reported(lambda: name):
             dist.broadcast_object_list([(name, arguments)], src=0)
         self._make(name, arguments, here)
 
     def follow_once(self) -> bool:
         """On the others: wait for the next call and make it; False: it was the last."""
         box: list[Any] = [None]
-        with parallel.lost_ranks_reported(lambda: "waiting for requests"):
+        with lost_ranks_reported(lambda: "waiting for requests"):
             dist.broadcast_object_list(box, src=0)
         name, arguments = box[0]
         with contextlib.suppress(_Told):
@@ -118,7 +119,7 @@ class _Ranks:
 
     def _make(self, name: str, arguments: Sequence[Any], here: dict[str, Any]) -> None:
         error: Exception | None = None
-        with parallel.lost_ranks_reported(lambda: name):
+        with lost_ranks_reported(lambda: name):
             try:
                 self._run(name, arguments, here)
             except LostRankError:

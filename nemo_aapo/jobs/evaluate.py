@@ -18,6 +18,7 @@ from nemo_aapo.config import Config, EvaluationConfig
 from nemo_aapo.data.tokenizer import load_text
 from nemo_aapo.distributed import parallel
 from nemo_aapo.distributed.agreement import agree, on_first_rank
+from nemo_aapo.distributed.lost_ranks import lost_ranks_reported
 from nemo_aapo.errors import Interrupted
 from nemo_aapo.evaluation import report
 from nemo_aapo.evaluation.benchmarks import Problem
@@ -62,7 +63,7 @@ def evaluate(job: EvaluationJob) -> int:
         with (
             contextlib.ExitStack() as stack,
             StopSignal(directory, speak=first, ending="keeping what is judged, then stopping") as stop,
-            parallel.lost_ranks_reported(lambda: "the evaluation"),
+            lost_ranks_reported(lambda: "the evaluation"),
         ):
             agree(lambda: stack.enter_context(_claimed(directory)) if first else None)
             _evaluate(job, stack, stop)

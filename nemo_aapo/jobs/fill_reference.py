@@ -16,6 +16,7 @@ from nemo_aapo.data.sampler import PromptSampler
 from nemo_aapo.data.tokenizer import load_text
 from nemo_aapo.distributed import parallel
 from nemo_aapo.distributed.agreement import on_first_rank
+from nemo_aapo.distributed.lost_ranks import lost_ranks_reported
 from nemo_aapo.errors import ConfigError, Interrupted
 from nemo_aapo.mcore.groups import destroy_model_parallel
 from nemo_aapo.prepare.job import Job
@@ -63,7 +64,7 @@ def fill(job: Job, shard: Shard | None = None) -> int:
                 limit_s=job.config.checkpoint.max_time_s, speak=speaks, ending="storing what is scored, then stopping"
             ) as stop,
             contextlib.ExitStack() as stack,
-            parallel.lost_ranks_reported(lambda: "the filling of the reference store"),
+            lost_ranks_reported(lambda: "the filling of the reference store"),
             _Screen(speaks) as screen,
         ):
             pipeline = build_rollouts(job, reporter=screen, stack=stack, new_store_key=True).pipeline

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_aapo.config import Config
 from nemo_aapo.distributed import parallel
 from nemo_aapo.distributed.agreement import agree
+from nemo_aapo.distributed.lost_ranks import lost_ranks_reported
 from nemo_aapo.errors import Interrupted
 from nemo_aapo.mcore.groups import destroy_model_parallel
 from nemo_aapo.prepare.job import Job, resolve
@@ -82,7 +83,7 @@ def train(job: Job | Config, **parts: Unpack[Parts]) -> int:
                 after_validation=after_validation,
             )
             try:
-                with parallel.lost_ranks_reported(lambda: "the start"):
+                with lost_ranks_reported(lambda: "the start"):
                     trainer = build_training(job, reporter=reporter, stack=stack, **parts)
             except Interrupted:
                 progress.note("stopped at the start; the same command begins anew")
@@ -107,7 +108,7 @@ def _export(trainer: AAPOTrainer, reporter: RunReporter) -> bool:
     config, began = trainer.config, time.monotonic()
     if config.export_hf_model:
         reporter.note("exporting the Hugging Face model")
-        with parallel.lost_ranks_reported(lambda: "the export"):
+        with lost_ranks_reported(lambda: "the export"):
             try:
                 trainer.policy.export(
                     str(Path(config.run.dir) / "hf_model"),

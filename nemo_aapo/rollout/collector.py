@@ -19,7 +19,7 @@ from nemo_aapo.engines.elsewhere import arranged
 from nemo_aapo.errors import Interrupted
 from nemo_aapo.rollout.length_predictor import LengthPredictor
 from nemo_aapo.rollout.scored import Banking, Found, Keep, engine_metrics, mean_lengths, scores_of
-from nemo_aapo.rollout.spread import Place, owner, ranks_in_step, spread, with_one_prompt
+from nemo_aapo.rollout.spread import Place, own_shard, owner, ranks_in_step, spread, with_one_prompt
 from nemo_aapo.rollout.unscored import Score, Tally
 from nemo_aapo.trace import spans
 from nemo_aapo.types import Completion, Group, Prompt, SamplingSpec
@@ -345,9 +345,3 @@ def _brought_home(
     shard.texts.update({place: text for place, (_, text, _) in found.items() if text is not None})
     rows = arranged([(i, j, completion) for (i, j), (completion, *_) in found.items()], shard.seeds)
     return rows, {place: score for place, (*_, score) in found.items() if score is not None}
-
-
-def own_shard(count: int, rank: int | None = None) -> slice:
-    """Which of ``count`` items this data-parallel rank, or another, takes: neighbours, as evenly as can be."""
-    rank, size = parallel.data_parallel_rank() if rank is None else rank, parallel.data_parallel_size()
-    return slice(rank * count // size, (rank + 1) * count // size)

@@ -31,13 +31,13 @@ from nemo_aapo.distributed.agreement import agree, first_error, on_first_rank
 from nemo_aapo.engines.base import RolloutStats
 from nemo_aapo.errors import Interrupted
 from nemo_aapo.rollout.buffer import InFlight, Key, State
-from nemo_aapo.rollout.collector import BegunRollout, own_shard
+from nemo_aapo.rollout.collector import BegunRollout
 from nemo_aapo.rollout.pipeline import RolloutPipeline
 from nemo_aapo.rollout.saved import pending
 from nemo_aapo.rollout.saved.bank import completions_of
 from nemo_aapo.rollout.saved.timeline import repeated_until
 from nemo_aapo.rollout.scored import engine_metrics, mean_lengths, scores_of
-from nemo_aapo.rollout.spread import owner
+from nemo_aapo.rollout.spread import own_shard, owner
 from nemo_aapo.rollout.unscored import Tally
 from nemo_aapo.types import Completion, Group, Prompt
 

@@ -26,11 +26,12 @@ from nemo_aapo.distributed.agreement import on_first_rank
 from nemo_aapo.engines.base import BackgroundEngine
 from nemo_aapo.errors import Interrupted
 from nemo_aapo.rollout.buffer import InOrder, State
-from nemo_aapo.rollout.collector import BegunRollout, own_shard
+from nemo_aapo.rollout.collector import BegunRollout
 from nemo_aapo.rollout.pipeline import RolloutPipeline
 from nemo_aapo.rollout.saved import pending
 from nemo_aapo.rollout.saved.bank import completions_of
 from nemo_aapo.rollout.scored import Banking, ScoredRollout, mean_lengths
+from nemo_aapo.rollout.spread import own_shard
 from nemo_aapo.rollout.unscored import TOTAL
 from nemo_aapo.types import Group, Prompt
 

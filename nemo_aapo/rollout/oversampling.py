@@ -12,8 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from nemo_aapo.distributed import parallel
-from nemo_aapo.rollout.collector import own_shard
-from nemo_aapo.rollout.spread import owner
+from nemo_aapo.rollout.spread import own_shard, owner
 from nemo_aapo.types import Group
 
 

@@ -33,8 +33,14 @@ def ranks_in_step(shares_weights: bool) -> int:
     return max(parallel.expert_parallel_size() // parallel.tensor_parallel_size(), 1) if shares_weights else 1
 
 
+def own_shard(count: int, rank: int | None = None) -> slice:
+    """Which of ``count`` items this data-parallel rank, or another, takes: neighbours, as evenly as can be."""
+    rank, size = parallel.data_parallel_rank() if rank is None else rank, parallel.data_parallel_size()
+    return slice(rank * count // size, (rank + 1) * count // size)
+
+
 def owner(prompt: int, prompts: int, ranks: int) -> int:
-    """The data-parallel rank in whose shard of all prompts one lies (``collector.own_shard``).
+    """The data-parallel rank in whose shard of all prompts one lies (``own_shard``).
 
     Example:
         Of 5 prompts rank 0 of 2 has the first two, and ``[owner(i, 5, 2) for i in range(5)]`` is ``[0, 0, 1, 1, 1]``.

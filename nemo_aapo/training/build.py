@@ -18,21 +18,18 @@ import numpy as np
 
 from nemo_aapo.algorithms.base import Algorithm
 from nemo_aapo.algorithms.objective import Objective
-from nemo_aapo.checkpoint import manifest
 from nemo_aapo.checkpoint.checkpointer import Checkpointer
-from nemo_aapo.checkpoint.directory import CheckpointDirectory
 from nemo_aapo.config import Config, digests_of_run, pad_multiple
 from nemo_aapo.config.schema import RewardRunnerConfig
 from nemo_aapo.data.loading import build_sampler
 from nemo_aapo.data.prompts import PromptSet
-from nemo_aapo.data.sampler import PromptSampler
 from nemo_aapo.data.tokenizer import load_text
 from nemo_aapo.distributed import parallel
-from nemo_aapo.distributed.agreement import agree, on_first_rank
+from nemo_aapo.distributed.agreement import agree
 from nemo_aapo.distributed.device import device
 from nemo_aapo.engines.base import BackgroundEngine, RolloutEngine
 from nemo_aapo.engines.build import build_engine
-from nemo_aapo.errors import CheckpointError, ConfigError
+from nemo_aapo.errors import ConfigError
 from nemo_aapo.evaluation.validation import Validator
 from nemo_aapo.learner.learner import Learner
 from nemo_aapo.learner.policy import MegatronPolicy
@@ -57,7 +54,7 @@ from nemo_aapo.run.reporter import Notes, Reporter
 from nemo_aapo.text.transformers5 import said
 from nemo_aapo.trace.tracer import Tracer
 from nemo_aapo.training.build_reference import build_reference, open_reference_store
-from nemo_aapo.training.read_data import count, left_out, read_data
+from nemo_aapo.training.read_data import check_resumed_data, count, left_out, read_data
 from nemo_aapo.training.throughput import Throughput
 from nemo_aapo.training.trainer import AAPOTrainer
 from nemo_aapo.types import SamplingSpec
@@ -295,25 +292,6 @@ def build_scorer(
     return agree(make)
 
 
-def check_resumed_data(config: Config, sampler: PromptSampler) -> None:
-    """Refuse to go on with other data than the newest checkpoint's, before the model is loaded. Collective.
-
-    Raises:
-        DataError: on all ranks; every difference is named.
-    """
-
-    def check() -> None:
-        steps = CheckpointDirectory(Path(config.run.dir) / CHECKPOINTS, keep_last=1, keep_best=None).steps()
-        try:
-            state = manifest.read(steps[-1]).trainer_state.get("sampler") if steps else None
-        except CheckpointError:  # resuming says what is wrong with it, or goes back to an older one
-            return
-        if isinstance(state, dict):
-            sampler.check(state)
-
-    on_first_rank(check)
-
-
 def sampling_of(config: Config, end_tokens: tuple[int, ...]) -> SamplingSpec:
     """How policy and reference are sampled in training."""
     rollout = config.rollout
@@ -344,7 +322,7 @@ def _bank(config: Config, note: Callable[[str], None]) -> RolloutBank:
 
 def _checkpointer(config: Config) -> Checkpointer:
     return Checkpointer(
-        Path(config.run.dir) / "checkpoints",
+        Path(config.run.dir) / CHECKPOINTS,
         digests_of_run(config, identity_of(config)),
         keep_last=config.checkpoint.keep_last,
         keep_best=config.checkpoint.keep_best,

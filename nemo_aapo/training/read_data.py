@@ -7,15 +7,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nemo_aapo.checkpoint import manifest
+from nemo_aapo.checkpoint.directory import CheckpointDirectory
 from nemo_aapo.config import Config
 from nemo_aapo.data.loading import attach_endless, load_data
 from nemo_aapo.data.prepared.answers import AnswerCheck
 from nemo_aapo.data.prepared.table import PreparedPrompts, copied_to, is_whole
 from nemo_aapo.data.prompts import PromptSet
+from nemo_aapo.data.sampler import PromptSampler
 from nemo_aapo.distributed import parallel
 from nemo_aapo.distributed.agreement import agree, on_first_rank
+from nemo_aapo.errors import CheckpointError
 from nemo_aapo.rewards.definition import source_digest
 from nemo_aapo.rollout.collector import ChecksAnswers, Defined, RewardScorer
+from nemo_aapo.run.names import CHECKPOINTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -93,3 +98,22 @@ def left_out(config: Config, prompts: PromptSet) -> str:
     }
     named = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
     return f" (left out: {named})" if named else ""
+
+
+def check_resumed_data(config: Config, sampler: PromptSampler) -> None:
+    """Refuse to go on with other data than the newest checkpoint's, before the model is loaded. Collective.
+
+    Raises:
+        DataError: on all ranks; every difference is named.
+    """
+
+    def check() -> None:
+        steps = CheckpointDirectory(Path(config.run.dir) / CHECKPOINTS, keep_last=1, keep_best=None).steps()
+        try:
+            state = manifest.read(steps[-1]).trainer_state.get("sampler") if steps else None
+        except CheckpointError:  # resuming says what is wrong with it, or goes back to an older one
+            return
+        if isinstance(state, dict):
+            sampler.check(state)
+
+    on_first_rank(check)

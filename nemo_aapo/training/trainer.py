@@ -16,17 +16,15 @@ from collections.abc import Iterator
 from nemo_aapo.algorithms.objective import Objective
 from nemo_aapo.checkpoint.schedule import SaveSchedule
 from nemo_aapo.config import Config
-from nemo_aapo.config.sizes import prompts_drawn
 from nemo_aapo.distributed import parallel
+from nemo_aapo.distributed.lost_ranks import lost_ranks_reported
 from nemo_aapo.errors import CheckpointError, Interrupted, NonFiniteError, RewardError, first_line
-from nemo_aapo.rollout.collector import own_shard
-from nemo_aapo.rollout.oversampling import select
 from nemo_aapo.rollout.saved.kept import KeptGroup
 from nemo_aapo.run.experiment import rollout_rows
 from nemo_aapo.run.reporter import Reporter
 from nemo_aapo.run.step_metrics import group_numbers, step_metrics
-from nemo_aapo.seeds import stream_seed
 from nemo_aapo.trace import spans
+from nemo_aapo.training.advantages import final_advantages
 from nemo_aapo.training.parity import ParityGate
 from nemo_aapo.training.parts import Checkpoints, Kept, Learner, Policy, Rollouts, Throughput, Tracer, Validator
 from nemo_aapo.types import Group
@@ -87,7 +85,7 @@ class AAPOTrainer:
             RewardError: nothing can be scored any more; all steps that were made are in a checkpoint.
         """
         with (
-            parallel.lost_ranks_reported(lambda: self._doing),
+            lost_ranks_reported(lambda: self._doing),
             contextlib.closing(self.checkpoints),
             contextlib.closing(self.tracer),
         ):
@@ -155,18 +153,9 @@ class AAPOTrainer:
 
     def _with_advantages(self, groups: list[Group]) -> list[Group]:
         """The groups that are trained on, with their final advantages: of those generated, perhaps not all."""
-        drawn = prompts_drawn(self.config)
         with spans.phase("advantages"):
-            groups = self._advantages(list(enumerate(groups, own_shard(drawn).start)))
-            taken, self._left_out = select(groups, drawn, self.config.prompts_per_step)
-            if self._left_out and self.objective.algorithm.whole_batch:  # which is now another one
-                return self._advantages(taken)
-            return [group for _, group in taken]
-
-    def _advantages(self, numbered: list[tuple[int, Group]]) -> list[Group]:
-        seeds = [stream_seed(self.config.seed, "pairs", self.step, number) for number, _ in numbered]
-        of_step = {"seeds": seeds, "step": self.step, "max_steps": self.config.trainer.max_steps}
-        return self.objective.with_advantages([group for _, group in numbered], **of_step)
+            taken, self._left_out = final_advantages(self.objective, self.config, self.step, groups)
+        return taken
 
     def _choose_kept(self, groups: list[Group]) -> list[KeptGroup]:
         """This rank's part of the groups that people will see, as the policy stands before the update."""
@@ -249,8 +238,8 @@ class AAPOTrainer:
                 self._saved = self.step
                 self.rollouts.load_state_dict(state)
             except (KeyError, TypeError) as error:
-                where, what = self.checkpoints.resumed_from, first_line(error)
-                raise CheckpointError(f"{where}: its trainer state is of another version ({what})") from error
+                said = f"its trainer state is of another version ({first_line(error)})"
+                raise CheckpointError(f"{self.checkpoints.resumed_from}: {said}") from error
             if (checkpoint := self.checkpoints.resumed_from) is not None:
                 self.rollouts.load_pending(checkpoint, self.step)
         self.rollouts.recover()
@@ -341,8 +330,7 @@ class AAPOTrainer:
         self.rollouts.checkpointed(self._saved)
 
     def _due(self, interval: int) -> bool:
-        last = self.step >= self.config.trainer.max_steps
-        return bool(interval) and (self.step % interval == 0 or last)
+        return bool(interval) and (self.step % interval == 0 or self.step >= self.config.trainer.max_steps)
 
     @contextlib.contextmanager
     def _phase(self, name: str, span: str = "") -> Iterator[None]:

@@ -56,7 +56,7 @@ def gradients(path, orders, budgets):
     """Loss and gradient [parameters of this rank] by (seed, order, budget); the weights stay as they are."""
     from nemo_aapo.algorithms.objective import Objective
     from nemo_aapo.learner.learner import Learner
-    from nemo_aapo.rollout.collector import own_shard
+    from nemo_aapo.rollout.spread import own_shard
     from tests.policies import make_policy
 
     found, kept = {}, []

@@ -250,7 +250,7 @@ def gate(path, more):
     """The parity gate's figures, the log-probs that it compared, and those of each completion by its number."""
     from nemo_aapo.algorithms.objective import Objective
     from nemo_aapo.learner.learner import Learner
-    from nemo_aapo.rollout.collector import own_shard
+    from nemo_aapo.rollout.spread import own_shard
     from tests.policies import make_policy
 
     config = make_config(path, max_tokens_per_microbatch=1024, **more)

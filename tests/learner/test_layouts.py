@@ -96,7 +96,7 @@ def update(path, tp, pp, budget, more, updates=1, change=None, gone=False, befor
     from nemo_aapo.algorithms.objective import Objective
     from nemo_aapo.config import pad_multiple
     from nemo_aapo.learner.learner import Learner
-    from nemo_aapo.rollout.collector import own_shard
+    from nemo_aapo.rollout.spread import own_shard
     from tests.policies import make_policy
 
     config = make_config(
@@ -256,7 +256,7 @@ def tokens_of_one_group(path):
     """Completion tokens that this of two ranks trains on, of a step with a single group."""
     from nemo_aapo.algorithms.objective import Objective
     from nemo_aapo.learner.learner import Learner
-    from nemo_aapo.rollout.collector import own_shard
+    from nemo_aapo.rollout.spread import own_shard
     from tests.policies import make_policy
 
     config = make_config(path, max_tokens_per_microbatch=1024)

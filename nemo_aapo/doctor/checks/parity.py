@@ -75,7 +75,7 @@ def measure(config: Config, engine: Callable[[MegatronPolicy], RolloutEngine] | 
     from nemo_aapo.engines.build import build_engine
     from nemo_aapo.mcore.groups import destroy_model_parallel
     from nemo_aapo.prepare.job import resolve
-    from nemo_aapo.rollout.collector import own_shard
+    from nemo_aapo.rollout.spread import own_shard
     from nemo_aapo.seeds import stream_seed
     from nemo_aapo.training import build
     from nemo_aapo.training.read_data import read_data

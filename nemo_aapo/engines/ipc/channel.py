@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from nemo_aapo.engines.remote.wire import dump_object, load_object
+from nemo_aapo.engines.messages import dump_object, load_object
 from nemo_aapo.errors import ServerError, WeightsError, WireError
 
 LOOK_S = 0.5

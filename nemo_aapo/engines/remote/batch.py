@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from nemo_aapo.engines.base import More
 from nemo_aapo.engines.remote.wire import GenerateRequest
+from nemo_aapo.engines.weights import Weights
 from nemo_aapo.trace import spans
 from nemo_aapo.types import Completion
 
@@ -116,3 +118,22 @@ class Batch:
         """Nothing is generated any more."""
         for job in self.jobs:
             job.emit(failure)
+
+
+@dataclass(eq=False)
+class Load:
+    """A refit, and the future that tells its end."""
+
+    weights: Weights
+    done: Future[None] = field(default_factory=Future)
+
+
+@dataclass(eq=False)
+class Sleep:
+    """A request to give back the devices' memory, and the future that tells when that is done."""
+
+    done: Future[None] = field(default_factory=Future)
+
+
+Item = Job | Load | Sleep
+"""What waits for its turn at the engine."""

@@ -18,6 +18,7 @@ import aiohttp
 import numpy as np
 
 from nemo_aapo.engines.base import OnFinish
+from nemo_aapo.engines.messages import load_object
 from nemo_aapo.engines.remote import wire
 from nemo_aapo.engines.remote.directory import ServerRecord
 from nemo_aapo.engines.remote.queues import Ticket
@@ -235,7 +236,7 @@ class Fleet(Servers):
         with failures_named(self.timeout_s):
             async with session.post(url, data=body, headers=headers) as response:
                 if response.status != 200:
-                    _raise(complaint(response, answer := wire.load_object(await response.read())), answer)
+                    _raise(complaint(response, answer := load_object(await response.read())), answer)
                 messages, prompts, heard = wire.MessageReader(), dict[int, np.ndarray](), time.monotonic()
                 async for data in response.content.iter_any():
                     if time.monotonic() - heard > self.timeout_s:  # bytes came, and never a whole message

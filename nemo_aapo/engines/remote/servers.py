@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import aiohttp
 
+from nemo_aapo.engines.messages import load_object
 from nemo_aapo.engines.remote import wire
 from nemo_aapo.engines.remote.directory import ServerRecord, open_directory, open_token, read_servers
 from nemo_aapo.engines.remote.queues import Queues
@@ -210,7 +211,7 @@ class Servers:
         """
         with failures_named(PROBE_S):
             async with session.get(f"{server.address}{wire.API}/ready", timeout=_PROBE) as response:
-                answer = wire.load_object(await response.read())
+                answer = load_object(await response.read())
         if response.status == 503 and answer.get("reason") == "starting":
             raise Starting("is still loading its model")
         if response.status not in (200, 503):
@@ -237,7 +238,7 @@ class Servers:
         began = time.perf_counter_ns()
         with failures_named(self.timeout_s):
             async with session.post(url, data=body) as response:
-                answer = wire.load_object(await response.read())
+                answer = load_object(await response.read())
                 if answer.get("reason") == "other_weights":
                     raise OtherWeightsError(complaint(response, answer))
                 if response.status != 200:
@@ -258,7 +259,7 @@ class Servers:
                 with failures_named(self.timeout_s):
                     async with session.post(f"{server.address}{wire.API}/sleep") as response:
                         if response.status != 200:
-                            raise ServerError(complaint(response, wire.load_object(await response.read())))
+                            raise ServerError(complaint(response, load_object(await response.read())))
             except ServerError as error:
                 self.fail(server, str(error))
 

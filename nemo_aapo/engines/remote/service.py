@@ -24,6 +24,7 @@ from typing import Any
 from aiohttp import http_exceptions, web
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
+from nemo_aapo.engines.messages import dump_object, load_object
 from nemo_aapo.engines.remote import wire
 from nemo_aapo.engines.remote.batch import Answer, Failure, Job
 from nemo_aapo.engines.remote.worker import EngineWorker
@@ -99,7 +100,7 @@ class Service:
         if length > request.client_max_size:  # before the first byte of it is read
             raise web.HTTPRequestEntityTooLarge(request.client_max_size, length)
         try:
-            return wire.load_object(await asyncio.wait_for(request.read(), BODY_S))
+            return load_object(await asyncio.wait_for(request.read(), BODY_S))
         except asyncio.TimeoutError:
             raise web.HTTPRequestTimeout from None
         except web.RequestPayloadError:
@@ -206,7 +207,7 @@ class Service:
             end = {"error": following.message, "reason": following.reason}
         if job.recorder is not None:
             end["trace"] = traced_servers.encode(job.received, job.recorder)
-        await response.write(wire.dump_object(end))
+        await response.write(dump_object(end))
         return response
 
 

@@ -7,20 +7,17 @@ equals it, which reads back to the same bits. Routes alone, hundreds of small nu
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 
-from nemo_aapo.config import build
 from nemo_aapo.engines.collective.plan import Rendezvous
+from nemo_aapo.engines.messages import dump_object, load_object, require_all, typed
 from nemo_aapo.engines.weights import Weights, WeightsId
-from nemo_aapo.errors import ConfigError, WireError
+from nemo_aapo.errors import WireError
 from nemo_aapo.types import Completion, Routes, SamplingSpec
-
-T = TypeVar("T")
 
 API = "/v1"
 """Prefix of all addresses: a client of another version gets 404 instead of a misunderstanding."""
@@ -81,33 +78,6 @@ class _Update:
     rendezvous: Rendezvous | None = None
 
 
-# ---------------------------------------------------------------- JSON
-
-
-def load_object(text: bytes | str) -> dict[str, Any]:
-    """Parse a JSON object as the standard has it: no NaN, no infinity.
-
-    Raises:
-        WireError: anything else.
-    """
-    try:
-        body = json.loads(text, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise WireError(f"not JSON: {error}") from None
-    if not isinstance(body, dict):
-        raise WireError(f"a JSON object is needed, not {type(body).__name__}")
-    return body
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")
-
-
-def dump_object(message: dict[str, Any]) -> bytes:
-    """One line of strict JSON, newline included."""
-    return json.dumps(message, allow_nan=False, separators=(",", ":")).encode() + b"\n"
-
-
 class MessageReader:
     """Cuts what comes over a connection into messages: a line of JSON, and the bytes that follow it.
 
@@ -165,8 +135,8 @@ def decode_request(body: Mapping[str, Any], limits: Limits) -> GenerateRequest:
     fields = dict(body)
     prompts = _rows(fields.pop("prompts", None), "prompts", limits.vocab_size, "a token id of the vocabulary")
     seeds = _rows(fields.pop("seeds", None), "seeds", MAX_SEED, "an integer from 0 to 2**63 - 1")
-    _require_all(SamplingSpec, fields.get("sampling"), "sampling")
-    head = _typed(_Head, fields)
+    require_all(SamplingSpec, fields.get("sampling"), "sampling")
+    head = typed(_Head, fields)
     if len(seeds) != len(prompts):
         raise WireError(f"seeds: {len(seeds)} rows for {len(prompts)} prompts")
     _check_sampling(head.sampling, limits)
@@ -347,7 +317,7 @@ def decode_weights(body: Mapping[str, Any]) -> Weights:
     Raises:
         WireError: as ``decode_request``.
     """
-    update = _typed(_Update, body)
+    update = typed(_Update, body)
     return Weights(WeightsId(update.policy_version, update.digest), update.manifest, rendezvous=update.rendezvous)
 
 
@@ -362,18 +332,4 @@ def decode_weights_id(body: Mapping[str, Any]) -> WeightsId:
     Raises:
         WireError: as ``decode_request``.
     """
-    return _typed(WeightsId, {name: value for name, value in body.items() if name in ("policy_version", "digest")})
-
-
-def _require_all(cls: type, fields: Any, path: str) -> None:
-    """Refuse what would get a default here: trainer and server need not be of one version."""
-    for field in dataclasses.fields(cls):
-        if isinstance(fields, Mapping) and field.name not in fields:
-            raise WireError(f"{path}.{field.name} is missing")
-
-
-def _typed(cls: type[T], fields: Mapping[str, Any]) -> T:
-    try:
-        return build(cls, dict(fields))
-    except ConfigError as error:
-        raise WireError(str(error)) from None
+    return typed(WeightsId, {name: value for name, value in body.items() if name in ("policy_version", "digest")})

@@ -16,14 +16,13 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence, Set
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from nemo_aapo.engines.base import InFlight, InFlightEngine, More, OnFinish
 from nemo_aapo.engines.build import HostedEngine
-from nemo_aapo.engines.remote.batch import Batch, Failure, Job
+from nemo_aapo.engines.remote.batch import Batch, Failure, Item, Job, Load, Sleep
 from nemo_aapo.engines.remote.wire import Weights, WeightsId
 from nemo_aapo.errors import LostRankError, OtherWeightsError, RunError, ServerError, WeightsError
 from nemo_aapo.trace import servers as traced_servers
@@ -36,27 +35,8 @@ MERGE_S = 0.02
 """Seconds that a batch waits for requests that were sent together with its first one."""
 
 
-@dataclass(eq=False)
-class _Load:
-    """A refit, and the future that tells its end."""
-
-    weights: Weights
-    done: Future[None] = field(default_factory=Future)
-
-
-@dataclass(eq=False)
-class _Sleep:
-    """A request to give back the devices' memory, and the future that tells when that is done."""
-
-    done: Future[None] = field(default_factory=Future)
-
-
 class _Aborted(Exception):
     """Nobody waits for the running batch any more."""
-
-
-Item = Job | _Load | _Sleep
-"""What waits for its turn."""
 
 
 class EngineWorker:
@@ -103,13 +83,13 @@ class EngineWorker:
 
     def load(self, weights: Weights) -> Future[None]:
         """Queue a refit; nothing is loaded before all files were found to be whole."""
-        load = _Load(weights)
+        load = Load(weights)
         self._put(load)
         return load.done
 
     def sleep(self) -> Future[None]:
         """Have the engine give back its devices' memory when its turn has come; the next batch wakes it."""
-        sleep = _Sleep()
+        sleep = Sleep()
         self._put(sleep)
         return sleep.done
 
@@ -163,9 +143,9 @@ class EngineWorker:
             return
         try:
             while (batch := self._next()) is not None:
-                if isinstance(batch, _Load):
+                if isinstance(batch, Load):
                     self._load(batch)
-                elif isinstance(batch, _Sleep):
+                elif isinstance(batch, Sleep):
                     self._sleep(batch)
                 else:
                     self._generate(batch)
@@ -176,7 +156,7 @@ class EngineWorker:
         for item in self._queue:
             _drop(item)
 
-    def _next(self) -> list[Job] | _Load | _Sleep | None:
+    def _next(self) -> list[Job] | Load | Sleep | None:
         """What to do next: a refit, a sleep, or a batch of requests that go together; None: stop."""
         while self._hosted.idle is not None and not self._wait(IDLE_S):
             self._hosted.idle()
@@ -199,7 +179,7 @@ class EngineWorker:
         with self._changed:
             return bool(self._changed.wait_for(lambda: self._queue or self._stopping, seconds))
 
-    def _load(self, load: _Load) -> None:
+    def _load(self, load: Load) -> None:
         if load.weights.id == self.weights:
             load.done.set_result(None)
             return
@@ -223,7 +203,7 @@ class EngineWorker:
     def _serve(self, weights: WeightsId) -> None:
         self.weights, self.served[weights.policy_version] = weights, weights.digest
 
-    def _sleep(self, sleep: _Sleep) -> None:
+    def _sleep(self, sleep: Sleep) -> None:
         try:
             self._hosted.engine.sleep()
         except LostRankError:
@@ -324,15 +304,15 @@ class EngineWorker:
         engine.generate_in_flight(batch.prompts, request.sampling, batch.seeds, on_finish, in_flight)
         return end
 
-    def _joins(self, batch: Batch) -> Job | _Load | None:
+    def _joins(self, batch: Batch) -> Job | Load | None:
         """What waits first and can be done in the midst of a batch; None: nothing waits, or what does has to wait."""
         with self._changed:
             while self._queue:
                 first = self._queue[0]
-                if isinstance(first, _Sleep) or (isinstance(first, Job) and not batch.takes(first)):
+                if isinstance(first, Sleep) or (isinstance(first, Job) and not batch.takes(first)):
                     break
                 self._queue.popleft()
-                if isinstance(first, _Load) or first.request.weights == self.weights:
+                if isinstance(first, Load) or first.request.weights == self.weights:
                     return first
                 self.outstanding -= first.left
                 first.emit(self._other_weights())

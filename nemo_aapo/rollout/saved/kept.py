@@ -22,7 +22,7 @@ from nemo_aapo.algorithms.advantage import group_advantage
 from nemo_aapo.config import Config
 from nemo_aapo.config.schema import AlgorithmConfig
 from nemo_aapo.distributed import parallel
-from nemo_aapo.rollout.collector import own_shard
+from nemo_aapo.rollout.spread import own_shard
 from nemo_aapo.run.experiment import rollout_rows
 from nemo_aapo.run.names import ROLLOUTS, kept_name, step_of
 from nemo_aapo.seeds import stream_seed

@@ -20,9 +20,9 @@ from safetensors.numpy import load
 from nemo_aapo.config import Config
 from nemo_aapo.data.sampler import PromptSampler
 from nemo_aapo.errors import RunError
-from nemo_aapo.rollout.collector import own_shard
 from nemo_aapo.rollout.saved.kept import ROWS, TOKENS
 from nemo_aapo.rollout.scored import engine_metrics
+from nemo_aapo.rollout.spread import own_shard
 from nemo_aapo.run.names import ROLLOUTS, kept_name
 from nemo_aapo.types import Completion, Group, Prompt
 

@@ -148,7 +148,8 @@ def test_an_error_of_one_stage_of_one_rank_ends_all_stages_of_all_ranks(ranks, t
 def _collect(path):
     """Groups as plain data, the engine's steps, and those that it takes if ranks keep to their own prompts."""
     from nemo_aapo.engines.megatron.engine import MegatronEngine
-    from nemo_aapo.rollout.collector import Collector, own_shard
+    from nemo_aapo.rollout.collector import Collector
+    from nemo_aapo.rollout.spread import own_shard
 
     engine = MegatronEngine(build(path), VOCAB_SIZE, 2 * 43, record_routes=True)
     questions = [Prompt(str(i), prompts()[i], "", "", "") for i in (0, 1, 2, 3)]

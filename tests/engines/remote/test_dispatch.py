@@ -21,6 +21,7 @@ import pytest
 from aiohttp import web
 
 from nemo_aapo.distributed import parallel
+from nemo_aapo.engines.messages import dump_object, load_object
 from nemo_aapo.engines.remote import dispatch, wire
 from nemo_aapo.engines.remote.directory import ServerRecord, open_directory, open_token, publish
 from nemo_aapo.engines.remote.dispatch import Call, Fleet, Work, distribute
@@ -84,13 +85,13 @@ class ScriptedServer:
         return web.Response(body=wire.encode_weights_id(self.weights))
 
     async def _update(self, request: web.Request) -> web.Response:
-        weights = wire.decode_weights(wire.load_object(await request.read()))
+        weights = wire.decode_weights(load_object(await request.read()))
         self.refits.append(weights)
         self.weights = weights.id
         return web.Response(body=wire.encode_weights_id(self.weights))
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
-        asked = wire.decode_request(wire.load_object(await request.read()), LIMITS)
+        asked = wire.decode_request(load_object(await request.read()), LIMITS)
         self.asked.append(asked)
         misdeed, _, at = self.script().partition(" ")
         if asked.weights != self.weights or misdeed == "other":
@@ -136,18 +137,18 @@ class ScriptedServer:
             "garbage": b"{not json\n",
             "twice": lines[at - 1],
             "unasked": lines[0].replace(b'"i":0', b'"i":99').replace(b'"j":0', b'"j":99').replace(b'"j":1', b'"j":98'),
-            "fail": wire.dump_object({"error": "the engine failed", "reason": "engine"}),
+            "fail": dump_object({"error": "the engine failed", "reason": "engine"}),
         }
         if misdeed in extra:
             await response.write(extra[misdeed])
         for line in lines[at:] if misdeed != "short" else []:
             await response.write(line)
-        await response.write(wire.dump_object({"done": len(lines)}))
+        await response.write(dump_object({"done": len(lines)}))
         return response
 
 
 def spoilt(line: bytes, **fields) -> bytes:
-    return wire.dump_object({**wire.load_object(line), **fields})
+    return dump_object({**load_object(line), **fields})
 
 
 MISDEEDS = (

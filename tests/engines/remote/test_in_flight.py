@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from nemo_aapo.engines.build import HostedEngine
+from nemo_aapo.engines.messages import load_object
 from nemo_aapo.engines.remote import wire
 from nemo_aapo.engines.remote.batch import Job
 from nemo_aapo.engines.remote.wire import GenerateRequest, Weights, WeightsId
@@ -180,7 +181,7 @@ def sent(versions):
     completion = Completion(
         np.arange(len(mixed), dtype=np.int32), np.zeros(len(mixed), np.float32), "stop", versions[0], versions=mixed
     )
-    return wire.load_object(wire.encode_completion(0, 1, completion, served=served))
+    return load_object(wire.encode_completion(0, 1, completion, served=served))
 
 
 def test_versions_cross_the_wire_token_by_token():

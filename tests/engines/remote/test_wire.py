@@ -10,6 +10,7 @@ import random
 import numpy as np
 import pytest
 
+from nemo_aapo.engines.messages import dump_object, load_object
 from nemo_aapo.engines.remote import wire
 from nemo_aapo.errors import WireError
 from nemo_aapo.types import Completion, Routes, SamplingSpec
@@ -32,7 +33,7 @@ def test_every_float32_log_prob_survives_bit_for_bit():
     sent = Completion(np.arange(len(logprobs), dtype=np.int32), logprobs, "stop", 7)
     line = wire.encode_completion(4, 2, sent)
     assert line.count(b"\n") == 1
-    i, j, got = wire.decode_completion(wire.load_object(line))
+    i, j, got = wire.decode_completion(load_object(line))
     assert (i, j, got.finish_reason, got.policy_version) == (4, 2, "stop", 7)
     assert got.logprobs.tobytes() == sent.logprobs.tobytes()
     assert got.token_ids.dtype == np.int32
@@ -51,7 +52,7 @@ def test_routes_follow_their_line_as_bytes_and_those_of_a_prompt_come_once(size)
     prompts = [np.full((4, 3, 2), ord("\n"), np.uint8), np.full((2, 3, 2), 255, np.uint8)]
     sent = [(0, 1, routed(prompts[0], 5)), (1, 0, routed(prompts[1], 1)), (0, 0, routed(prompts[0], 0))]
     parts = [wire.encode_completion(*sent[0]), wire.encode_completion(*sent[1])]
-    data = b"".join([*parts, wire.encode_completion(*sent[2], with_prompt=False), wire.dump_object({"done": 3})])
+    data = b"".join([*parts, wire.encode_completion(*sent[2], with_prompt=False), dump_object({"done": 3})])
     reader, memory, got = wire.MessageReader(), {}, []
     for start in range(0, len(data), size):
         for message, binary in reader.read(data[start : start + size]):
@@ -81,7 +82,7 @@ def test_a_completion_whose_prompts_routes_never_came_is_refused():
 def test_a_request_survives_with_every_field_of_the_sampling_spec():
     prompts = [np.array([1, 2], np.int32), np.array([149], np.int32)]
     sent = wire.GenerateRequest(wire.WeightsId(3, "ab"), SPEC, prompts, [[0, 2**63 - 1], []])
-    got = wire.decode_request(wire.load_object(wire.encode_request(sent)), LIMITS)
+    got = wire.decode_request(load_object(wire.encode_request(sent)), LIMITS)
     assert (got.weights, got.sampling, got.seeds) == (sent.weights, sent.sampling, sent.seeds)
     assert [prompt.tolist() for prompt in got.prompts] == BODY["prompts"]
     assert json.loads(wire.encode_request(sent)) == json.loads(json.dumps(BODY))
@@ -158,7 +159,7 @@ def test_whatever_bytes_come_they_are_a_request_or_a_wire_error():
     refused = 0
     for text in texts:
         try:
-            wire.decode_request(wire.load_object(text), LIMITS)
+            wire.decode_request(load_object(text), LIMITS)
         except WireError:
             refused += 1
     assert refused > len(texts) / 2
@@ -167,7 +168,7 @@ def test_whatever_bytes_come_they_are_a_request_or_a_wire_error():
 @pytest.mark.parametrize("text", ['{"logprobs": [NaN]}', "-Infinity", "[Infinity]"])
 def test_numbers_that_json_does_not_have_are_no_json(text):
     with pytest.raises(WireError, match="no JSON number"):
-        wire.load_object(text)
+        load_object(text)
 
 
 def test_a_damaged_completion_is_a_wire_error():
