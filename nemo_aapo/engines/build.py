@@ -62,7 +62,7 @@ def build_engine(
         policy.version,
         decode,
         record_routes=bool(rollout.replay_routes),
-        speculation=rollout.speculation is not False,
+        speculation=rollout.speculation,
     )
 
 
@@ -174,7 +174,7 @@ def _hosted_megatron(config: Config, shape: ModelShape) -> HostedEngine:
         rollout.max_concurrent_tokens,
         decode=text.decode,
         record_routes=bool(rollout.replay_routes),
-        speculation=rollout.speculation is not False,
+        speculation=rollout.speculation,
     )
 
     def load(directory: Path, version: int) -> None:

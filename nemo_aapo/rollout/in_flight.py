@@ -68,6 +68,7 @@ class InFlightPipeline(RolloutPipeline):
         self._begun: dict[Key, _Begun] = {}  # this rank's
         self._judgements: dict[Key, tuple[Group, Tally]] = {}  # of this rank's in hand, until all ranks have theirs
         self._scored: dict[Key, Group] = {}  # this rank's in hand
+        self._scored_early = Tally()  # what was scored for a checkpoint since the last step
         self._ended: queue.SimpleQueue[Key] = queue.SimpleQueue()  # this rank's, as servers tell
         self._found: dict[Key, tuple[Completion, ...]] = {}  # in the bank
         self._repeated: dict[int, list[Key]] = {}  # what steps are to be trained on again
@@ -95,7 +96,8 @@ class InFlightPipeline(RolloutPipeline):
         with self._timed("rollout"):
             keys = self._next(step)
         with self._timed("reward"):
-            tally = self._score(keys)
+            tally = self._scored_early + self._score(keys)
+        self._scored_early = Tally()
         self._watch.check(tally, f"step {step + 1}")
         with self._timed("reference"):
             prompts = [self.prompts(of)[i] for of, i in keys]
@@ -134,7 +136,7 @@ class InFlightPipeline(RolloutPipeline):
         self._trained_before(self.sampler.step)
         self._hear()
         with contextlib.suppress(Interrupted):  # a stop broke off the wait for scores
-            self._score(self.buffer.keys(State.IN_HAND))
+            self._scored_early += self._score(self.buffer.keys(State.IN_HAND))
         # What could not be scored at all is better scored anew.
         mine = {key: group for key, group in self._scored.items() if not group.failed.all()}
         groups = {key: group for part in parallel.gather_data_parallel(mine) for key, group in part.items()}

@@ -151,8 +151,8 @@ class Rollout:
         decides=False,
     )
     speculation: bool | None = setting(
-        "false: the megatron engine feeds one token of a sequence in a pass | null: true where the engine is "
-        "Megatron's: guesses go with it where that is expected to be faster, the tokens being the same",
+        "false: the megatron engine feeds one token of a sequence in a pass | true: guesses go with it where that is "
+        "expected to be faster by what a CPU's passes cost, the tokens being the same | null: true on a CPU",
         decides=False,
     )
     replay_routes: bool | None = setting(

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from nemo_aapo.distributed import parallel
+from nemo_aapo.distributed.device import device
 from nemo_aapo.engines.base import InFlight, OnFinish, RolloutStats, check_request
 from nemo_aapo.engines.megatron.batch import Batch
 from nemo_aapo.engines.megatron.cuda_graphs import DecodingGraphs, can_be_captured
@@ -41,7 +42,7 @@ class MegatronEngine:
         policy_version: int = 0,
         decode: Callable[[np.ndarray], str] | None = None,
         record_routes: bool = False,
-        speculation: bool = True,
+        speculation: bool | None = None,
     ) -> None:
         """
         Args:
@@ -51,7 +52,8 @@ class MegatronEngine:
             policy_version: optimizer steps behind the weights that the model holds now.
             decode: token ids -> text, the same on all ranks; only stop strings need it.
             record_routes: completions have the experts that each token was sent to; for a model with at most 255.
-            speculation: several tokens of a sequence in one pass where that is expected to pay; the same tokens.
+            speculation: several tokens of a sequence in one pass where that is expected to pay; the same tokens. None:
+                on a CPU, whose costs that goes by.
 
         Raises:
             ValueError: a kind of model that the decoder doesn't know; names the settings in question. Routes of a
@@ -68,7 +70,7 @@ class MegatronEngine:
         self.policy_version = policy_version
         self.decode = decode
         self.record_routes = record_routes
-        self.speculation = speculation
+        self.speculation = device().type == "cpu" if speculation is None else speculation
         self.shares_weights = True
         self.stats: RolloutStats | None = None
         self.refit_bytes = 0
