@@ -31,7 +31,7 @@ def make_input(model: Model | Pretrained, plan: Plan, lengths: Lengths, place: P
     generator = np.random.default_rng(0)
     if isinstance(model, Pretrained):
         sums = generator.integers(10, 100, (plan.data_prompts, 2)).tolist()
-        questions = [f"What is {a} + {b}? Explain how you get there." for a, b in sums]
+        questions = [f"What is {a} + {b}? Give the number only." for a, b in sums]
     else:
         words = generator.integers(FIRST_WORD, model.vocabulary, (plan.data_prompts, plan.prompt_tokens)).tolist()
         questions = [" ".join(f"w{i}" for i in row) for row in words]
