@@ -30,12 +30,13 @@ PROFILER_QUIET = {"KINETO_LOG_LEVEL": "6", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 @contextlib.contextmanager
 def one_rank() -> Iterator[Path]:
     """Inside, this process is a job of one rank and one thread; gives a folder, which goes with it."""
-    import torch
-
-    from nemo_aapo.mcore.groups import destroy_model_parallel, initialize_model_parallel
     from nemo_aapo.utils.libraries import quiet
 
     quiet()
+    import torch
+
+    from nemo_aapo.mcore.groups import destroy_model_parallel, initialize_model_parallel
+
     torch.set_num_threads(1)
     initialize_model_parallel(tensor_model_parallel_size=1, pipeline_model_parallel_size=1, seed=0, timeout_s=600)
     try:
