@@ -19,8 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_aapo.config import Config, EvaluationConfig
-from nemo_aapo.utils import clock
-from nemo_aapo.utils.job import world_size_of_job
+from nemo_aapo.utils.job import STARTED, start_of_process, world_size_of_job
 
 POLL_S = 0.05
 SHOWN_LINES = 20
@@ -100,7 +99,7 @@ def rank_environments(base: Mapping[str, str], count: int, port: int) -> list[di
     job = {
         "OMP_NUM_THREADS": str(threads),
         "PYTHONUNBUFFERED": "1",  # or the last words of a rank that is killed never reach its log
-        clock.STARTED: f"{clock.start_of_process():.3f}",
+        STARTED: f"{start_of_process():.3f}",
         **base,
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),

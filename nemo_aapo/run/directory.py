@@ -8,7 +8,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import socket
 import uuid
 from collections.abc import Mapping
@@ -31,12 +30,12 @@ from nemo_aapo.errors import ConfigError
 from nemo_aapo.run.identity import code_of_algorithm, identity_of, reference_of
 from nemo_aapo.run.names import STORE, newest_step
 from nemo_aapo.utils.files import LOCK, NO_LOCKS, fitting, read_json, to_json, write_atomic
+from nemo_aapo.utils.machine import instruction_set
 
 RECORD = "run.json"
 """What the directory belongs to: digest, settings and what model and data hold; and every start with its versions."""
 VERSIONS_OF = ("torch", "megatron-core", "megatron-bridge", "transformers", "nemo-toolkit", "math-verify")
 SHOWN_DIFFERENCES = 12
-_CPU_FACTS = Path("/proc/cpuinfo")
 
 
 class Record(TypedDict):
@@ -265,17 +264,6 @@ def _this_start(config: Config, world_size: int) -> dict[str, Any]:
         **({"algorithm": code} if code else {}),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in VERSIONS_OF}},
     }
-
-
-def instruction_set() -> str:
-    """The kind of processor, as far as it decides the last bits of sums: ``AVX512, GenuineIntel`` or ``sm_90``."""
-    import torch
-
-    if torch.cuda.is_available():
-        return "sm_{}{}".format(*torch.cuda.get_device_capability())
-    maker = re.search(r"^vendor_id\s*:\s*(\S+)", _CPU_FACTS.read_text(), re.MULTILINE) if _CPU_FACTS.exists() else None
-    # matrix products are a vendor's library, which chooses its kernels by the maker too
-    return ", ".join([torch.backends.cpu.get_cpu_capability(), *([maker[1]] if maker else [])])
 
 
 def _version(package: str) -> str | None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 from nemo_aapo.errors import Interrupted
-from nemo_aapo.utils.clock import seconds_since_start
+from nemo_aapo.utils.job import seconds_since_start
 
 Handler = Callable[[int, FrameType | None], object] | int | None
 """What ``signal.signal`` takes and returns."""

@@ -28,7 +28,7 @@ from nemo_aapo.training.advantages import final_advantages
 from nemo_aapo.training.parity import ParityGate
 from nemo_aapo.training.parts import Checkpoints, Kept, Learner, Policy, Rollouts, Throughput, Tracer, Validator
 from nemo_aapo.types import Group
-from nemo_aapo.utils.clock import seconds_since_start
+from nemo_aapo.utils.job import seconds_since_start
 
 BROKEN_OFF = "validation/broken_off"
 """Among a checkpoint's metrics: the validation of its step is still to be made."""

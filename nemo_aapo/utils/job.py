@@ -1,11 +1,15 @@
-"""What torchrun, ``srun`` or a launcher tells a process of its place among the ranks of a job."""
+"""The job that a process is a part of: its place among the ranks, and since when it has been running."""
 
 from __future__ import annotations
 
 import os
+import time
+from pathlib import Path
 
 from nemo_aapo.errors import ConfigError
 
+STARTED = "NEMO_AAPO_STARTED"
+"""Variable with the start of the run's job in seconds since 1970; what starts ranks sets it for them."""
 _REMEDY = "torchrun, srun and scripts/launch.py set it; for one rank alone: unset RANK WORLD_SIZE LOCAL_RANK"
 
 
@@ -45,6 +49,35 @@ def check_rendezvous() -> None:
         raise ConfigError(f"MASTER_PORT={os.environ['MASTER_PORT']}: not a port. {_REMEDY}")
     world_size_of_job()
     _number("LOCAL_RANK", "0")
+
+
+def seconds_since_start() -> float:
+    """How long the job has been running that this process is a part of, imports and loading included."""
+    try:
+        return time.time() - float(os.environ[STARTED])
+    except (KeyError, ValueError):
+        return time.time() - start_of_process()
+
+
+def start_of_process() -> float:
+    """When this process was started, in seconds since 1970; on systems without /proc when Python's clock began."""
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError):
+        age = time.process_time()
+    return time.time() - age
+
+
+def start_of_job() -> float:
+    """When Slurm started the job that this process leads, else when this process was started.
+
+    Slurm's time limit counts from there, so that what a node takes to boot is part of it.
+    """
+    try:
+        return float(os.environ["SLURM_JOB_START_TIME"])
+    except (KeyError, ValueError):
+        return start_of_process()
 
 
 def _number(name: str, default: str) -> int:

@@ -15,7 +15,7 @@ from nemo_aapo.cli import main as entry
 from nemo_aapo.cli.main import exit_code, run_command
 from nemo_aapo.errors import FAILED, REFUSED
 from nemo_aapo.prepare import prepare, settings_of
-from nemo_aapo.utils import clock
+from nemo_aapo.utils.job import STARTED, seconds_since_start, start_of_job, start_of_process
 from tests.tiny_models import save_empty_input
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -110,14 +110,14 @@ def test_a_console_that_cannot_print_a_letter_gets_its_number_instead(tmp_path):
 
 
 def test_the_clock_of_a_run_starts_with_its_first_process_or_with_slurms_start_of_the_job(monkeypatch):
-    for name in (clock.STARTED, "SLURM_JOB_START_TIME"):
+    for name in (STARTED, "SLURM_JOB_START_TIME"):
         monkeypatch.delenv(name, raising=False)
-    own = clock.start_of_process()
-    assert 0 < clock.seconds_since_start() < 36_000
-    assert abs(clock.start_of_process() - own) < 1
-    assert abs(clock.start_of_job() - own) < 1
+    own = start_of_process()
+    assert 0 < seconds_since_start() < 36_000
+    assert abs(start_of_process() - own) < 1
+    assert abs(start_of_job() - own) < 1
     monkeypatch.setenv("SLURM_JOB_START_TIME", f"{own - 500:.0f}")
-    assert abs(clock.start_of_job() - (own - 500)) < 2
-    assert abs(clock.start_of_process() - own) < 1  # in an allocation, a run begins when it is started
-    monkeypatch.setenv(clock.STARTED, f"{own - 900:.3f}")
-    assert 900 < clock.seconds_since_start() < 37_000
+    assert abs(start_of_job() - (own - 500)) < 2
+    assert abs(start_of_process() - own) < 1  # in an allocation, a run begins when it is started
+    monkeypatch.setenv(STARTED, f"{own - 900:.3f}")
+    assert 900 < seconds_since_start() < 37_000

@@ -18,7 +18,7 @@ from nemo_aapo.config.cluster import time_in_seconds
 from nemo_aapo.errors import ConfigError
 from nemo_aapo.launch.slurm.commands import outside_of_jobs
 from nemo_aapo.launch.slurm.script import Role, Site, job_name, paths_of, python_path, rank_words, training_roles
-from nemo_aapo.utils import clock
+from nemo_aapo.utils.job import STARTED
 
 _REMEDY = "scripts/nemo_run.sh makes an environment that it works in; or leave it to cluster.launcher=sbatch"
 _ADDRESSES = (
@@ -95,7 +95,7 @@ def _executor(nemo_run: Any, config: Config, site: Site, role: Role) -> Any:
         *cluster.setup,
         f"set +vx; source {environment}; set -vx",  # nemo-run's script shows every line that it executes
         f"export NEMO_AAPO_TRAIN_ADDRESSES=$({shlex.join([site.python, '-c', _ADDRESSES])})",
-        f"export {clock.STARTED}=${{SLURM_JOB_START_TIME:-$(date +%s)}}",  # the trainer's time limit counts from there
+        f"export {STARTED}=${{SLURM_JOB_START_TIME:-$(date +%s)}}",  # the trainer's time limit counts from there
         f"export MASTER_PORT=$({shlex.quote(site.python)} -m nemo_aapo.launch.slurm.rank port $((SLURM_JOB_ID * 7)))",
     ]
     return nemo_run.SlurmExecutor(

@@ -34,8 +34,8 @@ from nemo_aapo.launch.slurm.roles import Ended, Roles, Signals, Step, server_ste
 from nemo_aapo.launch.slurm.script import SEPARATOR, SERVERS
 from nemo_aapo.run.state import read_state
 from nemo_aapo.run.stop import STOP_FILE
-from nemo_aapo.utils import clock
 from nemo_aapo.utils.files import LOCK
+from nemo_aapo.utils.job import STARTED, start_of_job, start_of_process
 
 LOCK_WAIT_S = 120.0
 """Ranks of an attempt whose node was lost may live on for a while, and hold the run directory."""
@@ -293,8 +293,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--servers", type=int, default=0)
     parser.add_argument("--min-servers", type=int, default=0)
     given = parser.parse_args(options)
-    started = clock.start_of_process() if given.mode == "interactive" else clock.start_of_job()
-    os.environ[clock.STARTED] = f"{started:.3f}"  # the ranks' time limit counts from there
+    started = start_of_process() if given.mode == "interactive" else start_of_job()
+    os.environ[STARTED] = f"{started:.3f}"  # the ranks' time limit counts from there
     os.environ["SLURM_EXPORT_ENV"] = "ALL"  # after `sbatch --export=NONE`, srun would hold back what is here
     supervisor = Supervisor(
         RunPaths(given.run_dir),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from nemo_aapo.engines.megatron import matmul
 from nemo_aapo.engines.megatron.matmul import (
     MAX_BLOCK_COLUMNS,
     SMALL_WEIGHT,
@@ -30,12 +31,17 @@ pytestmark = pytest.mark.exact
     ],
 )
 @pytest.mark.parametrize("rows", [1, 7, 33])
-def test_a_weight_multiplies_the_same_however_it_is_pack_weight(outputs, inputs, blocks, rows):
+@pytest.mark.parametrize("onednn", [False, True])
+def test_a_weight_multiplies_the_same_however_it_is_packed(outputs, inputs, blocks, rows, onednn, monkeypatch):
+    monkeypatch.setattr(matmul, "packs_by_onednn", lambda: onednn)
     generator = torch.Generator().manual_seed(0)
     weight, x = (torch.randn(n, inputs, generator=generator) for n in (outputs, rows))
     bias, y = torch.randn(outputs, generator=generator), torch.randn(rows, outputs, generator=generator)
     copy = pack_weight(weight)
-    if blocks:
+    if onednn:
+        assert copy.is_mkldnn == (weight.numel() >= SMALL_WEIGHT)
+        assert copy.shape == weight.shape
+    elif blocks:
         assert weight.numel() >= SMALL_WEIGHT
         assert copy.shape == (blocks, inputs, outputs // blocks)
         assert copy.shape[-1] <= MAX_BLOCK_COLUMNS
