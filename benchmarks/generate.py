@@ -188,10 +188,12 @@ def random_model(plan: Plan, hidden_size: int, path: Path) -> Path:
     return path
 
 
-def config_of(path: Path) -> Any:
+def config_of(path: Path, *more: str) -> Any:
+    """The configuration of a run on one rank. more: settings."""
     from nemo_aapo.config.compose import load_config
 
-    return load_config([f"model.path={path}", "data.train=unused", "data.validation=unused", "trainer.devices=1"])
+    given = [f"model.path={path}", "data.train=unused", "data.validation=unused", "trainer.devices=1"]
+    return load_config([*given, *more])
 
 
 def report(rows: Sequence[Row]) -> str:

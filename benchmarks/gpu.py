@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from benchmarks.gpu_models import SHAPES, VOCABULARY, config_of, fitting, random_batch, random_model, usable_precisions
+from benchmarks.parity import learner_of, sample
 
 PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}
 """Name of a GPU -> dense bf16 FLOP/s by NVIDIA's datasheet of its SXM part; MFU is measured against it."""
@@ -75,7 +76,8 @@ def measure(plan: Plan, folder: Path) -> dict[str, Any]:
             policy = MegatronPolicy(decide(config, Machine.present()), read_model_dir(str(path)))
             policy.prepare_training()
             found["learner"].append({"model": name, "precision": precision, **learner(policy, sized)})
-            found["parity"].append({"model": name, "precision": precision, **parity(policy, sized)})
+            parity = learner_of(policy, tokens).parity(sample(policy))
+            found["parity"].append({"model": name, "precision": precision, **parity})
             print(json.dumps([found["learner"][-1], found["parity"][-1]]), flush=True)
             if precision == "bf16":
                 for rows in plan.decode_rows:
@@ -264,33 +266,3 @@ def decode(policy: Any, plan: Plan, rows: int, bytes_per_s: float) -> dict[str, 
         "tokens_per_s": rows * steps / seconds,
         "share_of_floor": floor * steps / seconds,
     }
-
-
-def parity(policy: Any, plan: Plan) -> dict[str, float]:
-    """The two figures of the parity gate, on completions that the engine generates."""
-    from nemo_aapo.algorithms.objective import Objective
-    from nemo_aapo.config import pad_multiple
-    from nemo_aapo.engines.megatron.engine import MegatronEngine
-    from nemo_aapo.learner.learner import Learner
-    from nemo_aapo.types import Group, Prompt, SamplingSpec
-
-    config = policy.config
-    engine = MegatronEngine(policy.module, VOCABULARY, 2**18)
-    generator = np.random.default_rng(1)
-    prompts = [generator.integers(2, VOCABULARY, 128).astype(np.int32) for _ in range(8)]
-    spec = SamplingSpec(temperature=1.0, max_new_tokens=128, stop_token_ids=())
-    completions = engine.generate(prompts, spec, [[i, i + 8] for i in range(8)])
-    engine.close()
-    groups = [
-        Group(Prompt("", ids, "", "", ""), tuple(row), (), np.zeros(2), {}, np.zeros(2, bool))
-        for ids, row in zip(prompts, completions, strict=True)
-    ]
-    learner = Learner(
-        policy,
-        Objective.of(config.algorithm, 128),
-        plan.micro_batch_tokens,
-        1,
-        pad_multiple(config),
-        config.model.sequence_packing,
-    )
-    return learner.parity(groups)

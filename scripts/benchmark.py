@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,30 +27,39 @@ PROFILER_QUIET = {"KINETO_LOG_LEVEL": "6", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 """Before torch is imported: no notes of when profiling begins and ends."""
 
 
-def rollout(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The engine beside transformers' generate, with and without speculation, and the algorithms' steps."""
-    import torch
-
-    from benchmarks import generate, speculation, steps
-    from nemo_aapo.mcore.groups import destroy_model_parallel, initialize_model_parallel
+@contextlib.contextmanager
+def one_rank() -> Iterator[Path]:
+    """Inside, this process is a job of one rank and one thread; gives a folder, which goes with it."""
     from nemo_aapo.utils.libraries import quiet
 
     quiet()
+    import torch
+
+    from nemo_aapo.mcore.groups import destroy_model_parallel, initialize_model_parallel
+
     torch.set_num_threads(1)
     initialize_model_parallel(tensor_model_parallel_size=1, pipeline_model_parallel_size=1, seed=0, timeout_s=600)
     try:
         with tempfile.TemporaryDirectory(prefix="aapo_benchmark_") as folder:
-            engine = generate.compare(generate.QUICK if arguments.quick else generate.Plan(), Path(folder) / "generate")
-            print("Completion tokens per second, median (lowest to highest); ratio: engine over transformers' generate")
-            print(generate.report(engine), end="\n\n", flush=True)
-            guessed = speculation.compare(speculation.QUICK if arguments.quick else speculation.Plan(), Path(folder))
-            print("Decoding without speculation over decoding with it, median (lowest to highest)")
-            print(speculation.report(guessed), end="\n\n", flush=True)
-            algorithms = steps.compare(steps.QUICK if arguments.quick else steps.Plan(), Path(folder) / "steps")
-            print("Milliseconds of a training step, median (lowest to highest)")
-            print(steps.report(algorithms), flush=True)
+            yield Path(folder)
     finally:
         destroy_model_parallel()
+
+
+def rollout(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The engine beside transformers' generate, with and without speculation, and the algorithms' steps."""
+    from benchmarks import generate, speculation, steps
+
+    with one_rank() as folder:
+        engine = generate.compare(generate.QUICK if arguments.quick else generate.Plan(), folder / "generate")
+        print("Completion tokens per second, median (lowest to highest); ratio: engine over transformers' generate")
+        print(generate.report(engine), end="\n\n", flush=True)
+        guessed = speculation.compare(speculation.QUICK if arguments.quick else speculation.Plan(), folder)
+        print("Decoding without speculation over decoding with it, median (lowest to highest)")
+        print(speculation.report(guessed), end="\n\n", flush=True)
+        algorithms = steps.compare(steps.QUICK if arguments.quick else steps.Plan(), folder / "steps")
+        print("Milliseconds of a training step, median (lowest to highest)")
+        print(steps.report(algorithms), flush=True)
     parts = {"generate": engine, "speculation": guessed, "steps": algorithms}
     return {name: [asdict(row) for row in rows] for name, rows in parts.items()}
 
@@ -61,16 +72,9 @@ def gpu(arguments: argparse.Namespace) -> dict[str, Any]:
         raise SystemExit("benchmark.py gpu: no CUDA GPU on this machine")
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     from benchmarks import gpu, gpu_report
-    from nemo_aapo.mcore.groups import destroy_model_parallel, initialize_model_parallel
-    from nemo_aapo.utils.libraries import quiet
 
-    quiet()
-    initialize_model_parallel(tensor_model_parallel_size=1, pipeline_model_parallel_size=1, seed=0, timeout_s=600)
-    try:
-        with tempfile.TemporaryDirectory(prefix="aapo_benchmark_") as folder:
-            found = gpu.measure(gpu.QUICK if arguments.quick else gpu.Plan(), Path(folder))
-    finally:
-        destroy_model_parallel()
+    with one_rank() as folder:
+        found = gpu.measure(gpu.QUICK if arguments.quick else gpu.Plan(), folder)
     for part in gpu_report.report(found):
         print(f"\n{part}", flush=True)
     return found
@@ -88,20 +92,10 @@ def rewards(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def experts(arguments: argparse.Namespace) -> dict[str, Any]:
     """A layer of experts on a CPU beside mcore's own, and beside a dense layer of the same FLOPs: half a minute."""
-    import torch
-
     from benchmarks import experts
-    from nemo_aapo.mcore.groups import destroy_model_parallel, initialize_model_parallel
-    from nemo_aapo.utils.libraries import quiet
 
-    quiet()
-    torch.set_num_threads(1)
-    initialize_model_parallel(tensor_model_parallel_size=1, pipeline_model_parallel_size=1, seed=0, timeout_s=600)
-    try:
-        with tempfile.TemporaryDirectory(prefix="aapo_benchmark_") as folder:
-            rows = experts.compare(experts.QUICK if arguments.quick else experts.Plan(), Path(folder))
-    finally:
-        destroy_model_parallel()
+    with one_rank() as folder:
+        rows = experts.compare(experts.QUICK if arguments.quick else experts.Plan(), folder)
     print("CPU time of forward and backward pass as a multiple of the dense layer's, median (lowest to highest)")
     print(experts.report(rows), flush=True)
     return {"rows": [asdict(row) for row in rows]}
@@ -215,23 +209,16 @@ def scaling(arguments: argparse.Namespace) -> dict[str, Any]:
     from nemo_aapo.utils.libraries import quiet
 
     quiet()
-    import torch
-
     from benchmarks import scaling
     from benchmarks.page import write_section
-    from nemo_aapo.mcore.groups import destroy_model_parallel, initialize_model_parallel
 
-    torch.set_num_threads(1)
     plan = scaling.QUICK if arguments.quick else scaling.Plan()
     with tempfile.TemporaryDirectory(prefix="aapo_benchmark_") as folder:
         print("starting runs", file=sys.stderr, flush=True)
         start = scaling.starting(plan, Path(folder) / "start")
         print("growth of a step's cost", file=sys.stderr, flush=True)
-        initialize_model_parallel(tensor_model_parallel_size=1, pipeline_model_parallel_size=1, seed=0, timeout_s=600)
-        try:
-            rows = scaling.dimensions(plan, Path(folder))
-        finally:
-            destroy_model_parallel()
+        with one_rank() as place:
+            rows = scaling.dimensions(plan, place)
         print("layouts", file=sys.stderr, flush=True)
         layouts = scaling.layouts(plan, Path(folder) / "layouts")
     tables = scaling.report(rows, layouts, start)
@@ -264,32 +251,40 @@ def context(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def sharing(arguments: argparse.Namespace) -> dict[str, Any]:
     """A step with shared prompts beside one without, prompts short to long; writes docs/results/benchmarks.md."""
-    import torch
-
     from benchmarks import sharing
     from benchmarks.page import write_section
-    from nemo_aapo.mcore.groups import destroy_model_parallel, initialize_model_parallel
-    from nemo_aapo.utils.libraries import quiet
 
-    quiet()
-    torch.set_num_threads(1)
     plan = sharing.QUICK if arguments.quick else sharing.Plan()
-    initialize_model_parallel(tensor_model_parallel_size=1, pipeline_model_parallel_size=1, seed=0, timeout_s=600)
-    try:
-        with tempfile.TemporaryDirectory(prefix="aapo_benchmark_") as folder:
-            rows = sharing.measure(plan, Path(folder))
-    finally:
-        destroy_model_parallel()
+    with one_rank() as folder:
+        rows = sharing.measure(plan, folder)
     print(plain(*sharing.table(rows)), flush=True)
     if not arguments.quick:
         write_section(DOCS / "results" / "benchmarks.md", "sharing", markdown(*sharing.table(rows)))
     return {"rows": [asdict(row) for row in rows]}
 
 
+def parity(arguments: argparse.Namespace) -> dict[str, Any]:
+    """How far engine and learner are apart: FP8, LoRA; writes docs/results/gpu.md and docs/results/notebook.md."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # FP8 is emulated in a CPU's products
+    from benchmarks import parity
+    from benchmarks.page import write_section
+
+    plan = parity.QUICK if arguments.quick else parity.Plan()
+    with one_rank() as folder:
+        rows, adapted = parity.fp8(plan, folder), parity.lora(plan, folder)
+    tables = {"gpu": parity.fp8_table(rows), "notebook": parity.lora_table(adapted)}
+    for page, table in tables.items():
+        print(plain(*table), end="\n\n", flush=True)
+        if not arguments.quick:
+            write_section(DOCS / "results" / f"{page}.md", "parity", markdown(*table))
+    return {"fp8": [asdict(row) for row in rows], "lora": [asdict(row) for row in adapted]}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="WHAT")
-    for run in (rollout, gpu, experts, rewards, refits, refit, guard, scaling, context, sharing, staleness, peers):
+    runs = (rollout, gpu, experts, rewards, refits, refit, guard, scaling, context, sharing, staleness, parity, peers)
+    for run in runs:
         command = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
         command.set_defaults(run=run)
         if run is guard:

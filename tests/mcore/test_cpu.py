@@ -174,11 +174,12 @@ def _rotary_embedding():
     assert torch.equal(rope_utils._apply_rotary_pos_emb_bshd(x, frequencies[..., :4])[..., 4:], x[..., 4:])
     neighbours = rope_utils._apply_rotary_pos_emb_bshd(x, frequencies, rotary_interleaved=True)
     assert not torch.allclose(neighbours, turned)
-    # bf16 with the angles in fp32 too, as mcore's layers call it: padded rows and packed ones
+    # bf16 with the angles in fp32 too, as mcore's layers call it, rounded once: padded rows and packed ones
     said = {"apply_rope_fusion": False, "rotary_interleaved": False, "multi_latent_attention": False}
     config, group = types.SimpleNamespace(**said), parallel_state.get_context_parallel_group()
     rows, end_to_end = x.detach().bfloat16(), torch.tensor([0, 5], dtype=torch.int32)
     padded = rope_utils.apply_rotary_pos_emb(rows, frequencies, config, cp_group=group)
+    assert torch.equal(padded, rope_utils._apply_rotary_pos_emb_bshd(rows.float(), frequencies).bfloat16())
     torch.testing.assert_close(padded.float(), turned, rtol=0.02, atol=0.02)
     packed = rope_utils.apply_rotary_pos_emb(rows[:, 0], frequencies, config, end_to_end, cp_group=group)
     assert torch.equal(packed, padded[:, 0])

@@ -185,7 +185,8 @@ def patch_rng_tracker() -> None:
 
 
 def patch_rotary_embedding() -> None:
-    """mcore's fused rotary embedding is TransformerEngine's; the other, in torch operations, copies much.
+    """mcore's fused rotary embedding is TransformerEngine's; the other, in torch operations, copies much, and turns
+    bf16 by cosines that are rounded to it. This one turns it in float32, as TransformerEngine's does (fused_rope.cu).
 
     All layouts go by this one function (rope_utils.py:92). The one for packed sequences (rope_utils.py:178) puts angles
     together for it, in each layer anew, which is for nothing where each token has its own already (mcore/packing.py).
@@ -211,8 +212,8 @@ def patch_rotary_embedding() -> None:
         **of_latent: bool | None,  # latent attention, by a name that mcore has changed
     ) -> torch.Tensor:
         plain = not (rotary_interleaved or any(of_latent.values()))
-        if plain and t.shape[-1] == freqs.shape[-1] and t.dtype == freqs.dtype:
-            return rotary(t, freqs, mscale)
+        if plain and t.shape[-1] == freqs.shape[-1]:
+            return rotary(t, freqs, mscale) if t.dtype == freqs.dtype else rotary(t.float(), freqs, mscale).to(t.dtype)
         return original(t, freqs, rotary_interleaved, mscale=mscale, **of_latent)
 
     rope_utils._apply_rotary_pos_emb_bshd, rope_utils._apply_rotary_pos_emb_thd = apply, apply_packed
