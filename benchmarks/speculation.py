@@ -1,17 +1,21 @@
 """The in-process engine with and without speculation, where completions repeat themselves and where they don't.
 
-One random model each. The repetitive one says after a token, with a chance of 0.99, the next one of the token's cycle
-of 16; its prompts say such cycles, too. The other samples from a softmax that knows nothing of what was said.
-Completions have fixed lengths, and there are three times as many as rows. That the tokens are the same is checked.
+One random model each. A repetitive one says after a token, with a chance of 0.99, the next one of the token's cycle of
+16, a less repetitive one with 0.7; prompts say such cycles, too. The last samples from a softmax that knows nothing of
+what was said. Completions have fixed lengths, and there are three times as many as rows. Tokens have to be the same.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -20,7 +24,9 @@ from benchmarks.measure import Figure, in_turns, ratio
 from nemo_aapo.types import SamplingSpec
 from nemo_aapo.utils import tables
 
-CHANCE, CYCLE = 0.99, 16
+CYCLE = 16
+CHANCES = {"repetitive": 0.99, "less repetitive": 0.7, "random": None}
+"""Completions -> the chance of the next token of the cycle; None: that of any token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +54,8 @@ class Row:
     rows: int
     ratio_cpu: Figure
     """CPU seconds without speculation over those with it."""
+    own_share: float
+    """Of the time with speculation, what looking at tokens and guessing takes: the loss where nothing is fed."""
     accepted_fraction: float
     acceptance_rate: float
 
@@ -64,18 +72,18 @@ def compare(plan: Plan, folder: Path) -> list[Row]:
     from nemo_aapo.models.directory import read_model_dir
 
     lines = []
-    for size, repetitive in itertools.product(plan.hidden_sizes, (True, False)):
-        path = folder / f"speculation_{size}_{repetitive}"
+    for size, (completions, chance) in itertools.product(plan.hidden_sizes, CHANCES.items()):
+        path = folder / f"speculation_{size}_{chance}"
         generate.random_model(generate.Plan(layers=plan.layers), size, path)
-        if repetitive:
-            _say_cycles(path)
+        if chance is not None:
+            _say_cycles(path, chance)
         policy = MegatronPolicy(decide(generate.config_of(path), Machine.present()), read_model_dir(str(path)))
         for rows in plan.rows:
             budget = rows * (2 * CYCLE + plan.new_tokens)
             plain, fast = (
                 MegatronEngine(policy.module, generate.VOCABULARY, budget, speculation=on) for on in (False, True)
             )
-            lines.append(_compare(plan, f"d = {size}", "repetitive" if repetitive else "random", rows, plain, fast))
+            lines.append(_compare(plan, f"d = {size}", completions, rows, plain, fast))
     return lines
 
 
@@ -85,30 +93,52 @@ def _compare(plan: Plan, model: str, completions: str, rows: int, plain: Any, fa
     prompts = list((starts // CYCLE * CYCLE + (starts + np.arange(2 * CYCLE)) % CYCLE).astype(np.int32))
     seeds = np.arange(count).reshape(-1, generate.GROUP).tolist()
     spec = SamplingSpec(temperature=1.0, max_new_tokens=plan.new_tokens, stop_token_ids=())
-    tokens = [
-        [completion.token_ids.tolist() for row in engine.generate(prompts, spec, seeds) for completion in row]
-        for engine in (plain, fast)
-    ]
+    runs = {
+        name: functools.partial(engine.generate, prompts, spec, seeds)
+        for name, engine in (("plain", plain), ("fast", fast))
+    }
+    tokens = [[completion.token_ids.tolist() for row in run() for completion in row] for run in runs.values()]
     assert tokens[0] == tokens[1], "speculation changed a token"
-    timings = in_turns(
-        {
-            name: lambda e=engine: e.generate(prompts, spec, seeds)
-            for name, engine in (("plain", plain), ("fast", fast))
-        },
-        plan.repeats,
-    )
+    timings = in_turns(runs, plan.repeats)
     stats = fast.stats
     return Row(
         model=model,
         completions=completions,
         rows=rows,
         ratio_cpu=ratio(timings["plain"], timings["fast"], "cpu"),
+        own_share=_own_share(runs["fast"]),
         accepted_fraction=stats.accepted / stats.tokens,
         acceptance_rate=stats.accepted / stats.drafted if stats.drafted else float("nan"),
     )
 
 
-def _say_cycles(path: Path) -> None:
+def _own_share(run: Callable[[], object]) -> float:
+    """The part of a run's seconds that ``Speculation`` takes."""
+    from nemo_aapo.engines.megatron.speculation import Speculation
+
+    spent = 0.0
+
+    def timed(method: Callable) -> Callable:
+        @functools.wraps(method)
+        def call(*arguments: Any) -> Any:
+            nonlocal spent
+            began = time.perf_counter()
+            try:
+                return method(*arguments)
+            finally:
+                spent += time.perf_counter() - began
+
+        return call
+
+    with contextlib.ExitStack() as stack:
+        for name in ("__init__", "learn", "feed"):
+            stack.enter_context(mock.patch.object(Speculation, name, timed(getattr(Speculation, name))))
+        began = time.perf_counter()
+        run()
+        return spent / (time.perf_counter() - began)
+
+
+def _say_cycles(path: Path, chance: float) -> None:
     """Change a model's files so that each token's logits name its successor in the cycle."""
     import torch
     from safetensors.torch import load_file, save_file
@@ -118,7 +148,7 @@ def _say_cycles(path: Path) -> None:
     embedding = 50 * tensors["model.embed_tokens.weight"]  # so that layers change little of it
     vocabulary, size = embedding.shape
     # A norm gives the token's direction a length of sqrt(size), and all others a spread of 1 along it.
-    odds = np.log(vocabulary * CHANCE / (1 - CHANCE))
+    odds = np.log(vocabulary * chance / (1 - chance))
     strength = size**0.5 - (size - 2 * odds) ** 0.5
     token = torch.arange(vocabulary)
     head = torch.zeros_like(embedding)
@@ -130,13 +160,22 @@ def _say_cycles(path: Path) -> None:
 
 def report(rows: Sequence[Row]) -> str:
     """The table."""
-    header = ("model", "completions", "rows", "plain over speculation, CPU time", "tokens accepted", "of the drafts")
+    header = (
+        "model",
+        "completions",
+        "rows",
+        "plain over speculation, CPU time",
+        "own share",
+        "accepted",
+        "of the drafts",
+    )
     lines = [
         (
             row.model,
             row.completions,
             str(row.rows),
             row.ratio_cpu.text(2),
+            f"{row.own_share:.1%}",
             f"{row.accepted_fraction:.2f}",
             f"{row.acceptance_rate:.2f}",
         )

@@ -64,6 +64,18 @@ def rollout(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: [asdict(row) for row in rows] for name, rows in parts.items()}
 
 
+def products(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Products of decoding at 135M, by the weight's layout: two minutes; writes docs/results/notebook.md."""
+    from benchmarks import products
+    from benchmarks.page import write_section
+
+    rows = products.measure(products.QUICK if arguments.quick else products.Plan())
+    print(plain(*products.table(rows)), flush=True)
+    if not arguments.quick:
+        write_section(DOCS / "results" / "notebook.md", "products", markdown(*products.table(rows)))
+    return {"rows": [asdict(row) for row in rows]}
+
+
 def gpu(arguments: argparse.Namespace) -> dict[str, Any]:
     """One GPU: the learner's MFU by precision, decoding against the bandwidth floor, log-prob memory, parity."""
     import torch
@@ -283,7 +295,10 @@ def parity(arguments: argparse.Namespace) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="WHAT")
-    runs = (rollout, gpu, experts, rewards, refits, refit, guard, scaling, context, sharing, staleness, parity, peers)
+    runs = (
+        *(rollout, products, gpu, experts, rewards, refits, refit),
+        *(guard, scaling, context, sharing, staleness, parity, peers),
+    )
     for run in runs:
         command = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
         command.set_defaults(run=run)

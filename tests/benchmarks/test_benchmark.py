@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from benchmarks import products
 from benchmarks.measure import Figure, Timing, in_turns, ratio
 from benchmarks.page import write_section
 from benchmarks.scaling import Row, exponent, picture
@@ -20,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-def test_the_rollout_benchmark_prints_two_whole_tables(tmp_path):
+def test_the_rollout_benchmark_prints_whole_tables(tmp_path):
     command = [sys.executable, "-W", "ignore", "scripts/benchmark.py", "rollout", "--quick"]
     done = subprocess.run(
         [*command, "--json", str(tmp_path / "figures.json")],
@@ -63,6 +64,23 @@ def test_the_sharing_benchmark_compares_steps_on_the_same_groups():
     assert header.split()[0] == "prompt,"
     assert row.split()[:2] == ["16", "4"]
     assert row.split()[-1] == "0.60"  # of tokens: (16 / 2 + 4) / (16 + 4)
+
+
+def test_the_products_of_a_decoding_step_are_measured_in_every_layout():
+    rows = products.measure(products.QUICK)
+    assert [row.product for row in rows] == [
+        "query, key, value",
+        "attention's output",
+        "gate, up",
+        "down",
+        "output layer",
+    ]
+    for row in rows:
+        assert row.peak > 0
+        assert set(row.layouts) == set(products.LAYOUTS)
+        assert all(speed > 0 for speed in row.layouts.values())
+    header, cells = products.table(rows)
+    assert all(len(line) == len(header) for line in cells)
 
 
 @pytest.mark.slow

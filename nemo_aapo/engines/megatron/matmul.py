@@ -46,7 +46,6 @@ def packing_pays(weight: Tensor, rows: int, new_tokens: int) -> bool:
     return not weight.is_cuda and weight.dtype == torch.float32 and rows >= 4 and new_tokens >= 32
 
 
-@torch.no_grad()
 def pack_weight(weight: Tensor) -> Tensor:
     """The layout that products are fast with: a large weight [out, in] is copied into it, a small one stays.
 
@@ -56,9 +55,7 @@ def pack_weight(weight: Tensor) -> Tensor:
     """
     if weight.numel() < SMALL_WEIGHT:
         return weight
-    if packs_by_onednn():  # by the operators that torch's own compiler has for frozen weights
-        return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), USUAL_ROWS)
-    return _in_blocks(weight)
+    return for_onednn(weight) if packs_by_onednn() else in_blocks(weight)
 
 
 @functools.cache
@@ -67,7 +64,15 @@ def packs_by_onednn() -> bool:
     return processor_maker() == "AuthenticAMD" and torch.backends.mkldnn.is_available()
 
 
-def _in_blocks(weight: Tensor) -> Tensor:
+@torch.no_grad()
+def for_onednn(weight: Tensor) -> Tensor:
+    """A copy in oneDNN's layout, by the operators that torch's own compiler has for frozen weights."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), USUAL_ROWS)
+
+
+@torch.no_grad()
+def in_blocks(weight: Tensor) -> Tensor:
+    """[out, in] -> [blocks, in, width]; the weight itself if only narrow blocks would divide it."""
     rows, columns = weight.shape
     widths = [width for width in range(MAX_BLOCK_COLUMNS // 4, MAX_BLOCK_COLUMNS + 1, 16) if rows % width == 0]
     if not widths:
