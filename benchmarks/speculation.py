@@ -57,7 +57,8 @@ class Row:
     own_share: float
     """Of the time with speculation, what looking at tokens and guessing takes: the loss where nothing is fed."""
     accepted_fraction: float
-    acceptance_rate: float
+    acceptance_rate: float | None
+    """None: there were no drafts."""
 
 
 def compare(plan: Plan, folder: Path) -> list[Row]:
@@ -108,7 +109,7 @@ def _compare(plan: Plan, model: str, completions: str, rows: int, plain: Any, fa
         ratio_cpu=ratio(timings["plain"], timings["fast"], "cpu"),
         own_share=_own_share(runs["fast"]),
         accepted_fraction=stats.accepted / stats.tokens,
-        acceptance_rate=stats.accepted / stats.drafted if stats.drafted else float("nan"),
+        acceptance_rate=stats.accepted / stats.drafted if stats.drafted else None,
     )
 
 
@@ -177,7 +178,7 @@ def report(rows: Sequence[Row]) -> str:
             row.ratio_cpu.text(2),
             f"{row.own_share:.1%}",
             f"{row.accepted_fraction:.2f}",
-            f"{row.acceptance_rate:.2f}",
+            "no drafts" if row.acceptance_rate is None else f"{row.acceptance_rate:.2f}",
         )
         for row in rows
     ]

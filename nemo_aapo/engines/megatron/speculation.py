@@ -10,8 +10,8 @@ one, at any temperature: nothing is accepted that would not have been sampled, a
 Nothing is fed that is not expected to pay. Each guess has a level, which rises where the same tokens are followed by
 the same one again and falls where they are not; and whether a guess would have been right is seen for every token that
 is sampled, fed or not. So the chance of each draft is known before it is fed, and it is fed if the passes that it saves
-are worth more than it costs. Where no level's chance is good enough, this looks at the tokens every few steps only. It
-counts tokens and no time, and forgets all after the call: completions have the same bits each time.
+are worth more than it costs. While nothing is fed, this looks at the tokens every few steps only, so that looking costs
+little. It counts tokens and no time, and forgets all after the call: completions have the same bits each time.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ CONTEXT = 3
 MAX_ENTRIES = 1 << 20
 """Contexts that are remembered (4 MiB); beyond that they overwrite one another."""
 
-IDLE_STEPS = 8
-"""Steps between two looks at the tokens while drafts don't pay."""
+MAX_PAUSE = 16
+"""Steps between two looks at the tokens while nothing is fed, at most."""
 
 _LEVEL_BITS = 3
 _TOP = (1 << _LEVEL_BITS) - 1
@@ -143,7 +143,8 @@ class Speculation:
         self._guesses = np.zeros((_TOP + 1) * 2, np.int64)  # by level: wrong, right
         self._first = np.cumsum(completions) - completions
         self._seen = np.zeros(sum(completions), np.int64)  # tokens of each completion that were learned from
-        self._steps = 0
+        self._steps = self._next_look = 0
+        self._pause = 1  # steps from a look to the next one
         # [prompts, context]: what a completion's first tokens come after
         self._tails = np.zeros((len(prompts), self._context), np.int64)
         for tail, prompt in zip(self._tails, prompts, strict=True):
@@ -190,10 +191,17 @@ class Speculation:
             ending: int64 [n], rows that are about to be freed.
         """
         self._steps += 1
-        if self._pays() or self._steps < IDLE_STEPS or self._steps % IDLE_STEPS == 0:
+        if self._steps >= self._next_look:
             self._learn(np.arange(self._scheduler.running))
+            if not self._pays():
+                self._rest()
         elif len(ending):
             self._learn(ending)
+
+    def _rest(self) -> None:
+        """Nothing is fed after this look: the next one is in a while."""
+        self._pause = min(2 * self._pause, MAX_PAUSE)
+        self._next_look = self._steps + self._pause
 
     def _learn(self, rows: np.ndarray) -> None:
         scheduler = self._scheduler
@@ -240,13 +248,15 @@ class Speculation:
     def feed(self, decoding: int) -> Feed:
         """The tokens of the decoding rows, with those drafts behind them that are expected to pay."""
         scheduler = self._scheduler
-        if not decoding or not self._pays():
+        if not decoding or self._steps < self._next_look or not self._pays():
             return plain(scheduler, decoding)
         gains = self._gains(decoding)
         drafts, chances = self._drafts(gains)
         chosen = chances > 0.0
         if (chances * gains[:, None] - DRAFT_TOKENS)[chosen].sum() < DRAFTING_TOKENS:
+            self._rest()
             return plain(scheduler, decoding)
+        self._pause = 1
         self.drafted += int(chosen.sum())
         return Feed.of(scheduler, chosen.sum(1), drafts[chosen])
 

@@ -10,7 +10,7 @@ import pytest
 
 from nemo_aapo.engines.megatron import speculation
 from nemo_aapo.engines.megatron.scheduler import Scheduler
-from nemo_aapo.engines.megatron.speculation import MAX_DRAFTS, Feed, Speculation, plain
+from nemo_aapo.engines.megatron.speculation import MAX_DRAFTS, MAX_PAUSE, Feed, Speculation, plain
 from tests.engines.megatron.generation import GREEDY, SEEDS, SPEC, TIGHT, VOCAB_SIZE, build, flat, prompts
 from tests.engines.megatron.test_engine import STRINGS, text
 
@@ -42,7 +42,7 @@ def with_and_without(path, tp, pp, experts, specs):
             MegatronEngine(model, VOCAB_SIZE, TIGHT, decode=text, record_routes=experts, speculation=on)
             for on in (False, True)
         ]
-        with mock.patch.multiple(speculation, PASS_TOKENS=1e6, DRAFTING_TOKENS=0, MAX_LEAD=1000):
+        with mock.patch.multiple(speculation, PASS_TOKENS=1e6, DRAFTING_TOKENS=0, MAX_LEAD=1000, MAX_PAUSE=1):
             outs = [engine.generate(texts, spec, seeds) for engine in engines]
         answers.append((*outs, *(engine.stats for engine in engines)))
     return answers
@@ -138,6 +138,19 @@ def test_nothing_is_fed_where_guesses_are_wrong_or_the_batch_is_large():
 
     assert not sum(feed.drafts.sum() for feed in run(4, noise))
     assert not sum(feed.drafts.sum() for feed in run(64, lambda seed, position: position % 16, waves=2, limit=20))
+
+
+def test_while_nothing_is_fed_it_looks_at_the_tokens_every_few_steps_only():
+    """Half of the guesses are right: a draft may pay, but they are too few to pay for a pass that has drafts."""
+
+    def token(seed: int, position: int) -> int:
+        return position % 16 if hash((seed, position)) % 2 else 16 + hash((position, seed)) % 48
+
+    with mock.patch.object(Speculation, "_learn", autospec=True, side_effect=Speculation._learn) as looks:
+        passes = run(8, token, limit=400)
+    assert not sum(feed.drafts.sum() for feed in passes)
+    assert len(passes) == 400
+    assert 400 / MAX_PAUSE <= looks.call_count < 1.2 * 400 / MAX_PAUSE + 5
 
 
 def test_rows_that_lead_do_not_run_further_ahead_when_none_waits_for_their_place():
