@@ -1,4 +1,4 @@
-"""Products of decoding at 135 million parameters: how far each layout of a weight is from a large product's speed.
+"""Products of a decoding step: how far each layout of a weight is from a large product's speed.
 
 A product's weights are many enough that no cache holds them, as in a rollout, and are taken one after the other.
 """
@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import Figure, in_turns
-from benchmarks.peers.plan import SIZES
+from benchmarks.peers.plan import SIZES, Model
 from nemo_aapo.engines.megatron import matmul
 
-MODEL = SIZES["135M"]
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "as the learner keeps it": lambda weight: weight,
     "blocks": matmul.in_blocks,
@@ -28,6 +27,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 class Plan:
     """Sizes of the comparison."""
 
+    model: Model = SIZES["135M"]
     rows: tuple[int, ...] = (1, 4, 8, 16, 32, 64)
     threads: tuple[int, ...] = (1, 2)
     weight_bytes: int = 1 << 26
@@ -37,7 +37,7 @@ class Plan:
     repeats: int = 15
 
 
-QUICK = Plan(rows=(2,), threads=(1,), weight_bytes=1 << 20, peak_size=64, repeats=1)
+QUICK = Plan(Model("tiny", 32, 2, 64, 256), rows=(2,), threads=(1,), weight_bytes=1 << 16, peak_size=64, repeats=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +54,14 @@ class Row:
 
 def measure(plan: Plan) -> list[Row]:
     """Every product of a decoding step, in every layout, by turns."""
-    head = MODEL.hidden_size // MODEL.heads
-    shapes = {
-        "query, key, value": (MODEL.hidden_size, (MODEL.heads + 2 * MODEL.key_value_heads) * head),
-        "attention's output": (MODEL.heads * head, MODEL.hidden_size),
-        "gate, up": (MODEL.hidden_size, 2 * MODEL.intermediate_size),
-        "down": (MODEL.intermediate_size, MODEL.hidden_size),
-        "output layer": (MODEL.hidden_size, MODEL.vocabulary),
+    model = plan.model
+    head = model.hidden_size // model.heads
+    shapes = {  # inputs, outputs
+        "query, key, value": (model.hidden_size, (model.heads + 2 * model.key_value_heads) * head),
+        "attention's output": (model.heads * head, model.hidden_size),
+        "gate, up": (model.hidden_size, 2 * model.intermediate_size),
+        "down": (model.intermediate_size, model.hidden_size),
+        "output layer": (model.hidden_size, model.vocabulary),
     }
     rows = []
     for threads in plan.threads:
