@@ -8,11 +8,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Figure, in_turns
+from benchmarks.measure import in_turns
 from benchmarks.peers.plan import SIZES, Model
 from nemo_aapo.engines.megatron import matmul
 
@@ -83,7 +84,7 @@ def _product(plan: Plan, threads: int, product: str, inputs: int, outputs: int) 
         x = torch.randn(rows, inputs, generator=generator)
         runs = {name: functools.partial(_all, x, each) for name, each in laid_out.items()}
         timings = in_turns({**runs, "peak": lambda: large @ large}, plan.repeats)
-        seconds = {name: Figure.of([timing.wall for timing in of_one]).median for name, of_one in timings.items()}
+        seconds = {name: median(timing.wall for timing in of_one) for name, of_one in timings.items()}
         speeds = {name: 2e-9 * rows * inputs * outputs * count / seconds[name] for name in runs}
         found.append(Row(threads, product, rows, speeds, 2e-9 * plan.peak_size**3 / seconds["peak"]))
     return found

@@ -65,7 +65,7 @@ def rollout(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def products(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Products of decoding at 135M, by the weight's layout: two minutes; writes docs/results/notebook.md."""
+    """Products of decoding at 135M, by the weight's layout: a minute; writes docs/results/notebook.md."""
     from benchmarks import products
     from benchmarks.page import write_section
 

@@ -13,6 +13,7 @@ This module imports no torch, so that settings can be checked before anything he
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -29,7 +30,7 @@ Loss = tuple["torch.Tensor", dict[str, "torch.Tensor"]]
 means per token over the whole batch (keys that start with ``min/``: minima)."""
 
 
-class Algorithm:
+class Algorithm(ABC):
     """Base of all algorithms. Subclasses are frozen dataclasses: their fields are their settings.
 
     Example::
@@ -75,13 +76,13 @@ class Algorithm:
         """True if a completion whose advantage is zero can have a gradient; others are left out of the passes."""
         return self.needs_reference_logprobs or self.needs_entropy_gradient
 
+    @abstractmethod
     def advantages(self, groups: ScoredGroups) -> np.ndarray:
         """float64 [N, G], the advantage of each completion; what stands where a reward is NaN is not looked at."""
-        raise NotImplementedError
 
+    @abstractmethod
     def token_loss(self, tokens: Tokens) -> Loss:
         """The loss of these tokens as a sum of ``tokens.weights`` times something, and sums for metrics."""
-        raise NotImplementedError
 
     def metrics(self, groups: ScoredGroups, advantages: np.ndarray) -> dict[str, float]:
         """Numbers of a step that are logged as they are, from all ranks' groups and their advantages [N, G]."""

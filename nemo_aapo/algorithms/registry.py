@@ -111,7 +111,6 @@ def _own_class(path: str) -> type[Algorithm]:
             f"{where}: {name} must be a frozen dataclass that inherits from nemo_aapo.Algorithm, as in "
             "@dataclass(frozen=True) class MyClass(Algorithm)"
         )
-    missing = [hook for hook in ("advantages", "token_loss") if getattr(kind, hook) is getattr(Algorithm, hook)]
-    if missing:
+    if missing := sorted(kind.__abstractmethods__):
         raise ConfigError(f"{where}: {name} has no {' and no '.join(missing)}: an algorithm has both hooks")
     return kind

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -16,23 +12,14 @@ from benchmarks.measure import Figure, Timing, in_turns, ratio
 from benchmarks.page import write_section
 from benchmarks.scaling import Row, exponent, picture
 from nemo_aapo.utils.tables import plain
+from tests.benchmarks.quick import quick
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
 def test_the_rollout_benchmark_prints_whole_tables(tmp_path):
-    command = [sys.executable, "-W", "ignore", "scripts/benchmark.py", "rollout", "--quick"]
-    done = subprocess.run(
-        [*command, "--json", str(tmp_path / "figures.json")],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    figures = json.loads((tmp_path / "figures.json").read_text())
+    printed, figures = quick("rollout", tmp_path)
     combinations = [(row["prompts"], row["lengths"]) for row in figures["generate"]]
     assert combinations == [(p, n) for p in ("groups of 8", "each its own") for n in ("fixed", "variable")]
     for row in figures["generate"]:
@@ -42,25 +29,17 @@ def test_the_rollout_benchmark_prints_whole_tables(tmp_path):
     assert figures["steps"][0]["ratio"]["median"] == 1.0
     for row in (*figures["generate"], *figures["steps"]):
         name = row.get("model") or row["algorithm"]
-        assert any(line.startswith(name) for line in done.stdout.splitlines()), done.stdout
-    for block in done.stdout.strip().split("\n\n"):
+        assert any(line.startswith(name) for line in printed.splitlines()), printed
+    for block in printed.strip().split("\n\n"):
         _, header, rule, *rows = block.splitlines()
         assert set(rule) == {"-", " "}
         assert len({len(line) for line in (header, rule, *rows)}) == 1, block
 
 
 @pytest.mark.slow
-def test_the_sharing_benchmark_compares_steps_on_the_same_groups():
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "scripts/benchmark.py", "sharing", "--quick"],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    header, _, row = done.stdout.splitlines()
+def test_the_sharing_benchmark_compares_steps_on_the_same_groups(tmp_path):
+    printed, _ = quick("sharing", tmp_path)
+    header, _, row = printed.splitlines()
     assert header.split()[0] == "prompt,"
     assert row.split()[:2] == ["16", "4"]
     assert row.split()[-1] == "0.60"  # of tokens: (16 / 2 + 4) / (16 + 4)
@@ -85,21 +64,12 @@ def test_the_products_of_a_decoding_step_are_measured_in_every_layout():
 
 @pytest.mark.slow
 def test_the_rewards_benchmark_prints_speeds_and_what_hostile_completions_cost(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "scripts/benchmark.py", "rewards", "--quick", "--json", tmp_path / "f.json"],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    figures = json.loads((tmp_path / "f.json").read_text())
+    printed, figures = quick("rewards", tmp_path)
     assert [row["reward"] for row in figures["speeds"]] == ["accuracy", "integer"]
     assert all(row["items_per_cpu_second"]["median"] > 0 for row in figures["speeds"])
     assert [row["other_score"] for row in figures["hostile"]] == [1.0] * 6
     for name in ("accuracy", "9^{9^{9^{9}}}", "10 MB of open boxes"):
-        assert any(line.startswith(name) for line in done.stdout.splitlines()), done.stdout
+        assert any(line.startswith(name) for line in printed.splitlines()), printed
 
 
 def test_contestants_take_turns_after_a_warm_up():
@@ -133,16 +103,7 @@ def test_a_section_of_a_page_is_replaced_between_its_markers_and_nothing_else(tm
 @pytest.mark.slow
 def test_the_scaling_benchmark_says_how_costs_grow_what_ranks_say_to_each_other_and_what_a_start_costs(tmp_path):
     page = (ROOT / "docs" / "results" / "benchmarks.md").read_text()
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "scripts/benchmark.py", "scaling", "--quick", "--json", tmp_path / "f.json"],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    figures = json.loads((tmp_path / "f.json").read_text())
+    _, figures = quick("scaling", tmp_path)
     assert [(row["factor"], row["tokens"]) for row in figures["growth"]] == [(1, 512), (2, 1024), (1, 512), (2, 512)]
     assert all(0 < row["rollout_share"] < 1 and row["cost"]["low"] > 0 for row in figures["growth"])
     alone, tp = figures["layouts"]

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.fp8 import E4M3_MAX, RECIPES, Fp8Products, quantize
+from tests.benchmarks.quick import quick
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "docs" / "results" / name for name in ("gpu.md", "notebook.md")]
@@ -97,17 +94,8 @@ def test_fp8_moves_the_learner_away_and_an_engine_in_the_same_fp8_follows_block_
 @pytest.mark.slow
 def test_the_command_prints_both_tables_and_leaves_the_pages_alone_if_it_is_to_be_quick(tmp_path):
     before = [page.read_text() for page in PAGES]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "scripts/benchmark.py", "parity", "--quick", "--json", tmp_path / "f.json"],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    figures = json.loads((tmp_path / "f.json").read_text())
-    of_fp8, of_lora = done.stdout.strip().split("\n\n")
+    printed, figures = quick("parity", tmp_path)
+    of_fp8, of_lora = printed.strip().split("\n\n")
     assert len(of_fp8.splitlines()) - 2 == len(figures["fp8"]) == 5
     assert len(of_lora.splitlines()) - 2 == len(figures["lora"]) == 1
     assert f"{figures['lora'][0]['merged']['mult_prob_error']:.5f}" in of_lora

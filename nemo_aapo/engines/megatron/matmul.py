@@ -67,7 +67,7 @@ def packs_by_onednn() -> bool:
 @torch.no_grad()
 def for_onednn(weight: Tensor) -> Tensor:
     """A copy in oneDNN's layout, by the operators that torch's own compiler has for frozen weights."""
-    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), USUAL_ROWS)
+    return torch.ops.mkldnn._reorder_linear_weight(weight, USUAL_ROWS)
 
 
 @torch.no_grad()
