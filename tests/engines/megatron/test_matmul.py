@@ -14,6 +14,7 @@ from nemo_aapo.engines.megatron.matmul import (
     linear,
     pack_weight,
 )
+from nemo_aapo.utils import machine
 
 pytestmark = pytest.mark.exact
 
@@ -56,6 +57,21 @@ def test_a_weight_multiplies_the_same_however_it_is_packed(outputs, inputs, bloc
         total = y.clone()
         assert add_linear_(total, x, own) is total
         torch.testing.assert_close(total.double(), expected + y, **close)
+
+
+@pytest.mark.parametrize(("facts", "maker"), [("vendor_id\t: AuthenticAMD\n", "AuthenticAMD"), ("", None)])
+def test_the_processors_maker_decides_who_multiplies_packed_weights(facts, maker, tmp_path, monkeypatch):
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{facts}model name\t: EPYC\n")
+    monkeypatch.setattr(machine, "_CPU_FACTS", tmp_path / "cpuinfo")
+    for cached in (machine.processor_maker, matmul.packs_by_onednn):
+        cached.cache_clear()
+    try:
+        assert machine.processor_maker() == maker
+        assert matmul.packs_by_onednn() == (maker is not None)
+        assert (maker or "AVX") in machine.instruction_set() or torch.cuda.is_available()
+    finally:
+        for cached in (machine.processor_maker, matmul.packs_by_onednn):
+            cached.cache_clear()
 
 
 def test_an_adapter_beside_its_weight_is_the_merged_weight_and_keeps_an_update_that_bf16_would_swallow():
