@@ -12,6 +12,7 @@ from nemo_aapo.doctor.guard import run_guarded
 from nemo_aapo.engines.trtllm import contract
 from nemo_aapo.mcore.kernels import Libraries, fused_kernels
 from tests.doctor.contexts import check, context, distribution, program
+from tests.engines.trtllm.package_text import FILES, write_package
 
 B200 = Gpu("NVIDIA B200", (10, 0), 180 * 2**30)
 H100 = Gpu("NVIDIA H100", (9, 0), 80 * 2**30)
@@ -113,15 +114,10 @@ def test_transformer_engine_is_missed_where_the_precision_needs_it(config):
 
 
 def test_tensorrt_llm_is_held_against_its_contract(config, tmp_path, monkeypatch):
-    from tests.engines.trtllm.test_check import FILES
-
     hosted = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, engine="trtllm"))
     assert gpu.tensorrt_llm(context(config)).level == "ok"
     assert gpu.tensorrt_llm(context(hosted)).level == "failure"
-    for name, text in FILES.items():
-        path = tmp_path / "tensorrt_llm" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+    write_package(tmp_path, FILES)
     monkeypatch.syspath_prepend(tmp_path)
     assert (
         gpu.tensorrt_llm(context(hosted)).text

@@ -90,7 +90,7 @@ RULES: tuple[tuple[str, Run | Elsewhere | NotRun], ...] = (
     (r"nohup python scripts/serve\.py", Elsewhere("tests/engines/remote/test_server_start.py", "nohup")),
     (
         r"serve\.py .*tensor_parallel_size=2",
-        Elsewhere("tests/engines/remote/test_server_ranks.py", "tensor_parallel_size"),
+        Elsewhere("tests/engines/servers/test_server_ranks.py", "tensor_parallel_size"),
     ),
     (
         r"serve\.py .*server\.engine=trtllm",

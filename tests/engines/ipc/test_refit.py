@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from nemo_aapo.config.compose import load_config
-from tests.engines.remote.test_rollout_servers import Engines, _on_layout
+from tests.engines.servers.hosted import Engines, on_layout
 from tests.servers import ROOT, Servers, wait_until_ready
 from tests.training_runs import make_input, settings
 
@@ -101,8 +101,8 @@ def test_servers_under_any_layout_have_each_version_from_memory_and_no_file_is_w
 def test_adapters_arrive_merged_from_tensor_parallel_ranks_as_they_do_by_files(ranks, words, servers):
     lora = "model.lora={rank: 4, alpha: 8, target_modules: [linear_qkv, linear_fc2]}"
     words = [*words, lora, "model.tensor_model_parallel_size=2", "trainer.devices=2"]
-    one, other = ranks.run(_on_layout, words, world=2, tp=2)
-    by_files, _ = ranks.run(_on_layout, [*words, "rollout.refit=files"], world=2, tp=2)
+    one, other = ranks.run(on_layout, words, world=2, tp=2)
+    by_files, _ = ranks.run(on_layout, [*words, "rollout.refit=files"], world=2, tp=2)
     assert one == other
     assert (one[0], one[2]) == (by_files[0], by_files[2])  # not in which order two servers have ended
 

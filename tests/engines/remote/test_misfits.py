@@ -12,7 +12,7 @@ from nemo_aapo.engines.remote import wire
 from nemo_aapo.engines.remote.directory import Claim, ServerRecord, open_directory, open_token, publish
 from nemo_aapo.engines.remote.dispatch import Fleet
 from nemo_aapo.errors import ConfigError, RunError
-from tests.engines.remote.test_dispatch import WEIGHTS, ScriptedServer
+from tests.engines.remote.scripted_server import WEIGHTS, ScriptedServer
 from tests.engines.remote.test_service import Server
 
 

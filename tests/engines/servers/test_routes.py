@@ -10,7 +10,7 @@ import pytest
 
 from nemo_aapo.config.compose import load_config
 from nemo_aapo.errors import RunError
-from tests.engines.remote.test_rollout_servers import PROMPTS, SEEDS, SPEC, Engines
+from tests.engines.servers.hosted import PROMPTS, SEEDS, SPEC, Engines
 from tests.servers import Servers
 from tests.training_runs import make_input, settings
 

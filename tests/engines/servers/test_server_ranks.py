@@ -11,7 +11,7 @@ import pytest
 
 from nemo_aapo.config.compose import load_config
 from nemo_aapo.engines.remote import wire
-from tests.engines.remote.test_rollout_servers import LONG, PROMPTS, SPEC, Engines
+from tests.engines.servers.hosted import LONG, PROMPTS, SPEC, Engines
 from tests.servers import Servers, ask, wait_until_ready
 from tests.training_runs import make_input, settings
 
