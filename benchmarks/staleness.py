@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.paced import Pace, engine_of, lengths_of, planned, step_seconds
+from benchmarks.paced import Pace, engine_of, lengths_of, planned
+from benchmarks.paced_run import step_seconds
 from nemo_aapo.planning.simulation.in_flight import in_flight
 from nemo_aapo.planning.simulation.schedule import Outcome, schedule
 

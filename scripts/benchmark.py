@@ -145,7 +145,7 @@ def refit(arguments: argparse.Namespace) -> dict[str, Any]:
 def staleness(arguments: argparse.Namespace) -> dict[str, Any]:
     """A step's time by rollout.async_depth on servers that wait for each token; writes docs/results/benchmarks.md."""
     from benchmarks import staleness
-    from benchmarks.paced import alone
+    from benchmarks.paced_run import alone
     from benchmarks.page import write_section
 
     plan = staleness.QUICK if arguments.quick else staleness.Plan()
