@@ -53,8 +53,8 @@ def measure(plan: Plan, folder: Path) -> list[Row]:
         place = folder / f"heads_{heads}"
         if not place.exists():
             place.mkdir(parents=True)
-            shape = {"hidden_size": plan.hidden_size, "layers": plan.layers, "key_value_heads": heads}
-            make_input(Workload(**shape, positions=plan.tokens), place)
+            workload = Workload(plan.hidden_size, plan.layers, key_value_heads=heads, positions=plan.tokens)
+            make_input(workload, place)
         found = ranks.run(step, place, heads, size, plan.tokens, world=size, cp=size)
         rows.append(max(found, key=lambda row: row.step_bytes))
     return rows
@@ -112,7 +112,7 @@ def table(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Header and cells. A row is compared with the sequence as a whole on one rank."""
     header = ("attention", "ranks", "tokens of a rank", "tensors of a step, MiB", "process, MiB more", "to one rank")
     whole = {row.key_value_heads: row for row in rows if row.context_parallel_size == 1}
-    cells = []
+    cells: list[tuple[str, ...]] = []
     for row in rows:
         exchanged = row.key_value_heads % row.context_parallel_size == 0
         how = "whole" if row.context_parallel_size == 1 else "heads exchanged" if exchanged else "keys, values gathered"

@@ -72,9 +72,11 @@ def compare(plan: Plan, folder: Path) -> list[Row]:
             },
             plan.repeats,
         )
-        figures = (ratio(timings[name], timings["dense"], "cpu") for name in (*forward, "products"))
+        grouped, one_by_one, products = (
+            ratio(timings[name], timings["dense"], "cpu") for name in ("grouped", "one by one", "products")
+        )
         median = Figure.of([timing.cpu for timing in timings["dense"]]).median
-        rows.append(Row(tokens, *figures, median * 1e3))
+        rows.append(Row(tokens, grouped, one_by_one, products, median * 1e3))
     return rows
 
 
@@ -138,8 +140,8 @@ def _dense(plan: Plan) -> Callable[[Any], Any]:
 
     units, group = plan.per_token * plan.units, parallel.groups().tensor
     layer = torch.nn.Module()
-    layer.up = torch.nn.Parameter(torch.randn(2 * units, plan.hidden) * 0.02)
-    layer.down = torch.nn.Parameter(torch.randn(plan.hidden, units) * 0.02)
+    up = layer.up = torch.nn.Parameter(torch.randn(2 * units, plan.hidden) * 0.02)
+    down = layer.down = torch.nn.Parameter(torch.randn(plan.hidden, units) * 0.02)
     _give_buffers(layer)
 
     def linear(x: torch.Tensor, weight: torch.nn.Parameter) -> torch.Tensor:
@@ -148,7 +150,7 @@ def _dense(plan: Plan) -> Callable[[Any], Any]:
             tp_group=group,
         )  # fmt: skip
 
-    return lambda x: linear(swiglu(linear(x, layer.up)), layer.down)
+    return lambda x: linear(swiglu(linear(x, up)), down)
 
 
 def _give_buffers(layer: Any) -> None:

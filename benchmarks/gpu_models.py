@@ -130,7 +130,7 @@ def random_batch(policy: Any, tokens: int, sequence: int, micro_batches: int, *,
         for _ in range(tokens // sequence)
     ]
     weight = 1.0 / (len(samples) * half * micro_batches)
-    multiple, device = pad_multiple(policy.config), torch.cuda.current_device()
+    multiple, device = pad_multiple(policy.config), torch.device("cuda", torch.cuda.current_device())
     return collate(
         PrefixGroup.separate(samples), [weight] * len(samples), multiple=multiple, device=device, packed=True
     )

@@ -183,7 +183,8 @@ async def _start(pace: Pace, directory: Path, token: str, index: int) -> tuple[A
     from nemo_aapo.engines.remote.service import Service
     from nemo_aapo.engines.remote.worker import EngineWorker
 
-    engine, reader = PacedEngine(pace), VersionReader(directory, directory / f"copy_{index}")
+    engine: Any = PacedEngine(pace)
+    reader = VersionReader(directory, directory / f"copy_{index}")
     worker = EngineWorker(
         lambda: HostedEngine(engine, engine.load, frozenset({"w"}), can_break_off=True),
         base,

@@ -179,9 +179,9 @@ def lora(plan: Plan, folder: Path) -> list[LoraRow]:
             _joined(each.module.get_parameter(f"{name}.weight") for name in updates) for each in (base, server)
         )
         once = (before + update).bfloat16().double()
-        kept = [float((weight - before) @ update / (update @ update)) for weight in (after, once)]
+        kept, kept_in_fp32 = (float((weight - before) @ update / (update @ update)) for weight in (after, once))
         effect = float(np.abs(_logprobs(learner, apart) - _logprobs(without, apart)).mean())
-        rows.append(LoraRow(std, *kept, effect, _compare(learner, apart), _compare(learner, merged)))
+        rows.append(LoraRow(std, kept, kept_in_fp32, effect, _compare(learner, apart), _compare(learner, merged)))
     return rows
 
 

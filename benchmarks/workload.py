@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,14 @@ class MeanToken(Reward):
 class Silent:
     """A reporter of the trainer that reports nothing."""
 
+    def begin(self, step: int) -> None: ...
+    def phase(self, name: str, done: int, total: int) -> None: ...
     def log_step(self, step: int, metrics: dict[str, float]) -> None: ...
+    def log_validation(self, step: int, metrics: dict[str, float], samples: Sequence[dict[str, Any]]) -> None: ...
+    def save_rollouts(self, name: str, samples: Sequence[dict[str, Any]]) -> None: ...
     def note(self, text: str) -> None: ...
+    def stop_requested(self) -> bool:
+        return False
 
 
 def make_input(workload: Workload, folder: Path) -> None:
@@ -120,7 +127,7 @@ def make_trainer(
     )
     rewards = RewardRunner([(MeanToken(), 1.0)], workers=0, timeout_s=10.0)
     job = resolve(config, world, given=("rewards",))
-    trainer = build_training(job, reporter=Silent(), stack=stack, rewards=rewards)
+    trainer: Any = build_training(job, reporter=Silent(), stack=stack, rewards=rewards)
     trainer.rollouts.sampling = dataclasses.replace(trainer.rollouts.sampling, stop_token_ids=())
     trainer.rollouts.fill_reference(0, lambda done, total: None, lambda: False)
     return trainer

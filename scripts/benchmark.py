@@ -60,7 +60,7 @@ def rollout(arguments: argparse.Namespace) -> dict[str, Any]:
         algorithms = steps.compare(steps.QUICK if arguments.quick else steps.Plan(), folder / "steps")
         print("Milliseconds of a training step, median (lowest to highest)")
         print(steps.report(algorithms), flush=True)
-    parts = {"generate": engine, "speculation": guessed, "steps": algorithms}
+    parts: dict[str, Any] = {"generate": engine, "speculation": guessed, "steps": algorithms}
     return {name: [asdict(row) for row in rows] for name, rows in parts.items()}
 
 

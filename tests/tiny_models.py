@@ -183,7 +183,8 @@ def make_config(
         **{key.replace("__", "."): value for key, value in changes.items()},
     }.items():
         OmegaConf.update(tree, key, value, force_add=True)
-    return parse(OmegaConf.to_container(tree, resolve=True))
+    settings: Any = OmegaConf.to_container(tree, resolve=True)
+    return parse(settings)
 
 
 @functools.cache
@@ -191,6 +192,6 @@ def _page() -> Any:
     """The main page, read once: there are hundreds of configurations to make."""
     from omegaconf import OmegaConf
 
-    tree = OmegaConf.load(Path(__file__).parents[1] / "conf" / "train_aapo.yaml")
+    tree: Any = OmegaConf.load(Path(__file__).parents[1] / "conf" / "train_aapo.yaml")
     tree.pop("defaults")
     return tree

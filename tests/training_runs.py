@@ -41,7 +41,7 @@ class Parity:
         self.run_dir, self.stop_in_step, self.calls = run_dir, stop_in_step, 0
 
     def __call__(self, prompt, text, completion):
-        if self.stop_in_step is not None and validated(self.run_dir) == self.stop_in_step - 1:
+        if self.run_dir and self.stop_in_step and validated(self.run_dir) == self.stop_in_step - 1:
             self.calls += 1
             if self.calls == 5:
                 os.kill(os.getpid(), signal.SIGTERM)

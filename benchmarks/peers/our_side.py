@@ -14,6 +14,7 @@ import numpy as np
 
 from benchmarks.peers import plan as settings
 from benchmarks.peers.orders import Orders, peak_bytes
+from benchmarks.workload import Silent
 from nemo_aapo.algorithms import ScoredGroups
 from nemo_aapo.errors import RunError
 from nemo_aapo.rewards.base import Reward
@@ -29,15 +30,13 @@ class CoinToss(Reward):
         return settings.reward(completion.token_ids)
 
 
-class LastStep:
+class LastStep(Silent):
     """The trainer's reporter: keeps the metrics of the last step."""
 
     metrics: dict[str, float]
 
     def log_step(self, step: int, metrics: dict[str, float]) -> None:
         self.metrics = metrics
-
-    def note(self, text: str) -> None: ...
 
 
 def overrides(spec: dict[str, Any]) -> list[str]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 from benchmarks.measure import Figure
 from benchmarks.peers.compare import Cell, Found
-from benchmarks.peers.orders import Step
 from benchmarks.peers.plan import LABELS, MEMORY_TARGET, Comparison
 from nemo_aapo.utils.tables import markdown
 
@@ -52,10 +53,12 @@ def ratios(found: Found) -> list[Ratio]:
 
 def _over_arms(found: Found) -> list[Cell]:
     """The cells with all steps of a contestant in one, whatever the comparison."""
-    steps: dict[tuple, list[Step]] = {}
+    whole: dict[tuple[Any, ...], Cell] = {}
     for c in found.cells:
-        steps.setdefault((c.model, c.lengths, c.threads, "", c.contestant), []).extend(c.steps)
-    return [Cell(*key, tuple(done)) for key, done in steps.items()]
+        key = (c.model, c.lengths, c.threads, c.contestant)
+        before = whole[key].steps if key in whole else ()
+        whole[key] = dataclasses.replace(c, arm="", steps=(*before, *c.steps))
+    return list(whole.values())
 
 
 def _median(cell: Cell, clock: str) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import signal
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def main() -> int:
     parser.add_argument("parts", nargs="*", metavar="PART", help="model data aapo gpg grpo resume report; publish")
     given = parser.parse_args()
     here = Demonstration(given.out.absolute(), partial(print, flush=True))
-    parts = {
+    parts: dict[str, Callable[[], object]] = {
         "model": here.model,
         "data": here.data,
         **{name: partial(here.train, name) for name in ALGORITHMS},

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -94,7 +95,9 @@ def _curves_table(arms: Arms) -> str:
     for (task, arm), curves in arms.items():
         peers = [found for (name, other), found in arms.items() if name == task and other in ALGORITHMS]
         budgets = {axis: common_budget([*peers, curves], axis) for axis in AXES}
-        means = [[curve.mean_until(axis, budget) for curve in curves] for axis, budget in budgets.items()]
+        means: list[list[Any]] = [
+            [curve.mean_until(axis, budget) for curve in curves] for axis, budget in budgets.items()
+        ]
         ends = [[curve.at(axis, budgets[axis]) for curve in curves] for axis in ("steps", "completions")]
         rows.append([TASKS[task].title, arm, *(Interval.of(values).text() for values in (*means, *ends))])
     header = [*(f"mean, equal {axis}" for axis in AXES), "end, equal steps", "end, equal completions"]
