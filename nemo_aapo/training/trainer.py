@@ -65,7 +65,7 @@ class AAPOTrainer:
         """Training steps done."""
         self.schedule = SaveSchedule(config.checkpoint, elapsed=seconds_since_start())
         self._saved = 0  # the step of the newest checkpoint
-        self._latest: dict[str, float] = {}  # metrics of the last step and the last validation
+        self._latest: dict[str, float] = {}  # metrics of the last step, and of its validation if it has one
         self._left_out: dict[str, float] = {}  # metrics of what the step does not train on
         self._doing = "the start"
 
@@ -90,9 +90,8 @@ class AAPOTrainer:
             contextlib.closing(self.tracer),
         ):
             try:
-                self._run_steps(stopping=self._begin())
-            except Interrupted:  # a stop came while something was waited for: nothing of the next step was taken up
-                pass
+                with contextlib.suppress(Interrupted):  # by a stop: nothing of the next step was taken up
+                    self._run_steps(stopping=self._begin())
             except RewardError:  # no fault of the policy, whose steps are worth keeping until the reward is mended
                 self._save_rest()
                 raise
@@ -214,7 +213,7 @@ class AAPOTrainer:
             **self.throughput.metrics(numbers, seconds),
             **{f"time/{name}": value for name, value in seconds.items()},
         }
-        self._latest |= metrics
+        self._latest = metrics
         with spans.phase("log"):
             self.reporter.log_step(self.step, metrics)
             self.kept.write(self.step, [group for _, part in everyone for group in part])
@@ -294,7 +293,7 @@ class AAPOTrainer:
         )
         if failed:
             self._wait_for_checkpoint()
-        return stopping, stopping or due or self._due(self.config.checkpoint.save_interval)
+        return stopping, stopping or due or any(map(self._due, self.schedule.intervals(self.config.trainer)))
 
     def _save(self) -> None:
         with self._phase(f"step {self.step + 1}, rollout", "rollouts under way"):

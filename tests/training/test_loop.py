@@ -102,6 +102,35 @@ def test_a_checkpoint_keeps_what_the_next_step_depends_on(config):
     assert not [name for name in state["metrics"] if name.startswith("time/") or name == "kl"]  # times, and NaN
 
 
+ACCURACY = {0: 0.1, 2: 0.9, 4: 0.2, 5: 0.3}
+
+
+@pytest.mark.parametrize(
+    ("best", "interval", "saved"),
+    [
+        (None, 1, [1, 2, 3, 4, 5]),
+        ("validation/accuracy_greedy", 1, [1, 2, 3, 4, 5]),
+        ("validation/accuracy_greedy", 3, [2, 3, 4, 5]),
+        ("validation/accuracy_greedy", 50, [2, 4, 5]),
+        ("reward/mean", 50, [5]),
+    ],
+)
+def test_a_checkpoint_has_the_accuracy_of_its_own_weights_or_none_and_the_best_one_is_saved(
+    config, best, interval, saved
+):
+    trainer = make(
+        dataclasses.replace(
+            config, checkpoint=dataclasses.replace(config.checkpoint, keep_best=best, save_interval=interval)
+        )
+    )
+    trainer.validator.run = lambda: ({"validation/accuracy_greedy": ACCURACY[trainer.policy.version]}, [])
+    assert trainer.fit()
+    states = trainer.checkpoints.disk
+    assert {step: state["metrics"].get("validation/accuracy_greedy") for step, state in states.items()} == {
+        step: ACCURACY.get(step) for step in saved
+    }
+
+
 # ---------------------------------------------------------------- stopped and resumed
 
 STOPS = {  # where the signal comes: the steps that are done then
