@@ -21,7 +21,6 @@ from nemo_aapo.errors import RunError, first_line, one_line
 from nemo_aapo.run.directory import changes_since_the_start_before, claim
 from nemo_aapo.run.metrics_file import MetricsFile
 from nemo_aapo.run.names import PHASE, ROLLOUTS, TRACES, step_of
-from nemo_aapo.run.stop import STOP_FILE
 from nemo_aapo.types import Group
 from nemo_aapo.utils.files import FINISHED, to_json, write_atomic
 from nemo_aapo.utils.libraries import import_nemo, importing
@@ -56,7 +55,6 @@ class Experiment:
         self.warnings = changes_since_the_start_before(self.directory)
         """What a resumed run is told about this machine and its algorithm."""
         self.save_phase(None)
-        (self.directory / STOP_FILE).unlink(missing_ok=True)  # it asked an earlier part of the run to stop
         self._metrics = MetricsFile(self.directory / "metrics.jsonl")
         self.loggers = nemo_loggers(config, run_id)
         """lightning's."""
