@@ -121,7 +121,8 @@ class AAPOTrainer:
         version = self.policy.version
         self._check_parity(groups, version)
         groups = self._with_advantages(groups)
-        kept = self._choose_kept(groups)
+        with self._phase(f"step {self.step + 1}, kept rollouts"):
+            kept = self.kept.choose(self.step, groups)  # by the policy as it stands before the update
         began = time.perf_counter()
         metrics = self._update(groups)
         updated = time.perf_counter()
@@ -155,11 +156,6 @@ class AAPOTrainer:
         with spans.phase("advantages"):
             taken, self._left_out = final_advantages(self.objective, self.config, self.step, groups)
         return taken
-
-    def _choose_kept(self, groups: list[Group]) -> list[KeptGroup]:
-        """This rank's part of the groups that people will see, as the policy stands before the update."""
-        with self._phase(f"step {self.step + 1}, kept rollouts"):
-            return self.kept.choose(self.step, groups)
 
     def _update(self, groups: list[Group]) -> dict[str, float]:
         """The learner's optimizer steps; a batch that leads to numbers that are not finite is kept for people."""
@@ -242,7 +238,7 @@ class AAPOTrainer:
             if (checkpoint := self.checkpoints.resumed_from) is not None:
                 self.rollouts.load_pending(checkpoint, self.step)
         self.rollouts.recover()
-        self.reporter.begin(-1 if state is None else self.step)
+        self.reporter.begin(-1 if state is None else self.step, validated=BROKEN_OFF not in self._latest)
         self._refit()  # a new engine has the base model's weights
         return state is not None
 
