@@ -297,6 +297,7 @@ class AAPOTrainer:
         with self._phase(f"the checkpoint of step {self.step}"):
             self.reporter.note(f"saving a checkpoint at step {self.step}")
             self.kept.wait()
+            self.reporter.sync()
             state = {
                 "step": self.step,
                 "policy_version": self.policy.version,

@@ -199,6 +199,9 @@ class Reporter:
     def note(self, text):
         self.notes.append(text)
 
+    def sync(self):
+        self.journal.write("sync")
+
     def log_step(self, step, metrics):
         self.metrics.append(metrics)
         if self.file:

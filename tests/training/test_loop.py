@@ -49,7 +49,7 @@ def test_a_run_does_what_it_does_in_this_order(config):
     step = "fill {0}|generate {0} by {0}|update {0}|refit to {1}|log {1}"
     first, second, third, fourth, fifth = (step.format(k, k + 1).split("|") for k in range(STEPS))
     first.insert(2, "parity")
-    validated = "settle|validate {0}|save {0}"
+    validated = "settle|validate {0}|sync|save {0}"
     assert trainer.reporter.journal == [
         "begin_at -1", "settle", "validate 0",
         *first, *second, *validated.format(2).split("|"),
