@@ -18,7 +18,7 @@ from typing import Any
 
 from nemo_aapo.config import Config
 from nemo_aapo.errors import RunError, first_line, one_line
-from nemo_aapo.run.directory import changes_since_the_start_before, claim
+from nemo_aapo.run.directory import changes_since_the_start_before, claim, drawn_later
 from nemo_aapo.run.metrics_file import MetricsFile
 from nemo_aapo.run.names import PHASE, ROLLOUTS, TRACES, step_name, step_of
 from nemo_aapo.types import Group
@@ -73,17 +73,18 @@ class Experiment:
 
         Lines, rollout files and traces of later steps come from a part of the run that ended after its last checkpoint;
         they are removed. Lines of ``step`` itself stay, so ``sync`` before its checkpoint is written; lines that are
-        missing are told in ``warnings``.
+        missing are told in ``warnings``, and so is what changes beyond the end that the run had.
 
         Args:
             validated: False: the validation of ``step`` is still to be made, and what an earlier part that made it left
                 of it is removed too.
         """
+        self.warnings += drawn_later(self.directory, step)
         last = self._metrics.truncate_after(step, validated=validated)
         if last < step:
             self.warnings.append(
-                f"{self._metrics.path} ends at step {max(last, 0)}, before the checkpoint of step {step}: lines were lost, "
-                "by a crash of the machine or in a copy. Metrics and charts have a gap; nothing else has"
+                f"{self._metrics.path} ends at step {max(last, 0)}, before the checkpoint of step {step}: lines were "
+                "lost, by a crash of the machine or in a copy. Metrics and charts have a gap; nothing else has"
             )
         for path in (*(self.directory / ROLLOUTS).glob("*_*.*"), *(self.directory / TRACES).glob("step_*.json")):
             if any((step_of(path.stem, kind) or 0) > step for kind in ("step", "train")):
