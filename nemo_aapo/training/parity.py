@@ -12,29 +12,43 @@ from nemo_aapo.types import Group
 
 
 class ParityGate:
-    """Compares engine and learner before the first update of a process, and judges each step's figures after it."""
+    """Compares engine and learner before a process's first update, and judges the figures of each step on policy.
+
+    Completions can only be compared while the learner still has the weights that sampled them. Those of the first step
+    serve a run that begins. One that goes on trains first on what the process before it sampled, perhaps by earlier
+    policies: its engine samples a few by the weights of now for this alone.
+    """
 
     def __init__(self, limits: Rollout, learner: Learner) -> None:
         """Args: limits: ``max_parity_error``, ``max_gen_kl`` and what to do beyond them, ``on_parity_error``."""
         self.limits, self.learner = limits, learner
-        self._passed = False
+        self._first_seen = False
 
-    def check(self, groups: Sequence[Group], policy_version: int) -> None:
-        """Compare them on a step's completions, until they were compared once. Collective.
+    def check(self, groups: Sequence[Group]) -> None:
+        """Compare them on completions that the engine sampled by the weights that the learner has. Collective.
+
+        Raises:
+            ParityError: they disagree.
+        """
+        if complaint := disagreement(self.limits, self.learner.parity(groups)):
+            raise ParityError(f"before the first step: {complaint}")
+
+    def check_first_step(self, groups: Sequence[Group], policy_version: int) -> None:
+        """Compare them on the completions of this process's first step; does nothing on later ones. Collective.
 
         Completions of an earlier policy are passed over: there engine and learner have to differ.
 
         Raises:
             ParityError: they disagree.
         """
-        if self._passed or _lag(groups, policy_version):
-            return
-        if complaint := disagreement(self.limits, self.learner.parity(groups)):
-            raise ParityError(f"before the first step: {complaint}")
-        self._passed = True
+        if not self._first_seen and not _lag(groups, policy_version):
+            self.check(groups)
+        self._first_seen = True
 
     def watch(self, step: int, metrics: Mapping[str, float]) -> str | None:
         """Judge the figures of a step that was trained on: a warning, or None if there is nothing to say.
+
+        Of a step that earlier policies sampled they hold the updates' effect as well, and are not judged.
 
         Raises:
             ParityError: they disagree, and ``rollout.on_parity_error`` is ``stop``.
