@@ -198,7 +198,7 @@ class RewardRunner:
 
 def _wait(futures: Iterable[Future[Reply]], timeout_s: float) -> Collection[Future[Reply]]:
     """Wait for all of them; those that have not ended within the time."""
-    end, late = time.monotonic() + timeout_s, set(futures)
+    end, late = time.monotonic() + timeout_s, {future for future in futures if not future.done()}
     while late and (left := end - time.monotonic()) > 0:
         late = wait(late, min(left, HEED_S)).not_done
         if late:
