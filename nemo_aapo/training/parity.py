@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from nemo_aapo.config.schema import Rollout
@@ -48,12 +49,14 @@ class ParityGate:
     def watch(self, step: int, metrics: Mapping[str, float]) -> str | None:
         """Judge the figures of a step that was trained on: a warning, or None if there is nothing to say.
 
-        Of a step that earlier policies sampled they hold the updates' effect as well, and are not judged.
+        Of a step that earlier policies sampled they hold the updates' effect as well, and are not judged. They are NaN
+        where no token was trained on.
 
         Raises:
             ParityError: they disagree, and ``rollout.on_parity_error`` is ``stop``.
         """
-        if metrics["rollout/lag"] or not (complaint := disagreement(self.limits, metrics)):
+        unknown = metrics["rollout/lag"] or math.isnan(metrics["parity/mult_prob_error"])
+        if unknown or not (complaint := disagreement(self.limits, metrics)):
             return None
         if self.limits.on_parity_error == "stop":
             raise ParityError(f"step {step}: {complaint}. The last checkpoint is as it was")
@@ -61,13 +64,13 @@ class ParityGate:
 
 
 def disagreement(limits: Rollout, parity: Mapping[str, float]) -> str:
-    """What is wrong with the parity of engine and learner; empty if it is within the limits or not known.
+    """What is wrong with the parity of engine and learner; empty if it is within the limits, which NaN is not.
 
     Args:
         parity: ``parity/mult_prob_error`` and ``parity/gen_kl``, as ``Learner`` returns them.
     """
     error, kl = parity["parity/mult_prob_error"], parity["parity/gen_kl"]
-    if not (error > limits.max_parity_error or kl > limits.max_gen_kl):
+    if error <= limits.max_parity_error and kl <= limits.max_gen_kl:
         return ""
     return (
         f"engine and learner disagree on the same tokens: multiplicative probability error {error:.4f} "
