@@ -95,8 +95,8 @@ class Learner:
         batches, shape_metrics = self._microbatches(everything)
         if nonfinite := shape_metrics["nonfinite_fraction"]:
             raise ParityError(
-                f"{nonfinite:.1%} of the tokens that the engine sampled have log-probs that are not finite: look at its "
-                "dtype and its sampling"
+                f"{nonfinite:.1%} of the tokens that the engine sampled have log-probs that are not finite: look at "
+                "its dtype and its sampling"
             )
         pairs = zip(self.policy.score(batches), batches, strict=True)
         differences = [scored - batch.rollout_logprobs.cpu().numpy() for scored, batch in pairs]
