@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,8 +100,8 @@ class TrtllmSettings:
     """Bytes of weights that are handed over at a time, unless one tensor alone is larger."""
     timeout_s: float
     """Seconds to wait for any one answer of the engine."""
-    temperature: float = 1.0
-    """Rollouts are sampled at."""
+    temperatures: Mapping[str, float] = field(default_factory=dict)
+    """Setting -> temperature, of all that the run samples at; a server may be asked for others."""
     trust_remote_code: bool = False
     """The model's directory may bring code of its own."""
     reserved_bytes: int = 0
@@ -127,10 +127,18 @@ class TrtllmSettings:
             kv_cache_fraction=rollout.trtllm.kv_cache_fraction,
             refit_bucket_bytes=rollout.trtllm.refit_bucket_bytes,
             timeout_s=config.trainer.distributed_timeout_s,
-            temperature=rollout.temperature,
+            temperatures=_temperatures(config),
             trust_remote_code=model.trust_remote_code,
             reserved_bytes=reserved_bytes,
         )
+
+
+def _temperatures(config: Config) -> dict[str, float]:
+    validates = config.trainer.val_check_interval and config.validation.samples
+    return {
+        "rollout.temperature": config.rollout.temperature,
+        **({"validation.temperature": config.validation.temperature} if validates else {}),
+    }
 
 
 def cache_fraction(fraction: float, gpus: Sequence[tuple[int, int]], engine_bytes: int) -> float:
