@@ -36,7 +36,7 @@ from nemo_aapo.engines.trtllm.library import CompletionOutput
 from nemo_aapo.engines.trtllm.placement import OwnerActions, OwnerFailed
 from nemo_aapo.engines.trtllm.requests import check_request, read_completion, sampling_arguments
 from nemo_aapo.engines.trtllm.selftest import are_tempered, check_seeds
-from nemo_aapo.engines.trtllm.settings import TrtllmSettings, cache_fraction, check, llm_arguments, weight_bytes
+from nemo_aapo.engines.trtllm.settings import TrtllmSettings, cache_fraction, check, llm_arguments
 from nemo_aapo.errors import ConfigError, LostRankError, RequestError, RunError
 from nemo_aapo.text.transformers5 import readable_directory
 from nemo_aapo.types import Completion, SamplingSpec
@@ -146,9 +146,7 @@ class TrtllmEngine:
             settings = dataclasses.replace(
                 self.settings,
                 model_path=str(directory),
-                kv_cache_fraction=cache_fraction(
-                    self.settings.kv_cache_fraction, free, weight_bytes(directory) // len(gpus)
-                ),
+                kv_cache_fraction=cache_fraction(self.settings.kv_cache_fraction, free, directory),
             )
             arguments = llm_arguments(settings, found, colocated=self._colocated, worker_extension=WORKER_EXTENSION)
             self._weight_tags = found.weight_tags

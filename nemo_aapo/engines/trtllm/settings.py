@@ -13,6 +13,7 @@ from nemo_aapo.config import Config
 from nemo_aapo.engines.trtllm.contract import KV_CACHE_TAG, LLM_ARGS, RAY_VERSION, VERSION
 from nemo_aapo.errors import ConfigError, RunError
 from nemo_aapo.launch.world import Machine
+from nemo_aapo.utils.safetensors import weight_files
 
 if TYPE_CHECKING:
     from nemo_aapo.engines.trtllm.library import Library
@@ -141,18 +142,22 @@ def _temperatures(config: Config) -> dict[str, float]:
     }
 
 
-def cache_fraction(fraction: float, gpus: Sequence[tuple[int, int]], engine_bytes: int) -> float:
+def cache_fraction(fraction: float, gpus: Sequence[tuple[int, int]], directory: Path) -> float:
     """The share of free memory that leaves room for what the learner takes later: the library sizes its KV cache once.
 
     Args:
         fraction: of what is free after the engine's weights and what is reserved.
         gpus: (free bytes, bytes reserved) of each.
-        engine_bytes: of the engine's weights on one GPU.
+        directory: the model's, whose weights are cut over these GPUs.
 
     Raises:
         RunError: there is no room for a KV cache on one of them.
     """
-    shares = [1.0]
+    if not any(reserved for _, reserved in gpus):
+        return fraction
+    # Not all that lies there is the model: Mistral's directories have consolidated.safetensors beside the shards.
+    engine_bytes = sum((directory / name).stat().st_size for name in weight_files(directory)) // len(gpus)
+    shares = []
     for free, reserved in gpus:
         room = free - engine_bytes
         if reserved and room <= reserved:
@@ -163,11 +168,6 @@ def cache_fraction(fraction: float, gpus: Sequence[tuple[int, int]], engine_byte
             )
         shares.append((room - reserved) / room if reserved else 1.0)
     return fraction * min(shares)
-
-
-def weight_bytes(directory: Path) -> int:
-    """Bytes of the weight files of a model's directory."""
-    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
 
 
 def llm_arguments(
