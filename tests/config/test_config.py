@@ -171,6 +171,7 @@ def test_words_that_are_right_pass():
         ([*IN_FLIGHT, "rollout.async_depth=1"], "rollout.async_depth=1", "in flight or in order"),
         ([*IN_FLIGHT, "rollout.engine=megatron"], "rollout.max_lag=2", "rollout.engine=remote"),
         ([*IN_FLIGHT, "rollout.engine=trtllm"], "rollout.max_lag=2", "rollout.engine=remote"),
+        ([*IN_FLIGHT, "rollout.speculation=true"], "rollout.max_lag=2", "rollout.speculation=true has no effect"),
         ([*IN_FLIGHT, "rollout.server.engine=trtllm"], "rollout.server.engine=trtllm", "Megatron's engine"),
         ([*IN_FLIGHT, "rollout.refit=collective"], "rollout.refit=collective", "files or delta"),
         ([*IN_FLIGHT, "rollout.refit=ipc"], "rollout.refit=ipc", "files or delta"),
