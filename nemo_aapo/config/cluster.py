@@ -14,7 +14,7 @@ from nemo_aapo.errors import ConfigError
 HIDDEN = "<hidden>"
 WARNED_EARLY_S = 90
 """Slurm warns of a time limit up to a minute early, and only once: a job that is just starting would miss it."""
-_ONLY_BATCH = {
+_ONLY_BATCH: dict[str, Any] = {
     "launcher": "sbatch",
     "account": None,
     "partition": None,
@@ -30,7 +30,7 @@ _ONLY_BATCH = {
     "setup": (),
     "servers.nodes": 0,
 }
-_ONLY_SLURM = {
+_ONLY_SLURM: dict[str, Any] = {
     "cpus_per_task": None,
     "python": None,
     "srun_args": (),
@@ -39,7 +39,7 @@ _ONLY_SLURM = {
     "container.mounts": (),
     "container.workdir": None,
 }
-_ONLY_SERVERS = {"servers.per_node": 1, "servers.nodes_per_server": 1}
+_ONLY_SERVERS: dict[str, Any] = {"servers.per_node": 1, "servers.nodes_per_server": 1}
 """Settings with the values that they have in ``conf/``; another one would have no effect without a batch job, without
 Slurm, or without rollout servers beside the trainer."""
 _OWN_FLAGS = {
