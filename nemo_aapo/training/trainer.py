@@ -80,7 +80,7 @@ class AAPOTrainer:
 
         Raises:
             NonFiniteError: loss or gradient were not finite; the last good checkpoint is untouched.
-            ParityError: engine and learner disagreed before the first step.
+            ParityError: engine and learner disagreed before this process's first step.
             LostRankError: another rank is gone; training goes on from the last checkpoint.
             RewardError: nothing can be scored any more; all steps that were made are in a checkpoint.
         """
@@ -119,7 +119,8 @@ class AAPOTrainer:
         with contextlib.suppress(Interrupted):  # by a stop: the loop ends with this step
             self._run_ahead()  # with prompts that this step's completions have decided
         version = self.policy.version
-        self._check_parity(groups, version)
+        with self._phase(f"step {self.step + 1}, parity"):
+            self.parity.check_first_step(groups, version)
         groups = self._with_advantages(groups)
         with self._phase(f"step {self.step + 1}, kept rollouts"):
             kept = self.kept.choose(self.step, groups)  # by the policy as it stands before the update
@@ -146,10 +147,6 @@ class AAPOTrainer:
             self._refit()
             with self._phase(f"step {self.step + 1}, rollout", "next steps' rollouts begin"):
                 self.rollouts.begin(self.step)
-
-    def _check_parity(self, groups: list[Group], version: int) -> None:
-        with self._phase(f"step {self.step + 1}, parity"):
-            self.parity.check(groups, version)
 
     def _with_advantages(self, groups: list[Group]) -> list[Group]:
         """The groups that are trained on, with their final advantages: of those generated, perhaps not all."""
@@ -240,6 +237,9 @@ class AAPOTrainer:
         self.rollouts.recover()
         self.reporter.begin(-1 if state is None else self.step, validated=BROKEN_OFF not in self._latest)
         self._refit()  # a new engine has the base model's weights
+        with self._phase(f"step {self.step + 1}, parity"):
+            if (sampled := self.rollouts.parity_sample()) is not None:
+                self.parity.check(sampled)
         return state is not None
 
     def _fill_reference(self) -> bool:

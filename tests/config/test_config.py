@@ -234,7 +234,7 @@ def test_settings_without_a_default_must_be_given():
                 "trainer.devices=8",
             ],
             8,
-            "engine=trtllm .* 4 x 2 GPUs .* 12 attention",
+            "tensor_parallel_size=8 .*null: tensor 4 x pipeline 2.* 12 attention",
         ),
         (["model.context_parallel_size=2", "trainer.devices=3"], 3, "tensor 1 x pipeline 1 x context 2 = 2"),
         (

@@ -169,9 +169,8 @@ def test_a_run_that_gets_a_later_end_says_once_from_where_its_bits_are_others(se
     config = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, async_depth=depth))
     said = []
     for end in steps:
-        with opened(
-            (dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, max_steps=end)), tree)
-        ) as run:
+        trainer = dataclasses.replace(config.trainer, max_steps=end)
+        with opened((dataclasses.replace(config, trainer=trainer), tree)) as run:
             run.resume_at(4)
             said += [warning for warning in run.warnings if "from step 5 on" in warning]
     assert len(said) == says

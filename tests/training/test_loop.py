@@ -369,6 +369,19 @@ def test_a_disagreement_before_the_first_update_changes_no_weight(config):
     assert not trainer.reporter.journal.of("update", "save")
 
 
+def test_a_resumed_run_that_trains_on_earlier_policies_completions_compares_its_own_engine_before_an_update(config):
+    disk = {}
+    trainer = make(config, disk, runs_ahead=True)
+    happen(trainer, "log 3", lambda: setattr(trainer.reporter, "stop", True))
+    assert not trainer.fit()
+    assert disk[3]["files"] == {"pending": b"{3: 2}"}
+    resumed = make(config, disk, runs_ahead=True)
+    resumed.learner.agrees = APART
+    with pytest.raises(ParityError, match=r"before the first step: engine and learner disagree"):
+        resumed.fit()
+    assert resumed.reporter.journal == ["pending of step_3", "begin_at 3", "refit to 3", "parity", "close"]
+
+
 @pytest.mark.parametrize("on_error", ["stop", "warn"])
 def test_a_later_disagreement_stops_the_run_or_is_said(config, on_error):
     trainer = make(dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, on_parity_error=on_error)))
