@@ -148,7 +148,6 @@ def test_words_that_are_right_pass():
         (["rewards=[{weight: 1}]"], "rewards[0]", "needs a name"),
         (["rewards=[{name: accuracy, weight: heavy}]"], "rewards[0].weight", "number"),
         (["rewards=[{name: accuracy},{name: accuracy}]"], "rewards", "twice"),
-        (["validation.reward=format"], "validation.reward", "none of rewards"),
         (["data.train=reasoning_gym:chain_sum"], "accuracy can't judge the answers of reasoning_gym:chain_sum", "name"),
         (["model.sequence_parallel=true"], "model.sequence_parallel", "tensor_model_parallel_size > 1"),
         (["model.optim.sched.min_lr=1e-7"], "model.optim.sched.min_lr", "set it to 0"),
