@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/ stands
 
 from examples.quickstart.base_model import BaseModelError, MixtureRecipe, Recipe, make_base_model
 from nemo_aapo.errors import ConfigError
-from nemo_aapo.utils.paths import require_directory
+from nemo_aapo.utils.files import require_directory
 
 
 def main() -> int:

@@ -21,7 +21,7 @@ from examples.study import report
 from examples.study.design import PARTS, SEEDS, runs_of
 from examples.study.runs import make_runs
 from nemo_aapo.cli.main import exit_code
-from nemo_aapo.utils.paths import require_directory
+from nemo_aapo.utils.files import require_directory
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 

@@ -14,9 +14,9 @@ from nemo_aapo.config.command_line import TRAINING, CommandLine, ConfigFile, rea
 from nemo_aapo.config.compose import compose
 from nemo_aapo.errors import FAILED, INTERRUPTED, REFUSED, ConfigError, RunError
 from nemo_aapo.utils import unforeseen
+from nemo_aapo.utils.files import EMPTY
 from nemo_aapo.utils.job import rank_of_job
 from nemo_aapo.utils.libraries import quiet
-from nemo_aapo.utils.paths import EMPTY
 
 J = TypeVar("J")
 RANK_0_SPEAKS_S = 3.0

@@ -18,7 +18,7 @@ from nemo_aapo.cli.main import exit_code, not_empty, typed_path
 from nemo_aapo.config.command_line import config_directory
 from nemo_aapo.config.sources import GYM, Source
 from nemo_aapo.errors import FAILED, ConfigError
-from nemo_aapo.utils.paths import require_file
+from nemo_aapo.utils.files import require_file
 from nemo_aapo.utils.unforeseen import paths_refused
 
 if TYPE_CHECKING:

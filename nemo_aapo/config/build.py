@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 
 from nemo_aapo.config.schema.facts import facts_of, values_of, without_null
 from nemo_aapo.errors import ConfigError
-from nemo_aapo.utils.paths import expanded
+from nemo_aapo.utils.files import expanded
 
 T = TypeVar("T")
 _LONGEST_NAME = 128

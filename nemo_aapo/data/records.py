@@ -19,7 +19,7 @@ from nemo_aapo.data.formats.json_text import json_chunks
 from nemo_aapo.data.formats.record import Chunk, Record
 from nemo_aapo.data.formats.splits import refuse_split
 from nemo_aapo.errors import DataError
-from nemo_aapo.utils.paths import EMPTY
+from nemo_aapo.utils.files import EMPTY
 
 __all__ = ["Record", "check_source", "read_chunks", "read_records"]
 

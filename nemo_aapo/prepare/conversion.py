@@ -13,8 +13,8 @@ from nemo_aapo.models import families
 from nemo_aapo.models.directory import read_config_json, read_model_dir
 from nemo_aapo.prepare.packages import MEGATRON, check_packages
 from nemo_aapo.text.files import check_vocabulary
+from nemo_aapo.utils.files import require_new
 from nemo_aapo.utils.job import world_size_of_job
-from nemo_aapo.utils.paths import require_new
 from nemo_aapo.utils.unforeseen import paths_refused
 
 

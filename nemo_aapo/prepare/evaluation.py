@@ -24,7 +24,7 @@ from nemo_aapo.prepare.packages import MEGATRON, SERVERS, check_packages, reward
 from nemo_aapo.prepare.text import with_evaluation_date
 from nemo_aapo.rewards import reward_of
 from nemo_aapo.rewards.base import Reward
-from nemo_aapo.utils.paths import require_directory
+from nemo_aapo.utils.files import require_directory
 
 
 @dataclass(frozen=True)

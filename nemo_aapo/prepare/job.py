@@ -25,7 +25,7 @@ from nemo_aapo.prepare.text import with_date
 from nemo_aapo.rewards import reward_of
 from nemo_aapo.rewards.base import Reward
 from nemo_aapo.run.directory import check_run_directory
-from nemo_aapo.utils.paths import require_directory, require_file
+from nemo_aapo.utils.files import require_directory, require_file
 
 Words = Sequence[str] | CommandLine
 """``KEY=VALUE`` words as they were typed, or already split from a command's options."""

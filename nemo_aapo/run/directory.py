@@ -29,9 +29,8 @@ from nemo_aapo.config import (
 from nemo_aapo.errors import ConfigError
 from nemo_aapo.run.identity import code_of_algorithm, identity_of, reference_of
 from nemo_aapo.run.names import STORE, newest_step
-from nemo_aapo.utils.files import LOCK, NO_LOCKS, fitting, read_json, to_json, write_atomic
+from nemo_aapo.utils.files import LOCK, NO_LOCKS, fitting, read_json, require_directory, to_json, write_atomic
 from nemo_aapo.utils.machine import instruction_set
-from nemo_aapo.utils.paths import require_directory
 
 RECORD = "run.json"
 """What the directory belongs to: digest, settings and what model and data hold; and every start with its versions."""
@@ -129,10 +128,8 @@ def claim(config: Config, tree: Mapping[str, Any], world_size: int) -> tuple[Tex
             compares with another base model.
     """
     directory = Path(config.run.dir)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"run.dir={config.run.dir}: can't be made ({error.strerror})") from None
+    require_directory(directory, f"run.dir={config.run.dir}")
+    directory.mkdir(parents=True, exist_ok=True)
     lock = lock_directory(directory, config.run.dir)
     try:
         check_run_directory(config)

@@ -17,7 +17,7 @@ from nemo_aapo.errors import ConfigError
 from nemo_aapo.launch.overview import is_run, runs_below
 from nemo_aapo.report.page import write_report
 from nemo_aapo.run.names import REPORT
-from nemo_aapo.utils.paths import expanded, require_file
+from nemo_aapo.utils.files import expanded, require_file
 
 COMPARISON = "comparison.html"
 MOST_RUNS = 32
