@@ -105,8 +105,8 @@ class SamplingSpec:
     top_p: float = 1.0
     """Nucleus truncation; evaluation only, as training needs the full softmax."""
     stop_strings: tuple[str, ...] = ()
-    """A completion of ``min_new_tokens`` or more whose text contains one of these strings ends with the token that
-    completed the string, which it keeps. Padding is no text."""
+    """A completion ends with the token that completes one of these strings in its text, which it keeps; with fewer than
+    ``min_new_tokens`` tokens it goes on, up to the next such token. Padding is no text."""
 
     @property
     def greedy(self) -> bool:

@@ -67,6 +67,11 @@ def _check_in_flight(config: Config, asked: str) -> None:
             f"{asked} with rollout.refit={rollout.refit}: servers would answer by weights that not all ranks of the "
             "trainer know of yet. Use rollout.refit=files or delta"
         )
+    if rollout.speculation:
+        raise ConfigError(
+            f"{asked}: prompts come while others are generated, for which nothing is guessed, so that "
+            "rollout.speculation=true has no effect. Leave it at null"
+        )
     if config.data.sampling != "uniform":
         raise ConfigError(
             f"{asked} with data.sampling={config.data.sampling}: which prompts a step takes would depend on steps that "

@@ -149,6 +149,16 @@ def test_words_that_are_right_pass():
         (["rewards=[{name: accuracy, weight: heavy}]"], "rewards[0].weight", "number"),
         (["rewards=[{name: accuracy},{name: accuracy}]"], "rewards", "twice"),
         (["data.train=reasoning_gym:chain_sum"], "accuracy can't judge the answers of reasoning_gym:chain_sum", "name"),
+        (
+            ["checkpoint.keep_best=validation/accuracy_greedy", "trainer.val_check_interval=0"],
+            "checkpoint.keep_best",
+            "never validates",
+        ),
+        (
+            ["checkpoint.keep_best=validation/accuracy_sampled", "validation.samples=0"],
+            "checkpoint.keep_best",
+            "the greedy accuracy alone",
+        ),
         (["model.sequence_parallel=true"], "model.sequence_parallel", "tensor_model_parallel_size > 1"),
         (["model.optim.sched.min_lr=1e-7"], "model.optim.sched.min_lr", "set it to 0"),
         (
@@ -170,6 +180,7 @@ def test_words_that_are_right_pass():
         ([*IN_FLIGHT, "rollout.async_depth=1"], "rollout.async_depth=1", "in flight or in order"),
         ([*IN_FLIGHT, "rollout.engine=megatron"], "rollout.max_lag=2", "rollout.engine=remote"),
         ([*IN_FLIGHT, "rollout.engine=trtllm"], "rollout.max_lag=2", "rollout.engine=remote"),
+        ([*IN_FLIGHT, "rollout.speculation=true"], "rollout.max_lag=2", "rollout.speculation=true has no effect"),
         ([*IN_FLIGHT, "rollout.server.engine=trtllm"], "rollout.server.engine=trtllm", "Megatron's engine"),
         ([*IN_FLIGHT, "rollout.refit=collective"], "rollout.refit=collective", "files or delta"),
         ([*IN_FLIGHT, "rollout.refit=ipc"], "rollout.refit=ipc", "files or delta"),
@@ -222,7 +233,7 @@ def test_settings_without_a_default_must_be_given():
                 "trainer.devices=8",
             ],
             8,
-            "engine=trtllm .* 4 x 2 GPUs .* 12 attention",
+            "tensor_parallel_size=8 .*null: tensor 4 x pipeline 2.* 12 attention",
         ),
         (["model.context_parallel_size=2", "trainer.devices=3"], 3, "tensor 1 x pipeline 1 x context 2 = 2"),
         (

@@ -168,7 +168,8 @@ class Batch:
         if engine.policy_version != before:
             self._versions.changed(scheduler, before)
             scheduler.forget_kept()
-            self._decoder = Decoder(self._model, self._pack)  # packed and merged weights are copies
+            del self._decoder  # packed and merged weights are copies: the old ones go before the new ones come
+            self._decoder = Decoder(self._model, self._pack)
             rows, length = self._cache.kv.shape[1:3]
             if self.graphs and not self.graphs.fits(self._decoder, rows, length, self._sampling, engine.vocab_size):
                 self.graphs = DecodingGraphs(self._decoder, self._cache, self._sampling, engine.vocab_size)

@@ -28,6 +28,9 @@ stays within a CPU's caches (three times faster than 64 x 151,936 at once)."""
 CUDA_BLOCK_ENTRIES = 1 << 26
 """Logits of a block on a GPU, which wants few large kernels: 441 rows of 151,936 logits, 256 MiB of noise."""
 
+LARGEST_UNIFORM = 1.0 - 2.0**-24
+"""The largest float32 below 1."""
+
 _GOLDEN = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as a signed integer: splitmix64's step
 _MIX_1 = -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
 _MIX_2 = -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
@@ -56,15 +59,15 @@ def exponential_noise(seeds: torch.Tensor, steps: torch.Tensor, vocab_size: int)
         vocab_size: V.
 
     Returns:
-        float32 [B, V], each in (0, inf].
+        float32 [B, V], each in (0, 17).
     """
     keys = mix64_(mix64_(seeds + _GOLDEN) + steps)
     pairs = torch.arange(1, (vocab_size + 1) // 2 + 1, device=seeds.device) * _GOLDEN
     # one hash serves two entries, 32 bits each
     bits = mix64_(keys[:, None] + pairs).view(torch.int32)[:, :vocab_size].bitwise_and(0x7FFFFFFF)
-    # u = (bits + 1/2) / 2**31 lies in (0, 1]. It is finest near 0, where the winner of a race is: rounding up to 1
-    # only ever makes a loser (E = inf), whereas -log(u) of a u that rounds up to 1 would win against all.
-    u = bits.to(torch.float32).mul_(2.0**-31).add_(2.0**-32)
+    # u = (bits + 1/2) / 2**31 is finest near 0, where the winner of a race is: -log(u) of a u that rounds up to 1 would
+    # win against all. One that rounds up to 1 here would lose even where no other token is possible (E = inf).
+    u = bits.to(torch.float32).mul_(2.0**-31).add_(2.0**-32).clamp_(max=LARGEST_UNIFORM)
     return u.neg_().log1p_().neg_()
 
 

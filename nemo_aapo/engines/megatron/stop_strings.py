@@ -8,6 +8,7 @@ of a character, can complete the string.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -57,8 +58,11 @@ class StopStrings:
             self._kind[token] = _MAY_COMPLETE if self._may_complete(token) else _HARMLESS
         stopped = np.zeros(len(last), dtype=bool)
         for row in np.flatnonzero(self._kind[last] == _MAY_COMPLETE):
-            text = self._decode(tokens[row, max(0, lengths[row] - self._tail) : lengths[row]])
-            stopped[row] = any(string in text for string in self.strings)
+            tail = tokens[row, max(0, lengths[row] - self._tail) : lengths[row]]
+            text = self._decode(tail)
+            if any(string in text for string in self.strings):
+                before = self._decode(tail[:-1])  # may have one already, from before ``min_new_tokens``
+                stopped[row] = any(_times(string, text) > _times(string, before) for string in self.strings)
         return stopped
 
     def _may_complete(self, token: int) -> bool:
@@ -66,3 +70,8 @@ class StopStrings:
         from a token that is decoded alone."""
         text = self._decode(np.array([token]))
         return _CUT_CHARACTER in text or any(last in text or last.isspace() for last in self._last_characters)
+
+
+def _times(string: str, text: str) -> int:
+    """How often the text contains the string, overlaps counted."""
+    return len(re.findall(f"(?={re.escape(string)})", text))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.engines.megatron.generation import SEEDS, SPEC, TIGHT, VOCAB_SIZE, build, prompts
+from tests.engines.megatron.generation import SEEDS, SNUG, SPEC, VOCAB_SIZE, build, prompts
 from tests.engines.megatron.test_engine import plain_logprobs
 
 pytestmark = pytest.mark.exact
@@ -19,13 +19,42 @@ MORE = [np.array([5, 6, 11], np.int32), np.array([9], np.int32)]
 
 def _in_flight(path, recompute_kv, tp, pp):
     """The completions by prompt and number, on each rank."""
+    return _drawn_in_flight(build(path, tp, pp), recompute_kv)
+
+
+def _in_flight_with_copies(path, onednn):
+    """The same with copies of weights, of which those of two versions are never there at a time."""
+    import weakref
+
+    from nemo_aapo.engines.megatron import batch, decoder, matmul
+
+    model, copies = build(path, 1, 1), []
+
+    def watched(weight):
+        copy, version = matmul.pack_weight(weight), float(model.decoder.final_layernorm.weight.data[0])
+        if copy is not weight:
+            assert not any(other() is not None for made_of, other in copies if made_of != version)
+            copies.append((version, weakref.ref(copy)))
+        return copy
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(matmul, "SMALL_WEIGHT", 1 << 12)  # of which a tiny model has large ones
+        patch.setattr(matmul, "MAX_BLOCK_COLUMNS", 64)
+        patch.setattr(matmul, "packs_by_onednn", lambda: onednn)
+        patch.setattr(batch, "packing_pays", lambda *_: True)
+        patch.setattr(decoder, "pack_weight", watched)
+        found = _drawn_in_flight(model, True)
+    assert len({version for version, _ in copies}) == 1 + len(CHANGES)
+    return found
+
+
+def _drawn_in_flight(model, recompute_kv):
     import torch
 
     from nemo_aapo.engines.base import InFlight
     from nemo_aapo.engines.megatron.engine import MegatronEngine
 
-    model = build(path, tp, pp)
-    engine = MegatronEngine(model, VOCAB_SIZE, TIGHT, policy_version=4)
+    engine = MegatronEngine(model, VOCAB_SIZE, SNUG, policy_version=4)
     steps, found = 0, {}
 
     def between():
@@ -97,6 +126,12 @@ def test_with_kv_computed_anew_each_token_has_the_log_prob_of_a_fresh_pass_by_it
         for place, completion in found.items():
             assert other[place].token_ids.tolist() == completion.token_ids.tolist()
             assert other[place].token_versions.tolist() == completion.token_versions.tolist()
+
+
+@pytest.mark.parametrize("onednn", [False, True])
+def test_copies_of_weights_are_made_anew_at_each_change_after_the_old_ones_went(ranks, tiny_models, onednn):
+    (found,) = ranks.run(_in_flight_with_copies, tiny_models["qwen2"], onednn)
+    assert max(distance.max() for distance in _distances(tiny_models["qwen2"], found).values()) < 2e-5
 
 
 def test_with_kv_kept_what_was_drawn_before_stays_and_what_follows_stands_on_it(ranks, tiny_models):

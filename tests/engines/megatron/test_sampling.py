@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,8 @@ from nemo_aapo.types import SamplingSpec
 pytestmark = pytest.mark.exact
 
 SAMPLED = SamplingSpec(temperature=1.0, max_new_tokens=8, stop_token_ids=())
+ROUNDED_UP = [(228062, 8), (412067, 26), (1060035, 2)]
+"""Streams with, at their first step, a uniform number that float32 rounds up to 1 (one in 2**25), and its place."""
 
 
 def streams(count: int, steps: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
@@ -94,15 +98,16 @@ def test_different_seeds_and_steps_give_different_tokens():
     assert len(sample(torch.zeros(3, 10**6), SAMPLED, huge, torch.zeros_like(huge), 10**6)[0].unique()) == 3
 
 
-def test_no_rounding_of_the_noise_makes_an_impossible_token_win():
-    """These streams hold the rare uniform number (one in 2**25) that float32 rounds up to 1, at this index."""
-    for seed, index in ((228062, 8), (412067, 26), (1060035, 2)):
-        stream, step = torch.tensor([seed]), torch.tensor([0])
-        assert exponential_noise(stream, step, 64)[0, index].isinf()
+@pytest.mark.parametrize(("seed", "index"), ROUNDED_UP)
+def test_no_rounding_of_the_noise_makes_an_impossible_token_win_or_the_only_possible_one_lose(seed, index):
+    stream, step = torch.tensor([seed]), torch.tensor([0])
+    assert exponential_noise(stream, step, 64)[0, index] == pytest.approx(24 * math.log(2))  # the latest of all
+    for logit, wins in ((-30.0, False), (200.0, True)):
         logits = torch.zeros(1, 64)
-        logits[0, index] = -30.0
-        tokens, _ = sample(logits, SAMPLED, stream, step, 64)
-        assert tokens[0] != index
+        logits[0, index] = logit
+        tokens, logprobs = sample(logits, SAMPLED, stream, step, 64)
+        assert (tokens[0] == index) == wins
+        assert logprobs[0].isfinite()
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])

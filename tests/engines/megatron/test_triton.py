@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from nemo_aapo.engines.megatron import sampling
 from nemo_aapo.types import SamplingSpec
+from tests.engines.megatron.test_sampling import ROUNDED_UP
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not INTERPRETED and not torch.cuda.is_available():
@@ -66,6 +67,18 @@ def test_the_fused_race_draws_the_same_tokens(rows, vocab_size, padding, dtype, 
     z[:, list(stops)] = z[:, list(stops)].masked_fill((steps < 3)[:, None], -torch.inf)
     exact = torch.log_softmax(z, -1).gather(1, tokens[:, None])[:, 0]
     torch.testing.assert_close(logprobs.double(), exact, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("seed", "index"), ROUNDED_UP)
+def test_the_only_possible_token_wins_the_fused_race_whatever_its_noise(seed, index):
+    from nemo_aapo.engines.megatron.kernels import sampling_triton
+
+    logits = torch.zeros(1, 64, device=DEVICE)
+    logits[0, index] = 200.0
+    seeds, steps = torch.tensor([seed], device=DEVICE), torch.tensor([0], device=DEVICE)
+    tokens, logprobs = sampling_triton.sample(logits, 1.0, seeds, steps, 64, None, 0)
+    assert tokens.tolist() == [index]
+    assert logprobs.tolist() == [0.0]
 
 
 @pytest.mark.parametrize(("shape", "dtype"), [((5, 96), torch.float32), ((3, 2, 4, 64), HALF), ((64, 1536), HALF)])

@@ -96,12 +96,12 @@ def _mix64(x):
 
 @triton.jit
 def _exponential(bits):
-    """31 random bits -> Exp(1), ``-log(1 - u)`` of u = (bits + 1/2) / 2**31, to a few units in the last place.
+    """31 random bits -> Exp(1), ``-log(1 - u)`` of u = (bits + 1/2) / 2**31 < 1, to a few units in the last place.
 
     The hardware's logarithm has a small *absolute* error, which near u = 0, where the winners are, would be a large
     relative one. There the series of ``2 artanh(u / (2 - u))`` takes its place.
     """
-    u = bits.to(tl.float32) * 4.656612873077393e-10 + 2.3283064365386963e-10
+    u = tl.minimum(bits.to(tl.float32) * 4.656612873077393e-10 + 2.3283064365386963e-10, 0.99999994039535522)
     s = u / (2.0 - u)
     square = s * s
     series = 1.0 + square * (0.33333333333 + square * (0.2 + square * (0.14285714286 + square * 0.11111111111)))
