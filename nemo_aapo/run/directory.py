@@ -30,7 +30,7 @@ from nemo_aapo.errors import ConfigError
 from nemo_aapo.run.identity import code_of_algorithm, identity_of, reference_of
 from nemo_aapo.run.names import STORE, newest_step
 from nemo_aapo.run.stop import STOP_FILE
-from nemo_aapo.utils.files import LOCK, NO_LOCKS, fitting, read_json, to_json, write_atomic
+from nemo_aapo.utils.files import LOCK, NO_LOCKS, fitting, read_json, require_directory, to_json, write_atomic
 from nemo_aapo.utils.machine import instruction_set
 
 RECORD = "run.json"
@@ -57,16 +57,16 @@ class Record(TypedDict):
 
 
 def check_run_directory(config: Config) -> None:
-    """Refuse a run directory that holds a run with another configuration. Writes nothing; milliseconds.
+    """Refuse a run directory that can't be written, or holds a run with another configuration. Leaves nothing behind.
 
     A start that was refused, for its data say, leaves nothing to protect: the mended configuration may go on there.
 
     Raises:
-        ConfigError: the settings that differ, and what to do; or fewer steps are asked for than were made.
+        ConfigError: why it can't be written; the settings that differ, and what to do; or fewer steps are asked for
+            than were made.
     """
     directory = Path(config.run.dir)
-    if directory.exists() and not directory.is_dir():
-        raise ConfigError(f"run.dir={config.run.dir}: is a file; name a directory")
+    require_directory(directory, f"run.dir={config.run.dir}")
     record = read_record(directory)
     if record is None or not _has_begun(directory):
         return
@@ -129,10 +129,8 @@ def claim(config: Config, tree: Mapping[str, Any], world_size: int) -> tuple[Tex
             compares with another base model.
     """
     directory = Path(config.run.dir)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"run.dir={config.run.dir}: can't be made ({error.strerror})") from None
+    require_directory(directory, f"run.dir={config.run.dir}")
+    directory.mkdir(parents=True, exist_ok=True)
     lock = lock_directory(directory, config.run.dir)
     try:
         check_run_directory(config)
