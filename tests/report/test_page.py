@@ -164,10 +164,13 @@ def test_runs_are_drawn_over_each_other_with_their_seeds_as_a_band(browser, tmp_
     browser.open(tmp_path / "comparison.html")
     assert browser.complaints == []
     assert "model.optim.lr" in says(browser, "#differences")
-    assert browser.evaluate("linesOf(DATA.charts.curves[0]).map((line) => [line.label, Boolean(line.low)])") == [
-        ["a (2 seeds)", True],
-        ["c", False],
-    ]
+    drawn = "linesOf(DATA.charts.curves[0]).map((line) => [line.label, Boolean(line.low)])"
+    assert browser.evaluate(drawn) == [["a (2 seeds)", True], ["c", False]]
+    for unticked, left in enumerate(("b", "a")):
+        box = f"document.querySelectorAll('#overview input[type=checkbox]')[{unticked}].click()"
+        browser.evaluate(box)
+        assert browser.evaluate(drawn) == [[left, False], ["c", False]]
+        browser.evaluate(box)
     assert "8 prompts" in says(browser, "#overview")
 
 
