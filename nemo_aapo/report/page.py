@@ -23,6 +23,7 @@ from nemo_aapo.report.compare import differing_settings, paired_differences, see
 from nemo_aapo.report.completions import read_groups, read_history
 from nemo_aapo.report.findings import findings
 from nemo_aapo.report.read import read_run
+from nemo_aapo.report.series import thinned
 from nemo_aapo.report.timeline import read_traces
 from nemo_aapo.utils.files import write_atomic
 
@@ -69,6 +70,7 @@ def describe(run: Path, budget: float = 1.0, state: str | None = None) -> dict[s
     found = read_run(run, state)
     return {
         **found,
+        **{table: thinned(found[table]) for table in ("steps", "validations")},
         "findings": findings(found),
         "groups": read_groups(run, budget),
         "history": read_history(run, str(found["verdict"]), budget),

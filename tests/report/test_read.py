@@ -18,7 +18,7 @@ from nemo_aapo.report.completions import clipped, read_groups, read_history, spr
 from nemo_aapo.report.own_page import OwnPage
 from nemo_aapo.report.page import describe, inert_json
 from nemo_aapo.report.read import read_run
-from nemo_aapo.report.series import columns
+from nemo_aapo.report.series import columns, thinned
 from nemo_aapo.report.timeline import read_traces
 from tests.report.made_runs import make_run, make_trace
 
@@ -99,10 +99,25 @@ def test_a_number_that_is_not_finite_is_a_gap_wherever_it_stands(tmp_path):
 
 def test_a_long_curve_is_thinned_by_means_and_the_lowest_stays_the_lowest():
     lines = [{"step": s, "loss": float(s), "negative_advantage_logprob": -float(s == 77)} for s in range(1, 1001)]
-    thin = columns(lines, points=100)
+    thin = thinned(columns(lines), points=100)
     assert thin["step"] == list(range(10, 1001, 10))
     assert thin["loss"][:2] == [5.5, 15.5]
     assert min(thin["negative_advantage_logprob"]) == -1.0
+
+
+def test_what_is_said_of_a_long_run_is_said_of_its_steps_and_not_of_its_thinned_curves(tmp_path):
+    """Four spikes in 20,000 steps are there, and what ended 150 steps ago is none of the last 20."""
+    run = make_run(tmp_path / "long", steps=1)
+    metrics = {"loss": 0.1, "grad_norm": 1.0, "truncated_fraction": 0.5}
+    changes = {s: {"grad_norm": 100.0} for s in (7, 5_007, 10_007, 15_007)}
+    changes |= {s: {"truncated_fraction": 0.0} for s in range(19_851, 20_001)}
+    lines = ({"step": s, **metrics, **changes.get(s, {})} for s in range(1, 20_001))
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = describe(run)
+    assert len(found["steps"]["grad_norm"]) == len(found["steps"]["step"]) == 2_000
+    assert [finding["text"] for finding in found["findings"]] == [
+        "the gradient norm was above 20 times its median (1) in 3 steps"  # the first quarter is left out
+    ]
 
 
 def test_a_page_has_completions_of_the_whole_run_within_its_budget(run, monkeypatch):
