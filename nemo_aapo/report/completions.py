@@ -1,6 +1,6 @@
 """The completions that the page shows: of training steps spread over the run, and how each held-out prompt fared.
 
-A completion is hostile input. Here it is only cut to a length; what makes it inert stands in ``page.py`` and in the
+A completion is hostile input. Here it is only cut to a length; what makes it inert stands in ``inert.py`` and in the
 page's script.
 """
 
@@ -17,6 +17,7 @@ import numpy as np
 from safetensors.numpy import load
 
 from nemo_aapo.errors import RunError
+from nemo_aapo.report.inert import inert_json
 from nemo_aapo.run.names import ROLLOUTS, kept_name, step_name, step_of
 from nemo_aapo.types import RIGHT
 from nemo_aapo.utils.files import fitting
@@ -228,4 +229,4 @@ def _size(group: Mapping[str, Any]) -> tuple[int, int]:
     """Bytes on the page of its texts and numbers, and of its tokens' figures."""
     tokens = sum(len(json.dumps(c[-1], separators=(",", ":"))) for c in group["completions"] if c[-1] is not None)
     plain = {**group, "completions": [c[:-1] for c in group["completions"]]}
-    return len(json.dumps(plain, ensure_ascii=False).encode("utf-8", "backslashreplace")), tokens
+    return len(inert_json(plain).encode()), tokens

@@ -181,3 +181,6 @@ def test_a_long_run_is_a_small_page_that_opens_at_once(browser, tmp_path, monkey
     assert (run / "report.html").stat().st_size < 3_000_000
     assert min(browser.open(run / "report.html") for _ in range(3)) < 2.0
     assert says(browser, "#found") == "2,000 of 2,000 completions"
+    escaped = make_run(tmp_path / "escaped", steps=100, text="<" * 4_000)  # each is six bytes of the page
+    write_report([escaped], escaped / "report.html")
+    assert 1_000_000 < (escaped / "report.html").stat().st_size < 3_000_000

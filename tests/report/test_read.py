@@ -15,8 +15,9 @@ from nemo_aapo.errors import ConfigError, RunError
 from nemo_aapo.report import completions, own_page
 from nemo_aapo.report.compare import differing_settings, paired_differences, seeds_alike
 from nemo_aapo.report.completions import clipped, read_groups, read_history, spread
+from nemo_aapo.report.inert import inert_json
 from nemo_aapo.report.own_page import OwnPage
-from nemo_aapo.report.page import describe, inert_json
+from nemo_aapo.report.page import describe
 from nemo_aapo.report.read import read_run
 from nemo_aapo.report.series import columns, thinned
 from nemo_aapo.report.timeline import read_traces
