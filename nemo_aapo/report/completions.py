@@ -93,7 +93,7 @@ def read_history(directory: Path, verdict: str, budget: float = 1.0) -> dict[str
         RunError: a file is damaged.
     """
     folder = directory / ROLLOUTS
-    steps = sorted(spread(_steps_in(folder, "step"))[:VALIDATIONS])
+    steps = sorted(spread(validated_steps(directory))[:VALIDATIONS])
     prompts: dict[str, dict[str, Any]] = {}
     told: set[str] = set()
     for place, step in enumerate(steps):
@@ -108,10 +108,34 @@ def read_history(directory: Path, verdict: str, budget: float = 1.0) -> dict[str
             at = prompts[row["source"]]["at"]
             if at[place] is None:
                 at[place] = [0, 0, row["completion"][-ANSWER_TAIL:] if row["source"] in told else None]
-            value = row["reward_parts"].get(verdict)
-            at[place][0] += value is not None and value >= RIGHT
+            at[place][0] += _is_right(row, verdict)
             at[place][1] += 1
     return {"steps": steps, "prompts": list(prompts.values())}
+
+
+def validated_steps(directory: Path) -> list[int]:
+    """Steps whose validation left its completions, in order."""
+    return _steps_in(directory / ROLLOUTS, "step")
+
+
+def read_verdicts(directory: Path, step: int, verdict: str) -> dict[str, list[bool]]:
+    """Place of a held-out prompt in the data -> which of its completions were right; the greedy one comes first.
+
+    Args:
+        verdict: see ``read_history``.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    found: dict[str, list[bool]] = {}
+    for row in _rows(directory / ROLLOUTS / f"{step_name(step)}.jsonl"):
+        found.setdefault(row["source"], []).append(_is_right(row, verdict))
+    return found
+
+
+def _is_right(row: Row, verdict: str) -> bool:
+    value = row["reward_parts"].get(verdict)
+    return value is not None and value >= RIGHT
 
 
 def spread(steps: Sequence[int]) -> list[int]:

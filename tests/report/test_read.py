@@ -21,7 +21,8 @@ from nemo_aapo.report.page import describe
 from nemo_aapo.report.read import read_run
 from nemo_aapo.report.series import columns, thinned
 from nemo_aapo.report.timeline import read_traces
-from tests.report.made_runs import make_run, make_trace
+from nemo_aapo.utils.files import to_json, write_atomic
+from tests.report.made_runs import make_run, make_trace, row
 
 pytestmark = pytest.mark.slow
 
@@ -183,7 +184,7 @@ def test_runs_are_told_apart_by_settings_and_paired_by_prompt(tmp_path, monkeypa
     assert seeds_alike(found) == [[0, 1], [2]]
     _, same, other = paired_differences(found)
     assert (same["difference"], same["stderr"], same["prompts"], same["step"]) == (0.0, 0.0, 8, 8)
-    assert other["difference"] == pytest.approx(-2 / 3)
+    assert other["difference"] == pytest.approx(-1)  # the greedy one, which is right, is not among the sampled ones
     history = read_history(made[0], "math")
     assert history["steps"] == [0, 2, 4, 6, 8]
     assert [prompt["at"][0] for prompt in history["prompts"]][:2] == [[0, 3, "answer 0"], [0, 3, "answer 0"]]
@@ -194,6 +195,22 @@ def test_runs_are_told_apart_by_settings_and_paired_by_prompt(tmp_path, monkeypa
     assert (tmp_path / "all.html").stat().st_size > 100_000
     assert report.main([str(made[0])]) == runs.main([str(tmp_path)]) == 0
     assert report.main([str(tmp_path / "nowhere")]) == 2
+
+
+def test_runs_are_paired_at_their_last_common_validation_on_all_prompts_by_their_sampled_completions(tmp_path):
+    """However many validations a page shows, and however many runs share it: 40 and 39 validations, 64 prompts."""
+    runs = [tmp_path / "long", tmp_path / "short"]
+    for run, last in zip(runs, (390, 380), strict=True):
+        for step in range(0, last + 1, 10):
+            rights = (run.name == "short", step == 380, step == 380 and run.name == "short")  # greedy, two samples
+            rows = [row(str(n), "", float(right), None) for n in range(64 if step == 380 else 2) for right in rights]
+            write_atomic(run / "rollouts" / f"step_{step:06d}.jsonl", "".join(to_json(r) + "\n" for r in rows))
+    described = [{"directory": str(run), "verdict": "math"} for run in runs]
+    _, found = paired_differences(described)
+    assert found == {"difference": 0.5, "stderr": 0.0, "step": 380, "prompts": 64}
+    for path in (runs[1] / "rollouts").iterdir():
+        path.rename(path.with_name(f"step_{int(path.stem[5:]) + 1:06d}.jsonl"))
+    assert paired_differences(described) == [None, None]
 
 
 @pytest.mark.parametrize(
