@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from nemo_aapo.config.schema import Cluster, Config
@@ -107,6 +108,10 @@ def check_cluster(config: Config) -> None:
     for key, text in (("run.name", config.run.name), ("run.dir", config.run.dir), *_texts(cluster)):
         if re.search(r"[\x00-\x1f\x7f]", text):
             raise ConfigError(f"{key}={text!r}: line breaks and control characters can't stand in a batch script")
+    if "\\" in str(Path(config.run.dir).absolute()):
+        raise ConfigError(
+            f"run.dir={config.run.dir}: Slurm takes the backslashes out of the names of logs. Use another"
+        )
     _check_maps(cluster)
     if cluster.container.image is None and (cluster.container.mounts or cluster.container.workdir):
         raise ConfigError("cluster.container.mounts and workdir have no effect without cluster.container.image")

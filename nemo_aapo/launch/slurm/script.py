@@ -244,9 +244,14 @@ def directives(block: Mapping[str, Any]) -> list[str]:
     """sbatch's flags as lines of a script; True: a flag without a value, None or False: left out."""
     asked = {flag: value for flag, value in block.items() if value is not None and value is not False}
     return [
-        f"#SBATCH --{flag}" if value is True else f"#SBATCH --{flag}={shlex.quote(str(value))}"
+        f"#SBATCH --{flag}" if value is True else f"#SBATCH --{flag}={_quoted(str(value))}"
         for flag, value in asked.items()
     ]
+
+
+def _quoted(value: str) -> str:
+    """As bash takes it, but that sbatch reads a backslash as an escape inside of quotes, too."""
+    return shlex.quote(value).replace("\\", "\\\\")
 
 
 def _wrapped(words: Sequence[str]) -> str:
