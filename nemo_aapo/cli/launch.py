@@ -151,6 +151,11 @@ def _prepare_sweep(command: CommandLine, max_parallel: int | None) -> Sweep:
         raise ConfigError("launch.py sweep starts runs here (cluster=local) or as an array of jobs (cluster=slurm)")
     submit.check_here(first)
     directory = Path(first.run.dir)
+    if run := next(filter(overview.is_run, (directory, *directory.parents)), None):
+        raise ConfigError(
+            f"run.dir={directory}: {run} is a run, below which no other is looked for: give the sweep another name "
+            "(run.name=NAME)"
+        )
     runs = [_prepare_point(point, command, first.run.name, directory) for point in points]
     return Sweep(directory, runs, max_parallel)
 

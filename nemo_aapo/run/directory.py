@@ -64,8 +64,9 @@ def check_run_directory(config: Config) -> None:
         ConfigError: the settings that differ, and what to do; or fewer steps are asked for than were made.
     """
     directory = Path(config.run.dir)
-    if directory.exists() and not directory.is_dir():
-        raise ConfigError(f"run.dir={config.run.dir}: is a file; name a directory")
+    there = next(path for path in (directory, *directory.parents) if path.exists())
+    if not there.is_dir():
+        raise ConfigError(f"run.dir={config.run.dir}: {there} is a file; name a directory")
     record = read_record(directory)
     if record is None or not _has_begun(directory):
         return

@@ -131,7 +131,8 @@ FILES = [
     (["data.train=[{path: FOLDER/train.jsonl, split: test}]"], "this is one file, split=test has no effect"),
     (["data.system_prompt=Think."], "which has no place for it"),
     (["data.prompt_template='{system_prompt} {question}'"], "but system_prompt is not set"),
-    (["run.dir=FOLDER/a_file"], "is a file; name a directory"),
+    (["run.dir=FOLDER/a_file"], "FOLDER/a_file is a file; name a directory"),
+    (["run.dir=FOLDER/a_file/run"], "FOLDER/a_file is a file; name a directory"),
 ]
 """What files tell, of training and launching."""
 CPU = [
