@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import shutil
 
 import pytest
 
 from nemo_aapo.cli import launch
+from nemo_aapo.cli.main import command_of_ranks
 from nemo_aapo.errors import REFUSED
 from nemo_aapo.launch.slurm.commands import outside_of_jobs
 from nemo_aapo.launch.slurm.paths import RunPaths, add_jobs, original_of, own_jobs, read_jobs
+from nemo_aapo.launch.slurm.script import Site
 from nemo_aapo.launch.slurm.submit import moved
+from nemo_aapo.launch.sweep import quoted
 from nemo_aapo.prepare import prepare
 from nemo_aapo.run.directory import claim
 from tests.tiny_models import save_empty_input
@@ -97,3 +101,20 @@ def test_fewer_steps_than_were_made_are_refused_before_ranks_are_started_or_a_jo
     assert "holds a checkpoint of step 3 already" in told.err
     assert told.out == ""
     assert launch.main([*asked, "trainer.max_steps=3"]) == 0
+
+
+@pytest.mark.parametrize("name", ["a b", "lr=1e-4", "it's"])
+def test_what_is_printed_to_be_pasted_is_one_word_for_each_word_whatever_the_directory(tmp_path, capsys, name):
+    run = tmp_path / name
+    words = [*save_empty_input(tmp_path), f"run.dir={quoted(str(run))}", "exp_manager.create_tensorboard_logger=false"]
+    assert launch.main([*words, "dry_run=true"]) == 0
+    command = shlex.split(capsys.readouterr().out.partition(" ranks of: ")[2])
+    assert command == command_of_ranks("train", words)
+    run.mkdir()
+    (run / "run.json").write_text("{}")
+    hint = shlex.split(Site.here().launcher("status", run))
+    assert hint[:2] == ["python", "scripts/launch.py"]
+    assert launch.main(hint[2:]) == 0
+    assert "not begun" in capsys.readouterr().out
+    installed = Site("python", None, tmp_path)
+    assert shlex.split(installed.launcher("status", run)) == ["nemo-aapo", "launch", "status", str(run)]

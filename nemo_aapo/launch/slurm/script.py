@@ -45,6 +45,11 @@ class Site:
         installed = config_directory().is_relative_to(package)
         return cls(sys.executable, None if installed else package.parent, Path.cwd())
 
+    def launcher(self, action: str, directory: Path) -> str:
+        """What a person types for an action on a run or a folder of runs, to be pasted into a shell."""
+        command = ["nemo-aapo", "launch"] if self.checkout is None else ["python", "scripts/launch.py"]
+        return shlex.join([*command, action, str(directory)])
+
 
 @dataclass(frozen=True)
 class Role:
