@@ -27,7 +27,7 @@ from nemo_aapo.config import Config
 from nemo_aapo.config.command_line import EVALUATION, CommandLine, read_command_line
 from nemo_aapo.config.compose import compose
 from nemo_aapo.engines.remote.fleet_status import fleet_lines
-from nemo_aapo.errors import FAILED, ConfigError
+from nemo_aapo.errors import FAILED, ConfigError, RunError
 from nemo_aapo.launch import local, overview, sweep
 from nemo_aapo.launch.slurm import control, logs, submit
 from nemo_aapo.launch.slurm.paths import RunPaths, read_jobs
@@ -256,7 +256,13 @@ def listed(paths: RunPaths) -> list[Path]:
 
 
 def show_logs(paths: RunPaths, follow: bool) -> str:
-    """The end of all logs; with ``follow`` also what is added, until no job of the run is left."""
+    """The end of all logs; with ``follow`` also what is added, until no job of the run is left.
+
+    Raises:
+        RunError: nothing was started or submitted there.
+    """
+    if not paths.logs.is_dir() and not overview.is_run(paths.run_dir):
+        raise RunError(f"{paths.run_dir}: no run is there; is it the run's directory?")
     tail = logs.Tail(paths.logs, from_end=True)
     text = "\n".join(logs.last_lines(paths.logs)) or f"{paths.logs}: no logs yet"
     if not follow:
