@@ -136,12 +136,17 @@ def as_sbatch_reads(text: str) -> str:
 def test_bash_hands_on_every_word_as_it_is_whatever_the_names(name, tmp_path):
     directory = name.replace("\\", "")  # a backslash in run.dir is refused
     recorder = tmp_path / name
-    recorder.write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\n")
+    recorder.write_text(
+        f"#!{sys.executable}\nimport json, os, sys\nprint(json.dumps([os.environ['PYTHONPATH'], *sys.argv[1:]]))\n"
+    )
     recorder.chmod(0o755)
     site = Site(str(recorder), Path("/check out"), tmp_path)
     tree = compose(read_command_line(["model.path=/m", "data.train=/t", "data.validation=/v", *CLUSTER]))
     tree["run"] |= {"name": name, "dir": f"runs/{directory}"}
-    tree["cluster"] |= {"env": {"TOKEN": f"{name}\n2"}, "servers": {**tree["cluster"]["servers"], "nodes": 1}}
+    tree["cluster"] |= {
+        "env": {"TOKEN": f"{name}\n2", "PYTHONPATH": f"/{name}"},
+        "servers": {**tree["cluster"]["servers"], "nodes": 1},
+    }
     config = parse(tree)
     paths = RunPaths(tmp_path / "runs" / directory)
     paths.make()
@@ -149,8 +154,10 @@ def test_bash_hands_on_every_word_as_it_is_whatever_the_names(name, tmp_path):
     script = render_training(config, site)
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=30, cwd=tmp_path)
     words = supervisor_words(config, site, training_roles(config, site), ["job", "--max-requeues=20"])
-    assert json.loads(done.stdout) == words[1:]
-    options, commands = split_roles(json.loads(done.stdout))
+    path, *handed_on = json.loads(done.stdout)
+    assert path == f"/check out:/{name}"
+    assert handed_on == words[1:]
+    options, commands = split_roles(handed_on)
     assert options[-1] == str(paths.run_dir)
     assert list(commands) == ["train", "servers"]
     shown = subprocess.run(

@@ -5,18 +5,20 @@ from __future__ import annotations
 import contextlib
 import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 
 from nemo_aapo.cli import launch
 from nemo_aapo.cli.main import command_of_ranks
 from nemo_aapo.errors import REFUSED
+from nemo_aapo.launch.slurm import submit
 from nemo_aapo.launch.slurm.commands import outside_of_jobs
 from nemo_aapo.launch.slurm.paths import RunPaths, add_jobs, original_of, own_jobs, read_jobs
 from nemo_aapo.launch.slurm.script import Site
 from nemo_aapo.launch.slurm.submit import moved
 from nemo_aapo.launch.sweep import quoted
-from nemo_aapo.prepare import prepare
+from nemo_aapo.prepare import prepare, settings_of
 from nemo_aapo.run.directory import claim
 from tests.tiny_models import save_empty_input
 
@@ -77,6 +79,21 @@ def test_paths_into_the_old_directory_lead_into_the_new_one_and_nothing_else_cha
         "model": {"path": "xx/model", "dtype": None},
     }
     assert tree["run"]["dir"] == "x"
+
+
+def test_in_an_allocation_too_the_checkout_stands_before_the_users_own_path(tmp_path, monkeypatch):
+    words = [
+        *save_empty_input(tmp_path),
+        "cluster=interactive",
+        "+cluster.env.PYTHONPATH=/mine",
+        "+cluster.env.TOKEN=s",
+    ]
+    monkeypatch.setenv("PYTHONPATH", "/shell")
+    started = {}
+    monkeypatch.setattr(submit.os, "execve", lambda path, words, environment: started.update(environment))
+    config, tree = settings_of(words)
+    submit.run_interactively(config, tree, Site("python", Path("/checkout"), tmp_path))
+    assert (started["PYTHONPATH"], started["TOKEN"]) == ("/checkout:/mine", "s")
 
 
 def test_a_submission_from_within_a_job_takes_nothing_of_it_along():

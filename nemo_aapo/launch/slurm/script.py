@@ -230,16 +230,16 @@ def _script(config: Config, site: Site, blocks: Sequence[Mapping[str, Any]], com
         "",
         "set -euo pipefail",
         "trap '' USR1  # a warning of the time limit must not end what has no handler yet",
-        *python_path(site),
         *config.cluster.setup,
     ]
     if config.cluster.env:
         lines += ["# shellcheck source=/dev/null", f"source {shlex.quote(str(paths_of(config, site).environment))}"]
+    lines += python_path(site)
     return "\n".join([*lines, "", _wrapped(["exec", *command])]) + "\n"
 
 
 def python_path(site: Site) -> list[str]:
-    """The line of bash by which every Python of the job finds the checkout's package."""
+    """The line of bash by which every Python of the job finds the checkout's package; it comes after the user's own."""
     if site.checkout is None:
         return []
     return [f"export PYTHONPATH={shlex.quote(str(site.checkout))}${{PYTHONPATH:+:$PYTHONPATH}}"]

@@ -181,7 +181,7 @@ def run_interactively(config: Config, tree: dict[str, Any], site: Site) -> int:
     freeze(config, tree, site)
     environment = {**os.environ, **{name: str(value) for name, value in config.cluster.env.items()}}
     if site.checkout is not None:
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(site.checkout), os.environ.get("PYTHONPATH")]))
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(site.checkout), environment.get("PYTHONPATH")]))
     os.execve(words[0], words, environment)
 
 
