@@ -253,6 +253,7 @@ def test_a_bare_time_in_a_file_is_refused(tmp_path):
     words = ["--config-path", str(tmp_path / "conf"), "cluster=mine", "model.path=/m", "data.train=/t"]
     with pytest.raises(ConfigError, match=r"cluster\.time=14400: write HH:MM:SS"):
         parse(compose(read_command_line([*words, "data.validation=/v"])))
+    assert config_of("cluster.time=4:00:00").cluster.time == "4:00:00"  # Hydra reads words in its own way
 
 
 def test_secrets_are_in_no_script_and_in_no_tree_that_is_written():
