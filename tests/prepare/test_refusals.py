@@ -125,6 +125,15 @@ FILES = [
     ([*REMOTE, "rollout.server.tensor_parallel_size=3"], "rollout.server.tensor_parallel_size=3 does not divide"),
     ([*REMOTE, "rollout.server.pipeline_parallel_size=3"], "rollout.server.pipeline_parallel_size=3 does not divide"),
     ([*REMOTE, "rollout.server.expert_parallel_size=2"], "rollout.server.expert_parallel_size=2"),
+    (
+        [*REMOTE, "rollout.server.engine=trtllm", "rollout.trtllm.tensor_parallel_size=3"],
+        "rollout.trtllm.tensor_parallel_size=3 (null: tensor 1 x pipeline 1): ",
+    ),
+    (["rollout.refit=ipc"], "rollout.refit=ipc has no effect with rollout.engine=megatron"),
+    (
+        [*REMOTE, "rollout.trtllm.refit_bucket_bytes=1000"],
+        "refit_bucket_bytes=1000 has no effect with rollout.engine=remote, rollout.server.engine=megatron",
+    ),
     (["data.max_prompt_tokens=4000", "max_tokens_per_microbatch=9000"], "exceeds the 4096 positions"),
     (["data.train=FOLDER/trian.jsonl"], "data.train: FOLDER/trian.jsonl: no such file; did you mean"),
     (["data.validation=FOLDER/no_data"], "data.validation: FOLDER/no_data: this is a directory without a data set"),
