@@ -78,8 +78,8 @@ def time_in_seconds(time: str) -> int:
     match = re.fullmatch(r"(?:(\d+)-(\d{1,2})(?::(\d\d))?(?::(\d\d))?|(\d+):(\d\d):(\d\d))", time)
     if match is None:
         raise ConfigError(
-            f"cluster.time={time}: write HH:MM:SS or D-HH:MM:SS; in a file in quotes, as YAML reads a bare 4:00:00 as the "
-            "number 14400"
+            f"cluster.time={time}: write HH:MM:SS or D-HH:MM:SS; in a file in quotes, as YAML reads a bare 4:00:00 as "
+            "the number 14400"
         )
     parts = [int(part or 0) for part in match.groups()]
     days, hours, minutes, seconds = parts[:4] if match[1] is not None else [0, *parts[4:]]
