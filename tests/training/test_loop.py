@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 
@@ -100,6 +101,16 @@ def test_a_checkpoint_keeps_what_the_next_step_depends_on(config):
     assert state["metrics"]["loss"] == 0.5
     assert state["metrics"]["validation/accuracy_greedy"] == 0.25
     assert not [name for name in state["metrics"] if name.startswith("time/") or name == "kl"]  # times, and NaN
+
+
+def test_speed_is_that_of_all_that_was_generated_and_work_that_of_what_was_trained_on(config, monkeypatch):
+    monkeypatch.setattr(parallel, "exchange_data_parallel", lambda outgoing: list(itertools.chain(*outgoing)))
+    trainer = make(dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, oversample=3.0)))
+    generate = trainer.rollouts.generate
+    trainer.rollouts.generate = lambda step: generate(step) * 3
+    assert trainer.fit()
+    found = trainer.reporter.metrics[-1]
+    assert (found["tokens/generated"], found["tokens/trained"]) == (24, 8)  # of 6 groups, and of 2
 
 
 # ---------------------------------------------------------------- stopped and resumed
