@@ -51,8 +51,8 @@ class Throughput:
         Returns:
             ``tokens_per_second`` and ``tokens_per_second_per_rank``, of what was generated; ``memory/peak_gib`` of this
             rank, a GPU's or, without one, the process's; where the planner knows the model, ``tflops/train`` and
-            ``tflops/step``, TFLOP/s of a rank in training and over the whole step, rollouts in these processes included;
-            and where it knows the GPU, ``mfu``, the latter over the peak of the dtype that is computed in.
+            ``tflops/step``, TFLOP/s of a rank in training and over the whole step, rollouts in these processes
+            included; and where it knows the GPU, ``mfu``, the latter over the peak of the dtype that is computed in.
         """
         tokens = sum(sum(lengths) for _, lengths in generated)
         found = {

@@ -20,7 +20,7 @@ from nemo_aapo.distributed import parallel
 from nemo_aapo.distributed.lost_ranks import lost_ranks_reported
 from nemo_aapo.errors import CheckpointError, Interrupted, NonFiniteError, RewardError, first_line
 from nemo_aapo.rollout.saved.kept import KeptGroup
-from nemo_aapo.run.experiment import rollout_rows
+from nemo_aapo.rollout.scored import rows_of_all_ranks
 from nemo_aapo.run.reporter import Reporter
 from nemo_aapo.run.step_metrics import GroupTokens, group_numbers, group_tokens, step_metrics
 from nemo_aapo.trace import spans
@@ -168,7 +168,7 @@ class AAPOTrainer:
                 return self.learner.update(groups)
             except NonFiniteError as error:
                 name = f"failed_step_{self.step + 1:06d}"
-                self.reporter.save_rollouts(name, rollout_rows(groups))
+                self.reporter.save_rollouts(name, rows_of_all_ranks(groups))  # the error is all ranks'
                 raise NonFiniteError(
                     f"step {self.step + 1}: {error}. No weight was changed and no checkpoint written; the batch is in "
                     f"{self.config.run.dir}/rollouts/{name}.jsonl. Lower model.optim.lr, or look at that batch"

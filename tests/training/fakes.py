@@ -210,7 +210,7 @@ class Reporter:
     def log_validation(self, step, metrics, samples): ...
 
     def save_rollouts(self, name, samples):
-        self.saved.append(name)
+        self.saved.append((name, samples))
 
     def stop_requested(self):
         return self.stop

@@ -353,12 +353,16 @@ def test_completions_of_an_earlier_policy_are_not_held_against_the_learner(confi
     assert not [note for note in trainer.reporter.notes if note.startswith("warning")]
 
 
-def test_an_update_that_is_not_finite_ends_the_run_and_keeps_the_batch(config):
+def test_an_update_that_is_not_finite_ends_the_run_and_keeps_the_batch_of_all_ranks(config, monkeypatch):
     trainer = make(config)
+    monkeypatch.setattr(parallel, "gather_on_first_rank", lambda rows: [rows, ["another rank's"]])
     happen(trainer, "update 2", fails_with(NonFiniteError("gradient norm inf")))
     with pytest.raises(NonFiniteError, match=r"step 3: gradient norm inf.*/run/rollouts/failed_step_000003\.jsonl"):
         trainer.fit()
-    assert trainer.reporter.saved == ["failed_step_000003"]
+    ((name, rows),) = trainer.reporter.saved
+    assert name == "failed_step_000003"
+    assert len(rows) == 4 + 1
+    assert rows[-1] == "another rank's"
     assert max(trainer.checkpoints.disk) == 2
 
 
