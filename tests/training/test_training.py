@@ -186,6 +186,7 @@ def test_numbers_that_are_not_finite_end_the_run_on_every_rank_and_leave_the_che
     assert not (run_dir / "finished").exists()
 
 
+@pytest.mark.once
 def test_real_text_with_the_real_vocabulary_flows_through_every_stage(ranks, tmp_path):
     make_real_input(tmp_path)
     (tmp_path / "length.py").write_text(
