@@ -86,6 +86,10 @@ class Interrupted(Exception):
     """A stop was asked for in the middle of something that whoever goes on with the run does anew. Not an error."""
 
 
+class RequestError(RunError, ValueError):
+    """An engine has not what a request asks for, however often it is asked; the message names it."""
+
+
 class WireError(ValueError):
     """A message between trainer and rollout server is not what it should be; the text names the field."""
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 from nemo_aapo.config.precision import check_widths, pad_multiple
 from nemo_aapo.config.schema import Config
-from nemo_aapo.config.schema.rollout import Server
 from nemo_aapo.errors import ConfigError
 
 MAX_ROUTED_EXPERTS = 255
@@ -137,17 +136,14 @@ def _check_engine(config: Config, shape: ModelShape) -> None:
     Raises:
         ConfigError: which, and why.
     """
-    tp, pp = config.model.tensor_model_parallel_size, config.model.pipeline_model_parallel_size
+    tp = config.model.tensor_model_parallel_size
     cp, ep = config.model.context_parallel_size, config.model.expert_model_parallel_size
     if config.rollout.engine == "remote":
-        check_server_layout(config.rollout.server, shape)
+        check_server_layout(config, shape)
     if config.rollout.engine == "megatron":
         _require_decoded("rollout.engine", shape)
-    if config.rollout.engine == "trtllm" and shape.num_attention_heads % (tp * pp):
-        raise ConfigError(
-            f"rollout.engine=trtllm cuts each layer over the {tp} x {pp} GPUs of a model-parallel group, which do not "
-            f"divide the model's {shape.num_attention_heads} attention heads"
-        )
+    if config.rollout.engine == "trtllm":
+        _check_trtllm_heads(config, shape)
     if config.rollout.engine == "plain" and (cp > 1 or ep > tp):
         raise ConfigError(
             f"rollout.engine=plain with model.context_parallel_size={cp}, model.expert_model_parallel_size={ep} and "
@@ -156,12 +152,23 @@ def _check_engine(config: Config, shape: ModelShape) -> None:
         )
 
 
-def check_server_layout(server: Server, shape: ModelShape) -> None:
+def _check_trtllm_heads(config: Config, shape: ModelShape) -> None:
+    tp, pp = config.model.tensor_model_parallel_size, config.model.pipeline_model_parallel_size
+    gpus = config.rollout.trtllm.tensor_parallel_size or tp * pp
+    if shape.num_attention_heads % gpus:
+        raise ConfigError(
+            f"rollout.trtllm.tensor_parallel_size={gpus} (null: tensor {tp} x pipeline {pp}): TensorRT-LLM cuts each "
+            f"layer over so many GPUs, which do not divide the model's {shape.num_attention_heads} attention heads"
+        )
+
+
+def check_server_layout(config: Config, shape: ModelShape) -> None:
     """Refuse what a rollout server's model can't be cut into, or what it does not decode.
 
     Raises:
         ConfigError: names the sizes that do not divide, or what of the model is not known.
     """
+    server = config.rollout.server
     if server.engine == "megatron":
         _require_decoded("rollout.server.engine", shape)
     tp, pp, ep = server.tensor_parallel_size, server.pipeline_parallel_size, server.expert_parallel_size
@@ -170,6 +177,8 @@ def check_server_layout(server: Server, shape: ModelShape) -> None:
             "rollout.server.tensor_parallel_size, pipeline_parallel_size and expert_parallel_size are those of "
             "engine=megatron; rollout.trtllm.tensor_parallel_size says how many GPUs TensorRT-LLM takes"
         )
+    if server.engine == "trtllm":
+        _check_trtllm_heads(config, shape)
     if tp % ep:
         raise ConfigError(
             f"rollout.server.expert_parallel_size={ep}: the experts of a layer are shared by its tensor-parallel "

@@ -93,10 +93,24 @@ def settings_of(words: Words) -> tuple[Config, dict[str, Any]]:
     Raises:
         ConfigError: a mistyped key or value, settings that can't go together, an unknown reward or parameter of one.
     """
-    tree = compose(command_line(words))
+    command = command_line(words)
+    tree = compose(command)
     config = parse(tree)
     rewards_of(config)
+    _check_trtllm_words(config, command)
     return config, without_secrets(tree)
+
+
+def _check_trtllm_words(config: Config, command: CommandLine) -> None:
+    """Refuse settings of TensorRT-LLM that were typed where there is none; a server reads them for itself."""
+    rollout = config.rollout
+    if rollout.engine == "trtllm" or (rollout.engine == "remote" and rollout.server.engine == "trtllm"):
+        return
+    for word in command.overrides:
+        if word.startswith("rollout.trtllm."):
+            engine, server = rollout.engine, rollout.server.engine
+            hosted = f", rollout.server.engine={server}" if engine == "remote" else ""
+            raise ConfigError(f"{word} has no effect with rollout.engine={engine}{hosted}: leave it out")
 
 
 def command_line(words: Words, kind: ConfigFile = TRAINING) -> CommandLine:
@@ -150,6 +164,11 @@ def _job(
     config: Config, tree: Mapping[str, Any], world_of: Callable[[Config], World], given: Collection[str] = ()
 ) -> Job:
     world = world_of(config)
+    if config.rollout.refit != "files" and config.rollout.engine != "remote":
+        raise ConfigError(
+            f"rollout.refit={config.rollout.refit} has no effect with rollout.engine={config.rollout.engine}: it is "
+            "how rollout servers (rollout.engine=remote) get new weights. Leave it out"
+        )
     rewards = () if "rewards" in given else rewards_of(config)
     elsewhere = world.machine is None and not _runs_this_python(config)
     config = config if elsewhere and config.algorithm.custom else with_algorithm(config)

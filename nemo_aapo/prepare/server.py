@@ -53,7 +53,7 @@ def prepare_server(words: Words) -> ServerJob:
         trtllm_settings.check(config)
     config = _decided(config, world, hosts_trtllm)
     shape = read_model_dir(config.model.path)
-    check_server_layout(config.rollout.server, shape)
+    check_server_layout(config, shape)
     config = with_routes_decided(config, shape)
     check_tokenizer(Path(config.model.path), shape.vocab_size)
     check_packages([*servers_need(config), *(() if hosts_trtllm else MEGATRON)])

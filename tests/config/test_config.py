@@ -150,6 +150,16 @@ def test_words_that_are_right_pass():
         (["rewards=[{name: accuracy},{name: accuracy}]"], "rewards", "twice"),
         (["validation.reward=format"], "validation.reward", "none of rewards"),
         (["data.train=reasoning_gym:chain_sum"], "accuracy can't judge the answers of reasoning_gym:chain_sum", "name"),
+        (
+            ["checkpoint.keep_best=validation/accuracy_greedy", "trainer.val_check_interval=0"],
+            "checkpoint.keep_best",
+            "never validates",
+        ),
+        (
+            ["checkpoint.keep_best=validation/accuracy_sampled", "validation.samples=0"],
+            "checkpoint.keep_best",
+            "the greedy accuracy alone",
+        ),
         (["model.sequence_parallel=true"], "model.sequence_parallel", "tensor_model_parallel_size > 1"),
         (["model.optim.sched.min_lr=1e-7"], "model.optim.sched.min_lr", "set it to 0"),
         (
@@ -224,7 +234,7 @@ def test_settings_without_a_default_must_be_given():
                 "trainer.devices=8",
             ],
             8,
-            "engine=trtllm .* 4 x 2 GPUs .* 12 attention",
+            "tensor_parallel_size=8 .*null: tensor 4 x pipeline 2.* 12 attention",
         ),
         (["model.context_parallel_size=2", "trainer.devices=3"], 3, "tensor 1 x pipeline 1 x context 2 = 2"),
         (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -52,6 +53,23 @@ def sequences():
         (generator.integers(2, 160, p).astype(np.int32), generator.integers(2, 160, t).astype(np.int32))
         for p, t in ((5, 7), (1, 12), (9, 1), (3, 3))
     ]
+
+
+def _asked_of_the_bridge(path):
+    from tests.policies import make_policy
+
+    policy = make_policy(make_config(path), trains=False)
+    with mock.patch.object(bridge := policy.weight_map.auto_bridge, "export_hf_weights") as export:
+        export.side_effect = type(bridge).export_hf_weights.__get__(bridge)
+        count = sum(1 for _ in policy.named_weights())
+    return count, [call.kwargs for call in export.call_args_list]
+
+
+def test_an_export_stays_where_the_weights_lie(ranks, tiny_models):
+    """On a GPU, for an engine that reads it there; here there is no other place, and the Bridge's argument must do."""
+    ((count, [asked]),) = ranks.run(_asked_of_the_bridge, tiny_models["qwen2"])
+    assert count > 20
+    assert asked["cpu"] is False
 
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen2_tied", "qwen3", "llama"])

@@ -128,6 +128,22 @@ def test_modules_that_pages_name_are_there():
             assert (ROOT / name).is_file() or (ROOT / "nemo_aapo" / name).is_file(), f"{page.relative_to(ROOT)}: {name}"
 
 
+def test_tests_that_pages_name_are_there():
+    for page in PAGES:
+        for written in re.findall(r"tests/[\w/{},.*]*[\w}/*]", page.read_text()):
+            missing = [path for path in alternatives(written) if not [*ROOT.glob(path)]]
+            assert not missing, f"{page.relative_to(ROOT)}: {written} names {missing}"
+
+
+def alternatives(path: str) -> list[str]:
+    """The paths that one with braces stands for, as in a shell."""
+    before, brace, rest = path.partition("{")
+    if not brace:
+        return [path]
+    words, _, after = rest.partition("}")
+    return [path for word in words.split(",") for path in alternatives(before + word + after)]
+
+
 def test_the_index_lists_every_page():
     index = (ROOT / "docs" / "README.md").read_text()
     pages = {str(page.relative_to(ROOT / "docs")) for page in PAGES if page.parent.parent == ROOT / "docs"}

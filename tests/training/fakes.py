@@ -192,11 +192,16 @@ class Tracer:
 
 
 class Reporter:
+    """Keeps in memory what it is told, and the lines of steps and validations in a ``MetricsFile`` if it has one."""
+
     def __init__(self, journal) -> None:
         self.journal, self.stop, self.saved, self.notes, self.metrics = journal, False, [], [], []
+        self.file = None
 
-    def begin(self, step):
+    def begin(self, step, *, validated):
         self.journal.write(f"begin_at {step}")
+        if self.file:
+            self.file.truncate_after(step, validated=validated)
 
     def phase(self, name, done, total): ...
 
@@ -205,9 +210,13 @@ class Reporter:
 
     def log_step(self, step, metrics):
         self.metrics.append(metrics)
+        if self.file:
+            self.file.append(step, metrics)
         self.journal.write(f"log {step}")
 
-    def log_validation(self, step, metrics, samples): ...
+    def log_validation(self, step, metrics, samples):
+        if self.file:
+            self.file.append(step, metrics)
 
     def save_rollouts(self, name, samples):
         self.saved.append((name, samples))

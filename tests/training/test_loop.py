@@ -12,6 +12,7 @@ from nemo_aapo.algorithms.objective import Objective
 from nemo_aapo.config.compose import load_config
 from nemo_aapo.distributed import parallel
 from nemo_aapo.errors import CheckpointError, Interrupted, LostRankError, NonFiniteError, ParityError, RewardError
+from nemo_aapo.run.metrics_file import MetricsFile, is_validation, read_metrics
 from tests.training.fakes import (
     APART,
     STEPS,
@@ -111,6 +112,35 @@ def test_speed_is_that_of_all_that_was_generated_and_work_that_of_what_was_train
     assert trainer.fit()
     found = trainer.reporter.metrics[-1]
     assert (found["tokens/generated"], found["tokens/trained"]) == (24, 8)  # of 6 groups, and of 2
+
+
+ACCURACY = {0: 0.1, 2: 0.9, 4: 0.2, 5: 0.3}
+
+
+@pytest.mark.parametrize(
+    ("best", "interval", "saved"),
+    [
+        (None, 1, [1, 2, 3, 4, 5]),
+        ("validation/accuracy_greedy", 1, [1, 2, 3, 4, 5]),
+        ("validation/accuracy_greedy", 3, [2, 3, 4, 5]),
+        ("validation/accuracy_greedy", 50, [2, 4, 5]),
+        ("reward/mean", 50, [5]),
+    ],
+)
+def test_a_checkpoint_has_the_accuracy_of_its_own_weights_or_none_and_the_best_one_is_saved(
+    config, best, interval, saved
+):
+    trainer = make(
+        dataclasses.replace(
+            config, checkpoint=dataclasses.replace(config.checkpoint, keep_best=best, save_interval=interval)
+        )
+    )
+    trainer.validator.run = lambda: ({"validation/accuracy_greedy": ACCURACY[trainer.policy.version]}, [])
+    assert trainer.fit()
+    states = trainer.checkpoints.disk
+    assert {step: state["metrics"].get("validation/accuracy_greedy") for step, state in states.items()} == {
+        step: ACCURACY.get(step) for step in saved
+    }
 
 
 # ---------------------------------------------------------------- stopped and resumed
@@ -251,6 +281,37 @@ def test_a_stop_breaks_off_a_validation_which_the_resumed_run_makes_up_for(confi
     assert resumed.reporter.journal.of("validate") == ["validate 2", "validate 4", "validate 5"]
     assert resumed.reporter.journal.index("validate 2") < resumed.reporter.journal.index("fill 2")
     assert not [state for step, state in disk.items() if step > 2 and "validation/broken_off" in state["metrics"]]
+
+
+@pytest.mark.parametrize("end", ["killed in the next step", "stopped in the export"])
+def test_a_validation_that_is_made_up_for_has_one_line_whatever_ends_the_run_before_its_next_checkpoint(
+    config, end, tmp_path
+):
+    at = {"killed in the next step": 2, "stopped in the export": 5}[end]
+    disk = {}
+
+    def part(line=None, then=None):
+        trainer = make(config, disk)
+        trainer.reporter.file = MetricsFile(tmp_path / "metrics.jsonl")
+        happen(trainer, line, then and (lambda: then(trainer)))
+        try:
+            return trainer.fit()
+        except KeyboardInterrupt:  # which the loop handles no more than a kill
+            return None
+
+    def stop(trainer):
+        trainer.reporter.stop = True
+        raise Interrupted
+
+    def kill(trainer):
+        raise KeyboardInterrupt
+
+    assert part(f"validate {at}", stop) is False
+    assert part("update 2", kill) is (None if at == 2 else True)  # the export comes after that
+    assert part() is True
+    lines = [(line["step"], is_validation(line)) for line in read_metrics(tmp_path / "metrics.jsonl")]
+    steps = [(step, False) for step in range(1, STEPS + 1)]
+    assert lines == sorted(steps + [(step, True) for step in (0, 2, 4, 5)])
 
 
 def test_a_stop_in_the_first_validation_ends_the_run_before_any_step(config):

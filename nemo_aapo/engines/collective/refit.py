@@ -16,7 +16,7 @@ from nemo_aapo.distributed.agreement import on_first_rank
 from nemo_aapo.engines.collective.plan import Rendezvous
 from nemo_aapo.engines.remote.directory import ServerRecord, read_servers
 from nemo_aapo.engines.remote.dispatch import Fleet
-from nemo_aapo.engines.remote.servers import POLL_S
+from nemo_aapo.engines.remote.servers import POLL_S, Starting
 from nemo_aapo.engines.weights import Weights, WeightsId
 from nemo_aapo.errors import RunError, ServerError
 from nemo_aapo.run.stop import heed
@@ -74,8 +74,8 @@ class CollectiveRefit:
     def bring(self, version: int) -> tuple[Weights, int]:
         """Send the policy to the servers that have other weights, until enough have it. Collective over all ranks.
 
-        A server that fails holds up nobody beyond its deadline. It is tried again at the next refit, or at once where
-        too few are left without it.
+        A server that fails holds up nobody beyond its deadline. It is left out (``Servers.not_left_out``), or tried
+        again at once where too few are left without it.
 
         Returns:
             The weights' name, and the bytes that all ranks have sent.
@@ -147,12 +147,17 @@ class CollectiveRefit:
             records = read_servers(self.fleet.directory)
             for record in records:
                 self.fleet.admit(record)
-            answers = await asyncio.gather(*(self.fleet.served(session, r) for r in records), return_exceptions=True)
+            asked = self.fleet.not_left_out(records)
+            if not self.fleet.are_enough(len(asked), settled=False):
+                asked = records
+            answers = await asyncio.gather(*(self.fleet.served(session, r) for r in asked), return_exceptions=True)
             reasons: dict[int, str | None] = {}
             usable, others = 0, list[ServerRecord]()
-            for record, answer in zip(records, answers, strict=True):
+            for record, answer in zip(asked, answers, strict=True):
                 if isinstance(answer, BaseException):
                     reasons[record.index] = str(answer)
+                    if isinstance(answer, ServerError) and not isinstance(answer, Starting):
+                        self.fleet.fail(record, str(answer))
                 elif answer[0] == weights:
                     usable += 1
                 elif record.instance not in tried:

@@ -16,7 +16,7 @@ from nemo_aapo.engines.weights import Weights
 from nemo_aapo.trace import spans
 from nemo_aapo.types import Completion
 
-Reason = Literal["other_weights", "not_finite", "engine", "stopping"]
+Reason = Literal["request", "other_weights", "not_finite", "engine", "stopping"]
 
 
 @dataclass(frozen=True)

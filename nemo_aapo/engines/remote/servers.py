@@ -138,9 +138,8 @@ class Servers:
         """The servers that have these weights, after those that had others were told to load them; None: all there."""
         end = time.monotonic() + self.wait_s
         while True:
-            records, now = read_servers(self.directory), time.monotonic()
-            asked = [r for r in records if now - self._failed.get(r.instance, (-FORGIVE_S, ""))[0] >= FORGIVE_S]
-            asked = asked or records
+            records = read_servers(self.directory)
+            asked = self.not_left_out(records) or records
             for record in asked:
                 self.admit(record)
             problems = await asyncio.gather(*(self._problem(session, record, weights, at_once) for record in asked))
@@ -152,6 +151,11 @@ class Servers:
                 raise RunError(self.too_few(records, reasons, len(usable)))
             heed("rollout servers")
             await asyncio.sleep(POLL_S)
+
+    def not_left_out(self, records: Sequence[ServerRecord]) -> list[ServerRecord]:
+        """Those that have not failed lately: what hangs is not to cost a deadline in each step."""
+        now = time.monotonic()
+        return [r for r in records if now - self._failed.get(r.instance, (-math.inf, ""))[0] >= FORGIVE_S]
 
     def are_enough(self, servers: int, settled: bool = True) -> bool:
         """Whether so many servers are: all at first; once they were there (and ``settled``), the least number."""
@@ -220,7 +224,7 @@ class Servers:
 
     async def _update(self, session: aiohttp.ClientSession, server: ServerRecord, weights: wire.Weights) -> None:
         if weights.sent:
-            raise ServerError("has other weights; the trainer's ranks send it theirs at the next refit")
+            raise OtherWeightsError("has other weights; the trainer's ranks send it theirs at the next refit")
         try:
             await self.post_update(session, server, weights)
         except WeightsRefusedError:
@@ -250,21 +254,27 @@ class Servers:
     def sleep(self) -> None:
         """Have all servers that are there give back their devices' memory. One that fails is left out.
 
+        One that hangs costs ``PROBE_S``; one that is left out, nothing.
+
         Raises:
             Interrupted: a stop broke it off.
         """
 
         async def ask(session: aiohttp.ClientSession, server: ServerRecord) -> None:
             try:
+                await self.served(session, server)
                 with failures_named(self.timeout_s):
                     async with session.post(f"{server.address}{wire.API}/sleep") as response:
                         if response.status != 200:
                             raise ServerError(complaint(response, load_object(await response.read())))
+            except Starting:
+                pass  # it sleeps at the end of its start
             except ServerError as error:
                 self.fail(server, str(error))
 
         async def ask_all(session: aiohttp.ClientSession) -> None:
-            await asyncio.gather(*(ask(session, server) for server in read_servers(self.directory)))
+            servers = self.not_left_out(read_servers(self.directory))
+            await asyncio.gather(*(ask(session, server) for server in servers))
 
         asyncio.run(self.with_session(ask_all))
 

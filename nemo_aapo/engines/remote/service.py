@@ -36,7 +36,7 @@ BODY_S = 60.0
 """Seconds within which a request must have arrived."""
 STOP_S = 1.0
 """Seconds that handlers get to end when the server stops."""
-_STATUS = {"other_weights": 409, "not_finite": 500, "engine": 500, "stopping": 503}
+_STATUS = {"request": 400, "other_weights": 409, "not_finite": 500, "engine": 500, "stopping": 503}
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 """Answers one kind of request."""

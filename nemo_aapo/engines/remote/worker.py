@@ -24,7 +24,7 @@ from nemo_aapo.engines.base import InFlight, InFlightEngine, More, OnFinish
 from nemo_aapo.engines.build import HostedEngine
 from nemo_aapo.engines.remote.batch import Batch, Failure, Item, Job, Load, Sleep
 from nemo_aapo.engines.remote.wire import Weights, WeightsId
-from nemo_aapo.errors import LostRankError, OtherWeightsError, RunError, ServerError, WeightsError
+from nemo_aapo.errors import LostRankError, OtherWeightsError, RequestError, RunError, ServerError, WeightsError
 from nemo_aapo.trace import servers as traced_servers
 from nemo_aapo.trace import spans
 from nemo_aapo.types import Completion
@@ -237,6 +237,8 @@ class EngineWorker:
 
         def on_finish(number: int, j: int, completion: Completion) -> None:
             self._count(-1)
+            if not np.isfinite(completion.logprobs).all():  # JSON has no number for it
+                raise FloatingPointError(f"the engine gave log-probs that are not finite, by {self.weights}")
             batch.hand_over(number, j, completion)
             if self._stopping or (self._hosted.can_break_off and batch.abandoned):
                 raise _Aborted
@@ -259,6 +261,8 @@ class EngineWorker:
                         engine.generate(batch.prompts, batch.request.sampling, batch.seeds, on_finish)
         except _Aborted:
             end = _STOPPING
+        except RequestError as error:
+            end = Failure("request", str(error))
         except FloatingPointError as error:
             end = Failure("not_finite", str(error))
         except LostRankError as error:

@@ -35,9 +35,9 @@ from nemo_aapo.engines.trtllm.contract import KV_CACHE_TAG
 from nemo_aapo.engines.trtllm.library import CompletionOutput
 from nemo_aapo.engines.trtllm.placement import OwnerActions, OwnerFailed
 from nemo_aapo.engines.trtllm.requests import check_request, read_completion, sampling_arguments
-from nemo_aapo.engines.trtllm.selftest import check_seeds, check_temperature
-from nemo_aapo.engines.trtllm.settings import TrtllmSettings, cache_fraction, check, llm_arguments, weight_bytes
-from nemo_aapo.errors import ConfigError, LostRankError, RunError
+from nemo_aapo.engines.trtllm.selftest import are_tempered, check_seeds
+from nemo_aapo.engines.trtllm.settings import TrtllmSettings, cache_fraction, check, llm_arguments
+from nemo_aapo.errors import ConfigError, LostRankError, RequestError, RunError
 from nemo_aapo.text.transformers5 import readable_directory
 from nemo_aapo.types import Completion, SamplingSpec
 from nemo_aapo.utils.buckets import tensor_buckets
@@ -70,7 +70,8 @@ class TrtllmEngine:
             policy_version: of the weights in ``settings.model_path``.
 
         Raises:
-            RunError: on every rank: the GPUs don't fit, the engine does not start, or it ignores seeds.
+            RunError: on every rank: the GPUs don't fit, the engine does not start, it ignores seeds, or it can't tell
+                the log-probs at a temperature of the run's.
         """
         self.settings, self.policy_version = settings, policy_version
         self.stats: RolloutStats | None = None
@@ -85,7 +86,7 @@ class TrtllmEngine:
         self._actions = OwnerActions(ranks)
         everywhere = [gpu for part in ranks.gather([(gpu, settings.reserved_bytes) for gpu in gpus]) for gpu in part]
         try:
-            self._on_owner(lambda: self._start(everywhere))
+            self._tempered = self._on_owner(lambda: self._start(everywhere))
             self.sleep()
         except BaseException:
             self.close()
@@ -130,8 +131,8 @@ class TrtllmEngine:
             raise RuntimeError("the TensorRT-LLM engine is not started, or it is closed")
         return self._started
 
-    def _start(self, places: Sequence[tuple[placement.Gpu, int]]) -> None:
-        """Start the library's engine; called on the owner alone.
+    def _start(self, places: Sequence[tuple[placement.Gpu, int]]) -> bool:
+        """Start the library's engine; called on the owner alone. Whether its log-probs are after temperature.
 
         Args:
             places: its GPUs, and the bytes that the learner's rank there will still take.
@@ -145,9 +146,7 @@ class TrtllmEngine:
             settings = dataclasses.replace(
                 self.settings,
                 model_path=str(directory),
-                kv_cache_fraction=cache_fraction(
-                    self.settings.kv_cache_fraction, free, weight_bytes(directory) // len(gpus)
-                ),
+                kv_cache_fraction=cache_fraction(self.settings.kv_cache_fraction, free, directory),
             )
             arguments = llm_arguments(settings, found, colocated=self._colocated, worker_extension=WORKER_EXTENSION)
             self._weight_tags = found.weight_tags
@@ -157,7 +156,7 @@ class TrtllmEngine:
         if workers != expected:
             raise RunError(f"TensorRT-LLM's workers run on the GPUs {workers}, but the weights lie on {expected}")
         check_seeds(self._draw, self.settings.max_new_tokens)
-        check_temperature(self._draw, self.settings.temperature)
+        return are_tempered(self._draw, self.settings.temperatures)
 
     def _draw(self, token: int, sampling: SamplingSpec, seed: int) -> CompletionOutput:
         [(_, output)] = self._client.complete([(seed, [token], sampling_arguments(sampling, seed))])
@@ -279,14 +278,14 @@ class TrtllmEngine:
         fall otherwise in another batch.
 
         Raises:
-            ValueError: see ``check_request``; a sequence that is longer than the engine was made for.
+            ValueError: see ``check_request``. RequestError: a sequence is longer than the engine was made for.
             RunError: on every rank: a request failed, timed out or was cut short.
         """
-        check_request(prompts, sampling, seeds)
+        check_request(prompts, sampling, seeds, tempered=self._tempered)
         settings = self.settings
         longest = max(map(len, prompts), default=0)
         if longest > settings.max_prompt_tokens or sampling.max_new_tokens > settings.max_new_tokens:
-            raise ValueError(
+            raise RequestError(
                 f"{longest} + {sampling.max_new_tokens} tokens, but the engine was made for prompts of "
                 f"{settings.max_prompt_tokens} and completions of {settings.max_new_tokens}"
             )
@@ -317,10 +316,9 @@ class TrtllmEngine:
             for i, (prompt, row) in enumerate(zip(prompts, seeds, strict=True))
             for j, seed in enumerate(row)
         ]
-        tempered = sampling.temperature == self.settings.temperature  # as at the start's check
         with contextlib.closing(self._client.complete(requests)) as answers:
             for (i, j), output in answers:
-                completion = read_completion(output, sampling, self.policy_version, tempered=tempered)
+                completion = read_completion(output, sampling, self.policy_version)
                 self._actions.tell((i, j, completion))
                 if hear(i, j, completion):
                     break

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from nemo_aapo.engines.base import check_prompts
+from nemo_aapo.engines.trtllm.contract import VERSION
 from nemo_aapo.engines.trtllm.library import CompletionOutput, Logprob
-from nemo_aapo.errors import RunError
+from nemo_aapo.errors import RequestError, RunError
 from nemo_aapo.types import Completion, SamplingSpec
 
 KNOWN = ("temperature", "max_new_tokens", "stop_token_ids", "top_p")
@@ -22,17 +23,35 @@ KNOWN = ("temperature", "max_new_tokens", "stop_token_ids", "top_p")
 its end token and not stop tokens, and stop strings need the tokenizer, which is left out."""
 
 
-def check_request(prompts: Sequence[np.ndarray], sampling: SamplingSpec, seeds: Sequence[Sequence[int]]) -> None:
+def check_request(
+    prompts: Sequence[np.ndarray], sampling: SamplingSpec, seeds: Sequence[Sequence[int]], *, tempered: bool
+) -> None:
     """Refuse what the engine can't do as asked.
 
+    Args:
+        tempered: log-probs were seen to be after temperature.
+
     Raises:
-        ValueError: as ``check_prompts``; a field of the spec that becomes no part of a request.
+        ValueError: as ``check_prompts``.
+        RequestError: a field of the spec that becomes no part of a request; a temperature whose log-probs can't be had.
     """
     check_prompts(prompts, seeds)
     for field in dataclasses.fields(sampling):
         value = getattr(sampling, field.name)
         if field.name not in KNOWN and value != field.default:
-            raise ValueError(f"{field.name}={value!r} can't be had of TensorRT-LLM as it is used here")
+            raise RequestError(f"{field.name}={value!r} can't be had of TensorRT-LLM as it is used here")
+    check_temperature("temperature", sampling.temperature, tempered)
+
+
+def check_temperature(name: str, temperature: float, tempered: bool) -> None:
+    """Refuse a temperature whose log-probs can't be had; see ``check_request``. ``name`` is what it is called."""
+    # Trap: TorchSampler's log-probs are of the logits before temperature, TRTLLMSampler's after it (both before top_p,
+    # as ours are). From the drawn token's alone they can't be rescaled. What is greedy has those at temperature 1.
+    if not tempered and temperature not in (0.0, 1.0):
+        raise RequestError(
+            f"{name}={temperature}: this TensorRT-LLM's sampler reports log-probs before temperature, which are not "
+            f"those of what it draws. Use version {VERSION}, a temperature of 0 or 1, or the megatron engine"
+        )
 
 
 def sampling_arguments(sampling: SamplingSpec, seed: int) -> dict[str, Any]:
@@ -61,14 +80,8 @@ def sampling_arguments(sampling: SamplingSpec, seed: int) -> dict[str, Any]:
     return {**arguments, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
 
 
-def read_completion(
-    output: CompletionOutput, sampling: SamplingSpec, policy_version: int, *, tempered: bool = False
-) -> Completion:
+def read_completion(output: CompletionOutput, sampling: SamplingSpec, policy_version: int) -> Completion:
     """One finished ``CompletionOutput`` as a ``Completion``.
-
-    Args:
-        tempered: log-probs were seen to be after temperature. Else they are NaN at another temperature than 1, unless
-            greedy: only validation samples so then, and it reads none.
 
     Raises:
         RunError: the request did not end as a completion ends, or its answer contradicts itself.
@@ -94,18 +107,14 @@ def read_completion(
         )
     return Completion(
         token_ids=tokens,
-        logprobs=_logprobs(tokens, output.logprobs, tempered or sampling.greedy or sampling.temperature == 1.0),
+        logprobs=_logprobs(tokens, output.logprobs),
         finish_reason="stop" if stopped else "length",
         policy_version=policy_version,
     )
 
 
-def _logprobs(tokens: np.ndarray, entries: Sequence[Mapping[int, Logprob]] | None, known: bool) -> np.ndarray:
+def _logprobs(tokens: np.ndarray, entries: Sequence[Mapping[int, Logprob]] | None) -> np.ndarray:
     """float32 [T], the log-prob of each token of a completion."""
-    # Trap: TorchSampler's are of the logits before temperature, TRTLLMSampler's after it (both before top_p, as ours
-    # are). From the drawn token's alone they can't be rescaled.
-    if not known:
-        return np.full(len(tokens), np.nan, dtype=np.float32)
     if entries is None or len(entries) != len(tokens):
         raise RunError(
             f"TensorRT-LLM gave log-probs for {0 if entries is None else len(entries)} of {len(tokens)} tokens"

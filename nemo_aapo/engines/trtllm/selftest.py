@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from nemo_aapo.engines.trtllm.contract import VERSION
 from nemo_aapo.engines.trtllm.library import CompletionOutput
+from nemo_aapo.engines.trtllm.requests import check_temperature
 from nemo_aapo.errors import RunError
 from nemo_aapo.types import SamplingSpec
 
@@ -36,25 +37,24 @@ def check_seeds(draw: Draw, max_new_tokens: int) -> None:
         )
 
 
-def check_temperature(draw: Draw, temperature: float) -> None:
-    """See that log-probs are those at the sampling temperature, which the learner computes; at 1 there is no other.
+def are_tempered(draw: Draw, temperatures: Mapping[str, float]) -> bool:
+    """Whether log-probs are those at the sampling temperature, as the learner's are, whatever the temperature.
 
     Cold enough, the drawn token has all the probability, and its log-prob is near 0; before temperature it is that of
     the likeliest token at 1. TRTLLMSampler's are after temperature (samplingLayer.cpp takes the softmax of logits
     that were divided, samplingTopPKernels.cu reports its logarithm), TorchSampler's before. On a model too certain of
     itself to tell, the parity gate does, which compares each token's with the learner's.
 
+    Args:
+        temperatures: setting -> temperature, of all that the run samples at.
+
     Raises:
-        RunError: they are not.
+        RequestError: they are not, and one of these needs it.
     """
-    if temperature == 1.0:
-        return
     sampling = SamplingSpec(temperature=COLD, max_new_tokens=1, stop_token_ids=())
     outputs = [draw(token, sampling, token) for token in range(PROMPTS)]
     found = [output.logprobs[0][output.token_ids[0]].logprob for output in outputs if output.logprobs]
-    if len(found) < PROMPTS or sum(found) / PROMPTS < math.log(0.5):
-        raise RunError(
-            f"rollout.temperature={temperature}: this TensorRT-LLM's sampler reports log-probs before temperature, "
-            f"which are not those of what it draws. Use version {VERSION}, rollout.temperature=1, or "
-            "rollout.engine=megatron"
-        )
+    tempered = len(found) == PROMPTS and sum(found) / PROMPTS >= math.log(0.5)
+    for name, temperature in temperatures.items():
+        check_temperature(name, temperature, tempered)
+    return tempered

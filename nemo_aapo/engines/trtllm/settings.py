@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from nemo_aapo.config import Config
 from nemo_aapo.engines.trtllm.contract import KV_CACHE_TAG, LLM_ARGS, RAY_VERSION, VERSION
 from nemo_aapo.errors import ConfigError, RunError
 from nemo_aapo.launch.world import Machine
+from nemo_aapo.utils.safetensors import weight_files
 
 if TYPE_CHECKING:
     from nemo_aapo.engines.trtllm.library import Library
@@ -100,8 +101,8 @@ class TrtllmSettings:
     """Bytes of weights that are handed over at a time, unless one tensor alone is larger."""
     timeout_s: float
     """Seconds to wait for any one answer of the engine."""
-    temperature: float = 1.0
-    """Rollouts are sampled at."""
+    temperatures: Mapping[str, float] = field(default_factory=dict)
+    """Setting -> temperature, of all that the run samples at; a server may be asked for others."""
     trust_remote_code: bool = False
     """The model's directory may bring code of its own."""
     reserved_bytes: int = 0
@@ -127,24 +128,36 @@ class TrtllmSettings:
             kv_cache_fraction=rollout.trtllm.kv_cache_fraction,
             refit_bucket_bytes=rollout.trtllm.refit_bucket_bytes,
             timeout_s=config.trainer.distributed_timeout_s,
-            temperature=rollout.temperature,
+            temperatures=_temperatures(config),
             trust_remote_code=model.trust_remote_code,
             reserved_bytes=reserved_bytes,
         )
 
 
-def cache_fraction(fraction: float, gpus: Sequence[tuple[int, int]], engine_bytes: int) -> float:
+def _temperatures(config: Config) -> dict[str, float]:
+    validates = config.trainer.val_check_interval and config.validation.samples
+    return {
+        "rollout.temperature": config.rollout.temperature,
+        **({"validation.temperature": config.validation.temperature} if validates else {}),
+    }
+
+
+def cache_fraction(fraction: float, gpus: Sequence[tuple[int, int]], directory: Path) -> float:
     """The share of free memory that leaves room for what the learner takes later: the library sizes its KV cache once.
 
     Args:
         fraction: of what is free after the engine's weights and what is reserved.
         gpus: (free bytes, bytes reserved) of each.
-        engine_bytes: of the engine's weights on one GPU.
+        directory: the model's, whose weights are cut over these GPUs.
 
     Raises:
         RunError: there is no room for a KV cache on one of them.
     """
-    shares = [1.0]
+    if not any(reserved for _, reserved in gpus):
+        return fraction
+    # Not all that lies there is the model: Mistral's directories have consolidated.safetensors beside the shards.
+    engine_bytes = sum((directory / name).stat().st_size for name in weight_files(directory)) // len(gpus)
+    shares = []
     for free, reserved in gpus:
         room = free - engine_bytes
         if reserved and room <= reserved:
@@ -155,11 +168,6 @@ def cache_fraction(fraction: float, gpus: Sequence[tuple[int, int]], engine_byte
             )
         shares.append((room - reserved) / room if reserved else 1.0)
     return fraction * min(shares)
-
-
-def weight_bytes(directory: Path) -> int:
-    """Bytes of the weight files of a model's directory."""
-    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
 
 
 def llm_arguments(

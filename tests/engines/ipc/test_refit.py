@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from nemo_aapo.config.compose import load_config
+from nemo_aapo.engines.remote.servers import PROBE_S
 from tests.engines.servers.hosted import Engines, on_layout
 from tests.servers import ROOT, Servers, wait_until_ready
 from tests.training_runs import make_input, settings
@@ -128,6 +129,9 @@ def _among_faults(words, pid):
         engines.train(version)
         found.append((list(engines.said), time.monotonic() - began))
         if number == signal.SIGSTOP:
+            began = time.monotonic()
+            engines.remote.sleep()
+            found[-1] += (time.monotonic() - began,)
             os.kill(pid, signal.SIGCONT)
         engines.assert_same()
     engines.remote.close()
@@ -137,10 +141,11 @@ def _among_faults(words, pid):
 def test_a_server_that_hangs_or_dies_in_mid_refit_is_left_out_holds_nobody_and_leaks_nothing(ranks, words, servers):
     """Last in the file: server 0 is gone afterwards."""
     ((found, kept),) = ranks.run(_among_faults, words, servers[0], tp=None)
-    (hung, hung_s), (well, _), (dead, dead_s) = found
+    (hung, hung_s, asleep_s), (well, _), (dead, dead_s) = found
     assert len(hung) == len(dead) == 1
     assert "rollout server 0 (http://127.0.0.1:" in hung[0]
     assert well == []
     assert max(hung_s, dead_s) < 60  # and not for wait_s
+    assert asleep_s < PROBE_S  # what is left out is not waited for again
     assert kept == 0
     assert held(servers[1]) == 0

@@ -34,7 +34,7 @@ class ScriptedServer:
 
     def __init__(self, index: int, token: str, script: Callable[[], str] = lambda: "well") -> None:
         self.script, self.token, self.asked = script, token, []
-        self.weights, self.refits = wire.WeightsId(0, "0" * 64), []
+        self.weights, self.refits, self.slept = wire.WeightsId(0, "0" * 64), [], 0
         self.released = threading.Event()
         """Until then a ``generate`` whose script says ``until`` goes on."""
         self.record: ServerRecord | None = None
@@ -49,6 +49,7 @@ class ScriptedServer:
             app.router.add_get("/v1/ready", self._ready_)
             app.router.add_post("/v1/update_weights", self._update)
             app.router.add_post("/v1/generate", self._generate)
+            app.router.add_post("/v1/sleep", self._sleep)
             self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
             await self._runner.setup()
             await web.TCPSite(self._runner, "127.0.0.1", 0).start()
@@ -73,6 +74,10 @@ class ScriptedServer:
         self.refits.append(weights)
         self.weights = weights.id
         return web.Response(body=wire.encode_weights_id(self.weights))
+
+    async def _sleep(self, request: web.Request) -> web.Response:
+        self.slept += 1
+        return web.json_response({"status": "asleep"})
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         asked = wire.decode_request(load_object(await request.read()), LIMITS)

@@ -8,15 +8,18 @@ import os
 import random
 import shutil
 import signal
+import socket
 import threading
 import time
 import weakref
 
+import aiohttp
 import numpy as np
 import pytest
 
 from nemo_aapo.distributed import parallel
-from nemo_aapo.engines.remote import dispatch, wire
+from nemo_aapo.engines.collective.refit import CollectiveRefit
+from nemo_aapo.engines.remote import dispatch, servers, wire
 from nemo_aapo.engines.remote.directory import ServerRecord, open_directory, publish
 from nemo_aapo.engines.remote.dispatch import Call, Work, distribute
 from nemo_aapo.engines.remote.engine import RemoteEngine
@@ -139,6 +142,26 @@ def test_weights_that_are_not_finite_are_the_policys_fault_and_tried_nowhere_els
     with pytest.raises(FloatingPointError, match="not finite"):
         fleet(2).generate(make_call([1])[0])
     assert not other.asked
+
+
+def test_a_server_that_hangs_is_waited_for_once_by_sleep_and_refit(start, fleet, tmp_path, monkeypatch):
+    """It would cost a deadline in each step otherwise."""
+    monkeypatch.setattr(servers, "_PROBE", aiohttp.ClientTimeout(total=0.2))
+    [well] = start(always("well"))
+    made = fleet(timeout_s=3600, log=(said := []).append)
+    with socket.create_server(("127.0.0.1", 0)) as hanging:  # the kernel takes connections, and nobody answers
+        hanging.setblocking(False)
+        publish(tmp_path / "servers", ServerRecord(1, f"http://127.0.0.1:{hanging.getsockname()[1]}", 1, "hangs"))
+        refit = CollectiveRefit(made, None)
+        others = lambda session: refit._without(session, WEIGHTS.id, set(), 0.0)  # noqa: E731
+        for _ in range(2):
+            made.sleep()
+            assert asyncio.run(made.with_session(others)) == [well.record]
+        hanging.accept()[0].close()
+        with pytest.raises(BlockingIOError):
+            hanging.accept()
+    assert well.slept == 2
+    assert [line.split(" ")[2] for line in said] == ["1"]
 
 
 def test_a_server_that_was_restarted_loads_the_weights_before_it_is_used(start, fleet):

@@ -26,7 +26,7 @@ class Engine:
     def __init__(self) -> None:
         self.calls: list[list[int] | str] = []
         self.permits, self.begun = threading.Semaphore(0), threading.Semaphore(0)
-        self.version = 0
+        self.version, self.logprobs = 0, np.zeros(1, np.float32)
 
     def generate(self, prompts, sampling, seeds, on_finish):
         self.calls.append([int(prompt[0]) for prompt in prompts])
@@ -34,7 +34,7 @@ class Engine:
         for i, row in reversed(list(enumerate(seeds))):
             for j, seed in enumerate(row):
                 assert self.permits.acquire(timeout=10)
-                on_finish(i, j, Completion(prompts[i] + seed, np.zeros(1, np.float32), "stop", self.version))
+                on_finish(i, j, Completion(prompts[i] + seed, self.logprobs, "stop", self.version))
 
     def wake(self): ...
 
@@ -103,6 +103,16 @@ def test_alike_requests_that_wait_run_as_one_batch_and_each_gets_its_own(harness
         assert all_of(answers) == (tokens, None)
     assert harness.engine.calls == [[10], [20, 21, 30], [40], [50]]
     assert harness.worker.outstanding == 0
+
+
+@pytest.mark.parametrize("number", [np.nan, -np.inf])
+def test_log_probs_that_no_message_can_hold_end_a_request_in_words(harness, number):
+    harness.engine.logprobs = np.full(1, number, np.float32)
+    harness.engine.permits.release(1000)
+    assert all_of(harness.ask(10)[1]) == (
+        [],
+        Failure("not_finite", f"the engine gave log-probs that are not finite, by {V0}"),
+    )
 
 
 def test_a_refit_waits_for_the_batch_before_it_and_nothing_overtakes_it(harness):

@@ -24,7 +24,7 @@ from nemo_aapo.engines.trtllm import placement as trtllm_placement
 from nemo_aapo.engines.trtllm import settings as trtllm_settings
 from nemo_aapo.engines.trtllm.engine import TrtllmEngine
 from nemo_aapo.engines.trtllm.placement import Gpu
-from nemo_aapo.errors import ConfigError, RunError
+from nemo_aapo.errors import ConfigError, RequestError, RunError
 from nemo_aapo.seeds import stream_seed
 from nemo_aapo.types import SamplingSpec
 from tests.engines.trtllm.conftest import PROMPTS, SAMPLING, SEEDS, SETTINGS, STOP, pretend_gpus, start, tokens
@@ -116,7 +116,7 @@ def test_a_stop_token_at_the_length_limit_counts_as_a_stop(engine):
     assert again.finish_reason == "stop"
 
 
-def test_greedy_and_tempered_validation(engine):
+def test_greedy_takes_the_likeliest(engine):
     engine.wake()
     [[greedy]] = engine.generate(PROMPTS[:1], SamplingSpec(0.0, 10, ()), [[1]])
     last, expected = int(PROMPTS[0][-1]), []
@@ -125,12 +125,10 @@ def test_greedy_and_tempered_validation(engine):
         expected.append(last)
     assert greedy.token_ids.tolist() == expected
     assert np.isfinite(greedy.logprobs).all()
-    [[tempered]] = engine.generate(PROMPTS[:1], SamplingSpec(0.6, 10, (), top_p=0.95), [[1]])
-    assert np.isnan(tempered.logprobs).all()  # raw ones would pass for those of the draw
 
 
-def test_rollouts_at_another_temperature_have_the_log_probs_of_what_is_drawn(fake):
-    engine, sampling = start(temperature=0.7), SamplingSpec(0.7, 40, (STOP,))
+def test_another_temperature_has_the_log_probs_of_what_is_drawn_or_is_refused(fake):
+    engine, sampling = start(temperatures={"rollout.temperature": 1.0}), SamplingSpec(0.7, 40, (STOP,), top_p=0.95)
     engine.wake()
     told = torch.log_softmax(table().double() / 0.7, -1).numpy()
     for prompt, row in zip(PROMPTS, engine.generate(PROMPTS, sampling, SEEDS), strict=True):
@@ -139,9 +137,16 @@ def test_rollouts_at_another_temperature_have_the_log_probs_of_what_is_drawn(fak
             np.testing.assert_allclose(completion.logprobs, told[before, completion.token_ids], rtol=1e-5)
     engine.close()
     fake.raw_logprobs = True
-    start().close()  # at temperature 1 both are the same
-    with pytest.raises(RunError, match=r"rollout.temperature=0.7.*before temperature"):
-        start(temperature=0.7)
+    engine = start(temperatures={"rollout.temperature": 1.0})  # raw ones would pass for those of the draw
+    engine.wake()
+    with pytest.raises(RequestError, match=r"temperature=0.7.*before temperature"):
+        engine.generate(PROMPTS, sampling, SEEDS)
+    [[greedy]] = engine.generate(PROMPTS[:1], SamplingSpec(0.0, 10, ()), [[1]])
+    assert np.isfinite(greedy.logprobs).all()
+    engine.close()
+    for name in ("rollout.temperature", "validation.temperature"):
+        with pytest.raises(RunError, match=rf"{name}=0.7.*before temperature"):
+            start(temperatures={name: 0.7})
 
 
 @pytest.mark.parametrize(
@@ -213,7 +218,7 @@ def test_the_engine_is_made_for_prompts_longer_than_the_librarys_default(fake):
         ({"cut_at": 2}, "cut a completion at 2 of 40"),
         ({"drop_stop_token": True}, "last token is none of"),
         ({"drop_logprobs": True}, "log-probs for 0 of"),
-        ({"fail_request": 10}, "generate_async: RuntimeError: CUDA error"),
+        ({"fail_request": 20}, "generate_async: RuntimeError: CUDA error"),
         ({"hang": True}, "no completion within 1 s"),
     ],
 )

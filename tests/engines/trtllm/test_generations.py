@@ -47,9 +47,9 @@ def test_another_temperature_is_refused_where_log_probs_are_before_it(monkeypatc
     fake_trtllm.install(monkeypatch, generation)
     if generation is contract.V1_4:
         with pytest.raises(RunError, match=r"rollout.temperature=0.7.*before temperature"):
-            start(temperature=0.7)
+            start(temperatures={"rollout.temperature": 0.7})
     else:
-        start(temperature=0.7).close()
+        start(temperatures={"rollout.temperature": 0.7}).close()
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,33 @@ def test_a_hosted_engine_serves_each_version_it_is_given_and_tells_its_own_log_p
     assert drawn[3] != drawn[4]
 
 
+EVALUATION = SamplingSpec(0.6, 16, (STOP,), top_p=0.95)
+"""At the defaults of an evaluation, which may be another temperature than that of the server's rollouts."""
+
+
+def test_a_server_answers_at_another_temperature_than_its_own_rollouts(served):
+    told = []
+    fleet = Fleet(served, servers=1, wait_s=5, timeout_s=10, retries=0)
+    fleet.generate(Call(BASE, PROMPTS, EVALUATION, SEEDS, lambda *news: told.append(news)))
+    assert len(told) == sum(map(len, SEEDS))
+    tempered = torch.log_softmax(table().double() / EVALUATION.temperature, -1).numpy()
+    for i, _, completion in told:
+        before = np.concatenate([PROMPTS[i][-1:], completion.token_ids[:-1]])
+        np.testing.assert_allclose(completion.logprobs, tempered[before, completion.token_ids], rtol=1e-5)
+
+
+def test_what_its_library_has_not_is_refused_in_words_and_the_server_goes_on(monkeypatch, tmp_path, capfd):
+    fake, config = make(monkeypatch, tmp_path)
+    fake.raw_logprobs = True
+    with serving(config, tmp_path) as directory:
+        fleet = Fleet(directory, servers=1, wait_s=5, timeout_s=10, retries=0, log=lambda text: None)
+        call = Call(BASE, PROMPTS, EVALUATION, SEEDS, lambda *news: None)
+        with pytest.raises(RunError, match=r"HTTP 400: temperature=0\.6: .* log-probs before temperature"):
+            fleet.generate(call)
+        assert len(draw(fleet, BASE)) == sum(map(len, SEEDS))
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_a_client_that_goes_away_does_not_break_the_engine_for_the_next(served, config):
     fleet = Fleet(served, servers=1, wait_s=20, timeout_s=20, retries=0)
     weights = WeightStore(served, config.model.path).write([(TABLE, table(1))], 1)

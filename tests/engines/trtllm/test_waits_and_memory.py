@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 import os
 import queue
 import threading
@@ -19,6 +20,7 @@ from nemo_aapo.engines.trtllm import client, placement, settings
 from nemo_aapo.engines.trtllm.engine import TrtllmEngine
 from nemo_aapo.engines.trtllm.placement import Beat, OwnerActions, OwnerFailed
 from nemo_aapo.errors import ConfigError, RunError
+from nemo_aapo.utils.safetensors import INDEX
 from tests import fake_trtllm
 from tests.engines.trtllm.conftest import SETTINGS
 from tests.tiny_models import make_config
@@ -213,13 +215,23 @@ def test_the_buffer_has_each_tensors_numbers_aligned():
     assert memory.flat([], on_cpu) == []
 
 
-def test_the_kv_cache_leaves_room_for_the_moments_that_adam_does_not_have_yet():
-    assert settings.cache_fraction(0.4, [(80 * GIB, 0)], 10 * GIB) == 0.4
-    assert settings.cache_fraction(0.4, [(0, 0)], 10 * GIB) == 0.4  # nothing to leave room for
+def save_hole(path, size):
+    with path.open("wb") as file:
+        file.truncate(size)
+
+
+def test_the_kv_cache_leaves_room_for_the_moments_that_adam_does_not_have_yet(tmp_path):
+    """In a directory as Mistral's: shards, and all of it once more in another form."""
+    names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {name: name for name in names}}))
+    for name, size in ((names[0], 12), (names[1], 8), ("consolidated.safetensors", 20)):
+        save_hole(tmp_path / name, size * GIB)
+    assert settings.cache_fraction(0.4, [(80 * GIB, 0)], tmp_path) == 0.4
+    assert settings.cache_fraction(0.4, [(0, 0)], tmp_path) == 0.4  # nothing to leave room for
     # 70 GiB after the weights, of which 35 are Adam's; the fullest GPU decides for all
-    assert settings.cache_fraction(0.4, [(80 * GIB, 35 * GIB), (80 * GIB, 0)], 10 * GIB) == pytest.approx(0.2)
-    with pytest.raises(RunError, match=r"80.0 GiB free, of which its weights take 10.0 .*rollout.offload_learner=true"):
-        settings.cache_fraction(0.4, [(80 * GIB, 70 * GIB)], 10 * GIB)
+    assert settings.cache_fraction(0.4, [(80 * GIB, 35 * GIB), (80 * GIB, 0)], tmp_path) == pytest.approx(0.2)
+    with pytest.raises(RunError, match=r"80.0 GiB free, of which its weights take 20.0 .*rollout.offload_learner=true"):
+        settings.cache_fraction(0.4, [(80 * GIB, 60 * GIB)], tmp_path)
 
 
 @pytest.mark.parametrize(
