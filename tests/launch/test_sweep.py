@@ -109,7 +109,7 @@ def test_a_sweep_is_refused_where_its_runs_would_be_out_of_sight(tmp_path, capsy
         assert launch.main(["sweep", *words, f"run.dir={tmp_path}/{directory}"]) == REFUSED
         assert f"run.dir={tmp_path}/{directory}: {tmp_path}/run is a run" in capsys.readouterr().err
     assert launch.main(["sweep", *words, f"run.dir={tmp_path}/train.jsonl"]) == REFUSED
-    assert f"{tmp_path}/train.jsonl is a file; name a directory" in capsys.readouterr().err
+    assert f"{tmp_path}/train.jsonl is a file, where a directory is needed" in capsys.readouterr().err
 
 
 def test_a_run_is_done_when_it_has_made_the_steps_that_it_is_now_asked_for(config, tmp_path):
