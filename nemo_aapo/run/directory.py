@@ -172,8 +172,8 @@ def changes_since_the_start_before(directory: Path) -> list[str]:
 
     Empty where both are as they were, and where an earlier version did not record them.
     """
-    record, said = read_record(directory), []
-    before, now = record["starts"][-2:] if record and len(record["starts"]) > 1 else ({}, {})
+    said = []
+    before, now = _last_two_starts(directory)
     if _changed("instruction_set", before, now):
         said.append(
             f"the start before this one computed by {before['instruction_set']}, this machine computes by "
@@ -185,6 +185,31 @@ def changes_since_the_start_before(directory: Path) -> list[str]:
             "the code as it is now"
         )
     return said
+
+
+def drawn_later(directory: Path, step: int) -> list[str]:
+    """What to tell whoever goes on from the checkpoint of a step beyond the end that the start before had.
+
+    A run begins no rollouts of steps behind its end. Those that would have been begun by that checkpoint are drawn by a
+    later policy than in a run that had the later end from its beginning. Empty where there are none.
+    """
+    before, now = _last_two_starts(directory)
+    end, ahead = before.get("max_steps"), now.get("steps_ahead", 0)
+    if not isinstance(end, int) or min(step + ahead, now["max_steps"]) <= end:
+        return []
+    return [
+        f"the run was to end with step {end}, and step {end + 1} was not begun ahead of it as others are "
+        f"(rollout.async_depth, rollout.max_lag): from step {end + 1} on the run goes on as well, but not to the bits "
+        f"of one that had trainer.max_steps={now['max_steps']} from its beginning"
+    ]
+
+
+def _last_two_starts(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The start before this one, and this one; empty where there was none before."""
+    record = read_record(directory)
+    if record is None or len(record["starts"]) < 2:
+        return {}, {}
+    return record["starts"][-2], record["starts"][-1]
 
 
 def _changed(fact: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
@@ -263,6 +288,8 @@ def _this_start(config: Config, world_size: int) -> dict[str, Any]:
         "host": socket.gethostname(),
         "world_size": world_size,
         "instruction_set": instruction_set(),
+        "max_steps": config.trainer.max_steps,
+        "steps_ahead": config.rollout.max_lag or config.rollout.async_depth,
         **({"algorithm": code} if code else {}),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in VERSIONS_OF}},
     }

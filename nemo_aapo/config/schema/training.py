@@ -37,7 +37,7 @@ class Trainer:
         sane=RANKS_OF_NODE,
     )
     max_steps: int = setting(
-        "optimizer steps of the whole run, resumed parts included",
+        "optimizer steps of the whole run, resumed parts included; may grow (with rollouts ahead, to other bits)",
         decides=("model.optim.sched.name", "cosine"),
         minimum=0,
         main=True,
