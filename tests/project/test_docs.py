@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from nemo_aapo.models.directory import ARCHITECTURES
+
 ROOT = Path(__file__).parents[2]
 TRACKED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
 PAGES = [ROOT / path for path in TRACKED if path.endswith(".md")]
@@ -161,3 +163,10 @@ def test_the_index_lists_every_page():
     index = (ROOT / "docs" / "README.md").read_text()
     pages = {str(page.relative_to(ROOT / "docs")) for page in PAGES if page.parent.parent == ROOT / "docs"}
     assert pages == set(re.findall(r"^\| \[[^]]+\]\(([\w/]+\.md)\)", index, re.MULTILINE))
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/guide/training.md", "docs/guide/conversion.md"])
+def test_every_family_that_trains_is_named_where_models_are(page):
+    families = {name.removesuffix("ForCausalLM").lower().removeprefix("qwen3moe") for name in ARCHITECTURES} - {""}
+    text = (ROOT / page).read_text().lower().replace(" ", "")
+    assert [family for family in families if family not in text] == []
