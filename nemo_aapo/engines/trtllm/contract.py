@@ -167,7 +167,9 @@ RAY_WORKER = LibraryClass(
     methods={"report_device_id": Method(), "call_worker_method": Method({"method_name": REQUIRED})},
 )
 EXECUTOR = LibraryClass(
-    "tensorrt_llm._torch.pyexecutor.py_executor", "PyExecutor", methods={"reset_prefix_cache": Method()}
+    "tensorrt_llm._torch.pyexecutor.py_executor",
+    "PyExecutor",
+    methods={"reset_prefix_cache": Method(), "control_action": Method(decorators=("contextmanager",))},
 )
 
 KV_CACHE_TAG = "kv_cache"

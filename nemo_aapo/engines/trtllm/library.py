@@ -111,7 +111,12 @@ def _worker_extension() -> type:
         """The library's methods for reinforcement learning, and one more."""
 
         def forget_prefixes(self) -> None:
-            """Empty the prefix cache. Trap: releasing the KV cache leaves the index of what was in it."""
-            self.engine.reset_prefix_cache()
+            """Empty the prefix cache. Trap: releasing the KV cache leaves the index of what was in it.
+
+            Trap: what was aborted holds its blocks until the executor's next iterations, and would put them back
+            afterwards; newer releases refuse to empty it then. A control action begins when all requests have ended.
+            """
+            with self.engine.control_action():
+                self.engine.reset_prefix_cache()
 
     return WorkerExtension

@@ -105,7 +105,15 @@ class ExecutorMemoryType(StrEnum):
     MODEL_ENGINE_DRAFT = "draft_model"
 """,
     "_torch/models/modeling_utils.py": 'os.environ.get("TRT_LLM_DISABLE_LOAD_WEIGHTS_IN_PARALLEL", "False")\n',
-    "_torch/pyexecutor/py_executor.py": "class PyExecutor:\n    def reset_prefix_cache(self):\n        ...\n",
+    "_torch/pyexecutor/py_executor.py": """
+class PyExecutor:
+    @contextmanager
+    def control_action(self):
+        ...
+
+    def reset_prefix_cache(self):
+        ...
+""",
     "llmapi/__init__.py": "from .llm_args import *\n",
     "llmapi/llm_args.py": ARGS,
     "llmapi/llm.py": """
