@@ -131,7 +131,9 @@ FAULTS = Faults()
 
 
 def contract_class(name: str) -> contract.LibraryClass:
-    return next(cls for cls in FAULTS.contract.classes if cls.name == name)
+    found = FAULTS.contract.find(name)
+    assert found, f"{name} is not of {FAULTS.contract.version}"
+    return found
 
 
 def memory_tags() -> tuple[str, ...]:
@@ -341,7 +343,8 @@ def install(monkeypatch: Any, generation: Contract = contract.V1_2) -> Faults:
         (contract.MEMORY_TAGS, enum.Enum(contract.MEMORY_TAGS.name, members)),
     )
     for cls, stand_in in (*CLASSES, *made):
-        setattr(_module(monkeypatch, cls.module), cls.name, stand_in)
+        if place := generation.find(cls.name):
+            setattr(_module(monkeypatch, place.module), cls.name, stand_in)
     return FAULTS
 
 
