@@ -23,9 +23,9 @@ main() {
     readonly VENV PYTHON LISTS STAMP=$VENV/environment.stamp # "incomplete", or the digest of all that it was made from
     local digest
     # The checkout's path is part of it: scripts in a virtual environment name their interpreter by its full path.
-    digest=$({ pwd -P && cat "${LISTS[@]/#/requirements/}" scripts/environment.sh; } | sha256sum)
+    digest=$({ pwd -P && echo "$PYTHON" && cat "${LISTS[@]/#/requirements/}" setup.py scripts/environment.sh; } | sha256sum)
     is_current "$digest" && return
-    exec 9<>scripts/environment.sh # the lock is held on this file, so none is left behind
+    exec 9<"requirements/${LISTS[-1]}" # the lock is held on this file of the line's own, so none is left behind
     if ! flock --nonblock 9; then
         say "another run is making an environment: waiting for it"
         flock --timeout "$LOCK_TIMEOUT_S" 9 || die "the other run is not done after $LOCK_TIMEOUT_S s: end it first"
@@ -75,9 +75,9 @@ find_python() {
         return
     done < <(pythons)
     if [[ -n $found ]]; then
-        die "$found can't make virtual environments. On Debian and Ubuntu: apt-get install python$PYTHON-venv"
+        lacking "$found can't make virtual environments. On Debian and Ubuntu: apt-get install python$PYTHON-venv"
     fi
-    die "needs Python $PYTHON, and none was found. Debian and Ubuntu: apt-get install python$PYTHON python$PYTHON-venv;" \
+    lacking "needs Python $PYTHON, and none was found. Debian and Ubuntu: apt-get install python$PYTHON python$PYTHON-venv;" \
         "elsewhere: uv python install $PYTHON, pyenv install $PYTHON or conda create -n aapo python=$PYTHON"
 }
 
@@ -167,6 +167,12 @@ say() {
 die() {
     echo "environment: $*" >&2
     exit 1
+}
+
+# As die, with a status by which scripts/test.sh knows that this machine has no Python for the line.
+lacking() {
+    echo "environment: $*" >&2
+    exit 3
 }
 
 main "$@"

@@ -16,71 +16,91 @@ readonly OF_BOTH_LINES=(
     tests/training/test_training.py tests/training/test_going_on.py tests/text/test_transformers5.py
     tests/conversion/test_conversion.py tests/conversion/test_families.py tests/engines/test_plain.py
 )
+readonly WAITING=(tests/training tests/rollout tests/rewards tests/report tests/trace) # of the lane `waiting`
 readonly SESSION_TIMEOUT_S=3600 # of all tests together; pyproject.toml has the one for each
+readonly NO_PYTHON=3            # of environment.sh
 
 chosen=("$@")
+said=$(mktemp --directory) # what runs beside the tests that are shown says it here
+trap 'rm -rf "$said"; echo "test.sh: environment ${environment_s:-$SECONDS} s, checks $((SECONDS - ${environment_s:-$SECONDS})) s"' EXIT
+trap 'trap - INT TERM; kill 0' INT TERM # bash has what it starts in the background ignore Ctrl-C
+
+if ((!$#)); then
+    bash scripts/environment.sh --line newest >"$said/newest" 2>&1 & # both lines' environments at a time
+    newest=$!
+fi
 bash scripts/environment.sh
+export PATH="$PWD/.venv/bin:$PATH"
+export OMP_NUM_THREADS=1 # many tests start several ranks: more threads would only fight over the cores
+export HF_HUB_OFFLINE=1  # no test may need a hub
+unset PYTHONDONTWRITEBYTECODE # dozens of ranks are started: compile their modules once
 if [[ ${1:-} == --quick ]]; then
     chosen=(-m unit --numprocesses 2 "${@:2}")
 else
+    mypy >"$said/types" 2>&1 &
+    types=$!
     bash scripts/peers.sh || echo "test.sh: going on without .venv-peers: the tests that need it are skipped" >&2
     bash scripts/nemo_run.sh || echo "test.sh: going on without .venv-nemo-run: the test that needs it is skipped" >&2
     bash scripts/trackers.sh || echo "test.sh: going on without .venv-trackers: the test that needs it is skipped" >&2
     bash scripts/chromium.sh || echo "test.sh: going on without Chromium: the tests of pages are skipped" >&2
     bash tests/launch/slurm/start_slurm.sh install || echo "test.sh: going on without Slurm: the tests that need it are skipped" >&2
 fi
+made_newest=0
+if [[ -n ${newest:-} ]]; then
+    wait "$newest" || made_newest=$?
+    cat "$said/newest"
+fi
 environment_s=$SECONDS
-export PATH="$PWD/.venv/bin:$PATH"
-export OMP_NUM_THREADS=1 # many tests start several ranks: more threads would only fight over the cores
-export HF_HUB_OFFLINE=1  # no test may need a hub
-unset PYTHONDONTWRITEBYTECODE # dozens of ranks are started: compile their modules once
 
 ruff check .
 ruff format --check .
-
-said_of_types=$(mktemp) said_beside=$(mktemp)
-trap 'rm -f "$said_of_types" "$said_beside"
-    echo "test.sh: environment $environment_s s, checks $((SECONDS - environment_s)) s"' EXIT
-if [[ ${1:-} != --quick ]]; then
-    mypy >"$said_of_types" 2>&1 & # on the core that most tests leave free
-    types=$!
-fi
 
 status=0
 run_tests() {
     python -m pytest --session-timeout="$SESSION_TIMEOUT_S" --durations=10 --durations-min=1 "$@"
 }
-beside() { # in the others' gaps: the tests on Slurm mostly wait, and these take about half of the time
+# Three lanes on two cores: each waits a good part of its time, for processes that start, for ranks, for deadlines.
+waiting() {
     local failed=0
-    run_tests -m "slurm or unit or peers" || failed=$?
+    run_tests -m slurm || failed=$?
+    run_tests -m peers || failed=$?
+    run_tests -m "not slurm and not unit and not peers" "${WAITING[@]}" || failed=$?
+    return "$failed"
+}
+beside() {
+    local failed=0
+    run_tests -m unit || failed=$?
     echo "test.sh: the tests of numbers again, by narrower instructions"
     ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 run_tests -m "exact and not slow" || failed=$?
     newest_line || failed=$?
     return "$failed"
 }
 newest_line() {
-    local failed=0 started=$SECONDS
-    echo "test.sh: the distributed tests again, by the newest releases of Megatron"
-    if ! bash scripts/environment.sh --line newest 2>&1; then
+    local failed=0
+    if ((made_newest == NO_PYTHON)); then
         echo "test.sh: going on without .venv-newest: the tests that need it are skipped"
         return
     fi
+    echo "test.sh: the distributed tests again, by the newest releases of Megatron"
     run_tests tests/lines || failed=$?
-    PATH="$PWD/.venv-newest/bin:$PATH" run_tests -m ranks "${OF_BOTH_LINES[@]}" || failed=$?
-    echo "test.sh: the second line took $((SECONDS - started)) s, beside the others"
+    PATH="$PWD/.venv-newest/bin:$PATH" run_tests -m "ranks and not once" "${OF_BOTH_LINES[@]}" || failed=$?
     return "$failed"
 }
 if (($#)); then
     run_tests "${chosen[@]}" || status=$?
 else
-    beside >"$said_beside" 2>&1 &
+    ((made_newest == 0 || made_newest == NO_PYTHON)) || status=$made_newest
+    waiting >"$said/waiting" 2>&1 &
+    waiting=$!
+    beside >"$said/beside" 2>&1 &
     beside=$!
-    run_tests -m "not slurm and not unit and not peers" --ignore=tests/lines || status=$?
+    run_tests -m "not slurm and not unit and not peers" "${WAITING[@]/#/--ignore=}" --ignore=tests/lines || status=$?
+    wait "$waiting" || status=$?
     wait "$beside" || status=$?
-    cat "$said_beside"
+    cat "$said/waiting" "$said/beside"
 fi
 if [[ -n ${types:-} ]]; then
     wait "$types" || status=$?
-    cat "$said_of_types"
+    cat "$said/types"
 fi
 exit "$status"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing.process
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -42,13 +43,15 @@ def _tier_by_use(item: pytest.Item) -> str | None:
 
 @pytest.fixture(autouse=True)
 def unit_tests_start_no_process(request, monkeypatch):
-    """Neither one of their own nor a group of ranks: that is what keeps them quick."""
+    """Neither one of their own nor a group of ranks: that is what keeps them quick. Wider fixtures are not watched."""
     if tiers(request.node) != ["unit"]:
         return
 
     def refuse(*arguments: object, **more: object) -> None:
         pytest.fail("a unit test started a process: use the fixture `ranks`, or mark the test as slow")
 
+    for name in ("fork", "forkpty", "posix_spawn", "system"):
+        monkeypatch.setattr(os, name, refuse)
     monkeypatch.setattr(subprocess.Popen, "__init__", refuse)
     monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", refuse)
     if "torch.distributed" in sys.modules:

@@ -67,18 +67,27 @@ class CheckpointDirectory:
         """Remove the checkpoints that are older than this one and not among the ``keep_last`` up to it."""
         steps = self.steps()
         older = steps[: steps.index(newest)] if newest in steps else []
-        best = self._best(steps)
+        kept = self._kept_for_their_value(steps)
         for path in older[: max(0, len(older) - self.keep_last + 1)]:
-            if path != best:
+            if path not in kept:
                 remove_directory(path)
 
-    def _best(self, paths: list[Path]) -> Path | None:
-        """The checkpoint with the highest value of ``keep_best``, the newest of equals; None where none has one."""
-        if self.keep_best is None:
-            return None
-        values = [manifest.read(path).trainer_state.get("metrics", {}).get(self.keep_best) for path in paths]
-        known = [(value, number) for number, value in enumerate(values) if value is not None]
-        return paths[max(known)[1]] if known else None
+    def _kept_for_their_value(self, paths: list[Path]) -> set[Path]:
+        """The checkpoint with the highest value of ``keep_best``, the newest of equals; none where none has one.
+
+        Those whose value can't be read stay as well: any of them may be the best.
+        """
+        known: list[tuple[float, Path]] = []
+        unknown = set[Path]()
+        for path in reversed(paths if self.keep_best is not None else []):
+            try:
+                value = manifest.read(path).trainer_state.get("metrics", {}).get(self.keep_best)
+            except CheckpointError as error:
+                logger.warning("%s stays: whether it is the best can't be read: %s", path.name, error)
+                unknown.add(path)
+            else:
+                known += [(value, path)] if value is not None else []
+        return unknown | ({max(known, key=lambda pair: pair[0])[1]} if known else set())
 
     def _remove_leftovers(self) -> None:
         for path in self.path.glob(".step_*"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from nemo_aapo.config.schema import Checkpoint
+from nemo_aapo.config.schema import Checkpoint, Trainer
 
 
 class SaveSchedule:
@@ -17,6 +17,14 @@ class SaveSchedule:
         self._saved = self._stepped = clock()
         self._started = self._saved - elapsed
         self._longest_step = 0.0
+
+    def intervals(self, trainer: Trainer) -> tuple[int, int]:
+        """Steps from one checkpoint to the next (0: never): as set, and of validations if ``keep_best`` goes by them.
+
+        A checkpoint has the figures of a validation of its own step only.
+        """
+        by_validation = (self.settings.keep_best or "").startswith("validation/")
+        return self.settings.save_interval, trainer.val_check_interval if by_validation else 0
 
     def step_begins(self) -> None:
         """What was done since the last step (reference rewards were filled, say) is no part of the next one."""

@@ -35,7 +35,7 @@ class Options:
     status: bool
 
     def world(self, config: Config) -> World:
-        """The ranks that fill it. Looking and merging is for one process, whatever the layout of the run."""
+        """The ranks that fill it. Looking and merging is for one process, wherever and however the run is started."""
         if self.merge or self.status:
             return World(config.trainer.num_nodes * config.trainer.devices, Machine.present())
         return of_starter(config)

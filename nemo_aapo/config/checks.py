@@ -54,6 +54,7 @@ def check_alone(config: Config) -> None:
             f"{remote.servers}"
         )
     _check_trace(config)
+    _check_keep_best(config)
     _check_lora(config)
     _check_rewards(config)
     check_data(config)
@@ -85,6 +86,20 @@ def _check_trace(config: Config) -> None:
         raise ConfigError(f"trace.steps names step {later[0]}, and the run ends at trainer.max_steps={last}")
     if len(steps) > MOST_TRACED:
         raise ConfigError(f"trace.steps names {len(steps)} steps: up to {MOST_TRACED} of a run can be traced")
+
+
+def _check_keep_best(config: Config) -> None:
+    best = config.checkpoint.keep_best
+    if best in ("validation/accuracy_greedy", "validation/accuracy_sampled") and not config.trainer.val_check_interval:
+        raise ConfigError(
+            f"checkpoint.keep_best={best}: trainer.val_check_interval=0 never validates. Set it to 1 or more, or keep "
+            "the best by reward/mean"
+        )
+    if best == "validation/accuracy_sampled" and not config.validation.samples:
+        raise ConfigError(
+            f"checkpoint.keep_best={best}: validation.samples=0 measures the greedy accuracy alone. Set it to 1 or "
+            "more, or keep the best by validation/accuracy_greedy"
+        )
 
 
 def _check_layout(config: Config) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from nemo_aapo.config.schema import Cluster, Config
@@ -14,9 +14,34 @@ from nemo_aapo.errors import ConfigError
 HIDDEN = "<hidden>"
 WARNED_EARLY_S = 90
 """Slurm warns of a time limit up to a minute early, and only once: a job that is just starting would miss it."""
-_ONLY_BATCH = ("account", "partition", "qos", "sbatch_args", "setup", "servers.nodes")
-_ONLY_SLURM = ("cpus_per_task", "python", "srun_args", "env", "container.image")
-"""Empty by default; a value would have no effect without a batch job, or without Slurm."""
+_ONLY_BATCH: dict[str, Any] = {
+    "launcher": "sbatch",
+    "account": None,
+    "partition": None,
+    "qos": None,
+    "time": "04:00:00",
+    "exclusive": False,
+    "dependency": "singleton",
+    "chain": 1,
+    "signal_s": 300,
+    "max_requeues": 20,
+    "fill_jobs": 8,
+    "sbatch_args": {},
+    "setup": (),
+    "servers.nodes": 0,
+}
+_ONLY_SLURM: dict[str, Any] = {
+    "cpus_per_task": None,
+    "python": None,
+    "srun_args": (),
+    "env": {},
+    "container.image": None,
+    "container.mounts": (),
+    "container.workdir": None,
+}
+_ONLY_SERVERS: dict[str, Any] = {"servers.per_node": 1, "servers.nodes_per_server": 1}
+"""Settings with the values that they have in ``conf/``; another one would have no effect without a batch job, without
+Slurm, or without rollout servers beside the trainer."""
 _OWN_FLAGS = {
     "account": "cluster.account",
     "array": "cluster.fill_jobs",
@@ -69,7 +94,8 @@ def check_cluster(config: Config) -> None:
     cluster = config.cluster
     limit = time_in_seconds(cluster.time)
     if cluster.kind == "local":
-        _check_without_effect(cluster, (*_ONLY_BATCH, *_ONLY_SLURM), "on this machine (cluster=slurm asks Slurm)")
+        of_slurm = _ONLY_BATCH | _ONLY_SLURM | _ONLY_SERVERS
+        _check_without_effect(cluster, of_slurm, "on this machine (cluster=slurm asks Slurm)")
         return
     if cluster.kind == "interactive":
         _check_without_effect(cluster, _ONLY_BATCH, "in an allocation that is there already")
@@ -106,6 +132,7 @@ def _check_servers(config: Config) -> None:
     """Servers fill their nodes, and each rank has a GPU of its own where GPUs are asked for."""
     servers, server = config.cluster.servers, config.rollout.server
     if not servers.nodes:
+        _check_without_effect(config.cluster, _ONLY_SERVERS, "without cluster.servers.nodes")
         return
     ranks, spanned = server.ranks, servers.nodes_per_server
     if spanned > 1 and (servers.per_node > 1 or servers.nodes % spanned or ranks % spanned):
@@ -129,9 +156,9 @@ def _files(config: Config, what: Literal["train", "validation"]) -> list[str]:
     return [s.path for s in sources_of(config.data, what) if s.task is None and not s.on_hub]
 
 
-def _check_without_effect(cluster: Cluster, keys: Sequence[str], where: str) -> None:
-    for key in keys:
-        if operator.attrgetter(key)(cluster):
+def _check_without_effect(cluster: Cluster, defaults: Mapping[str, Any], where: str) -> None:
+    for key, default in defaults.items():
+        if operator.attrgetter(key)(cluster) != default:
             raise ConfigError(f"cluster.{key} has no effect {where}. Leave it out")
 
 

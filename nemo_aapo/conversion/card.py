@@ -11,7 +11,7 @@ import nemo_aapo
 from nemo_aapo.algorithms.registry import paper_of
 from nemo_aapo.checkpoint.manifest import Manifest
 from nemo_aapo.conversion.source import ModelSource, run_settings, shown_setting
-from nemo_aapo.run.metrics_file import read_metrics
+from nemo_aapo.run.metrics_file import is_validation, read_metrics
 
 SETTINGS = (
     "algorithm.custom",
@@ -105,7 +105,7 @@ def _figures(run: Path | None, step: int) -> list[str]:
         return ["No metrics were kept.", ""]
     records = [record for record in read_metrics(path) if record["step"] <= step]
     lines = []
-    validations = [record for record in records if "validation/accuracy_greedy" in record]
+    validations = [record for record in records if is_validation(record)]
     if validations:
         first, last = validations[0], validations[-1]
         lines += [f"| on the validation data | step {first['step']} | step {last['step']} |", "|---|---|---|"]

@@ -50,7 +50,7 @@ def measure(
         RewardError: on all ranks; they can't.
     """
     groups = collector.collect(prompts, sampling, seeds, watch=lambda ended: stop())
-    watch.check(collector.tally, what)
+    watch.check(collector.tally, what, asked=sum(map(len, seeds)))
     mine = [
         (
             group.right(reward) if group.completions else np.zeros(0),

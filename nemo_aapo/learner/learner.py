@@ -64,8 +64,9 @@ class Learner:
         for _ in range(self.updates_per_rollout):
             step = _means(optimization.train_step(batches, self._loss))
             masked = step.get("masked_fraction", 0.0)
-            if nonfinite or "masked_fraction" in step:  # NaN: no tokens are left of which to mask some
-                step["masked_fraction"] = self._check_masked(nonfinite + (0.0 if math.isnan(masked) else masked))
+            if nonfinite or "masked_fraction" in step:  # masks see the others only; NaN: there are none
+                more = 0.0 if math.isnan(masked) else masked * (1.0 - nonfinite)
+                step["masked_fraction"] = self._check_masked(nonfinite + more)
             metrics = {**step, **metrics, **{key: step[key] for key in ("loss", "grad_norm", "lr")}}
         optimization.finish_updates()
         return {**metrics, **shape_metrics}
@@ -85,10 +86,18 @@ class Learner:
         """Compare the engine's log-probs with the learner's on the same tokens, without training: the parity gate.
 
         Returns:
-            ``parity/mult_prob_error`` and ``parity/gen_kl`` over all ranks.
+            ``parity/mult_prob_error`` and ``parity/gen_kl`` over all ranks; NaN where there is no token.
+
+        Raises:
+            ParityError: on all ranks; some of the engine's log-probs are not finite.
         """
         everything = [group.replace(advantages=np.ones(len(group.completions))) for group in groups]
-        batches, _ = self._microbatches(everything)
+        batches, shape_metrics = self._microbatches(everything)
+        if nonfinite := shape_metrics["nonfinite_fraction"]:
+            raise ParityError(
+                f"{nonfinite:.1%} of the tokens that the engine sampled have log-probs that are not finite: look at "
+                "its dtype and its sampling"
+            )
         pairs = zip(self.policy.score(batches), batches, strict=True)
         differences = [scored - batch.rollout_logprobs.cpu().numpy() for scored, batch in pairs]
         difference = np.concatenate([d.astype(np.float64) for d in differences])
@@ -142,10 +151,11 @@ class Learner:
                 sum(map(bool, samples)),
                 sum(dead),
                 sum(sample.length for row in kept for sample in row),
-                sum(int((~np.isfinite(sample.rollout_logprobs)).sum()) for row in samples for sample in row),
+                sum(len(sample.completion_ids) for row in kept for sample in row),
+                sum(int((~np.isfinite(sample.rollout_logprobs)).sum()) for row in kept for sample in row),
             )
         )
-        total_tokens, total_sequences, total_groups, dead_groups, kept_tokens, nonfinite = map(
+        total_tokens, total_sequences, total_groups, dead_groups, kept_tokens, trained_tokens, nonfinite = map(
             sum, zip(*counts, strict=True)
         )
         own = [group for row in kept for group in self._prefix_groups(row, kept_tokens)]
@@ -171,7 +181,7 @@ class Learner:
             **layout_metrics,
             "microbatches": float(len(batches)),
             "alpha": alpha,
-            "nonfinite_fraction": nonfinite / max(total_tokens, 1),
+            "nonfinite_fraction": nonfinite / max(trained_tokens, 1),
         }
 
     @property

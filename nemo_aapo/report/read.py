@@ -19,7 +19,7 @@ from nemo_aapo.launch.slurm.attempts import read_history
 from nemo_aapo.launch.slurm.paths import RunPaths
 from nemo_aapo.report.series import Column, columns, with_clocks
 from nemo_aapo.run.directory import read_record
-from nemo_aapo.run.metrics_file import number, read_metrics
+from nemo_aapo.run.metrics_file import is_validation, number, read_metrics
 from nemo_aapo.run.names import CHECKPOINTS, step_of
 
 TIME_METRICS = ("time/rollout", "time/reward", "time/reference", "time/train", "time/refit")
@@ -45,7 +45,7 @@ def read_run(directory: Path, state: str | None = None) -> dict[str, Any]:
     path = directory / "metrics.jsonl"
     records = read_metrics(path) if path.exists() else []
     steps = with_clocks([_with_shares(record) for record in records if "loss" in record])
-    validations = [record for record in records if "validation/accuracy_greedy" in record]
+    validations = [record for record in records if is_validation(record)]
     tree, record = _config(directory), read_record(directory)
     settings = _settings(tree)
     if state is None:

@@ -103,7 +103,7 @@ class Collector:
 
     engine: RolloutEngine
     rewards: RewardScorer | None
-    """The scorer, on the model-parallel source rank; None elsewhere."""
+    """The scorer, on the model-parallel source rank; None elsewhere, and on all ranks where groups get no rewards."""
     decode: Callable[[np.ndarray], str]
     """Token ids -> text, without padding and the token that ended the completion."""
     offload: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -260,7 +260,7 @@ class Collector:
         completions, judged = agree(judge)
         if did.places is not None:
             completions, judged = _brought_home(shard, did.places, completions, did.texts, judged)
-        own = [] if self.rewards is None else scores_of(judged, list(map(len, completions)))
+        own = scores_of(judged, [0 if self.rewards is None else len(row) for row in completions])
         scores, tally = parallel.broadcast_in_model_parallel((own, Tally.of(list(judged.values()))))
         judged_at = time.perf_counter()
         self.seconds = {"rollout": ended - start, "reward": judged_at - ended}

@@ -152,6 +152,7 @@ class InFlightPipeline(RolloutPipeline):
         content = parallel.broadcast_from_first_rank(path.read_bytes() if keys and parallel.rank() == 0 else b"")
         if not keys:
             return
+        self._taken_up = True
         groups = pending.unpack(content, [self.prompts(of)[i] for of, i in keys])
         for key, group in zip(keys, groups, strict=True):
             self.buffer.restore(key, self._steps_behind(group.completions)[0])
@@ -173,6 +174,7 @@ class InFlightPipeline(RolloutPipeline):
         end = repeated_until(done, self.buffer.keys(State.IN_HAND), newest, taken)
         self._repeated = {step: taken[step] for step in range(done, end)}
         self._found = {key: completions for key, completions in self._found.items() if newest[key] <= end}
+        self._taken_up |= bool(self._found)
         if parallel.rank() == 0:
             if self._found or end > done:
                 bank.note(

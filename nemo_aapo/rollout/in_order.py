@@ -114,6 +114,7 @@ class InOrderPipeline(RolloutPipeline):
         path = checkpoint / pending.FILE_NAME
         content = path.read_bytes() if parallel.rank() == 0 and path.exists() else None
         if (content := parallel.broadcast_from_first_rank(content)) is not None:
+            self._taken_up = True
             size = prompts_drawn(self.config)
             steps = range(step, step + pending.count(content) // size)
             groups = pending.unpack(content, [prompt for later in steps for prompt in self.prompts(later)])
@@ -127,6 +128,7 @@ class InOrderPipeline(RolloutPipeline):
         """Have what the bank holds at hand for when its steps begin."""
         if (bank := self.bank) is not None:
             self._banked = on_first_rank(bank.recover)
+            self._taken_up |= bool(self._banked)
 
     def checkpointed(self, step: int) -> None:
         """Let go of what a checkpoint that is whole on the disk holds."""

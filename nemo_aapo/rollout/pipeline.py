@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,6 +27,9 @@ from nemo_aapo.rollout.unscored import ScoringWatch
 from nemo_aapo.seeds import stream_seed
 from nemo_aapo.trace import spans
 from nemo_aapo.types import Group, Prompt, SamplingSpec
+
+PARITY_TOKENS = 32
+"""Most tokens of a completion that is sampled only to compare engine and learner."""
 
 
 class ServedPolicy(Protocol):
@@ -74,6 +78,7 @@ class RolloutPipeline(ABC):
         self.buffer = RolloutBuffer(buffered, prompts_drawn(config))
         """Which groups have been started and not trained on."""
         self._watch = ScoringWatch()
+        self._taken_up = False  # whether a checkpoint or the bank held completions of the process before this one
         self._steps_needed = 1  # so many steps' prompts, from the next one on, may be trained on next
 
     def prompts(self, step: int) -> list[Prompt]:
@@ -98,6 +103,27 @@ class RolloutPipeline(ABC):
             if isinstance(engine, ReportsServers):
                 self._refit_metrics |= engine.server_metrics()
             self.metrics |= self._refit_metrics
+
+    def parity_sample(self) -> list[Group] | None:
+        """What this process's engine samples by the weights that it serves, for the parity gate. Collective.
+
+        A completion of each prompt of a step, of at most ``PARITY_TOKENS`` tokens and without rewards: so every engine
+        that has a part in a step has one here. Their random streams are their own, and nothing of a step changes.
+
+        Returns:
+            This rank's part; None on all ranks where the first step's own completions will do, as no others than this
+            process's engine samples them.
+        """
+        if not self._taken_up:
+            return None
+        self._require_refitted()
+        step = self.sampler.step
+        prompts = self.prompts(step)
+        seeds = [[stream_seed(self.config.seed, "parity", step, i)] for i in range(len(prompts))]
+        tokens = min(PARITY_TOKENS, self.sampling.max_new_tokens)
+        sampling = dataclasses.replace(self.sampling, max_new_tokens=tokens)
+        unscored = dataclasses.replace(self.collector, rewards=None)
+        return unscored.collect(prompts, sampling, seeds, observe_lengths=False)
 
     # ------------------------------------------------------------------ the reference
 

@@ -235,7 +235,7 @@ class ReferenceRewards:
     ) -> dict[str, np.ndarray]:
         # Lengths are not observed: how many there are depends on what the store held, and a run must not.
         groups = self.collector.collect(prompts, self.sampling, seeds, observe_lengths=False, watch=watch)
-        self._watch.check(self.collector.tally, "the reference rewards")
+        self._watch.check(self.collector.tally, "the reference rewards", asked=sum(map(len, seeds)))
         mine = [(group.prompt.id, group.rewards) for group in groups]
         return dict(item for part in parallel.gather_data_parallel(mine) for item in part)
 

@@ -75,18 +75,20 @@ class ScoringWatch:
     in_a_row: int = 0
     """Completions that failed since the last success."""
 
-    def check(self, tally: Tally, what: str) -> None:
+    def check(self, tally: Tally, what: str, asked: int = 0) -> None:
         """Take in a rollout.
 
         Args:
             tally: over all ranks.
             what: the rollout, for the message: ``step 3``.
+            asked: completions that were asked for, where a stop may break off a rollout: the few that ended before it
+                are not taken for all of it, and say nothing.
 
         Raises:
             RewardError: a reward gives no value to any completion of the first rollout, or the needed one to none of
                 the last ``IN_A_ROW`` or more.
         """
-        if not tally.completions:
+        if not tally.completions or tally.completions < asked:
             return
         self.in_a_row = 0 if tally.scored[self.needed] else self.in_a_row + tally.completions
         dead = [name for name, scored in tally.scored.items() if not scored]

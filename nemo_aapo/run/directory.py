@@ -29,6 +29,7 @@ from nemo_aapo.config import (
 from nemo_aapo.errors import ConfigError
 from nemo_aapo.run.identity import code_of_algorithm, identity_of, reference_of
 from nemo_aapo.run.names import STORE, newest_step
+from nemo_aapo.run.stop import STOP_FILE
 from nemo_aapo.utils.files import LOCK, NO_LOCKS, fitting, read_json, to_json, write_atomic
 from nemo_aapo.utils.machine import instruction_set
 
@@ -225,6 +226,8 @@ def _has_begun(directory: Path) -> bool:
 def lock_directory(directory: Path, named: str) -> TextIO:
     """Keep other processes from writing there until the returned file is closed.
 
+    A stop file goes: who had the directory before was asked to stop by it.
+
     Args:
         named: the directory as the user wrote it.
 
@@ -250,6 +253,7 @@ def lock_directory(directory: Path, named: str) -> TextIO:
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     lock.flush()
+    (directory / STOP_FILE).unlink(missing_ok=True)
     os.register_at_fork(after_in_child=lock.close)  # a worker that outlives the run must not keep the directory
     return lock
 

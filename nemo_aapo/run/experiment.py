@@ -20,8 +20,7 @@ from nemo_aapo.config import Config
 from nemo_aapo.errors import RunError, first_line, one_line
 from nemo_aapo.run.directory import changes_since_the_start_before, claim
 from nemo_aapo.run.metrics_file import MetricsFile
-from nemo_aapo.run.names import PHASE, ROLLOUTS, TRACES, step_of
-from nemo_aapo.run.stop import STOP_FILE
+from nemo_aapo.run.names import PHASE, ROLLOUTS, TRACES, step_name, step_of
 from nemo_aapo.types import Group
 from nemo_aapo.utils.files import FINISHED, to_json, write_atomic
 from nemo_aapo.utils.libraries import import_nemo, importing
@@ -56,7 +55,6 @@ class Experiment:
         self.warnings = changes_since_the_start_before(self.directory)
         """What a resumed run is told about this machine and its algorithm."""
         self.save_phase(None)
-        (self.directory / STOP_FILE).unlink(missing_ok=True)  # it asked an earlier part of the run to stop
         self._metrics = MetricsFile(self.directory / "metrics.jsonl")
         self.loggers = nemo_loggers(config, run_id)
         """lightning's."""
@@ -70,16 +68,22 @@ class Experiment:
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self.close("success" if kind is None else "failed")
 
-    def resume_at(self, step: int) -> None:
+    def resume_at(self, step: int, *, validated: bool = True) -> None:
         """Take the record back to the state after ``step`` optimizer steps; -1: nothing was done, it begins empty.
 
         Lines, rollout files and traces of later steps come from a part of the run that ended after its last checkpoint;
         they are removed. Lines of ``step`` itself stay, so write a checkpoint after the lines of its step.
+
+        Args:
+            validated: False: the validation of ``step`` is still to be made, and what an earlier part that made it left
+                of it is removed too.
         """
-        self._metrics.truncate_after(step)
+        self._metrics.truncate_after(step, validated=validated)
         for path in (*(self.directory / ROLLOUTS).glob("*_*.*"), *(self.directory / TRACES).glob("step_*.json")):
             if any((step_of(path.stem, kind) or 0) > step for kind in ("step", "train")):
                 path.unlink()
+        if not validated:
+            (self.directory / ROLLOUTS / f"{step_name(step)}.jsonl").unlink(missing_ok=True)
         (self.directory / FINISHED).unlink(missing_ok=True)
         for logger in self.loggers:
             _forget_after(logger, step)
@@ -156,7 +160,7 @@ class SilentExperiment:
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None: ...
 
-    def resume_at(self, step: int) -> None: ...
+    def resume_at(self, step: int, *, validated: bool = True) -> None: ...
 
     def log_step(self, step: int, metrics: Mapping[str, float]) -> None: ...
 

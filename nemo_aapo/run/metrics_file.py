@@ -30,15 +30,20 @@ class MetricsFile:
         self._file.write(to_json({"step": step, **metrics}) + "\n")
         self._file.flush()
 
-    def truncate_after(self, step: int) -> None:
+    def truncate_after(self, step: int, *, validated: bool = True) -> None:
         """Remove the lines of later steps, which an interrupted part of the run made after its last checkpoint.
 
-        A last line that was cut off in the middle is removed as well.
+        A last line that was cut off in the middle is removed as well; where the step is not ``validated`` yet, so is
+        the line of its validation.
 
         Raises:
             MetricsError: a line before the last is not JSON or has no step.
         """
-        kept = [line for line, record in _read(self.path) if record["step"] <= step]
+        kept = [
+            line
+            for line, record in _read(self.path)
+            if record["step"] < step or (record["step"] == step and (validated or not is_validation(record)))
+        ]
         self._file.close()
         write_atomic(self.path, "".join(line + "\n" for line in kept))
         self._file = self.path.open("a", encoding="utf-8")
@@ -55,6 +60,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         MetricsError: a line before the last is not JSON or has no step.
     """
     return [record for _, record in _read(path)]
+
+
+def is_validation(record: Mapping[str, Any]) -> bool:
+    """Whether a record is that of a validation, and none of a training step."""
+    return "validation/accuracy_greedy" in record
 
 
 def number(record: Mapping[str, Any], name: str) -> float:

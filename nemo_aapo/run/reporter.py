@@ -25,7 +25,7 @@ class Notes(Protocol):
 class Reporter(Notes, Protocol):
     """Where the loop reports to; on ranks other than 0 it says nothing."""
 
-    def begin(self, step: int) -> None: ...
+    def begin(self, step: int, *, validated: bool) -> None: ...
     def phase(self, name: str, done: int, total: int) -> None: ...
     def log_step(self, step: int, metrics: dict[str, float]) -> None: ...
     def log_validation(self, step: int, metrics: dict[str, float], samples: Sequence[dict[str, Any]]) -> None: ...
@@ -56,9 +56,9 @@ class RunReporter:
         self._done = 0
         self._began = self._written = 0.0
 
-    def begin(self, step: int) -> None:
-        """The run starts (-1) or goes on from a checkpoint of ``step``."""
-        self.experiment.resume_at(step)
+    def begin(self, step: int, *, validated: bool) -> None:
+        """The run starts (-1) or goes on from a checkpoint of ``step``, whose validation may still be to be made."""
+        self.experiment.resume_at(step, validated=validated)
         if step >= 0:
             self.note(f"going on from the checkpoint of step {step}")
             for warning in self.experiment.warnings:

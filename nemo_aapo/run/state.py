@@ -9,7 +9,7 @@ from typing import Any
 
 from nemo_aapo.config.build import build
 from nemo_aapo.errors import RunError
-from nemo_aapo.run.metrics_file import number, read_metrics
+from nemo_aapo.run.metrics_file import is_validation, number, read_metrics
 from nemo_aapo.run.names import CHECKPOINTS, PHASE, newest_step, step_name
 from nemo_aapo.utils.files import FINISHED, read_json
 from nemo_aapo.utils.tables import time_left
@@ -83,7 +83,7 @@ def read_state(run_dir: Path) -> RunState:
     path = run_dir / "metrics.jsonl"
     lines = read_metrics(path) if path.exists() else []
     newest = newest_step(run_dir)
-    validations = [line for line in lines if "validation/accuracy_greedy" in line]
+    validations = [line for line in lines if is_validation(line)]
     return RunState(
         finished=(run_dir / FINISHED).exists(),
         steps=tuple(line for line in lines if "loss" in line),

@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from nemo_aapo.config import Config
-from nemo_aapo.run.metrics_file import number, read_metrics
+from nemo_aapo.run.metrics_file import is_validation, number, read_metrics
 
 PHASES = ("rollout", "reward", "reference", "train", "refit")
 
@@ -17,7 +17,7 @@ def summary_table(config: Config) -> str:
     directory = Path(config.run.dir)
     records = read_metrics(directory / "metrics.jsonl")
     steps = [record for record in records if "loss" in record]
-    validations = [record for record in records if "validation/accuracy_greedy" in record]
+    validations = [record for record in records if is_validation(record)]
     lines = ["", f"{'':24}{'base model':>18}{'trained':>18}"]
     if len(validations) > 1:
         base, trained = validations[0], validations[-1]

@@ -65,7 +65,7 @@ class AAPOTrainer:
         """Training steps done."""
         self.schedule = SaveSchedule(config.checkpoint, elapsed=seconds_since_start())
         self._saved = 0  # the step of the newest checkpoint
-        self._latest: dict[str, float] = {}  # metrics of the last step and the last validation
+        self._latest: dict[str, float] = {}  # metrics of the last step, and of its validation if it has one
         self._left_out: dict[str, float] = {}  # metrics of what the step does not train on
         self._doing = "the start"
 
@@ -80,7 +80,7 @@ class AAPOTrainer:
 
         Raises:
             NonFiniteError: loss or gradient were not finite; the last good checkpoint is untouched.
-            ParityError: engine and learner disagreed before the first step.
+            ParityError: engine and learner disagreed before this process's first step.
             LostRankError: another rank is gone; training goes on from the last checkpoint.
             RewardError: nothing can be scored any more; all steps that were made are in a checkpoint.
         """
@@ -90,9 +90,8 @@ class AAPOTrainer:
             contextlib.closing(self.tracer),
         ):
             try:
-                self._run_steps(stopping=self._begin())
-            except Interrupted:  # a stop came while something was waited for: nothing of the next step was taken up
-                pass
+                with contextlib.suppress(Interrupted):  # by a stop: nothing of the next step was taken up
+                    self._run_steps(stopping=self._begin())
             except RewardError:  # no fault of the policy, whose steps are worth keeping until the reward is mended
                 self._save_rest()
                 raise
@@ -120,9 +119,11 @@ class AAPOTrainer:
         with contextlib.suppress(Interrupted):  # by a stop: the loop ends with this step
             self._run_ahead()  # with prompts that this step's completions have decided
         version = self.policy.version
-        self._check_parity(groups, version)
+        with self._phase(f"step {self.step + 1}, parity"):
+            self.parity.check_first_step(groups, version)
         groups = self._with_advantages(groups)
-        kept = self._choose_kept(groups)
+        with self._phase(f"step {self.step + 1}, kept rollouts"):
+            kept = self.kept.choose(self.step, groups)  # by the policy as it stands before the update
         began = time.perf_counter()
         metrics = self._update(groups)
         updated = time.perf_counter()
@@ -147,20 +148,11 @@ class AAPOTrainer:
             with self._phase(f"step {self.step + 1}, rollout", "next steps' rollouts begin"):
                 self.rollouts.begin(self.step)
 
-    def _check_parity(self, groups: list[Group], version: int) -> None:
-        with self._phase(f"step {self.step + 1}, parity"):
-            self.parity.check(groups, version)
-
     def _with_advantages(self, groups: list[Group]) -> list[Group]:
         """The groups that are trained on, with their final advantages: of those generated, perhaps not all."""
         with spans.phase("advantages"):
             taken, self._left_out = final_advantages(self.objective, self.config, self.step, groups)
         return taken
-
-    def _choose_kept(self, groups: list[Group]) -> list[KeptGroup]:
-        """This rank's part of the groups that people will see, as the policy stands before the update."""
-        with self._phase(f"step {self.step + 1}, kept rollouts"):
-            return self.kept.choose(self.step, groups)
 
     def _update(self, groups: list[Group]) -> dict[str, float]:
         """The learner's optimizer steps; a batch that leads to numbers that are not finite is kept for people."""
@@ -214,7 +206,7 @@ class AAPOTrainer:
             **self.throughput.metrics(numbers, seconds),
             **{f"time/{name}": value for name, value in seconds.items()},
         }
-        self._latest |= metrics
+        self._latest = metrics
         with spans.phase("log"):
             self.reporter.log_step(self.step, metrics)
             self.kept.write(self.step, [group for _, part in everyone for group in part])
@@ -243,8 +235,11 @@ class AAPOTrainer:
             if (checkpoint := self.checkpoints.resumed_from) is not None:
                 self.rollouts.load_pending(checkpoint, self.step)
         self.rollouts.recover()
-        self.reporter.begin(-1 if state is None else self.step)
+        self.reporter.begin(-1 if state is None else self.step, validated=BROKEN_OFF not in self._latest)
         self._refit()  # a new engine has the base model's weights
+        with self._phase(f"step {self.step + 1}, parity"):
+            if (sampled := self.rollouts.parity_sample()) is not None:
+                self.parity.check(sampled)
         return state is not None
 
     def _fill_reference(self) -> bool:
@@ -294,7 +289,7 @@ class AAPOTrainer:
         )
         if failed:
             self._wait_for_checkpoint()
-        return stopping, stopping or due or self._due(self.config.checkpoint.save_interval)
+        return stopping, stopping or due or any(map(self._due, self.schedule.intervals(self.config.trainer)))
 
     def _save(self) -> None:
         with self._phase(f"step {self.step + 1}, rollout", "rollouts under way"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 from nemo_aapo.checkpoint.schedule import SaveSchedule
 from nemo_aapo.config.schema import Checkpoint
 
@@ -15,14 +17,14 @@ class Clock:
         return self.now
 
 
-def schedule(clock: Clock, save_interval_s=None, max_time_s=None, elapsed=0.0) -> SaveSchedule:
+def schedule(clock: Clock, save_interval_s=None, max_time_s=None, elapsed=0.0, keep_best=None) -> SaveSchedule:
     settings = Checkpoint(
         save_interval=50,
         save_interval_s=save_interval_s,
         max_time_s=max_time_s,
         async_save=True,
         keep_last=2,
-        keep_best=None,
+        keep_best=keep_best,
         resume="auto",
     )
     return SaveSchedule(settings, clock, elapsed)
@@ -71,3 +73,10 @@ def test_without_settings_the_clock_decides_nothing():
     free.step_done()
     assert not free.time_is_up(save_s=0.0)
     assert not free.time_for_a_checkpoint()
+
+
+def test_each_validation_is_saved_where_the_best_by_its_figures_is_kept():
+    trainer = SimpleNamespace(val_check_interval=20)
+    names = (None, "reward/mean", "validation/accuracy_greedy")
+    kept = {best: schedule(Clock(), keep_best=best).intervals(trainer) for best in names}
+    assert kept == dict(zip(names, [(50, 0), (50, 0), (50, 20)], strict=True))

@@ -150,6 +150,16 @@ def test_words_that_are_right_pass():
         (["rewards=[{name: accuracy},{name: accuracy}]"], "rewards", "twice"),
         (["validation.reward=format"], "validation.reward", "none of rewards"),
         (["data.train=reasoning_gym:chain_sum"], "accuracy can't judge the answers of reasoning_gym:chain_sum", "name"),
+        (
+            ["checkpoint.keep_best=validation/accuracy_greedy", "trainer.val_check_interval=0"],
+            "checkpoint.keep_best",
+            "never validates",
+        ),
+        (
+            ["checkpoint.keep_best=validation/accuracy_sampled", "validation.samples=0"],
+            "checkpoint.keep_best",
+            "the greedy accuracy alone",
+        ),
         (["model.sequence_parallel=true"], "model.sequence_parallel", "tensor_model_parallel_size > 1"),
         (["model.optim.sched.min_lr=1e-7"], "model.optim.sched.min_lr", "set it to 0"),
         (

@@ -125,6 +125,7 @@ def test_a_runs_checkpoint_is_exported_on_any_layout_without_its_optimizer(ranks
     assert all((exported[name].numpy() == trained[name]).all() for name in trained)
 
 
+@pytest.mark.once
 def test_the_model_card_names_base_model_algorithm_data_and_metrics_of_the_step(ranks, run, tmp_path):
     ranks.run(_export, run[0] / "checkpoints" / "step_000003", tmp_path / "hf", torch.bfloat16)
     card = (tmp_path / "hf" / "README.md").read_text()
@@ -160,6 +161,7 @@ def _export_while_it_is_pruned(directory, target):
         manifest.read = read
 
 
+@pytest.mark.once
 def test_a_checkpoint_that_is_removed_while_it_is_read_is_left_for_the_newest(ranks, run, tmp_path):
     directory, trained = tmp_path / "run", run[1]
     shutil.copytree(run[0], directory)
@@ -179,6 +181,7 @@ def _errors(path, target):
     return error_of(lambda: _export(path, target)), find_source(path).candidates()
 
 
+@pytest.mark.once
 def test_of_a_crashed_run_the_newest_whole_checkpoint_is_taken_and_the_damage_named(ranks, run, tmp_path):
     directory = tmp_path / "run"
     shutil.copytree(run[0], directory)

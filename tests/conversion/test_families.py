@@ -79,6 +79,7 @@ def test_every_byte_survives_and_the_logits_are_those_of_transformers(ranks, fam
     assert verdict.same_choice == 1.0
 
 
+@pytest.mark.exact
 def test_what_is_sampled_is_what_transformers_says_and_the_plain_engine_draws(family):
     from transformers import AutoModelForCausalLM
 
@@ -95,6 +96,7 @@ def test_what_is_sampled_is_what_transformers_says_and_the_plain_engine_draws(fa
             np.testing.assert_allclose(other.logprobs, chosen, atol=1e-5)
 
 
+@pytest.mark.exact
 def test_every_layout_learns_and_samples_the_same(ranks, family):
     name, path, (sampled, expected, weights) = family
     alone = flat(sampled[0])

@@ -233,6 +233,7 @@ def test_a_run_that_waited_too_long_makes_its_own_without_harm(tmp_path, monkeyp
         assert is_12(cache.cached("x", [tmp_path], is_12, write_twice, print))
 
 
+@pytest.mark.slow
 def test_a_kill_leaves_nothing_half_and_the_next_run_cleans_up(tmp_path):
     def killed(folder: Path) -> Path:
         (folder / "half").write_text("1")

@@ -230,6 +230,7 @@ def test_a_layout_that_does_not_divide_the_model_is_a_failure(config):
     assert "tensor_model_parallel_size=3 does not divide" in failure("model", cut)
 
 
+@pytest.mark.slow
 def test_a_tokenizer_with_more_tokens_than_the_model_has_rows_is_a_failure(config, tiny_models, tmp_path):
     copy = tmp_path / "model"
     shutil.copytree(tiny_models["qwen2"], copy)

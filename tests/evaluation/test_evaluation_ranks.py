@@ -54,8 +54,17 @@ def words(folder: Path, name: str, *more: str) -> list[str]:
     ]
 
 
-def evaluate(overrides: list[str], at_batch: int | None = None, pid: int | None = None, number: int = 15) -> int:
-    """One rank of a whole evaluation; in a batch a process gets a signal, as if a scheduler ended this one."""
+def evaluate(
+    overrides: list[str],
+    at_batch: int | None = None,
+    pid: int | None = None,
+    number: int = 15,
+    stop_file: Path | None = None,
+) -> int:
+    """One rank of a whole evaluation; in a batch a process gets a signal, as if a scheduler ended this one.
+
+    Or the stop file is made, where one is named.
+    """
     from nemo_aapo.jobs import evaluate as evaluation_job
     from nemo_aapo.prepare.evaluation import prepare_evaluation
 
@@ -63,7 +72,9 @@ def evaluate(overrides: list[str], at_batch: int | None = None, pid: int | None 
 
     def counted(*arguments):
         batches.append(1)
-        if len(batches) == at_batch:
+        if len(batches) == at_batch and stop_file:
+            stop_file.touch()
+        elif len(batches) == at_batch:
             os.kill(pid or os.getpid(), number)
         return measure(*arguments)
 
@@ -129,14 +140,16 @@ def test_every_layout_draws_the_same_completions(ranks, folder, whole, world, tp
     assert results(folder / name) == results(whole)
 
 
-def test_interrupted_it_goes_on_to_the_same_result(ranks, folder, whole):
-    directory = folder / "interrupted"
-    assert ranks.run(evaluate, words(folder, "interrupted"), 2, tp=None) == [0]
+@pytest.mark.parametrize("by", ["signal", "file"])
+def test_interrupted_it_goes_on_to_the_same_result(ranks, folder, whole, by):
+    directory = folder / f"interrupted_by_{by}"
+    stop_file = directory / "stop" if by == "file" else None
+    assert ranks.run(evaluate, words(folder, directory.name), 2, None, 15, stop_file, tp=None) == [0]
     assert len(completions(directory)) == 2 * 2 * 3  # the batch at hand was kept
     assert not (directory / "finished").exists()
     file = directory / "completions" / "problems.jsonl"
     file.write_bytes(file.read_bytes()[:-20])  # a crash in the middle of a line
-    assert ranks.run(evaluate, words(folder, "interrupted", "problems_per_batch=3"), tp=None) == [0]
+    assert ranks.run(evaluate, words(folder, directory.name, "problems_per_batch=3"), tp=None) == [0]
     assert completions(directory) == completions(whole)
     assert results(directory) == results(whole)
 

@@ -155,10 +155,6 @@ def test_jobs_of_different_runs_never_share_a_name_and_roles_of_one_job_neither(
         (["+cluster.sbatch_args.MEM=0"], "cluster.sbatch_args", "without dashes"),
         (["+cluster.env.a-b=0"], "cluster.env", "no name of a variable"),
         (["cluster.env={A: 1}"], "cluster.env", "+cluster.env.NAME=VALUE"),
-        (["cluster=local"], "cluster.account", "no effect on this machine"),
-        (["cluster=local", *NO_NAMES, "+cluster.env.A=1"], "cluster.env", "no effect on this machine"),
-        (["cluster=interactive"], "cluster.account", "no effect in an allocation"),
-        (["cluster=interactive", *NO_NAMES, "cluster.servers.nodes=1"], "cluster.servers.nodes", "no effect in an"),
         (["cluster.launcher=nemo_run", "cluster.servers.nodes=1"], "cluster.launcher=nemo_run", "without servers"),
         ([*SPREAD, "cluster.servers.nodes=3"], "cluster.servers.nodes_per_server=2", "divisible"),
         ([*SPREAD, "cluster.servers.nodes=2"], "cluster.servers.nodes_per_server=2: the 1 ranks", "divisible"),
@@ -175,6 +171,42 @@ def test_what_slurm_would_misread_is_refused_with_key_and_reason(words, key, rea
         config_of(*words)
     assert key in str(refusal.value)
     assert reason in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("word", "kinds"),
+    [
+        ("launcher=nemo_run", ("local", "interactive")),
+        ("account=lab", ("local", "interactive")),
+        ("partition=gpu", ("local", "interactive")),
+        ("qos=long", ("local", "interactive")),
+        ('time="01:00:00"', ("local", "interactive")),
+        ("exclusive=true", ("local", "interactive")),
+        ("dependency=null", ("local", "interactive")),
+        ("chain=3", ("local", "interactive")),
+        ("signal_s=60", ("local", "interactive")),
+        ("max_requeues=1", ("local", "interactive")),
+        ("fill_jobs=3", ("local", "interactive")),
+        ("setup=[module load cuda]", ("local", "interactive")),
+        ("sbatch_args={mem: 0}", ("local", "interactive")),
+        ("servers.nodes=1", ("local", "interactive")),
+        ("cpus_per_task=2", ("local",)),
+        ("python=/bin/python", ("local",)),
+        ("srun_args=[-l]", ("local",)),
+        ("env={A: 1}", ("local",)),
+        ("container.image=/i.sqsh", ("local",)),
+        ("container.mounts=[/a:/b]", ("local",)),
+        ("container.workdir=/w", ("local",)),
+        ("servers.per_node=2", ("local", "interactive", "slurm")),
+        ("servers.nodes_per_server=2", ("local", "interactive", "slurm")),
+    ],
+)
+def test_a_setting_without_effect_where_the_ranks_are_started_is_refused(word, kinds):
+    key, _, value = word.partition("=")
+    new = "+" if key in ("env", "sbatch_args") else ""
+    for kind in kinds:
+        with pytest.raises(ConfigError, match=rf"cluster\.{key} has no effect"):
+            config_of(f"cluster={kind}", *NO_NAMES, f"{new}cluster.{key}={value}")
 
 
 def test_a_bare_time_in_a_file_is_refused(tmp_path):

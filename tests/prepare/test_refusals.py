@@ -48,7 +48,7 @@ class Blocker:
 
 @pytest.fixture
 def given(tmp_path, monkeypatch) -> Iterator[Given]:
-    for name in ("RANK", "WORLD_SIZE", "SLURM_JOB_ID"):
+    for name in ("RANK", "WORLD_SIZE", "SLURM_JOB_ID", "NEMO_AAPO_TRAIN_ADDRESSES"):
         monkeypatch.delenv(name, raising=False)
     folder = tmp_path / "given"
     folder.mkdir()
@@ -149,6 +149,8 @@ CPU = [
     (["rollout.engine=trtllm"], "tensorrt_llm"),
     (["trainer.devices=2"], "but 1 were started"),
     (["dry_run=true"], "scripts/launch.py only"),
+    (["cluster=slurm"], "cluster.kind=slurm has an effect with scripts/launch.py only"),
+    (["cluster=interactive"], "cluster.kind=interactive has an effect with scripts/launch.py only"),
 ]
 LAUNCH = [
     (["trainer.num_nodes=2"], "this machine only"),
@@ -162,6 +164,7 @@ FILL = [
     (["model.path=FOLDER/gone"], "no such directory"),
     (["data.train=FOLDER/gone.jsonl"], "data.train: "),
     (["precision=bf16"], "needs a GPU"),
+    (["cluster=slurm"], "cluster.kind=slurm has an effect with scripts/launch.py only"),
 ]
 SERVE = [
     (["rollout.server.prot=1"], "did you mean 'rollout.server.port'"),
@@ -169,6 +172,7 @@ SERVE = [
     (["precision=bf16"], "needs a GPU"),
     ([*REMOTE, "rollout.server.tensor_parallel_size=3"], "rollout.server.tensor_parallel_size=3 does not divide"),
     ([*REMOTE, "rollout.server.engine=trtllm"], "tensorrt_llm"),
+    (["cluster=slurm_servers"], "cluster.kind=slurm has an effect with scripts/launch.py only"),
 ]
 EVALUATE = [
     (["samples=0"], "must be at least 1"),
@@ -314,11 +318,12 @@ def test_what_can_work_is_prepared_without_torch_and_wholly_resolved(given, bloc
     assert [(reward.name, weight) for reward, weight in job.rewards] == [("accuracy", 1.0)]
 
 
-def test_a_launcher_leaves_to_the_ranks_what_only_their_machine_knows(given):
+def test_a_launcher_leaves_to_the_ranks_what_only_their_machine_knows(given, monkeypatch):
     from nemo_aapo.launch.world import of_launcher
     from nemo_aapo.prepare import prepare, prepare_tree
 
     job = prepare([*given.words, "cluster=slurm", "trainer.num_nodes=2"], of_launcher)
     assert (job.machine, job.config.precision.name, job.sizes.world_size) == (None, "auto", 2)
     one = {**job.tree, "trainer": {**job.tree["trainer"], "num_nodes": 1}}
+    monkeypatch.setenv("NEMO_AAPO_TRAIN_ADDRESSES", "10.0.0.1")  # a rank of the job
     assert prepare_tree(one).config.precision.name == "fp32"

@@ -5,7 +5,9 @@ They run on a copy of the checkout, with a Python that only writes down what it 
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -54,7 +56,8 @@ class Checkout:
         for name in ("scripts", "requirements"):
             shutil.copytree(ROOT / name, self.root / name)
         (self.root / "nemo_aapo").mkdir()
-        shutil.copy(ROOT / "nemo_aapo" / "lines.py", self.root / "nemo_aapo")
+        for name in ("nemo_aapo/lines.py", "setup.py"):
+            shutil.copy(ROOT / name, self.root / name)
 
     def start(self, script: str, *arguments: str, **environment: str) -> subprocess.Popen:
         path = f"{self.bin}{os.pathsep}{os.environ['PATH']}"
@@ -163,11 +166,20 @@ def test_a_python_is_found_where_pyenv_and_conda_keep_it(checkout, folder):
     assert "-m venv .venv-newest" in calls
 
 
-@pytest.mark.parametrize("name", ["requirements/cpu.txt", "requirements/bridge.txt", "scripts/environment.sh"])
+@pytest.mark.parametrize(
+    "name", ["requirements/cpu.txt", "requirements/bridge.txt", "scripts/environment.sh", "setup.py"]
+)
 def test_a_changed_requirement_makes_the_environment_anew(checkout, name):
     checkout.run("environment.sh")
     with (checkout.root / name).open("a") as file:
         file.write("# changed\n")
+    assert made(checkout.run("environment.sh")[2])
+
+
+def test_another_python_makes_the_environment_anew(checkout):
+    checkout.run("environment.sh")
+    file = checkout.root / "nemo_aapo" / "lines.py"
+    file.write_text(file.read_text().replace('python=("3.11", ', 'python=("3.12", '))
     assert made(checkout.run("environment.sh")[2])
 
 
@@ -205,7 +217,7 @@ def test_a_virtual_environment_of_the_users_own_is_left_alone(checkout):
 )
 def test_a_missing_python_or_venv_module_is_named_with_the_way_to_get_it(checkout, line, refuse, hint):
     status, output, calls = checkout.run("environment.sh", "--line", line, REFUSE=refuse)
-    assert status != 0
+    assert status == 3
     assert hint in output
     assert not made(calls)
 
@@ -294,19 +306,58 @@ def tested(checkout) -> Checkout:
 
 
 def test_peers_that_cannot_be_installed_are_named_and_do_not_stop_the_tests(tested):
-    status, output, calls = tested.run("test.sh", REFUSE="requirements/peers.txt")
+    status, output, _ = tested.run("test.sh", REFUSE="requirements/peers.txt")
     assert status == 0, output
     assert "pip could not install requirements/peers.txt" in output
     assert "going on without .venv-peers" in output
-    chosen = [call.rpartition(" -m ")[2].replace("\\", "") for call in calls if "-m pytest" in call]
-    main = "not slurm and not unit and not peers --ignore=tests/lines"
-    side_by_side = {"exact and not slow", main, "slurm or unit or peers"}
-    assert side_by_side <= set(chosen)
-    both_lines = [text.split() for text in chosen if text.startswith("ranks ")]
-    assert len(both_lines) == 1
-    assert all((ROOT / path).exists() for path in both_lines[0][1:])
     assert not (tested.root / ".venv-peers").exists()
     assert tested.run("peers.sh", REFUSE="requirements/peers.txt")[0] != 0
+
+
+def test_every_test_runs_once_in_one_of_the_lanes_and_numbers_and_ranks_once_more(tested):
+    status, output, calls = tested.run("test.sh")
+    assert status == 0, output
+    chosen = [call.partition("--durations-min=1 ")[2].replace("\\", "") for call in calls if "-m pytest" in call]
+    rest = "-m not slurm and not unit and not peers "
+    [main] = [text for text in chosen if text.startswith(rest) and "--ignore" in text]
+    left_out = re.findall(r"--ignore=(\S+)", main)
+    others = ["-m slurm", "-m peers", "-m unit", "-m exact and not slow", rest + " ".join(left_out[:-1]), left_out[-1]]
+    [both_lines] = [text for text in chosen if text.startswith("-m ranks and not once ")]
+    assert sorted(chosen) == sorted([main, *others, both_lines])
+    assert all((ROOT / path).exists() for path in (*left_out, *both_lines.split()[5:]))
+
+
+@pytest.mark.parametrize(
+    "refused", ["-m unit", "-m slurm", "-m peers", "tests/training", "exact and", "tests/lines", "-m ranks"]
+)
+def test_what_fails_in_any_lane_fails_the_tests(tested, refused):
+    assert tested.run("test.sh", REFUSE=refused)[0] != 0
+
+
+def test_a_second_line_that_cannot_be_made_fails_the_tests_unless_there_is_no_python_for_it(tested):
+    status, output, calls = tested.run("test.sh", REFUSE="-m venv .venv-newest")
+    assert status != 0
+    assert any("-m slurm" in call for call in calls)
+    for name in ("python3.12", "python3", "python"):
+        (tested.bin / name).write_text("#!/usr/bin/env bash\nexit 127\n")
+    shutil.rmtree(tested.root / ".venv-newest", ignore_errors=True)
+    status, output, calls = tested.run("test.sh")
+    assert status == 0, output
+    assert "going on without .venv-newest" in output
+    assert not any("tests/lines" in call and "--ignore" not in call for call in calls)
+
+
+def test_ctrl_c_ends_all_lanes(tested):
+    process = tested.start("test.sh", SLOW="pytest", SECONDS_SLOW="60")
+    tested.wait_for("-m unit")
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=10)
+    with contextlib.suppress(ProcessLookupError):  # of a group that is gone
+        for _ in range(500):
+            os.killpg(process.pid, 0)
+            time.sleep(0.02)
+        pytest.fail("processes of test.sh go on")
+    assert not any("exact and" in call for call in tested.calls())
 
 
 def test_the_quick_tests_install_nothing_else_and_style_and_tests_can_each_fail(tested):

@@ -112,7 +112,7 @@ def test_stand_ins_are_there_inside_only_and_never_instead_of_what_is_imported()
 @pytest.mark.parametrize("first", ["training.build", "learner.policy", "checkpoint.checkpointer", "mcore.groups"])
 def test_transformer_engine_reads_its_switches_after_they_are_set(tmp_path, first):
     """megatron-core imports it in passing, long before a precision is decided."""
-    stand_in = "import os\nprint(os.environ['NVTE_FP8_BLOCK_SCALING_FP32_SCALES'])\nraise ModuleNotFoundError\n"
+    stand_in = "import os\nprint(os.environ['NVTE_FP8_BLOCK_SCALING_FP32_SCALES'], flush=True)\nos._exit(0)\n"
     (tmp_path / "transformer_engine.py").write_text(stand_in)
     code = "import importlib, sys; sys.path.insert(0, sys.argv[1]); importlib.import_module('nemo_aapo.' + sys.argv[2])"
     assert set(python(code, str(tmp_path), first).split()) == {"1"}

@@ -16,6 +16,7 @@ import pytest
 from nemo_aapo.errors import Interrupted, RewardError
 from nemo_aapo.rewards import build_reward, reward_config
 from nemo_aapo.rewards.workers import pool
+from nemo_aapo.rewards.workers import runner as reward_runner
 from nemo_aapo.rewards.workers.runner import RewardRunner
 from nemo_aapo.run import stop
 from tests.rewards.judging import completion, prompt
@@ -171,6 +172,16 @@ def test_an_index_is_taken_until_it_is_collected_and_a_late_item_is_named(custom
         runner.submit((0, 1), prompt(), "50", completion())
         with pytest.raises(TimeoutError, match=r"1 of 1 completions were not scored within 0\.2 s"):
             runner.collect(timeout_s=0.2)
+
+
+@pytest.mark.slow
+def test_those_that_wait_in_front_are_no_reason_to_give_up(custom, monkeypatch):
+    """A deadline by the item that is asked for alone would pass while the nine before it are scored."""
+    with RewardRunner([(custom("time.sleep(0.3); return 1.0"), 1.0)], 1, timeout_s=2) as runner:
+        monkeypatch.setattr(reward_runner, "START_TIMEOUT_S", 0.5)
+        for item in range(10):
+            runner.submit(item, prompt(), "", completion())
+        assert [result.score for result in runner.collect([9]).values()] == [1.0]
 
 
 @pytest.mark.slow

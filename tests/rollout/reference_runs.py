@@ -18,7 +18,7 @@ class Quiet:
     def __init__(self, stop_after=None):
         self.metrics, self.phases, self.notes, self.asked, self.stop_after = [], [], [], 0, stop_after
 
-    def begin(self, step): ...
+    def begin(self, step, validated): ...
     def phase(self, name, done, total):
         self.phases.append((name, done, total))
 

@@ -11,11 +11,15 @@ import numpy as np
 import pytest
 
 from nemo_aapo.algorithms.advantage import group_advantage, margin, margin_metrics
+from nemo_aapo.distributed import parallel
 from nemo_aapo.errors import Interrupted, RewardError
+from nemo_aapo.evaluation.validation import Validator
 from nemo_aapo.rewards.workers.runner import RewardRunner
+from nemo_aapo.rollout.reference import ReferenceRewards
 from nemo_aapo.rollout.scored import ScoredRollout
 from nemo_aapo.rollout.unscored import IN_A_ROW, TOTAL, ScoringWatch, Tally
 from nemo_aapo.run.step_metrics import GroupNumbers, step_metrics
+from nemo_aapo.types import Completion, Group, Prompt, SamplingSpec
 from tests.pool import RankError
 from tests.rollout.reference_runs import Quiet, counted, rows
 from tests.training_runs import Parity, make_input, metrics, settings
@@ -102,6 +106,35 @@ def test_rollouts_that_could_not_be_scored_at_all_are_not_kept_for_a_resumed_run
     del pipeline._ahead[0]  # never begun, or lost: a run that went on from here would draw it with later weights
     with pytest.raises(Interrupted, match="not all begun"):
         pipeline.pending_files()
+
+
+class BrokenOff:
+    """A collector that a stop breaks off when one completion of all prompts has ended, which could not be scored."""
+
+    tally = tally(1, a=0)
+
+    def collect(self, prompts, sampling, seeds, watch, **_):
+        assert watch(1)
+        ended = Completion(np.array([3], np.int32), np.zeros(1, np.float32), "stop", 0)
+        nothing = np.array([math.nan])
+        rows = [((ended,), nothing, {"a": nothing}), *[((), nothing[:0], {})] * (len(prompts) - 1)]
+        return [Group(p, c, (), r, parts, np.isnan(r)) for p, (c, r, parts) in zip(prompts, rows, strict=True)]
+
+
+def test_the_few_that_ended_before_a_stop_are_not_taken_for_a_whole_rollout_that_failed(monkeypatch):
+    monkeypatch.setattr(parallel, "any_rank", lambda *flags: list(flags))
+    monkeypatch.setattr(parallel, "gather_data_parallel", lambda value: [value])
+    monkeypatch.setattr(parallel, "broadcast_from_first_rank", lambda value: value)
+    for name, value in (("data_parallel_size", 1), ("rank", 0)):
+        monkeypatch.setattr(parallel, name, lambda value=value: value)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda group=None: 1)
+    prompts = [Prompt(name, np.array([5], np.int32), "", "", "") for name in "abc"]
+    spec = SamplingSpec(0.0, 4, (2,))
+    with pytest.raises(Interrupted):
+        Validator(BrokenOff(), prompts, "a", spec, spec, samples=0, seed=1, stop=lambda: True).run()
+    parts = {"sampling": spec, "samples": 2, "seed": 1, "key": None, "store": None, "online": False}
+    reference = ReferenceRewards(collector=BrokenOff(), **parts)
+    assert not reference.prepare(prompts, contextlib.nullcontext, stop_requested=lambda: True)
 
 
 # ---------------------------------------------------------------- whole runs

@@ -154,7 +154,7 @@ def test_a_run_that_goes_on_by_another_instruction_set_says_so(settings, monkeyp
     for chip, step in (("AVX512", -1), ("AVX512", 2), ("AVX2", 2), ("AVX2", 4), ("sm_90", -1)):
         monkeypatch.setattr(directory_module, "instruction_set", lambda chip=chip: chip)
         with opened(settings) as run:
-            RunReporter(run, progress, stop=None, console_samples=0).begin(step)
+            RunReporter(run, progress, stop=None, console_samples=0).begin(step, validated=True)
     starts = json.loads((Path(settings[0].run.dir) / "run.json").read_text())["starts"]
     assert [start["instruction_set"] for start in starts] == ["AVX512", "AVX512", "AVX2", "AVX2", "sm_90"]
     assert [text for text in said if "going on from" not in text] == [
@@ -171,7 +171,7 @@ def test_a_run_that_goes_on_with_a_changed_algorithm_of_ones_own_says_so(setting
     for text in ("one", "one", "two", "two"):
         file.write_text(text)
         with opened((config, tree)) as run:
-            RunReporter(run, progress, stop=None, console_samples=0).begin(2)
+            RunReporter(run, progress, stop=None, console_samples=0).begin(2, validated=True)
     [warning] = [words for words in said if "going on from" not in words]
     assert warning.startswith("warning: the file of algorithm.custom has changed since the start before this one")
 

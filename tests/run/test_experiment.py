@@ -71,6 +71,22 @@ def test_resuming_removes_rollouts_and_traces_of_later_steps_and_the_finished_ma
         assert [path.name for path in (run.directory / "trace").iterdir()] == ["step_000001.json"]
 
 
+def test_a_validation_that_is_to_be_made_again_leaves_neither_its_line_nor_its_completions(settings):
+    with opened(settings) as run:
+        run.resume_at(-1)
+        for step in (1, 2):
+            run.log_step(step, {"loss": 0.5})
+            run.log_validation(step, {"validation/accuracy_greedy": 0.5})
+            for name in (f"step_{step:06d}", f"train_{step:06d}"):
+                run.save_rollouts(name, [])
+    with opened(settings) as run:
+        run.resume_at(2, validated=False)
+    lines = [(record["step"], "loss" in record) for record in read_metrics(run.directory / "metrics.jsonl")]
+    assert lines == [(1, True), (1, False), (2, True)]
+    kept = sorted(path.stem for path in (run.directory / "rollouts").iterdir())
+    assert kept == ["step_000001", "train_000001", "train_000002"]
+
+
 def test_a_checkpoint_of_step_0_keeps_the_first_validation(settings):
     with opened(settings) as run:
         run.resume_at(-1)

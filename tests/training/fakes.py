@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
 import numpy as np
@@ -40,8 +41,8 @@ class Policy:
 class Rollouts:
     """An engine with weights of its own, and a cursor: what a checkpoint has to bring back."""
 
-    def __init__(self, journal, policy, runs_ahead=False) -> None:
-        self.journal, self.policy, self.runs_ahead = journal, policy, runs_ahead
+    def __init__(self, journal, policy, disk, runs_ahead=False) -> None:
+        self.journal, self.policy, self.disk, self.runs_ahead = journal, policy, disk, runs_ahead
         self.seconds, self.metrics = {"rollout": 0.0, "refit": 0.0}, {"rollout/idle_fraction": 0.0}
         self.served = self.cursor = 0
         self.ahead = {}  # what is under way: step -> version
@@ -87,8 +88,12 @@ class Rollouts:
 
     def load_pending(self, checkpoint, step):
         self.journal.write(f"pending of {checkpoint.name}")
+        self.ahead = ast.literal_eval(self.disk[step]["files"].get("pending", b"{}").decode())
 
     def recover(self): ...
+
+    def parity_sample(self):
+        return groups(self.served) if self.ahead else None
 
     def checkpointed(self, step): ...
 
@@ -99,6 +104,7 @@ class Learner:
         self.agrees, self.later = AGREE, AGREE
 
     def parity(self, groups):
+        assert {c.policy_version for group in groups for c in group.completions} == {self.policy.version}
         self.journal.write("parity")
         return self.agrees
 
@@ -183,11 +189,16 @@ class Tracer:
 
 
 class Reporter:
+    """Keeps in memory what it is told, and the lines of steps and validations in a ``MetricsFile`` if it has one."""
+
     def __init__(self, journal) -> None:
         self.journal, self.stop, self.saved, self.notes, self.metrics = journal, False, [], [], []
+        self.file = None
 
-    def begin(self, step):
+    def begin(self, step, *, validated):
         self.journal.write(f"begin_at {step}")
+        if self.file:
+            self.file.truncate_after(step, validated=validated)
 
     def phase(self, name, done, total): ...
 
@@ -196,9 +207,13 @@ class Reporter:
 
     def log_step(self, step, metrics):
         self.metrics.append(metrics)
+        if self.file:
+            self.file.append(step, metrics)
         self.journal.write(f"log {step}")
 
-    def log_validation(self, step, metrics, samples): ...
+    def log_validation(self, step, metrics, samples):
+        if self.file:
+            self.file.append(step, metrics)
 
     def save_rollouts(self, name, samples):
         self.saved.append(name)
@@ -220,14 +235,15 @@ def groups(version):
 def make(config, disk=None, runs_ahead=False):
     """A trainer of fakes that share a journal."""
     journal, policy, kept = Journal(), Policy(), Kept()
+    disk = {} if disk is None else disk
     return AAPOTrainer(
         config=config,
         policy=policy,
-        rollouts=Rollouts(journal, policy, runs_ahead),
+        rollouts=Rollouts(journal, policy, disk, runs_ahead),
         objective=Objective.of(config.algorithm, 4),
         learner=Learner(journal, policy),
         validator=Validator(journal, policy),
-        checkpoints=Checkpoints(journal, {} if disk is None else disk, kept),
+        checkpoints=Checkpoints(journal, disk, kept),
         kept=kept,
         throughput=Throughput(),
         tracer=Tracer(),

@@ -35,6 +35,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(ranks, folder, uninterrupted):
     assert kept(run_dir) == kept(uninterrupted)
 
 
+@pytest.mark.once
 def test_a_run_that_was_moved_with_its_model_and_data_goes_on_to_the_same_bits(ranks, folder, uninterrupted, tmp_path):
     assert ranks.run(run, settings(folder, tmp_path / "here"), IN_THE_THIRD_STEP, tp=None) == [0]
     there, moved = tmp_path / "there", (tmp_path / "here").rename(tmp_path / "moved")
@@ -46,6 +47,7 @@ def test_a_run_that_was_moved_with_its_model_and_data_goes_on_to_the_same_bits(r
     assert exported(moved) == exported(uninterrupted)
 
 
+@pytest.mark.once
 def test_a_run_from_before_contents_were_recorded_goes_on_to_the_same_bits(ranks, folder, uninterrupted):
     """Its record and its checkpoints have the digest in which paths stand for what they hold."""
     run_dir = folder / "of_before"
@@ -70,6 +72,7 @@ def make_old(run_dir: Path) -> str:
     return digest(config)
 
 
+@pytest.mark.once
 def test_a_stopped_run_whose_prompts_go_by_accuracy_goes_on_to_the_same_run(ranks, folder):
     """Of a mixture: the prompts of steps 4 to 6 depend on what came of those before, also on another layout."""
     sources = f"data.train=[{{path: {folder}/train.jsonl}}, {{path: {folder}/validation.jsonl, weight: 0.5}}]"
@@ -145,6 +148,7 @@ def test_a_time_limit_ends_a_run_with_a_checkpoint_and_the_best_one_stays(ranks,
     assert left == {best, max(rewards)}
 
 
+@pytest.mark.once
 def test_fewer_steps_than_were_made_are_refused_and_the_run_stays_finished(ranks, folder, uninterrupted):
     before = metrics(uninterrupted, timeless=False)
     fewer = settings(folder, uninterrupted, "trainer.max_steps=4")
@@ -154,6 +158,7 @@ def test_fewer_steps_than_were_made_are_refused_and_the_run_stays_finished(ranks
     assert metrics(uninterrupted, timeless=False) == before
 
 
+@pytest.mark.once
 def test_other_data_are_refused_before_the_model_is_loaded(ranks, folder, uninterrupted, tmp_path):
     """Data that differ in what no identity of files sees: here the checkpoint says that they were others."""
     run_dir = tmp_path / "run"
@@ -180,6 +185,7 @@ def _run_without_loading(overrides):
         build.build_policy = made
 
 
+@pytest.mark.once
 def test_a_directory_with_another_configuration_is_refused(ranks, folder, uninterrupted):
     before = {path: path.read_bytes() for path in uninterrupted.rglob("*.json*")}
     with pytest.raises(AssertionError, match=r"(?s)another configuration.*model\.optim\.lr: 0\.001 there, 0\.5 now"):
@@ -187,6 +193,7 @@ def test_a_directory_with_another_configuration_is_refused(ranks, folder, uninte
     assert before == {path: path.read_bytes() for path in uninterrupted.rglob("*.json*")}
 
 
+@pytest.mark.once
 def test_a_run_with_kl_does_not_go_on_with_another_base_model(ranks, folder, tmp_path):
     model = shutil.copytree(folder / "model", tmp_path / "model")
     kl = ["algorithm=grpo", "algorithm.kl_coefficient=0.1", f"model.path={model}", "export_hf_model=false"]

@@ -11,6 +11,7 @@ from nemo_aapo.algorithms.objective import Objective
 from nemo_aapo.config.compose import load_config
 from nemo_aapo.distributed import parallel
 from nemo_aapo.errors import CheckpointError, Interrupted, LostRankError, NonFiniteError, ParityError, RewardError
+from nemo_aapo.run.metrics_file import MetricsFile, is_validation, read_metrics
 from tests.training.fakes import (
     APART,
     STEPS,
@@ -100,6 +101,35 @@ def test_a_checkpoint_keeps_what_the_next_step_depends_on(config):
     assert state["metrics"]["loss"] == 0.5
     assert state["metrics"]["validation/accuracy_greedy"] == 0.25
     assert not [name for name in state["metrics"] if name.startswith("time/") or name == "kl"]  # times, and NaN
+
+
+ACCURACY = {0: 0.1, 2: 0.9, 4: 0.2, 5: 0.3}
+
+
+@pytest.mark.parametrize(
+    ("best", "interval", "saved"),
+    [
+        (None, 1, [1, 2, 3, 4, 5]),
+        ("validation/accuracy_greedy", 1, [1, 2, 3, 4, 5]),
+        ("validation/accuracy_greedy", 3, [2, 3, 4, 5]),
+        ("validation/accuracy_greedy", 50, [2, 4, 5]),
+        ("reward/mean", 50, [5]),
+    ],
+)
+def test_a_checkpoint_has_the_accuracy_of_its_own_weights_or_none_and_the_best_one_is_saved(
+    config, best, interval, saved
+):
+    trainer = make(
+        dataclasses.replace(
+            config, checkpoint=dataclasses.replace(config.checkpoint, keep_best=best, save_interval=interval)
+        )
+    )
+    trainer.validator.run = lambda: ({"validation/accuracy_greedy": ACCURACY[trainer.policy.version]}, [])
+    assert trainer.fit()
+    states = trainer.checkpoints.disk
+    assert {step: state["metrics"].get("validation/accuracy_greedy") for step, state in states.items()} == {
+        step: ACCURACY.get(step) for step in saved
+    }
 
 
 # ---------------------------------------------------------------- stopped and resumed
@@ -242,6 +272,37 @@ def test_a_stop_breaks_off_a_validation_which_the_resumed_run_makes_up_for(confi
     assert not [state for step, state in disk.items() if step > 2 and "validation/broken_off" in state["metrics"]]
 
 
+@pytest.mark.parametrize("end", ["killed in the next step", "stopped in the export"])
+def test_a_validation_that_is_made_up_for_has_one_line_whatever_ends_the_run_before_its_next_checkpoint(
+    config, end, tmp_path
+):
+    at = {"killed in the next step": 2, "stopped in the export": 5}[end]
+    disk = {}
+
+    def part(line=None, then=None):
+        trainer = make(config, disk)
+        trainer.reporter.file = MetricsFile(tmp_path / "metrics.jsonl")
+        happen(trainer, line, then and (lambda: then(trainer)))
+        try:
+            return trainer.fit()
+        except KeyboardInterrupt:  # which the loop handles no more than a kill
+            return None
+
+    def stop(trainer):
+        trainer.reporter.stop = True
+        raise Interrupted
+
+    def kill(trainer):
+        raise KeyboardInterrupt
+
+    assert part(f"validate {at}", stop) is False
+    assert part("update 2", kill) is (None if at == 2 else True)  # the export comes after that
+    assert part() is True
+    lines = [(line["step"], is_validation(line)) for line in read_metrics(tmp_path / "metrics.jsonl")]
+    steps = [(step, False) for step in range(1, STEPS + 1)]
+    assert lines == sorted(steps + [(step, True) for step in (0, 2, 4, 5)])
+
+
 def test_a_stop_in_the_first_validation_ends_the_run_before_any_step(config):
     trainer = make(config)
     happen(trainer, "validate 0", fails_with(Interrupted()))
@@ -306,6 +367,19 @@ def test_a_disagreement_before_the_first_update_changes_no_weight(config):
     with pytest.raises(ParityError, match=r"before the first step: engine and learner disagree"):
         trainer.fit()
     assert not trainer.reporter.journal.of("update", "save")
+
+
+def test_a_resumed_run_that_trains_on_earlier_policies_completions_compares_its_own_engine_before_an_update(config):
+    disk = {}
+    trainer = make(config, disk, runs_ahead=True)
+    happen(trainer, "log 3", lambda: setattr(trainer.reporter, "stop", True))
+    assert not trainer.fit()
+    assert disk[3]["files"] == {"pending": b"{3: 2}"}
+    resumed = make(config, disk, runs_ahead=True)
+    resumed.learner.agrees = APART
+    with pytest.raises(ParityError, match=r"before the first step: engine and learner disagree"):
+        resumed.fit()
+    assert resumed.reporter.journal == ["pending of step_3", "begin_at 3", "refit to 3", "parity", "close"]
 
 
 @pytest.mark.parametrize("on_error", ["stop", "warn"])

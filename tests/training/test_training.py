@@ -11,8 +11,9 @@ import pytest
 from transformers import Qwen2Config
 
 from nemo_aapo.checkpoint import manifest
+from tests.doctor.test_parity import OtherTemperature
 from tests.tiny_models import SIZES, save_character_tokenizer, save_model
-from tests.training_runs import exported, kept, metrics, run, settings
+from tests.training_runs import IN_THE_THIRD_STEP, Parity, exported, kept, metrics, run, settings
 
 SHARED = Path(__file__).parents[3] / "shared"
 STEP_KEYS = {
@@ -121,6 +122,29 @@ def test_a_disagreement_of_engine_and_learner_stops_the_run_before_the_first_ste
     assert [line["step"] for line in metrics(folder / "strict")] == [0]
 
 
+def _run_hotter(overrides):
+    from nemo_aapo import RewardRunner, load_config, train
+    from nemo_aapo.engines.build import build_engine
+    from nemo_aapo.models.directory import read_model_dir
+
+    config = load_config(overrides)
+
+    def make(policy):
+        return OtherTemperature(build_engine(config, policy, read_model_dir(config.model.path), str))
+
+    return train(config, engine=make, rewards=RewardRunner([(Parity(), 1.0)], workers=0, timeout_s=10.0))
+
+
+def test_a_resumed_run_that_trains_on_what_was_sampled_before_compares_its_own_engine(ranks, folder):
+    run_dir = folder / "resumed_ahead"
+    ahead = settings(folder, run_dir, "rollout.async_depth=1", "algorithm.importance_weight_cap=2.0")
+    assert ranks.run(run, ahead, IN_THE_THIRD_STEP, tp=None) == [0]
+    before = metrics(run_dir)
+    with pytest.raises(AssertionError, match=r"before the first step: engine and learner disagree"):
+        ranks.run(_run_hotter, ahead, tp=None)
+    assert metrics(run_dir) == before
+
+
 def test_a_cosine_schedule_warms_up_and_ends_at_its_minimum(ranks, folder):
     cosine = ["name=cosine", "warmup_steps=1", "min_lr=1e-4"]
     run_dir = folder / "cosine"
@@ -162,6 +186,7 @@ def test_numbers_that_are_not_finite_end_the_run_on_every_rank_and_leave_the_che
     assert not (run_dir / "finished").exists()
 
 
+@pytest.mark.once
 def test_real_text_with_the_real_vocabulary_flows_through_every_stage(ranks, tmp_path):
     make_real_input(tmp_path)
     (tmp_path / "length.py").write_text(

@@ -88,7 +88,7 @@ class Checkpoint:
         "so many of the newest checkpoints stay; older ones are removed", decides=False, minimum=1, sane=1_000_000
     )
     keep_best: Literal["validation/accuracy_greedy", "validation/accuracy_sampled", "reward/mean"] | None = setting(
-        "a metric, such as validation/accuracy_sampled: its best checkpoint stays as well", decides=False
+        "this metric's best checkpoint stays, too; a validation's: one is saved after each validation", decides=False
     )
     resume: Literal["auto", "latest_good"] = setting(
         "auto: from the newest, or not at all | latest_good: from the newest that is whole", decides=False

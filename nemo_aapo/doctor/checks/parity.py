@@ -8,11 +8,8 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from nemo_aapo.config import Config
 from nemo_aapo.doctor.finding import Context, Finding
-from nemo_aapo.types import Completion, Group, Prompt
 
 if TYPE_CHECKING:
     from nemo_aapo.engines.base import RolloutEngine
@@ -75,7 +72,7 @@ def measure(config: Config, engine: Callable[[MegatronPolicy], RolloutEngine] | 
     from nemo_aapo.engines.build import build_engine
     from nemo_aapo.mcore.groups import destroy_model_parallel
     from nemo_aapo.prepare.job import resolve
-    from nemo_aapo.rollout.spread import own_shard
+    from nemo_aapo.rollout.collector import Collector
     from nemo_aapo.seeds import stream_seed
     from nemo_aapo.training import build
     from nemo_aapo.training.read_data import read_data
@@ -97,19 +94,9 @@ def measure(config: Config, engine: Callable[[MegatronPolicy], RolloutEngine] | 
         stack.callback(made.close)
         sampling = build.sampling_of(config, text.end_tokens)
         sampling = dataclasses.replace(sampling, max_new_tokens=min(NEW_TOKENS, sampling.max_new_tokens))
-        mine = own_shard(len(prompts))
-        numbers = range(len(prompts))[mine]
-        seeds = [[stream_seed(config.seed, "doctor", i, j) for j in range(COMPLETIONS)] for i in numbers]
-        made.wake()
-        sampled = made.generate([prompt.token_ids for prompt in prompts[mine]], sampling, seeds)
-        made.sleep()
-        groups = [_group(prompt, completions) for prompt, completions in zip(prompts[mine], sampled, strict=True)]
-        tokens = sum(parallel.gather_data_parallel(sum(len(c.token_ids) for row in sampled for c in row)))
+        seeds = [[stream_seed(config.seed, "doctor", i, j) for j in range(COMPLETIONS)] for i in range(len(prompts))]
+        groups = Collector(made, None, text.decode).collect(prompts, sampling, seeds)
+        tokens = sum(parallel.gather_data_parallel(sum(len(c.token_ids) for g in groups for c in g.completions)))
         figures = learner.parity(groups)
         parallel.barrier()  # no rank leaves before the others are done with it
         return {**figures, "tokens": float(tokens), "prompts": float(len(prompts))}
-
-
-def _group(prompt: Prompt, completions: list[Completion]) -> Group:
-    nothing = np.zeros(len(completions))
-    return Group(prompt, tuple(completions), (), nothing, {}, nothing.astype(bool))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Literal
 
 from nemo_aapo.config.build import build
 from nemo_aapo.errors import RunError
+from nemo_aapo.run.state import RunState
 from nemo_aapo.utils.files import read_json, to_json, write_atomic
 
 End = Literal["running", "finished", "saved", "cancelled", "refused", "failed", "lost"]
@@ -41,6 +43,18 @@ class Attempt:
     def made_progress(self) -> bool:
         """Whether it left a newer checkpoint."""
         return self.checkpoint_after > self.checkpoint_before
+
+    def closed(self, end: End, why: str, state: RunState) -> Attempt:
+        """As it has just ended, with what the run has by now."""
+        return replace(
+            self,
+            end=end,
+            why=why,
+            ended=time.time(),
+            checkpoint_after=state.checkpoint,
+            step=state.step,
+            tokens=state.tokens_after(self.checkpoint_before),
+        )
 
 
 @dataclass(frozen=True)

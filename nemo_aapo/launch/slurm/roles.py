@@ -57,6 +57,13 @@ class Signals:
     def _keep(self, number: int, frame: FrameType | None) -> None:
         self.received.append(number)
 
+    def wait(self, seconds: float, *numbers: int) -> bool:
+        """Until one of these has come, at most so long. Returns: whether one has."""
+        deadline = time.monotonic() + seconds
+        while not (came := any(number in self.received for number in numbers)) and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+        return came
+
 
 @dataclass(frozen=True)
 class Step:

@@ -22,9 +22,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
+from functools import cached_property, partial
 from pathlib import Path
+from typing import TypeVar
 
-from nemo_aapo.errors import FAILED, INTERRUPTED, REFUSED, RunError, SlurmError
+from nemo_aapo.errors import FAILED, INTERRUPTED, REFUSED, ConfigError, RunError, SlurmError, one_line
 from nemo_aapo.launch.slurm.attempts import Attempt, End, decide, read_history, summary, write_history
 from nemo_aapo.launch.slurm.commands import node_addresses, parse_scontrol, slurm
 from nemo_aapo.launch.slurm.logs import Tail
@@ -37,10 +39,14 @@ from nemo_aapo.run.stop import STOP_FILE
 from nemo_aapo.utils.files import LOCK
 from nemo_aapo.utils.job import STARTED, start_of_job, start_of_process
 
+T = TypeVar("T")
 LOCK_WAIT_S = 120.0
 """Ranks of an attempt whose node was lost may live on for a while, and hold the run directory."""
 SEEN_WAIT_S = 15
 """A shared file system may take so long to show a new file on all nodes."""
+SLURM_WAIT_S = 600.0
+"""Slurm's controller may be away for a while, as for a restart: what it does not answer is asked again for so long."""
+SLURM_PAUSE_S = 15.0
 REQUEUE_WAIT_S = 120.0
 """Slurm ends the script of a job that it requeues within this."""
 CANCELLED, LOST = "cancelled", "requeued by Slurm"
@@ -79,7 +85,8 @@ class Supervisor:
             follow: show what they write.
 
         Raises:
-            RunError: a node does not see the run directory, or another process still uses it.
+            ConfigError: a node does not see the run directory.
+            RunError: another process still uses it, no port is free, or Slurm does not answer.
         """
         (self.paths.run_dir / STOP_FILE).unlink(missing_ok=True)
         for address in self.paths.servers.glob("server_*.json"):  # of servers that are gone
@@ -125,36 +132,34 @@ class Supervisor:
         history = history.begin(attempt)
         write_history(self.paths.history, history)
         say(f"attempt {self.restart} of job {self.job} begins after step {state.checkpoint}")
-        try:
-            ended = self.run_training()
-            end, why = self._judge(ended)
-            if end in ("failed", "lost"):
-                say(ended.last_words)
-        except RunError as error:
-            end, why = "refused", str(error)
-        attempt = self._close(attempt, end, why)
+        end, why = self._end_of_training()
+        attempt = attempt.closed(end, why, read_state(self.paths.run_dir))
         history = history.end(attempt)
         decision = decide(history.attempts[history.counts_from :], max_requeues)
         if end in ("failed", "refused", "saved", "lost") and not decision.requeue:
             history = replace(history, stopped=decision.why)
         write_history(self.paths.history, history)
         say(summary(attempt))
-        say(decision.why)
         if decision.requeue and end != "lost":  # then Slurm does it
-            requeue(self.job)
+            self._requeue()
+        else:
+            say(decision.why)
         return {"finished": 0, "cancelled": 0, "refused": REFUSED}.get(end, FAILED)
 
-    def _close(self, attempt: Attempt, end: End, why: str) -> Attempt:
-        state = read_state(self.paths.run_dir)
-        return replace(
-            attempt,
-            end=end,
-            why=why,
-            ended=time.time(),
-            checkpoint_after=state.checkpoint,
-            step=state.step,
-            tokens=state.tokens_after(attempt.checkpoint_before),
-        )
+    def _end_of_training(self) -> tuple[End, str]:
+        """How it ends, and why."""
+        try:
+            ended = self.run_training()
+        except ConfigError as error:
+            return "refused", str(error)
+        except RunError as error:  # nothing was started
+            if signal.SIGTERM in self.signals.received:  # which broke off the waiting
+                self.asked = self._why_term()
+            return self._judge(Ended(FAILED, one_line(error), "", str(error)))
+        end, why = self._judge(ended)
+        if end in ("failed", "lost"):
+            say(ended.last_words)
+        return end, why
 
     def _judge(self, ended: Ended) -> tuple[End, str]:
         """How the trainer's end is to be understood."""
@@ -194,13 +199,43 @@ class Supervisor:
             return CANCELLED
         return LOST if int(fields.get("Restarts", "0")) > self.restart else CANCELLED  # its state is the same in both
 
+    def _requeue(self) -> None:
+        """Put this very job back into the queue. Slurm ends this script, so this returns only if that failed."""
+        try:
+            self._answered(partial(slurm, "scontrol", "requeue", self.job))
+        except SlurmError as error:
+            if signal.SIGTERM not in self.signals.received or self._why_term() == CANCELLED:  # else it was heard
+                say(f"not requeued: {one_line(error)}. `scripts/launch.py requeue` submits the run again")
+                return
+        say("requeued")
+        time.sleep(REQUEUE_WAIT_S)  # the signals by which Slurm ends this script are kept, and change nothing
+
+    def _answered(self, ask: Callable[[], T]) -> T:
+        """What Slurm answers; it is asked again while it does not.
+
+        Raises:
+            SlurmError: no answer within ``SLURM_WAIT_S``, or before a signal that ends the job.
+        """
+        deadline = time.monotonic() + SLURM_WAIT_S
+        while True:
+            try:
+                return ask()
+            except SlurmError as error:
+                if time.monotonic() > deadline or self.signals.wait(SLURM_PAUSE_S, signal.SIGTERM, signal.SIGINT):
+                    raise
+                say(f"asking Slurm again: {one_line(error)}")
+
+    @cached_property
+    def _addresses(self) -> list[list[str]]:
+        """Of each role's nodes."""
+        groups = range(len(self.commands)) if len(self.commands) > 1 else [None]
+        return [self._answered(partial(node_addresses, os.environ, group)) for group in groups]
+
     def _environment(self) -> dict[str, str]:
         """Of ``srun``, which hands it on: where the nodes of each role are reached."""
-        environment = dict(os.environ)
-        for group, role in enumerate(self.commands):
-            addresses = node_addresses(os.environ, group if len(self.commands) > 1 else None)
-            environment[ADDRESSES.format(role=role.upper())] = ",".join(addresses)
-        return {**environment, "MASTER_PORT": str(self._free_port())}
+        names = [ADDRESSES.format(role=role.upper()) for role in self.commands]
+        addresses = dict(zip(names, map(",".join, self._addresses), strict=True))
+        return {**os.environ, **addresses, "MASTER_PORT": str(self._answered(self._free_port))}
 
     def _free_port(self) -> int:
         """A port that is free on the first node, where rank 0 will listen on it.
@@ -223,15 +258,15 @@ class Supervisor:
         look_for = f'for _ in {{1..{SEEN_WAIT_S}}}; do [[ -e $1 ]] && exit; sleep 1; done; echo "$SLURMD_NODENAME"'
         try:
             blind = []
-            for group in range(len(self.commands)):
+            for group, nodes in enumerate(self._addresses):
                 flags = [f"--het-group={group}"] if len(self.commands) > 1 else []
-                flags += ["--ntasks-per-node=1", "--chdir=/", "--input=none"]
-                flags.append(f"--nodes={len(node_addresses(os.environ, group if len(self.commands) > 1 else None))}")
-                blind += slurm("srun", *flags, "bash", "-c", look_for, "bash", str(mark)).split()
+                flags += [f"--nodes={len(nodes)}", "--ntasks-per-node=1", "--chdir=/", "--input=none"]
+                look = partial(slurm, "srun", *flags, "bash", "-c", look_for, "bash", str(mark))
+                blind += self._answered(look).split()
         finally:
             mark.unlink(missing_ok=True)
         if blind:
-            raise RunError(
+            raise ConfigError(
                 f"run.dir={self.paths.run_dir}: {', '.join(sorted(blind))} can't see it. Put it on a file system that "
                 "all nodes share (run.dir=DIR)"
             )
@@ -257,18 +292,6 @@ def wait_for_lock(path: Path, seconds: float) -> None:
                 time.sleep(0.5)
             except OSError:  # some cluster file systems are mounted without locks
                 return
-
-
-def requeue(job: str) -> None:
-    """Put this very job back into the queue. Slurm ends this script, so this returns only if that failed.
-
-    Raises:
-        SlurmError: Slurm refuses, as where requeuing is switched off.
-    """
-    for number in Signals.HANDLED:
-        signal.signal(number, signal.SIG_IGN)
-    slurm("scontrol", "requeue", job)
-    time.sleep(REQUEUE_WAIT_S)
 
 
 def split_roles(words: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
@@ -307,9 +330,9 @@ def main(argv: Sequence[str]) -> int:
         if given.mode == "job":
             return supervisor.attempt(given.max_requeues)
         ended = supervisor.run_training(follow=True) if given.mode == "interactive" else supervisor.run(lambda: None)
-    except RunError as error:
+    except (ConfigError, RunError) as error:
         say(str(error))
-        return FAILED
+        return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED
     if ended.code:

@@ -123,7 +123,8 @@ class RewardRunner:
 
         Args:
             indices: of those that are wanted; the others stay. None: of all.
-            timeout_s: seconds to wait; by default what it takes if every item's worker has to be killed and replaced.
+            timeout_s: seconds to wait; by default what it takes if the worker of every item that was submitted and has
+                not ended, wanted or not, has to be killed and replaced: workers take them in order.
 
         Raises:
             TimeoutError: some are not scored by then.
@@ -133,7 +134,8 @@ class RewardRunner:
         wanted = list(self._pending) if indices is None else [index for index in indices if index in self._pending]
         pending = {index: self._pending[index] for index in wanted}
         if timeout_s is None:
-            timeout_s = math.ceil(len(pending) / max(self._workers, 1)) * (self._timeout_s + START_TIMEOUT_S)
+            queued = sum(not future.done() for future in list(self._pending.values()))
+            timeout_s = math.ceil(queued / max(self._workers, 1)) * (self._timeout_s + START_TIMEOUT_S)
         late = _wait(pending.values(), timeout_s)
         if late:
             raise TimeoutError(f"{len(late)} of {len(pending)} completions were not scored within {timeout_s:g} s")
@@ -196,7 +198,7 @@ class RewardRunner:
 
 def _wait(futures: Iterable[Future[Reply]], timeout_s: float) -> Collection[Future[Reply]]:
     """Wait for all of them; those that have not ended within the time."""
-    end, late = time.monotonic() + timeout_s, set(futures)
+    end, late = time.monotonic() + timeout_s, {future for future in futures if not future.done()}
     while late and (left := end - time.monotonic()) > 0:
         late = wait(late, min(left, HEED_S)).not_done
         if late:

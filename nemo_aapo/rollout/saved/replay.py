@@ -91,6 +91,9 @@ class ReplayedRollouts:
     def recover(self) -> None:
         """There is no bank."""
 
+    def parity_sample(self) -> None:
+        """There is no engine: the learner is compared with the completions that it kept."""
+
     def checkpointed(self, step: int) -> None:
         """There is no bank."""
 

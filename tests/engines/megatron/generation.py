@@ -13,7 +13,9 @@ from tests.tiny_models import make_config
 VOCAB_SIZE = 150  # of the model's 160: the rest plays Megatron's padding
 SPEC = SamplingSpec(temperature=0.8, max_new_tokens=24, stop_token_ids=(3, 7, 20, 41, 90, 111), min_new_tokens=2)
 GREEDY = dataclasses.replace(SPEC, temperature=0.0)
-TIGHT, ROOMY = 5 * 43, 100 * 43  # 43 tokens a row at most: 5 rows for 25 sequences, and a row for each
+TIGHT, SNUG, ROOMY = 5 * 43, 12 * 43, 100 * 43
+"""Budgets of 5 rows, of 12, and of one for each of the 25 sequences. With few rows more of them are refilled, but each
+token of a row is a step, in which several ranks wait for one another again and again."""
 LAYOUTS = {"2x1": (2, 1, False), "1x2": (1, 2, False), "2x2": (2, 2, False), "2x1+sp": (2, 1, True)}
 
 

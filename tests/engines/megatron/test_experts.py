@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from nemo_aapo.types import NO_ROUTE, Prompt
-from tests.engines.megatron.generation import ROOMY, SEEDS, SPEC, TIGHT, VOCAB_SIZE, build, flat, prompts
+from tests.engines.megatron.generation import ROOMY, SEEDS, SNUG, SPEC, VOCAB_SIZE, build, flat, prompts
 from tests.engines.megatron.test_engine import plain_logprobs
+from tests.marks import exact_for
 from tests.rollout.test_collector import Scores
 
 LAYOUTS = {  # ranks, TP, PP, EP
@@ -32,14 +33,10 @@ def own_completions(path, tp, pp):
     from nemo_aapo.distributed import parallel
     from nemo_aapo.engines.megatron.engine import MegatronEngine
 
-    engine = MegatronEngine(build(path, tp, pp, tp > 1), VOCAB_SIZE, TIGHT, record_routes=True)
+    engine = MegatronEngine(build(path, tp, pp, tp > 1), VOCAB_SIZE, SNUG, record_routes=True)
     mine = range(parallel.data_parallel_rank(), len(SEEDS), parallel.data_parallel_size())
     out = engine.generate([prompts()[i] for i in mine], SPEC, [SEEDS[i] for i in mine])
     return dict(zip(mine, out, strict=True))
-
-
-AGAIN = {name: [pytest.mark.exact] for name in ("TP2 EP2", "DP2 EP2")}
-"""By the second instruction set too."""
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +45,7 @@ def on_one_rank(ranks, tiny_models):
     return completions
 
 
-@pytest.mark.parametrize("layout", [pytest.param(name, marks=AGAIN.get(name, ())) for name in LAYOUTS])
+@pytest.mark.parametrize("layout", exact_for(LAYOUTS, "TP2 EP2", "DP2 EP2"))
 def test_every_layout_of_experts_draws_the_same_tokens_by_the_same_experts(ranks, tiny_models, on_one_rank, layout):
     world, tp, pp, ep = LAYOUTS[layout]
     for own in ranks.run(own_completions, tiny_models["qwen3_moe"], tp, pp, world=world, tp=tp, pp=pp, ep=ep):

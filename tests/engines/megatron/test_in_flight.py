@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.engines.megatron.generation import SEEDS, SPEC, TIGHT, VOCAB_SIZE, build, prompts
+from tests.engines.megatron.generation import SEEDS, SNUG, SPEC, VOCAB_SIZE, build, prompts
 from tests.engines.megatron.test_engine import plain_logprobs
 
 pytestmark = pytest.mark.exact
@@ -54,7 +54,7 @@ def _drawn_in_flight(model, recompute_kv):
     from nemo_aapo.engines.base import InFlight
     from nemo_aapo.engines.megatron.engine import MegatronEngine
 
-    engine = MegatronEngine(model, VOCAB_SIZE, TIGHT, policy_version=4)
+    engine = MegatronEngine(model, VOCAB_SIZE, SNUG, policy_version=4)
     steps, found = 0, {}
 
     def between():

@@ -98,7 +98,7 @@ def test_dry_run_prints_the_script_and_leaves_nothing(cluster, given):
         (["cluster.gpus_per_node=9"], ["Requested node configuration is not available", "gpu:8"]),
         (["+cluster.sbatch_args.nope=1"], ["unrecognized option '--nope=1'"]),
         (["cluster.time=14400"], ["cluster.time=14400: write HH:MM:SS"]),
-        (["cluster=interactive"], ["this is no allocation"]),
+        (["cluster=interactive", 'cluster.time="04:00:00"', "cluster.signal_s=300"], ["this is no allocation"]),
     ],
 )
 def test_what_slurm_refuses_is_said_in_its_words_without_a_traceback(cluster, given, words, said):
