@@ -23,9 +23,10 @@ from typing import Any
 
 from nemo_aapo.cli import evaluate
 from nemo_aapo.cli.main import command_of_ranks, exit_code, run_command
-from nemo_aapo.config import Config
+from nemo_aapo.config import Config, build
 from nemo_aapo.config.command_line import EVALUATION, CommandLine, read_command_line
 from nemo_aapo.config.compose import compose
+from nemo_aapo.config.schema.training import Run
 from nemo_aapo.engines.remote.fleet_status import fleet_lines
 from nemo_aapo.errors import FAILED, ConfigError
 from nemo_aapo.launch import local, overview, sweep
@@ -235,7 +236,8 @@ def run_directory(words: Sequence[str]) -> RunPaths:
         if not words[0] or not Path(words[0]).is_dir():
             raise ConfigError(f"{words[0]}: no such directory")
         return RunPaths(Path(words[0]).absolute())
-    return RunPaths(Path(compose(read_command_line(list(words)))["run"]["dir"]).absolute())
+    run = build(Run, compose(read_command_line(list(words)))["run"], "run")
+    return RunPaths(Path(run.dir).absolute())
 
 
 def listed(paths: RunPaths) -> list[Path]:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from nemo_aapo.algorithms.base import Algorithm
@@ -24,6 +25,7 @@ from nemo_aapo.prepare.text import with_date
 from nemo_aapo.rewards import reward_of
 from nemo_aapo.rewards.base import Reward
 from nemo_aapo.run.directory import check_run_directory
+from nemo_aapo.utils.files import require_directory, require_file
 
 Words = Sequence[str] | CommandLine
 """``KEY=VALUE`` words as they were typed, or already split from a command's options."""
@@ -74,7 +76,10 @@ def prepare_fill(words: Words, world: Callable[[Config], World]) -> Job:
     if config.algorithm.reference != "cached":
         mode = config.algorithm.reference or "null"
         raise ConfigError(f"algorithm.reference={mode}: only cached reference rewards are stored (algorithm=aapo)")
-    return _job(config, tree, world)
+    job = _job(config, tree, world)
+    require_directory(Path(config.run.dir), f"run.dir={config.run.dir}")
+    _check_store(job)
+    return job
 
 
 def prepare_tree(tree: Any, world: Callable[[Config], World] = of_rank) -> Job:
@@ -122,9 +127,16 @@ def rewards_of(config: Config) -> tuple[tuple[Reward, float], ...]:
     """The rewards with their weights.
 
     Raises:
-        ConfigError: an unknown name or parameter, the nearest named.
+        ConfigError: an unknown name or parameter, the nearest named; ``validation.reward`` is none of them.
     """
-    return tuple(reward_of(entry) for entry in config.rewards)
+    rewards = tuple(reward_of(entry) for entry in config.rewards)
+    names = [reward.name for reward, _ in rewards]
+    if config.validation.reward not in names:
+        raise ConfigError(
+            f"validation.reward={config.validation.reward!r} is none of rewards: {names}. Name one of them, or add it "
+            "with the weight 0, which only reports it"
+        )
+    return rewards
 
 
 def resolve(
@@ -155,9 +167,17 @@ def _training(config: Config, tree: Mapping[str, Any], world: Callable[[Config],
     """What logs and writes a run directory."""
     job = _job(config, tree, world)
     check_run_directory(job.config)
+    _check_store(job)
     check_replay(job.config)
     check_loggers(job.config, here=job.machine is not None)
     return job
+
+
+def _check_store(job: Job) -> None:
+    """Refuse a reference store that can't be written; a launcher may see other disks than the ranks do."""
+    store = job.config.algorithm.reference_store
+    if store is not None and job.machine is not None:
+        require_file(Path(store), f"algorithm.reference_store={store}")
 
 
 def _job(

@@ -11,7 +11,7 @@ from nemo_aapo.types import Group, Prompt
 if TYPE_CHECKING:
     from nemo_aapo.checkpoint.checkpointer import Checkpointable, ResumeMode
     from nemo_aapo.rollout.saved.kept import KeptGroup
-    from nemo_aapo.run.step_metrics import GroupNumbers
+    from nemo_aapo.run.step_metrics import GroupNumbers, GroupTokens
 
 
 class Policy(Protocol):
@@ -69,7 +69,9 @@ class Kept(Protocol):
 class Throughput(Protocol):
     """How much of the hardware a step used; ``training.throughput.Throughput``."""
 
-    def metrics(self, groups: Sequence[GroupNumbers], seconds: Mapping[str, float]) -> dict[str, float]: ...
+    def metrics(
+        self, generated: Sequence[GroupTokens], trained: Sequence[GroupNumbers], seconds: Mapping[str, float]
+    ) -> dict[str, float]: ...
 
 
 class Tracer(Protocol):
