@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
+import functools
 import math
+import operator
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -54,6 +57,16 @@ def build(cls: type[T], tree: Any, path: str = "") -> T:
         if name in paths and isinstance(values[name], str):
             values[name] = expanded(values[name], full)
     return cls(**values)
+
+
+def with_paths(tree: Mapping[str, Any], config: Any) -> dict[str, Any]:
+    """The tree that a configuration was built of, with its paths as they are there: other homes change no ``~``."""
+    made = copy.deepcopy(dict(tree))
+    for key, facts, value in values_of(config):
+        if facts.path and isinstance(value, str):
+            *sections, leaf = key.split(".")
+            functools.reduce(operator.getitem, sections, made)[leaf] = value
+    return made
 
 
 LEAST_TEMPERATURE = 0.01

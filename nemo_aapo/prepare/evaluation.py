@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nemo_aapo.config import Config, EvaluationConfig, ModelShape, without_secrets
+from nemo_aapo.config.build import with_paths
 from nemo_aapo.config.command_line import EVALUATION
 from nemo_aapo.config.compose import compose
 from nemo_aapo.config.schema import EvaluationRollout
@@ -77,7 +78,7 @@ def resolve_evaluation(
         settings = decide(settings, world.machine)
         servers = [SERVERS] if config.rollout.engine == "remote" else []
         check_packages([*MEGATRON, *servers, *rewards_need(config.rewards)])
-    tree = {**tree, "date": config.date, "rollout": asdict(config.rollout)}
+    tree = {**with_paths(tree, config), "date": config.date, "rollout": asdict(config.rollout)}
     return EvaluationJob(config, tree, source, settings, shape, reward)
 
 

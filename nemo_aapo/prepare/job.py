@@ -11,6 +11,7 @@ from typing import Any
 
 from nemo_aapo.algorithms.base import Algorithm
 from nemo_aapo.config import Config, ModelShape, Sizes, parse, with_routes_decided, without_secrets
+from nemo_aapo.config.build import with_paths
 from nemo_aapo.config.command_line import TRAINING, CommandLine, ConfigFile, read_command_line
 from nemo_aapo.config.compose import compose, resolved
 from nemo_aapo.engines.trtllm import settings as trtllm_settings
@@ -217,8 +218,8 @@ def _runs_this_python(config: Config) -> bool:
 
 
 def _with_decisions(tree: Mapping[str, Any], config: Config) -> dict[str, Any]:
-    """The tree with what was left to the machine or to the day of the first start."""
-    decided = _plain(config)
+    """The tree with the paths, and what was left to the machine or to the day of the first start."""
+    tree, decided = with_paths(tree, config), _plain(config)
     data = {**tree["data"], "date": config.data.date}
     rollout = {**tree["rollout"], "replay_routes": config.rollout.replay_routes}
     algorithm = tree["algorithm"] if config.algorithm.custom is None else decided["algorithm"]

@@ -341,3 +341,13 @@ def test_a_launcher_leaves_to_the_ranks_what_only_their_machine_knows(given, mon
     one = {**job.tree, "trainer": {**job.tree["trainer"], "num_nodes": 1}}
     monkeypatch.setenv("NEMO_AAPO_TRAIN_ADDRESSES", "10.0.0.1")  # a rank of the job
     assert prepare_tree(one).config.precision.name == "fp32"
+
+
+def test_what_the_ranks_are_given_does_not_depend_on_their_home(given, monkeypatch):
+    from nemo_aapo.prepare import prepare
+
+    monkeypatch.setenv("HOME", str(given.folder))
+    job = prepare([*given.words, 'model.path="~/model"', 'run.dir="~/run"'])
+    assert job.config.model.path == job.tree["model"]["path"] == f"{given.folder}/model"
+    assert job.config.run.dir == job.tree["run"]["dir"] == job.tree["exp_manager"]["explicit_log_dir"]
+    assert "~" not in str(job.tree)

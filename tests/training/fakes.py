@@ -176,8 +176,11 @@ class Kept:
 
 
 class Throughput:
-    def metrics(self, groups, seconds):
-        return {}
+    """Counts completion tokens."""
+
+    def metrics(self, generated, trained, seconds):
+        tokens = sum(sum(lengths) for _, lengths in generated)
+        return {"tokens/generated": tokens, "tokens/trained": sum(group.lengths.sum() for group in trained)}
 
 
 class Tracer:
@@ -219,7 +222,7 @@ class Reporter:
             self.file.append(step, metrics)
 
     def save_rollouts(self, name, samples):
-        self.saved.append(name)
+        self.saved.append((name, samples))
 
     def stop_requested(self):
         return self.stop

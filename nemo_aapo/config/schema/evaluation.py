@@ -133,7 +133,7 @@ class EvaluationRunner:
         sane=1024,
     )
     timeout_s: float = setting(
-        "seconds for one completion; then its worker is killed, and it counts as wrong",
+        "seconds for one completion; then its worker is killed, and it is in no figure",
         decides=False,
         above=0,
         sane=SECONDS,

@@ -173,7 +173,8 @@ class Rollout:
         sane=NUMBER,
     )
     on_parity_error: Literal["warn", "stop"] = setting(
-        "over one of the two limits after the first step: warn | stop; before it, it is always an error", decides=False
+        "over a limit on a later step without lag: warn | stop; before a process's first step it is always an error",
+        decides=False,
     )
     keep_groups: int | Literal["all"] = setting(
         "so many groups of each step, chosen by the seed, are kept in rollouts/train_*.jsonl; or all",
