@@ -85,9 +85,9 @@ def read_history(directory: Path, verdict: str, budget: float = 1.0) -> dict[str
         budget: this run's part of a page, in (0, 1].
 
     Returns:
-        ``steps`` of the validations; and ``prompts``, of each its text, answer and place in the data, and for each
-        validation [completions that were right, completions, the end of the first one, which is the greedy one, or
-        None], or None.
+        ``steps`` of the validations; the ``count`` of their prompts; and ``prompts``, of each that is shown its text,
+        answer and place in the data, and for each validation [completions that were right, completions, the end of the
+        first one, which is the greedy one, or None], or None.
 
     Raises:
         RunError: a file is damaged.
@@ -96,8 +96,10 @@ def read_history(directory: Path, verdict: str, budget: float = 1.0) -> dict[str
     steps = sorted(spread(validated_steps(directory))[:VALIDATIONS])
     prompts: dict[str, dict[str, Any]] = {}
     told: set[str] = set()
+    sources: set[str] = set()
     for place, step in enumerate(steps):
         for row in _rows(folder / f"{step_name(step)}.jsonl"):
+            sources.add(row["source"])
             if row["source"] not in prompts:
                 if len(prompts) >= PROMPTS * budget:
                     continue
@@ -110,7 +112,7 @@ def read_history(directory: Path, verdict: str, budget: float = 1.0) -> dict[str
                 at[place] = [0, 0, row["completion"][-ANSWER_TAIL:] if row["source"] in told else None]
             at[place][0] += _is_right(row, verdict)
             at[place][1] += 1
-    return {"steps": steps, "prompts": list(prompts.values())}
+    return {"steps": steps, "count": len(sources), "prompts": list(prompts.values())}
 
 
 def validated_steps(directory: Path) -> list[int]:

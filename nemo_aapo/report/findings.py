@@ -5,6 +5,7 @@ A rule says nothing unless there is something to do about it: a page that always
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -66,7 +67,7 @@ def collapse(run: Run) -> str | None:
     if len(entropy) < 2 * ENOUGH or len(accuracy) < 2:
         return None
     early, late = mean(entropy[:ENOUGH]) or 0.0, mean(entropy[-ENOUGH:]) or 0.0
-    error = (values(column(run, "validation/accuracy_sampled_stderr")) or [0.02])[-1]
+    error = _error(run, accuracy[0], accuracy[-1]) or 0.0
     if early < 0.05 or late > 0.3 * early or accuracy[-1] - accuracy[0] > max(2 * error, 0.02):
         return None
     fall = f"entropy fell by {1 - late / early:.0%} (from {early:.2f} to {late:.2f} nats)"
@@ -94,11 +95,12 @@ def no_signal(run: Run) -> str | None:
 
 def forgetting(run: Run) -> str | None:
     """Held-out accuracy has fallen from its best by more than its standard error explains."""
-    accuracy, errors = values(column(run, _accuracy(run))), values(column(run, "validation/accuracy_sampled_stderr"))
+    accuracy = values(column(run, _accuracy(run)))
     if len(accuracy) < 3:
         return None
-    best, now, error = max(accuracy), accuracy[-1], (errors or [0.02])[-1]
-    if best - now < max(3 * error, 0.03):
+    best, now = max(accuracy), accuracy[-1]
+    error = _error(run, best, now)
+    if error is None or best - now < max(3 * error, 0.03):
         return None
     step = run["validations"]["step"][column(run, _accuracy(run)).index(best)]
     return f"held-out accuracy is {now:.3f} and was {best:.3f} at step {step}: more than three standard errors better"
@@ -107,11 +109,11 @@ def forgetting(run: Run) -> str | None:
 def gaming(run: Run) -> str | None:
     """The reward rises and held-out accuracy falls."""
     reward, accuracy = values(column(run, "reward/mean")), values(column(run, _accuracy(run)))
-    errors = values(column(run, "validation/accuracy_sampled_stderr"))
     if len(reward) < 2 * ENOUGH or len(accuracy) < 2:
         return None
     risen, fallen = (mean(reward[-ENOUGH:]) or 0) - (mean(reward[:ENOUGH]) or 0), accuracy[0] - accuracy[-1]
-    if risen < 0.05 or fallen < max(3 * (errors or [0.01])[-1], 0.03):
+    error = _error(run, accuracy[0], accuracy[-1])
+    if risen < 0.05 or error is None or fallen < max(3 * error, 0.03):
         return None
     return f"the reward rose by {risen:.3f} while held-out accuracy fell by {fallen:.3f}"
 
@@ -257,6 +259,16 @@ def _last(run: Run, metric: str) -> list[float]:
 
 def _span(run: Run) -> int:
     return min(WINDOW, len(column(run, "step")))
+
+
+def _error(run: Run, one: float, other: float) -> float | None:
+    """Standard error of two accuracies: the last that was measured, or sqrt(p (1 - p) / n) of one answer to each of n
+    prompts, p their mean; None where no completions of validations are kept."""
+    measured = values(column(run, "validation/accuracy_sampled_stderr"))
+    if measured:
+        return measured[-1]
+    share, prompts = (one + other) / 2, run["history"]["count"]
+    return math.sqrt(share * (1 - share) / prompts) if prompts else None
 
 
 def _accuracy(run: Run) -> str:

@@ -67,12 +67,12 @@ def describe(run: Path, budget: float = 1.0, state: str | None = None) -> dict[s
         budget: its part of a page of several runs, in (0, 1].
     """
     found = read_run(run, state)
+    found["history"] = read_history(run, str(found["verdict"]), budget)
     return {
         **found,
         **{table: thinned(found[table]) for table in ("steps", "validations")},
         "findings": findings(found),
         "groups": read_groups(run, budget),
-        "history": read_history(run, str(found["verdict"]), budget),
         "traces": read_traces(run) if budget == 1.0 else [],
     }
 

@@ -22,7 +22,8 @@ def run_of(steps: int = 40, attempts=(), **changed) -> dict:
     curves = {**CURVES, **{name.replace("__", "/"): curve for name, curve in changed.items()}}
     lines = [{"step": s, **{name: curve(s / steps) for name, curve in curves.items()}} for s in range(1, steps + 1)]
     validations = [validation(s, curves, s / steps) for s in range(0, steps + 1, max(1, steps // 4))]
-    return {"steps": columns(lines), "validations": columns(validations), "attempts": list(attempts)}
+    tables = {"steps": columns(lines), "validations": columns(validations)}
+    return {**tables, "attempts": list(attempts), "history": {"count": 30}}
 
 
 SYMPTOMS = {
@@ -102,6 +103,14 @@ def test_nothing_is_said_of_a_task_that_is_learned_to_its_end():
         "grad_norm": lambda done: 3.0 - 2.0 * done,
     }
     assert findings(run_of(100, **learned)) == []
+
+
+def test_an_accuracy_without_a_standard_error_has_that_of_its_prompts():
+    """Greedy alone: of 30 prompts 17 and then 15 is nothing, and of a thousand it is something; unknown, nothing."""
+    run, rights = run_of(reward__mean=lambda done: 0.3), [16, 17, 15]
+    run["validations"] = {"step": [0, 20, 40], "validation/accuracy_greedy": [right / 30 for right in rights]}
+    said = {count: [f["name"] for f in findings({**run, "history": {"count": count}})] for count in (0, 30, 1_000)}
+    assert said == {0: [], 30: [], 1_000: ["forgetting"]}
 
 
 def test_updates_between_sampling_and_learning_are_no_disagreement_of_engine_and_learner():
