@@ -128,6 +128,17 @@ def test_smoothing_and_zoom_reach_all_curves(browser, page):
     assert browser.evaluate("smoothed([0, null, 1], 0.5)") == [0, None, pytest.approx(2 / 3)]
 
 
+def test_the_legend_says_what_the_files_hold_and_not_what_smoothing_makes_of_it(browser, tmp_path):
+    run = make_run(tmp_path / "run", steps=20, time_train=lambda done: 4.0 if done < 1 else 40.0)
+    write_report([run], tmp_path / "page.html")
+    browser.open(tmp_path / "page.html")
+    legend = browser.evaluate("""Object.fromEntries([...document.querySelectorAll('#chart-phases .u-legend .u-series')]
+        .map((r) => [...r.children].map((c) => c.textContent)))""")
+    *_, last, _ = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())  # the last line is a validation's
+    assert [float(legend[phase]) for phase in ("rollout", "train")] == [last["time/rollout"], last["time/train"]]
+    assert last["time/train"] == 40.0
+
+
 def test_hostile_texts_are_shown_and_do_nothing(browser, tmp_path):
     run = make_run(tmp_path / "a<b>&'\"<script>", steps=4, text=HOSTILE)
     rows = (run / "rollouts" / "train_000004.jsonl").read_text().split("\n")

@@ -152,7 +152,7 @@ function stacked(chart, lines) {
   const order = own.map((_, k) => k).reverse(); // the highest first: the lower ones are painted over it
   const series = [{}, ...order.map((k) => ({
     label: lines[k].label, stroke: colour(lines[k].tint), fill: colour(lines[k].tint), width: 0, points: { show: false },
-    value: (u, v, s, i) => shown(i === null ? last(own[k]) : own[k][i]),
+    value: (u, v, s, i) => shown(i === null ? last(lines[k].y) : lines[k].y[i]),
   }))];
   return { data: [x, ...order.map((k) => sums[k])], series, bands: [] };
 }
