@@ -205,8 +205,6 @@ def _figures(path: Path, rows: Sequence[Row]) -> list[list[Any] | None]:
     """Of each completion, if its tokens were kept: characters of each token, and in hundredths its engine log-prob and
     entropy, in ten-thousandths the learner's log-prob less the engine's."""
     nothing: list[list[Any] | None] = [None] * len(rows)
-    if not path.exists():
-        return nothing
     try:
         of = load(path.read_bytes())
         bounds = np.cumsum(of["lengths"])[:-1]
@@ -216,6 +214,8 @@ def _figures(path: Path, rows: Sequence[Row]) -> list[list[Any] | None]:
             [np.diff(ends, prepend=0), 100 * own, 10_000 * (learner - own), 100 * entropy]
             for ends, own, learner, entropy in parts
         ]
+    except FileNotFoundError:  # not kept, or thinned just now
+        return nothing
     except Exception as error:  # the library raises its own, and what it reads may be anything
         raise RunError(f"{path}: no tokens ({type(error).__name__}). Remove it: it is only for people") from None
     shown = [len(row["completion"]) <= HEAD + TAIL for row in rows]

@@ -7,6 +7,7 @@ import importlib.resources
 import json
 import re
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -152,6 +153,21 @@ def test_a_damaged_file_is_named_and_ends_no_run(run, tmp_path):
     assert (run / "report.html").stat().st_size > 50_000
     with pytest.raises(ConfigError, match="no run is there"):
         read_run(tmp_path)
+
+
+def test_tokens_that_are_thinned_as_they_are_read_are_those_of_a_run_that_kept_none(tmp_path, monkeypatch):
+    run, read = make_run(tmp_path / "run", steps=2), Path.read_bytes
+
+    def thinned_just_now(path):
+        path.unlink()
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", thinned_just_now)
+    shown = [completion for group in read_groups(run) for completion in group["completions"]]
+    assert [(completion[0][:6], completion[-1]) for completion in shown] == [
+        *[("step 1", None)] * 2,
+        *[("step 2", None)] * 2,
+    ]
 
 
 def test_a_page_that_is_never_done_holds_no_run(tmp_path, monkeypatch):
