@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from nemo_aapo.report.series import Column, columns, with_clocks
 from nemo_aapo.run.directory import read_record
 from nemo_aapo.run.metrics_file import is_validation, number, read_metrics
 from nemo_aapo.run.names import CHECKPOINTS, step_of
+from nemo_aapo.utils.files import bytes_of
 
 TIME_METRICS = ("time/rollout", "time/reward", "time/reference", "time/train", "time/refit")
 MOST_STARTS = 100
@@ -174,19 +174,12 @@ def _checkpoints(
         {
             "step": step,
             "written": path.stat().st_mtime,
-            "bytes": _bytes_of(path),
+            "bytes": bytes_of(path),
             "reward": rewards.get(step),
             "accuracy": accuracy.get(step),
         }
         for step, path in sorted(found)
     ]
-
-
-def _bytes_of(directory: Path) -> int:
-    """Of all its files; a checkpoint may be removed meanwhile."""
-    with contextlib.suppress(FileNotFoundError):
-        return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
-    return 0
 
 
 def column(run: Mapping[str, Any], metric: str) -> Column:

@@ -230,6 +230,13 @@ def require_new(path: Path, named: str) -> None:
 # ---------------------------------------------------------------- JSON
 
 
+def bytes_of(directory: Path) -> int:
+    """Of all files in it; 0 if it is being removed meanwhile."""
+    with contextlib.suppress(FileNotFoundError):
+        return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
+    return 0
+
+
 def to_json(value: object) -> str:
     """One line of strict JSON: numpy becomes plain, and what is not finite becomes null (``NaN`` is no JSON).
 

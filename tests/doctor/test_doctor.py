@@ -168,6 +168,19 @@ def test_disk_space_is_that_of_the_kept_checkpoints_and_the_export(config):
     assert files.disk(context(many)).level == "failure"
 
 
+def test_checkpoints_that_are_there_already_need_no_space_again(config):
+    whole, _ = files.disk_need(sizes.on_this_machine(config))
+    one = 3 * sizes.count_parameters(Path(config.model.path)) * 4
+    for count, there in enumerate((one, 2 * one, 3 * one, 3 * one), 1):  # of the fourth, which is one too many, nothing
+        checkpoint = Path(config.run.dir) / "checkpoints" / f"step_{count:06d}"
+        checkpoint.mkdir(parents=True)
+        with (checkpoint / "part").open("wb") as file:
+            file.truncate(one)
+        need, text = files.disk_need(sizes.on_this_machine(config))
+        assert need == whole - there
+        assert f"{sizes.readable(there)} are there already" in text
+
+
 def test_memory_is_held_against_the_plan_and_its_lower_bound(config):
     weights = sizes.count_parameters(Path(config.model.path)) * 4
     training = memory.rank_memory(memory.planned_inputs(sizes.on_this_machine(config), 2**30)).phases["train"]

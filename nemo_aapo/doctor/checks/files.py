@@ -16,6 +16,8 @@ from nemo_aapo.planning import models
 from nemo_aapo.planning.inputs import Layout
 from nemo_aapo.planning.parameters import rank_parameters
 from nemo_aapo.run.directory import check_run_directory
+from nemo_aapo.run.names import CHECKPOINTS
+from nemo_aapo.utils.files import bytes_of
 
 SIZE = 64 * 2**20
 """Bytes that are written and read to measure the speed."""
@@ -154,7 +156,7 @@ def _unseen(folder: Path, what: str, world_size: int, wait_s: float) -> list[str
 
 
 def disk(context: Context) -> Finding:
-    """Compare the free space with the checkpoints that are kept, the one being written, and the export."""
+    """Compare the free space with what checkpoints, kept and being written, and the export need beside what is there."""
     config = on_this_machine(context.run_config)
     directory = nearest(Path(config.run.dir))
     free = shutil.disk_usage(directory).free
@@ -166,7 +168,11 @@ def disk(context: Context) -> Finding:
 
 
 def disk_need(config: Config) -> tuple[int, str]:
-    """Bytes that the run needs, and an explanation. Args: config: without values that are left to the machine."""
+    """Bytes that the run needs beside its checkpoints that are there, and an explanation.
+
+    Args:
+        config: without values that are left to the machine.
+    """
     parameters = count_parameters(Path(config.model.path))
     size = bytes_per_parameter(config)
     checkpoints = config.checkpoint.keep_last + 1 + (config.checkpoint.keep_best is not None)
@@ -176,5 +182,8 @@ def disk_need(config: Config) -> tuple[int, str]:
         adapters = rank_parameters(models.read(config.model.path), Layout(), 0, lora).adapters
     one = (parameters + adapters) * size.weight + (adapters if lora else parameters) * size.optimizer
     export = parameters * size.weight if config.export_hf_model else 0
-    need = checkpoints * one + export
-    return need, f"{readable(need)} ({checkpoints} checkpoints of {readable(one)}, export {readable(export)})"
+    made = (Path(config.run.dir) / CHECKPOINTS).glob("step_*")
+    there = sum(min(bytes_of(path), one) for path in sorted(made)[-checkpoints:])  # older ones are replaced by newer
+    need = checkpoints * one + export - there
+    parts = f"{checkpoints} checkpoints of {readable(one)}, export {readable(export)}"
+    return need, f"{readable(need)} ({parts}{f', {readable(there)} are there already' if there else ''})"
