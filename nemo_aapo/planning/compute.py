@@ -71,7 +71,8 @@ def forward(inputs: Inputs, tokens: float, pairs: float, scored: float) -> Flops
 
 
 def train_flops(inputs: Inputs) -> Flops:
-    """FLOPs of one optimizer step: three forward passes' worth, or four with full recomputation.
+    """FLOPs of one optimizer step: three forward passes' worth, or four of what is recomputed: layers and attention
+    with full recomputation, attention alone with ``core_attn``; of ``mlp`` and ``moe`` it isn't counted.
 
     The output layer always takes four, as log-probs recompute the logits of each tile in the backward pass
     (learner/logprobs.py); prompts are not scored. Weights below adapters have no gradients: one forward pass's worth
@@ -80,10 +81,12 @@ def train_flops(inputs: Inputs) -> Flops:
     work = inputs.work
     once = forward(inputs, work.tokens, _pairs(inputs), 0)
     head = forward(inputs, 0, 0, work.completions * work.completion_tokens)
-    recompute = inputs.learner.recompute
-    frozen = int(inputs.learner.lora is not None)
-    layers = once.layers * ((4 if recompute == "full" else 3) - frozen)
-    return Flops(layers, once.rest * (3 if recompute is None else 4) + (4 - frozen) * head.rest)
+    learner = inputs.learner
+    full = learner.recompute == "full"
+    attention = full or (learner.recompute == "selective" and "core_attn" in learner.recompute_modules)
+    frozen = int(learner.lora is not None)
+    layers = once.layers * ((4 if full else 3) - frozen)
+    return Flops(layers, once.rest * (4 if attention else 3) + (4 - frozen) * head.rest)
 
 
 def score_flops(inputs: Inputs) -> Flops:

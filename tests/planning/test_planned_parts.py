@@ -40,6 +40,17 @@ def test_adapters_take_the_gradients_and_the_optimizer_of_adapters():
     assert ratio == pytest.approx(2 / 3)
 
 
+def test_attention_is_computed_again_where_it_is_recomputed_and_only_there():
+    words = {"mlp": "selective model.recompute_modules=[mlp]", "attention": "selective", "full": "full"}
+    words = {name: f"model.recompute_granularity={word}".split() for name, word in words.items()}
+    made = {name: made_inputs("model=Qwen2.5-7B", *more) for name, more in {"none": [], **words}.items()}
+    flops = {name: compute.train_flops(inputs) for name, inputs in made.items()}
+    once = compute.forward(made["none"], 0, compute._pairs(made["none"]), 0).rest
+    again = {name: (found.rest - flops["none"].rest) / once for name, found in flops.items()}
+    assert again == pytest.approx({"none": 0, "mlp": 0, "attention": 1, "full": 1})
+    assert flops["mlp"].layers == flops["attention"].layers == flops["none"].layers == flops["full"].layers * 3 / 4
+
+
 @pytest.mark.parametrize(
     ("word", "phase"),
     [
