@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 from nemo_aapo import lines
 from nemo_aapo.config.schema import Lora
@@ -226,6 +227,18 @@ def test_the_smallest_limit_around_this_process_counts_and_the_page_cache_in_it_
     assert list(free.values()) == [2**30 - 4096, *[2**20 - 4096] * 3]
     own.write_text(f"{line}/not/seen/in/this/container\n")
     assert memory.free_host_memory(root, own) == 2**30 - 4096
+
+
+def test_the_fullest_gpu_of_the_ranks_here_decides(config, monkeypatch):
+    """A machine of four GPUs with two ranks; another program has the second one's memory, and the third's."""
+    free = [80 * 2**30, 4096, 0, 80 * 2**30]
+    monkeypatch.setattr(memory, "has_gpu", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(free))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda number: (free[number], 80 * 2**30))
+    found = {two.name: two for two in memory.memory(context(config, Place(0, 2, 0, 2, "host")))}["gpu_memory"]
+    assert (found.level, found.text.partition(" free")[0]) == ("failure", sizes.readable(4096))
+    found = {one.name: one for one in memory.memory(context(config))}["gpu_memory"]
+    assert found.level == "ok"
 
 
 def test_too_little_memory_is_a_failure(config, monkeypatch):

@@ -156,7 +156,7 @@ def _unseen(folder: Path, what: str, world_size: int, wait_s: float) -> list[str
 
 
 def disk(context: Context) -> Finding:
-    """Compare the free space with what checkpoints, kept and being written, and the export need beside what is there."""
+    """Compare the free space with what checkpoints, kept and being written, and the export need beside those there."""
     config = on_this_machine(context.run_config)
     directory = nearest(Path(config.run.dir))
     free = shutil.disk_usage(directory).free

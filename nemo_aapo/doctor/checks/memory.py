@@ -26,13 +26,13 @@ REMEDY = "raise the tensor- or pipeline-parallel size, or use machines with more
 
 
 def memory(context: Context) -> list[Finding]:
-    """Check the host's memory for all ranks of this machine, and a GPU's for one rank."""
+    """Check the host's memory for all ranks of this machine, and of its fullest GPU for one rank."""
     config, ranks, on_gpu = on_this_machine(context.run_config), ranks_here(context), has_gpu()
     if not models.is_planned(config.model.path):
         text = f"not compared: what a model of this family needs is not planned, only {', '.join(models.PLANNED)}"
         return [Finding("memory", "skipped", text)]
     host = free_host_memory()
-    free = _free_gpu_memory(context.place.local_rank) if on_gpu else host
+    free = _free_gpu_memory(ranks) if on_gpu else host
     inputs = planned_inputs(config, free)
     planned = rank_memory(inputs)
     training = planned.phases["train"]
@@ -72,10 +72,11 @@ def ranks_here(context: Context) -> int:
     return place.local_world_size if place.world_size > 1 else context.run_config.trainer.devices
 
 
-def _free_gpu_memory(number: int) -> int:
+def _free_gpu_memory(ranks: int) -> int:
+    """Bytes of the fullest GPU of this machine's ranks, each of which has the one of its number."""
     import torch
 
-    return torch.cuda.mem_get_info(number)[0]
+    return min(torch.cuda.mem_get_info(number)[0] for number in range(min(ranks, torch.cuda.device_count())))
 
 
 def judge(name: str, need: float, free: int, what: str, peak: float | None = None) -> Finding:
