@@ -232,6 +232,28 @@ def test_verify_finds_one_changed_number(ranks, more_models, tmp_path):
         assert not verdict.ok(1.0)
 
 
+def _verdict_of_nan(directory):
+    """Of exact logits of three prompts, but for one that is NaN in the second."""
+    import numpy as np
+    from transformers import AutoModelForCausalLM
+
+    from nemo_aapo.conversion.verify import Verdict, _distances
+
+    prompts = [np.arange(2, end) for end in (5, 9, 7)]
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits = [model(torch.as_tensor(ids)[None]).logits[0] for ids in prompts]
+    verdicts = [Verdict(1, (), 3, 14, *_distances(directory, prompts, logits))]
+    logits[1][2, 3] = torch.nan
+    return [*verdicts, Verdict(1, (), 3, 14, *_distances(directory, prompts, logits))]
+
+
+def test_verify_does_not_pass_logits_that_are_nan_in_any_prompt(ranks, more_models):
+    [[right, wrong]] = ranks.run(_verdict_of_nan, more_models["qwen3"])
+    assert right.ok(1e-4)
+    assert not wrong.ok(1e9)
+
+
 def _verify_changed(before, after, megatron):
     from nemo_aapo.conversion.convert import hf_to_megatron
 
