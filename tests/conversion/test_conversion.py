@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 import shutil
 from pathlib import Path
@@ -199,6 +201,32 @@ def test_of_a_crashed_run_the_newest_whole_checkpoint_is_taken_and_the_damage_na
             assert "__3_0.distcp has 4 bytes" in error
     assert not (tmp_path / "other").exists()
     assert sorted(p.name for p in (directory / "checkpoints").iterdir())[1:] == ["step_000002", "step_000003"]
+
+
+def _inspected(directory):
+    """What is said of a run whose newest checkpoint has one small file cut off, by the file."""
+    from nemo_aapo.cli.convert import main
+
+    said = {}
+    checkpoint = directory / "checkpoints" / "step_000003"
+    for name in (".metadata", "common.pt", "metadata.json"):
+        whole = (checkpoint / name).read_bytes()
+        (checkpoint / name).write_bytes(whole[: len(whole) // 2])
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            said[name] = main(["inspect", str(directory)]), printed.getvalue()
+        (checkpoint / name).write_bytes(whole)
+    return said
+
+
+def test_inspect_says_what_of_a_checkpoint_is_damaged(ranks, run, tmp_path):
+    shutil.copytree(run[0], tmp_path / "run")
+    [said] = ranks.run(_inspected, tmp_path / "run")
+    for name, (code, text) in said.items():
+        assert code == 0
+        assert f"DAMAGED: {name}\n" in text
+    assert "header               can't be read" in said[".metadata"][1]
+    assert "numbers in" in said["metadata.json"][1]
 
 
 def _verify(source, directory):
