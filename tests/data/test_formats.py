@@ -10,6 +10,7 @@ import pytest
 
 from nemo_aapo.config.schema import EvaluationFields
 from nemo_aapo.config.sources import FILE_FORMATS, Source
+from nemo_aapo.data.formats import json_text
 from nemo_aapo.data.prepare import prepare
 from nemo_aapo.data.records import check_source, read_chunks, read_records
 from nemo_aapo.data.rows import HELD_OUT_SPLITS, TRAIN_SPLITS, read_rows
@@ -282,3 +283,20 @@ def test_a_binary_file_without_rows_is_empty(tmp_path):
         assert (found.rows, found.problems) == ([], {})
         with pytest.raises(DataError, match=f"{name}: no problems in it"):
             load_problems("own", str(tmp_path / name), FIELDS)
+
+
+@pytest.mark.parametrize("damaged", ['{"question": "cut', '{"question": "cut", "answer"', "}", "caf\udce9"])
+def test_a_damaged_first_line_is_one_problem_and_does_not_make_a_document_of_the_file(tmp_path, monkeypatch, damaged):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(f"{damaged}\n{LINES}".encode("utf-8", "surrogateescape"))
+    monkeypatch.setattr(json_text, "_document", lambda path: pytest.fail("the whole file was read"))
+    rows, problems = read_rows(Source(str(path)), TRAIN_SPLITS)
+    assert ([row.number for row in rows], list(problems)) == ([2, 3, 4, 5], [1])
+
+
+@pytest.mark.parametrize("around", ["[\n{}\n]", '{{"data": [\n{}\n]}}', '{{"data":\n[{}]}}'])
+def test_a_document_whose_second_line_is_a_value_is_still_one(tmp_path, around):
+    path = tmp_path / "rows.json"
+    path.write_text(around.format(json.dumps(ROWS[0])))
+    rows, problems = read_rows(Source(str(path)), TRAIN_SPLITS)
+    assert ([row.answer for row in rows], problems) == (["2"], {})
