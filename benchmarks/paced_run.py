@@ -134,7 +134,7 @@ class Nothing:
         return []
 
     def write(self, step: int, kept: object) -> None: ...
-    def metrics(self, groups: object, seconds: Mapping[str, float]) -> dict[str, float]:
+    def metrics(self, generated: object, trained: object, seconds: Mapping[str, float]) -> dict[str, float]:
         return {}
 
 

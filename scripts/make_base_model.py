@@ -9,6 +9,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/ stands beside the scripts
 
 from examples.quickstart.base_model import BaseModelError, MixtureRecipe, Recipe, make_base_model
+from nemo_aapo.errors import ConfigError
+from nemo_aapo.utils.files import require_directory
 
 
 def main() -> int:
@@ -21,8 +23,9 @@ def main() -> int:
     try:
         kind, out = (MixtureRecipe, "quickstart_moe_base") if arguments.experts else (Recipe, "quickstart_base")
         recipe, directory = kind(seed=arguments.seed), arguments.out or Path("results") / out
+        require_directory(directory, f"--out {directory}")
         make_base_model(directory, recipe, force=arguments.force, log=lambda text: print(text, flush=True))
-    except BaseModelError as error:
+    except (BaseModelError, ConfigError) as error:
         print(error, file=sys.stderr)
         return 2
     return 0

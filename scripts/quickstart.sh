@@ -10,6 +10,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 readonly RUN=results/quickstart
 readonly BASE_MODEL=results/quickstart_base
+readonly CHECK="import sys
+from nemo_aapo.cli.main import run_command
+from nemo_aapo.prepare import prepare
+sys.exit(run_command(prepare, lambda job: 0, description='', words=sys.argv[1:]))"
 
 main() {
     bash scripts/environment.sh
@@ -19,16 +23,18 @@ main() {
     python scripts/make_base_model.py --out "$BASE_MODEL"
     move_finished_run_aside "$@"
     python scripts/train.py experiment=quickstart "$@"
-    echo "quickstart: done in $((SECONDS / 60)) min $((SECONDS % 60)) s; the results are in $RUN"
+    echo "quickstart: done in $((SECONDS / 60)) min $((SECONDS % 60)) s"
 }
 
-# Does nothing where the arguments name another run directory or ask for help.
+# Does nothing where the arguments name another run directory or ask for help, or where training would refuse them: what
+# is there is lost for a run that can begin only.
 move_finished_run_aside() {
     local argument
     for argument in "$@"; do
         [[ $argument == run.* || $argument == -* ]] && return
     done
     if [[ -e $RUN/finished ]]; then
+        python -c "$CHECK" experiment=quickstart "$@" "run.dir=$RUN.new"
         rm -rf "$RUN.previous"
         mv "$RUN" "$RUN.previous"
         echo "quickstart: $RUN was finished; it is now $RUN.previous, and training starts anew"

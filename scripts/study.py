@@ -21,6 +21,7 @@ from examples.study import report
 from examples.study.design import PARTS, SEEDS, runs_of
 from examples.study.runs import make_runs
 from nemo_aapo.cli.main import exit_code
+from nemo_aapo.utils.files import require_directory
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
@@ -41,6 +42,7 @@ def study(words: argparse.Namespace) -> int:
     """Make the runs, then sum them up."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     directory = words.out.absolute()
+    require_directory(directory, f"--out {words.out}")
     runs = runs_of(words.parts, words.seeds, tuple(words.settings))
     if not words.report:
         try:

@@ -18,8 +18,8 @@ import os
 import pickle
 import re
 import sys
+import time
 import types
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,14 +29,7 @@ import torch
 from nemo_aapo.engines.trtllm import contract
 from nemo_aapo.engines.trtllm.contract import REQUIRED, Contract
 from tests import cuda_ipc
-
-VOCAB = 24
-TABLE = "model.table.weight"
-"""The model's weights: row t holds the logits after token t."""
-
-
-class LifeCycleError(Exception):
-    """A call that the library would answer with a crash, a hang or wrong tokens."""
+from tests.fake_trtllm_executor import ABORT_S, TABLE, VOCAB, Executor, LifeCycleError, control_action_decorator
 
 
 def strict(cls: contract.LibraryClass, given: dict[str, Any]) -> dict[str, Any]:
@@ -137,63 +130,24 @@ class Faults:
 FAULTS = Faults()
 
 
-def table(seed: int = 0) -> torch.Tensor:
-    """float32 [VOCAB, VOCAB], a model's weights."""
-    return torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(seed))
-
-
 def contract_class(name: str) -> contract.LibraryClass:
-    return next(cls for cls in FAULTS.contract.classes if cls.name == name)
+    found = FAULTS.contract.find(name)
+    assert found, f"{name} is not of {FAULTS.contract.version}"
+    return found
 
 
 def memory_tags() -> tuple[str, ...]:
     return contract_class(contract.MEMORY_TAGS.name).values
 
 
-def weight_tags() -> list[str]:
-    return [tag for tag in memory_tags() if tag != contract.KV_CACHE_TAG]
-
-
-class Executor:
-    """The state of one worker: what memory it has, what weights, what is in its prefix cache."""
-
-    def __init__(self) -> None:
-        self.weights = {TABLE: table()}
-        self.present = set(memory_tags())
-        self.in_flight = 0
-        self.unfinished_update = False
-        self.prefixes: set[tuple[int, ...]] = set()
-        self.stale: set[tuple[int, ...]] = set()
-
-    @contextlib.contextmanager
-    def running(self, prompt: list[int]) -> Iterator[None]:
-        """Inside, a request is under way."""
-        self.require(self.present == set(memory_tags()), "generate while memory is released")
-        self.require(not self.unfinished_update, "generate before finalize")
-        self.require(tuple(prompt) not in self.stale, "generate from a prefix whose keys and values are gone")
-        self.prefixes.add(tuple(prompt))
-        self.in_flight += 1
-        try:
-            yield
-        finally:
-            self.in_flight -= 1
-
-    def reset_prefix_cache(self) -> None:
-        self.prefixes.clear()
-        self.stale.clear()
-
-    def require(self, condition: bool, message: str) -> None:
-        if not condition:
-            raise LifeCycleError(message)
-
-
 class WorkerExtension:
     """``rlhf_utils.WorkerExtension``."""
 
+    @control_action_decorator
     def update_weights(self, ipc_handles: dict[str, str] | None = None) -> None:
         engine = self.engine
-        engine.require(engine.in_flight == 0, "update_weights while requests are under way")
-        engine.require(set(weight_tags()) <= engine.present, "update_weights while the weights are released")
+        engine.require(not engine.live, "update_weights while requests are under way")
+        engine.require(engine.has_weights, "update_weights while the weights are released")
         if ipc_handles is None:
             engine.require(engine.unfinished_update, "finalize without an update")
             engine.unfinished_update = False
@@ -222,7 +176,7 @@ class Restricted(pickle.Unpickler):
 
 class Worker:
     def __init__(self, device_id: str) -> None:
-        self.device_id, self.engine = device_id, Executor()
+        self.device_id, self.engine = device_id, Executor(memory_tags())
         self.device_index = 0  # in the worker's own process
 
     def take(self, tensors: dict[str, torch.Tensor]) -> None:
@@ -232,20 +186,22 @@ class Worker:
     def report_device_id(self) -> str:
         return self.device_id
 
+    @control_action_decorator
     def sleep(self, tags: list[str]) -> None:
         engine = self.engine
-        engine.require(engine.in_flight == 0, "release while requests are under way")
+        engine.require(not engine.live, "release while requests are under way")
         engine.require(set(tags) <= engine.present, f"release of what is released: {set(tags) - engine.present}")
         engine.require(not engine.unfinished_update, "release before finalize")
         engine.present -= set(tags)
         if contract.KV_CACHE_TAG in tags:
             engine.stale |= engine.prefixes  # the index outlives the memory
 
+    @control_action_decorator
     def wakeup(self, tags: list[str]) -> None:
         engine = self.engine
         engine.require(not set(tags) & engine.present, f"resume of what is there: {set(tags) & engine.present}")
         if contract.KV_CACHE_TAG in tags:
-            engine.require(len(tags) == 1 and set(weight_tags()) <= engine.present, "the KV cache comes last")
+            engine.require(len(tags) == 1 and engine.has_weights, "the KV cache comes last")
             engine.require(not engine.unfinished_update, "resume of the KV cache before finalize")
         engine.present |= set(tags)
 
@@ -307,8 +263,6 @@ class AsyncLLM:
         sleeps = getattr(self.args, "enable_sleep", False) or getattr(self.args, "sleep_config", None)
         if method in ("sleep", "wakeup") and not sleeps:
             raise ValueError("enable_sleep=False")
-        ended = [request.task for request in self.under_way if request.task.cancelling()]
-        await asyncio.gather(*ended, return_exceptions=True)  # as after a control action: what was aborted is gone
         return [getattr(worker, method)(*args) for worker in self.workers]
 
     async def release(self, tags: list[str]) -> None:
@@ -351,15 +305,21 @@ class AsyncLLM:
     ) -> CompletionOutput:
         with contextlib.ExitStack() as running:
             for worker in self.workers:
-                running.enter_context(worker.engine.running(prompt))
+                running.enter_context(worker.engine.running(prompt, asyncio.current_task()))
             late = FAULTS.hang_after is not None and number > FAULTS.hang_after
-            await asyncio.sleep(3600 if FAULTS.hang or late else 0)
+            try:
+                await asyncio.sleep(3600 if FAULTS.hang or late else 0)
+            except asyncio.CancelledError:
+                await asyncio.sleep(ABORT_S)
+                raise
             if FAULTS.fail_request == number:
                 raise RuntimeError("CUDA error: an illegal memory access")
             return draw(self.workers[0].engine.weights[TABLE], sampler, self.generator, prompt, sampling)
 
     def shutdown(self) -> None:
         self.closed = True
+        if any(request.task.cancelling() and not request.task.done() for request in self.under_way):
+            time.sleep(2 * ABORT_S)
 
 
 CLASSES = (
@@ -383,7 +343,8 @@ def install(monkeypatch: Any, generation: Contract = contract.V1_2) -> Faults:
         (contract.MEMORY_TAGS, enum.Enum(contract.MEMORY_TAGS.name, members)),
     )
     for cls, stand_in in (*CLASSES, *made):
-        setattr(_module(monkeypatch, cls.module), cls.name, stand_in)
+        if place := generation.find(cls.name):
+            setattr(_module(monkeypatch, place.module), cls.name, stand_in)
     return FAULTS
 
 

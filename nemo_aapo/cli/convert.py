@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from nemo_aapo.cli.main import command_of_ranks, exit_code
+from nemo_aapo.cli.main import command_of_ranks, exit_code, typed_path
 from nemo_aapo.conversion.source import find_source
 from nemo_aapo.launch import local
 from nemo_aapo.models import families
@@ -170,7 +170,7 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
         command = commands.add_parser(name, help=(run.__doc__ or "").splitlines()[0], description=run.__doc__)
         command.set_defaults(run=run, words=argv)
         if source:
-            command.add_argument("source", type=Path, help=source)
+            command.add_argument("source", type=typed_path, help=source)
         if ranks:
             for short, long in (("tp", "tensor"), ("pp", "pipeline"), ("ep", "expert")):
                 text = f"ranks of the {long}-parallel layout to work in; more than one are started here (default 1)"
@@ -180,10 +180,10 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
         return command
 
     def add_base(command: argparse.ArgumentParser) -> None:
-        command.add_argument("--base", type=Path, metavar="DIR", help="a run's base model, where it has moved")
+        command.add_argument("--base", type=typed_path, metavar="DIR", help="a run's base model, where it has moved")
 
     def add_output(command: argparse.ArgumentParser) -> None:
-        command.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new directory")
+        command.add_argument("--out", type=typed_path, required=True, metavar="DIR", help="a new directory")
         dtypes = ["auto", "float32", "bfloat16", "float16"]
         command.add_argument("--dtype", choices=dtypes, default="auto", help="of the weights; auto: as they are stored")
 
@@ -200,9 +200,13 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
     )
     add_base(add("inspect", inspect, source=f"a Hugging Face model directory, {megatron}", ranks=False))
     command = add("verify", verify, source=f"a Hugging Face model directory, {megatron}", ranks=True)
-    command.add_argument("hf", type=Path, nargs="?", metavar="HF_DIR", help="the other side, unless SOURCE is one")
+    command.add_argument(
+        "hf", type=typed_path, nargs="?", metavar="HF_DIR", help="the other side, unless SOURCE is one"
+    )
     add_base(command)
-    command.add_argument("--prompts", type=Path, metavar="FILE", help="JSONL to take prompts from (default: four here)")
+    command.add_argument(
+        "--prompts", type=typed_path, metavar="FILE", help="JSONL to take prompts from (default: four here)"
+    )
     command.add_argument("--prompt-field", default="question", metavar="NAME", help="their field (default question)")
     command.add_argument("--max-prompts", type=positive, default=8, metavar="N", help="the first N (default 8)")
     command.add_argument("--tolerance", type=float, default=1e-3, metavar="X", help="of log-probs (default 0.001)")

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from nemo_aapo.cli.main import command_of_ranks, exit_code, run_command
+from nemo_aapo.cli.main import command_of_ranks, exit_code, run_command, typed_path
 from nemo_aapo.config.command_line import EVALUATION
 from nemo_aapo.launch import local
 from nemo_aapo.prepare.evaluation import EvaluationJob, prepare_evaluation
@@ -50,8 +50,10 @@ def compare(words: Sequence[str]) -> int:
         "its standard error, a 95 % bootstrap interval and the p-value of a sign-flip permutation test, both paired "
         "by problem and seeded.",
     )
-    parser.add_argument("a", type=Path, metavar="A", help="run.dir of an evaluation")
-    parser.add_argument("b", type=Path, metavar="B", help="of another one; positive differences mean that B is better")
+    parser.add_argument("a", type=typed_path, metavar="A", help="run.dir of an evaluation")
+    parser.add_argument(
+        "b", type=typed_path, metavar="B", help="of another one; positive differences mean that B is better"
+    )
     parser.add_argument("benchmarks", nargs="*", metavar="BENCHMARK", help="all that both have, unless named")
     given = parser.parse_args(words)
     lines, notes = comparison.compare(given.a, given.b, given.benchmarks or None)

@@ -14,6 +14,7 @@ from nemo_aapo.config.command_line import TRAINING, CommandLine, ConfigFile, rea
 from nemo_aapo.config.compose import compose
 from nemo_aapo.errors import FAILED, INTERRUPTED, REFUSED, ConfigError, RunError
 from nemo_aapo.utils import unforeseen
+from nemo_aapo.utils.files import EMPTY
 from nemo_aapo.utils.job import rank_of_job
 from nemo_aapo.utils.libraries import quiet
 
@@ -120,6 +121,22 @@ def _run_dir(job: object) -> Path | None:
 def command_of_ranks(command: str, words: Sequence[str]) -> list[str]:
     """What a rank of a command is started with, wherever the package is installed."""
     return [sys.executable, "-m", "nemo_aapo.cli", command, *words]
+
+
+def typed_path(text: str) -> Path:
+    """An option's value: a path, with the home directory for a ``~`` that it begins with."""
+    return Path(not_empty(text)).expanduser()
+
+
+def not_empty(text: str) -> str:
+    """An option's value: a path or another name of something.
+
+    Raises:
+        argparse.ArgumentTypeError: an empty text.
+    """
+    if not text.strip():
+        raise argparse.ArgumentTypeError(EMPTY)
+    return text
 
 
 def _to_yaml(tree: dict[str, Any]) -> str:

@@ -12,13 +12,13 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_aapo.cli.main import exit_code
+from nemo_aapo.cli.main import exit_code, not_empty, typed_path
 from nemo_aapo.config.command_line import config_directory
 from nemo_aapo.config.sources import GYM, Source
 from nemo_aapo.errors import FAILED, ConfigError
+from nemo_aapo.utils.files import require_file
 from nemo_aapo.utils.unforeseen import paths_refused
 
 if TYPE_CHECKING:
@@ -47,9 +47,9 @@ def _written(arguments: argparse.Namespace) -> int:
 def read_arguments(words: Sequence[str] | None) -> argparse.Namespace:
     """The command's options; None: the words of this process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", nargs="?", help="what to read; may be left out with --preset")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the JSONL to write")
-    parser.add_argument("--report", type=Path, metavar="FILE", help="write the report there as JSON, too")
+    parser.add_argument("source", type=not_empty, nargs="?", help="what to read; may be left out with --preset")
+    parser.add_argument("-o", "--output", type=typed_path, required=True, metavar="FILE", help="the JSONL to write")
+    parser.add_argument("--report", type=typed_path, metavar="FILE", help="write the report there as JSON, too")
     fields = parser.add_argument_group("where things stand in it")
     fields.add_argument("--preset", metavar="NAME", help="fields (and source) of conf/data/NAME.yaml")
     fields.add_argument("--part", choices=["train", "validation"], default="train", help="which part of the preset")
@@ -69,10 +69,13 @@ def read_arguments(words: Sequence[str] | None) -> argparse.Namespace:
         metavar="NAME",
         help="gold answers must suit this reward (default: accuracy; none)",
     )
-    checks.add_argument("--tokenizer", metavar="DIR", help="count lengths in its tokens, not in characters")
+    checks.add_argument(
+        "--tokenizer", type=not_empty, metavar="DIR", help="count lengths in its tokens, not in characters"
+    )
     checks.add_argument("--max-prompt-tokens", type=int, metavar="N", help="leave out longer questions")
     checks.add_argument(
         "--against",
+        type=not_empty,
         action="append",
         default=[],
         metavar="SOURCE",
@@ -83,9 +86,6 @@ def read_arguments(words: Sequence[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(words)
     if arguments.source is None and arguments.preset is None:
         parser.error("name a source, or --preset")
-    for option, path in (("--output", arguments.output), ("--report", arguments.report)):
-        if path is not None and path.is_dir():
-            parser.error(f"{option} {path} is a directory: name a file")
     if arguments.max_prompt_tokens is not None and arguments.tokenizer is None:
         parser.error("--max-prompt-tokens needs --tokenizer")
     if arguments.drop_contaminated and not arguments.against:
@@ -103,6 +103,11 @@ def run(arguments: argparse.Namespace) -> int:
     from nemo_aapo.data import prepare
 
     source = source_of(arguments)
+    for option, path in (("--output", arguments.output), ("--report", arguments.report)):
+        if path is not None:
+            require_file(path, f"{option} {path}")
+    if arguments.report is not None and arguments.report.resolve() == arguments.output.resolve():
+        raise ConfigError(f"--report {arguments.report}: is --output, too, which it would replace; name another file")
     with contextlib.ExitStack() as stack:
         rows, report = prepare.prepare(
             source,
@@ -128,7 +133,7 @@ def source_of(arguments: argparse.Namespace) -> Source:
 
     names = (*_FIELDS_OF_FILES, *_SETTINGS_OF_TASKS)
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
-    given |= {"path": arguments.source} if arguments.source else {}
+    given |= {"path": arguments.source} if arguments.source is not None else {}
     if arguments.preset is None:
         return Source(**given)
     return preset_source(config_directory() / "data" / f"{arguments.preset}.yaml", arguments.part, given)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
+import functools
 import math
+import operator
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from nemo_aapo.config.schema.facts import values_of, without_null
+from nemo_aapo.config.schema.facts import facts_of, values_of, without_null
 from nemo_aapo.errors import ConfigError
+from nemo_aapo.utils.files import expanded
 
 T = TypeVar("T")
 _LONGEST_NAME = 128
@@ -28,12 +32,13 @@ def build(cls: type[T], tree: Any, path: str = "") -> T:
         path: where the tree stands in a larger one, for messages.
 
     Raises:
-        ConfigError: unknown key (naming the nearest), missing key, wrong type.
+        ConfigError: unknown key (naming the nearest), missing key, wrong type, an empty path.
     """
     if not isinstance(tree, dict):
         raise ConfigError(f"{path or 'the configuration'} must be a mapping, not {tree!r}")
     annotations, fields = typing.get_type_hints(cls), dataclasses.fields(cls)  # type: ignore[arg-type]
     hints = {field.name: annotations[field.name] for field in fields}
+    paths = {field.name for field in fields if (facts := facts_of(field)) and facts.path}
     for key in tree:
         if key not in hints:
             full = f"{path}.{key}" if path else str(key)
@@ -49,7 +54,19 @@ def build(cls: type[T], tree: Any, path: str = "") -> T:
         if name not in tree or tree[name] == "???":
             raise ConfigError(f"{full} must be set: {full}=VALUE")
         values[name] = _convert(tree[name], annotation, full)
+        if name in paths and isinstance(values[name], str):
+            values[name] = expanded(values[name], full)
     return cls(**values)
+
+
+def with_paths(tree: Mapping[str, Any], config: Any) -> dict[str, Any]:
+    """The tree that a configuration was built of, with its paths as they are there: other homes change no ``~``."""
+    made = copy.deepcopy(dict(tree))
+    for key, facts, value in values_of(config):
+        if facts.path and isinstance(value, str):
+            *sections, leaf = key.split(".")
+            functools.reduce(operator.getitem, sections, made)[leaf] = value
+    return made
 
 
 LEAST_TEMPERATURE = 0.01

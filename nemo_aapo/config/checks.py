@@ -328,15 +328,10 @@ def _check_rewards(config: Config) -> None:
     names = [_reward_name(entry) for entry in config.rewards]
     if len(set(names)) != len(names):
         raise ConfigError(f"rewards: {names} names one reward twice")
-    if config.validation.reward not in names:
-        raise ConfigError(
-            f"validation.reward={config.validation.reward!r} is none of rewards: {names}. Name one of them, or add it "
-            "with the weight 0, which only reports it"
-        )
 
 
 def _reward_name(entry: dict[str, Any]) -> str:
-    """The name of a reward's values, in metrics and for ``validation.reward``: of a custom one its function's."""
+    """The name of a reward's values in metrics: of a custom one its function's."""
     return str(entry["function"]).rpartition(":")[2] if "function" in entry else str(entry["name"])
 
 

@@ -42,14 +42,16 @@ def compose(command: CommandLine) -> dict[str, Any]:
     try:
         with hydra.initialize_config_dir(str(command.directory), version_base=None):
             return resolved(hydra.compose(command.config_file, overrides=command.overrides))
-    except (HydraException, OmegaConfBaseException) as error:
-        if without_effect := re.match(r"Could not override '([^']+)'", str(error)):
-            raise ConfigError(_no_effect(without_effect[1])) from None
-        raise ConfigError(_in_words(error)) from None
+    except ConfigError:
+        raise
     except (yaml.YAMLError, UnicodeError) as error:
         raise ConfigError(
             f"{command.directory / command.config_file}.yaml, or one it names: {one_line(error)}"
         ) from None
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        if without_effect := re.match(r"Could not override '([^']+)'", str(error)):
+            raise ConfigError(_no_effect(without_effect[1])) from None
+        raise ConfigError(_in_words(error)) from None
 
 
 def resolved(tree: Any) -> dict[str, Any]:
@@ -105,10 +107,10 @@ def _in_words(error: Exception) -> str:
         )
     if "override_grammar" in said:
         key, _, value = getattr(error, "override", "KEY=VALUE").partition("=")
-        complaint = said.partition("; See ")[0].removeprefix("LexerNoViableAltException: ")
+        quoted = f"""'{key}=[{{NAME: "TEXT"}}]'""" if re.match(r"\[?\{\w+:", value) else f"""'{key}="{value}"'"""
         return (
-            f"{complaint}. Text with spaces, brackets, commas, = or letters beyond ASCII is quoted twice: "
-            f"""'{key}="{value}"'"""
+            f"{key}={value}: can't be read. Text with ~, spaces, brackets, commas, = or letters beyond ASCII is quoted "
+            f"twice: {quoted}"
         )
     return f"{said} ({one_line(error.__cause__)})" if error.__cause__ else said
 

@@ -28,6 +28,7 @@ def check_overrides(overrides: list[str], groups: dict[str, list[str]], schema: 
     """
     known = [setting.key for setting in settings_of(schema) if setting.section is None]
     sections = {key.rsplit(".", i)[0] for key in known for i in range(1, key.count(".") + 1)}
+    may_be_null = {setting.key for setting in settings_of(schema) if setting.section is not None}
     for argument in overrides:
         key, equals, value = argument.partition("=")
         key = key.lstrip("+~")
@@ -39,6 +40,8 @@ def check_overrides(overrides: list[str], groups: dict[str, list[str]], schema: 
             if argument.startswith("~") or value in ("", "null"):
                 names = ", ".join(groups[key])
                 raise ConfigError(f"{argument}: a choice can't be taken away. Leave it out, or choose one of {names}")
+            if argument.startswith("+"):
+                raise ConfigError(f"{argument}: a choice is made without the +: {key}={value}")
             if "," in value:
                 raise ConfigError(f"{argument}: one at a time. One run for each: scripts/launch.py sweep {argument}")
             if value not in groups[key]:
@@ -47,6 +50,8 @@ def check_overrides(overrides: list[str], groups: dict[str, list[str]], schema: 
         free_form = any(key.startswith(prefix + ".") for prefix in known)  # inside a dict or list
         if key not in known and key not in sections and not free_form:
             raise ConfigError(f"unknown setting {key!r}{nearest(key, [*known, *groups])}")
+        if key in sections - may_be_null and not value.startswith(("{", "${")):
+            raise ConfigError(f"{argument}: {key} is a section, whose settings are given one by one: {key}.NAME=VALUE")
 
 
 def parse(tree: dict[str, Any]) -> Config:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,6 +52,9 @@ class Source:
     """reasoning-gym: which items; training and validation need seeds of their own."""
     parameters: dict[str, Any] = field(default_factory=dict)
     """reasoning-gym: the task's own settings."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", os.path.expanduser(self.path))
 
     @property
     def task(self) -> str | None:

@@ -19,6 +19,7 @@ from nemo_aapo.data.formats.json_text import json_chunks
 from nemo_aapo.data.formats.record import Chunk, Record
 from nemo_aapo.data.formats.splits import refuse_split
 from nemo_aapo.errors import DataError
+from nemo_aapo.utils.files import EMPTY
 
 __all__ = ["Record", "check_source", "read_chunks", "read_records"]
 
@@ -40,7 +41,7 @@ def read_records(source: Source, default_splits: Sequence[str]) -> Iterator[Reco
 def read_chunks(source: Source, default_splits: Sequence[str]) -> Iterator[Chunk]:
     """The same as chunks, for processes that share a source."""
     check_source(source)
-    path = Path(source.path).expanduser()
+    path = Path(source.path)
     if source.on_hub or path.is_dir():
         return data_set_chunks(source, default_splits)
     form = form_of(path)
@@ -57,10 +58,12 @@ def check_source(source: Source) -> None:
     """Refuse what the name of a source that is no reasoning-gym task tells, without reading it.
 
     Raises:
-        DataError: nothing there, a directory without a data set, a kind of file that is not read, a choice of what one
-            file does not have.
+        DataError: an empty path, nothing there, a directory without a data set, a kind of file that is not read, a
+            choice of what one file does not have.
     """
-    path = Path(source.path).expanduser()
+    if not source.path.strip():
+        raise DataError(EMPTY)
+    path = Path(source.path)
     if source.on_hub:
         return
     if not path.exists():

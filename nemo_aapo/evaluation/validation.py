@@ -12,8 +12,8 @@ from nemo_aapo.errors import Interrupted
 from nemo_aapo.evaluation.estimators import average
 from nemo_aapo.evaluation.measure import Outcomes, measure
 from nemo_aapo.rollout.collector import Collector
+from nemo_aapo.rollout.scored import rows_of_all_ranks
 from nemo_aapo.rollout.unscored import ScoringWatch
-from nemo_aapo.run.experiment import rollout_rows
 from nemo_aapo.seeds import stream_seed
 from nemo_aapo.types import Prompt, SamplingSpec
 
@@ -40,8 +40,7 @@ class Validator:
         Returns:
             Metrics ``validation/accuracy_greedy``, ``validation/accuracy_sampled`` and its standard error
             ``validation/accuracy_sampled_stderr``, ``validation/failed_fraction``, ``validation/completion_length``
-            (the same on all ranks); and the completions of this rank's prompts as plain rows (on model-parallel source
-            ranks; empty on the others).
+            (the same on all ranks); and the completions of all prompts as plain rows, on rank 0 (empty on the others).
 
         Raises:
             Interrupted: on all ranks, as ``stop`` was true on one.
@@ -49,7 +48,7 @@ class Validator:
         """
         greedy = self._measure(self.greedy, [[0]] * len(self.prompts))
         metrics = {"validation/accuracy_greedy": average(np.stack(greedy.correct)).value}
-        last, rows, verdicts = greedy, rollout_rows(greedy.groups), [*greedy.correct]
+        last, rows, verdicts = greedy, rows_of_all_ranks(greedy.groups), [*greedy.correct]
         if self.samples:
             seeds = [
                 [stream_seed(self.seed, "validation", prompt.id, k) for k in range(self.samples)]
@@ -61,7 +60,7 @@ class Validator:
                 "validation/accuracy_sampled": accuracy.value,
                 "validation/accuracy_sampled_stderr": accuracy.stderr,
             }
-            rows += rollout_rows(last.groups)
+            rows += rows_of_all_ranks(last.groups)
             verdicts += last.correct
         metrics["validation/failed_fraction"] = float(np.isnan(np.concatenate(verdicts)).mean())
         metrics["validation/completion_length"] = float(np.concatenate(last.lengths).mean())

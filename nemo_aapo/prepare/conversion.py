@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from nemo_aapo.models import families
 from nemo_aapo.models.directory import read_config_json, read_model_dir
 from nemo_aapo.prepare.packages import MEGATRON, check_packages
 from nemo_aapo.text.files import check_vocabulary
+from nemo_aapo.utils.files import require_new
 from nemo_aapo.utils.job import world_size_of_job
 from nemo_aapo.utils.unforeseen import paths_refused
 
@@ -55,7 +55,7 @@ def prepare_hf_to_megatron(path: Path, out: Path, layout: Layout) -> ConversionJ
     """
     source = ModelSource("hf", path.absolute(), path.absolute())
     _require_source(source, layout)
-    return ConversionJob(source, layout, _require_new(out))
+    return ConversionJob(source, layout, _new(out))
 
 
 @paths_refused()
@@ -69,7 +69,7 @@ def prepare_megatron_to_hf(path: Path, base: Path | None, out: Path, layout: Lay
     if found.kind == "hf":
         raise ConfigError(f"{found.path} is a Hugging Face model already")
     _require_source(found, layout)
-    return ConversionJob(found, layout, _require_new(out))
+    return ConversionJob(found, layout, _new(out))
 
 
 @paths_refused()
@@ -113,17 +113,8 @@ def _require_rows(base: Path) -> None:
         check_vocabulary(base, rows)
 
 
-def _require_new(out: Path) -> Path:
-    """Refuse what is there already, or can't be made. Ranks that a launcher started look themselves, together."""
-    if "RANK" in os.environ:
-        return out.absolute()
-    above = out.absolute().parent
-    try:
-        if out.exists():
-            raise ConfigError(f"--out {out} exists already; name another directory, or remove it")
-        above = next(parent for parent in out.absolute().parents if parent.exists())
-        with tempfile.TemporaryFile(dir=above):
-            pass
-    except OSError as error:
-        raise ConfigError(f"--out {out}: nothing can be written in {above} ({error.strerror})") from None
+def _new(out: Path) -> Path:
+    """The output, absolute, which is not there yet. Ranks that a launcher started look themselves, together."""
+    if "RANK" not in os.environ:
+        require_new(out, f"--out {out}")
     return out.absolute()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from nemo_aapo.config import Config, EvaluationConfig, ModelShape, without_secrets
+from nemo_aapo.config.build import with_paths
 from nemo_aapo.config.command_line import EVALUATION
 from nemo_aapo.config.compose import compose
 from nemo_aapo.config.schema import EvaluationRollout
@@ -23,6 +25,7 @@ from nemo_aapo.prepare.packages import MEGATRON, SERVERS, check_packages, reward
 from nemo_aapo.prepare.text import with_evaluation_date
 from nemo_aapo.rewards import reward_of
 from nemo_aapo.rewards.base import Reward
+from nemo_aapo.utils.files import require_directory
 
 
 @dataclass(frozen=True)
@@ -70,11 +73,12 @@ def resolve_evaluation(
     config = with_evaluation_date(config, source, shape.vocab_size)
     config = replace(config, rollout=EvaluationRollout(_engine(settings), settings.rollout.remote))
     _check_benchmarks(config)
+    require_directory(Path(config.run.dir), f"run.dir={config.run.dir}")
     if world.machine is not None:  # else each rank prepares it again, where it runs
         settings = decide(settings, world.machine)
         servers = [SERVERS] if config.rollout.engine == "remote" else []
         check_packages([*MEGATRON, *servers, *rewards_need(config.rewards)])
-    tree = {**tree, "date": config.date, "rollout": asdict(config.rollout)}
+    tree = {**with_paths(tree, config), "date": config.date, "rollout": asdict(config.rollout)}
     return EvaluationJob(config, tree, source, settings, shape, reward)
 
 

@@ -6,10 +6,12 @@ import dataclasses
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from nemo_aapo.algorithms.base import Algorithm
 from nemo_aapo.config import Config, ModelShape, Sizes, parse, with_routes_decided, without_secrets
+from nemo_aapo.config.build import with_paths
 from nemo_aapo.config.command_line import TRAINING, CommandLine, ConfigFile, read_command_line
 from nemo_aapo.config.compose import compose, resolved
 from nemo_aapo.engines.trtllm import settings as trtllm_settings
@@ -24,6 +26,7 @@ from nemo_aapo.prepare.text import with_date
 from nemo_aapo.rewards import reward_of
 from nemo_aapo.rewards.base import Reward
 from nemo_aapo.run.directory import check_run_directory
+from nemo_aapo.utils.files import require_directory, require_file
 
 Words = Sequence[str] | CommandLine
 """``KEY=VALUE`` words as they were typed, or already split from a command's options."""
@@ -74,7 +77,10 @@ def prepare_fill(words: Words, world: Callable[[Config], World]) -> Job:
     if config.algorithm.reference != "cached":
         mode = config.algorithm.reference or "null"
         raise ConfigError(f"algorithm.reference={mode}: only cached reference rewards are stored (algorithm=aapo)")
-    return _job(config, tree, world)
+    job = _job(config, tree, world)
+    require_directory(Path(config.run.dir), f"run.dir={config.run.dir}")
+    _check_store(job)
+    return job
 
 
 def prepare_tree(tree: Any, world: Callable[[Config], World] = of_rank) -> Job:
@@ -122,9 +128,16 @@ def rewards_of(config: Config) -> tuple[tuple[Reward, float], ...]:
     """The rewards with their weights.
 
     Raises:
-        ConfigError: an unknown name or parameter, the nearest named.
+        ConfigError: an unknown name or parameter, the nearest named; ``validation.reward`` is none of them.
     """
-    return tuple(reward_of(entry) for entry in config.rewards)
+    rewards = tuple(reward_of(entry) for entry in config.rewards)
+    names = [reward.name for reward, _ in rewards]
+    if config.validation.reward not in names:
+        raise ConfigError(
+            f"validation.reward={config.validation.reward!r} is none of rewards: {names}. Name one of them, or add it "
+            "with the weight 0, which only reports it"
+        )
+    return rewards
 
 
 def resolve(
@@ -155,9 +168,17 @@ def _training(config: Config, tree: Mapping[str, Any], world: Callable[[Config],
     """What logs and writes a run directory."""
     job = _job(config, tree, world)
     check_run_directory(job.config)
+    _check_store(job)
     check_replay(job.config)
     check_loggers(job.config, here=job.machine is not None)
     return job
+
+
+def _check_store(job: Job) -> None:
+    """Refuse a reference store that can't be written; a launcher may see other disks than the ranks do."""
+    store = job.config.algorithm.reference_store
+    if store is not None and job.machine is not None:
+        require_file(Path(store), f"algorithm.reference_store={store}")
 
 
 def _job(
@@ -197,8 +218,8 @@ def _runs_this_python(config: Config) -> bool:
 
 
 def _with_decisions(tree: Mapping[str, Any], config: Config) -> dict[str, Any]:
-    """The tree with what was left to the machine or to the day of the first start."""
-    decided = _plain(config)
+    """The tree with the paths, and what was left to the machine or to the day of the first start."""
+    tree, decided = with_paths(tree, config), _plain(config)
     data = {**tree["data"], "date": config.data.date}
     rollout = {**tree["rollout"], "replay_routes": config.rollout.replay_routes}
     algorithm = tree["algorithm"] if config.algorithm.custom is None else decided["algorithm"]

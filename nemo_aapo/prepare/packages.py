@@ -118,7 +118,7 @@ def rewards_need(entries: Iterable[Mapping[str, Any]]) -> Iterator[Needed]:
 
 def source_needs(source: Source) -> Iterator[Needed]:
     """What reading the source imports."""
-    path = Path(source.path).expanduser()
+    path = Path(source.path)
     if source.task is not None:
         yield GYM
     elif source.on_hub or path.is_dir():

@@ -123,7 +123,12 @@ def _lengths(own: dict[str, str], config: Config, mean: float) -> Lengths | None
 
 
 def _count(own: dict[str, str], word: str) -> int | None:
-    return int(_number(word, own[word])) if word in own else None
+    if word not in own:
+        return None
+    value = _number(word, own[word])
+    if value != int(value):
+        raise ConfigError(f"{word}={own[word]}: a whole number is needed")
+    return int(value)
 
 
 def _number(word: str, text: str) -> float:

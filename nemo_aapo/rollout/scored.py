@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 
+from nemo_aapo.distributed import parallel
 from nemo_aapo.engines.base import RolloutStats
 from nemo_aapo.rollout.unscored import Score, Tally
+from nemo_aapo.run.experiment import rollout_rows
 from nemo_aapo.types import Completion, Group, Prompt
 
 Keep = Callable[[Prompt, Sequence[Completion]], None]
@@ -38,6 +40,15 @@ class ScoredRollout:
     """Over all ranks: how many completions were scored; empty where a checkpoint held them."""
     metrics: dict[str, float] = field(default_factory=lambda: engine_metrics([]))
     """Over all ranks: see ``engine_metrics``; NaN where a checkpoint held them."""
+
+
+def rows_of_all_ranks(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """Each completion of the groups of all ranks, for people, in rank order on rank 0; empty elsewhere. Collective.
+
+    Args:
+        groups: this rank's.
+    """
+    return [row for part in parallel.gather_on_first_rank(rollout_rows(groups)) for row in part]
 
 
 def mean_lengths(groups: Sequence[Group]) -> list[tuple[str, float]]:

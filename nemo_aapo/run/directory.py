@@ -30,7 +30,7 @@ from nemo_aapo.errors import ConfigError
 from nemo_aapo.run.identity import code_of_algorithm, identity_of, reference_of
 from nemo_aapo.run.names import STORE, newest_step
 from nemo_aapo.run.stop import STOP_FILE
-from nemo_aapo.utils.files import LOCK, NO_LOCKS, fitting, read_json, to_json, write_atomic
+from nemo_aapo.utils.files import LOCK, NO_LOCKS, fitting, read_json, require_directory, to_json, write_atomic
 from nemo_aapo.utils.machine import instruction_set
 
 RECORD = "run.json"
@@ -57,16 +57,16 @@ class Record(TypedDict):
 
 
 def check_run_directory(config: Config) -> None:
-    """Refuse a run directory that holds a run with another configuration. Writes nothing; milliseconds.
+    """Refuse a run directory that can't be written, or holds a run with another configuration. Leaves nothing behind.
 
     A start that was refused, for its data say, leaves nothing to protect: the mended configuration may go on there.
 
     Raises:
-        ConfigError: the settings that differ, and what to do; or fewer steps are asked for than were made.
+        ConfigError: why it can't be written; the settings that differ, and what to do; or fewer steps are asked for
+            than were made.
     """
     directory = Path(config.run.dir)
-    if directory.exists() and not directory.is_dir():
-        raise ConfigError(f"run.dir={config.run.dir}: is a file; name a directory")
+    require_directory(directory, f"run.dir={config.run.dir}")
     record = read_record(directory)
     if record is None or not _has_begun(directory):
         return
@@ -129,10 +129,8 @@ def claim(config: Config, tree: Mapping[str, Any], world_size: int) -> tuple[Tex
             compares with another base model.
     """
     directory = Path(config.run.dir)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"run.dir={config.run.dir}: can't be made ({error.strerror})") from None
+    require_directory(directory, f"run.dir={config.run.dir}")
+    directory.mkdir(parents=True, exist_ok=True)
     lock = lock_directory(directory, config.run.dir)
     try:
         check_run_directory(config)
@@ -174,8 +172,8 @@ def changes_since_the_start_before(directory: Path) -> list[str]:
 
     Empty where both are as they were, and where an earlier version did not record them.
     """
-    record, said = read_record(directory), []
-    before, now = record["starts"][-2:] if record and len(record["starts"]) > 1 else ({}, {})
+    said = []
+    before, now = _last_two_starts(directory)
     if _changed("instruction_set", before, now):
         said.append(
             f"the start before this one computed by {before['instruction_set']}, this machine computes by "
@@ -187,6 +185,31 @@ def changes_since_the_start_before(directory: Path) -> list[str]:
             "the code as it is now"
         )
     return said
+
+
+def drawn_later(directory: Path, step: int) -> list[str]:
+    """What to tell whoever goes on from the checkpoint of a step beyond the end that the start before had.
+
+    A run begins no rollouts of steps behind its end. Those that would have been begun by that checkpoint are drawn by a
+    later policy than in a run that had the later end from its beginning. Empty where there are none.
+    """
+    before, now = _last_two_starts(directory)
+    end, ahead = before.get("max_steps"), now.get("steps_ahead", 0)
+    if not isinstance(end, int) or min(step + ahead, now["max_steps"]) <= end:
+        return []
+    return [
+        f"the run was to end with step {end}, and step {end + 1} was not begun ahead of it as others are "
+        f"(rollout.async_depth, rollout.max_lag): from step {end + 1} on the run goes on as well, but not to the bits "
+        f"of one that had trainer.max_steps={now['max_steps']} from its beginning"
+    ]
+
+
+def _last_two_starts(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The start before this one, and this one; empty where there was none before."""
+    record = read_record(directory)
+    if record is None or len(record["starts"]) < 2:
+        return {}, {}
+    return record["starts"][-2], record["starts"][-1]
 
 
 def _changed(fact: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
@@ -265,6 +288,8 @@ def _this_start(config: Config, world_size: int) -> dict[str, Any]:
         "host": socket.gethostname(),
         "world_size": world_size,
         "instruction_set": instruction_set(),
+        "max_steps": config.trainer.max_steps,
+        "steps_ahead": config.rollout.max_lag or config.rollout.async_depth,
         **({"algorithm": code} if code else {}),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in VERSIONS_OF}},
     }

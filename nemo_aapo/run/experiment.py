@@ -18,7 +18,7 @@ from typing import Any
 
 from nemo_aapo.config import Config
 from nemo_aapo.errors import RunError, first_line, one_line
-from nemo_aapo.run.directory import changes_since_the_start_before, claim
+from nemo_aapo.run.directory import changes_since_the_start_before, claim, drawn_later
 from nemo_aapo.run.metrics_file import MetricsFile
 from nemo_aapo.run.names import PHASE, ROLLOUTS, TRACES, step_name, step_of
 from nemo_aapo.types import Group
@@ -72,13 +72,20 @@ class Experiment:
         """Take the record back to the state after ``step`` optimizer steps; -1: nothing was done, it begins empty.
 
         Lines, rollout files and traces of later steps come from a part of the run that ended after its last checkpoint;
-        they are removed. Lines of ``step`` itself stay, so write a checkpoint after the lines of its step.
+        they are removed. Lines of ``step`` itself stay, so ``sync`` before its checkpoint is written; lines that are
+        missing are told in ``warnings``, and so is what changes beyond the end that the run had.
 
         Args:
             validated: False: the validation of ``step`` is still to be made, and what an earlier part that made it left
                 of it is removed too.
         """
-        self._metrics.truncate_after(step, validated=validated)
+        self.warnings += drawn_later(self.directory, step)
+        last = self._metrics.truncate_after(step, validated=validated)
+        if last < step:
+            self.warnings.append(
+                f"{self._metrics.path} ends at step {max(last, 0)}, before the checkpoint of step {step}: lines were "
+                "lost, by a crash of the machine or in a copy. Metrics and charts have a gap; nothing else has"
+            )
         for path in (*(self.directory / ROLLOUTS).glob("*_*.*"), *(self.directory / TRACES).glob("step_*.json")):
             if any((step_of(path.stem, kind) or 0) > step for kind in ("step", "train")):
                 path.unlink()
@@ -88,6 +95,10 @@ class Experiment:
         for logger in self.loggers:
             _forget_after(logger, step)
         self._last_step = step
+
+    def sync(self) -> None:
+        """Return when the lines so far are on the disk; to be called before a checkpoint of their step is."""
+        self._metrics.sync()
 
     def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
         """One training step, to ``metrics.jsonl`` and all loggers.
@@ -161,6 +172,8 @@ class SilentExperiment:
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None: ...
 
     def resume_at(self, step: int, *, validated: bool = True) -> None: ...
+
+    def sync(self) -> None: ...
 
     def log_step(self, step: int, metrics: Mapping[str, float]) -> None: ...
 

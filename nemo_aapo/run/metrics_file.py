@@ -10,7 +10,7 @@ from types import NoneType
 from typing import Any
 
 from nemo_aapo.errors import MetricsError
-from nemo_aapo.utils.files import fitting, to_json, write_atomic
+from nemo_aapo.utils.files import fitting, sync, to_json, write_atomic
 
 
 class MetricsFile:
@@ -30,23 +30,32 @@ class MetricsFile:
         self._file.write(to_json({"step": step, **metrics}) + "\n")
         self._file.flush()
 
-    def truncate_after(self, step: int, *, validated: bool = True) -> None:
+    def sync(self) -> None:
+        """Return when all lines, and the file's name, are on the disk, where a crash of the machine leaves them."""
+        sync(self.path)
+        sync(self.path.parent)
+
+    def truncate_after(self, step: int, *, validated: bool = True) -> int:
         """Remove the lines of later steps, which an interrupted part of the run made after its last checkpoint.
 
         A last line that was cut off in the middle is removed as well; where the step is not ``validated`` yet, so is
         the line of its validation.
 
+        Returns:
+            The step of the last line that stays; -1 without any.
+
         Raises:
             MetricsError: a line before the last is not JSON or has no step.
         """
         kept = [
-            line
+            (line, record["step"])
             for line, record in _read(self.path)
             if record["step"] < step or (record["step"] == step and (validated or not is_validation(record)))
         ]
         self._file.close()
-        write_atomic(self.path, "".join(line + "\n" for line in kept))
+        write_atomic(self.path, "".join(line + "\n" for line, _ in kept))
         self._file = self.path.open("a", encoding="utf-8")
+        return kept[-1][1] if kept else -1
 
     def close(self) -> None:
         """Close the file; nothing can be appended afterwards."""

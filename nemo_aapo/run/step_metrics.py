@@ -38,6 +38,15 @@ class GroupNumbers:
     """Tokens of the prompt."""
 
 
+GroupTokens = tuple[int, list[int]]
+"""How many tokens a group's prompt has, and each of its completions."""
+
+
+def group_tokens(group: Group) -> GroupTokens:
+    """The tokens that were generated for a group, be it trained on or not."""
+    return len(group.prompt.token_ids), [len(completion.token_ids) for completion in group.completions]
+
+
 def group_numbers(group: Group) -> GroupNumbers:
     """The numbers of a group that has its advantages, without tokens and texts."""
     return GroupNumbers(

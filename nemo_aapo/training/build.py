@@ -150,7 +150,7 @@ def build_training(job: Job, *, reporter: Reporter, stack: contextlib.ExitStack,
         validator=rollouts.validator,
         checkpoints=_checkpointer(config),
         kept=KeptRollouts(config, learner, rollouts.decode, reporter.note),
-        throughput=Throughput(config),
+        throughput=Throughput(config, objective.learns_without_advantage),
         tracer=Tracer(Path(config.run.dir), config.trace.steps, reporter.note),
         reporter=reporter,
     )

@@ -25,12 +25,17 @@ class ParityGate:
         self.limits, self.learner = limits, learner
         self._first_seen = False
 
-    def check(self, groups: Sequence[Group]) -> None:
+    def check(self, groups: Sequence[Group] | None) -> None:
         """Compare them on completions that the engine sampled by the weights that the learner has. Collective.
 
+        Args:
+            groups: this rank's; None on all ranks: the first step's own will do.
+
         Raises:
-            ParityError: they disagree.
+            ParityError: they disagree, or the engine's log-probs are not finite.
         """
+        if groups is None:
+            return
         if complaint := disagreement(self.limits, self.learner.parity(groups)):
             raise ParityError(f"before the first step: {complaint}")
 
@@ -40,7 +45,7 @@ class ParityGate:
         Completions of an earlier policy are passed over: there engine and learner have to differ.
 
         Raises:
-            ParityError: they disagree.
+            ParityError: as ``check``.
         """
         if not self._first_seen and not _lag(groups, policy_version):
             self.check(groups)

@@ -11,7 +11,7 @@ from nemo_aapo.types import Group, Prompt
 if TYPE_CHECKING:
     from nemo_aapo.checkpoint.checkpointer import Checkpointable, ResumeMode
     from nemo_aapo.rollout.saved.kept import KeptGroup
-    from nemo_aapo.run.step_metrics import GroupNumbers
+    from nemo_aapo.run.step_metrics import GroupNumbers, GroupTokens
 
 
 class Policy(Protocol):
@@ -59,7 +59,7 @@ class Learner(Protocol):
 
 
 class Kept(Protocol):
-    """What is kept of each step's rollouts for people; ``rollout.kept.KeptRollouts``."""
+    """What is kept of each step's rollouts for people; ``rollout.saved.kept.KeptRollouts``."""
 
     def choose(self, step: int, groups: Sequence[Group]) -> list[KeptGroup]: ...
     def write(self, step: int, kept: Sequence[KeptGroup]) -> None: ...
@@ -69,7 +69,9 @@ class Kept(Protocol):
 class Throughput(Protocol):
     """How much of the hardware a step used; ``training.throughput.Throughput``."""
 
-    def metrics(self, groups: Sequence[GroupNumbers], seconds: Mapping[str, float]) -> dict[str, float]: ...
+    def metrics(
+        self, generated: Sequence[GroupTokens], trained: Sequence[GroupNumbers], seconds: Mapping[str, float]
+    ) -> dict[str, float]: ...
 
 
 class Tracer(Protocol):

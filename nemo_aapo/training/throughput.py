@@ -11,7 +11,7 @@ from nemo_aapo.config import Config
 from nemo_aapo.errors import ConfigError
 from nemo_aapo.planning import compute, hardware, models
 from nemo_aapo.planning.inputs import Inputs, Question, plan_inputs
-from nemo_aapo.run.step_metrics import GroupNumbers
+from nemo_aapo.run.step_metrics import GroupNumbers, GroupTokens
 
 PASSES_OF_TRAINING = 3
 """A backward pass takes twice the FLOPs of a forward pass; what is recomputed is no work that the model asks for."""
@@ -24,38 +24,46 @@ Counts = tuple[float, float, float]
 class Throughput:
     """Turns a step's groups and seconds into metrics of speed."""
 
-    def __init__(self, config: Config) -> None:
-        """Args: config: the run's, decided for this machine."""
+    def __init__(self, config: Config, learns_without_advantage: bool) -> None:
+        """Args:
+        config: the run's, decided for this machine.
+        learns_without_advantage: ``Objective.learns_without_advantage``: groups without a signal are trained on, too.
+        """
         gpu = hardware_here()
         self.config, self._peak = config, gpu.peak if gpu else None
+        self._learns_without_advantage = learns_without_advantage
         self._ranks = config.trainer.num_nodes * config.trainer.devices
         self._inputs: Inputs | None = None
         with contextlib.suppress(ConfigError):  # a model that trains, but that the planner has no arithmetic for
             question = Question(models.read(config.model.path), gpu or hardware.KNOWN["h100"], 0.0, 0.0, None)
             self._inputs = plan_inputs(config, question)
 
-    def metrics(self, groups: Sequence[GroupNumbers], seconds: Mapping[str, float]) -> dict[str, float]:
+    def metrics(
+        self, generated: Sequence[GroupTokens], trained: Sequence[GroupNumbers], seconds: Mapping[str, float]
+    ) -> dict[str, float]:
         """Metrics of a step.
 
         Args:
-            groups: of all ranks.
+            generated: all groups that were generated for it, of all ranks.
+            trained: those of them that the learner got.
             seconds: of the phases ``train`` and ``step``.
 
         Returns:
-            ``tokens_per_second_per_rank``; ``memory/peak_gib`` of this rank, a GPU's or, without one, the process's;
-            where the planner knows the model, ``tflops/train`` and ``tflops/step``, TFLOP/s of a rank in training and
-            over the whole step, rollouts in these processes included; and where it knows the GPU, ``mfu``, the latter
-            over the peak of the dtype that is computed in.
+            ``tokens_per_second`` and ``tokens_per_second_per_rank``, of what was generated; ``memory/peak_gib`` of this
+            rank, a GPU's or, without one, the process's; where the planner knows the model, ``tflops/train`` and
+            ``tflops/step``, TFLOP/s of a rank in training and over the whole step, rollouts in these processes
+            included; and where it knows the GPU, ``mfu``, the latter over the peak of the dtype that is computed in.
         """
-        tokens = sum(int(group.lengths.sum()) for group in groups)
+        tokens = sum(sum(lengths) for _, lengths in generated)
         found = {
+            "tokens_per_second": tokens / seconds["step"],
             "tokens_per_second_per_rank": tokens / seconds["step"] / self._ranks,
             "memory/peak_gib": peak_bytes() / 2**30,
         }
         if self._inputs is None:
             return found
-        train = train_flops(self.config, self._inputs, groups)
-        rollout = 0.0 if self.config.rollout.engine == "remote" else rollout_flops(self._inputs, groups)
+        train = train_flops(self.config, self._inputs, trained, self._learns_without_advantage)
+        rollout = 0.0 if self.config.rollout.engine == "remote" else rollout_flops(self._inputs, generated)
         found["tflops/train"] = train / seconds["train"] / self._ranks / 1e12
         found["tflops/step"] = (train + rollout) / seconds["step"] / self._ranks / 1e12
         if self._peak is not None:
@@ -63,38 +71,39 @@ class Throughput:
         return found
 
 
-def train_flops(config: Config, inputs: Inputs, groups: Sequence[GroupNumbers]) -> float:
+def train_flops(
+    config: Config, inputs: Inputs, groups: Sequence[GroupNumbers], learns_without_advantage: bool
+) -> float:
     """FLOPs of a step's training passes and of the scoring before them, as the learner makes them.
 
-    Groups without a signal are left out, as it leaves them out, and a prompt that completions share passes the layers
+    Groups without a signal are left out where it leaves them out, and a prompt that completions share passes the layers
     once; attention sees whole sequences all the same. Weights below adapters have no gradients: one pass less.
     """
     training = PASSES_OF_TRAINING - (config.model.lora is not None)
     passes = training * inputs.work.updates + inputs.work.scoring_passes
-    return passes * _forward(inputs, [_trained(group, config, inputs) for group in groups])
+    return passes * _forward(inputs, [_trained(g, config, learns_without_advantage) for g in groups])
 
 
-def rollout_flops(inputs: Inputs, groups: Sequence[GroupNumbers]) -> float:
+def rollout_flops(inputs: Inputs, groups: Sequence[GroupTokens]) -> float:
     """FLOPs of generating the groups: each prompt once, then every token of each completion."""
-    return _forward(inputs, [_generated(group) for group in groups])
+    return _forward(inputs, [_generated(*group) for group in groups])
 
 
 def _forward(inputs: Inputs, counts: Sequence[Counts]) -> float:
     return compute.forward(inputs, *(sum(column) for column in zip(*counts, strict=True))).total
 
 
-def _trained(group: GroupNumbers, config: Config, inputs: Inputs) -> Counts:
+def _trained(group: GroupNumbers, config: Config, learns_without_advantage: bool) -> Counts:
     lengths = [int(n) for n, a in zip(group.lengths, group.advantages, strict=True) if n and not math.isnan(a)]
     learned = any(a != 0 and not math.isnan(a) for a in group.advantages)
-    if not lengths or not (learned or inputs.work.scores_reference):
+    if not lengths or not (learned or learns_without_advantage):
         return 0.0, 0.0, 0.0
     prompts = group.prompt_tokens * (1 if config.model.share_prompts else len(lengths))
     pairs = sum((group.prompt_tokens + length) ** 2 / 2 for length in lengths)
     return prompts + sum(lengths), pairs, sum(lengths)
 
 
-def _generated(group: GroupNumbers) -> Counts:
-    prompt, lengths = group.prompt_tokens, [int(length) for length in group.lengths]
+def _generated(prompt: int, lengths: Sequence[int]) -> Counts:
     pairs = prompt**2 / 2 + sum(length * prompt + length**2 / 2 for length in lengths)
     return prompt + sum(lengths), pairs, sum(lengths)
 

@@ -20,9 +20,9 @@ from nemo_aapo.distributed import parallel
 from nemo_aapo.distributed.lost_ranks import lost_ranks_reported
 from nemo_aapo.errors import CheckpointError, Interrupted, NonFiniteError, RewardError, first_line
 from nemo_aapo.rollout.saved.kept import KeptGroup
-from nemo_aapo.run.experiment import rollout_rows
+from nemo_aapo.rollout.scored import rows_of_all_ranks
 from nemo_aapo.run.reporter import Reporter
-from nemo_aapo.run.step_metrics import group_numbers, step_metrics
+from nemo_aapo.run.step_metrics import GroupTokens, group_numbers, group_tokens, step_metrics
 from nemo_aapo.trace import spans
 from nemo_aapo.training.advantages import final_advantages
 from nemo_aapo.training.parity import ParityGate
@@ -66,6 +66,7 @@ class AAPOTrainer:
         self.schedule = SaveSchedule(config.checkpoint, elapsed=seconds_since_start())
         self._saved = 0  # the step of the newest checkpoint
         self._latest: dict[str, float] = {}  # metrics of the last step, and of its validation if it has one
+        self._generated: list[GroupTokens] = []  # for the step, on this rank
         self._left_out: dict[str, float] = {}  # metrics of what the step does not train on
         self._doing = "the start"
 
@@ -151,6 +152,7 @@ class AAPOTrainer:
     def _with_advantages(self, groups: list[Group]) -> list[Group]:
         """The groups that are trained on, with their final advantages: of those generated, perhaps not all."""
         with spans.phase("advantages"):
+            self._generated = list(map(group_tokens, groups))
             taken, self._left_out = final_advantages(self.objective, self.config, self.step, groups)
         return taken
 
@@ -161,7 +163,7 @@ class AAPOTrainer:
                 return self.learner.update(groups)
             except NonFiniteError as error:
                 name = f"failed_step_{self.step + 1:06d}"
-                self.reporter.save_rollouts(name, rollout_rows(groups))
+                self.reporter.save_rollouts(name, rows_of_all_ranks(groups))  # the error is all ranks'
                 raise NonFiniteError(
                     f"step {self.step + 1}: {error}. No weight was changed and no checkpoint written; the batch is in "
                     f"{self.config.run.dir}/rollouts/{name}.jsonl. Lower model.optim.lr, or look at that batch"
@@ -190,8 +192,8 @@ class AAPOTrainer:
             train_s, start: seconds of the update, and when the step began.
         """
         with spans.phase("numbers of all ranks"):
-            everyone = parallel.gather_data_parallel(([group_numbers(group) for group in groups], kept))
-        numbers = [n for part, _ in everyone for n in part]
+            everyone = parallel.gather_data_parallel((self._generated, list(map(group_numbers, groups)), kept))
+            generated, numbers, kept = ([x for part in kind for x in part] for kind in zip(*everyone, strict=True))
         ended = time.perf_counter()
         spans.timed(f"step {self.step}", start, ended, "step")
         seconds = {**self.rollouts.seconds, "train": train_s, "step": ended - start}
@@ -201,15 +203,14 @@ class AAPOTrainer:
             **update,
             **self.rollouts.metrics,
             **self._left_out,
-            "tokens_per_second": sum(int(n.lengths.sum()) for n in numbers) / seconds["step"],
             "epoch": self.rollouts.epochs(self.step),
-            **self.throughput.metrics(numbers, seconds),
+            **self.throughput.metrics(generated, numbers, seconds),
             **{f"time/{name}": value for name, value in seconds.items()},
         }
         self._latest = metrics
         with spans.phase("log"):
             self.reporter.log_step(self.step, metrics)
-            self.kept.write(self.step, [group for _, part in everyone for group in part])
+            self.kept.write(self.step, kept)
         if warning := self.parity.watch(self.step, metrics):
             self.reporter.note(warning)
 
@@ -238,8 +239,7 @@ class AAPOTrainer:
         self.reporter.begin(-1 if state is None else self.step, validated=BROKEN_OFF not in self._latest)
         self._refit()  # a new engine has the base model's weights
         with self._phase(f"step {self.step + 1}, parity"):
-            if (sampled := self.rollouts.parity_sample()) is not None:
-                self.parity.check(sampled)
+            self.parity.check(self.rollouts.parity_sample())
         return state is not None
 
     def _fill_reference(self) -> bool:
@@ -297,6 +297,7 @@ class AAPOTrainer:
         with self._phase(f"the checkpoint of step {self.step}"):
             self.reporter.note(f"saving a checkpoint at step {self.step}")
             self.kept.wait()
+            self.reporter.sync()
             state = {
                 "step": self.step,
                 "policy_version": self.policy.version,

@@ -15,6 +15,7 @@ import pytest
 
 from nemo_aapo.cli import convert, doctor, evaluate, fill, launch, plan, prepare_data, serve
 from nemo_aapo.cli.main import exit_code, run_command
+from nemo_aapo.cli.view import report
 from nemo_aapo.config import Config, EvaluationConfig
 from nemo_aapo.config.command_line import EVALUATION, CommandLine, read_command_line
 from nemo_aapo.config.compose import compose, resolved
@@ -42,6 +43,7 @@ VALUES = (
     "???", "~", "*", "\\", "%s", "'{} {question} {answer}'", "[{path: x}]", "[{path: 5, weight: -1}]", "[{}]",
     "[{name: custom, function: 5}]", "[{name: accuracy, weight: nan}]", "[{name: http, url: 7}]", "[{name: [1]}]",
     "\udcff", "a\x00b", "'1:00'", "reasoning_gym:", "reasoning_gym:nope", "a/b", "~/x", "/proc/self/mem",
+    "", "/proc/x/y", "/proc/self/stat/x", "'~/x'",
 )  # fmt: skip
 """Numbers at the edges of types, texts that paths and grammars stumble over, shapes that belong elsewhere."""
 STRANGE_WORDS = ("", "=", "+", "~", "seed", "--seed=1", "-m", "--multirun", "a.b.c=1", "==", "seed=1=2", "hydra.x=1")
@@ -296,7 +298,8 @@ OWN_WORDS = {
     evaluate.main: ("compare", "samples=", "sources.gsm8k=", "rollout.remote.servers=", "benchmarks="),
     serve.main: ("rollout.server.port=", "rollout.server.host=", "rollout.server.index="),
     convert.main: ("inspect", "verify", "--base=", "hf-to-megatron", "--out=", "megatron-to-hf", "--tolerance="),
-    prepare_data.main: ("--out=", "gsm8k", "--source="),
+    prepare_data.main: ("--out=", "gsm8k", "--source=", "--report=", "-o"),
+    report.main: ("out=", "run"),
     launch.main: ("status", "cancel", "requeue", "logs", "sweep", "seed=", "fill", "max_parallel="),
 }
 """Command -> words that it alone knows; one that ends in = gets a value."""

@@ -84,7 +84,7 @@ def test_nothing_heavy_is_imported_before_every_early_check_has_passed(given):
     [
         (["--trainer.devices=2"], "without dashes"),
         (["--config-name", "nope"], "nope.yaml"),
-        (["seed=[1"], "no viable alternative"),
+        (["seed=[1"], "seed=[1: can't be read"),
         (["prompts_per_step=${nope}"], "Interpolation key 'nope' not found"),
         (["model.optim.lr.x=3"], "model.optim.lr.x"),
         (["rollout.top_k=5"], "Keep top_p=1"),
@@ -97,6 +97,13 @@ def test_nothing_heavy_is_imported_before_every_early_check_has_passed(given):
         (["algorithm=aapo,gpg"], "scripts/launch.py sweep algorithm=aapo,gpg"),
         (["--multirun", "seed=1,2"], "scripts/launch.py sweep"),
         (["run.name=a=b"], """quoted twice: 'run.name="a=b"'"""),
+        (
+            ["model.path=~/m"],
+            """Text with ~, spaces, brackets, commas, = or letters beyond ASCII is quoted twice: 'mod""",
+        ),
+        (["data.train=[{path: ~/x}]"], """quoted twice: 'data.train=[{NAME: "TEXT"}]'"""),
+        (["trainer=3"], "trainer is a section, whose settings are given one by one: trainer.NAME=VALUE"),
+        (["+experiment=quickstart"], "a choice is made without the +: experiment=quickstart"),
         (["data.prompt_template={question} (x)"], """quoted twice: 'data.prompt_template="{question} (x)"'"""),
     ],
 )

@@ -148,7 +148,6 @@ def test_words_that_are_right_pass():
         (["rewards=[{weight: 1}]"], "rewards[0]", "needs a name"),
         (["rewards=[{name: accuracy, weight: heavy}]"], "rewards[0].weight", "number"),
         (["rewards=[{name: accuracy},{name: accuracy}]"], "rewards", "twice"),
-        (["validation.reward=format"], "validation.reward", "none of rewards"),
         (["data.train=reasoning_gym:chain_sum"], "accuracy can't judge the answers of reasoning_gym:chain_sum", "name"),
         (
             ["checkpoint.keep_best=validation/accuracy_greedy", "trainer.val_check_interval=0"],

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from nemo_aapo.config import build
 from nemo_aapo.config.command_line import EVALUATION, TRAINING, config_directory, read_command_line, usage
+from nemo_aapo.config.compose import compose
 from nemo_aapo.config.schema.config_file import entries_of, with_comments
-from nemo_aapo.config.schema.facts import Facts, section, setting, settings_of
+from nemo_aapo.config.schema.facts import Facts, section, setting, settings_of, values_of
 from nemo_aapo.config.schema.reference import REFERENCE, SCHEMAS, reference, type_in_words
+from nemo_aapo.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = {name: (config_directory() / f"{name}.yaml").read_text() for name in SCHEMAS}
@@ -102,3 +107,28 @@ def test_types_in_words():
     assert keys["rollout.stop_strings"] == "list of text"
     assert keys["model.recompute_granularity"] == "`full`, `selective` or null"
     assert type_in_words(dict[str, Any]) == "mapping"
+
+
+@pytest.mark.parametrize("kind", [TRAINING, EVALUATION])
+def test_every_setting_that_is_a_path_takes_a_tilde_for_the_home_directory_and_is_never_empty(kind, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    paths = {item.key for item in settings_of(kind.schema) if item.facts.path}
+    named_so = re.compile(r"[._](path|dir|directory|store|base|replay)$|^data\.(train|validation)$")
+    assert paths == {item.key for item in settings_of(kind.schema) if named_so.search(item.key)}
+    tree = compose(read_command_line(["model.path=m"], kind))
+    for key in paths:
+        set_in(tree, key, "~/x")
+    assert {key for key, _, value in values_of(build(kind.schema, tree)) if value == "/home/me/x"} == paths
+    for key in paths:
+        before = set_in(tree, key, " ")
+        with pytest.raises(ConfigError, match=f"{key}: the path is empty"):
+            build(kind.schema, tree)
+        set_in(tree, key, before)
+
+
+def set_in(tree: dict[str, Any], key: str, value: Any) -> Any:
+    """Set a dotted key of a tree; the value before."""
+    *sections, leaf = key.split(".")
+    inner = functools.reduce(lambda inner, name: inner[name], sections, tree)
+    before, inner[leaf] = inner[leaf], value
+    return before

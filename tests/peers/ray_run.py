@@ -24,6 +24,7 @@ from nemo_aapo.engines.trtllm.placement import Gpu
 from nemo_aapo.errors import RunError
 from tests import cuda_ipc, fake_trtllm
 from tests.engines.trtllm.conftest import PROMPTS, SAMPLING, SEEDS, SETTINGS, tokens
+from tests.fake_trtllm_executor import TABLE, table
 from tests.peers import ray_trtllm
 
 JOB = {"RANK": "3", "SLURM_PROCID": "3", "PMIX_RANK": "3", "MASTER_PORT": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
@@ -56,7 +57,7 @@ def life() -> dict[str, object]:
         engine.generate(PROMPTS, SAMPLING, SEEDS)
     except RuntimeError as error:
         found["asleep"] = str(error)
-    weights = [("other", fake_trtllm.table(5)), (fake_trtllm.TABLE, fake_trtllm.table(1))]
+    weights = [("other", table(5)), (TABLE, table(1))]
     engine.update_weights(weights, 1)
     found["left"] = cuda_ipc.left_behind()
     engine.wake()

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from ray.util.placement_group import PlacementGroupSchedulingStrategy, placement_group, remove_placement_group
 
 from tests import fake_trtllm
-from tests.fake_trtllm import TABLE, VOCAB
+from tests.fake_trtllm_executor import TABLE, VOCAB, table
 
 SHUTDOWN_S = 30.0
 
@@ -30,7 +30,7 @@ class RankWorker(fake_trtllm.Worker):
     def __init__(self, device_id: str, device_index: int) -> None:
         super().__init__(device_id)
         self.device_index = device_index
-        self.engine.weights = {TABLE: self._own(fake_trtllm.table())}
+        self.engine.weights = {TABLE: self._own(table())}
 
     def _own(self, whole: torch.Tensor) -> torch.Tensor:
         return whole.chunk(dist.get_world_size(), dim=1)[dist.get_rank()].clone()

@@ -155,6 +155,8 @@ def test_a_named_model_takes_the_place_of_a_recipes_directory(name):
         (["model.path=/nowhere"], "/nowhere/config.json can't be read"),
         (["model=Qwen2.5-7B", "mean_completion_tokens=2000"], "more than rollout.max_new_tokens=1024"),
         (["model=Qwen2.5-7B", "mean_prompt_tokens=few"], "a number from 1 on is needed"),
+        (["model=Qwen2.5-7B", "dataset_prompts=1.5"], "dataset_prompts=1.5: a whole number is needed"),
+        (["model=Qwen2.5-7B", "tail_factor=2", "gpus=2.9"], "gpus=2.9: a whole number is needed"),
         (["model=Qwen2.5-7B", "trainer.device=8"], "did you mean 'trainer.devices'?"),
         (["model=Qwen2.5-7B", "model.tensor_model_parallel_size=8", "trainer.devices=8"], "28 attention heads"),
         (["model=Qwen2.5-7B", "precision=fp8_blockwise", "hardware=b200"], "is for Hopper"),

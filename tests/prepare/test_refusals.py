@@ -90,7 +90,9 @@ TRAINING = [
     (["algorithm=appo"], "there is no such choice"),
     (["prompts_per_step=0"], "must be at least 1"),
     (["run.name=x_${now:%S}"], "ranks would disagree"),
-    (["rewards=[{name: acuracy}]", "validation.reward=acuracy"], "did you mean 'accuracy'"),
+    (["data.train="], "data.train: the path is empty, as that of an unset shell variable is"),
+    (["rollout.remote.directory="], "rollout.remote.directory: the path is empty"),
+    (["rewards=[{name: acuracy}]"], "did you mean 'accuracy'"),
     (["rewards=[{name: cosine, max_token: 9}]", "validation.reward=cosine"], "did you mean 'max_tokens'"),
     (["rewards=[{name: cosine, max_tokens: 0}]", "validation.reward=cosine"], "max_tokens"),
     (["rewards=[{name: custom, function: 'gone.py:f'}]", "validation.reward=f"], "there is no file gone.py"),
@@ -140,7 +142,12 @@ FILES = [
     (["data.train=[{path: FOLDER/train.jsonl, split: test}]"], "this is one file, split=test has no effect"),
     (["data.system_prompt=Think."], "which has no place for it"),
     (["data.prompt_template='{system_prompt} {question}'"], "but system_prompt is not set"),
-    (["run.dir=FOLDER/a_file"], "is a file; name a directory"),
+    (["model.path="], "model.path: the path is empty"),
+    (["data.train=[{path: ''}]"], "data.train: the path is empty"),
+    (["run.dir="], "run.dir: the path is empty"),
+    (["run.dir=FOLDER/a_file"], "FOLDER/a_file is a file, where a directory is needed"),
+    (["run.dir=FOLDER/a_file/run"], "FOLDER/a_file is a file, where a directory is needed"),
+    (["run.dir=/proc/x/y"], "run.dir=/proc/x/y: nothing can be written in /proc ("),
 ]
 """What files tell, of training and launching."""
 CPU = [
@@ -148,6 +155,8 @@ CPU = [
     (["rollout.offload_learner=true"], "there is no GPU"),
     (["rollout.engine=trtllm"], "tensorrt_llm"),
     (["trainer.devices=2"], "but 1 were started"),
+    (["algorithm.reference_store=/proc/x"], "algorithm.reference_store=/proc/x: nothing can be written in /proc ("),
+    (["algorithm.reference_store=FOLDER"], "algorithm.reference_store=FOLDER: is a directory; name a file"),
     (["dry_run=true"], "scripts/launch.py only"),
     (["cluster=slurm"], "cluster.kind=slurm has an effect with scripts/launch.py only"),
     (["cluster=interactive"], "cluster.kind=interactive has an effect with scripts/launch.py only"),
@@ -159,6 +168,8 @@ LAUNCH = [
     ([*SLURM, "cluster.time=14400"], "in quotes"),
 ]
 FILL = [
+    (["run.dir=/proc/x"], "run.dir=/proc/x: nothing can be written in /proc ("),
+    (["algorithm.reference_store=/proc/x"], "algorithm.reference_store=/proc/x: nothing can be written in /proc ("),
     (["algorithm=gpg"], "only cached reference rewards are stored"),
     (["--shard", "1"], "go together"),
     (["model.path=FOLDER/gone"], "no such directory"),
@@ -176,6 +187,9 @@ SERVE = [
 ]
 EVALUATE = [
     (["samples=0"], "must be at least 1"),
+    (["model.path="], "model.path: the path is empty"),
+    (["+sources.mine=''", "benchmarks=[mine]"], "has no source"),
+    (["run.dir=/proc/x"], "run.dir=/proc/x: nothing can be written in /proc ("),
     (["rewards=[{name: acuracy}]"], "did you mean 'accuracy'"),
     (["rewards=[{name: exact, weigth: 1}]"], "has no parameter 'weigth'"),
     (["prompt_template=openrs"], "known are open_rs"),
@@ -327,3 +341,13 @@ def test_a_launcher_leaves_to_the_ranks_what_only_their_machine_knows(given, mon
     one = {**job.tree, "trainer": {**job.tree["trainer"], "num_nodes": 1}}
     monkeypatch.setenv("NEMO_AAPO_TRAIN_ADDRESSES", "10.0.0.1")  # a rank of the job
     assert prepare_tree(one).config.precision.name == "fp32"
+
+
+def test_what_the_ranks_are_given_does_not_depend_on_their_home(given, monkeypatch):
+    from nemo_aapo.prepare import prepare
+
+    monkeypatch.setenv("HOME", str(given.folder))
+    job = prepare([*given.words, 'model.path="~/model"', 'run.dir="~/run"'])
+    assert job.config.model.path == job.tree["model"]["path"] == f"{given.folder}/model"
+    assert job.config.run.dir == job.tree["run"]["dir"] == job.tree["exp_manager"]["explicit_log_dir"]
+    assert "~" not in str(job.tree)

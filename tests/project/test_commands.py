@@ -1,4 +1,4 @@
-"""Every command of the README and the pages is run, in small; a command that no rule below covers fails.
+"""Every command of the README and the pages has a rule below, which says what becomes of it; one without a rule fails.
 
 A page's commands run in their order, in a folder with a tiny model where the pages have ``/models/...``. They are
 forked from a process that has done the imports, so that a page costs seconds.
@@ -21,7 +21,10 @@ from pathlib import Path
 
 import pytest
 
+from nemo_aapo.config.command_line import EVALUATION, read_command_line
+from nemo_aapo.config.compose import compose
 from nemo_aapo.launch.local import free_port, rank_environments
+from nemo_aapo.prepare.job import settings_of
 from tests.forked import forking
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,21 +70,24 @@ class NotRun:
     reason: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """It needs GPUs, or a package that is an extra: its settings are composed and checked, without model and data."""
+
+
 DRY = Run("dry_run=true")
-COMPOSED = Run("--cfg job")
-"""Needs GPUs: its configuration is composed and its keys are checked."""
 SLURM_TEST = "tests/launch/slurm/test_submission.py"
 
-RULES: tuple[tuple[str, Run | Elsewhere | NotRun], ...] = (
+RULES: tuple[tuple[str, Run | Checked | Elsewhere | NotRun], ...] = (
     (
         r"(train|launch)\.py experiment=quickstart_moe",
         Elsewhere("tests/examples/test_quickstart_moe.py", "quickstart_moe"),
     ),
-    (r"train\.py .*rollout\.(server\.)?engine=trtllm", COMPOSED),
-    (r"train\.py .*reasoning_gym", COMPOSED),  # the package is an extra; tests/data/test_reasoning_gym.py trains on it
+    (r"train\.py .*rollout\.(server\.)?engine=trtllm", Checked()),
+    (r"train\.py .*reasoning_gym", Checked()),  # the package is an extra; tests/data/test_reasoning_gym.py trains on it
     (r"torchrun .*train\.py .*run\.name=tp2pp2", Run(f"{SMALL} {TWO_RANKS}", ranks=2)),
     (r"train\.py .*rollout\.engine=remote", Run(f"{SMALL} trainer.val_check_interval=0")),
-    (r"train\.py .*create_(wandb|mlflow)_logger", COMPOSED),  # packages that are extras
+    (r"train\.py .*create_(wandb|mlflow)_logger", Checked()),  # packages that are extras
     (r"train\.py .*algorithm\.custom=", Elsewhere("tests/examples/test_algorithms.py", "FadingMargin")),
     (r"train\.py .*--replay", Elsewhere("tests/training/test_training.py", "rollout.replay=")),
     (r"train\.py .*trace\.steps=", Elsewhere("tests/trace/test_traced_runs.py", "trace.steps=")),
@@ -107,10 +113,10 @@ RULES: tuple[tuple[str, Run | Elsewhere | NotRun], ...] = (
     (r"launch\.py logs", Elsewhere(SLURM_TEST, "logs")),
     (r"launch\.py requeue", Elsewhere("tests/launch/slurm/test_interruptions.py", "requeue")),
     (r"launch\.py cancel", Elsewhere("tests/launch/slurm/test_interruptions.py", "cancel")),
-    (r"launch\.py experiment=(paper_|aapo_qwen3_30b_a3b)", COMPOSED),
+    (r"launch\.py experiment=(paper_|aapo_qwen3_30b_a3b)", Checked()),
     (r"evaluate\.py compare results/r1_", NotRun("of two evaluations that need GPUs")),
     (r"evaluate\.py compare", Run()),
-    (r"evaluate\.py .*precision=bf16", COMPOSED),
+    (r"evaluate\.py .*precision=bf16", Checked()),
     (r"evaluate\.py .*engine=remote", Elsewhere("tests/evaluation/test_evaluation_ranks.py", "engine=remote")),
     (r"evaluate\.py ", Run(FEW_PROBLEMS)),
     (r"(convert|prepare_data)\.py ", Run()),
@@ -147,7 +153,7 @@ class Command:
     text: str
 
     @property
-    def rule(self) -> Run | Elsewhere | NotRun | None:
+    def rule(self) -> Run | Checked | Elsewhere | NotRun | None:
         """The first that fits."""
         return next((rule for pattern, rule in RULES if re.search(f"(^|[ /]){pattern}", self.text)), None)
 
@@ -239,6 +245,20 @@ class Workplace:
             shutil.rmtree(self.folder / words[words.index("--out") + 1], ignore_errors=True)
 
 
+def check(text: str) -> None:
+    """Refuse settings of a command that can't work whatever model and data are.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    starter, *words = shlex.split(text)
+    script, *words = words[2:] if starter == "torchrun" else words
+    if script.endswith("evaluate.py"):
+        EVALUATION.parse(compose(read_command_line(words, EVALUATION)))
+    else:
+        settings_of(words)
+
+
 def _run(script: str, words: list[str], folder: str, environment: dict[str, str], log: str) -> None:
     """A forked process: become the script."""
     with open(log, "ab", buffering=0) as file:
@@ -307,7 +327,9 @@ def test_every_command_has_a_rule():
 def test_the_commands_of_a_page_run(page, workplace):
     for command in commands(page):
         rule = command.rule
-        if isinstance(rule, Run):
+        if isinstance(rule, Checked):
+            check(command.text)
+        elif isinstance(rule, Run):
             try:
                 workplace.run(command.text, rule)
             except AssertionError as error:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from nemo_aapo.models.directory import ARCHITECTURES
+
 ROOT = Path(__file__).parents[2]
 TRACKED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
 PAGES = [ROOT / path for path in TRACKED if path.endswith(".md")]
@@ -128,6 +130,19 @@ def test_modules_that_pages_name_are_there():
             assert (ROOT / name).is_file() or (ROOT / "nemo_aapo" / name).is_file(), f"{page.relative_to(ROOT)}: {name}"
 
 
+def test_classes_that_docstrings_name_by_their_module_are_there():
+    package, found = ROOT / "nemo_aapo", 0
+    for path in (ROOT / path for path in TRACKED if path.startswith("nemo_aapo/") and path.endswith(".py")):
+        for module, name in re.findall(r"``(?:nemo_aapo\.)?((?:[a-z]\w*\.)+)([A-Z]\w*)``", path.read_text()):
+            place = package.joinpath(*module.split(".")[:-1])
+            if (package / module.split(".")[0]).is_dir():  # and no other library's
+                found += 1
+                file = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+                there = file.is_file() and re.search(rf"^(class )?{name}\b", file.read_text(), re.MULTILINE)
+                assert there, f"{path.relative_to(ROOT)}: {module}{name}"
+    assert found > 10
+
+
 def test_tests_that_pages_name_are_there():
     for page in PAGES:
         for written in re.findall(r"tests/[\w/{},.*]*[\w}/*]", page.read_text()):
@@ -148,3 +163,10 @@ def test_the_index_lists_every_page():
     index = (ROOT / "docs" / "README.md").read_text()
     pages = {str(page.relative_to(ROOT / "docs")) for page in PAGES if page.parent.parent == ROOT / "docs"}
     assert pages == set(re.findall(r"^\| \[[^]]+\]\(([\w/]+\.md)\)", index, re.MULTILINE))
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/guide/training.md", "docs/guide/conversion.md"])
+def test_every_family_that_trains_is_named_where_models_are(page):
+    families = {name.removesuffix("ForCausalLM").lower().removeprefix("qwen3moe") for name in ARCHITECTURES} - {""}
+    text = (ROOT / page).read_text().lower().replace(" ", "")
+    assert [family for family in families if family not in text] == []

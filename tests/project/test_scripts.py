@@ -11,6 +11,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -35,6 +36,7 @@ def test_shell_scripts_parse_and_stop_at_the_first_error(script):
 FAKE_PYTHON = """#!/usr/bin/env bash
 call=$(printf ' %q' "$@")
 echo "${PYTHONDONTWRITEBYTECODE:+without bytecode: }${call:1}" >>"$CALLS"
+[[ -n ${CHECKS_BY:-} && $1 == -c ]] && cd "$CHECKED_IN" && exec "$CHECKS_BY" "$@"
 [[ -n ${REFUSE:-} && "$*" == *$REFUSE* ]] && exit 1
 [[ "$1 $2" == "-m venv" ]] && mkdir -p "$3/bin" && cp "$0" "$3/bin/python"
 [[ -n ${SLOW:-} && "$*" == *$SLOW* ]] && sleep "$SECONDS_SLOW"
@@ -270,6 +272,21 @@ def test_quickstart_moves_only_its_own_finished_run_aside(checkout, finished, ar
     assert (run.with_name("quickstart.previous") / "metrics.jsonl").exists() == moved
     assert (run / "metrics.jsonl").exists() != moved
     assert ("quickstart.previous" in output) == moved
+
+
+def test_quickstart_leaves_what_is_there_alone_where_its_arguments_are_refused(checkout):
+    """The check is the real one, of this checkout."""
+    runs = [checkout.root / "results" / name for name in ("quickstart", "quickstart.previous")]
+    for run in runs:
+        run.mkdir(parents=True)
+        (run / "finished").touch()
+    before = sorted(checkout.root.glob("results/**"))
+    for words in (["trainer.max_step=20"], ["seed=x"], ["dry_run=true"]):
+        status, output, calls = checkout.run("quickstart.sh", *words, CHECKS_BY=sys.executable, CHECKED_IN=str(ROOT))
+        assert status == 2, output
+        assert words[0].partition("=")[0] in output
+        assert not [call for call in calls if "train.py" in call]
+        assert sorted(checkout.root.glob("results/**")) == before
 
 
 def test_the_peers_are_installed_beside_the_environment_once(checkout):

@@ -180,6 +180,19 @@ def test_runs_are_told_apart_by_settings_and_paired_by_prompt(tmp_path, monkeypa
     assert report.main([str(tmp_path / "nowhere")]) == 2
 
 
+@pytest.mark.parametrize(
+    ("out", "said"),
+    [
+        ("", "out=: the path is empty"),
+        (".", "out=.: is a directory; name a file"),
+        ("/proc/x", "out=/proc/x: nothing can be written in /proc ("),
+    ],
+)
+def test_a_page_that_cannot_be_written_is_refused(run, capsys, out, said):
+    assert report.main([str(run), f"out={out}"]) == 2
+    assert capsys.readouterr().err.startswith(said)
+
+
 def test_what_the_page_is_drawn_with_is_what_was_published():
     """The digests of npm's uplot-1.6.32.tgz, whose integrity in the registry is sha512-KIMVnG68zvu5XXUbC4LQ...."""
     folder = importlib.resources.files("nemo_aapo.report") / "assets"

@@ -35,10 +35,14 @@ def start_holder(directory: str, then: str) -> subprocess.Popen[bytes]:
 
 def test_a_run_directory_that_nothing_can_be_written_in_is_refused(settings, tmp_path):
     (tmp_path / "file").touch()
-    for directory, said in ((tmp_path / "file" / "run", "can't be made"), ("/sys", "can't be written")):
+    for directory, said in (
+        (tmp_path / "file" / "run", f"{tmp_path}/file is a file"),
+        ("/sys", "nothing can be written"),
+    ):
         config, tree = changed(settings[1], run={"dir": str(directory)})
-        check_run_directory(config)  # nothing of another run
-        with pytest.raises(ConfigError, match=rf"{directory}: {said} \("):
+        with pytest.raises(ConfigError, match=f"{directory}: {said}"):
+            check_run_directory(config)
+        with pytest.raises(ConfigError, match=f"{directory}: {said}"):
             claim(config, tree, 1)
 
 
@@ -157,10 +161,24 @@ def test_a_run_that_goes_on_by_another_instruction_set_says_so(settings, monkeyp
             RunReporter(run, progress, stop=None, console_samples=0).begin(step, validated=True)
     starts = json.loads((Path(settings[0].run.dir) / "run.json").read_text())["starts"]
     assert [start["instruction_set"] for start in starts] == ["AVX512", "AVX512", "AVX2", "AVX2", "sm_90"]
-    assert [text for text in said if "going on from" not in text] == [
+    assert [text for text in said if "computes by" in text] == [
         "warning: the start before this one computed by AVX512, this machine computes by AVX2: "
         "the run goes on, but not to the same bits"
     ]
+
+
+@pytest.mark.parametrize(("depth", "steps", "says"), [(1, (4, 4, 8, 8), 1), (0, (4, 8), 0), (1, (8, 4), 0)])
+def test_a_run_that_gets_a_later_end_says_once_from_where_its_bits_are_others(settings, depth, steps, says):
+    config, tree = settings
+    config = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, async_depth=depth))
+    said = []
+    for end in steps:
+        trainer = dataclasses.replace(config.trainer, max_steps=end)
+        with opened((dataclasses.replace(config, trainer=trainer), tree)) as run:
+            run.resume_at(4)
+            said += [warning for warning in run.warnings if "from step 5 on" in warning]
+    assert len(said) == says
+    assert all(text.endswith("one that had trainer.max_steps=8 from its beginning") for text in said)
 
 
 def test_a_run_that_goes_on_with_a_changed_algorithm_of_ones_own_says_so(settings, tmp_path):
@@ -172,7 +190,7 @@ def test_a_run_that_goes_on_with_a_changed_algorithm_of_ones_own_says_so(setting
         file.write_text(text)
         with opened((config, tree)) as run:
             RunReporter(run, progress, stop=None, console_samples=0).begin(2, validated=True)
-    [warning] = [words for words in said if "going on from" not in words]
+    [warning] = [words for words in said if "algorithm.custom" in words]
     assert warning.startswith("warning: the file of algorithm.custom has changed since the start before this one")
 
 

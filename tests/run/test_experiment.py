@@ -71,6 +71,34 @@ def test_resuming_removes_rollouts_and_traces_of_later_steps_and_the_finished_ma
         assert [path.name for path in (run.directory / "trace").iterdir()] == ["step_000001.json"]
 
 
+def test_lines_are_on_the_disk_once_they_are_synced_and_a_resumed_run_says_which_it_lacks(settings, monkeypatch):
+    synced, fsync = [], os.fsync
+
+    def spy(descriptor):
+        synced.append((os.readlink(f"/proc/self/fd/{descriptor}"), os.fstat(descriptor).st_size))
+        fsync(descriptor)
+
+    path = Path(settings[0].run.dir) / "metrics.jsonl"
+    with opened(settings) as run:
+        run.resume_at(-1)
+        for step in range(1, 6):
+            run.log_step(step, {"loss": 1.0})
+        monkeypatch.setattr(os, "fsync", spy)
+        run.sync()
+    assert [(str(path), path.stat().st_size), str(path.parent)] == [synced[0], synced[1][0]]
+    with opened(settings) as run:
+        run.resume_at(5)
+        assert run.warnings == []
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:3]))  # what a crash leaves of a file that was not brought to the disk
+    with opened(settings) as run:
+        run.resume_at(5)
+        (warning,) = run.warnings
+        assert f"{path} ends at step 3, before the checkpoint of step 5" in warning
+        run.log_step(6, {"loss": 1.0})
+    assert [record["step"] for record in read_metrics(path)] == [1, 2, 3, 6]
+
+
 def test_a_validation_that_is_to_be_made_again_leaves_neither_its_line_nor_its_completions(settings):
     with opened(settings) as run:
         run.resume_at(-1)

@@ -176,8 +176,11 @@ class Kept:
 
 
 class Throughput:
-    def metrics(self, groups, seconds):
-        return {}
+    """Counts completion tokens."""
+
+    def metrics(self, generated, trained, seconds):
+        tokens = sum(sum(lengths) for _, lengths in generated)
+        return {"tokens/generated": tokens, "tokens/trained": sum(group.lengths.sum() for group in trained)}
 
 
 class Tracer:
@@ -205,6 +208,9 @@ class Reporter:
     def note(self, text):
         self.notes.append(text)
 
+    def sync(self):
+        self.journal.write("sync")
+
     def log_step(self, step, metrics):
         self.metrics.append(metrics)
         if self.file:
@@ -216,7 +222,7 @@ class Reporter:
             self.file.append(step, metrics)
 
     def save_rollouts(self, name, samples):
-        self.saved.append(name)
+        self.saved.append((name, samples))
 
     def stop_requested(self):
         return self.stop

@@ -127,12 +127,19 @@ def test_a_run_on_four_ranks_gives_the_metrics_of_one(ranks, folder, uninterrupt
     config = settings(folder, run_dir, "model.sequence_parallel=true", "rollout.keep_tokens=true", world=4, tp=2)
     assert ranks.run(run, config, world=4, tp=None) == [0] * 4
     assert_same_run(run_dir, uninterrupted)
+    validated, alone = (validation_rows(d, step=0) for d in (run_dir, uninterrupted))
+    assert validated == alone
+    assert len(alone) == 6 * (1 + 2)  # of each held-out prompt one greedy completion, and two sampled ones
     (rows, tokens), (expected_rows, expected) = kept(run_dir), kept(uninterrupted)
     assert [[line["prompt"] for line in lines] for lines in rows.values()] == [
         [line["prompt"] for line in lines] for lines in expected_rows.values()
     ]
     for key, values in expected["train_000001"].items():  # later policies differ in their last bits
         np.testing.assert_allclose(tokens["train_000001"][key], values, atol=1e-4, err_msg=key)
+
+
+def validation_rows(run_dir, step):
+    return [json.loads(line) for line in (run_dir / "rollouts" / f"step_{step:06d}.jsonl").read_text().splitlines()]
 
 
 def test_a_time_limit_ends_a_run_with_a_checkpoint_and_the_best_one_stays(ranks, folder):

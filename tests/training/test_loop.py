@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 
@@ -49,7 +50,7 @@ def test_a_run_does_what_it_does_in_this_order(config):
     step = "fill {0}|generate {0} by {0}|update {0}|refit to {1}|log {1}"
     first, second, third, fourth, fifth = (step.format(k, k + 1).split("|") for k in range(STEPS))
     first.insert(2, "parity")
-    validated = "settle|validate {0}|save {0}"
+    validated = "settle|validate {0}|sync|save {0}"
     assert trainer.reporter.journal == [
         "begin_at -1", "settle", "validate 0",
         *first, *second, *validated.format(2).split("|"),
@@ -101,6 +102,16 @@ def test_a_checkpoint_keeps_what_the_next_step_depends_on(config):
     assert state["metrics"]["loss"] == 0.5
     assert state["metrics"]["validation/accuracy_greedy"] == 0.25
     assert not [name for name in state["metrics"] if name.startswith("time/") or name == "kl"]  # times, and NaN
+
+
+def test_speed_is_that_of_all_that_was_generated_and_work_that_of_what_was_trained_on(config, monkeypatch):
+    monkeypatch.setattr(parallel, "exchange_data_parallel", lambda outgoing: list(itertools.chain(*outgoing)))
+    trainer = make(dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, oversample=3.0)))
+    generate = trainer.rollouts.generate
+    trainer.rollouts.generate = lambda step: generate(step) * 3
+    assert trainer.fit()
+    found = trainer.reporter.metrics[-1]
+    assert (found["tokens/generated"], found["tokens/trained"]) == (24, 8)  # of 6 groups, and of 2
 
 
 ACCURACY = {0: 0.1, 2: 0.9, 4: 0.2, 5: 0.3}
@@ -403,12 +414,16 @@ def test_completions_of_an_earlier_policy_are_not_held_against_the_learner(confi
     assert not [note for note in trainer.reporter.notes if note.startswith("warning")]
 
 
-def test_an_update_that_is_not_finite_ends_the_run_and_keeps_the_batch(config):
+def test_an_update_that_is_not_finite_ends_the_run_and_keeps_the_batch_of_all_ranks(config, monkeypatch):
     trainer = make(config)
+    monkeypatch.setattr(parallel, "gather_on_first_rank", lambda rows: [rows, ["another rank's"]])
     happen(trainer, "update 2", fails_with(NonFiniteError("gradient norm inf")))
     with pytest.raises(NonFiniteError, match=r"step 3: gradient norm inf.*/run/rollouts/failed_step_000003\.jsonl"):
         trainer.fit()
-    assert trainer.reporter.saved == ["failed_step_000003"]
+    ((name, rows),) = trainer.reporter.saved
+    assert name == "failed_step_000003"
+    assert len(rows) == 4 + 1
+    assert rows[-1] == "another rank's"
     assert max(trainer.checkpoints.disk) == 2
 
 

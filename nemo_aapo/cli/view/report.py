@@ -17,6 +17,7 @@ from nemo_aapo.errors import ConfigError
 from nemo_aapo.launch.overview import is_run, runs_below
 from nemo_aapo.report.page import write_report
 from nemo_aapo.run.names import REPORT
+from nemo_aapo.utils.files import expanded, require_file
 
 COMPARISON = "comparison.html"
 MOST_RUNS = 32
@@ -33,12 +34,13 @@ def _report(words: Sequence[str]) -> int:
     if not words or set(words) & {"--help", "-h"}:
         print(__doc__)
         return 0
-    outs = [word.removeprefix("out=") for word in words if word.startswith("out=")]
-    named = [Path(word) for word in words if not word.startswith("out=")]
+    outs = [Path(expanded(word.removeprefix("out="), "out=")) for word in words if word.startswith("out=")]
+    named = [Path(expanded(word, repr(word))) for word in words if not word.startswith("out=")]
     if option := next((word for word in words if word.startswith("-")), None):
         raise ConfigError(f"{option}: no such option; see --help")
     runs = runs_of(named)
-    target = Path(outs[-1]) if outs else _target(named, runs)
+    target = outs[-1] if outs else _target(named, runs)
+    require_file(target, f"out={target}")
     write_report(runs, target)
     counted = f"{len(runs)} run{'s' * (len(runs) > 1)}"
     print(f"{target}: {counted}, {target.stat().st_size / 1000:,.0f} kB; open it in a browser")

@@ -66,7 +66,7 @@ class AlgorithmConfig:
         sane=1_000_000,
     )
     reference_store: str | None = setting(
-        "where cached reference rewards are kept; any number of runs may share a file", decides=False
+        "where cached reference rewards are kept; any number of runs may share a file", decides=False, path=True
     )
     reference_fill_steps: int | None = setting(
         "null: before the first step all that the run needs | N: for large data, N steps' prompts at a time",

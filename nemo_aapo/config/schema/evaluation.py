@@ -18,7 +18,10 @@ class EvaluationRun:
 
     name: str = setting("names the evaluation; part of the default directory", decides=False, main=True)
     dir: str = setting(
-        "what it leaves: completions, results, tables; the same command goes on from there", decides=False, main=True
+        "what it leaves: completions, results, tables; the same command goes on from there",
+        decides=False,
+        main=True,
+        path=True,
     )
 
 
@@ -30,11 +33,13 @@ class EvaluatedModel:
         "Hugging Face directory, run directory (its newest checkpoint), or one of its checkpoints",
         decides=True,
         main=True,
+        path=True,
     )
     base: str | None = setting(
         "Megatron checkpoints: the Hugging Face directory training began with; null: by the run's config.yaml",
         decides=True,
         main=True,
+        path=True,
     )
     trust_remote_code: bool = setting("run Python code that comes with the model's tokenizer", decides=False)
     tensor_model_parallel_size: int = setting(
@@ -128,7 +133,7 @@ class EvaluationRunner:
         sane=1024,
     )
     timeout_s: float = setting(
-        "seconds for one completion; then its worker is killed, and it counts as wrong",
+        "seconds for one completion; then its worker is killed, and it is in no figure",
         decides=False,
         above=0,
         sane=SECONDS,

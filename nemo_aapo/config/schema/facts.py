@@ -41,6 +41,8 @@ class Facts:
     """The largest magnitude, where no maximum is meant: beyond it a value can only be a mistake, and would do harm."""
     main: bool = False
     """Whether ``--help`` shows it."""
+    path: bool = False
+    """Whether a text as its value is a path, which can't be empty and may begin with ``~``."""
 
     @property
     def limits(self) -> str:
@@ -111,6 +113,11 @@ def section(cls: type[T]) -> type[T]:
     for _ in settings_of(made):
         pass
     return made
+
+
+def facts_of(field: dataclasses.Field[Any]) -> Facts | None:
+    """What is known of the setting that a field is; None for a section, or a field of another dataclass."""
+    return field.metadata.get(_FACTS)
 
 
 def settings_of(schema: type, prefix: str = "") -> Iterator[Setting]:

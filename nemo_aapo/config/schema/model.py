@@ -56,7 +56,9 @@ class Lora:
 class Model:
     """The model, its layout over the ranks, its optimizer."""
 
-    path: str = setting("Hugging Face model directory: config.json, *.safetensors, tokenizer", decides=True, main=True)
+    path: str = setting(
+        "Hugging Face model directory: config.json, *.safetensors, tokenizer", decides=True, main=True, path=True
+    )
     trust_remote_code: bool = setting("run Python code that comes with the model's tokenizer", decides=True)
     tensor_model_parallel_size: int = setting(
         "TP: each layer cut over so many ranks; divides heads and key-value groups",

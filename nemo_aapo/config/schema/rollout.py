@@ -34,7 +34,7 @@ class Remote:
     """The trainer's side of rollout servers."""
 
     directory: str = setting(
-        "where servers announce themselves and find token and weights; both sides must see it", decides=False
+        "where servers announce themselves and find token and weights; both sides must see it", decides=False, path=True
     )
     servers: int = setting("how many servers are waited for at the start", decides=False, minimum=1, sane=NODES)
     min_servers: int = setting(
@@ -72,7 +72,7 @@ class Server:
     index: int = setting("which of the servers it is", decides=False, minimum=0, sane=NODES)
     host: str = setting("address to listen on; any but loopback can be reached by others", decides=False)
     port: int = setting("port to listen on; 0: any free one", decides=False, minimum=0, maximum=65_535)
-    directory: str = setting("the trainer's rollout.remote.directory", decides=False)
+    directory: str = setting("the trainer's rollout.remote.directory", decides=False, path=True)
     max_request_bytes: int = setting("larger requests are refused (413)", decides=False, minimum=1024, sane=BYTES)
 
     @property
@@ -173,7 +173,8 @@ class Rollout:
         sane=NUMBER,
     )
     on_parity_error: Literal["warn", "stop"] = setting(
-        "over one of the two limits after the first step: warn | stop; before it, it is always an error", decides=False
+        "over a limit on a later step without lag: warn | stop; before a process's first step it is always an error",
+        decides=False,
     )
     keep_groups: int | Literal["all"] = setting(
         "so many groups of each step, chosen by the seed, are kept in rollouts/train_*.jsonl; or all",
@@ -194,6 +195,7 @@ class Rollout:
     replay: str | None = setting(
         "train on all that this run kept (keep_groups=all, keep_tokens=true), without an engine; train.py --replay RUN",
         decides="set",
+        path=True,
     )
     trtllm: Trtllm
     remote: Remote
@@ -209,9 +211,10 @@ class Data:
         "weight: ...}, ...]",
         decides=True,
         main=True,
+        path=True,
     )
     validation: str | tuple[dict[str, Any], ...] = setting(
-        "held-out prompts, in the same forms", decides=True, main=True
+        "held-out prompts, in the same forms", decides=True, main=True, path=True
     )
     prompt_field: str = setting(
         "the field with the question, or with chat messages; dots lead inside: prompt.0.content", decides=True

@@ -18,7 +18,7 @@ class Run:
 
     name: str = setting("names the run; part of the default run directory", decides=False, main=True)
     dir: str = setting(
-        "everything the run leaves: config, metrics, rollouts, checkpoints, model", decides=False, main=True
+        "everything the run leaves: config, metrics, rollouts, checkpoints, model", decides=False, main=True, path=True
     )
 
 
@@ -37,7 +37,7 @@ class Trainer:
         sane=RANKS_OF_NODE,
     )
     max_steps: int = setting(
-        "optimizer steps of the whole run, resumed parts included",
+        "optimizer steps of the whole run, resumed parts included; may grow (with rollouts ahead, to other bits)",
         decides=("model.optim.sched.name", "cosine"),
         minimum=0,
         main=True,
@@ -99,7 +99,7 @@ class Checkpoint:
 class ExpManager:
     """NeMo's exp_manager: logs and loggers."""
 
-    explicit_log_dir: str = setting("where logs and loggers write; follows run.dir", decides=False)
+    explicit_log_dir: str = setting("where logs and loggers write; follows run.dir", decides=False, path=True)
     create_tensorboard_logger: bool = setting("write curves for TensorBoard to run.dir/tensorboard", decides=False)
     create_wandb_logger: bool = setting("log to Weights & Biases; needs its login, or offline: true", decides=False)
     wandb_logger_kwargs: dict[str, Any] = setting("what lightning's WandbLogger takes", decides=False)

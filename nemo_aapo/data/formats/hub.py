@@ -26,7 +26,7 @@ def is_saved(path: Path) -> bool:
 
 def data_set(source: Source, default_splits: Sequence[str]) -> Any:
     """The split of a data set that a source names: a ``datasets.Dataset``, whose rows stay on the disk."""
-    path = Path(source.path).expanduser()
+    path = Path(source.path)
     datasets = library("datasets", source.path)
     if source.on_hub:
         return _chosen(_loaded(datasets, source, source.path), source, default_splits)

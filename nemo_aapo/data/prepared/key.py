@@ -26,7 +26,7 @@ _LIBRARIES = ("transformers", "tokenizers", "jinja2")
 
 def files_of(source: Source, default_splits: Sequence[str]) -> list[Path]:
     """The files that hold a source's rows."""
-    path = Path(source.path).expanduser()
+    path = Path(source.path)
     if source.on_hub:
         return [Path(file["filename"]) for file in data_set(source, default_splits).cache_files]
     return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]

@@ -107,15 +107,23 @@ def compare(package: Package, agreed: Contract = contract.V1_2) -> list[Differen
 
 
 def ray_imports(package: Package, ray: Package) -> list[Difference]:
-    """Names that the package imports of Ray and that this Ray doesn't have."""
+    """Names that the package imports of Ray and that this Ray doesn't have, but for those that it only tries."""
     return [
         Difference(f"{package.file(module)}:{node.lineno}", f"imports {alias.name} of {node.module}, which has none")
         for module in contract.RAY_USERS
-        for node in ast.walk(package.module(module) or ast.Module([], []))
+        for node in _untried(package.module(module) or ast.Module([], []))
         if isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] == RAY
         for alias in node.names
         if alias.name not in ray.names(node.module)
     ]
+
+
+def _untried(node: ast.AST) -> Iterator[ast.AST]:
+    """What a syntax tree holds outside of ``try``."""
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, ast.Try):
+            yield child
+            yield from _untried(child)
 
 
 def _class(package: Package, expected: LibraryClass) -> Iterator[Difference]:

@@ -167,7 +167,9 @@ RAY_WORKER = LibraryClass(
     methods={"report_device_id": Method(), "call_worker_method": Method({"method_name": REQUIRED})},
 )
 EXECUTOR = LibraryClass(
-    "tensorrt_llm._torch.pyexecutor.py_executor", "PyExecutor", methods={"reset_prefix_cache": Method()}
+    "tensorrt_llm._torch.pyexecutor.py_executor",
+    "PyExecutor",
+    methods={"reset_prefix_cache": Method(), "control_action": Method(decorators=("contextmanager",))},
 )
 
 KV_CACHE_TAG = "kv_cache"
@@ -222,8 +224,10 @@ ENVIRONMENT_READERS = {
     "TLLM_NUMA_AWARE_WORKER_AFFINITY": "tensorrt_llm.executor.base_worker",
 }
 """Environment variable -> the module of the library that reads it, in 1.2; later ones read many in one place."""
-RAY_USERS = ("tensorrt_llm.executor.ray_executor", "tensorrt_llm.executor.ray_gpu_worker")
-"""Modules of the library that import names from Ray."""
+RAY_USERS = tuple(
+    f"tensorrt_llm.executor.{name}" for name in ("ray_executor", "ray_gpu_worker", "ray.executor", "ray.gpu_worker")
+)
+"""Modules of the library that import names from Ray, of all generations."""
 RAY_IMPORTS = LibraryClass("ray.util.placement_group", "PlacementGroupSchedulingStrategy")
 """What 1.2's modules import of Ray that not every Ray has."""
 
@@ -237,15 +241,21 @@ class Contract:
     readers: Mapping[str, str] = field(default_factory=dict)
     """As ``ENVIRONMENT_READERS``."""
 
+    def find(self, name: str) -> LibraryClass | None:
+        """The class of that name; None: there is none in this generation."""
+        return next((cls for cls in self.classes if cls.name == name), None)
+
     @property
     def llm_args(self) -> Mapping[str, Any]:
         """Field -> default of what the engine takes."""
-        return next(cls for cls in self.classes if cls.name == LLM_ARGS.name).fields
+        found = self.find(LLM_ARGS.name)
+        return found.fields if found else {}
 
     @property
     def methods(self) -> Mapping[str, Method]:
         """What the engine has."""
-        return next(cls for cls in self.classes if cls.name == ASYNC_LLM.name).methods
+        found = self.find(ASYNC_LLM.name)
+        return found.methods if found else {}
 
 
 def _changed(classes: tuple[LibraryClass, ...], *new: LibraryClass, without: str = "") -> tuple[LibraryClass, ...]:
@@ -266,13 +276,21 @@ PAUSING_ASYNC_LLM = replace(
     ASYNC_LLM,
     methods={
         **ASYNC_LLM.methods,
+        "release": Method({"tags": ANY}, coroutine=True),  # required, and None in the newest async_llm.py
+        "resume": Method({"tags": ANY}, coroutine=True),
         "pause_generation": Method(coroutine=True),
         "resume_generation": Method(coroutine=True),
     },
 )
 """Pull request 12272: pausing ends all requests that are under way."""
-SPLIT_MEMORY_TAGS = replace(MEMORY_TAGS, values=(*MEMORY_TAGS.values, "model_weights", "draft_model_weights"))
-"""Pull request 11889: weights have tags of their own."""
+SPLIT_MEMORY_TAGS = replace(
+    MEMORY_TAGS,
+    module="tensorrt_llm.llmapi.llm_args",
+    values=(*MEMORY_TAGS.values, "model_weights", "draft_model_weights"),
+)
+"""Weights have tags of their own; they are imported beside ``SleepConfig`` (NeMo-RL's trtllm_worker_async.py, verl)."""
+MOVED_RAY_WORKER = replace(RAY_WORKER, module="tensorrt_llm.executor.ray.gpu_worker")
+"""As in executor/ray/gpu_worker.py at commit 00be09f."""
 
 V1_2 = Contract(VERSION, CLASSES, ENVIRONMENT_READERS)
 V1_3 = Contract(
@@ -287,7 +305,12 @@ V1_3 = Contract(
 )
 V1_4 = Contract(  # pull request 18232: TorchSampler alone, which takes the seeds of requests since pull request 17172
     "1.4",
-    _changed(V1_3.classes, _args(enable_sleep=ABSENT, sleep_config=None, sampler_type=ABSENT), without="SamplerType"),
+    _changed(
+        V1_3.classes,
+        _args(enable_sleep=ABSENT, sleep_config=None, sampler_type=ABSENT),
+        MOVED_RAY_WORKER,
+        without="SamplerType",
+    ),
 )
 CONTRACTS = (V1_2, V1_3, V1_4)
 

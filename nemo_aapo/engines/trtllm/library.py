@@ -6,11 +6,13 @@ data, which ``check.py`` compares with a real package.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
-from nemo_aapo.engines.trtllm.contract import KV_CACHE_TAG, VERSION, Contract, contract_of
+from nemo_aapo.engines.trtllm import contract
+from nemo_aapo.engines.trtllm.contract import KV_CACHE_TAG, VERSION, Contract, LibraryClass, contract_of
 from nemo_aapo.errors import RunError
 
 
@@ -75,26 +77,35 @@ def load() -> Library:
         RunError: it can't be imported, or it has other names.
     """
     try:
-        from tensorrt_llm._torch.async_llm import AsyncLLM as engine
-        from tensorrt_llm._torch.virtual_memory import ExecutorMemoryType
-        from tensorrt_llm.llmapi.llm_args import CudaGraphConfig, KvCacheConfig, TorchLlmArgs
-        from tensorrt_llm.sampling_params import SamplingParams
-
-        contract, sleep_config = contract_of(TorchLlmArgs.model_fields), cast(Any, None)
-        if "sleep_config" in contract.llm_args:
-            from tensorrt_llm.llmapi.llm_args import SleepConfig
-
-            sleep_config = SleepConfig
-    except (ImportError, OSError) as error:  # OSError: a library of CUDA's is missing
+        agreed = contract_of(_imported(contract.LLM_ARGS).model_fields)
+        engine, sampling_params, kv_cache_config, cuda_graph_config, sleep_config, memory_type = (
+            _imported(agreed.find(cls.name)) for cls in _CALLED
+        )
+    except (ImportError, AttributeError, OSError) as error:  # OSError: a library of CUDA's is missing
         raise RunError(
             f"TensorRT-LLM can't be imported: {error}. `python -m nemo_aapo.engines.trtllm.check` tells whether it is "
             f"another version than {VERSION}"
         ) from error
     # Asked of the library: weights moved to tags of their own in 1.3, and what a list of ours lacked would stay in the
     # learner's memory. Private ones begin with an underscore (as in NeMo-RL's trtllm_worker_async.py).
-    tags = [str(member.value) for member in ExecutorMemoryType]
+    tags = [str(member.value) for member in memory_type]
     weight_tags = tuple(tag for tag in tags if tag != KV_CACHE_TAG and not tag.startswith("_"))
-    return Library(contract, engine, SamplingParams, KvCacheConfig, CudaGraphConfig, sleep_config, weight_tags)
+    return Library(agreed, engine, sampling_params, kv_cache_config, cuda_graph_config, sleep_config, weight_tags)
+
+
+_CALLED = (
+    contract.ASYNC_LLM,
+    contract.SAMPLING_PARAMS,
+    contract.KV_CACHE_CONFIG,
+    contract.CUDA_GRAPH_CONFIG,
+    contract.SLEEP_CONFIG,
+    contract.MEMORY_TAGS,
+)
+
+
+def _imported(cls: LibraryClass | None) -> Any:
+    """The class itself, from the module where its generation has it; None if it has none."""
+    return cls and getattr(importlib.import_module(cls.module), cls.name)
 
 
 def __getattr__(name: str) -> Any:
@@ -111,7 +122,12 @@ def _worker_extension() -> type:
         """The library's methods for reinforcement learning, and one more."""
 
         def forget_prefixes(self) -> None:
-            """Empty the prefix cache. Trap: releasing the KV cache leaves the index of what was in it."""
-            self.engine.reset_prefix_cache()
+            """Empty the prefix cache. Trap: releasing the KV cache leaves the index of what was in it.
+
+            Trap: what was aborted holds its blocks until the executor's next iterations, and would put them back
+            afterwards; newer releases refuse to empty it then. A control action begins when all requests have ended.
+            """
+            with self.engine.control_action():
+                self.engine.reset_prefix_cache()
 
     return WorkerExtension

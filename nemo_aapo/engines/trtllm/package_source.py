@@ -129,12 +129,19 @@ class Package:
                     yield from self.lineage(found, seen | {(place.module, place.node.name)})
 
     def member(self, place: ClassPlace, name: str) -> Member | None:
-        """A field, property or method of a class or of its bases."""
+        """A field, property or method of a class or of its bases.
+
+        A method that takes ``*args, **kwargs`` alone hands them on: what it takes says the next one of that name.
+        """
+        nearest = None
         for owner in self.lineage(place):
             for node in _statements(owner.node.body):
                 if name in _names(node):
-                    return Member(f"{self.file(owner.module)}:{node.lineno}", node)
-        return None
+                    found = Member(f"{self.file(owner.module)}:{node.lineno}", node)
+                    if not _hands_on(node):
+                        return found
+                    nearest = nearest or found
+        return nearest
 
     def values(self, place: ClassPlace) -> set[str]:
         """The string constants that a class assigns: an enumeration's values."""
@@ -160,6 +167,12 @@ def _names(node: ast.stmt) -> list[str]:
         return [node.name]
     targets = [node.target] if isinstance(node, ast.AnnAssign) else node.targets if isinstance(node, ast.Assign) else []
     return [target.id for target in targets if isinstance(target, ast.Name)]
+
+
+def _hands_on(node: ast.stmt) -> bool:
+    if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        return False
+    return bool(node.args.vararg and node.args.kwarg and not parameters(node))
 
 
 def names_in(node: ast.AST) -> set[str]:

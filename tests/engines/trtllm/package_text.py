@@ -5,6 +5,7 @@ Relative and star imports, re-exports, pydantic and dataclass fields, enumeratio
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from nemo_aapo.engines.trtllm import contract
@@ -105,7 +106,15 @@ class ExecutorMemoryType(StrEnum):
     MODEL_ENGINE_DRAFT = "draft_model"
 """,
     "_torch/models/modeling_utils.py": 'os.environ.get("TRT_LLM_DISABLE_LOAD_WEIGHTS_IN_PARALLEL", "False")\n',
-    "_torch/pyexecutor/py_executor.py": "class PyExecutor:\n    def reset_prefix_cache(self):\n        ...\n",
+    "_torch/pyexecutor/py_executor.py": """
+class PyExecutor:
+    @contextmanager
+    def control_action(self):
+        ...
+
+    def reset_prefix_cache(self):
+        ...
+""",
     "llmapi/__init__.py": "from .llm_args import *\n",
     "llmapi/llm_args.py": ARGS,
     "llmapi/llm.py": """
@@ -216,3 +225,67 @@ def write_package(folder: Path, files: dict[str, str]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     return folder
+
+
+def generation(number: int) -> dict[str, str]:
+    """The package as later releases have it: 1.3 (1), and main in August 2026, 1.4 (2).
+
+    Facts of the sources, and not of the contract: ``AsyncLLM`` has the methods of pull request 12272 and of the newest
+    ``async_llm.py``; ``ExecutorMemoryType`` is imported beside ``SleepConfig`` from ``llm_args.py``, and
+    ``virtual_memory.py`` at commit 0657386 has none; its members are those of a version between. The newest
+    ``executor/ray/gpu_worker.py`` is of commit 00be09f, its ``executor.py`` of 061a914; pull request 18232 removed
+    ``sampler_type``.
+    """
+    files = dict(FILES)
+    tags = files["_torch/virtual_memory.py"] + MORE_TAGS
+    files["_torch/virtual_memory.py"] = "class _MultiPoolProxy:\n    pass\n"
+    files["_torch/async_llm.py"] += PAUSING
+    sleep = "    sleep_config: Optional[SleepConfig] = Field(default=None)"
+    args = "\n".join(sleep if "enable_sleep" in line else line for line in ARGS.splitlines())
+    files["llmapi/llm_args.py"] = args + tags + SLEEP
+    if number == 1:
+        return files
+    files["llmapi/llm_args.py"] = re.sub(r".* sampler_type: .*\n", "", files["llmapi/llm_args.py"])
+    files["_torch/async_llm.py"] = files["_torch/async_llm.py"].replace("tags: list[str]", "tags=None")
+    del files["executor/ray_executor.py"]
+    actor = files.pop("executor/ray_gpu_worker.py").replace(
+        "        def ", "        @ensure_distributed_setup\n        def "
+    )
+    drains = files["_torch/pyexecutor/py_executor.py"].replace(
+        "control_action(self)", "control_action(self, drain=True)"
+    )
+    return {
+        **files,
+        "_torch/pyexecutor/py_executor.py": drains,
+        "executor/ray/__init__.py": "",
+        "executor/ray/executor.py": RAY_EXECUTOR,
+        "executor/ray/gpu_worker.py": actor,
+    }
+
+
+MORE_TAGS = """
+    INIT_EXTRA_RESOURCES = "_no_capture_init_extra_resources"
+    MODEL_WEIGHTS_MAIN = "model_weights"
+    MODEL_WEIGHTS_DRAFT = "draft_model_weights"
+"""
+SLEEP = """
+class SleepConfig(StrictBaseModel):
+    restore_modes: Dict[ExecutorMemoryType, str] = Field(default_factory=dict)
+"""
+PAUSING = """
+    def generate_async(self, *args, **kwargs):
+        return super().generate_async(*args, **kwargs)
+
+    async def pause_generation(self) -> None:
+        ...
+
+    async def resume_generation(self) -> None:
+        ...
+"""
+RAY_EXECUTOR = """
+from ray.util.placement_group import placement_group
+try:
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+except ImportError:
+    from ray.util.placement_group import PlacementGroupSchedulingStrategy
+"""

@@ -13,7 +13,7 @@ import pytest
 
 from nemo_aapo.engines.trtllm import check as trtllm_check
 from nemo_aapo.engines.trtllm import contract
-from tests.engines.trtllm.package_text import ARGS, FILES, write_package
+from tests.engines.trtllm.package_text import FILES, generation, write_package
 
 MUTATIONS = [
     # file, what stands there, what stands there instead, the difference (file and its beginning)
@@ -161,24 +161,6 @@ def test_every_name_of_the_contract_is_held_by_the_check(tmp_path):
     assert len(found) == len(contract.V1_2.classes) + len(contract.V1_2.readers)
 
 
-def generation(number: int) -> dict[str, str]:
-    """The package as it is in 1.3 (1) or 1.4 (2)."""
-    args = ARGS.replace("    enable_sleep: bool", "    sleep_config: Optional[SleepConfig] = None\n    other: bool")
-    args += "\nclass SleepConfig(StrictBaseModel):\n    restore_modes: dict = Field(default_factory=dict)\n"
-    if number == 2:
-        args = "\n".join(line for line in args.splitlines() if "sampler_type" not in line)
-    tags = FILES["_torch/virtual_memory.py"] + '    A = "model_weights"\n    B = "draft_model_weights"\n'
-    pausing = "".join(
-        f"\n    async def {name}(self):\n        ...\n" for name in ("pause_generation", "resume_generation")
-    )
-    return {
-        **FILES,
-        "llmapi/llm_args.py": args,
-        "_torch/virtual_memory.py": tags,
-        "_torch/async_llm.py": FILES["_torch/async_llm.py"] + pausing,
-    }
-
-
 @pytest.mark.parametrize("number", [1, 2])
 def test_a_later_package_is_held_against_the_contract_of_its_own_generation(tmp_path, capsys, monkeypatch, number):
     monkeypatch.setattr(trtllm_check, "installed", lambda name: None)
@@ -200,7 +182,9 @@ def test_a_ray_without_what_the_package_imports_of_it_is_a_difference(tmp_path, 
     (module.parent / "scheduling_strategies.py").write_text("class PlacementGroupSchedulingStrategy:\n    pass\n")
     for text, count in (("import warnings\n", 1), ("from ray.util.scheduling_strategies import *\n", 0)):
         text = text.replace("*", "PlacementGroupSchedulingStrategy")
-        module.write_text(text)
+        module.write_text(f"{text}def placement_group():\n    pass\n")
+        newest = trtllm_check.Package(write_package(tmp_path / f"newest{count}", generation(2)), "tensorrt_llm")
+        assert not trtllm_check.ray_imports(newest, trtllm_check.Package(tmp_path / "ray", "ray"))  # tries both
         found = [str(d) for d in trtllm_check.ray_imports(package, trtllm_check.Package(tmp_path / "ray", "ray"))]
         assert len(found) == count
         assert all(line.startswith("tensorrt_llm/executor/ray_executor.py:2: imports Placement") for line in found)

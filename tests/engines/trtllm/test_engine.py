@@ -28,7 +28,7 @@ from nemo_aapo.errors import ConfigError, RequestError, RunError
 from nemo_aapo.seeds import stream_seed
 from nemo_aapo.types import SamplingSpec
 from tests.engines.trtllm.conftest import PROMPTS, SAMPLING, SEEDS, SETTINGS, STOP, pretend_gpus, start, tokens
-from tests.fake_trtllm import TABLE, table
+from tests.fake_trtllm_executor import TABLE, table
 from tests.tiny_models import make_config
 
 # ---------------------------------------------------------------- generation

@@ -9,7 +9,7 @@ from nemo_aapo.engines.trtllm import contract
 from nemo_aapo.errors import RunError
 from tests import cuda_ipc, fake_trtllm
 from tests.engines.trtllm.conftest import PROMPTS, SAMPLING, SEEDS, start, tokens
-from tests.fake_trtllm import TABLE, table
+from tests.fake_trtllm_executor import TABLE, table
 
 
 @pytest.mark.parametrize("generation", contract.CONTRACTS, ids=lambda generation: generation.version)
@@ -63,5 +63,8 @@ def test_requests_that_nobody_waits_for_any_more_are_ended_in_the_engine(monkeyp
     fake.hang_after = fake.requests + 5
     engine.generate(PROMPTS, SAMPLING, SEEDS, lambda *completion: ended.append(completion) or len(ended) == 5)
     assert [method for method, _ in fake.seen].count(call) == times
-    engine.sleep()  # the stand-in refuses it while requests are under way
+    engine.sleep()  # the stand-in refuses it while requests are under way, and what has no keys and values any more
+    fake.hang_after = None
+    engine.wake()  # without a refit, as before a validation
+    assert tokens(engine.generate(PROMPTS, SAMPLING, SEEDS))
     engine.close()

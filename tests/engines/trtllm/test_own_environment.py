@@ -19,7 +19,7 @@ from nemo_aapo.engines.remote.directory import read_servers
 from nemo_aapo.engines.remote.wire import Weights, WeightsId
 from nemo_aapo.types import SamplingSpec
 from nemo_aapo.utils.safetensors import model_digest
-from tests.fake_trtllm import TABLE, VOCAB, table
+from tests.fake_trtllm_executor import TABLE, VOCAB, table
 from tests.servers import ROOT, ask, wait_until_ready
 from tests.training_runs import make_input, settings
 

@@ -11,7 +11,7 @@ from nemo_aapo.engines.trtllm.placement import Gpu
 from nemo_aapo.errors import RunError
 from tests import cuda_ipc
 from tests.engines.trtllm.conftest import PROMPTS, SAMPLING, SEEDS, start, tokens
-from tests.fake_trtllm import TABLE, VOCAB, table
+from tests.fake_trtllm_executor import TABLE, VOCAB, table
 
 
 def test_a_step_calls_the_library_in_the_order_that_it_needs_and_the_new_weights_are_served(engine, fake):

@@ -28,7 +28,7 @@ from nemo_aapo.errors import LostRankError, RunError
 from nemo_aapo.types import SamplingSpec
 from tests import cuda_ipc, fake_trtllm
 from tests.engines.trtllm.conftest import PROMPTS, SEEDS, STOP, pretend_gpus
-from tests.fake_trtllm import TABLE, VOCAB, table
+from tests.fake_trtllm_executor import TABLE, VOCAB, table
 from tests.tiny_models import make_config
 
 SAMPLING = SamplingSpec(1.0, 16, (STOP,))
