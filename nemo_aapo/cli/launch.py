@@ -28,7 +28,7 @@ from nemo_aapo.config.command_line import EVALUATION, CommandLine, read_command_
 from nemo_aapo.config.compose import compose
 from nemo_aapo.config.schema.training import Run
 from nemo_aapo.engines.remote.fleet_status import fleet_lines
-from nemo_aapo.errors import FAILED, ConfigError
+from nemo_aapo.errors import FAILED, ConfigError, RunError
 from nemo_aapo.launch import local, overview, sweep
 from nemo_aapo.launch.slurm import control, logs, submit
 from nemo_aapo.launch.slurm.paths import RunPaths, read_jobs
@@ -83,11 +83,16 @@ def launch(job: Job, words: Sequence[str]) -> int:
         return submit.submit_training(config, dict(job.tree), Site.here())
     if config.cluster.kind == "interactive":
         return submit.run_interactively(config, dict(job.tree), Site.here())
-    command = command_of_ranks("train", words)
+    command = _started("train", words)
     if config.dry_run:
-        print(f"{config.trainer.devices} ranks of: {' '.join(command)}")
+        print(f"{config.trainer.devices} ranks of: {shlex.join(command)}")
         return 0
     return local.launch(config, command)
+
+
+def _started(command: str, words: Sequence[str]) -> list[str]:
+    """What is started with the given words; a dry run prints it, and who pastes that wants no other dry run."""
+    return command_of_ranks(command, [word for word in words if not re.match(r"\+*dry_run=", word)])
 
 
 def fill(job: Job) -> int:
@@ -152,6 +157,11 @@ def _prepare_sweep(command: CommandLine, max_parallel: int | None) -> Sweep:
         raise ConfigError("launch.py sweep starts runs here (cluster=local) or as an array of jobs (cluster=slurm)")
     submit.check_here(first)
     directory = Path(first.run.dir)
+    if run := next(filter(overview.is_run, (directory, *directory.parents)), None):
+        raise ConfigError(
+            f"run.dir={directory}: {run} is a run, below which no other is looked for: give the sweep another name "
+            "(run.name=NAME)"
+        )
     runs = [_prepare_point(point, command, first.run.name, directory) for point in points]
     return Sweep(directory, runs, max_parallel)
 
@@ -178,7 +188,7 @@ def run_sweep(given: Sweep) -> int:
         missing = [i for i in missing if config.dry_run or not overview.active_in_slurm(runs[i])]
         jobs = [(job.config, dict(job.tree)) for _, job in (given.runs[i] for i in missing)]
         return _submit_sweep(jobs, site, directory, given.max_parallel)
-    commands = [(runs[i], command_of_ranks("launch", given.runs[i][0].words())) for i in missing]
+    commands = [(runs[i], _started("launch", given.runs[i][0].words())) for i in missing]
     if config.dry_run:
         print("\n".join(shlex.join(command) for _, command in commands))
         return 0
@@ -195,7 +205,7 @@ def _submit_sweep(jobs: list[tuple[Config, dict[str, Any]]], site: Site, directo
         return 0
     else:
         print(f"submitted {sweep.submit_array(jobs, site, directory, limit)} (array of {len(jobs)})")
-    print(f"how they fare: python scripts/launch.py status {directory}")
+    print(f"how they fare: {site.launcher('status', directory)}")
     return 0
 
 
@@ -232,10 +242,10 @@ def control_runs(action: str, runs: Sequence[Path]) -> int:
 
 def run_directory(words: Sequence[str]) -> RunPaths:
     """Where the run is that the words name, by settings or by its path; they need not say all that a start needs."""
-    if len(words) == 1 and "=" not in words[0] and not words[0].startswith("-"):
-        if not words[0] or not Path(words[0]).is_dir():
-            raise ConfigError(f"{words[0]}: no such directory")
+    if len(words) == 1 and words[0] and Path(words[0]).is_dir():  # its name may have a "=" in it
         return RunPaths(Path(words[0]).absolute())
+    if len(words) == 1 and "=" not in words[0] and not words[0].startswith("-"):
+        raise ConfigError(f"{words[0]}: no such directory")
     run = build(Run, compose(read_command_line(list(words)))["run"], "run")
     return RunPaths(Path(run.dir).absolute())
 
@@ -248,7 +258,13 @@ def listed(paths: RunPaths) -> list[Path]:
 
 
 def show_logs(paths: RunPaths, follow: bool) -> str:
-    """The end of all logs; with ``follow`` also what is added, until no job of the run is left."""
+    """The end of all logs; with ``follow`` also what is added, until no job of the run is left.
+
+    Raises:
+        RunError: nothing was started or submitted there.
+    """
+    if not paths.logs.is_dir() and not overview.is_run(paths.run_dir):
+        raise RunError(f"{paths.run_dir}: no run is there; is it the run's directory?")
     tail = logs.Tail(paths.logs, from_end=True)
     text = "\n".join(logs.last_lines(paths.logs)) or f"{paths.logs}: no logs yet"
     if not follow:

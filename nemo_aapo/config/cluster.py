@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from nemo_aapo.config.schema import Cluster, Config
@@ -77,8 +78,8 @@ def time_in_seconds(time: str) -> int:
     match = re.fullmatch(r"(?:(\d+)-(\d{1,2})(?::(\d\d))?(?::(\d\d))?|(\d+):(\d\d):(\d\d))", time)
     if match is None:
         raise ConfigError(
-            f"cluster.time={time}: write HH:MM:SS or D-HH:MM:SS, in quotes: cluster.time='\"04:00:00\"' on the command "
-            'line, time: "04:00:00" in a file. YAML reads a bare 4:00:00 as the number 14400'
+            f"cluster.time={time}: write HH:MM:SS or D-HH:MM:SS; in a file in quotes, as YAML reads a bare 4:00:00 as "
+            "the number 14400"
         )
     parts = [int(part or 0) for part in match.groups()]
     days, hours, minutes, seconds = parts[:4] if match[1] is not None else [0, *parts[4:]]
@@ -107,6 +108,10 @@ def check_cluster(config: Config) -> None:
     for key, text in (("run.name", config.run.name), ("run.dir", config.run.dir), *_texts(cluster)):
         if re.search(r"[\x00-\x1f\x7f]", text):
             raise ConfigError(f"{key}={text!r}: line breaks and control characters can't stand in a batch script")
+    if "\\" in str(Path(config.run.dir).absolute()):
+        raise ConfigError(
+            f"run.dir={config.run.dir}: Slurm takes the backslashes out of the names of logs. Use another"
+        )
     _check_maps(cluster)
     if cluster.container.image is None and (cluster.container.mounts or cluster.container.workdir):
         raise ConfigError("cluster.container.mounts and workdir have no effect without cluster.container.image")

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from nemo_aapo.errors import first_line
 from nemo_aapo.report.page import write_report
 from nemo_aapo.run.names import REPORT
-from nemo_aapo.utils.background import Background
+from nemo_aapo.utils.background import BestEffort
 
 FINISH_S = 20.0
 """Seconds that a run which ends waits for its page, which takes one or two."""
@@ -24,25 +23,17 @@ class OwnPage:
             note: takes a line for people.
             enabled: False on the ranks that write nothing.
         """
-        self.directory, self.note, self.enabled = directory, note, enabled
+        self.directory, self.enabled = directory, enabled
         self.path = directory / REPORT
-        self._job = Background("report")
+        self._job = BestEffort("report", note)
 
     def begin(self, state: str = "running") -> None:
         """Have the page written by the files as they are now, unless the one before is still being written."""
         if self.enabled and not self._job.busy():
-            self._wait(0.0)
-            self._job.start(lambda: write_report([self.directory], self.path, state))
+            self._job.start(str(self.path), lambda: write_report([self.directory], self.path, state))
 
     def finish(self, state: str) -> None:
         """Write the last page; all files but ``finished`` are there."""
-        self._wait(FINISH_S)
-        if not self._job.busy():
-            self.begin(state)
-            self._wait(FINISH_S)
-
-    def _wait(self, timeout_s: float) -> None:
-        try:
-            self._job.wait(timeout_s)
-        except Exception as error:  # it is for people only, and no reason to end a run
-            self.note(f"warning: {self.path} could not be written: {first_line(error)}")
+        self._job.wait(FINISH_S)
+        self.begin(state)
+        self._job.wait(FINISH_S)

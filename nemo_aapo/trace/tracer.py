@@ -12,11 +12,10 @@ from pathlib import Path
 import torch.distributed as dist
 
 from nemo_aapo.distributed import parallel
-from nemo_aapo.errors import first_line
 from nemo_aapo.run.names import TRACES, step_name
 from nemo_aapo.trace import collectives, spans
 from nemo_aapo.trace.file import Part, trace_of
-from nemo_aapo.utils.background import Background
+from nemo_aapo.utils.background import BestEffort
 from nemo_aapo.utils.files import write_atomic
 
 MOST_SPANS = 400_000
@@ -36,7 +35,7 @@ class Tracer:
             note: takes a line for people.
         """
         self.directory, self.steps, self.note = run_dir / TRACES, frozenset(steps), note
-        self._job = Background("trace")
+        self._job = BestEffort("trace", note)
         self._recording = contextlib.ExitStack()
         self._step = 0
         self._met = (0, 0)
@@ -65,14 +64,13 @@ class Tracer:
         )
         parts = parallel.gather_on_first_rank(part)
         if parts:
-            self._wait()
             step = self._step
-            self._job.start(lambda: self._write(step, parts))
+            self._job.start(f"the trace of step {step}", lambda: self._write(step, parts))
 
     def close(self) -> None:
         """Record no more, and have what was recorded on the disk; a step that did not end leaves no file."""
         self._recording.close()
-        self._wait()
+        self._job.wait()
 
     def _write(self, step: int, parts: Sequence[Part]) -> None:
         path = self.directory / f"{step_name(step)}.json"
@@ -81,12 +79,6 @@ class Tracer:
         cut = trace["otherData"]["left_out"]
         more = f"; {cut:,} spans beyond what is kept of a phase are left out" if cut else ""
         self.note(f"trace of step {step}: {path}, to be opened in ui.perfetto.dev{more}")
-
-    def _wait(self) -> None:
-        try:
-            self._job.wait()
-        except Exception as error:  # it is for people only, and no reason to end a run
-            self.note(f"warning: the trace of step {self._step} could not be written: {first_line(error)}")
 
 
 def machine() -> str:

@@ -59,7 +59,7 @@ class Learner(Protocol):
 
 
 class Kept(Protocol):
-    """What is kept of each step's rollouts for people; ``rollout.kept.KeptRollouts``."""
+    """What is kept of each step's rollouts for people; ``rollout.saved.kept.KeptRollouts``."""
 
     def choose(self, step: int, groups: Sequence[Group]) -> list[KeptGroup]: ...
     def write(self, step: int, kept: Sequence[KeptGroup]) -> None: ...

@@ -6,14 +6,15 @@ import logging
 import threading
 from collections.abc import Callable
 
-from nemo_aapo.errors import RunError
+from nemo_aapo.errors import RunError, first_line
 
 logger = logging.getLogger(__name__)
 
 CLOSE_S = 60.0
 """Seconds that a process which ends in an error waits for its job."""
-WAIT_S = 1800.0
-"""Seconds that a job may keep whoever waits for it: disks of clusters can hang for ever."""
+BEST_EFFORT_S = 300.0
+"""Seconds that a job which may fail keeps whoever waits for it: disks of clusters can hang for ever, and other ranks
+are waiting meanwhile, which ``trainer.distributed_timeout_s`` bounds."""
 
 
 class Background:
@@ -47,7 +48,7 @@ class Background:
         """True while a job is under way."""
         return self._thread is not None and self._thread.is_alive()
 
-    def wait(self, timeout_s: float = WAIT_S) -> None:
+    def wait(self, timeout_s: float) -> None:
         """Return when no job is under way.
 
         Raises:
@@ -70,3 +71,43 @@ class Background:
         if self._error is not None:
             logger.warning("%s", self._error)
         self._thread = self._error = None
+
+
+class BestEffort:
+    """Background jobs that write for people only: a failure is a warning, and a disk that hangs costs what comes."""
+
+    def __init__(self, name: str, note: Callable[[str], None]) -> None:
+        """
+        Args:
+            name: of the thread.
+            note: takes a line for people.
+        """
+        self._job, self._note = Background(name), note
+        self._what = name
+        self._hangs = False
+
+    def start(self, what: str, job: Callable[[], object]) -> None:
+        """Begin a job, after the one before; left out if that hangs.
+
+        Args:
+            what: it writes, for the warning.
+        """
+        self.wait()
+        if not self._job.busy():
+            self._what = what
+            self._job.start(job)
+
+    def busy(self) -> bool:
+        """True while a job is under way."""
+        return self._job.busy()
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Return when no job is under way. One that hangs is waited for once, so long; by default ``BEST_EFFORT_S``."""
+        try:
+            self._job.wait(0.0 if self._hangs else BEST_EFFORT_S if timeout_s is None else timeout_s)
+            self._hangs = False
+        except Exception as error:
+            if not self._hangs:
+                more = " What comes meanwhile is left out" if self._job.busy() else ""
+                self._note(f"warning: {self._what} could not be written: {first_line(error)}{more}")
+            self._hangs = self._job.busy()

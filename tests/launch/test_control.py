@@ -38,6 +38,15 @@ def test_a_whole_sweep_is_cancelled_at_once_what_waits_first(sweep, capsys):
         control.cancel_all([folder / "seed-3"])
 
 
+@pytest.mark.parametrize("action", ["status", "logs", "cancel", "requeue"])
+def test_an_action_on_a_run_that_is_not_there_fails_and_says_so(tmp_path, capsys, action):
+    assert launch.main([action, f"run.dir={tmp_path}/typo"]) == FAILED
+    told = capsys.readouterr()
+    assert told.err.startswith(f"{tmp_path}/typo: ")
+    assert "is it the run's directory?" in told.err
+    assert told.out == ""
+
+
 def test_a_whole_sweep_is_requeued_but_for_what_is_finished_and_one_that_cannot_be_leaves_the_others(sweep, capsys):
     folder, asked = sweep
     assert launch.main(["requeue", str(folder)]) == FAILED

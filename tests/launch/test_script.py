@@ -22,6 +22,7 @@ from nemo_aapo.errors import ConfigError
 from nemo_aapo.launch.slurm.paths import RunPaths
 from nemo_aapo.launch.slurm.script import (
     Site,
+    directives,
     environment_file,
     render_fill,
     render_merge,
@@ -103,25 +104,60 @@ def test_shell_scripts_of_the_slurm_tests_are_clean_too():
     assert found.returncode == 0, found.stdout
 
 
+NAMES = ("a b", "it's", 'say "hi"', "$(touch pwned)", "back\\slash", "100%", "ünï;&|*")
+
+
+def test_sbatch_takes_every_value_as_it_is_whatever_the_names():
+    for value in (*NAMES, "\\\\two", "end\\", "a #b", "  ", "\\'\"\\ "):
+        (line,) = directives({"comment": value})
+        assert as_sbatch_reads(line.removeprefix("#SBATCH --comment=")) == value
+
+
+def as_sbatch_reads(text: str) -> str:
+    """The first word, by Slurm's own rules (``_get_argument`` in src/sbatch/opt.c): unlike in bash, a backslash is an
+    escape everywhere, and a hash that nothing protects begins a comment."""
+    word, quote, letters = "", "", iter(text)
+    for letter in letters:
+        if letter == "\\":
+            word += next(letters)
+        elif quote:
+            quote, word = ("", word) if letter == quote else (quote, word + letter)
+        elif letter in "\"'":
+            quote = letter
+        elif letter.isspace() or letter == "#":
+            break
+        else:
+            word += letter
+    return word
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["a b", "it's", 'say "hi"', "$(touch pwned)", "back\\slash", "100%", "ünï;&|*"])
+@pytest.mark.parametrize("name", NAMES)
 def test_bash_hands_on_every_word_as_it_is_whatever_the_names(name, tmp_path):
+    directory = name.replace("\\", "")  # a backslash in run.dir is refused
     recorder = tmp_path / name
-    recorder.write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\n")
+    recorder.write_text(
+        f"#!{sys.executable}\nimport json, os, sys\nprint(json.dumps([os.environ['PYTHONPATH'], *sys.argv[1:]]))\n"
+    )
     recorder.chmod(0o755)
     site = Site(str(recorder), Path("/check out"), tmp_path)
     tree = compose(read_command_line(["model.path=/m", "data.train=/t", "data.validation=/v", *CLUSTER]))
-    tree["run"] |= {"name": name, "dir": f"runs/{name}"}
-    tree["cluster"] |= {"env": {"TOKEN": f"{name}\n2"}, "servers": {**tree["cluster"]["servers"], "nodes": 1}}
+    tree["run"] |= {"name": name, "dir": f"runs/{directory}"}
+    tree["cluster"] |= {
+        "env": {"TOKEN": f"{name}\n2", "PYTHONPATH": f"/{name}"},
+        "servers": {**tree["cluster"]["servers"], "nodes": 1},
+    }
     config = parse(tree)
-    paths = RunPaths(tmp_path / "runs" / name)
+    paths = RunPaths(tmp_path / "runs" / directory)
     paths.make()
     paths.environment.write_text(environment_file(config.cluster.env))
     script = render_training(config, site)
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=30, cwd=tmp_path)
     words = supervisor_words(config, site, training_roles(config, site), ["job", "--max-requeues=20"])
-    assert json.loads(done.stdout) == words[1:]
-    options, commands = split_roles(json.loads(done.stdout))
+    path, *handed_on = json.loads(done.stdout)
+    assert path == f"/check out:/{name}"
+    assert handed_on == words[1:]
+    options, commands = split_roles(handed_on)
     assert options[-1] == str(paths.run_dir)
     assert list(commands) == ["train", "servers"]
     shown = subprocess.run(
@@ -149,6 +185,7 @@ def test_jobs_of_different_runs_never_share_a_name_and_roles_of_one_job_neither(
         (['cluster.time="30:00"'], "cluster.time=30:00", "HH:MM:SS"),
         (["cluster.signal_s=14311"], "cluster.signal_s=14311", "before the job is up"),
         (['run.name="a\nb"'], "run.name", "line breaks"),
+        (["run.dir='/runs/back\\slash'"], "run.dir=/runs/back\\slash", "Slurm takes the backslashes out"),
         (["cluster.container.workdir=/w"], "cluster.container", "without cluster.container.image"),
         ([*CONTAINER, "run.dir=results/x"], "run.dir=results/x", "absolute"),
         (["+cluster.sbatch_args.nodes=3"], "cluster.sbatch_args.nodes", "trainer.num_nodes"),
@@ -216,6 +253,7 @@ def test_a_bare_time_in_a_file_is_refused(tmp_path):
     words = ["--config-path", str(tmp_path / "conf"), "cluster=mine", "model.path=/m", "data.train=/t"]
     with pytest.raises(ConfigError, match=r"cluster\.time=14400: write HH:MM:SS"):
         parse(compose(read_command_line([*words, "data.validation=/v"])))
+    assert config_of("cluster.time=4:00:00").cluster.time == "4:00:00"  # Hydra reads words in its own way
 
 
 def test_secrets_are_in_no_script_and_in_no_tree_that_is_written():

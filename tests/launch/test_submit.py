@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 
 from nemo_aapo.cli import launch
+from nemo_aapo.cli.main import command_of_ranks
 from nemo_aapo.errors import REFUSED
+from nemo_aapo.launch.slurm import submit
 from nemo_aapo.launch.slurm.commands import outside_of_jobs
 from nemo_aapo.launch.slurm.paths import RunPaths, add_jobs, original_of, own_jobs, read_jobs
+from nemo_aapo.launch.slurm.script import Site
 from nemo_aapo.launch.slurm.submit import moved
-from nemo_aapo.prepare import prepare
+from nemo_aapo.launch.sweep import quoted
+from nemo_aapo.prepare import prepare, settings_of
 from nemo_aapo.run.directory import claim
 from tests.tiny_models import save_empty_input
 
@@ -75,6 +81,21 @@ def test_paths_into_the_old_directory_lead_into_the_new_one_and_nothing_else_cha
     assert tree["run"]["dir"] == "x"
 
 
+def test_in_an_allocation_too_the_checkout_stands_before_the_users_own_path(tmp_path, monkeypatch):
+    words = [
+        *save_empty_input(tmp_path),
+        "cluster=interactive",
+        "+cluster.env.PYTHONPATH=/mine",
+        "+cluster.env.TOKEN=s",
+    ]
+    monkeypatch.setenv("PYTHONPATH", "/shell")
+    started = {}
+    monkeypatch.setattr(submit.os, "execve", lambda path, words, environment: started.update(environment))
+    config, tree = settings_of(words)
+    submit.run_interactively(config, tree, Site("python", Path("/checkout"), tmp_path))
+    assert (started["PYTHONPATH"], started["TOKEN"]) == ("/checkout:/mine", "s")
+
+
 def test_a_submission_from_within_a_job_takes_nothing_of_it_along():
     """What ``salloc --mem-per-cpu``, ``srun --mpi`` and torchrun set."""
     stays = {"SLURM_CONF": "/etc/slurm.conf", "SBATCH_ACCOUNT": "lab", "HOME": "/h", "RANKING": "1", "MY_SLURM_X": "1"}
@@ -97,3 +118,20 @@ def test_fewer_steps_than_were_made_are_refused_before_ranks_are_started_or_a_jo
     assert "holds a checkpoint of step 3 already" in told.err
     assert told.out == ""
     assert launch.main([*asked, "trainer.max_steps=3"]) == 0
+
+
+@pytest.mark.parametrize("name", ["a b", "lr=1e-4", "it's"])
+def test_what_is_printed_to_be_pasted_is_one_word_for_each_word_whatever_the_directory(tmp_path, capsys, name):
+    run = tmp_path / name
+    words = [*save_empty_input(tmp_path), f"run.dir={quoted(str(run))}", "exp_manager.create_tensorboard_logger=false"]
+    assert launch.main([*words, "dry_run=true"]) == 0
+    command = shlex.split(capsys.readouterr().out.partition(" ranks of: ")[2])
+    assert command == command_of_ranks("train", words)
+    run.mkdir()
+    (run / "run.json").write_text("{}")
+    hint = shlex.split(Site.here().launcher("status", run))
+    assert hint[:2] == ["python", "scripts/launch.py"]
+    assert launch.main(hint[2:]) == 0
+    assert "not begun" in capsys.readouterr().out
+    installed = Site("python", None, tmp_path)
+    assert shlex.split(installed.launcher("status", run)) == ["nemo-aapo", "launch", "status", str(run)]

@@ -11,14 +11,16 @@ import time
 
 import pytest
 
+from nemo_aapo.cli import launch
 from nemo_aapo.config import parse
 from nemo_aapo.config.command_line import read_command_line
 from nemo_aapo.config.compose import compose
-from nemo_aapo.errors import ConfigError
+from nemo_aapo.errors import REFUSED, ConfigError
 from nemo_aapo.launch import sweep
 from nemo_aapo.launch.slurm.script import Site
 from nemo_aapo.launch.sweep import points
 from nemo_aapo.run.names import STORE
+from tests.tiny_models import save_empty_input
 
 
 @pytest.mark.parametrize(
@@ -95,6 +97,19 @@ def test_an_array_has_a_task_for_each_run_and_no_task_waits_for_another(config, 
     for wrong in ([config, bigger], [chain, chain]):
         with pytest.raises(ConfigError, match=r"launch\.py sweep"):
             sweep.render_array(wrong, site, tmp_path / "sweep", None)
+
+
+def test_a_sweep_is_refused_where_its_runs_would_be_out_of_sight(tmp_path, capsys):
+    words = [*save_empty_input(tmp_path), "seed=1,2", "dry_run=true", "exp_manager.create_tensorboard_logger=false"]
+    assert launch.main(["sweep", *words]) == 0
+    assert capsys.readouterr().out.count("seed-") == 4
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    for directory in ("run", "run/below"):
+        assert launch.main(["sweep", *words, f"run.dir={tmp_path}/{directory}"]) == REFUSED
+        assert f"run.dir={tmp_path}/{directory}: {tmp_path}/run is a run" in capsys.readouterr().err
+    assert launch.main(["sweep", *words, f"run.dir={tmp_path}/train.jsonl"]) == REFUSED
+    assert f"{tmp_path}/train.jsonl is a file, where a directory is needed" in capsys.readouterr().err
 
 
 def test_a_run_is_done_when_it_has_made_the_steps_that_it_is_now_asked_for(config, tmp_path):

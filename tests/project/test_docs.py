@@ -130,6 +130,19 @@ def test_modules_that_pages_name_are_there():
             assert (ROOT / name).is_file() or (ROOT / "nemo_aapo" / name).is_file(), f"{page.relative_to(ROOT)}: {name}"
 
 
+def test_classes_that_docstrings_name_by_their_module_are_there():
+    package, found = ROOT / "nemo_aapo", 0
+    for path in (ROOT / path for path in TRACKED if path.startswith("nemo_aapo/") and path.endswith(".py")):
+        for module, name in re.findall(r"``(?:nemo_aapo\.)?((?:[a-z]\w*\.)+)([A-Z]\w*)``", path.read_text()):
+            place = package.joinpath(*module.split(".")[:-1])
+            if (package / module.split(".")[0]).is_dir():  # and no other library's
+                found += 1
+                file = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+                there = file.is_file() and re.search(rf"^(class )?{name}\b", file.read_text(), re.MULTILINE)
+                assert there, f"{path.relative_to(ROOT)}: {module}{name}"
+    assert found > 10
+
+
 def test_tests_that_pages_name_are_there():
     for page in PAGES:
         for written in re.findall(r"tests/[\w/{},.*]*[\w}/*]", page.read_text()):

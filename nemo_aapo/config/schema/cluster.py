@@ -62,7 +62,8 @@ class Cluster:
     partition: str | None = setting("Slurm's --partition", decides=False)
     qos: str | None = setting("Slurm's --qos", decides=False)
     time: str = setting(
-        "limit of one job, HH:MM:SS or D-HH:MM:SS, in quotes: YAML reads a bare 4:00:00 as 14400", decides=False
+        "limit of one job, HH:MM:SS or D-HH:MM:SS; in a file in quotes: YAML reads a bare 4:00:00 as 14400",
+        decides=False,
     )
     gpus_per_node: int = setting("GPUs asked for on each node; 0: none", decides=False, minimum=0, sane=RANKS_OF_NODE)
     cpus_per_task: int | None = setting("cores of each rank", decides=False, minimum=1, sane=100_000)

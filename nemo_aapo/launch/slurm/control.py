@@ -9,6 +9,7 @@ from nemo_aapo.errors import ConfigError, RunError
 from nemo_aapo.launch.slurm.attempts import History, read_history, summary
 from nemo_aapo.launch.slurm.commands import JobState, job_states, slurm
 from nemo_aapo.launch.slurm.paths import RunPaths, is_same, original_of, own_jobs, read_jobs
+from nemo_aapo.launch.slurm.script import Site
 from nemo_aapo.launch.slurm.submit import submit_again
 from nemo_aapo.run.metrics_file import number
 from nemo_aapo.run.state import RunState, read_state
@@ -79,7 +80,7 @@ def cancel(paths: RunPaths) -> str:
         there, ids = next(iter(_originals(paths).items()))
         raise RunError(
             f"{paths.run_dir}: nothing was submitted from here. It is a copy of {there}, which job {', '.join(ids)} "
-            f"belongs to: scripts/launch.py cancel run.dir={there}"
+            f"belongs to: {Site.here().launcher('cancel', there)}"
         )
     return _cancelled(active) if active else "no job of this run waits or runs"
 

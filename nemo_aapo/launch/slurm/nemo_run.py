@@ -91,9 +91,9 @@ def _executor(nemo_run: Any, config: Config, site: Site, role: Role) -> Any:
     dependency = {"dependency": cluster.dependency} if cluster.dependency else {}
     environment = shlex.quote(str(paths.environment))
     setup = [
-        *python_path(site),
         *cluster.setup,
         f"set +vx; source {environment}; set -vx",  # nemo-run's script shows every line that it executes
+        *python_path(site),
         f"export NEMO_AAPO_TRAIN_ADDRESSES=$({shlex.join([site.python, '-c', _ADDRESSES])})",
         f"export {STARTED}=${{SLURM_JOB_START_TIME:-$(date +%s)}}",  # the trainer's time limit counts from there
         f"export MASTER_PORT=$({shlex.quote(site.python)} -m nemo_aapo.launch.slurm.rank port $((SLURM_JOB_ID * 7)))",

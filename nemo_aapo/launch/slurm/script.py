@@ -45,6 +45,11 @@ class Site:
         installed = config_directory().is_relative_to(package)
         return cls(sys.executable, None if installed else package.parent, Path.cwd())
 
+    def launcher(self, action: str, directory: Path) -> str:
+        """What a person types for an action on a run or a folder of runs, to be pasted into a shell."""
+        command = ["nemo-aapo", "launch"] if self.checkout is None else ["python", "scripts/launch.py"]
+        return shlex.join([*command, action, str(directory)])
+
 
 @dataclass(frozen=True)
 class Role:
@@ -225,16 +230,16 @@ def _script(config: Config, site: Site, blocks: Sequence[Mapping[str, Any]], com
         "",
         "set -euo pipefail",
         "trap '' USR1  # a warning of the time limit must not end what has no handler yet",
-        *python_path(site),
         *config.cluster.setup,
     ]
     if config.cluster.env:
         lines += ["# shellcheck source=/dev/null", f"source {shlex.quote(str(paths_of(config, site).environment))}"]
+    lines += python_path(site)
     return "\n".join([*lines, "", _wrapped(["exec", *command])]) + "\n"
 
 
 def python_path(site: Site) -> list[str]:
-    """The line of bash by which every Python of the job finds the checkout's package."""
+    """The line of bash by which every Python of the job finds the checkout's package; it comes after the user's own."""
     if site.checkout is None:
         return []
     return [f"export PYTHONPATH={shlex.quote(str(site.checkout))}${{PYTHONPATH:+:$PYTHONPATH}}"]
@@ -244,9 +249,14 @@ def directives(block: Mapping[str, Any]) -> list[str]:
     """sbatch's flags as lines of a script; True: a flag without a value, None or False: left out."""
     asked = {flag: value for flag, value in block.items() if value is not None and value is not False}
     return [
-        f"#SBATCH --{flag}" if value is True else f"#SBATCH --{flag}={shlex.quote(str(value))}"
+        f"#SBATCH --{flag}" if value is True else f"#SBATCH --{flag}={_quoted(str(value))}"
         for flag, value in asked.items()
     ]
+
+
+def _quoted(value: str) -> str:
+    """As bash takes it, but that sbatch reads a backslash as an escape inside of quotes, too."""
+    return shlex.quote(value).replace("\\", "\\\\")
 
 
 def _wrapped(words: Sequence[str]) -> str:

@@ -78,7 +78,7 @@ def submit_training(config: Config, tree: dict[str, Any], site: Site) -> int:
         ids.append(nemo_run.submit(config, site) if through_nemo_run else sbatch(paths.script))
         add_jobs(paths, [{"id": ids[-1], "what": "train"}], site.directory)
     print(f"submitted {', '.join(ids)}: {paths.script}")
-    print(f"how it fares: python scripts/launch.py status run.dir={config.run.dir}")
+    print(f"how it fares: {site.launcher('status', paths.run_dir)}")
     return 0
 
 
@@ -167,7 +167,7 @@ def submit_evaluation(config: Config, tree: dict[str, Any], site: Site) -> int:
     job = sbatch(paths.script)
     add_jobs(paths, [{"id": job, "what": "evaluate"}], site.directory)
     print(f"submitted {job}: {paths.script}")
-    print(f"how it fares: python scripts/launch.py status {paths.run_dir}")
+    print(f"how it fares: {site.launcher('status', paths.run_dir)}")
     return 0
 
 
@@ -181,7 +181,7 @@ def run_interactively(config: Config, tree: dict[str, Any], site: Site) -> int:
     freeze(config, tree, site)
     environment = {**os.environ, **{name: str(value) for name, value in config.cluster.env.items()}}
     if site.checkout is not None:
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(site.checkout), os.environ.get("PYTHONPATH")]))
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(site.checkout), environment.get("PYTHONPATH")]))
     os.execve(words[0], words, environment)
 
 

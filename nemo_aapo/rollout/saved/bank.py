@@ -84,7 +84,11 @@ class RolloutBank:
     def keep_only(self, records: Mapping[int, Sequence[bytes]], taken_before: int) -> None:
         """Leave these records by step, and the choices of earlier steps. For one process, before others write.
 
-        They are written before the others go: a kill in between loses none. Errors are treated as in ``add``.
+        They are written before the others go: a kill in between loses none. Those that can't be written are lost, as
+        in ``add``.
+
+        Raises:
+            RunError: the others can't be removed: a later start would take them for this one's.
         """
         kept = set[Path]()
         try:
@@ -94,10 +98,13 @@ class RolloutBank:
                 kept.add(path)
         except OSError as error:
             self._end(error)
-        for path in [*self.directory.glob(f"*{ENDING}"), *self.directory.glob("*.json")]:
-            of_step = step_of(path.stem.rpartition("_")[0] if path.suffix == ENDING else path.stem)
-            if of_step is not None and path not in kept and (path.suffix == ENDING or of_step >= taken_before):
-                path.unlink()
+        try:
+            for path in [*self.directory.glob(f"*{ENDING}"), *self.directory.glob("*.json")]:
+                of_step = step_of(path.stem.rpartition("_")[0] if path.suffix == ENDING else path.stem)
+                if of_step is not None and path not in kept and (path.suffix == ENDING or of_step >= taken_before):
+                    path.unlink()
+        except OSError as error:
+            raise RunError(f"{self.directory}: outdated rollouts can't be removed ({error}). {REMEDY}") from error
 
     def _claim(self) -> None:
         path = self.directory / MANIFEST
@@ -175,18 +182,24 @@ class RolloutBank:
             shutil.rmtree(self.directory, ignore_errors=True)
 
     def forget(self, before: int, taken_before: int = 0) -> None:
-        """The records of earlier steps, and of what steps trained on, are not needed: a checkpoint covers them."""
+        """The records of earlier steps, and of what steps trained on, are not needed: a checkpoint covers them.
+
+        Errors are treated as in ``add``: what stays is passed over by whoever goes on from that checkpoint.
+        """
         with self._lock:
             for covered in [step for step in self._files if step < before]:
                 os.close(self._files.pop(covered))
         if self.rank == 0:
-            for path in self.directory.glob(f"*{ENDING}"):
-                step = step_of(path.stem.rpartition("_")[0])
-                if step is not None and step < before:
-                    path.unlink(missing_ok=True)
-            for path in self.directory.glob("*.json"):
-                if (step := step_of(path.stem)) is not None and step < taken_before:
-                    path.unlink(missing_ok=True)
+            try:
+                for path in self.directory.glob(f"*{ENDING}"):
+                    step = step_of(path.stem.rpartition("_")[0])
+                    if step is not None and step < before:
+                        path.unlink(missing_ok=True)
+                for path in self.directory.glob("*.json"):
+                    if (step := step_of(path.stem)) is not None and step < taken_before:
+                        path.unlink(missing_ok=True)
+            except OSError as error:
+                self._end(error)
 
     def _path(self, step: int) -> Path:
         return self.directory / f"{step_name(step)}_{self.rank}{ENDING}"

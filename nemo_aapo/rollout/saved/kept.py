@@ -27,7 +27,7 @@ from nemo_aapo.run.experiment import rollout_rows
 from nemo_aapo.run.names import ROLLOUTS, kept_name, step_of
 from nemo_aapo.seeds import stream_seed
 from nemo_aapo.types import Completion, Group
-from nemo_aapo.utils.background import Background
+from nemo_aapo.utils.background import BestEffort
 from nemo_aapo.utils.files import to_json, write_atomic
 
 if TYPE_CHECKING:
@@ -61,8 +61,8 @@ class KeptRollouts:
             decode: token ids -> text.
             note: takes a line for people.
         """
-        self.config, self.learner, self.note = config, learner, note
-        self._job = Background("kept rollouts")
+        self.config, self.learner = config, learner
+        self._job = BestEffort("kept rollouts", note)
         self._files = KeptFiles(Path(config.run.dir) / ROLLOUTS, config.rollout.keep_bytes, decode)
 
     def choose(self, step: int, groups: Sequence[Group]) -> list[KeptGroup]:
@@ -97,15 +97,11 @@ class KeptRollouts:
             kept: all ranks', in the order of the step's groups.
         """
         if parallel.rank() == 0 and kept:
-            self.wait()
-            self._job.start(lambda: self._files.write(step, kept))
+            self._job.start(f"rollouts of step {step}", lambda: self._files.write(step, kept))
 
     def wait(self) -> None:
         """Return when all is written: a checkpoint comes after what was kept of its step."""
-        try:
-            self._job.wait()
-        except Exception as error:
-            self.note(f"warning: rollouts could not be kept: {error}")
+        self._job.wait()
 
 
 def chosen_groups(seed: int, step: int, groups: int, keep: int | Literal["all"]) -> list[int]:

@@ -126,6 +126,23 @@ def test_records_go_with_the_checkpoint_that_covers_them(tmp_path):
     ]
 
 
+def test_a_folder_that_nothing_can_be_removed_from_refuses_a_start_by_name_and_ends_no_run(tmp_path, monkeypatch):
+    said = []
+    kept = bank(tmp_path, note=said.append)
+    kept.recover()
+    kept.add(2, PROMPTS[0], completions(0))
+
+    def refused(path, missing_ok=False):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("pathlib.Path.unlink", refused)
+    with pytest.raises(RunError, match=r"bank: outdated rollouts can't be removed.*denied.*rollout\.bank=off"):
+        kept.keep_only({}, 3)
+    kept.forget(before=3)
+    assert len(said) == 1
+    assert "Permission denied" in said[0]
+
+
 @pytest.mark.parametrize("fault", ["killed", "full"])
 def test_what_is_left_of_a_bank_is_written_before_the_rest_goes(tmp_path, monkeypatch, fault):
     said = []
