@@ -87,7 +87,8 @@ def time_table(runs: Mapping[str, Sequence[Record]], costs: Mapping[str, Mapping
 def completions(directory: Path) -> str:
     """The greedy answers to the first held-out questions, before and after training."""
     paths = [directory / "rollouts" / f"step_{step:06d}.jsonl" for step in (0, STEPS)]
-    before, after = ([json.loads(line) for line in path.read_text("utf-8").splitlines()][:SHOWN] for path in paths)
+    lines = [path.read_text("utf-8").split("\n")[:-1] for path in paths]
+    before, after = ([json.loads(line) for line in of[:SHOWN]] for of in lines)
     rows = [
         [str(old["answer"]), *(f"{row['completion']!r}{' ✓' * (row['reward'] == 1)}" for row in (old, new))]
         for old, new in zip(before, after, strict=True)

@@ -131,8 +131,8 @@ def make_base(task: Task, directory: Path, log: Callable[[str], None]) -> None:
         DataError: reasoning-gym is needed and not there; says how to install it.
     """
     make_base_model(directory, task.recipe, force=False, log=log)
-    lines = (directory / "data" / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    write_atomic(directory / DATA, "".join(lines[:PROMPTS]))
+    lines = (directory / "data" / "train.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    write_atomic(directory / DATA, "".join(f"{line}\n" for line in lines[:PROMPTS]))
 
 
 def find_reasoning_gym() -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+from nemo_aapo.report.completions import read_verdicts, validated_steps
 
 OF_NO_ACCOUNT = (
     "run.",
@@ -42,21 +45,25 @@ def seeds_alike(runs: Sequence[Run]) -> list[list[int]]:
 def paired_differences(runs: Sequence[Run]) -> list[dict[str, Any] | None]:
     """How each run's held-out accuracy differs from the first one's, prompt by prompt, at their last common validation.
 
-    Pairing leaves out how hard a prompt is, which both runs share: the standard error is that of the mean over prompts
-    of the differences, and smaller than what the two accuracies' own errors suggest.
+    It is that of the sampled completions, of all prompts; of the greedy ones where none are sampled. Pairing leaves out
+    how hard a prompt is, which both runs share: the standard error is that of the mean over prompts of the differences,
+    and smaller than what the two accuracies' own errors suggest.
 
     Returns:
         ``{"difference", "stderr", "step", "prompts"}`` for each run; None for the first, and where nothing is common.
+
+    Raises:
+        RunError: a file is damaged.
     """
-    first = runs[0]["history"]
-    return [None, *(_paired(first, run["history"]) for run in runs[1:])]
+    return [None, *(_paired(runs[0], run) for run in runs[1:])]
 
 
-def _paired(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any] | None:
-    common = sorted(set(one["steps"]) & set(other["steps"]))
+def _paired(one: Run, other: Run) -> dict[str, Any] | None:
+    common = set.intersection(*(set(validated_steps(Path(run["directory"]))) for run in (one, other)))
     if not common:
         return None
-    shares = [_shares(history, common[-1]) for history in (one, other)]
+    step = max(common)
+    shares = [_shares(run, step) for run in (one, other)]
     differences = [shares[1][source] - shares[0][source] for source in shares[0].keys() & shares[1].keys()]
     if len(differences) < 2:
         return None
@@ -64,13 +71,12 @@ def _paired(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any] 
     return {
         "difference": statistics.fmean(differences),
         "stderr": error,
-        "step": common[-1],
+        "step": step,
         "prompts": len(differences),
     }
 
 
-def _shares(history: Mapping[str, Any], step: int) -> dict[str, float]:
-    """Place of a prompt in the data -> the share of its completions that were right."""
-    at = history["steps"].index(step)
-    counts = {prompt["source"]: prompt["at"][at] for prompt in history["prompts"]}
-    return {source: count[0] / count[1] for source, count in counts.items() if count}
+def _shares(run: Run, step: int) -> dict[str, float]:
+    """Place of a prompt in the data -> the share of its sampled completions that were right."""
+    verdicts = read_verdicts(Path(run["directory"]), step, str(run["verdict"]))
+    return {source: statistics.fmean(right[1:] or right) for source, right in verdicts.items()}

@@ -1,6 +1,6 @@
 """The completions that the page shows: of training steps spread over the run, and how each held-out prompt fared.
 
-A completion is hostile input. Here it is only cut to a length; what makes it inert stands in ``page.py`` and in the
+A completion is hostile input. Here it is only cut to a length; what makes it inert stands in ``inert.py`` and in the
 page's script.
 """
 
@@ -17,6 +17,7 @@ import numpy as np
 from safetensors.numpy import load
 
 from nemo_aapo.errors import RunError
+from nemo_aapo.report.inert import inert_json
 from nemo_aapo.run.names import ROLLOUTS, kept_name, step_name, step_of
 from nemo_aapo.types import RIGHT
 from nemo_aapo.utils.files import fitting
@@ -92,7 +93,7 @@ def read_history(directory: Path, verdict: str, budget: float = 1.0) -> dict[str
         RunError: a file is damaged.
     """
     folder = directory / ROLLOUTS
-    steps = sorted(spread(_steps_in(folder, "step"))[:VALIDATIONS])
+    steps = sorted(spread(validated_steps(directory))[:VALIDATIONS])
     prompts: dict[str, dict[str, Any]] = {}
     told: set[str] = set()
     for place, step in enumerate(steps):
@@ -107,10 +108,34 @@ def read_history(directory: Path, verdict: str, budget: float = 1.0) -> dict[str
             at = prompts[row["source"]]["at"]
             if at[place] is None:
                 at[place] = [0, 0, row["completion"][-ANSWER_TAIL:] if row["source"] in told else None]
-            value = row["reward_parts"].get(verdict)
-            at[place][0] += value is not None and value >= RIGHT
+            at[place][0] += _is_right(row, verdict)
             at[place][1] += 1
     return {"steps": steps, "prompts": list(prompts.values())}
+
+
+def validated_steps(directory: Path) -> list[int]:
+    """Steps whose validation left its completions, in order."""
+    return _steps_in(directory / ROLLOUTS, "step")
+
+
+def read_verdicts(directory: Path, step: int, verdict: str) -> dict[str, list[bool]]:
+    """Place of a held-out prompt in the data -> which of its completions were right; the greedy one comes first.
+
+    Args:
+        verdict: see ``read_history``.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    found: dict[str, list[bool]] = {}
+    for row in _rows(directory / ROLLOUTS / f"{step_name(step)}.jsonl"):
+        found.setdefault(row["source"], []).append(_is_right(row, verdict))
+    return found
+
+
+def _is_right(row: Row, verdict: str) -> bool:
+    value = row["reward_parts"].get(verdict)
+    return value is not None and value >= RIGHT
 
 
 def spread(steps: Sequence[int]) -> list[int]:
@@ -228,4 +253,4 @@ def _size(group: Mapping[str, Any]) -> tuple[int, int]:
     """Bytes on the page of its texts and numbers, and of its tokens' figures."""
     tokens = sum(len(json.dumps(c[-1], separators=(",", ":"))) for c in group["completions"] if c[-1] is not None)
     plain = {**group, "completions": [c[:-1] for c in group["completions"]]}
-    return len(json.dumps(plain, ensure_ascii=False).encode("utf-8", "backslashreplace")), tokens
+    return len(inert_json(plain).encode()), tokens

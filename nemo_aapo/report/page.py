@@ -11,7 +11,6 @@ import base64
 import datetime
 import hashlib
 import importlib.resources
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,13 +21,14 @@ from nemo_aapo.report import charts
 from nemo_aapo.report.compare import differing_settings, paired_differences, seeds_alike
 from nemo_aapo.report.completions import read_groups, read_history
 from nemo_aapo.report.findings import findings
+from nemo_aapo.report.inert import inert_json
 from nemo_aapo.report.read import read_run
+from nemo_aapo.report.series import thinned
 from nemo_aapo.report.timeline import read_traces
 from nemo_aapo.utils.files import write_atomic
 
 SCRIPTS = ("uPlot.iife.min.js", "plots.js", "completions.js", "timeline.js", "page.js")
 STYLES = ("uPlot.min.css", "page.css")
-_INERT = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 
 
 def write_report(runs: Sequence[Path], target: Path, state: str | None = None) -> None:
@@ -69,6 +69,7 @@ def describe(run: Path, budget: float = 1.0, state: str | None = None) -> dict[s
     found = read_run(run, state)
     return {
         **found,
+        **{table: thinned(found[table]) for table in ("steps", "validations")},
         "findings": findings(found),
         "groups": read_groups(run, budget),
         "history": read_history(run, str(found["verdict"]), budget),
@@ -100,19 +101,6 @@ def render(runs: Sequence[Mapping[str, Any]]) -> str:
         "DATA": inert_json(data),
     }
     return "".join(parts.get(piece, piece) for piece in _asset("page.html").split("@@"))
-
-
-def inert_json(value: object) -> str:
-    """JSON that may stand in a script element, whatever texts it holds: none of them can end it, and half a surrogate
-    pair, which UTF-8 has no code for, is an escape.
-
-    >>> inert_json("</script>")
-    '"\\\\u003c/script\\\\u003e"'
-    """
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    for character, escape in _INERT.items():
-        text = text.replace(character, escape)
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _escaped(text: str) -> str:

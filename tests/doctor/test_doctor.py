@@ -191,15 +191,34 @@ def test_every_family_that_trains_is_looked_at_planned_or_not(architecture, tmp_
     assert {found.level for found in memory.memory(context(config))} <= {"ok", "skipped"}
 
 
-def test_memory_of_a_container_counts_and_too_little_is_a_failure(config, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("line", "folder", "limit", "usage", "cache"),
+    [
+        ("0::", "", "memory.max", "memory.current", "inactive_file"),
+        ("4:memory:", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ],
+)
+def test_the_smallest_limit_around_this_process_counts_and_the_page_cache_in_it_is_free(
+    tmp_path, line, folder, limit, usage, cache
+):
+    """That of a Slurm job is on its group, its steps' groups below have none; of a container it is at the root."""
+    root, own, free = tmp_path / "cgroup", tmp_path / "own", {}
+    own.write_text(f"9:pids:/other\n{line}/job_7/step_0/task 1\n")
+    for path, most in (("", 2**30), ("job_7", 2**20), ("job_7/step_0", "max"), ("job_8", 4096)):
+        (group := root / folder / path).mkdir(parents=True, exist_ok=True)
+        (group / limit).write_text(f"{most}\n")
+        (group / usage).write_text("8192\n")
+        (group / "memory.stat").write_text(f"anon 1\n{cache} 4096\n")
+        free[path] = memory.free_host_memory(root, own)
+    assert list(free.values()) == [2**30 - 4096, *[2**20 - 4096] * 3]
+    own.write_text(f"{line}/not/seen/in/this/container\n")
+    assert memory.free_host_memory(root, own) == 2**30 - 4096
+
+
+def test_too_little_memory_is_a_failure(config, monkeypatch):
     assert all(finding.level == "ok" for finding in memory.memory(context(config)))
     served = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, engine="remote"))
     assert [finding.name for finding in memory.memory(context(served))] == ["host_memory", "server_memory"]
-    (tmp_path / "memory.max").write_text(f"{2**20}\n")
-    (tmp_path / "memory.current").write_text("4096\n")
-    assert memory.free_host_memory(tmp_path) == 2**20 - 4096
-    (tmp_path / "memory.max").write_text("max\n")
-    assert memory.free_host_memory(tmp_path) > 2**20
     monkeypatch.setattr(memory, "free_host_memory", lambda: 2**20)
     (found,) = memory.memory(context(config))
     assert (found.name, found.level) == ("host_memory", "failure")

@@ -33,8 +33,8 @@ with path.open("a") as file:
             print(json.dumps(line), file=file, flush=True)
         if step % 5 == 0:
             print(json.dumps({"step": step, "validation/accuracy_greedy": step / 20}), file=file, flush=True)
-            row = {"answer": "85", "completion": f"after {step}", "reward": float(step > 0)}
-            (run / "rollouts" / f"step_{step:06d}.jsonl").write_text(json.dumps(row) + "\\n")
+            row = {"answer": "85", "completion": f"after\u2028{step}", "reward": float(step > 0)}
+            (run / "rollouts" / f"step_{step:06d}.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\\n")
         if run.name == "killed" and not done and step == 6:
             time.sleep(60)
 (run / "finished").write_text("{}")
@@ -88,8 +88,8 @@ def test_each_part_is_made_once_a_kill_is_taken_up_twice_and_the_report_says_it(
     }
     text = report.write(here.directory)
     assert text.count("4 of 4") == 2 * COMPARED
-    assert "'after 0'" in text
-    assert "'after 10' ✓" in text
+    assert r"'after\u20280'" in text
+    assert r"'after\u202810' ✓" in text
     assert "AAPO, greedy, held out" in text
     drawing = xml.dom.minidom.parse(str(here.directory / "curves.svg"))
     assert len(drawing.getElementsByTagName("polyline")) == 6

@@ -16,6 +16,7 @@ from nemo_aapo.planning.simulation.lengths import LogNormal, kept_lengths
 from nemo_aapo.planning.simulation.schedule import Seconds, schedule
 from nemo_aapo.planning.simulation.splits import DEPTHS, simulate
 from nemo_aapo.prepare.plan import prepare_plan
+from nemo_aapo.utils.files import to_json
 from tests.planning.planned import made_inputs
 
 WORDS = [
@@ -175,7 +176,8 @@ def test_lengths_have_the_mean_and_the_tail_that_were_asked_for(completions, tai
 def test_kept_completions_of_a_run_are_its_lengths(tmp_path):
     folder = tmp_path / "rollouts"
     folder.mkdir()
-    lines = [json.dumps({"tokens": 10 + n % 3, "completion": "a"}) for n in range(150)]
+    ends = "\u2028\u2029\u0085"  # of lines, to str.splitlines; to_json writes them as they are
+    lines = [to_json({"tokens": 10 + n % 3, "completion": f"a{ends}b"}) for n in range(150)]
     (folder / "train_000001.jsonl").write_text("\n".join(lines) + "\n")
     (folder / "step_000000.jsonl").write_text(json.dumps({"tokens": 9999}) + "\n")  # of a validation
     assert set(kept_lengths(tmp_path).draw(500, "0")) == {10, 11, 12}

@@ -164,10 +164,13 @@ def test_runs_are_drawn_over_each_other_with_their_seeds_as_a_band(browser, tmp_
     browser.open(tmp_path / "comparison.html")
     assert browser.complaints == []
     assert "model.optim.lr" in says(browser, "#differences")
-    assert browser.evaluate("linesOf(DATA.charts.curves[0]).map((line) => [line.label, Boolean(line.low)])") == [
-        ["a (2 seeds)", True],
-        ["c", False],
-    ]
+    drawn = "linesOf(DATA.charts.curves[0]).map((line) => [line.label, Boolean(line.low)])"
+    assert browser.evaluate(drawn) == [["a (2 seeds)", True], ["c", False]]
+    for unticked, left in enumerate(("b", "a")):
+        box = f"document.querySelectorAll('#overview input[type=checkbox]')[{unticked}].click()"
+        browser.evaluate(box)
+        assert browser.evaluate(drawn) == [[left, False], ["c", False]]
+        browser.evaluate(box)
     assert "8 prompts" in says(browser, "#overview")
 
 
@@ -178,3 +181,6 @@ def test_a_long_run_is_a_small_page_that_opens_at_once(browser, tmp_path, monkey
     assert (run / "report.html").stat().st_size < 3_000_000
     assert min(browser.open(run / "report.html") for _ in range(3)) < 2.0
     assert says(browser, "#found") == "2,000 of 2,000 completions"
+    escaped = make_run(tmp_path / "escaped", steps=100, text="<" * 4_000)  # each is six bytes of the page
+    write_report([escaped], escaped / "report.html")
+    assert 1_000_000 < (escaped / "report.html").stat().st_size < 3_000_000

@@ -15,12 +15,14 @@ from nemo_aapo.errors import ConfigError, RunError
 from nemo_aapo.report import completions, own_page
 from nemo_aapo.report.compare import differing_settings, paired_differences, seeds_alike
 from nemo_aapo.report.completions import clipped, read_groups, read_history, spread
+from nemo_aapo.report.inert import inert_json
 from nemo_aapo.report.own_page import OwnPage
-from nemo_aapo.report.page import describe, inert_json
+from nemo_aapo.report.page import describe
 from nemo_aapo.report.read import read_run
-from nemo_aapo.report.series import columns
+from nemo_aapo.report.series import columns, thinned
 from nemo_aapo.report.timeline import read_traces
-from tests.report.made_runs import make_run, make_trace
+from nemo_aapo.utils.files import to_json, write_atomic
+from tests.report.made_runs import make_run, make_trace, row
 
 pytestmark = pytest.mark.slow
 
@@ -99,10 +101,25 @@ def test_a_number_that_is_not_finite_is_a_gap_wherever_it_stands(tmp_path):
 
 def test_a_long_curve_is_thinned_by_means_and_the_lowest_stays_the_lowest():
     lines = [{"step": s, "loss": float(s), "negative_advantage_logprob": -float(s == 77)} for s in range(1, 1001)]
-    thin = columns(lines, points=100)
+    thin = thinned(columns(lines), points=100)
     assert thin["step"] == list(range(10, 1001, 10))
     assert thin["loss"][:2] == [5.5, 15.5]
     assert min(thin["negative_advantage_logprob"]) == -1.0
+
+
+def test_what_is_said_of_a_long_run_is_said_of_its_steps_and_not_of_its_thinned_curves(tmp_path):
+    """Four spikes in 20,000 steps are there, and what ended 150 steps ago is none of the last 20."""
+    run = make_run(tmp_path / "long", steps=1)
+    metrics = {"loss": 0.1, "grad_norm": 1.0, "truncated_fraction": 0.5}
+    changes = {s: {"grad_norm": 100.0} for s in (7, 5_007, 10_007, 15_007)}
+    changes |= {s: {"truncated_fraction": 0.0} for s in range(19_851, 20_001)}
+    lines = ({"step": s, **metrics, **changes.get(s, {})} for s in range(1, 20_001))
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = describe(run)
+    assert len(found["steps"]["grad_norm"]) == len(found["steps"]["step"]) == 2_000
+    assert [finding["text"] for finding in found["findings"]] == [
+        "the gradient norm was above 20 times its median (1) in 3 steps"  # the first quarter is left out
+    ]
 
 
 def test_a_page_has_completions_of_the_whole_run_within_its_budget(run, monkeypatch):
@@ -167,7 +184,7 @@ def test_runs_are_told_apart_by_settings_and_paired_by_prompt(tmp_path, monkeypa
     assert seeds_alike(found) == [[0, 1], [2]]
     _, same, other = paired_differences(found)
     assert (same["difference"], same["stderr"], same["prompts"], same["step"]) == (0.0, 0.0, 8, 8)
-    assert other["difference"] == pytest.approx(-2 / 3)
+    assert other["difference"] == pytest.approx(-1)  # the greedy one, which is right, is not among the sampled ones
     history = read_history(made[0], "math")
     assert history["steps"] == [0, 2, 4, 6, 8]
     assert [prompt["at"][0] for prompt in history["prompts"]][:2] == [[0, 3, "answer 0"], [0, 3, "answer 0"]]
@@ -178,6 +195,22 @@ def test_runs_are_told_apart_by_settings_and_paired_by_prompt(tmp_path, monkeypa
     assert (tmp_path / "all.html").stat().st_size > 100_000
     assert report.main([str(made[0])]) == runs.main([str(tmp_path)]) == 0
     assert report.main([str(tmp_path / "nowhere")]) == 2
+
+
+def test_runs_are_paired_at_their_last_common_validation_on_all_prompts_by_their_sampled_completions(tmp_path):
+    """However many validations a page shows, and however many runs share it: 40 and 39 validations, 64 prompts."""
+    runs = [tmp_path / "long", tmp_path / "short"]
+    for run, last in zip(runs, (390, 380), strict=True):
+        for step in range(0, last + 1, 10):
+            rights = (run.name == "short", step == 380, step == 380 and run.name == "short")  # greedy, two samples
+            rows = [row(str(n), "", float(right), None) for n in range(64 if step == 380 else 2) for right in rights]
+            write_atomic(run / "rollouts" / f"step_{step:06d}.jsonl", "".join(to_json(r) + "\n" for r in rows))
+    described = [{"directory": str(run), "verdict": "math"} for run in runs]
+    _, found = paired_differences(described)
+    assert found == {"difference": 0.5, "stderr": 0.0, "step": 380, "prompts": 64}
+    for path in (runs[1] / "rollouts").iterdir():
+        path.rename(path.with_name(f"step_{int(path.stem[5:]) + 1:06d}.jsonl"))
+    assert paired_differences(described) == [None, None]
 
 
 @pytest.mark.parametrize(

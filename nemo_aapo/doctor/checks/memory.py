@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,11 +14,12 @@ from nemo_aapo.planning import hardware, models
 from nemo_aapo.planning.inputs import Inputs, Question, plan_inputs
 from nemo_aapo.planning.memory import rank_memory, server_memory
 
-CGROUPS = (
-    ("memory.max", "memory.current"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-)
-"""Files with limit and usage below /sys/fs/cgroup, in version 2 and version 1."""
+CGROUPS = {
+    "": ("", "memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+"""Controller in /proc/self/cgroup, none in version 2 -> its folder below /sys/fs/cgroup, a group's files with limit and
+usage, and the entry of memory.stat with the page cache in it that is given back before memory runs out."""
 DEVICE_PARTS = ("weights", "gradients", "optimizer")
 """Parts of a plan that stay in memory as long as the run trains."""
 REMEDY = "raise the tensor- or pipeline-parallel size, or use machines with more memory"
@@ -88,14 +90,28 @@ def judge(name: str, need: float, free: int, what: str, peak: float | None = Non
     return Finding(name, "ok", text)
 
 
-def free_host_memory(root: Path = Path("/sys/fs/cgroup")) -> int:
-    """Free bytes of the machine or, if that is less, of the container or job that this process is in."""
+def free_host_memory(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
+    """Free bytes of the machine or, if that is less, of the container or job that this process is in.
+
+    A container may see its own group as the root, under which the path that ``own`` names isn't there.
+    """
     import psutil
 
     free = [psutil.virtual_memory().available]
-    for limit, usage in CGROUPS:
-        try:
-            free.append(int((root / limit).read_text()) - int((root / usage).read_text()))
-        except (OSError, ValueError):  # not this version, or "max"
-            continue
-    return min(free)
+    for line in own.read_text().splitlines():
+        _, controller, path = line.split(":", 2)
+        if controller in CGROUPS:
+            folder, *names = CGROUPS[controller]
+            group = root / folder / path.lstrip("/")
+            free += [_free_in_group(at, *names) for at in (group, *group.parents)]
+    return int(min(free))
+
+
+def _free_in_group(group: Path, limit: str, usage: str, reclaimable: str) -> float:
+    """Bytes; infinite where the group has no limit, or isn't one."""
+    try:
+        most, used = (int((group / name).read_text()) for name in (limit, usage))
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return most - used + int(statistics[reclaimable])
+    except (OSError, ValueError, KeyError):  # "max" is no number
+        return math.inf

@@ -98,7 +98,7 @@ def kept_lengths(run: Path) -> Kept:
     """
     found = []
     for path in sorted((run / ROLLOUTS).glob("train_*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in filter(None, path.read_text(encoding="utf-8").split("\n")):
             try:
                 found.append(max(1, int(json.loads(line)["tokens"])))
             except (ValueError, KeyError, TypeError):

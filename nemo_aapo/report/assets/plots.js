@@ -96,8 +96,8 @@ function runLine(run, chart, index) {
 // Runs that differ by their seed alone as one mean, with a band from the lowest to the highest of them.
 function meanLines(chart) {
   return DATA.alike.flatMap((members, tint) => {
-    const runs = members.filter((i) => !view.hidden.has(i)).map((i) => DATA.runs[i]);
-    const lines = runs.flatMap((run, k) => runLine(run, chart, members[k]));
+    const left = members.filter((i) => !view.hidden.has(i)), runs = left.map((i) => DATA.runs[i]);
+    const lines = left.flatMap((i) => runLine(DATA.runs[i], chart, i));
     if (lines.length < 2) return lines.map((line) => ({ ...line, tint }));
     const at = new Map();
     for (const run of runs) {
