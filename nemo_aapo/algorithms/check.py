@@ -192,10 +192,10 @@ def _run(objective: Objective, batch: _Batch, parts: Sequence[Tokens]) -> Result
 
 def _differs(one: Result, other: Result) -> str:
     scale = float(one[1].abs().max()) + 1e-12
-    if abs(one[0] - other[0]) > TOLERANCE * (abs(one[0]) + scale):
+    if not abs(one[0] - other[0]) <= TOLERANCE * (abs(one[0]) + scale):  # NaN is not
         return f"the loss is {other[0]:.6g} in place of {one[0]:.6g}"
     difference = float((one[1] - other[1]).abs().max())
-    return f"the gradient is off by {difference / scale:.1%} of its largest entry" if difference > 1e-7 * scale else ""
+    return "" if difference <= 1e-7 * scale else f"the gradient is off by {difference / scale:.1%} of its largest entry"
 
 
 def _cuts(batch: _Batch) -> Iterator[list[list[int]]]:

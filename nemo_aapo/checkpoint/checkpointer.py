@@ -5,6 +5,7 @@
         manifest.json                                             trainer state, checksums (see manifest.py)
     <run.dir>/checkpoints/.step_000050.partial/  a save that was interrupted; removed at the next start or save
     <run.dir>/checkpoints/step_000050.damaged/   what ``latest_good`` went back from; never removed, for people to judge
+                                                              (one that is damaged again: .damaged.2)
 
 When to save is the trainer's business. In the background, ``save`` returns as soon as there is a copy of the state in
 the host's memory; a thread writes it while training goes on. Its collectives run in a process group of their own.

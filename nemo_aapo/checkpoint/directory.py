@@ -5,6 +5,7 @@ One rank works here; nothing is collective, and there is no torch. ``checkpointe
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import tempfile
@@ -121,8 +122,9 @@ class CheckpointDirectory:
         A kill may have come between a save and the removal of older ones.
         """
         for newer, reason in damaged.items():
-            aside = newer.with_name(f"{newer.name}.damaged")
-            remove_directory(aside)
+            ends = itertools.chain([""], map(".{}".format, itertools.count(2)))
+            names = (newer.with_name(f"{newer.name}.damaged{end}") for end in ends)
+            aside = next(name for name in names if not name.exists())
             os.rename(newer, aside)
             logger.warning("went back to %s, since %s; what there is of %s is now %s", path, reason, newer, aside)
         self.prune(path)

@@ -9,7 +9,7 @@ from nemo_aapo.checkpoint import manifest
 from nemo_aapo.checkpoint.manifest import Manifest
 from nemo_aapo.config import ModelShape
 from nemo_aapo.conversion.source import ModelSource, lora_of, run_settings, shown_setting
-from nemo_aapo.errors import CheckpointError, ConfigError, RunError
+from nemo_aapo.errors import ConfigError, RunError, first_line
 from nemo_aapo.models import directory as model_dir
 from nemo_aapo.models import writer as hf_directory
 from nemo_aapo.run.metrics_file import number
@@ -79,8 +79,6 @@ def _companions(path: Path) -> list[str]:
 
 
 def _checkpoint(path: Path, source: ModelSource) -> list[str]:
-    from nemo_aapo.checkpoint import format as torch_dist
-
     content = manifest.read(path)
     what = "Megatron model       " if source.kind == "megatron" else "Megatron checkpoint  "
     layout = content.layout
@@ -99,20 +97,23 @@ def _checkpoint(path: Path, source: ModelSource) -> list[str]:
         lines += [f"{key:20} {value}" for key, value in content.trainer_state.items()]
     else:
         lines.append(f"configuration        digest {content.config_digest}")
+    return [*lines, f"files                {_files(path, content)}", *_tensors(path), *_base(source)]
+
+
+def _tensors(path: Path) -> list[str]:
+    from nemo_aapo.checkpoint import format as torch_dist
+
     try:
         header = torch_dist.read_header(path)
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    for title, tensors in (
-        ("model", torch_dist.weights(header)),
-        ("optimizer", torch_dist.optimizer_tensors(header)),
-    ):
+    except Exception as error:  # damaged in whatever way: the line before it has the files' names
+        return [f"header               can't be read ({type(error).__name__}: {first_line(error)})"]
+    lines = []
+    for title, tensors in (("model", torch_dist.weights(header)), ("optimizer", torch_dist.optimizer_tensors(header))):
         if tensors:
             count = sum(prod(entry.size) for entry in tensors.values())
             dtypes = {hf_directory.dtype_name(entry.properties.dtype) for entry in tensors.values()}
             lines.append(f"{title:20} {count:,} numbers in {len(tensors)} tensors of {', '.join(sorted(dtypes))}")
-    lines.append(f"files                {_files(path, content)}")
-    return [*lines, *_base(source)]
+    return lines
 
 
 def _base(source: ModelSource) -> list[str]:

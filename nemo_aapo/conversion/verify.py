@@ -179,7 +179,8 @@ def _distances(
         raw.append((ours - theirs).abs().max())
         logprob.append((ours.log_softmax(-1) - theirs.log_softmax(-1)).abs().max())
         same.append((ours.argmax(-1) == theirs.argmax(-1)).float())
-    return float(max(raw)), float(max(logprob)), float(torch.cat(same).mean())
+    largest = [float(torch.stack(found).max()) for found in (raw, logprob)]  # NaN is the largest, as it is not of max()
+    return largest[0], largest[1], float(torch.cat(same).mean())
 
 
 def read_questions(path: Path, field: str, count: int) -> list[str]:

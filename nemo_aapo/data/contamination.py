@@ -7,8 +7,19 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 
 _LATEX_DRESS = re.compile(r"\\(?:left|right|displaystyle|text|mathrm|,|;|!|quad)(?![a-z])|\\[()\[\]]|\\ ")
-_FRACTION = re.compile(r"\\[dt]frac(?![a-z])")
-_DRESS = re.compile(r"[\s${}\"'`?!:;*_]|[.,](?!\d)|(?<!\d)[.,]")
+_FRACTION = re.compile(r"\\[dt]?frac(?![a-z])(?:\s*(\d)(?=\s*[\d{]))?")
+_OPERATOR = re.compile(
+    r"\*(?<=[\w)].)\*?(?=[\w(\\-])|\*(?<=[\w)]\s.)\*?(?=\s[\w(\\-])"  # 2*3, 2 ** 3; not **bold**
+    r"|:(?<=\d.)(?=\d)|:(?<=\d\s.)(?=\s\d)"  # 3:4
+    r"|!(?<=[\w)].)(?<![^\W\d_]{2}.)!*"  # 5!, n!; not a word's
+    r"|'(?<=[^\W\d_].)(?:'*(?=\s*\()|(?<!'..)(?<![^\W\d_]{2}.)'*(?![\w']))"  # sin'(x), y''; not o'clock, 'y'
+)
+"""Marks that compute something, where they stand; elsewhere they are punctuation."""
+_OPERATORS = str.maketrans("*:!'", "\u00d7\u2236\u01c3\u2032")
+"""What stands for them in a normalised text: no dress."""
+_DRESS = r"(?:[\s${}\"'`?!:;*_]|[.,](?!\d)|(?<!\d),(?=\d)|(?<=\.)\.(?=\d))+"
+_BETWEEN_DIGITS, _ANYWHERE = re.compile(rf"(\d){_DRESS}(?=\d)"), re.compile(_DRESS)
+_RAISED, _LOWERED = re.compile("[⁰¹²³⁴-⁹⁺⁻ⁿ]+"), re.compile("[₀-₉]+")
 _ANCHOR = 32
 _STRIDE = 8
 _CONTAINED = 64
@@ -18,16 +29,21 @@ _CONTAINED = 64
 def normalise(question: str) -> str:
     """What is left of a question when two versions of it are to be equal.
 
-    Letters in lower case and compatible forms (NFKC), digits and operators, so that 1+2 and 1-2 stay two questions;
-    white space, quotes, punctuation, dollar signs, braces and LaTeX that only changes the look are gone.
+    Letters in lower case and compatible forms (NFKC), numbers and operators, so that 1+2 and 1-2, 5! and 5, 2² and 22
+    stay two questions; white space, quotes, punctuation, dollar signs, braces and LaTeX that only changes the look are
+    gone. Of what is gone between two digits a comma stays: 12, 3 is not 1, 23.
 
-    >>> normalise("What is  $\\\\dfrac{1}{2}$ of 1,000?") == normalise("what is \\\\(\\\\frac{1}{2}\\\\) of 1,000")
+    >>> normalise("What is  $\\\\dfrac{1}{2}$ of 1,000?") == normalise("what is \\\\(\\\\frac12\\\\) of 1,000")
     True
     """
-    text = unicodedata.normalize("NFKC", question).casefold()
+    text = question
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", _LOWERED.sub(r"_{\g<0>}", _RAISED.sub(r"^{\g<0>}", text)))
+    text = text.casefold()
     if "\\" in text:
-        text = _LATEX_DRESS.sub("", _FRACTION.sub(r"\\frac", text))
-    return _DRESS.sub("", text)
+        text = _LATEX_DRESS.sub(" ", _FRACTION.sub(r"\\frac\1 ", text))
+    text = _OPERATOR.sub(lambda found: found[0].translate(_OPERATORS), text)
+    return _ANYWHERE.sub("", _BETWEEN_DIGITS.sub(r"\1,", text))
 
 
 class HeldOut:

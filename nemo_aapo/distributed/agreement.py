@@ -100,8 +100,8 @@ def _told(error: Exception | None) -> tuple[type[Exception], str] | None:
 
 
 def _again(kind: type[Exception], message: str) -> Exception:
-    return (
-        kind(message)
-        if issubclass(kind, ValueError | ArithmeticError | RunError | Interrupted)
-        else RuntimeError(message)
-    )
+    crosses = issubclass(kind, ValueError | ArithmeticError | RunError | Interrupted)
+    try:
+        return kind(message) if crosses else RuntimeError(message)
+    except TypeError:  # made of more than a message, as a UnicodeDecodeError and a JSONDecodeError are
+        return RuntimeError(f"{kind.__name__}: {message}")

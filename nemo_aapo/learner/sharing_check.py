@@ -36,7 +36,7 @@ def check_shared_prompts(module: GPTModel) -> None:
             f"model.share_prompts=true: attention over shared prompts fails on this machine: {error}; set it to false"
         ) from error
     limit = MAX_DIFFERENCE[next(module.parameters()).dtype]
-    if not max(differences.values()) <= limit:  # NaN is none, either
+    if not all(value <= limit for value in differences.values()):  # NaN is not
         found = ", ".join(f"{name} {value:.1e}" for name, value in differences.items())
         raise ConfigError(
             "model.share_prompts=true: on this machine attention over shared prompts is not that over whole sequences; "

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from nemo_aapo.models import reader
-from nemo_aapo.models.weights import FLOATS
+from nemo_aapo.models.directory import read_config_json, shape_of
+from nemo_aapo.models.weights import FLOATS, own_tensors
 from nemo_aapo.utils.buckets import tensor_buckets
 from nemo_aapo.utils.safetensors import INDEX, WEIGHTS, has_weights, tensor_headers
 
@@ -76,11 +77,15 @@ def weights_dtype(directory: Path) -> torch.dtype | None:
     """The dtype that a model directory's weights are stored in: the widest, if they differ.
 
     Where there are no weights the one that ``config.json`` names, if it does.
+
+    Raises:
+        ConfigError: a file is damaged.
     """
+    config = read_config_json(directory)
     if has_weights(directory):
-        stored = {DTYPES[header.dtype] for header in tensor_headers(directory).values()}
+        headers = own_tensors(tensor_headers(directory), shape_of(config))
+        stored = {DTYPES[header.dtype] for header in headers.values()}
         return stored.pop() if len(stored) == 1 else torch.float32
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     named = config.get("dtype", config.get("torch_dtype"))
     return next((dtype for dtype in DTYPES.values() if dtype_name(dtype) == named), None)
 

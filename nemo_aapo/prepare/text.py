@@ -9,7 +9,7 @@ from nemo_aapo.config import Config, EvaluationConfig
 from nemo_aapo.conversion.source import ModelSource
 from nemo_aapo.data.tokenizer import require_tokenizer_files
 from nemo_aapo.evaluation.prompts import template_text
-from nemo_aapo.evaluation.records import IDENTITY
+from nemo_aapo.evaluation.records import IDENTITY, read_identity
 from nemo_aapo.reference_store.shards import shard_files
 from nemo_aapo.reference_store.store import keys_of
 from nemo_aapo.run.directory import read_record
@@ -17,7 +17,7 @@ from nemo_aapo.text import chat_template
 from nemo_aapo.text.chat_template import ChatTemplate, read_chat_template
 from nemo_aapo.text.checks import prepared_template
 from nemo_aapo.text.end_tokens import stated_end_tokens
-from nemo_aapo.text.files import appended_token, check_vocabulary, read_settings, refuse_appended
+from nemo_aapo.text.files import appended_token, check_vocabulary, refuse_appended
 
 
 def check_tokenizer(model: Path, vocab_size: int) -> None:
@@ -57,13 +57,15 @@ def with_evaluation_date(config: EvaluationConfig, source: ModelSource, vocab_si
 
     Raises:
         DataError: as ``with_date``.
+        ConfigError: the record of the evaluation that was begun there is damaged.
     """
     check_tokenizer(source.base, vocab_size)
     around = template_text(config.prompt_template)
     template = _template(source.base, config.chat_template, config.system_prompt, around, config.template_arguments)
     if not (template and template.writes_date):
         return dataclasses.replace(config, date=None)
-    begun = read_settings(Path(config.run.dir) / IDENTITY).get("date")
+    directory = Path(config.run.dir)
+    begun = read_identity(directory).get("date") if (directory / IDENTITY).exists() else None
     run = source.run or source.path.parent  # a run's export lies in its directory
     return dataclasses.replace(config, date=config.date or begun or _date_of_run(run) or chat_template.today())
 

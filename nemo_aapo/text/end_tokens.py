@@ -17,7 +17,11 @@ GENERATION_CONFIG = "generation_config.json"
 
 
 def stated(directory: Path) -> tuple[str, Any]:
-    """The file that names end tokens by ``eos_token_id``, and what it says."""
+    """The file that names end tokens by ``eos_token_id``, and what it says.
+
+    Raises:
+        DataError: it can't be read, or is no JSON object.
+    """
     for name in (GENERATION_CONFIG, "config.json"):
         if (directory / name).is_file():
             return name, read_settings(directory / name).get("eos_token_id")
@@ -31,7 +35,7 @@ def stated_end_tokens(directory: Path, vocab_size: int) -> tuple[int, ...]:
         vocab_size: rows of the model's embedding.
 
     Raises:
-        DataError: no integers, or ids that the model can't generate.
+        DataError: as ``stated``; no integers, or ids that the model can't generate.
     """
     name, said = stated(directory)
     ids = [] if said is None else said if isinstance(said, list) else [said]
@@ -69,5 +73,9 @@ def end_tokens(directory: Path, eos: int | None, vocab_size: int) -> tuple[int, 
 
 
 def what_ends(directory: Path) -> Any:
-    """What the files say of end tokens, for the identity of a run: another answer is another run."""
+    """What the files say of end tokens, for the identity of a run: another answer is another run.
+
+    Raises:
+        DataError: one of them is damaged.
+    """
     return [special_tokens(directory).get("eos_token"), stated(directory)[1]]

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
 from nemo_aapo.errors import DataError
+from nemo_aapo.utils.files import fitting, read_json
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is none, or for transformers to complain about."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    """The JSON object in a file of a model's directory; empty where there is no such file.
+
+    Raises:
+        DataError: it can't be read, or holds something else, as a file that was half written.
+    """
+    remedy = "Half-written? Take the file that came with the model"
+    return read_json(path, lambda tree: fitting(tree, dict), DataError, remedy) or {}
 
 
 def _tokenizer(directory: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 from pathlib import Path
@@ -13,7 +14,10 @@ TOKEN_FILE = "token"
 
 
 def make_token(directory: Path) -> Path:
-    """Make the token (0600) unless there is one; all who come at once get the same one. Returns its file."""
+    """Make the token (0600) unless there is one; all who come at once get the same one. Returns its file.
+
+    On a file system without hard links it is there empty for a moment, in which a reader refuses it.
+    """
     path = directory / TOKEN_FILE
     if not path.exists():
         mine = directory / f".{TOKEN_FILE}.{secrets.token_hex(8)}"
@@ -23,7 +27,12 @@ def make_token(directory: Path) -> Path:
         except FileExistsError:  # another one came first: its token stays
             pass
         except OSError:  # a file system without hard links
-            os.replace(mine, path)
+            with contextlib.suppress(FileExistsError), open(path, "xb", 0, opener=_private) as file:
+                file.write(mine.read_bytes())
         finally:
             mine.unlink(missing_ok=True)
     return path
+
+
+def _private(name: str, flags: int) -> int:
+    return os.open(name, flags, 0o600)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from nemo_aapo.algorithms import Algorithm, registry
 from nemo_aapo.algorithms.check import check
@@ -192,6 +193,13 @@ class OwnSequences(Sound):
 
 
 @dataclass(frozen=True)
+class UndefinedAlone(Sound):
+    def token_loss(self, tokens):
+        value, metrics = super().token_loss(tokens)
+        return value + 0.0 * torch.tensor(tokens.lengths, dtype=value.dtype).std(), metrics
+
+
+@dataclass(frozen=True)
 class Overflowing(Sound):
     needs_old_logprobs = True
 
@@ -244,6 +252,7 @@ class DeclaredBonus(Bonus):
         (Whitened, "over any micro-batches", "its own sequence alone"),
         (OfTheBatch, "the groups beside it", "whole_batch = True"),
         (OwnSequences, "cut over ranks", "sequence_mean"),
+        (UndefinedAlone, "over any micro-batches", "the loss is nan"),
         (Overflowing, "finite on long ratios", "clamp log-ratios"),
         (NotANumber, "a finite number", "not finite"),
         (Drawn, "a finite number", "groups.random"),

@@ -51,3 +51,15 @@ def test_an_older_manifest_that_can_not_be_read_is_in_the_way_of_no_save_and_no_
     assert f"step_00000{damaged} stays" in caplog.text
     directory.loaded(directory.of(3), {})
     assert steps(directory) == left
+
+
+def test_a_step_that_is_damaged_again_leaves_what_was_put_aside_before(directory, save):
+    save(directory, 1, 0.9)
+    for evidence in ("first", "second", "third"):
+        directory.of(2).mkdir()
+        (directory.of(2) / evidence).touch()
+        directory.loaded(directory.of(1), {directory.of(2): "it is damaged"})
+    aside = {path.name: [file.name for file in path.iterdir()] for path in directory.path.glob("step_000002*")}
+    names = [f"step_000002.damaged{end}" for end in ("", ".2", ".3")]
+    assert aside == {name: [evidence] for name, evidence in zip(names, ("first", "second", "third"), strict=True)}
+    assert steps(directory) == [1]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 import shutil
 from pathlib import Path
@@ -201,6 +203,32 @@ def test_of_a_crashed_run_the_newest_whole_checkpoint_is_taken_and_the_damage_na
     assert sorted(p.name for p in (directory / "checkpoints").iterdir())[1:] == ["step_000002", "step_000003"]
 
 
+def _inspected(directory):
+    """What is said of a run whose newest checkpoint has one small file cut off, by the file."""
+    from nemo_aapo.cli.convert import main
+
+    said = {}
+    checkpoint = directory / "checkpoints" / "step_000003"
+    for name in (".metadata", "common.pt", "metadata.json"):
+        whole = (checkpoint / name).read_bytes()
+        (checkpoint / name).write_bytes(whole[: len(whole) // 2])
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            said[name] = main(["inspect", str(directory)]), printed.getvalue()
+        (checkpoint / name).write_bytes(whole)
+    return said
+
+
+def test_inspect_says_what_of_a_checkpoint_is_damaged(ranks, run, tmp_path):
+    shutil.copytree(run[0], tmp_path / "run")
+    [said] = ranks.run(_inspected, tmp_path / "run")
+    for name, (code, text) in said.items():
+        assert code == 0
+        assert f"DAMAGED: {name}\n" in text
+    assert "header               can't be read" in said[".metadata"][1]
+    assert "numbers in" in said["metadata.json"][1]
+
+
 def _verify(source, directory):
     from nemo_aapo.conversion.source import find_source
     from nemo_aapo.conversion.verify import verify
@@ -230,6 +258,28 @@ def test_verify_finds_one_changed_number(ranks, more_models, tmp_path):
         [verdict] = ranks.run(_verify_changed, more_models[name], tmp_path / name, tmp_path / f"{name}_megatron")
         assert verdict.different == ("model.layers.1.mlp.up_proj.weight",)
         assert not verdict.ok(1.0)
+
+
+def _verdict_of_nan(directory):
+    """Of exact logits of three prompts, but for one that is NaN in the second."""
+    import numpy as np
+    from transformers import AutoModelForCausalLM
+
+    from nemo_aapo.conversion.verify import Verdict, _distances
+
+    prompts = [np.arange(2, end) for end in (5, 9, 7)]
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits = [model(torch.as_tensor(ids)[None]).logits[0] for ids in prompts]
+    verdicts = [Verdict(1, (), 3, 14, *_distances(directory, prompts, logits))]
+    logits[1][2, 3] = torch.nan
+    return [*verdicts, Verdict(1, (), 3, 14, *_distances(directory, prompts, logits))]
+
+
+def test_verify_does_not_pass_logits_that_are_nan_in_any_prompt(ranks, more_models):
+    [[right, wrong]] = ranks.run(_verdict_of_nan, more_models["qwen3"])
+    assert right.ok(1e-4)
+    assert not wrong.ok(1e9)
 
 
 def _verify_changed(before, after, megatron):

@@ -10,6 +10,7 @@ import pytest
 
 from nemo_aapo.config.schema import EvaluationFields
 from nemo_aapo.config.sources import FILE_FORMATS, Source
+from nemo_aapo.data.formats import json_text
 from nemo_aapo.data.prepare import prepare
 from nemo_aapo.data.records import check_source, read_chunks, read_records
 from nemo_aapo.data.rows import HELD_OUT_SPLITS, TRAIN_SPLITS, read_rows
@@ -223,6 +224,10 @@ def test_a_number_is_the_one_that_was_written_whatever_type_its_column_has(tmp_p
     parquet.write_table(pyarrow.table(columns), tmp_path / "floats.parquet")
     rows, _ = read_rows(Source(str(tmp_path / "floats.parquet")), TRAIN_SPLITS)
     assert [row.answer for row in rows] == ["27", "0.5", "-3"]
+    narrow = pyarrow.array([0.1, None, 3.0], pyarrow.float32())
+    parquet.write_table(pyarrow.table({**columns, "answer": narrow}), tmp_path / "narrow.parquet")
+    rows, problems = read_rows(Source(str(tmp_path / "narrow.parquet")), TRAIN_SPLITS)
+    assert ([row.answer for row in rows], list(problems)) == (["0.1", "3"], [2])
     numbers = ("9007199254740993", "27.0", "-0.0", "1e3", "9007199254740993.0", "1" * 400)
     (tmp_path / "n.jsonl").write_text("".join(f'{{"question": "q", "answer": {n}}}\n' for n in numbers))
     rows, problems = read_rows(Source(str(tmp_path / "n.jsonl")), TRAIN_SPLITS)
@@ -247,3 +252,51 @@ def test_an_empty_system_message_is_no_empty_question(tmp_path):
     found = read_rows(Source(str(tmp_path / "chat.json")), TRAIN_SPLITS)
     assert [(row.question, row.before) for row in found.rows] == [("1+1?", ({"role": "system", "content": ""},))]
     assert found.problems == {2: 'no prompt: "question" is empty'}
+
+
+def test_a_row_of_a_binary_file_that_is_not_utf_8_is_one_problem_by_its_number(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    questions = pyarrow.array([b"1+1?", b"2+2?", b"caf\xe9?", b"3+3?"], pyarrow.binary()).view(pyarrow.string())
+    table = pyarrow.table({"question": questions, "answer": ["2", "4", "5", "6"]})
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    with pyarrow.ipc.new_stream(str(tmp_path / "rows.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    for name in ("rows.parquet", "rows.arrow"):
+        rows, problems = read_rows(Source(str(tmp_path / name)), TRAIN_SPLITS)
+        assert [(row.number, row.answer) for row in rows] == [(1, "2"), (2, "4"), (4, "6")]
+        assert problems == {3: "not UTF-8: byte 0xe9"}
+
+
+def test_a_binary_file_without_rows_is_empty(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.table({name: pyarrow.array([], pyarrow.string()) for name in ("question", "answer")})
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    batch = pyarrow.record_batch([pyarrow.array([], pyarrow.string())] * 2, schema=table.schema)
+    for name, batches in (("none.arrow", []), ("one.arrow", [batch])):
+        with pyarrow.ipc.new_stream(str(tmp_path / name), table.schema) as writer:
+            for part in batches:
+                writer.write_batch(part)
+    for name in ("rows.parquet", "none.arrow", "one.arrow"):
+        found = read_rows(Source(str(tmp_path / name)), TRAIN_SPLITS)
+        assert (found.rows, found.problems) == ([], {})
+        with pytest.raises(DataError, match=f"{name}: no problems in it"):
+            load_problems("own", str(tmp_path / name), FIELDS)
+
+
+@pytest.mark.parametrize("damaged", ['{"question": "cut', '{"question": "cut", "answer"', "}", "caf\udce9"])
+def test_a_damaged_first_line_is_one_problem_and_does_not_make_a_document_of_the_file(tmp_path, monkeypatch, damaged):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(f"{damaged}\n{LINES}".encode("utf-8", "surrogateescape"))
+    monkeypatch.setattr(json_text, "_document", lambda path: pytest.fail("the whole file was read"))
+    rows, problems = read_rows(Source(str(path)), TRAIN_SPLITS)
+    assert ([row.number for row in rows], list(problems)) == ([2, 3, 4, 5], [1])
+
+
+@pytest.mark.parametrize("around", ["[\n{}\n]", '{{"data": [\n{}\n]}}', '{{"data":\n[{}]}}'])
+def test_a_document_whose_second_line_is_a_value_is_still_one(tmp_path, around):
+    path = tmp_path / "rows.json"
+    path.write_text(around.format(json.dumps(ROWS[0])))
+    rows, problems = read_rows(Source(str(path)), TRAIN_SPLITS)
+    assert ([row.answer for row in rows], problems) == (["2"], {})

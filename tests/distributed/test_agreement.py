@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+
+import pytest
 
 
 def outcomes(failing: int | None, kind: str) -> dict[str, object]:
@@ -13,6 +16,10 @@ def outcomes(failing: int | None, kind: str) -> dict[str, object]:
     rank = int(os.environ["RANK"])
 
     def act() -> int:
+        if rank == failing and kind == "JSONDecodeError":
+            json.loads("{")
+        if rank == failing and kind == "UnicodeDecodeError":
+            b"caf\xe9".decode()
         if rank == failing:
             raise {"ConfigError": errors.ConfigError, "OSError": OSError}[kind](f"of {rank}")
         return 10 + rank
@@ -57,3 +64,13 @@ def test_an_error_of_a_later_rank_is_told_by_its_rank(ranks):
         assert found["first"] == found["first, as"] == 10
         assert found["agree"] == (("OSError" if rank == 2 else "RuntimeError"), "of 2")
         assert found["all, as"] == ("CheckpointError", "rank 2: OSError: of 2")
+
+
+@pytest.mark.parametrize("kind", ["JSONDecodeError", "UnicodeDecodeError"])
+def test_an_error_that_is_made_of_more_than_a_message_crosses_with_the_name_of_its_class(ranks, kind):
+    own, *others = ranks.run(outcomes, 0, kind, world=2)
+    assert own["agree"] == own["first"]
+    assert own["agree"][0] == kind
+    for found in others:
+        assert found["agree"] == found["first"] == ("RuntimeError", f"{kind}: {own['agree'][1]}")
+        assert found["all, as"] == own["all, as"]

@@ -223,6 +223,20 @@ def test_a_run_starts_only_where_attention_over_shared_prompts_is_that_over_whol
     assert "model.share_prompts=true" in said
 
 
+def test_a_difference_that_is_nan_is_refused_wherever_it_stands():
+    from nemo_aapo.errors import ConfigError
+    from nemo_aapo.learner import sharing_check
+
+    module = torch.nn.Linear(1, 1)
+    module.config = mock.Mock(window_size=None)
+    differences = {"result": 0.0, "query": float("nan"), "key": 0.0}
+    with (
+        mock.patch.object(sharing_check, "shared_prompt_differences", return_value=differences),
+        pytest.raises(ConfigError, match="query nan"),
+    ):
+        sharing_check.check_shared_prompts(module)
+
+
 def test_the_rows_example_says_what_it_says():
     row = RowAttention.of([0, 3, 5, 9, 14], [(0, 3, 9)], torch.device("cpu"))
     assert (row.shared.queries.tolist(), row.shared.keys.tolist()) == ([0, 6], [0, 3])

@@ -221,3 +221,17 @@ def test_the_tensors_that_are_asked_for_are_those_of_transformers(architecture, 
         there.pop(OUTPUT)
     assert expected_tensors(shape_of({**written, "architectures": [architecture]})) == there
     assert EMBEDDING in there
+
+
+@pytest.mark.parametrize("of_buffer", ["F32", "F64"])
+def test_the_dtype_of_buffers_that_are_no_weights_does_not_decide_what_weights_are_written_in(tmp_path, of_buffer):
+    import torch
+
+    from nemo_aapo.models.writer import weights_dtype
+
+    model = save_empty_model(tmp_path / "model")
+    buffer = "model__layers__0__self_attn__rotary_emb__inv_freq"
+    rewrite(model, added(**{buffer: (8,)}), dtype="F16", **{buffer: of_buffer})
+    assert weights_dtype(model) == torch.float16
+    rewrite(model, dtype="F16", **{NORM.replace(".", "__"): "F32"})
+    assert weights_dtype(model) == torch.float32

@@ -11,7 +11,8 @@ from tokenizers.processors import TemplateProcessing
 
 from nemo_aapo.data.tokenizer import load_text, load_tokenizer, render_prompts
 from nemo_aapo.errors import DataError
-from nemo_aapo.text.end_tokens import end_tokens
+from nemo_aapo.prepare.text import check_tokenizer
+from nemo_aapo.text.end_tokens import end_tokens, what_ends
 from nemo_aapo.text.files import appended_token, check_vocabulary, token_ids
 from tests.tiny_models import save_character_tokenizer
 
@@ -62,6 +63,21 @@ def test_ids_that_the_model_cannot_generate_are_refused_by_file(model, named):
     change(model / "generation_config.json", eos_token_id=named)
     with pytest.raises(DataError, match=r"generation_config\.json: eos_token_id"):
         end_tokens(model, 1, ROWS)
+
+
+@pytest.mark.parametrize(
+    "name", ["generation_config.json", "config.json", "tokenizer_config.json", "special_tokens_map.json"]
+)
+@pytest.mark.parametrize("left", ['{"eos_token_id": [1, 99]', '["<eos>"]', ""])
+def test_a_half_written_file_is_refused_and_does_not_end_completions_elsewhere(model, name, left):
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    del settings["added_tokens_decoder"]  # without it special_tokens_map.json counts
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    (model / name).write_text(left)
+    with pytest.raises(DataError, match=rf"{name}: damaged .*Half-written"):
+        what_ends(model)
+    with pytest.raises(DataError, match=rf"{name}: damaged .*Half-written"):
+        check_tokenizer(model, ROWS)
 
 
 def test_only_what_ended_the_completion_and_padding_are_no_text(model):

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nemo_aapo.config.sources import Source
 from nemo_aapo.data.formats.record import CHUNK_ROWS, Chunk, Record
 from nemo_aapo.errors import DataError
+
+_NARROW = {"halffloat": np.float16, "float": np.float32}
+"""Types of numbers, by Arrow's names, that have fewer digits than Python's floats."""
 
 
 def parquet_chunks(path: Path, source: Source) -> Iterator[Chunk]:
@@ -43,13 +49,29 @@ def arrow_chunks(path: Path) -> Iterator[Chunk]:
 def _chunks(batches: Iterator[Any], rows: int) -> Iterator[Chunk]:
     start = 0
     for batch in batches:
-        yield Chunk(
-            lambda batch=batch, start=start: [  # type: ignore[misc]
-                Record(number, value) for number, value in enumerate(batch.to_pylist(), start=start + 1)
-            ],
-            (start + batch.num_rows) / rows,
-        )
+        yield Chunk(functools.partial(_records, batch, start), (start + batch.num_rows) / max(rows, 1))
         start += batch.num_rows
+
+
+def _records(batch: Any, start: int) -> list[Record]:
+    """The rows of a batch; those whose text is not UTF-8, which nothing has checked so far, with their problem."""
+    try:
+        return [Record(number, value) for number, value in enumerate(_values(batch), start=start + 1)]
+    except UnicodeDecodeError as error:
+        if batch.num_rows == 1:
+            return [Record(start + 1, None, f"not UTF-8: byte 0x{error.object[error.start]:02x}")]
+        return [record for i in range(batch.num_rows) for record in _records(batch.slice(i, 1), start + i)]
+
+
+def _values(batch: Any) -> list[dict[str, Any]]:
+    """The rows of a batch as plain values; a narrow float as the shortest number that it stands for, 0.1 as 0.1."""
+    rows: list[dict[str, Any]] = batch.to_pylist()
+    for field in batch.schema:
+        if kind := _NARROW.get(str(field.type)):
+            for row in rows:
+                if row[field.name] is not None:
+                    row[field.name] = float(str(kind(row[field.name])))
+    return rows
 
 
 def library(name: str, what: object) -> Any:

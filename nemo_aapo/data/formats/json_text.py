@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -36,10 +37,24 @@ def json_chunks(path: Path, source: Source, default_splits: Sequence[str]) -> It
 
 
 def _begins_with_lines(path: Path) -> bool:
-    """Whether the first line is a whole value, and not the only line."""
+    """Whether the first line is a whole value, and not the only line; or is damaged, and the second one is whole."""
     with TextFile(path) as file:
-        first = list(itertools.islice(_numbered(file), 2))
-    return not first or (len(first) == 2 and not _line(*first[0]).problem)
+        lines = [line.decode("utf-8", "surrogateescape") for _, line in itertools.islice(_numbered(file), 2)]
+    if len(lines) < 2:
+        return not lines
+    first, second = lines[0], lines[1].lstrip()
+    return _is_json(first) or (_is_json(second) and _fails_at(first + second) <= len(first))
+
+
+def _fails_at(text: str) -> float:
+    """The character at which a text stops being the beginning of one value."""
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        return error.pos
+    except RecursionError:
+        pass
+    return math.inf
 
 
 def _numbered(file: TextFile) -> Iterator[tuple[int, bytes]]:

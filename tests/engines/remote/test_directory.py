@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import stat
 from concurrent.futures import ThreadPoolExecutor
 
@@ -19,6 +21,22 @@ def test_all_who_come_at_once_get_the_same_token_and_nothing_is_left_beside_it(t
         assert len(tokens) == 1
         assert [path.name for path in directory.iterdir()] == ["token"]
     assert len(tokens.pop()) >= 43  # 32 random bytes
+
+
+def test_without_hard_links_the_first_token_stays_too(tmp_path, monkeypatch):
+    def link(*_):
+        if comes_first:
+            (directory / "token").write_text("a" * 43)
+            (directory / "token").chmod(0o600)
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+    for comes_first in (True, False):
+        directory = open_directory(tmp_path / str(comes_first))
+        token = open_token(directory)
+        assert (token == "a" * 43) == comes_first
+        assert open_token(directory) == token
+        assert [path.name for path in directory.iterdir()] == ["token"]
 
 
 def test_directory_token_and_announcement_are_for_this_user_alone(tmp_path):
