@@ -27,6 +27,8 @@ COMPLETIONS = 2_000
 TEXT_BYTES = 1_400_000
 """They take at most so many bytes of it, and their tokens so many:"""
 TOKEN_BYTES = 500_000
+HISTORY_BYTES = 800_000
+"""What the history of held-out prompts takes at most."""
 HEAD, TAIL = 2_500, 1_500
 """A longer completion is shown by so many characters of its start and its end."""
 NAME = (150, 50)
@@ -37,6 +39,8 @@ TOLD = 100
 """So many of them with the end of their greedy completions."""
 VALIDATIONS = 20
 """Of at most so many validations."""
+COUNTS_BYTES = 12
+"""What the counts of a prompt take of the page for each validation."""
 ANSWER_TAIL = 120
 """Characters of the end of a greedy completion in a prompt's history."""
 
@@ -92,7 +96,7 @@ def read_history(directory: Path, verdict: str, budget: float = 1.0) -> dict[str
     Raises:
         RunError: a file is damaged.
     """
-    folder = directory / ROLLOUTS
+    folder, room = directory / ROLLOUTS, HISTORY_BYTES * budget
     steps = sorted(spread(validated_steps(directory))[:VALIDATIONS])
     prompts: dict[str, dict[str, Any]] = {}
     told: set[str] = set()
@@ -101,15 +105,19 @@ def read_history(directory: Path, verdict: str, budget: float = 1.0) -> dict[str
         for row in _rows(folder / f"{step_name(step)}.jsonl"):
             sources.add(row["source"])
             if row["source"] not in prompts:
-                if len(prompts) >= PROMPTS * budget:
+                shown = {"prompt": clipped(row["prompt"], 200, 200), "answer": clipped(row["answer"], 100, 50)}
+                prompt = {**shown, "source": row["source"], "at": [None] * len(steps)}
+                size = len(inert_json(prompt).encode()) + COUNTS_BYTES * len(steps)
+                if len(prompts) >= PROMPTS * budget or size > room:
                     continue
                 if len(prompts) < TOLD * budget:
                     told.add(row["source"])
-                shown = {"prompt": clipped(row["prompt"], 200, 200), "answer": clipped(row["answer"], 100, 50)}
-                prompts[row["source"]] = {**shown, "source": row["source"], "at": [None] * len(steps)}
+                prompts[row["source"]], room = prompt, room - size
             at = prompts[row["source"]]["at"]
             if at[place] is None:
-                at[place] = [0, 0, row["completion"][-ANSWER_TAIL:] if row["source"] in told else None]
+                end = row["completion"][-ANSWER_TAIL:] if row["source"] in told else None
+                size = len(inert_json(end).encode())
+                at[place], room = [0, 0, end if size <= room else None], room - min(size, room)
             at[place][0] += _is_right(row, verdict)
             at[place][1] += 1
     return {"steps": steps, "count": len(sources), "prompts": list(prompts.values())}

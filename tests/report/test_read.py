@@ -155,6 +155,18 @@ def test_a_damaged_file_is_named_and_ends_no_run(run, tmp_path):
         read_run(tmp_path)
 
 
+@pytest.mark.parametrize(("character", "whole"), [("x", True), ("<", False)])
+def test_the_history_of_prompts_takes_its_bytes_of_the_page_and_no_more(tmp_path, character, whole):
+    for step in range(20):
+        rows = [row(character * 2_000, character * 2_000, 1.0, None) for _ in range(510)]
+        lines = [to_json({**line, "source": f"data.jsonl:{n}"}) + "\n" for n, line in enumerate(rows)]
+        write_atomic(tmp_path / "rollouts" / f"step_{step:06d}.jsonl", "".join(lines))
+    found = read_history(tmp_path, "math")
+    assert found["count"] == 510
+    assert len(inert_json(found)) < completions.HISTORY_BYTES + 1_000
+    assert (len(found["prompts"]) == 500, found["prompts"][99]["at"][-1][2] is not None) == (whole, whole)
+
+
 def test_tokens_that_are_thinned_as_they_are_read_are_those_of_a_run_that_kept_none(tmp_path, monkeypatch):
     run, read = make_run(tmp_path / "run", steps=2), Path.read_bytes
 
