@@ -130,7 +130,7 @@ RULES: tuple[tuple[str, Run | Checked | Elsewhere | NotRun], ...] = (
     (r"nemo-aapo \w+", Elsewhere("tests/project/test_wheel.py", "nemo-aapo")),
     (r"nemo_aapo\.engines\.trtllm\.check", Elsewhere("tests/engines/trtllm/test_check.py", "check")),
     (r"make_base_model\.py", Elsewhere("tests/examples/test_base_model.py", "make_base_model")),
-    (r"bash scripts/(quickstart|environment)\.sh", Elsewhere("tests/project/test_scripts.py", "quickstart.sh")),
+    (r"bash scripts/(quickstart|environment)\.sh", Elsewhere("tests/project/scripts/test_others.py", "quickstart.sh")),
     (r"bash scripts/test\.sh", NotRun("it would run itself; CI runs it as it stands")),
     (r"benchmark\.py gpu|pytest.* tests/gpu", NotRun("needs a GPU")),
     (r"benchmark\.py refit$", Elsewhere("tests/benchmarks/test_refit.py", "refit")),
