@@ -12,6 +12,7 @@ import torch
 
 from nemo_aapo.config import Config, pad_multiple, with_machine_defaults
 from nemo_aapo.config.compose import load_config
+from nemo_aapo.distributed.device import device
 from nemo_aapo.errors import ConfigError
 from nemo_aapo.launch.world import Machine, refusal
 from nemo_aapo.learner.microbatch import PrefixGroup, collate
@@ -130,7 +131,5 @@ def random_batch(policy: Any, tokens: int, sequence: int, micro_batches: int, *,
         for _ in range(tokens // sequence)
     ]
     weight = 1.0 / (len(samples) * half * micro_batches)
-    multiple, device = pad_multiple(policy.config), torch.device("cuda", torch.cuda.current_device())
-    return collate(
-        PrefixGroup.separate(samples), [weight] * len(samples), multiple=multiple, device=device, packed=True
-    )
+    groups, multiple = PrefixGroup.separate(samples), pad_multiple(policy.config)
+    return collate(groups, [weight] * len(samples), multiple=multiple, device=device(), packed=True)

@@ -142,6 +142,7 @@ def _trainer(plan: Plan, folder: Path, algorithm: str, new_tokens: int, stack: c
     rewards = RewardRunner([(CoinToss(), 1.0)], workers=0, timeout_s=10.0)
     job = resolve(config, 1, given=("rewards",))
     trainer = build_training(job, reporter=Silent(), stack=stack, rewards=rewards)
+    stack.callback(trainer.kept.wait)  # what still writes to the folder, which goes
     trainer.rollouts.fill_reference(0, lambda done, total: None, lambda: False)
     return trainer
 

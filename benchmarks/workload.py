@@ -129,6 +129,7 @@ def make_trainer(
     rewards = RewardRunner([(MeanToken(), 1.0)], workers=0, timeout_s=10.0)
     job = resolve(config, world, given=("rewards",))
     trainer: Any = build_training(job, reporter=Silent(), stack=stack, rewards=rewards)
+    stack.callback(trainer.kept.wait)  # what still writes to the folder, which goes
     trainer.rollouts.sampling = dataclasses.replace(trainer.rollouts.sampling, stop_token_ids=())
     trainer.rollouts.fill_reference(0, lambda done, total: None, lambda: False)
     return trainer

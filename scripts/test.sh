@@ -16,7 +16,9 @@ readonly OF_BOTH_LINES=(
     tests/training/test_training.py tests/training/test_going_on.py tests/text/test_transformers5.py
     tests/conversion/test_conversion.py tests/conversion/test_families.py tests/engines/test_plain.py
 )
-readonly WAITING=(tests/training tests/rollout tests/rewards tests/report tests/trace) # of the lane `waiting`
+readonly WITH_SLURM=(tests/training tests/rollout tests/rewards tests/report tests/trace)
+readonly WITH_UNIT=(tests/conversion tests/doctor tests/launch)
+readonly REST="not slurm and not unit and not peers"
 readonly SESSION_TIMEOUT_S=3600 # of all tests together; pyproject.toml has the one for each
 readonly NO_PYTHON=3            # of environment.sh
 
@@ -64,7 +66,7 @@ waiting() {
     local failed=0
     run_tests -m slurm || failed=$?
     run_tests -m peers || failed=$?
-    run_tests -m "not slurm and not unit and not peers" "${WAITING[@]}" || failed=$?
+    run_tests -m "$REST" "${WITH_SLURM[@]}" || failed=$?
     return "$failed"
 }
 beside() {
@@ -73,6 +75,7 @@ beside() {
     echo "test.sh: the tests of numbers again, by narrower instructions"
     ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 run_tests -m "exact and not slow" || failed=$?
     newest_line || failed=$?
+    run_tests -m "$REST" "${WITH_UNIT[@]}" || failed=$?
     return "$failed"
 }
 newest_line() {
@@ -94,7 +97,8 @@ else
     waiting=$!
     beside >"$said/beside" 2>&1 &
     beside=$!
-    run_tests -m "not slurm and not unit and not peers" "${WAITING[@]/#/--ignore=}" --ignore=tests/lines || status=$?
+    elsewhere=(tests/lines "${WITH_SLURM[@]}" "${WITH_UNIT[@]}")
+    run_tests -m "$REST" "${elsewhere[@]/#/--ignore=}" || status=$?
     wait "$waiting" || status=$?
     wait "$beside" || status=$?
     cat "$said/waiting" "$said/beside"

@@ -127,7 +127,9 @@ def build(spec: dict[str, Any], reporter: LastStep, stack: contextlib.ExitStack)
     job = resolve(load_config(overrides(spec)), 1, given=("rewards",))
     initialize(job.config)
     rewards = RewardRunner([(CoinToss(), 1.0)], workers=0, timeout_s=10.0)
-    return build_training(job, reporter=reporter, stack=stack, rewards=rewards)
+    trainer = build_training(job, reporter=reporter, stack=stack, rewards=rewards)
+    stack.callback(trainer.kept.wait)  # what still writes to the folder, which goes
+    return trainer
 
 
 def count_tokens(engine: Any, lengths: list[int]) -> None:

@@ -79,8 +79,7 @@ def test_a_run_with_cut_sequences_is_the_run_of_one_rank(alone, cut):
         [json.loads(line) for line in (d / "rollouts" / "step_000002.jsonl").read_text().splitlines()]
         for d in (cut, alone)
     )
-    assert 2 * len(rows) == len(expected)  # rank 0's: each copy of the model draws its own half
-    assert all(row in expected for row in rows)
+    assert sorted(rows, key=str) == sorted(expected, key=str)  # each copy of the model draws its own half
     layout = manifest.read(cut / "checkpoints" / "step_000004").layout
     assert layout["context_parallel_size"] == 2
     assert layout["data_parallel_size"] == 1

@@ -35,14 +35,17 @@ def test_every_test_runs_once_in_one_of_the_lanes_and_numbers_and_ranks_once_mor
     rest = "-m not slurm and not unit and not peers "
     [main] = [text for text in chosen if text.startswith(rest) and "--ignore" in text]
     left_out = re.findall(r"--ignore=(\S+)", main)
-    others = ["-m slurm", "-m peers", "-m unit", "-m exact and not slow", rest + " ".join(left_out[:-1]), left_out[-1]]
+    beside = [text for text in chosen if text.startswith(rest) and text != main]
+    assert sorted(" ".join(beside).replace(rest, "").split()) == sorted(left_out[1:])
+    others = ["-m slurm", "-m peers", "-m unit", "-m exact and not slow", left_out[0], *beside]
     [both_lines] = [text for text in chosen if text.startswith("-m ranks and not once ")]
     assert sorted(chosen) == sorted([main, *others, both_lines])
     assert all((ROOT / path).exists() for path in (*left_out, *both_lines.split()[5:]))
 
 
 @pytest.mark.parametrize(
-    "refused", ["-m unit", "-m slurm", "-m peers", "tests/training", "exact and", "tests/lines", "-m ranks"]
+    "refused",
+    ["-m unit", "-m slurm", "-m peers", "tests/training", "tests/conversion", "exact and", "tests/lines", "-m ranks"],
 )
 def test_what_fails_in_any_lane_fails_the_tests(tested, refused):
     assert tested.run("test.sh", REFUSE=refused)[0] != 0
