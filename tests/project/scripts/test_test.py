@@ -43,10 +43,10 @@ def test_every_test_runs_once_in_one_of_the_lanes_and_numbers_and_ranks_once_mor
     assert all((ROOT / path).exists() for path in (*left_out, *both_lines.split()[5:]))
 
 
-@pytest.mark.parametrize(
-    "refused",
-    ["-m unit", "-m slurm", "-m peers", "tests/training", "tests/conversion", "exact and", "tests/lines", "-m ranks"],
-)
+LANES = ["-m unit", "-m slurm", "-m peers", "tests/training", "tests/conversion", "exact and", "tests/lines", "-m ranks"]
+
+
+@pytest.mark.parametrize("refused", LANES)
 def test_what_fails_in_any_lane_fails_the_tests(tested, refused):
     assert tested.run("test.sh", REFUSE=refused)[0] != 0
 
