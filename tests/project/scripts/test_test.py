@@ -43,7 +43,7 @@ def test_every_test_runs_once_in_one_of_the_lanes_and_numbers_and_ranks_once_mor
     assert all((ROOT / path).exists() for path in (*left_out, *both_lines.split()[5:]))
 
 
-LANES = ["-m unit", "-m slurm", "-m peers", "tests/training", "tests/conversion", "exact and", "tests/lines", "-m ranks"]
+LANES = ["-m unit", "-m slurm", "-m peers", "-m ranks", "exact and", "tests/training", "tests/conversion", "/lines"]
 
 
 @pytest.mark.parametrize("refused", LANES)
