@@ -25,9 +25,10 @@ class Throughput:
     """Turns a step's groups and seconds into metrics of speed."""
 
     def __init__(self, config: Config, learns_without_advantage: bool) -> None:
-        """Args:
-        config: the run's, decided for this machine.
-        learns_without_advantage: ``Objective.learns_without_advantage``: groups without a signal are trained on, too.
+        """
+        Args:
+            config: the run's, decided for this machine.
+            learns_without_advantage: ``Objective``'s: groups without a signal are trained on, too.
         """
         gpu = hardware_here()
         self.config, self._peak = config, gpu.peak if gpu else None

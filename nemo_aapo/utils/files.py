@@ -176,6 +176,13 @@ def free_space(path: Path) -> str:
         return f"free space unknown: {error}"
 
 
+def bytes_of(directory: Path) -> int:
+    """Of all files in it; 0 if it is being removed meanwhile."""
+    with contextlib.suppress(FileNotFoundError):
+        return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
+    return 0
+
+
 # ---------------------------------------------------------------- paths that people name
 
 
@@ -228,13 +235,6 @@ def require_new(path: Path, named: str) -> None:
 
 
 # ---------------------------------------------------------------- JSON
-
-
-def bytes_of(directory: Path) -> int:
-    """Of all files in it; 0 if it is being removed meanwhile."""
-    with contextlib.suppress(FileNotFoundError):
-        return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
-    return 0
 
 
 def to_json(value: object) -> str:

@@ -25,7 +25,6 @@ from nemo_aapo.errors import FAILED, REFUSED
 from nemo_aapo.evaluation import compare
 from nemo_aapo.evaluation.settings import find_model
 from nemo_aapo.launch.slurm import commands, control, submit
-from nemo_aapo.launch.slurm.commands import JobState
 from nemo_aapo.prepare import Job, job, prepare
 from nemo_aapo.prepare.conversion import Layout, prepare_megatron_to_hf
 from nemo_aapo.prepare.text import with_evaluation_date
@@ -214,7 +213,7 @@ def test_200_damaged_files_of_a_run_directory_are_named_in_words(tmp_path, monke
     tree = compose(read_command_line(words))
     monkeypatch.setattr(job, "compose", lambda command: tree)
     monkeypatch.setattr(launch, "compose", lambda command: tree)
-    monkeypatch.setattr(control, "job_states", lambda ids: [JobState(str(job), "COMPLETED") for job in ids])
+    monkeypatch.setattr(control, "job_states", lambda ids: [commands.JobState(str(job), "COMPLETED") for job in ids])
     monkeypatch.setattr(submit, "sbatch", lambda script: "8")
     monkeypatch.setattr(commands, "slurm", lambda *words, **more: "")
     monkeypatch.setattr("nemo_aapo.run.directory.instruction_set", lambda: "AVX2")
@@ -336,12 +335,11 @@ def test_a_damaged_reference_store_is_named_in_words(tmp_path, capsys, unforesee
         store.write({"p": np.ones(3)})
     whole = (tmp_path / "s.sqlite").read_bytes()
     for number in range(40):
-        path = tmp_path / f"{number}.sqlite"
-        cut = bytearray(whole[: dice.randrange(len(whole))] if number % 2 else whole)
-        for _ in range(number % 5 * 40):
-            if cut:
-                cut[dice.randrange(len(cut))] = dice.randrange(256)
-        path.write_bytes(bytes(cut))
+        path, length = tmp_path / f"{number}.sqlite", dice.randrange(len(whole)) if number % 2 else len(whole)
+        cut = bytearray(whole[:length])
+        for _ in range(number % 5 * 40 if cut else 0):
+            cut[dice.randrange(len(cut))] = dice.randrange(256)
+        path.write_bytes(cut)
 
         def look(path: Path = path) -> int:
             with contextlib.closing(RewardStore(path, key)) as store:

@@ -24,7 +24,7 @@ from nemo_aapo.run.directory import check_run_directory, claim
 from nemo_aapo.run.identity import identity_of
 from nemo_aapo.text import chat_template
 from nemo_aapo.types import SamplingSpec
-from tests.prepare.test_refusals import blocker, command, given  # noqa: F401, fixtures
+from tests.prepare.conftest import command
 from tests.tiny_models import make_config, save_character_tokenizer, save_empty_model
 
 ROWS = 100
@@ -51,7 +51,7 @@ def of_model(model: Path, **changes):
 
 
 @pytest.mark.parametrize("name", ["train", "launch", "fill", "serve", "evaluate"])
-def test_each_command_refuses_ids_without_a_row_before_torch_is_imported(name, given, blocker, tokenizer, capsys):  # noqa: F811
+def test_each_command_refuses_ids_without_a_row_before_torch_is_imported(name, given, blocker, tokenizer, capsys):
     save_empty_model(given.folder / "model", vocab_size=90)
     shutil.copytree(tokenizer, given.folder / "model", dirs_exist_ok=True)
     model, train, validation, run_dir = given.words

@@ -24,15 +24,21 @@ def later(call: Call) -> Call:
     return Call(LATER, call.prompts, call.sampling, call.seeds, call.on_finish)
 
 
-def test_a_server_takes_new_weights_when_it_has_ended_its_part_and_another_goes_on_with_the_old(start, fleet):
-    """The later call is over while the earlier one still waits for its slowest server, whose part of it others took."""
+def half_done(start, fleet):
+    """Two servers in a call, of which the quick one has ended its part; what is told of it, and what should be."""
     slow, quick = start(always("until 0"), always("well"))
     both = fleet(2, timeout_s=30)
     both.prepare(WEIGHTS)
     first, told, wanted = make_call([2] * 4)
-    second, told_later, _ = make_call([2] * 4)
     earlier = in_background(both, first)
-    wait_for(lambda: slow.asked and len(told) == 4)  # the quick one has ended its part
+    wait_for(lambda: slow.asked and len(told) == 4)
+    return slow, quick, both, earlier, told, wanted
+
+
+def test_a_server_takes_new_weights_when_it_has_ended_its_part_and_another_goes_on_with_the_old(start, fleet):
+    """The later call is over while the earlier one still waits for its slowest server, whose part of it others took."""
+    slow, quick, both, earlier, told, wanted = half_done(start, fleet)
+    second, told_later, _ = make_call([2] * 4)
     in_background(both, later(second)).join(20)
     assert len(told_later) == 8
     assert (slow.weights, quick.weights) == (WEIGHTS.id, LATER.id)
@@ -46,13 +52,8 @@ def test_a_server_takes_new_weights_when_it_has_ended_its_part_and_another_goes_
 def test_what_a_dead_server_leaves_of_an_earlier_call_is_drawn_with_its_weights_by_one_that_has_later_ones(
     start, fleet
 ):
-    slow, quick = start(always("until 0"), always("well"))
-    both = fleet(2, timeout_s=30)
-    both.prepare(WEIGHTS)
-    first, told, wanted = make_call([2] * 4)
+    slow, quick, both, earlier, told, wanted = half_done(start, fleet)
     second, told_later, _ = make_call([2] * 4)
-    earlier = in_background(both, first)
-    wait_for(lambda: slow.asked and len(told) == 4)
     in_background(both, later(second)).join(20)
     slow.close()
     earlier.join(20)

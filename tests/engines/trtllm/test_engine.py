@@ -5,12 +5,10 @@ CUDA IPC needs a GPU: ``share`` hands the tensors themselves over instead of han
 
 from __future__ import annotations
 
-import ast
 import math
 import os
 import sys
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +17,6 @@ import torch
 from nemo_aapo.config import digest
 from nemo_aapo.engines.base import RolloutEngine
 from nemo_aapo.engines.trtllm import contract
-from nemo_aapo.engines.trtllm import engine as trtllm_engine
 from nemo_aapo.engines.trtllm import placement as trtllm_placement
 from nemo_aapo.engines.trtllm import settings as trtllm_settings
 from nemo_aapo.engines.trtllm.engine import TrtllmEngine
@@ -345,19 +342,3 @@ def test_settings_that_can_not_work_with_it_are_refused(settings, message):
 def test_how_the_engine_is_cut_up_does_not_decide_a_result():
     plain = make_config("/m")
     assert digest(make_config("/m", rollout__trtllm__refit_bucket_bytes=5)) == digest(plain)
-
-
-def test_the_library_is_imported_in_one_module_and_only_by_the_contracts_names():
-    root = Path(trtllm_engine.__file__).parents[2]
-    found = {
-        (path.name, node.module, alias.name)
-        for path in root.rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Import | ast.ImportFrom)
-        for alias in node.names
-        if (getattr(node, "module", None) or alias.name).partition(".")[0] == "tensorrt_llm"
-    }
-    known = {(cls.module, cls.name) for generation in contract.CONTRACTS for cls in generation.classes}
-    known.add(tuple(contract.WORKER_EXTENSION.module.rsplit(".", 1)))
-    assert {file for file, _, _ in found} == {"library.py"}
-    assert {(module, name) for _, module, name in found} <= known

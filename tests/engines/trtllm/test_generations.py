@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
+
 import pytest
 
 from nemo_aapo.engines.ipc import memory
 from nemo_aapo.engines.trtllm import contract
+from nemo_aapo.engines.trtllm import engine as trtllm_engine
 from nemo_aapo.errors import RunError
 from tests import cuda_ipc, fake_trtllm
 from tests.engines.trtllm.conftest import PROMPTS, SAMPLING, SEEDS, start, tokens
@@ -68,3 +72,19 @@ def test_requests_that_nobody_waits_for_any_more_are_ended_in_the_engine(monkeyp
     engine.wake()  # without a refit, as before a validation
     assert tokens(engine.generate(PROMPTS, SAMPLING, SEEDS))
     engine.close()
+
+
+def test_the_library_is_imported_in_one_module_and_only_by_the_contracts_names():
+    root = Path(trtllm_engine.__file__).parents[2]
+    found = {
+        (path.name, node.module, alias.name)
+        for path in root.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+        if (getattr(node, "module", None) or alias.name).partition(".")[0] == "tensorrt_llm"
+    }
+    known = {(cls.module, cls.name) for generation in contract.CONTRACTS for cls in generation.classes}
+    known.add(tuple(contract.WORKER_EXTENSION.module.rsplit(".", 1)))
+    assert {file for file, _, _ in found} == {"library.py"}
+    assert {(module, name) for _, module, name in found} <= known
