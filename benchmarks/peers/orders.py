@@ -32,6 +32,8 @@ class Step:
     """Seconds of the process on cores, all threads."""
     tokens: int
     """Completion tokens that were trained on."""
+    reference_tokens: int
+    """Completion tokens that the reference generated in this step."""
     longest_over_mean: float
     """Longest length of a completion over the mean."""
     loss: float
@@ -124,11 +126,11 @@ class Orders:
         self._answers.write(json.dumps(values) + "\n")
         self._answers.flush()
 
-    def answer_step(self, *, lengths: list[int], loss: float, phases: dict[str, float]) -> None:
-        """Answer with the cost of the step since it was ordered."""
+    def answer_step(self, *, lengths: list[int], reference_tokens: int, loss: float, phases: dict[str, float]) -> None:
+        """Answer with the cost of the step since it was ordered; ``lengths`` are of the completions trained on."""
         wall, cpu = time.perf_counter() - self._began[0], time.process_time() - self._began[1]
         tail = max(lengths) * len(lengths) / max(1, sum(lengths))
-        self.answer(**asdict(Step(wall, cpu, sum(lengths), tail, loss, phases)))
+        self.answer(**asdict(Step(wall, cpu, sum(lengths), reference_tokens, tail, loss, phases)))
 
 
 def peak_bytes() -> int:

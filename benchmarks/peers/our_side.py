@@ -105,15 +105,18 @@ def agree(trainer: Any, recorded: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def take_step(trainer: Any, reporter: LastStep, lengths: list[int], orders: Orders) -> None:
+def take_step(trainer: Any, reporter: LastStep, drawn: list[list[int]], orders: Orders) -> None:
     """Take one training step, and answer with its cost."""
-    lengths.clear()
+    drawn.clear()
     trainer.train_step()
     metrics = reporter.metrics
     seconds = {key.removeprefix("time/"): value for key, value in metrics.items() if key.startswith("time/")}
     phases = {key: seconds[key] for key in ("rollout", "reference", "train", "refit")}
     orders.answer_step(
-        lengths=lengths, loss=metrics["loss"], phases={**phases, "score": seconds["step"] - sum(phases.values())}
+        lengths=drawn[0],  # the policy's come first in a step
+        reference_tokens=sum(map(sum, drawn[1:])),
+        loss=metrics["loss"],
+        phases={**phases, "score": seconds["step"] - sum(phases.values())},
     )
 
 
@@ -132,17 +135,13 @@ def build(spec: dict[str, Any], reporter: LastStep, stack: contextlib.ExitStack)
     return trainer
 
 
-def count_tokens(engine: Any, lengths: list[int]) -> None:
-    """Have the engine add the lengths of its completions to the list whenever that is empty.
-
-    These are the policy's completions, as the reference's come later in a step.
-    """
+def count_tokens(engine: Any, drawn: list[list[int]]) -> None:
+    """Have the engine append the lengths of the completions of each of its calls to the list."""
     generate = engine.generate
 
     def counted(*arguments: Any) -> list[list[Completion]]:
         completions = generate(*arguments)
-        if not lengths:
-            lengths.extend(len(completion.token_ids) for row in completions for completion in row)
+        drawn.append([len(completion.token_ids) for row in completions for completion in row])
         return completions
 
     engine.generate = counted
@@ -159,17 +158,17 @@ def main(path: str) -> None:
     quiet()
     torch.set_num_threads(1)
     reporter = LastStep()
-    lengths: list[int] = []
+    drawn: list[list[int]] = []
     with contextlib.ExitStack() as stack:
         trainer = build(json.loads(Path(path).read_text()), reporter, stack)
-        count_tokens(trainer.rollouts.collector.engine, lengths)
+        count_tokens(trainer.rollouts.collector.engine, drawn)
         began = time.process_time()
         trainer.rollouts.fill_reference(0, lambda done, total: None, lambda: False)
         orders.answer(fill_cpu=time.process_time() - began)
         while (order := orders.next()) is not None:
             torch.set_num_threads(order.get("threads", 1))
             if order["do"] == "step":
-                take_step(trainer, reporter, lengths, orders)
+                take_step(trainer, reporter, drawn, orders)
             elif order["do"] == "agree":
                 orders.answer(**agree(trainer, json.loads(Path(order["file"]).read_text())))
             else:

@@ -26,6 +26,8 @@ class MeasuredTrainer(GRPOTrainer):
 
     phases: dict[str, float]
     lengths: list[int]
+    reference_tokens = 0
+    """Of the last step."""
     loss = 0.0
     record: Path | None = None
     """File for the completions, loss and gradient norm of the first step; None: not recorded."""
@@ -79,6 +81,7 @@ class TwiceGeneratingTrainer(MeasuredTrainer):
             )[:, output["prompt_ids"].shape[1] :]
         ended = torch.isin(generated, torch.tensor(self.eos_token_ids)).cumsum(1)
         after_end = ended - torch.isin(generated, torch.tensor(self.eos_token_ids)).long() > 0
+        self.reference_tokens = int((~after_end).sum())
         rewards = torch.tensor([settings.reward(ids) for ids in completions_of(output)])
         reference_rewards = torch.tensor(
             [settings.reward(ids[~gone].tolist()) for ids, gone in zip(generated, after_end, strict=True)]
@@ -125,7 +128,12 @@ class OnOrder(TrainerCallback):
         spent = sum(trainer.phases.values())
         wall = time.perf_counter() - self._began
         trainer.phases["train"] = wall - spent
-        self.orders.answer_step(lengths=trainer.lengths, loss=trainer.loss, phases=dict(trainer.phases))
+        self.orders.answer_step(
+            lengths=trainer.lengths,
+            reference_tokens=trainer.reference_tokens,
+            loss=trainer.loss,
+            phases=dict(trainer.phases),
+        )
         self._wait(control)
 
     def _wait(self, control: Any) -> None:

@@ -26,7 +26,7 @@ from nemo_aapo.errors import ConfigError, RunError
 
 def step(cpu: float, wall: float = 2.0) -> Step:
     phases = dict.fromkeys(report.PHASES, 0.25)
-    return Step(wall, cpu, tokens=100, longest_over_mean=4.0, loss=-0.00001, phases=phases)
+    return Step(wall, cpu, tokens=100, reference_tokens=0, longest_over_mean=4.0, loss=-0.00001, phases=phases)
 
 
 def found(ours: tuple[float, ...] = (1.0, 2.0, 4.0), theirs: tuple[float, ...] = (4.0, 4.0, 5.0)) -> Found:

@@ -300,17 +300,18 @@ def test_reward_workers_tell_right_from_wrong_and_a_hostile_one_is_killed(tiny_m
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("body", "text"),
+    ("body", "timeout_s", "text"),
     [
-        ("import time; time.sleep(60)", "right answer could not be scored: timeout"),
-        ("raise KeyError('url')", "right answer could not be scored: error: mine: KeyError"),
+        ("import time; time.sleep(600)", 1.0, "right answer could not be scored: timeout"),
+        ("raise KeyError('url')", 60.0, "right answer could not be scored: error: mine: KeyError"),
     ],
 )
-def test_a_reward_that_hangs_or_raises_is_a_failure(tiny_models, tmp_path, body, text):
+def test_a_reward_that_hangs_or_raises_is_a_failure(tiny_models, tmp_path, body, timeout_s, text):
     path = tmp_path / "mine.py"
     path.write_text(f"def mine(prompt, completion, answer, **info):\n    {body}\n")
     entry = {"name": "custom", "function": f"{path}:mine"}
-    config = make_config(tiny_models["qwen2"], rewards=[entry], validation__reward="mine", reward_runner__timeout_s=1.0)
+    limit = {"reward_runner__timeout_s": timeout_s}
+    config = make_config(tiny_models["qwen2"], rewards=[entry], validation__reward="mine", **limit)
     assert text in failure("rewards", config)
 
 

@@ -40,9 +40,10 @@ def test_training_steps_beside_trls_on_the_same_checkpoint(tmp_path):
             assert step["cpu"] > 0
             assert QUICK.sequences <= step["tokens"] <= QUICK.sequences * QUICK.new_tokens
             assert step["longest_over_mean"] > 1.0
-            assert 0.5 * step["wall"] < sum(step["phases"].values()) < 1.01 * step["wall"]
+            assert all(seconds >= 0 for seconds in step["phases"].values())
+            assert 0 < sum(step["phases"].values()) < 1.01 * step["wall"]
             draws_twice = cell["contestant"] in ("trl_twice", "ours_fresh")
-            assert (step["phases"]["reference"] > 0.1 * step["phases"]["rollout"]) == draws_twice
+            assert (step["reference_tokens"] >= QUICK.sequences) == draws_twice
     (agreement,) = figures["agreements"]
     assert agreement["gradient_norm"] == pytest.approx(agreement["trl_gradient_norm"], rel=1e-4)
     assert abs(agreement["loss"]) > 1e-3  # lengths differ, so the loss says something

@@ -141,7 +141,7 @@ def test_nobody_waits_for_a_server_that_hangs(directory):
         announce(directory, silent)
         watch, began = FleetWatch(directory), time.monotonic()
         assert [watch.metrics() for _ in range(100)] == [{}] * 100
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < 10  # where each waited for an answer, it would take minutes
         assert sum(thread.name == "fleet-watch" for thread in threading.enumerate()) == 1
 
 

@@ -80,7 +80,7 @@ def draw_for(seconds):
 def test_waiting_ranks_outlive_a_draw_that_is_longer_than_their_timeout_and_hear_of_it_meanwhile(monkeypatch):
     heard = []
     owner, other = ranks_at(
-        draw_for(2.0), lambda i, j, completion: heard.append((time.monotonic(), j)), monkeypatch, timeout_s=1.0
+        draw_for(4.0), lambda i, j, completion: heard.append((time.monotonic(), j)), monkeypatch, timeout_s=3.0
     )
     assert owner == other == len(heard)
     assert [j for _, j in heard] == list(range(len(heard)))
