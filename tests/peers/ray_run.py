@@ -33,7 +33,7 @@ JOB = {"RANK": "3", "SLURM_PROCID": "3", "PMIX_RANK": "3", "MASTER_PORT": "1", "
 def start(*numbers: int) -> TrtllmEngine:
     os.environ["RAY_OVERRIDE_RESOURCES"] = json.dumps({"CPU": 4, "GPU": len(numbers)})
     gpus = [Gpu("node", number, f"GPU-{number}", device) for device, number in enumerate(numbers)]
-    settings = {**vars(SETTINGS), "tensor_parallel_size": len(gpus), "timeout_s": 150.0, "refit_bucket_bytes": 4000}
+    settings = {**vars(SETTINGS), "tensor_parallel_size": len(gpus), "timeout_s": 400.0, "refit_bucket_bytes": 4000}
     return TrtllmEngine(type(SETTINGS)(**settings), placement.Alone(), gpus, colocated=True)
 
 
