@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# shellcheck disable=SC2317 # traps and lanes are called by name
 # All checks: environment, style, types, tests; ends with the slowest tests and where the time went.
 #
 #   bash scripts/test.sh [--quick] [pytest arguments]        for example: tests/test_loss.py, -k resume, -x
@@ -24,11 +25,27 @@ readonly NO_PYTHON=3            # of environment.sh
 
 chosen=("$@")
 said=$(mktemp --directory) # what runs beside the tests that are shown says it here
-trap 'rm -rf "$said"; echo "test.sh: environment ${environment_s:-$SECONDS} s, checks $((SECONDS - ${environment_s:-$SECONDS})) s"' EXIT
-trap 'trap - INT TERM; kill 0' INT TERM # bash has what it starts in the background ignore Ctrl-C
+trap ending EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+# However it ends, what it has started in the background does not go on.
+ending() {
+    local group
+    for group in $(jobs -p); do
+        kill -TERM -- "-$group" 2>/dev/null || true
+    done
+    rm -rf "$said"
+    echo "test.sh: environment ${environment_s:-$SECONDS} s, checks $((SECONDS - ${environment_s:-$SECONDS})) s"
+}
+# Starts a command in a process group of its own, so that it can be ended with all that it starts; its output goes to a file.
+background() {
+    set -m
+    "${@:2}" >"$said/$1" 2>&1 &
+    set +m
+}
 
 if ((!$#)); then
-    bash scripts/environment.sh --line newest >"$said/newest" 2>&1 & # both lines' environments at a time
+    background newest bash scripts/environment.sh --line newest # both lines' environments at a time
     newest=$!
 fi
 bash scripts/environment.sh
@@ -39,7 +56,7 @@ unset PYTHONDONTWRITEBYTECODE # dozens of ranks are started: compile their modul
 if [[ ${1:-} == --quick ]]; then
     chosen=(-m unit --numprocesses 2 "${@:2}")
 else
-    mypy >"$said/types" 2>&1 &
+    background types mypy
     types=$!
     bash scripts/peers.sh || echo "test.sh: going on without .venv-peers: the tests that need it are skipped" >&2
     bash scripts/nemo_run.sh || echo "test.sh: going on without .venv-nemo-run: the test that needs it is skipped" >&2
@@ -93,9 +110,9 @@ if (($#)); then
     run_tests "${chosen[@]}" || status=$?
 else
     ((made_newest == 0 || made_newest == NO_PYTHON)) || status=$made_newest
-    waiting >"$said/waiting" 2>&1 &
+    background waiting waiting
     waiting=$!
-    beside >"$said/beside" 2>&1 &
+    background beside beside
     beside=$!
     elsewhere=(tests/lines "${WITH_SLURM[@]}" "${WITH_UNIT[@]}")
     run_tests -m "$REST" "${elsewhere[@]/#/--ignore=}" || status=$?

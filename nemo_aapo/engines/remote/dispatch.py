@@ -23,7 +23,7 @@ from nemo_aapo.engines.remote import wire
 from nemo_aapo.engines.remote.directory import ServerRecord
 from nemo_aapo.engines.remote.queues import Ticket
 from nemo_aapo.engines.remote.servers import TURN_S, Servers, complaint, failures_named
-from nemo_aapo.errors import OtherWeightsError, RunError, ServerError
+from nemo_aapo.errors import OtherWeightsError, RequestError, RunError, ServerError
 from nemo_aapo.trace import servers as traced_servers
 from nemo_aapo.types import Completion, SamplingSpec
 from nemo_aapo.utils.buckets import buckets
@@ -102,6 +102,7 @@ class Fleet(Servers):
 
         Raises:
             RunError: too few servers are left, or a prompt has failed too often; names each server and why.
+            RequestError: a server's engine has not what is asked for.
             FloatingPointError: a server's weights give log-probs that are not finite.
             Interrupted: a stop broke it off.
         """
@@ -236,7 +237,7 @@ class Fleet(Servers):
         with failures_named(self.timeout_s):
             async with session.post(url, data=body, headers=headers) as response:
                 if response.status != 200:
-                    _raise(complaint(response, answer := load_object(await response.read())), answer)
+                    _raise(server, complaint(response, answer := load_object(await response.read())), answer)
                 messages, prompts, heard = wire.MessageReader(), dict[int, np.ndarray](), time.monotonic()
                 async for data in response.content.iter_any():
                     if time.monotonic() - heard > self.timeout_s:  # bytes came, and never a whole message
@@ -244,7 +245,7 @@ class Fleet(Servers):
                     for message, binary in messages.read(data):
                         heard = time.monotonic()
                         if "error" in message:
-                            _raise(message["error"], message)
+                            _raise(server, message["error"], message)
                         if "done" in message:
                             if traced:
                                 traced.ends(message, request.sequences)
@@ -313,10 +314,12 @@ def _requests(works: Sequence[Work], prompts: Sequence[np.ndarray]) -> Iterator[
     return buckets(works, lambda work: len(prompts[work.prompt]), REQUEST_TOKENS)
 
 
-def _raise(message: str, answer: dict[str, Any]) -> NoReturn:
-    """A failed answer of ``generate``; weights that are not finite are the policy's fault and not the server's."""
+def _raise(server: ServerRecord, message: str, answer: dict[str, Any]) -> NoReturn:
+    """A failed answer of ``generate``; what is asked for, or weights that are not finite, is not the server's fault."""
     if answer.get("reason") == "not_finite":
         raise FloatingPointError(answer["error"])
+    if answer.get("reason") == "request":
+        raise RequestError(f"rollout server {server.index} ({server.address}): {message}")
     if answer.get("reason") in ("other_weights", "no_weights"):  # it has taken others since it was asked, or is at it
         raise OtherWeightsError(message)
     raise ServerError(message)

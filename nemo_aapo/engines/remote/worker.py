@@ -236,9 +236,9 @@ class EngineWorker:
         batch = Batch(jobs, self._hosted.prompt_tokens)
 
         def on_finish(number: int, j: int, completion: Completion) -> None:
-            self._count(-1)
             if not np.isfinite(completion.logprobs).all():  # JSON has no number for it
                 raise FloatingPointError(f"the engine gave log-probs that are not finite, by {self.weights}")
+            self._count(-1)
             batch.hand_over(number, j, completion)
             if self._stopping or (self._hosted.can_break_off and batch.abandoned):
                 raise _Aborted

@@ -89,6 +89,8 @@ class ScriptedServer:
             return web.json_response({"error": "no whole weights are loaded", "reason": "no_weights"}, status=503)
         if misdeed == "refuse":
             return web.json_response({"error": "out of memory", "reason": "engine"}, status=500)
+        if misdeed == "cannot":
+            return web.json_response({"error": "temperature=0.6 can't be had", "reason": "request"}, status=400)
         if misdeed == "not_finite":
             return web.json_response({"error": "log-probs are not finite", "reason": "not_finite"}, status=500)
         if misdeed == "html":

@@ -24,7 +24,7 @@ from nemo_aapo.engines.remote.directory import ServerRecord, open_directory, pub
 from nemo_aapo.engines.remote.dispatch import Call, Work, distribute
 from nemo_aapo.engines.remote.engine import RemoteEngine
 from nemo_aapo.engines.remote.weight_store import WeightStore
-from nemo_aapo.errors import ConfigError, Interrupted, RunError
+from nemo_aapo.errors import ConfigError, Interrupted, RequestError, RunError
 from nemo_aapo.run import stop
 from tests.engines.remote.scripted_server import MISDEEDS, SPEC, WEIGHTS, always, make_call, wait_for
 from tests.engines.remote.test_service import TOKEN, Server
@@ -142,6 +142,14 @@ def test_weights_that_are_not_finite_are_the_policys_fault_and_tried_nowhere_els
     with pytest.raises(FloatingPointError, match="not finite"):
         fleet(2).generate(make_call([1])[0])
     assert not other.asked
+
+
+def test_what_an_engine_cannot_do_is_the_requests_fault_and_asked_nowhere_else(start, fleet):
+    one, other = start(always("cannot"), always("cannot"))
+    made = fleet(2, log=(said := []).append)
+    with pytest.raises(RequestError, match=r"rollout server 0 \(http://.*\): HTTP 400: temperature=0\.6 can't be had"):
+        made.generate(make_call([1])[0])
+    assert (len(one.asked), len(other.asked), said) == (1, 0, [])
 
 
 def test_a_server_that_hangs_is_waited_for_once_by_sleep_and_refit(start, fleet, tmp_path, monkeypatch):

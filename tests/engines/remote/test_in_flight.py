@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import queue
 import threading
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +129,19 @@ def test_weights_and_requests_are_taken_up_between_two_tokens_and_each_request_e
     assert harness.engine.calls == 1
     assert harness.worker.outstanding == 0
     assert harness.worker.served == {0: V0.digest, 1: V1.digest, 2: V2.digest}
+
+
+def test_a_request_that_has_ended_is_forgotten_while_others_go_on(harness):
+    harness.ask([9])
+    harness.step()
+    job, answers = harness.ask([1])
+    harness.step(2)
+    assert versions_of(answers)[1] is None
+    ended = weakref.ref(job)
+    del job
+    harness.step()  # nothing of the step before is held any more
+    gc.collect()
+    assert ended() is None
 
 
 def test_what_is_not_like_it_or_too_long_waits_for_its_end_and_what_asks_for_other_weights_is_told(harness):

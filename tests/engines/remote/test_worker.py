@@ -113,6 +113,7 @@ def test_log_probs_that_no_message_can_hold_end_a_request_in_words(harness, numb
         [],
         Failure("not_finite", f"the engine gave log-probs that are not finite, by {V0}"),
     )
+    assert harness.worker.outstanding == 0
 
 
 def test_a_refit_waits_for_the_batch_before_it_and_nothing_overtakes_it(harness):

@@ -12,9 +12,10 @@ import shutil
 import signal
 import time
 
+import psutil
 import pytest
 
-from tests.project.scripts.conftest import ROOT
+from tests.project.scripts.conftest import ROOT, WAIT_S
 
 pytestmark = pytest.mark.slow
 
@@ -64,17 +65,36 @@ def test_a_second_line_that_cannot_be_made_fails_the_tests_unless_there_is_no_py
     assert not any("tests/lines" in call and "--ignore" not in call for call in calls)
 
 
-def test_ctrl_c_ends_all_lanes(tested):
-    process = tested.start("test.sh", SLOW="pytest", SECONDS_SLOW="60")
+def assert_ended(process):
+    """The script that led this session, and all that it started."""
+    process.communicate(timeout=WAIT_S)
+    end = time.monotonic() + WAIT_S
+    while left := [found for found in psutil.process_iter() if session_of(found) == process.pid]:
+        assert time.monotonic() < end, left
+        time.sleep(0.02)
+
+
+def session_of(process):
+    with contextlib.suppress(ProcessLookupError):
+        return os.getsid(process.pid)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_ends_all_lanes(tested, number):
+    process = tested.start("test.sh", SLOW="pytest", SECONDS_SLOW="600")
     tested.wait_for("-m unit")
-    os.killpg(process.pid, signal.SIGINT)
-    process.communicate(timeout=10)
-    with contextlib.suppress(ProcessLookupError):  # of a group that is gone
-        for _ in range(500):
-            os.killpg(process.pid, 0)
-            time.sleep(0.02)
-        pytest.fail("processes of test.sh go on")
+    tested.wait_for("-m slurm")
+    os.killpg(process.pid, number)
+    assert_ended(process)
     assert not any("exact and" in call for call in tested.calls())
+
+
+def test_a_fault_of_style_leaves_nothing_behind(tested):
+    (tested.root / ".venv" / "bin" / "mypy").write_text('#!/usr/bin/env bash\necho mypy >>"$CALLS"\nsleep 600\n')
+    process = tested.start("test.sh", REFUSE="check .")
+    assert_ended(process)
+    assert process.returncode == 1
+    assert "mypy" in tested.calls()
 
 
 def test_the_quick_tests_install_nothing_else_and_style_and_tests_can_each_fail(tested):
