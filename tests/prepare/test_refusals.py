@@ -81,6 +81,9 @@ FILES = [
     (["run.dir="], "run.dir: the path is empty"),
     (["run.dir=FOLDER/a_file"], "FOLDER/a_file is a file, where a directory is needed"),
     (["run.dir=FOLDER/a_file/run"], "FOLDER/a_file is a file, where a directory is needed"),
+    (["run.dir=FOLDER/purged"], "run.dir=FOLDER/purged: FOLDER/purged is a link to FOLDER/scratch, which is not there"),
+    (["run.dir=FOLDER/purged/run"], "FOLDER/purged is a link to FOLDER/scratch, which is not there"),
+    (["run.dir=FOLDER/run_begun"], "FOLDER/run_begun/checkpoints is a link to FOLDER/scratch, which is not there"),
     (["run.dir=/proc/x/y"], "run.dir=/proc/x/y: nothing can be written in /proc ("),
 ]
 """What files tell, of training and launching."""
@@ -126,6 +129,7 @@ EVALUATE = [
     (["model.path="], "model.path: the path is empty"),
     (["+sources.mine=''", "benchmarks=[mine]"], "has no source"),
     (["run.dir=/proc/x"], "run.dir=/proc/x: nothing can be written in /proc ("),
+    (["run.dir=FOLDER/purged"], "FOLDER/purged is a link to FOLDER/scratch, which is not there"),
     (["rewards=[{name: acuracy}]"], "did you mean 'accuracy'"),
     (["rewards=[{name: exact, weigth: 1}]"], "has no parameter 'weigth'"),
     (["prompt_template=openrs"], "known are open_rs"),
@@ -136,6 +140,8 @@ EVALUATE = [
 ]
 CONVERT = [
     (["hf-to-megatron", "FOLDER/model", "--out", "FOLDER/no_data"], "exists already"),
+    (["hf-to-megatron", "FOLDER/model", "--out", "FOLDER/purged"], "exists already"),
+    (["hf-to-megatron", "FOLDER/model", "--out", "FOLDER/purged/out"], "FOLDER/purged is a link to FOLDER/scratch"),
     (["hf-to-megatron", "FOLDER/model", "--out", "FOLDER/out", "--tensor-model-parallel-size", "3"], "does not divide"),
     (["megatron-to-hf", "FOLDER/model", "--out", "FOLDER/out"], "is a Hugging Face model already"),
     (["verify", "FOLDER/gone"], "no such directory"),
