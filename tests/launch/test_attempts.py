@@ -36,6 +36,9 @@ def attempt(end: str, before: int = 0, after: int = 0, step: int | None = None) 
             "twice",
         ),
         ([attempt("failed", step=0), attempt("failed", step=0)], False, "step 1 failed twice"),
+        ([attempt("unstarted")] * 3, True, ""),
+        ([attempt("failed", step=0), attempt("unstarted")], True, ""),
+        ([attempt("unstarted"), attempt("failed", step=0)], True, ""),
         ([attempt("lost")] * 3, True, ""),
         ([attempt("lost")] * 4, False, "4 attempts in a row without a new checkpoint (max_requeues=3)"),
         ([attempt("saved", 0, 2), *[attempt("lost", 2, 2)] * 3], True, ""),
@@ -49,7 +52,7 @@ def test_a_job_is_requeued_as_long_as_the_run_makes_progress(attempts, requeue, 
 
 
 def test_no_sequence_of_bad_ends_is_requeued_for_ever():
-    for end in ("saved", "failed", "lost"):
+    for end in ("saved", "failed", "unstarted", "lost"):
         attempts = [attempt(end)]
         while decide(attempts, max_requeues=5).requeue:
             attempts.append(attempt(end))
