@@ -123,6 +123,7 @@ def test_what_squeue_scontrol_and_sacct_say_is_understood():
         ("srun: error: Unable to create step for job 41: Connection refused", False),
         ("srun: error: Task launch for StepId=41.0 failed on node node1: Communication connection failure", False),
         ("Zero Bytes were transmitted or received", False),
+        ("Unexpected message received for job 1", False),
         ("Requested operation is presently disabled for job 41", True),
         ("Invalid job id specified", True),
         (
@@ -133,6 +134,7 @@ def test_what_squeue_scontrol_and_sacct_say_is_understood():
     ],
 )
 def test_what_slurm_refuses_is_told_from_what_it_does_not_answer(tmp_path, monkeypatch, said, answered):
+    """The first two, that of ``requeue`` and what is disabled are Slurm 22.05's; the others from its sources."""
     (tmp_path / "srun").write_text(f"#!/bin/sh\nprintf '%s' '{said}' >&2; exit 1\n")
     (tmp_path / "srun").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
