@@ -13,6 +13,8 @@ from tests.prepare.conftest import Blocker, Given, command
 from tests.tiny_models import save_empty_model
 
 SLURM = ("cluster=slurm", "dry_run=true")
+THERE = "algorithm.reference_store=/proc/version"
+"""A file in a folder in which nobody can write."""
 H200 = Machine("NVIDIA H200", (9, 0), (13, 0), transformer_engine=True)
 
 
@@ -107,6 +109,8 @@ FILL = [
     (["algorithm.reference_store=/proc/x"], "algorithm.reference_store=/proc/x: nothing can be written in /proc ("),
     (["algorithm=gpg"], "only cached reference rewards are stored"),
     (["--shard", "1"], "go together"),
+    (["--shard", "0", "--shards", "2", THERE], f"{THERE}: nothing can be written in /proc ("),
+    (["--merge", THERE], f"{THERE}: nothing can be written in /proc ("),
     (["model.path=FOLDER/gone"], "no such directory"),
     (["data.train=FOLDER/gone.jsonl"], "data.train: "),
     (["precision=bf16"], "needs a GPU"),
@@ -268,6 +272,17 @@ def test_what_can_work_is_prepared_without_torch_and_wholly_resolved(given, bloc
     assert job.config.model.share_prompts is True
     assert job.sizes.world_size == 1
     assert [(reward.name, weight) for reward, weight in job.rewards] == [("accuracy", 1.0)]
+
+
+def test_what_is_only_read_need_not_be_writable(given):
+    from nemo_aapo.launch.world import of_starter
+    from nemo_aapo.prepare import prepare, prepare_fill
+
+    assert prepare([*given.words, THERE])
+    assert prepare_fill([*given.words, THERE], of_starter)
+    assert prepare_fill([*given.words, "run.dir=/proc/x"], of_starter, "status")
+    store = f"algorithm.reference_store={given.folder}/store.sqlite"
+    assert prepare_fill([*given.words, "run.dir=/proc/x", store], of_starter, "merge")
 
 
 def test_a_launcher_leaves_to_the_ranks_what_only_their_machine_knows(given, monkeypatch):
