@@ -15,6 +15,7 @@ from nemo_aapo.errors import ConfigError
 from nemo_aapo.launch import local
 from nemo_aapo.launch.world import Machine, World, of_starter
 from nemo_aapo.prepare import Job, prepare_fill
+from nemo_aapo.prepare.job import FillTask
 from nemo_aapo.reference_store.shards import Shard
 
 DESCRIPTION = """Draw the reference rewards that a training run with these settings needs, and store them
@@ -30,15 +31,14 @@ DESCRIPTION = """Draw the reference rewards that a training run with these setti
 class Options:
     """What is done with the store."""
 
+    task: FillTask
     shard: Shard | None
-    merge: bool
-    status: bool
 
     def world(self, config: Config) -> World:
         """The ranks that fill it. Looking and merging is for one process, wherever and however the run is started."""
-        if self.merge or self.status:
-            return World(config.trainer.num_nodes * config.trainer.devices, Machine.present())
-        return of_starter(config)
+        if self.task == "fill":
+            return of_starter(config)
+        return World(config.trainer.num_nodes * config.trainer.devices, Machine.present())
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -50,7 +50,7 @@ def main(words: Sequence[str] | None = None) -> int:
 def _run(words: Sequence[str]) -> int:
     options, settings = read_options(words)
     return run_command(
-        lambda command: prepare_fill(command, options.world),
+        lambda command: prepare_fill(command, options.world, options.task, options.shard),
         functools.partial(fill, options=options, words=words),
         description=DESCRIPTION,
         words=settings,
@@ -59,16 +59,16 @@ def _run(words: Sequence[str]) -> int:
 
 def fill(job: Job, options: Options, words: Sequence[str]) -> int:
     """What the options ask for, on this rank or on ranks that are given the same words."""
-    trainer, looks_only = job.config.trainer, options.merge or options.status
-    if not looks_only and local.starts_ranks(trainer.devices, trainer.num_nodes):
+    trainer = job.config.trainer
+    if options.task == "fill" and local.starts_ranks(trainer.devices, trainer.num_nodes):
         name = "reference_rewards" if options.shard is None else f"reference_rewards_{options.shard.index}"
         log_dir = Path(job.config.run.dir) / "logs" / name
         return local.run_ranks_of(job.config, command_of_ranks("fill", words), log_dir)
     from nemo_aapo.jobs import fill_reference  # torch and Megatron
 
-    if options.merge:
+    if options.task == "merge":
         return fill_reference.merge(job)
-    if options.status:
+    if options.task == "status":
         return fill_reference.status(job)
     return fill_reference.fill(job, options.shard)
 
@@ -90,4 +90,4 @@ def read_options(words: Sequence[str]) -> tuple[Options, list[str]]:
     if given.merge + given.status + (given.shard is not None) > 1:
         raise ConfigError("--shard, --merge and --status: one at a time")
     shard = None if given.shard is None else Shard(given.shard, given.shards)
-    return Options(shard, given.merge, given.status), others
+    return Options("merge" if given.merge else "status" if given.status else "fill", shard), others

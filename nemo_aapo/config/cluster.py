@@ -24,7 +24,6 @@ _ONLY_BATCH: dict[str, Any] = {
     "exclusive": False,
     "dependency": "singleton",
     "chain": 1,
-    "signal_s": 300,
     "max_requeues": 20,
     "fill_jobs": 8,
     "sbatch_args": {},
@@ -100,7 +99,7 @@ def check_cluster(config: Config) -> None:
         return
     if cluster.kind == "interactive":
         _check_without_effect(cluster, _ONLY_BATCH, "in an allocation that is there already")
-    if cluster.signal_s + WARNED_EARLY_S > limit:
+    elif cluster.signal_s + WARNED_EARLY_S > limit:
         raise ConfigError(
             f"cluster.signal_s={cluster.signal_s}: the warning could come before the job is up, as Slurm may send it a "
             f"minute early: cluster.time={cluster.time} must be at least {WARNED_EARLY_S} s longer"

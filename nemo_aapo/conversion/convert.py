@@ -8,6 +8,7 @@ Parallel sizes are those that Megatron's groups were made with, whatever wrote a
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -131,5 +132,5 @@ def stored_dtype(source: ModelSource) -> torch.dtype:
 
 
 def _require_absent(target: Path) -> None:
-    if target.exists():
+    if os.path.lexists(target):
         raise ConfigError(f"{target} exists already; name another place, or remove it")

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import yaml
@@ -65,7 +65,7 @@ def evaluate(job: EvaluationJob) -> int:
             StopSignal(directory, speak=first, ending="keeping what is judged, then stopping") as stop,
             lost_ranks_reported(lambda: "the evaluation"),
         ):
-            agree(lambda: stack.enter_context(_claimed(directory)) if first else None)
+            agree(lambda: stack.enter_context(lock_directory(directory, str(directory))) if first else None)
             _evaluate(job, stack, stop)
     except Interrupted:
         _say(f"{directory}: stopped; the same command goes on from there")
@@ -202,12 +202,6 @@ def _records(group: Group, task: Task, problem: Problem, samples: Sequence[int],
 
 
 # ---------------------------------------------------------------- files and screen
-
-
-def _claimed(directory: Path) -> TextIO:
-    """The directory, made and locked: one process at a time writes there."""
-    directory.mkdir(parents=True, exist_ok=True)
-    return lock_directory(directory, str(directory))
 
 
 def _begin(directory: Path, tree: dict[str, Any], identity: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from nemo_aapo.algorithms.base import Algorithm
 from nemo_aapo.config import Config, ModelShape, Sizes, parse, with_routes_decided, without_secrets
@@ -23,6 +23,7 @@ from nemo_aapo.prepare.files import check_data, check_replay
 from nemo_aapo.prepare.loggers import check_loggers
 from nemo_aapo.prepare.packages import check_packages, loggers_need, packages_of
 from nemo_aapo.prepare.text import with_date
+from nemo_aapo.reference_store.shards import Shard
 from nemo_aapo.rewards import reward_of
 from nemo_aapo.rewards.base import Reward
 from nemo_aapo.run.directory import check_run_directory
@@ -30,6 +31,8 @@ from nemo_aapo.utils.files import require_directory, require_file
 
 Words = Sequence[str] | CommandLine
 """``KEY=VALUE`` words as they were typed, or already split from a command's options."""
+FillTask = Literal["fill", "merge", "status"]
+"""What is done with a reference store: sample what it lacks, join what shards have sampled, or only look."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,14 @@ def prepare(words: Words, world: Callable[[Config], World] = of_rank) -> Job:
     return _training(*settings_of(words), world)
 
 
-def prepare_fill(words: Words, world: Callable[[Config], World]) -> Job:
+def prepare_fill(
+    words: Words, world: Callable[[Config], World], task: FillTask = "fill", shard: Shard | None = None
+) -> Job:
     """The same for the filling of a run's reference store, whose run directory may hold anything.
+
+    Args:
+        task: only what it writes has to be writable.
+        shard: fill this part alone, into a file of its own.
 
     Raises:
         ConfigError, DataError: as ``prepare``; or the algorithm stores no reference rewards.
@@ -78,8 +87,12 @@ def prepare_fill(words: Words, world: Callable[[Config], World]) -> Job:
         mode = config.algorithm.reference or "null"
         raise ConfigError(f"algorithm.reference={mode}: only cached reference rewards are stored (algorithm=aapo)")
     job = _job(config, tree, world)
-    require_directory(Path(config.run.dir), f"run.dir={config.run.dir}")
-    _check_store(job)
+    if task == "fill":
+        require_directory(Path(config.run.dir), f"run.dir={config.run.dir}")
+        _check_store(job, shard)
+    elif task == "merge":
+        store = str(job.config.algorithm.reference_store)
+        require_file(Path(store), f"algorithm.reference_store={store}")
     return job
 
 
@@ -174,11 +187,17 @@ def _training(config: Config, tree: Mapping[str, Any], world: Callable[[Config],
     return job
 
 
-def _check_store(job: Job) -> None:
-    """Refuse a reference store that can't be written; a launcher may see other disks than the ranks do."""
+def _check_store(job: Job, shard: Shard | None = None) -> None:
+    """Refuse a reference store that can't be made. One that is there may be read-only: perhaps it lacks nothing.
+
+    A launcher may see other disks than the ranks do.
+    """
     store = job.config.algorithm.reference_store
-    if store is not None and job.machine is not None:
-        require_file(Path(store), f"algorithm.reference_store={store}")
+    if store is None or job.machine is None:
+        return
+    file = shard.path(store) if shard else Path(store)
+    if not file.is_file():
+        require_file(file, f"algorithm.reference_store={store}")
 
 
 def _job(

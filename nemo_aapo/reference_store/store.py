@@ -132,11 +132,7 @@ class RewardStore:
         for prompt, row in rewards.items():
             if np.isinf(row).any():
                 raise ValueError(f"reference rewards of prompt {prompt} are not finite: {row}")
-        if self.read_only:
-            raise StoreError(
-                f"{self.path}: is read-only, and {len(rewards)} prompts are not stored in it. Make it and its folder "
-                "writable, or name another file (algorithm.reference_store)"
-            )
+        self.require_writable(len(rewards))
         with self._explained(), self._transaction():
             self._db.execute(
                 "INSERT OR IGNORE INTO keys (digest, parts) VALUES (?, ?)",
@@ -153,6 +149,18 @@ class RewardStore:
             )
             found = self.read(list(rewards), max((len(row) for row in rewards.values()), default=0))
         return {prompt: padded(found.get(prompt), len(row)) for prompt, row in rewards.items()}
+
+    def require_writable(self, prompts: int) -> None:
+        """Refuse to store the rewards of so many prompts in a file or a folder that is read-only.
+
+        Raises:
+            StoreError: it is.
+        """
+        if self.read_only:
+            raise StoreError(
+                f"{self.path}: is read-only, and {prompts} prompts are not stored in it. Make it and its folder "
+                "writable, or name another file (algorithm.reference_store)"
+            )
 
     def items(self) -> Iterator[dict[str, np.ndarray]]:
         """Everything stored under the key, batch by batch as ``write`` takes it."""

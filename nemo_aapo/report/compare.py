@@ -45,9 +45,9 @@ def seeds_alike(runs: Sequence[Run]) -> list[list[int]]:
 def paired_differences(runs: Sequence[Run]) -> list[dict[str, Any] | None]:
     """How each run's held-out accuracy differs from the first one's, prompt by prompt, at their last common validation.
 
-    It is that of the sampled completions, of all prompts; of the greedy ones where none are sampled. Pairing leaves out
-    how hard a prompt is, which both runs share: the standard error is that of the mean over prompts of the differences,
-    and smaller than what the two accuracies' own errors suggest.
+    It is that of the sampled completions, of all prompts; of the greedy ones where one of the two runs samples none.
+    Pairing leaves out how hard a prompt is, which both runs share: the standard error is that of the mean over prompts
+    of the differences, and smaller than what the two accuracies' own errors suggest.
 
     Returns:
         ``{"difference", "stderr", "step", "prompts"}`` for each run; None for the first, and where nothing is common.
@@ -63,8 +63,11 @@ def _paired(one: Run, other: Run) -> dict[str, Any] | None:
     if not common:
         return None
     step = max(common)
-    shares = [_shares(run, step) for run in (one, other)]
-    differences = [shares[1][source] - shares[0][source] for source in shares[0].keys() & shares[1].keys()]
+    verdicts = [read_verdicts(Path(run["directory"]), step, str(run["verdict"])) for run in (one, other)]
+    sampled = all(len(right) > 1 for of_run in verdicts for right in of_run.values())
+    counted = slice(1, None) if sampled else slice(1)
+    first, second = ({source: statistics.fmean(of[source][counted]) for source in of} for of in verdicts)
+    differences = [second[source] - first[source] for source in first.keys() & second.keys()]
     if len(differences) < 2:
         return None
     error = statistics.stdev(differences) / len(differences) ** 0.5
@@ -74,9 +77,3 @@ def _paired(one: Run, other: Run) -> dict[str, Any] | None:
         "step": step,
         "prompts": len(differences),
     }
-
-
-def _shares(run: Run, step: int) -> dict[str, float]:
-    """Place of a prompt in the data -> the share of its sampled completions that were right."""
-    verdicts = read_verdicts(Path(run["directory"]), step, str(run["verdict"]))
-    return {source: statistics.fmean(right[1:] or right) for source, right in verdicts.items()}

@@ -141,8 +141,9 @@ class ReferenceRewards:
         store = self.store
 
         def claim() -> list[int]:
-            if store is None or store.read_only:  # writing will say what is wrong
+            if store is None:
                 return list(range(len(waiting[:most])))
+            store.require_writable(len(waiting))  # before anything is sampled for it
             store.claims.drop()
             free = (i for i, prompt in enumerate(waiting) if store.claims.take(prompt.id) or not patient)
             return list(itertools.islice(free, most))

@@ -43,12 +43,13 @@ class ScoredRollout:
 
 
 def rows_of_all_ranks(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """Each completion of the groups of all ranks, for people, in rank order on rank 0; empty elsewhere. Collective.
+    """Once each completion of the groups of all ranks, in rank order, for people; empty but on rank 0. Collective.
 
     Args:
-        groups: this rank's.
+        groups: this rank's. Those from a checkpoint have their texts on all ranks of a model-parallel group.
     """
-    return [row for part in parallel.gather_on_first_rank(rollout_rows(groups)) for row in part]
+    mine = rollout_rows(groups) if parallel.is_model_parallel_source() else []
+    return [row for part in parallel.gather_on_first_rank(mine) for row in part]
 
 
 def mean_lengths(groups: Sequence[Group]) -> list[tuple[str, float]]:

@@ -30,7 +30,16 @@ from nemo_aapo.errors import ConfigError
 from nemo_aapo.run.identity import code_of_algorithm, identity_of, reference_of
 from nemo_aapo.run.names import STORE, newest_step
 from nemo_aapo.run.stop import STOP_FILE
-from nemo_aapo.utils.files import LOCK, NO_LOCKS, fitting, read_json, require_directory, to_json, write_atomic
+from nemo_aapo.utils.files import (
+    LOCK,
+    NO_LOCKS,
+    fitting,
+    read_json,
+    require_directory,
+    require_followed,
+    to_json,
+    write_atomic,
+)
 from nemo_aapo.utils.machine import instruction_set
 
 RECORD = "run.json"
@@ -67,6 +76,8 @@ def check_run_directory(config: Config) -> None:
     """
     directory = Path(config.run.dir)
     require_directory(directory, f"run.dir={config.run.dir}")
+    for entry in directory.iterdir() if directory.is_dir() else ():  # checkpoints on another disk, say
+        require_followed(entry, f"run.dir={config.run.dir}")
     record = read_record(directory)
     if record is None or not _has_begun(directory):
         return
@@ -130,7 +141,6 @@ def claim(config: Config, tree: Mapping[str, Any], world_size: int) -> tuple[Tex
     """
     directory = Path(config.run.dir)
     require_directory(directory, f"run.dir={config.run.dir}")
-    directory.mkdir(parents=True, exist_ok=True)
     lock = lock_directory(directory, config.run.dir)
     try:
         check_run_directory(config)
@@ -247,7 +257,7 @@ def _has_begun(directory: Path) -> bool:
 
 
 def lock_directory(directory: Path, named: str) -> TextIO:
-    """Keep other processes from writing there until the returned file is closed.
+    """Make the directory, and keep other processes from writing there until the returned file is closed.
 
     A stop file goes: who had the directory before was asked to stop by it.
 
@@ -255,9 +265,10 @@ def lock_directory(directory: Path, named: str) -> TextIO:
         named: the directory as the user wrote it.
 
     Raises:
-        ConfigError: another process uses it, or nothing can be written there.
+        ConfigError: another process uses it, it can't be made, or nothing can be written there.
     """
     try:
+        directory.mkdir(parents=True, exist_ok=True)
         lock = (directory / LOCK).open("a+", encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"run.dir={named}: can't be written ({error.strerror})") from None

@@ -207,17 +207,34 @@ def require_directory(path: Path, named: str) -> None:
         named: the setting or option with the path, as it was typed.
 
     Raises:
-        ConfigError: it is a file, or what the system says of the nearest directory that is there.
+        ConfigError: it is a file or a link that leads nowhere, or what the system says of the nearest directory that
+            is there.
     """
     place = path.absolute()
     try:
-        place = next(above for above in (place, *place.parents) if above.exists())
+        place = next(above for above in (place, *place.parents) if os.path.lexists(above))
+        require_followed(place, named)
         if not place.is_dir():
             raise ConfigError(f"{named}: {place} is a file, where a directory is needed")
         with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
         raise ConfigError(f"{named}: nothing can be written in {place} ({error.strerror})") from None
+
+
+def require_followed(path: Path, named: str) -> None:
+    """Refuse a link that leads nowhere, as one to a scratch disk that was purged: nothing can be made in its place.
+
+    Args:
+        named: as above.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    if path.is_symlink() and not path.exists():
+        raise ConfigError(
+            f"{named}: {path} is a link to {os.readlink(path)}, which is not there. Remove it, or make that"
+        )
 
 
 def require_file(path: Path, named: str) -> None:
@@ -229,7 +246,7 @@ def require_file(path: Path, named: str) -> None:
 
 def require_new(path: Path, named: str) -> None:
     """Refuse a directory that is there already, or can't be made. Arguments and errors as above."""
-    if path.exists():
+    if os.path.lexists(path):
         raise ConfigError(f"{named} exists already; name another directory, or remove it")
     require_directory(path, named)
 

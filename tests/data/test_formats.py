@@ -228,6 +228,23 @@ def test_a_number_is_the_one_that_was_written_whatever_type_its_column_has(tmp_p
     parquet.write_table(pyarrow.table({**columns, "answer": narrow}), tmp_path / "narrow.parquet")
     rows, problems = read_rows(Source(str(tmp_path / "narrow.parquet")), TRAIN_SPLITS)
     assert ([row.answer for row in rows], list(problems)) == (["0.1", "3"], [2])
+    columns = {"answer": narrow, "halves": narrow.cast(pyarrow.float16()), "of_few": narrow.dictionary_encode()}
+    columns["below"] = pyarrow.StructArray.from_arrays([narrow], ["answer"])
+    columns["lists"] = pyarrow.array([[{"a": 0.1}]] * 3, pyarrow.list_(pyarrow.struct([("a", pyarrow.float32())])))
+    table = pyarrow.table({"question": ["a", "b", "c"], **columns})
+    parquet.write_table(table, tmp_path / "below.parquet")
+    with pyarrow.OSFile(str(tmp_path / "a.arrow"), "wb") as file, pyarrow.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+    saved = pytest.importorskip("datasets").Dataset(table.drop(["halves", "of_few"]))
+    saved.save_to_disk(tmp_path / "saved")
+    saved.with_format("numpy").save_to_disk(tmp_path / "numpy")
+    for name in ("below.parquet", "a.arrow", "saved", "numpy"):
+        wanted = ("answer", "halves", "of_few", "below.answer") if "." in name else ("answer", "below.answer")
+        for field in wanted:
+            rows, _ = read_rows(Source(str(tmp_path / name), answer_field=field), TRAIN_SPLITS)
+            assert [row.answer for row in rows] == ["0.1", "3"], (name, field)
+        first = next(read_records(Source(str(tmp_path / name), answer_field="lists"), TRAIN_SPLITS))
+        assert first.value["lists"] == [{"a": 0.1}]
     numbers = ("9007199254740993", "27.0", "-0.0", "1e3", "9007199254740993.0", "1" * 400)
     (tmp_path / "n.jsonl").write_text("".join(f'{{"question": "q", "answer": {n}}}\n' for n in numbers))
     rows, problems = read_rows(Source(str(tmp_path / "n.jsonl")), TRAIN_SPLITS)

@@ -180,6 +180,9 @@ def test_checkpoints_that_are_there_already_need_no_space_again(config):
         need, text = files.disk_need(sizes.on_this_machine(config))
         assert need == whole - there
         assert f"{sizes.readable(there)} are there already" in text
+        put_aside = checkpoint.with_name(f"{checkpoint.name}.damaged")  # which is never removed: it gives nothing back
+        shutil.copytree(checkpoint, put_aside)
+        assert files.disk_need(sizes.on_this_machine(config)) == (need, text)
 
 
 def test_memory_is_held_against_the_plan_and_its_lower_bound(config):

@@ -221,7 +221,6 @@ def test_what_slurm_would_misread_is_refused_with_key_and_reason(words, key, rea
         ("exclusive=true", ("local", "interactive")),
         ("dependency=null", ("local", "interactive")),
         ("chain=3", ("local", "interactive")),
-        ("signal_s=60", ("local", "interactive")),
         ("max_requeues=1", ("local", "interactive")),
         ("fill_jobs=3", ("local", "interactive")),
         ("setup=[module load cuda]", ("local", "interactive")),
@@ -244,6 +243,12 @@ def test_a_setting_without_effect_where_the_ranks_are_started_is_refused(word, k
     for kind in kinds:
         with pytest.raises(ConfigError, match=rf"cluster\.{key} has no effect"):
             config_of(f"cluster={kind}", *NO_NAMES, f"{new}cluster.{key}={value}")
+
+
+@pytest.mark.parametrize("kind", ["local", "interactive"])
+def test_the_patience_with_servers_after_a_stop_is_a_setting_without_slurm_too(kind):
+    words = (f"cluster={kind}", *NO_NAMES, "rollout.engine=remote", "cluster.signal_s=14400")
+    assert config_of(*words).cluster.signal_s == 14400  # as long as cluster.time, which says nothing of such a run
 
 
 def test_a_bare_time_in_a_file_is_refused(tmp_path):

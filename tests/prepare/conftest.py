@@ -56,6 +56,9 @@ def given(tmp_path, monkeypatch) -> Iterator[Given]:
     (folder / "truncated").mkdir()
     (folder / "truncated" / "config.json").write_text('{"architectures"')
     (folder / "a_file").touch()
+    (folder / "purged").symlink_to(folder / "scratch")
+    (folder / "run_begun").mkdir()
+    (folder / "run_begun" / "checkpoints").symlink_to(folder / "scratch")
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)

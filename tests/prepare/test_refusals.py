@@ -13,6 +13,8 @@ from tests.prepare.conftest import Blocker, Given, command
 from tests.tiny_models import save_empty_model
 
 SLURM = ("cluster=slurm", "dry_run=true")
+THERE = "algorithm.reference_store=/proc/version"
+"""A file in a folder in which nobody can write."""
 H200 = Machine("NVIDIA H200", (9, 0), (13, 0), transformer_engine=True)
 
 
@@ -79,6 +81,9 @@ FILES = [
     (["run.dir="], "run.dir: the path is empty"),
     (["run.dir=FOLDER/a_file"], "FOLDER/a_file is a file, where a directory is needed"),
     (["run.dir=FOLDER/a_file/run"], "FOLDER/a_file is a file, where a directory is needed"),
+    (["run.dir=FOLDER/purged"], "run.dir=FOLDER/purged: FOLDER/purged is a link to FOLDER/scratch, which is not there"),
+    (["run.dir=FOLDER/purged/run"], "FOLDER/purged is a link to FOLDER/scratch, which is not there"),
+    (["run.dir=FOLDER/run_begun"], "FOLDER/run_begun/checkpoints is a link to FOLDER/scratch, which is not there"),
     (["run.dir=/proc/x/y"], "run.dir=/proc/x/y: nothing can be written in /proc ("),
 ]
 """What files tell, of training and launching."""
@@ -104,6 +109,8 @@ FILL = [
     (["algorithm.reference_store=/proc/x"], "algorithm.reference_store=/proc/x: nothing can be written in /proc ("),
     (["algorithm=gpg"], "only cached reference rewards are stored"),
     (["--shard", "1"], "go together"),
+    (["--shard", "0", "--shards", "2", THERE], f"{THERE}: nothing can be written in /proc ("),
+    (["--merge", THERE], f"{THERE}: nothing can be written in /proc ("),
     (["model.path=FOLDER/gone"], "no such directory"),
     (["data.train=FOLDER/gone.jsonl"], "data.train: "),
     (["precision=bf16"], "needs a GPU"),
@@ -122,6 +129,7 @@ EVALUATE = [
     (["model.path="], "model.path: the path is empty"),
     (["+sources.mine=''", "benchmarks=[mine]"], "has no source"),
     (["run.dir=/proc/x"], "run.dir=/proc/x: nothing can be written in /proc ("),
+    (["run.dir=FOLDER/purged"], "FOLDER/purged is a link to FOLDER/scratch, which is not there"),
     (["rewards=[{name: acuracy}]"], "did you mean 'accuracy'"),
     (["rewards=[{name: exact, weigth: 1}]"], "has no parameter 'weigth'"),
     (["prompt_template=openrs"], "known are open_rs"),
@@ -132,6 +140,8 @@ EVALUATE = [
 ]
 CONVERT = [
     (["hf-to-megatron", "FOLDER/model", "--out", "FOLDER/no_data"], "exists already"),
+    (["hf-to-megatron", "FOLDER/model", "--out", "FOLDER/purged"], "exists already"),
+    (["hf-to-megatron", "FOLDER/model", "--out", "FOLDER/purged/out"], "FOLDER/purged is a link to FOLDER/scratch"),
     (["hf-to-megatron", "FOLDER/model", "--out", "FOLDER/out", "--tensor-model-parallel-size", "3"], "does not divide"),
     (["megatron-to-hf", "FOLDER/model", "--out", "FOLDER/out"], "is a Hugging Face model already"),
     (["verify", "FOLDER/gone"], "no such directory"),
@@ -262,6 +272,17 @@ def test_what_can_work_is_prepared_without_torch_and_wholly_resolved(given, bloc
     assert job.config.model.share_prompts is True
     assert job.sizes.world_size == 1
     assert [(reward.name, weight) for reward, weight in job.rewards] == [("accuracy", 1.0)]
+
+
+def test_what_is_only_read_need_not_be_writable(given):
+    from nemo_aapo.launch.world import of_starter
+    from nemo_aapo.prepare import prepare, prepare_fill
+
+    assert prepare([*given.words, THERE])
+    assert prepare_fill([*given.words, THERE], of_starter)
+    assert prepare_fill([*given.words, "run.dir=/proc/x"], of_starter, "status")
+    store = f"algorithm.reference_store={given.folder}/store.sqlite"
+    assert prepare_fill([*given.words, "run.dir=/proc/x", store], of_starter, "merge")
 
 
 def test_a_launcher_leaves_to_the_ranks_what_only_their_machine_knows(given, monkeypatch):

@@ -183,6 +183,14 @@ def test_runs_are_drawn_over_each_other_with_their_seeds_as_a_band(browser, tmp_
         assert browser.evaluate(drawn) == [[left, False], ["c", False]]
         browser.evaluate(box)
     assert "8 prompts" in says(browser, "#overview")
+    column = "[...document.querySelectorAll('#overview tbody tr')].map((row) => row.cells[3].textContent)"
+    assert all("±" in accuracy for accuracy in browser.evaluate(column))
+    metrics = runs[2] / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace("accuracy_sampled", "of_another_kind"))
+    write_report(runs, tmp_path / "comparison.html")
+    browser.open(tmp_path / "comparison.html")
+    greedy = "DATA.runs.map((run) => shown(last(run.validations['validation/accuracy_greedy'])))"
+    assert browser.evaluate(column) == browser.evaluate(greedy)  # of all runs, if one has nothing else
 
 
 def test_a_long_run_is_a_small_page_that_opens_at_once(browser, tmp_path, monkeypatch):

@@ -236,6 +236,10 @@ def test_runs_are_paired_at_their_last_common_validation_on_all_prompts_by_their
     described = [{"directory": str(run), "verdict": "math"} for run in runs]
     _, found = paired_differences(described)
     assert found == {"difference": 0.5, "stderr": 0.0, "step": 380, "prompts": 64}
+    path = runs[1] / "rollouts" / "step_000380.jsonl"
+    write_atomic(path, "".join(path.read_text().splitlines(keepends=True)[::3]))  # as validation.samples=0 leaves it
+    assert paired_differences(described)[1]["difference"] == 1  # greedy less greedy, not greedy less sampled
+    assert paired_differences(described[::-1])[1]["difference"] == -1
     for path in (runs[1] / "rollouts").iterdir():
         path.rename(path.with_name(f"step_{int(path.stem[5:]) + 1:06d}.jsonl"))
     assert paired_differences(described) == [None, None]

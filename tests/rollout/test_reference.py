@@ -153,6 +153,32 @@ def prepare_beside_another(trainer):
     return by_question(reference._known, trainer), drawn
 
 
+def test_a_read_only_store_serves_what_it_has_and_refuses_what_it_lacks_before_it_is_sampled(
+    ranks, folder, filled_first, tmp_path
+):
+    store = shutil.copy(folder / "first" / "reference_rewards.sqlite", tmp_path)
+    config = settings(folder, tmp_path / "run", *SHORT, f"algorithm.reference_store={store}")
+    ((values, message, drawn),) = ranks.run(with_trainer, config, prepare_from_read_only, tp=None)
+    assert values == filled_first[1]
+    assert "is read-only, and 10 prompts are not stored in it" in message
+    assert drawn == []
+
+
+def prepare_from_read_only(trainer):
+    """All that the store has; then two samples more of each prompt."""
+    from nemo_aapo.errors import StoreError
+
+    drawn, reference = counted(trainer), trainer.rollouts.reference
+    reference.store.read_only = True  # as it finds by itself, unless root asks
+    assert reference.prepare(trainer.rollouts.data, trainer.rollouts.reference_served)
+    values = by_question(reference._known, trainer)
+    reference.samples = 6
+    reference._known.clear()
+    with pytest.raises(StoreError) as error:
+        reference.prepare(trainer.rollouts.data, trainer.rollouts.reference_served)
+    return values, str(error.value), drawn
+
+
 @pytest.mark.parametrize("stores", [True, False])
 def test_what_another_run_is_sampling_is_waited_for_or_taken_over_once_it_is_gone(ranks, folder, filled_first, stores):
     config = settings(folder, folder / f"claimed_{stores}", *SHORT)

@@ -18,7 +18,7 @@ import yaml
 from nemo_aapo.config import parse, with_machine_defaults
 from nemo_aapo.errors import ConfigError
 from nemo_aapo.run import directory as directory_module
-from nemo_aapo.run.directory import check_run_directory, claim
+from nemo_aapo.run.directory import check_run_directory, claim, lock_directory
 from nemo_aapo.run.reporter import RunReporter
 from tests.run.opened import changed, opened
 
@@ -44,6 +44,12 @@ def test_a_run_directory_that_nothing_can_be_written_in_is_refused(settings, tmp
             check_run_directory(config)
         with pytest.raises(ConfigError, match=f"{directory}: {said}"):
             claim(config, tree, 1)
+
+
+def test_a_directory_whose_disk_went_away_after_it_was_checked_is_refused_in_words(tmp_path):
+    (tmp_path / "run").symlink_to(tmp_path / "gone")
+    with pytest.raises(ConfigError, match=r"run\.dir=results/x: can't be written \(File exists\)"):
+        lock_directory(tmp_path / "run", "results/x")
 
 
 def test_the_directory_says_what_ran_in_it(settings):

@@ -75,7 +75,10 @@ class Cluster:
         "submit so many jobs; each goes on where the one before ended", decides=False, minimum=1, sane=1000
     )
     signal_s: int = setting(
-        "so many seconds before the time limit: finish the step, save, requeue", decides=False, minimum=1, sane=SECONDS
+        "so many seconds before the time limit: finish the step, save, requeue; after a stop servers get half of it",
+        decides=False,
+        minimum=1,
+        sane=SECONDS,
     )
     max_requeues: int = setting(
         "a run may be requeued so often in a row without a new checkpoint", decides=False, minimum=0, sane=1_000_000

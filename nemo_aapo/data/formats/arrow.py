@@ -56,22 +56,30 @@ def _chunks(batches: Iterator[Any], rows: int) -> Iterator[Chunk]:
 def _records(batch: Any, start: int) -> list[Record]:
     """The rows of a batch; those whose text is not UTF-8, which nothing has checked so far, with their problem."""
     try:
-        return [Record(number, value) for number, value in enumerate(_values(batch), start=start + 1)]
+        rows = (short_floats(row, batch.schema) for row in batch.to_pylist())
+        return [Record(number, row) for number, row in enumerate(rows, start=start + 1)]
     except UnicodeDecodeError as error:
         if batch.num_rows == 1:
             return [Record(start + 1, None, f"not UTF-8: byte 0x{error.object[error.start]:02x}")]
         return [record for i in range(batch.num_rows) for record in _records(batch.slice(i, 1), start + i)]
 
 
-def _values(batch: Any) -> list[dict[str, Any]]:
-    """The rows of a batch as plain values; a narrow float as the shortest number that it stands for, 0.1 as 0.1."""
-    rows: list[dict[str, Any]] = batch.to_pylist()
-    for field in batch.schema:
-        if kind := _NARROW.get(str(field.type)):
-            for row in rows:
-                if row[field.name] is not None:
-                    row[field.name] = float(str(kind(row[field.name])))
-    return rows
+def short_floats(value: Any, kind: Any) -> Any:
+    """A plain value in which each narrow float is the shortest number that it stands for, 0.1 as 0.1.
+
+    Args:
+        value: a row, or what stands in one.
+        kind: its Arrow type; a row's is the schema.
+    """
+    if value is None or "float" not in str(kind):  # a double has all digits
+        return value
+    if narrow := _NARROW.get(str(kind)):
+        return float(str(narrow(value)))
+    if isinstance(value, dict):
+        return {**value, **{f.name: short_floats(value[f.name], f.type) for f in kind if f.name in value}}
+    if inner := getattr(kind, "value_type", None):  # a list, or one of a dictionary's values
+        return [short_floats(each, inner) for each in value] if isinstance(value, list) else short_floats(value, inner)
+    return value
 
 
 def library(name: str, what: object) -> Any:

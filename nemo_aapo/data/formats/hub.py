@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_aapo.config.sources import Source
-from nemo_aapo.data.formats.arrow import library
+from nemo_aapo.data.formats.arrow import library, short_floats
 from nemo_aapo.data.formats.record import CHUNK_ROWS, Chunk, Record
 from nemo_aapo.data.formats.splits import choose_split
 from nemo_aapo.errors import DataError, first_line
@@ -43,12 +43,14 @@ def data_set(source: Source, default_splits: Sequence[str]) -> Any:
 
 def data_set_chunks(source: Source, default_splits: Sequence[str]) -> Iterator[Chunk]:
     """The rows of a data set."""
-    rows = data_set(source, default_splits)
+    rows = data_set(source, default_splits).with_format(None)  # or it gives another library's numbers, if it was set to
+    schema = rows.features.arrow_schema
     for start in range(0, len(rows), CHUNK_ROWS):
         stop = min(start + CHUNK_ROWS, len(rows))
         yield Chunk(
             lambda start=start, stop=stop: [  # type: ignore[misc]
-                Record(number, value) for number, value in enumerate(rows.select(range(start, stop)), start=start + 1)
+                Record(number, short_floats(value, schema))
+                for number, value in enumerate(rows.select(range(start, stop)), start=start + 1)
             ],
             stop / len(rows),
         )

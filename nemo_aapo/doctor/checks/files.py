@@ -9,6 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from nemo_aapo.checkpoint.directory import CheckpointDirectory
 from nemo_aapo.config import Config
 from nemo_aapo.doctor.checks.sizes import bytes_per_parameter, count_parameters, on_this_machine, readable
 from nemo_aapo.doctor.finding import Context, Finding
@@ -175,15 +176,16 @@ def disk_need(config: Config) -> tuple[int, str]:
     """
     parameters = count_parameters(Path(config.model.path))
     size = bytes_per_parameter(config)
-    checkpoints = config.checkpoint.keep_last + 1 + (config.checkpoint.keep_best is not None)
+    keep = config.checkpoint
+    checkpoints = keep.keep_last + 1 + (keep.keep_best is not None)
     lora = config.model.lora
     adapters = 0  # of a family that is not planned; they are a hundredth of the rest
     if lora and models.is_planned(config.model.path):
         adapters = rank_parameters(models.read(config.model.path), Layout(), 0, lora).adapters
     one = (parameters + adapters) * size.weight + (adapters if lora else parameters) * size.optimizer
     export = parameters * size.weight if config.export_hf_model else 0
-    made = (Path(config.run.dir) / CHECKPOINTS).glob("step_*")
-    there = sum(min(bytes_of(path), one) for path in sorted(made)[-checkpoints:])  # older ones are replaced by newer
+    made = CheckpointDirectory(Path(config.run.dir) / CHECKPOINTS, keep.keep_last, keep.keep_best).steps()
+    there = sum(min(bytes_of(path), one) for path in made[-checkpoints:])  # older ones are replaced by newer
     need = checkpoints * one + export - there
     parts = f"{checkpoints} checkpoints of {readable(one)}, export {readable(export)}"
     return need, f"{readable(need)} ({parts}{f', {readable(there)} are there already' if there else ''})"

@@ -108,11 +108,12 @@ function settingsOf(run) {
 
 function overviewTable() {
   const value = (run, metric) => last(run.validations[metric]);
+  const SAMPLED = "validation/accuracy_sampled", GREEDY = "validation/accuracy_greedy";
+  const sampled = DATA.runs.every((run) => run.validations[SAMPLED] || !run.validations[GREEDY]); // one column, one measure
   return table(["run", "state", "step", "held-out accuracy", "paired with the first", "reward", "hours in steps", "tokens"], DATA.runs.map((run, i) => {
-    const sampled = run.validations["validation/accuracy_sampled"] ? "validation/accuracy_sampled" : "validation/accuracy_greedy";
-    const error = value(run, "validation/accuracy_sampled_stderr"), paired = DATA.paired[i];
+    const error = sampled ? value(run, `${SAMPLED}_stderr`) : null, paired = DATA.paired[i];
     const name = el("label", {}, el("input", { type: "checkbox", checked: true, change: (event) => { view.hidden[event.target.checked ? "delete" : "add"](i); redraw(); } }), visible(run.name));
-    return [name, visible(run.state), shown(last(run.steps.step)), `${shown(value(run, sampled))}${error === null ? "" : ` ± ${shown(error)}`}`,
+    return [name, visible(run.state), shown(last(run.steps.step)), `${shown(value(run, sampled ? SAMPLED : GREEDY))}${error === null ? "" : ` ± ${shown(error)}`}`,
       paired ? `${paired.difference >= 0 ? "+" : "−"}${shown(Math.abs(paired.difference))} ± ${shown(paired.stderr)} (step ${paired.step}, ${paired.prompts} prompts)` : null,
       shown(last(run.steps["reward/mean"])), shown(last(run.steps.hours), 2), shown(last(run.steps.tokens))];
   }));

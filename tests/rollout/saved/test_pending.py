@@ -7,8 +7,10 @@ import dataclasses
 import numpy as np
 import pytest
 
+from nemo_aapo.distributed import parallel
 from nemo_aapo.errors import DamagedCheckpointError
 from nemo_aapo.rollout.saved.pending import pack, unpack
+from nemo_aapo.rollout.scored import rows_of_all_ranks
 from nemo_aapo.types import Completion, Group, Prompt, Routes
 
 TEXTS = ("", "plain", "two\nlines", "\u221e\U0001f600", "\x00", "\ud800 alone")
@@ -77,6 +79,21 @@ def test_rollouts_of_other_prompts_are_refused():
     others = [dataclasses.replace(group.prompt, id="other") for group in groups]
     with pytest.raises(DamagedCheckpointError, match="other prompts"):
         unpack(pack(groups), others)
+
+
+def texts_for_people(seed):
+    """Of groups that the ranks of this model-parallel group have from a checkpoint; and of all, on rank 0."""
+    groups = random_groups(np.random.default_rng(seed))
+    packed = parallel.broadcast_in_model_parallel(pack(groups))
+    loaded = unpack(packed, [group.prompt for group in groups])
+    return [text for group in loaded for text in group.texts], [row["completion"] for row in rows_of_all_ranks(loaded)]
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_completion_that_a_checkpoint_held_is_among_the_rows_for_people_once(ranks, tp):
+    (of_one, rows), (of_other, nothing) = ranks.run(texts_for_people, 0, world=2, tp=tp)
+    assert of_one == of_other  # each rank has the texts, with TP of the same completions
+    assert (rows, nothing) == (of_one if tp == 2 else of_one + of_other, [])
 
 
 def same(one, other):

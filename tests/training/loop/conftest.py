@@ -24,6 +24,7 @@ def one_rank(monkeypatch):
     """The loop's collectives among one rank, without a process group."""
     monkeypatch.setattr(parallel, "any_rank", lambda *flags: list(flags))
     monkeypatch.setattr(parallel, "gather_data_parallel", lambda value: [value])
+    monkeypatch.setattr(parallel, "is_model_parallel_source", lambda: True)
     monkeypatch.setattr(parallel, "data_parallel_rank", lambda: 0)
     monkeypatch.setattr(parallel, "data_parallel_size", lambda: 1)
     monkeypatch.setattr("torch.distributed.get_rank", lambda group=None: 0)
