@@ -28,8 +28,8 @@ ROOT = Path(__file__).resolve().parents[1]
 STEPS = 6
 LIFE_S = 240.0
 """A run that takes longer hangs, however busy the machine."""
-FAULT_TIMEOUT_S = 30.0
-"""Survivors of a killed rank have to end within this."""
+FAULT_TIMEOUT_S = 50.0
+"""Survivors of a killed rank have to end within this, before ``trainer.distributed_timeout_s`` would end them."""
 FULL_DISK_BYTES = 100_000
 CLOCK = "clock"
 POINTS = {

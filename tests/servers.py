@@ -95,7 +95,7 @@ def ask(directory: Path, index: int, path: str, body: bytes | None = None, token
     return status, json.loads(text) if text.startswith("{") and "\n{" not in text else text
 
 
-def wait_until_ready(directory: Path, index: int, timeout_s: float = 60.0) -> None:
+def wait_until_ready(directory: Path, index: int, timeout_s: float = 150.0) -> None:
     end = time.monotonic() + timeout_s
     while ask(directory, index, "/v1/ready")[0] != 200:
         assert time.monotonic() < end, f"server {index} is not ready"

@@ -17,6 +17,8 @@ from nemo_aapo.errors import ServerError, WeightsError
 
 BOXES = [Box("w", (0,), (4,), "float32")]
 WAIT_S = 0.3
+LONG_S = 60.0
+"""Longer than a wait of ``WAIT_S`` takes on a busy machine, and shorter than those that know no deadline."""
 
 
 def meet(store: dist.Store, **changes) -> meeting.Meeting:
@@ -30,15 +32,15 @@ def test_a_meeting_that_nobody_comes_to_ends_with_who_is_missing():
     began = time.monotonic()
     with pytest.raises(ServerError, match="not all ranks came to the meeting in time: name/receivers are missing"):
         meet(dist.HashStore())
-    assert time.monotonic() - began < 20 * WAIT_S
+    assert time.monotonic() - began < LONG_S
 
 
 def test_who_is_told_why_the_other_side_does_not_come_waits_no_longer():
     store, began = dist.HashStore(), time.monotonic()
     store.set("name/failed", "HTTP 401: a valid bearer token is needed")
     with pytest.raises(ServerError, match="HTTP 401: a valid bearer token is needed"):
-        meet(store, timeout_s=60.0)
-    assert time.monotonic() - began < 30
+        meet(store, timeout_s=10 * LONG_S)
+    assert time.monotonic() - began < LONG_S
 
 
 def test_a_rank_that_said_that_it_comes_and_is_gone_is_not_waited_for_longer_than_the_deadline():
@@ -46,14 +48,14 @@ def test_a_rank_that_said_that_it_comes_and_is_gone_is_not_waited_for_longer_tha
     store.set("name/receivers/0", meeting.packed(BOXES))
     with pytest.raises(ServerError, match="the ranks could not be connected"):
         meet(store)
-    assert time.monotonic() - began < 20 * WAIT_S
+    assert time.monotonic() - began < LONG_S
 
 
 def test_a_server_says_that_the_trainers_store_is_not_there():
     began = time.monotonic()
     with pytest.raises(ServerError, match=r"the trainer's store at 127\.0\.0\.1:1 can't be reached"):
         meeting.open_store("127.0.0.1:1", WAIT_S)
-    assert time.monotonic() - began < 60 * WAIT_S
+    assert time.monotonic() - began < LONG_S
 
 
 def test_a_server_of_another_protocol_refuses_before_it_meets_anybody(monkeypatch):

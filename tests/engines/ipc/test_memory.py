@@ -123,15 +123,15 @@ def test_addresses_that_lead_nowhere_are_named(tmp_path):
 
 def test_a_connection_says_who_is_gone_or_silent_and_closes_what_came_with_half_a_message():
     one, other = socket.socketpair()
-    channel, peer = Channel(one, 0.3), Channel(other, 5.0)
+    channel, peer = Channel(one, 0.3), Channel(other, 60.0)
     began = time.monotonic()
     with pytest.raises(ServerError, match=r"no message .* for 0.3 s"):
         channel.receive()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 60
     large = {"text": "x" * (1 << 22)}
     thread = threading.Thread(target=peer.send, args=(large, 0))
     thread.start()
-    message, descriptor = Channel(one, 10.0).receive()
+    message, descriptor = Channel(one, 60.0).receive()
     thread.join()
     assert message == large
     os.close(descriptor)

@@ -57,10 +57,10 @@ def test_tp2_pp2_gives_one_processs_tokens_and_a_rank_that_dies_ends_its_server(
     with server(make_input(tmp_path), [], tp=2, pp=2) as (started, words):
         ranks.run(_same_tokens, words, "files", 1, tp=None)
         started.others[1].kill()
-        started.processes[0].join(30)
+        started.processes[0].join(120)
         assert started.processes[0].exitcode == 1
         for process in started.others:
-            process.join(30)
+            process.join(120)
             assert not process.is_alive()
         said = started.log(0).read_text()
         assert "another rank is gone" in said
@@ -122,7 +122,7 @@ def test_all_ranks_of_a_server_take_new_weights_between_the_same_two_tokens(rank
         ranks.run(_in_flight, words, tp=None)
         started.processes[0].terminate()
         for process in (started.processes[0], *started.others):
-            process.join(60)
+            process.join(120)
             assert process.exitcode == 0
 
 
@@ -134,6 +134,6 @@ def test_ranks_that_share_experts_take_weights_from_the_trainers_memory_and_end_
         time.sleep(0.1)
         started.processes[0].terminate()
         for process in (started.processes[0], *started.others):
-            process.join(60)
+            process.join(120)
             assert process.exitcode == 0
         assert started.records() == []

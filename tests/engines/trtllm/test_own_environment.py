@@ -104,7 +104,7 @@ def test_it_takes_weights_by_handles_sleeps_and_ends_without_megatron_transforme
                 ((weights, left),) = ranks.run(_refitted, directory, config.model.path, tp=None)
                 assert left == []
         server.terminate()
-        assert server.wait(30) == 0, log.read_text()
+        assert server.wait(120) == 0, log.read_text()
     finally:
         server.kill()
         server.wait(30)

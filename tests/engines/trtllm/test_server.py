@@ -82,8 +82,8 @@ def serving(config, folder, workers=None):
         loop.run_forever()
 
     threading.Thread(target=run, daemon=True).start()
-    assert ready.wait(10)
-    worker.built.result(20)
+    assert ready.wait(60)
+    worker.built.result(60)
     yield directory
     assert worker.stop(20)
     loop.call_soon_threadsafe(loop.stop)
@@ -119,7 +119,7 @@ EVALUATION = SamplingSpec(0.6, 16, (STOP,), top_p=0.95)
 
 def test_a_server_answers_at_another_temperature_than_its_own_rollouts(served):
     told = []
-    fleet = Fleet(served, servers=1, wait_s=5, timeout_s=10, retries=0)
+    fleet = Fleet(served, servers=1, wait_s=20, timeout_s=20, retries=0)
     fleet.generate(Call(BASE, PROMPTS, EVALUATION, SEEDS, lambda *news: told.append(news)))
     assert len(told) == sum(map(len, SEEDS))
     tempered = torch.log_softmax(table().double() / EVALUATION.temperature, -1).numpy()
@@ -132,7 +132,7 @@ def test_what_its_library_has_not_is_refused_in_words_and_the_server_goes_on(mon
     fake, config = make(monkeypatch, tmp_path)
     fake.raw_logprobs = True
     with serving(config, tmp_path) as directory:
-        fleet = Fleet(directory, servers=1, wait_s=5, timeout_s=10, retries=0, log=lambda text: None)
+        fleet = Fleet(directory, servers=1, wait_s=20, timeout_s=20, retries=0, log=lambda text: None)
         call = Call(BASE, PROMPTS, EVALUATION, SEEDS, lambda *news: None)
         with pytest.raises(RunError, match=r"HTTP 400: temperature=0\.6: .* log-probs before temperature"):
             fleet.generate(call)

@@ -41,7 +41,7 @@ class Mailbox:
         return self._box.get(timeout=self._timeout_s)
 
 
-def ranks_at(action, hear, monkeypatch, timeout_s=1.0):
+def ranks_at(action, hear, monkeypatch, timeout_s=10.0):
     """What the owner and another rank got or raised, of an action of the owner's ``OwnerActions``."""
     monkeypatch.setattr(placement, "BEAT_S", 0.02)
     box, ended = queue.Queue(), {}
