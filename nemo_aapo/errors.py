@@ -78,6 +78,10 @@ class SlurmError(RunError):
     """A command of Slurm failed; the message is Slurm's."""
 
 
+class NoAnswerError(SlurmError):
+    """Slurm's controller did not answer. It may when it is asked again."""
+
+
 class WeightsError(RunError):
     """Weights that a rollout server was handed are not what the trainer wrote."""
 

@@ -4,6 +4,7 @@
 #
 #   bash scripts/benchmark_peers.sh [--quick] [--json FILE] [--models 135M DIRECTORY...]
 set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/help.sh"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 bash scripts/environment.sh

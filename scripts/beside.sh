@@ -2,6 +2,7 @@
 # Sourced by the scripts that make something beside .venv with its Python: a folder of libraries for PYTHONPATH, or a
 # virtual environment. It is made once, by one run at a time, and anew when what it is made from has changed.
 set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/help.sh"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 readonly INSTALL_TIMEOUT_S=300

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Installs Debian's Chromium, by which tests look at pages as people do; returns at once when there is one.
 set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/help.sh"
 
 readonly INSTALL_TIMEOUT_S=300
 

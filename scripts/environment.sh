@@ -8,6 +8,7 @@
 #
 #   NEMO_AAPO_TORCH_INDEX=URL    take torch from this package index, as it is there (say, of your own mirror)
 set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/help.sh"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 readonly TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu

@@ -6,6 +6,7 @@
 # Run again, it reuses the environment and the base model. A run that was broken off goes on where its last checkpoint
 # is; a finished one is moved aside and trained anew.
 set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/help.sh"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 readonly RUN=results/quickstart

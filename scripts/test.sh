@@ -9,6 +9,7 @@
 # Without arguments, the tests of numbers run a second time, by narrower vector instructions, and the distributed ones by
 # the newest releases of Megatron, where there is a Python 3.12.
 set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/help.sh"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 readonly OF_BOTH_LINES=(

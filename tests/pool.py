@@ -109,7 +109,7 @@ class RankPool:
                 except EOFError:
                     answers[rank] = (False, f"died with exit code {self._workers[rank][0].exitcode}")
                 if not answers[rank][0]:  # the others may wait for it for ever
-                    end = min(end, time.monotonic() + 5.0)
+                    end = min(end, time.monotonic() + 20.0)
         return answers
 
     def close(self) -> None:

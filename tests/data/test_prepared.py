@@ -213,8 +213,14 @@ def is_12(path: Path) -> bool:
 def test_two_runs_that_start_at_once_make_a_file_once(tmp_path):
     made, notes, got = [], [], []
 
+    def make(folder: Path) -> Path:
+        made.append(folder)
+        deadline = time.monotonic() + 20
+        while len(notes) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return write_twice(folder)
+
     def run() -> None:
-        make = lambda folder: made.append(folder) or write_twice(folder)  # noqa: E731
         got.append(cache.cached("x", [tmp_path / "c"], is_12, make, notes.append))
 
     threads = [threading.Thread(target=run) for _ in range(3)]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import pytest
 
+from nemo_aapo.errors import NoAnswerError, SlurmError
 from nemo_aapo.launch.slurm.attempts import Attempt, History, decide, read_history, summary, write_history
-from nemo_aapo.launch.slurm.commands import JobState, parse_sacct, parse_scontrol, parse_squeue
+from nemo_aapo.launch.slurm.commands import JobState, parse_sacct, parse_scontrol, parse_squeue, slurm
 from nemo_aapo.launch.slurm.control import describe
 from nemo_aapo.launch.slurm.rank import PLACE, fill_in, own_gpus, rank_environment
 from nemo_aapo.launch.slurm.roles import first_fault
@@ -106,6 +108,43 @@ def test_what_squeue_scontrol_and_sacct_say_is_understood():
         state: JobState("1", state).is_over for state in ("PENDING", "RUNNING", "COMPLETED", "NODE_FAIL", "UNKNOWN")
     }
     assert over == {"PENDING": False, "RUNNING": False, "COMPLETED": True, "NODE_FAIL": True, "UNKNOWN": True}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("said", "answered"),
+    [
+        ("slurm_load_node error: Unable to contact slurm controller (connect failure)", False),
+        ("srun: error: Unable to confirm allocation for job 41: Socket timed out on send/recv operation", False),
+        ("Slurm backup controller in standby mode", False),
+        ("srun: error: Unable to create step for job 41: Connection refused", False),
+        ("srun: error: Task launch for StepId=41.0 failed on node node1: Communication connection failure", False),
+        ("Zero Bytes were transmitted or received", False),
+        ("Requested operation is presently disabled for job 41", True),
+        ("Invalid job id specified", True),
+        (
+            "srun: error: Unable to create step for job 41: Required node not available (down, drained or reserved)",
+            True,
+        ),
+        ("node1: no port is free from 15287 on\nsrun: error: node1: task 0: Exited with exit code 1", True),
+    ],
+)
+def test_what_slurm_refuses_is_told_from_what_it_does_not_answer(tmp_path, monkeypatch, said, answered):
+    (tmp_path / "srun").write_text(f"#!/bin/sh\nprintf '%s' '{said}' >&2; exit 1\n")
+    (tmp_path / "srun").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    with pytest.raises(SlurmError) as error:
+        slurm("srun")
+    assert (str(error.value), isinstance(error.value, NoAnswerError)) == (said, not answered)
+
+
+@pytest.mark.slow
+def test_a_command_of_slurm_that_hangs_is_one_without_an_answer(tmp_path, monkeypatch):
+    (tmp_path / "squeue").write_text("#!/bin/sh\nexec sleep 60\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    with pytest.raises(NoAnswerError, match=r"`squeue` did not answer within 0.1 s"):
+        slurm("squeue", timeout_s=0.1)
 
 
 def test_one_status_tells_how_a_run_fares():

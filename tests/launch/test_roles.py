@@ -99,7 +99,8 @@ def test_a_server_that_dies_is_started_again_until_the_trainer_has_ended(tmp_pat
 @pytest.mark.slow
 def test_a_refused_server_ends_the_attempt_only_if_too_few_are_left(tmp_path, capfd):
     refused = "mkdir first 2>/dev/null && exit 2; exec sleep 60"
-    enough = roles(tmp_path, refused, "sleep 1", servers=2).wait(lambda: None)
+    two = roles(tmp_path, refused, "until [[ -e given_up ]]; do sleep 0.1; done", servers=2)
+    enough = two.wait(lambda: any(s.given_up for s in two._servers) and (tmp_path / "given_up").touch())
     assert (enough.code, enough.lost_servers) == (0, "")
     (tmp_path / "first").rmdir()
     too_few = roles(tmp_path, refused, "exec sleep 60", servers=2, min_servers=2).wait(lambda: None)

@@ -21,11 +21,14 @@ pytestmark = pytest.mark.slow
 SCONTROL = """
 count=$(($(cat "$FAKE/$1" 2>/dev/null || echo 0) + 1)); echo "$count" >"$FAKE/$1"  # calls of `show`, of `requeue`
 if ((count <= ${AWAY[$1]:-0})); then echo "Unable to contact slurm controller" >&2; exit 1; fi
+[[ $1 != "$REFUSED" ]] || { echo "Requested operation is presently disabled for job 41" >&2; exit 1; }
 case "$1 $2" in "show hostnames") echo node1 ;; "show node") echo "NodeName=node1 NodeAddr=127.0.0.1" ;; esac
 """
 SRUN = """
 while [[ $1 == --* ]]; do shift; done  # its flags
+echo "$@" >>"$FAKE/srun_calls"
 [[ $1 != bash || -z $BLIND ]] || { echo node1; exit; }
+[[ $* != *" port "* ]] || { echo "node1: no port is free from 15287 on, 100 were tried" >&2; exit 1; }
 exec "$@"
 """
 SUPERVISOR = """
@@ -37,17 +40,21 @@ sys.exit(supervisor.main(sys.argv[1:]))
 
 
 def start(
-    folder: Path, *, away: Mapping[str, int], wait_s: float = 0.3, trainer: str = "true", blind: str = ""
+    folder: Path, *, away: Mapping[str, int], wait_s: float = 0.3, trainer: str = "true", **more: str
 ) -> subprocess.Popen[str]:
-    """A job's script: the first calls of ``scontrol show`` and ``requeue`` fail, as many as ``away`` says of each."""
+    """A job's script: the first calls of ``scontrol show`` and ``requeue`` fail, as many as ``away`` says of each.
+
+    Args:
+        more: of its environment. BLIND: the node does not see the run directory; REFUSED: what scontrol refuses.
+    """
     paths = RunPaths(folder / "run")
     paths.make()
     failing = "declare -A AWAY=(" + " ".join(f"[{what}]={times}" for what, times in away.items()) + ")"
     for name, body in {"scontrol": failing + SCONTROL, "srun": SRUN}.items():
         (folder / name).write_text(f"#!/bin/bash\n{body}")
         (folder / name).chmod(0o755)
-    environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "FAKE": str(folder), "BLIND": blind}
-    environment |= {"SLURM_JOB_ID": "41", "SLURM_JOB_NODELIST": "node1", "SLURMD_NODENAME": "node1"}
+    environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "FAKE": str(folder), "BLIND": ""}
+    environment |= {"SLURM_JOB_ID": "41", "SLURM_JOB_NODELIST": "node1", "SLURMD_NODENAME": "node1", **more}
     words = ["job", "--fault-timeout=1", "--max-requeues=2", str(paths.run_dir), "::", "train", "srun", "--nodes=1"]
     return subprocess.Popen(
         [sys.executable, "-c", SUPERVISOR.format(wait=wait_s), *words, "sh", "-c", trainer],
@@ -93,6 +100,23 @@ def test_a_requeue_is_asked_for_until_slurm_answers_and_called_done_only_then(tm
     assert (tmp_path / "requeue").read_text() == "3\n"
 
 
+@pytest.mark.parametrize(
+    ("more", "calls", "said"),
+    [
+        ({"REFUSED": "requeue"}, "requeue", "Requested operation is presently disabled"),
+        ({"REFUSED": "show"}, "show", "Requested operation is presently disabled"),
+        ({"SLURMD_NODENAME": "node2"}, "srun_calls", "no port is free"),  # so that the first node is asked by srun
+    ],
+)
+def test_what_slurm_refuses_is_asked_once(tmp_path, more, calls, said):
+    code, lines, _ = see_off(start(tmp_path, away={}, wait_s=60, **more), tmp_path)
+    assert code == FAILED
+    assert said in "".join(lines)
+    assert not any("asking Slurm again" in line for line in lines)
+    asked = (tmp_path / calls).read_text().splitlines()
+    assert len([line for line in asked if "bash -c" not in line]) == 1  # but for the look at the run directory
+
+
 @pytest.mark.parametrize("away", ["show", "requeue"])
 def test_a_job_that_is_cancelled_while_slurm_does_not_answer_ends_at_once(tmp_path, away):
     job = start(tmp_path, away={away: 999}, wait_s=600)
@@ -108,7 +132,7 @@ def test_a_job_that_is_cancelled_while_slurm_does_not_answer_ends_at_once(tmp_pa
 
 
 def test_only_a_node_that_does_not_see_the_run_directory_stops_the_run_for_good(tmp_path):
-    code, said, history = see_off(start(tmp_path, away={}, blind="yes"), tmp_path)
+    code, said, history = see_off(start(tmp_path, away={}, BLIND="yes"), tmp_path)
     assert (code, history.attempts[-1].end) == (REFUSED, "refused")
     assert "node1 can't see it" in history.attempts[-1].why
     assert history.stopped == said[-1] == "the run stops: it would be refused again"

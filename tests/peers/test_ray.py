@@ -28,7 +28,13 @@ pytestmark = [needs("ray"), pytest.mark.timeout(DEADLINE_S + 100)]
 def running(*words):
     """A process of ``tests.peers.ray_run``."""
     folder = tempfile.mkdtemp(prefix="ray-")  # of Ray's sockets, whose paths must be short, and logs
-    environment = {**os.environ, "PYTHONPATH": f"{PEERS}:{ROOT}", "RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": folder}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{PEERS}:{ROOT}",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_TMPDIR": folder,
+        "RAY_gcs_rpc_server_reconnect_timeout_s": str(int(DEADLINE_S)),
+    }
     command = [sys.executable, "-W", "ignore", "-m", "tests.peers.ray_run", *words]
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, bufsize=1)
     try:

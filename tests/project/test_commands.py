@@ -14,8 +14,8 @@ import runpy
 import shlex
 import shutil
 import sys
+import time
 from collections.abc import Sequence
-from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -215,9 +215,9 @@ class Workplace:
         if text.endswith("&"):
             self._serving += ranks
             return
-        wait([rank.sentinel for rank in ranks], timeout=TIMEOUT_S)
+        end = time.monotonic() + TIMEOUT_S
         for rank in ranks:
-            rank.join(10)
+            rank.join(max(0.0, end - time.monotonic()))
             if rank.is_alive():
                 rank.terminate()  # a launcher ends its ranks then
                 rank.join(60)

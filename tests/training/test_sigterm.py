@@ -139,7 +139,7 @@ def test_a_validation_a_filling_and_an_export_end_soon_after_a_sigterm_and_are_m
     assert (run_dir / "checkpoints" / "step_000001").exists()
     assert not [path for path in run_dir.iterdir() if "hf_model" in path.name]
     last = start()
-    last.join(ENDS_S)
+    last.join(300)
     assert last.exitcode == 0, log.read_text()
     assert (run_dir / "finished").exists()
     assert (run_dir / "hf_model" / "model.safetensors").exists()

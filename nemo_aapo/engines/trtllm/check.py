@@ -71,15 +71,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 def installed(name: str = PACKAGE) -> Path | None:
     """The directory of an installed package, found without importing it."""
     spec = importlib.util.find_spec(name)
-    return Path(next(iter(spec.submodule_search_locations))) if spec and spec.submodule_search_locations else None
+    return Path(spec.origin).parent if spec and spec.origin else None
 
 
 def ray_difference() -> str:
-    """Why the installed Ray can't start TensorRT-LLM's workers; empty if it can."""
-    path, wanted = installed(RAY), contract.RAY_IMPORTS
+    """Why the installed Ray can't start the workers of the installed TensorRT-LLM, or of 1.2; empty if it can."""
+    path, library, wanted = installed(RAY), installed(), contract.RAY_IMPORTS
     if path is None:
         return "not installed"
-    if Package(path, RAY).find_class(wanted.module, wanted.name) is None:
+    ray = Package(path, RAY)
+    if library is not None:
+        return "; ".join(str(difference) for difference in ray_imports(Package(library, PACKAGE), ray))
+    if ray.find_class(wanted.module, wanted.name) is None:
         return f"the installed one has no {wanted.name} in {wanted.module}"
     return ""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -243,18 +244,27 @@ def engine_environment(gpus: Sequence[Gpu]) -> Iterator[None]:
 
     Trap: Ray's workers, and MPI if the library starts it, take Slurm's, PMI's, PMIx's and Open MPI's variables for
     their own job. torchrun's would give all workers one rank.
+
+    Trap: the library compiles kernels with headers that it finds by the command ``pip show tensorrt_llm`` (its
+    compiler.cuh: getJitIncludeDirs), which must be the ``pip`` of this interpreter (NeMo-RL's TensorRT-LLM worker puts
+    its folder first, too).
     """
     # No MPI; a Ray cluster of the engine's own, which knows its GPUs only, so that engines on one node don't meet;
     # and no parallel loading, which is made for whole checkpoints, while a refit loads parts (trap).
     os.environ.update(ENVIRONMENT)
-    before = {name: value for name, value in os.environ.items() if name.startswith(FOREIGN_PREFIXES)}
-    before |= {name: os.environ[name] for name in FOREIGN_NAMES if name in os.environ}
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    folders = [os.path.dirname(sys.executable), *os.environ.get("PATH", os.defpath).split(os.pathsep)]
+    own = {
+        "CUDA_VISIBLE_DEVICES": ",".join(str(gpu.number) for gpu in gpus),
+        "PATH": os.pathsep.join(folders),
+    }
+    names = {*FOREIGN_NAMES, *own}
+    before = {name: value for name, value in os.environ.items() if name.startswith(FOREIGN_PREFIXES) or name in names}
     for name in before:
         del os.environ[name]
-    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(str(gpu.number) for gpu in gpus)
+    os.environ.update(own)
     try:
         yield
     finally:
-        del os.environ["CUDA_VISIBLE_DEVICES"]
-        os.environ.update(before if visible is None else {**before, "CUDA_VISIBLE_DEVICES": visible})
+        for name in own:
+            del os.environ[name]
+        os.environ.update(before)

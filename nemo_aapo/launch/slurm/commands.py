@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from nemo_aapo.errors import SlurmError
+from nemo_aapo.errors import NoAnswerError, SlurmError
 
 TIMEOUT_S = 60.0
 """Slurm's controller may be slow; it is never waited for longer."""
@@ -17,6 +17,13 @@ _OF_A_JOB = re.compile(
     r"|(RANK|(LOCAL|GROUP)_RANK|(LOCAL_|GROUP_)?WORLD_SIZE|MASTER_(ADDR|PORT))$"
 )
 """Variables by which Slurm, MPI and torchrun tell a process which job it belongs to, and what it has there."""
+_UNANSWERED = re.compile(
+    r"unable to contact slurm controller|standby mode|rate limit exceeded|connection (failure|refused|reset|timed out)"
+    r"|socket timed out|message (send|receive) failure|zero bytes were transmitted",
+    re.IGNORECASE,
+)
+"""Of the texts in Slurm's ``src/common/slurm_errno.c`` and of the system's those that say that no answer came, or that
+the controller is changing places with its backup or wants to be asked later. All others are answers."""
 QUEUED = (
     "PENDING",
     "RUNNING",
@@ -72,7 +79,8 @@ def slurm(*words: str, timeout_s: float = TIMEOUT_S, environment: Mapping[str, s
         environment: the command's; None: this process's.
 
     Raises:
-        SlurmError: it failed, does not exist here, or does not answer.
+        NoAnswerError: Slurm did not answer it, or not in time.
+        SlurmError: it failed, or does not exist here.
     """
     if shutil.which(words[0]) is None:
         raise SlurmError(f"there is no `{words[0]}` here: call this on a login node of a Slurm cluster")
@@ -81,9 +89,10 @@ def slurm(*words: str, timeout_s: float = TIMEOUT_S, environment: Mapping[str, s
             words, capture_output=True, text=True, timeout=timeout_s, stdin=subprocess.DEVNULL, env=environment
         )
     except subprocess.TimeoutExpired:
-        raise SlurmError(f"`{words[0]}` did not answer within {timeout_s:g} s") from None
+        raise NoAnswerError(f"`{words[0]}` did not answer within {timeout_s:g} s") from None
     if done.returncode != 0:
-        raise SlurmError(done.stderr.strip() or done.stdout.strip() or f"`{words[0]}` failed: {done.returncode}")
+        said = done.stderr.strip() or done.stdout.strip() or f"`{words[0]}` failed: {done.returncode}"
+        raise (NoAnswerError if _UNANSWERED.search(said) else SlurmError)(said)
     return done.stdout
 
 

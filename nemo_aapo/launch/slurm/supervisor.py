@@ -26,7 +26,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TypeVar
 
-from nemo_aapo.errors import FAILED, INTERRUPTED, REFUSED, ConfigError, RunError, SlurmError, one_line
+from nemo_aapo.errors import FAILED, INTERRUPTED, REFUSED, ConfigError, NoAnswerError, RunError, SlurmError, one_line
 from nemo_aapo.launch.slurm.attempts import Attempt, End, decide, read_history, summary, write_history
 from nemo_aapo.launch.slurm.commands import node_addresses, parse_scontrol, slurm
 from nemo_aapo.launch.slurm.logs import Tail
@@ -214,13 +214,14 @@ class Supervisor:
         """What Slurm answers; it is asked again while it does not.
 
         Raises:
-            SlurmError: no answer within ``SLURM_WAIT_S``, or before a signal that ends the job.
+            NoAnswerError: none within ``SLURM_WAIT_S``, or before a signal that ends the job.
+            SlurmError: the answer is a refusal, which another call would not change.
         """
         deadline = time.monotonic() + SLURM_WAIT_S
         while True:
             try:
                 return ask()
-            except SlurmError as error:
+            except NoAnswerError as error:
                 if time.monotonic() > deadline or self.signals.wait(SLURM_PAUSE_S, signal.SIGTERM, signal.SIGINT):
                     raise
                 say(f"asking Slurm again: {one_line(error)}")

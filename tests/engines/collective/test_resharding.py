@@ -221,7 +221,7 @@ class _Told:
         return Rendezvous(**where), WeightsId(1, named)
 
 
-PATIENCE_S = 2.0
+PATIENCE_S = 4.0
 
 
 def _trainer_among_faults(side, told):
@@ -261,7 +261,7 @@ def _server_among_faults(side, told):
         receiver.close()
     where, weights = told.hear()
     with receiver.meeting(where, weights):
-        time.sleep(1.5 * PATIENCE_S)
+        _read(told.shared / f"{told.count + 1}.json")  # longer than the trainer has patience
     raised = []
     where, weights = told.hear()
     with pytest.raises(WeightsError) as error, receiver.meeting(where, weights) as take:
@@ -295,7 +295,7 @@ def test_a_server_that_fails_holds_the_trainer_no_longer_than_its_deadline_and_g
     for fault in ("dies", "hangs"):
         assert "sending weights failed" in found[fault][0]
     assert "another kind or precision" in found["other model"][0]
-    assert max(seconds for _, seconds in found.values()) < 5 * PATIENCE_S  # a loaded machine
+    assert max(seconds for _, seconds in found.values()) < TIMEOUT_S  # the groups' own
     assert found["none"][0] == ""
     assert "did not arrive as the trainer has it" in raised[0]
     assert "decoder.of.another.model" in raised[1]

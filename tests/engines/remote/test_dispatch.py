@@ -35,7 +35,8 @@ def test_a_server_that_misbehaves_costs_no_completion_and_doubles_none(start, fl
     said = []
     bad, good = start(always(f"{misdeed} 3"), always("well"))
     call, told, wanted = make_call([4] * 6)
-    fleet(2, log=said.append).generate(call)
+    limit = {"timeout_s": 1.0} if misdeed in ("hang", "drip") else {}
+    fleet(2, log=said.append, **limit).generate(call)
     assert sorted(told) == sorted(wanted)
     assert bad.asked
     assert len(good.asked) == 2  # its own share, and what the other left over
@@ -73,7 +74,7 @@ def test_a_prompt_that_fails_everywhere_ends_with_each_servers_reason(start, fle
 
 def test_no_server_left_is_an_error_in_time_that_names_each(start, fleet):
     servers = start(always("well"), always("well"))
-    ready = fleet(2, wait_s=0.5)
+    ready = fleet(2)
     ready.prepare(WEIGHTS)
     for server in servers:
         server.close()
@@ -87,7 +88,7 @@ def test_no_server_left_is_an_error_in_time_that_names_each(start, fleet):
 
 def test_a_step_goes_on_with_those_that_are_left_and_waits_for_no_more_than_min_servers(start, fleet):
     _, second = start(always("well"), always("well"))
-    one, two = fleet(2), fleet(2, min_servers=2, wait_s=0.5)
+    one, two = fleet(2), fleet(2, min_servers=2)
     for made in (one, two):
         made.prepare(WEIGHTS)
     second.close()
@@ -124,7 +125,7 @@ def test_a_server_of_another_protocol_version_is_said_to_be_one(fleet, tmp_path,
     (directory / "token").chmod(0o600)
     publish(directory, ServerRecord(0, f"http://127.0.0.1:{server.listener.getsockname()[1]}", 1, "other"))
     with pytest.raises(RunError, match=r"server 0 .*of another version of this code"):
-        fleet(1, wait_s=0.3).prepare(WEIGHTS)
+        fleet(1, wait_s=2.0).prepare(WEIGHTS)
     assert server.harness.worker.stop(10)
     loop.call_soon_threadsafe(loop.stop)
 
@@ -134,7 +135,7 @@ def test_servers_that_never_come_are_missed_by_number(start, fleet, tmp_path):
         fleet(1, wait_s=0.3).prepare(WEIGHTS)
     start(always("well"))
     with pytest.raises(RunError, match=r"1 rollout servers are usable, rollout.remote.servers=2 are needed:\n.*ready"):
-        fleet(2, wait_s=0.3).prepare(WEIGHTS)
+        fleet(2, wait_s=2.0).prepare(WEIGHTS)
 
 
 def test_weights_that_are_not_finite_are_the_policys_fault_and_tried_nowhere_else(start, fleet):

@@ -44,7 +44,7 @@ def test_a_server_with_other_weights_than_the_trainers_is_named_and_asked_for_no
     try:
         publish(directory, server.record)
         with pytest.raises(RunError, match=f"(?s)0 rollout servers are usable.*server 0 .*{said}"):
-            Fleet(directory, servers=1, wait_s=0.5, timeout_s=5.0, retries=0, log=lambda text: None).prepare(WEIGHTS)
+            Fleet(directory, servers=1, wait_s=2.0, timeout_s=5.0, retries=0, log=lambda text: None).prepare(WEIGHTS)
         assert not server.asked
     finally:
         server.close()
@@ -58,7 +58,7 @@ def test_a_server_of_another_token_is_named(tmp_path):
     publish(directory, ServerRecord(0, f"http://127.0.0.1:{server.listener.getsockname()[1]}", 1, "other"))
     try:
         with pytest.raises(RunError, match=r"server 0 .*HTTP 401: a valid bearer token is needed"):
-            Fleet(directory, servers=1, wait_s=0.5, timeout_s=5.0, retries=0, log=lambda text: None).prepare(WEIGHTS)
+            Fleet(directory, servers=1, wait_s=2.0, timeout_s=5.0, retries=0, log=lambda text: None).prepare(WEIGHTS)
     finally:
         assert server.harness.worker.stop(10)
         loop.call_soon_threadsafe(loop.stop)

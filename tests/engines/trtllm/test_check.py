@@ -172,23 +172,33 @@ def test_a_later_package_is_held_against_the_contract_of_its_own_generation(tmp_
 
 
 def test_a_ray_without_what_the_package_imports_of_it_is_a_difference(tmp_path, monkeypatch):
-    package = trtllm_check.Package(write_package(tmp_path, FILES), "tensorrt_llm")
-    module = tmp_path / "ray" / "util" / "placement_group.py"
-    module.parent.mkdir(parents=True)
-    (tmp_path / "ray" / "__init__.py").touch()
-    monkeypatch.setattr(trtllm_check, "installed", lambda name: None)
+    """Of the package that is there: 1.4 tries both places, so a start with it takes either Ray."""
+    packages = {
+        name: write_package(tmp_path / name, FILES if name == "1.2" else generation(2)) for name in ("1.2", "1.4")
+    }
+    ray = tmp_path / "ray"
+    (ray / "util").mkdir(parents=True)
+    (ray / "__init__.py").touch()
+    strategy = "PlacementGroupSchedulingStrategy"
+    (ray / "util" / "scheduling_strategies.py").write_text(f"class {strategy}:\n    pass\n")
+    there: dict[str, Path] = {}
+    monkeypatch.setattr(trtllm_check, "installed", lambda name="tensorrt_llm": there.get(name))
     assert trtllm_check.ray_difference() == "not installed"
-    monkeypatch.setattr(trtllm_check, "installed", lambda name: tmp_path / name)
-    (module.parent / "scheduling_strategies.py").write_text("class PlacementGroupSchedulingStrategy:\n    pass\n")
-    for text, count in (("import warnings\n", 1), ("from ray.util.scheduling_strategies import *\n", 0)):
-        text = text.replace("*", "PlacementGroupSchedulingStrategy")
-        module.write_text(f"{text}def placement_group():\n    pass\n")
-        newest = trtllm_check.Package(write_package(tmp_path / f"newest{count}", generation(2)), "tensorrt_llm")
-        assert not trtllm_check.ray_imports(newest, trtllm_check.Package(tmp_path / "ray", "ray"))  # tries both
-        found = [str(d) for d in trtllm_check.ray_imports(package, trtllm_check.Package(tmp_path / "ray", "ray"))]
-        assert len(found) == count
-        assert all(line.startswith("tensorrt_llm/executor/ray_executor.py:2: imports Placement") for line in found)
-        assert ("PlacementGroupSchedulingStrategy" in trtllm_check.ray_difference()) == bool(count)
+    there["ray"] = ray
+    for text, lacks in (
+        ("import warnings\n", True),
+        (f"from ray.util.scheduling_strategies import {strategy}\n", False),
+    ):
+        (ray / "util" / "placement_group.py").write_text(f"{text}def placement_group():\n    pass\n")
+        there.pop("tensorrt_llm", None)
+        assert (strategy in trtllm_check.ray_difference()) == lacks
+        there["tensorrt_llm"] = packages["1.2"] / "tensorrt_llm"
+        said = (
+            f"tensorrt_llm/executor/ray_executor.py:2: imports {strategy} of ray.util.placement_group, which has none"
+        )
+        assert trtllm_check.ray_difference() == said * lacks
+        there["tensorrt_llm"] = packages["1.4"] / "tensorrt_llm"
+        assert trtllm_check.ray_difference() == ""
 
 
 def test_where_there_is_no_package_the_command_says_so(tmp_path, capsys):

@@ -179,6 +179,7 @@ def test_the_engines_processes_see_nothing_of_slurm_mpi_and_torchrun_and_the_lea
         "TORCHELASTIC_RUN_ID": "x",
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
         "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5",
+        "PATH": "/usr/bin",
     }
     for name, value in job.items():
         monkeypatch.setenv(name, value)
@@ -191,6 +192,7 @@ def test_the_engines_processes_see_nothing_of_slurm_mpi_and_torchrun_and_the_lea
     assert seen["TLLM_NUMA_AWARE_WORKER_AFFINITY"] == seen["RAY_memory_monitor_refresh_ms"] == "0"
     assert int(seen["RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES"]) < 1 << 30
     assert seen["CUDA_VISIBLE_DEVICES"] == "5"
+    assert seen["PATH"] == f"{os.path.dirname(sys.executable)}:/usr/bin"  # the library asks ``pip`` where it is
     assert seen.items() >= contract.ENVIRONMENT.items()
     assert os.environ.items() >= job.items()
     assert os.environ.items() >= contract.ENVIRONMENT.items()  # the library goes on reading them

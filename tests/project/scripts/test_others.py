@@ -1,4 +1,4 @@
-"""The quickstart and what makes things beside the environment start what the user asked for.
+"""The quickstart and what makes things beside the environment start what the user asked for, and help is only said.
 
 They run on a copy of the checkout, with a Python that only writes down what it is asked to do.
 """
@@ -20,6 +20,18 @@ def test_shell_scripts_parse_and_stop_at_the_first_error(script):
     path = ROOT / "scripts" / script
     subprocess.run(["bash", "-n", path], check=True, timeout=10)
     assert "\nset -euo pipefail\n" in path.read_text()
+
+
+@pytest.mark.parametrize("asked", ["-h", "--help"])
+def test_a_script_that_is_asked_for_help_says_what_it_does_and_makes_nothing(checkout, asked):
+    before = sorted(checkout.root.rglob("*"))
+    for script in sorted((checkout.root / "scripts").glob("*.sh")):
+        status, output, calls = checkout.run(script.name, asked)
+        assert (status, calls) == (0, []), f"{script.name}: {output}"
+        assert output.strip(), script.name
+        said = "".join(f"# {line}".rstrip() + "\n" for line in output.splitlines())
+        assert f"{said}set -euo pipefail\n" in script.read_text()
+    assert sorted(checkout.root.rglob("*")) == before
 
 
 def test_quickstart_makes_the_base_model_and_trains_with_the_users_settings(checkout):
