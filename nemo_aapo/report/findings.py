@@ -173,8 +173,8 @@ def padding(run: Run) -> str | None:
 
 
 def interrupted(run: Run) -> str | None:
-    """Attempts of this run that failed or were lost."""
-    failed = [attempt for attempt in run["attempts"] if attempt["end"] in ("failed", "lost")]
+    """Attempts of this run that failed, were lost or started nothing."""
+    failed = [attempt for attempt in run["attempts"] if attempt["end"] in ("failed", "lost", "unstarted")]
     if not failed:
         return None
     return f"{len(failed)} attempts ended in a failure, the last one: {failed[-1]['why'] or 'no reason known'}"

@@ -233,8 +233,7 @@ def require_followed(path: Path, named: str) -> None:
     """
     if path.is_symlink() and not os.path.exists(path):
         raise ConfigError(
-            f"{named}: {path} is a link to {os.readlink(path)}, which is not there. Remove the link, or make what it "
-            "leads to"
+            f"{named}: {path} is a link to {os.readlink(path)}, which is not there. Remove it, or make what it leads to"
         )
 
 

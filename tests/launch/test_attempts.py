@@ -36,6 +36,9 @@ def attempt(end: str, before: int = 0, after: int = 0, step: int | None = None) 
             "twice",
         ),
         ([attempt("failed", step=0), attempt("failed", step=0)], False, "step 1 failed twice"),
+        ([attempt("unstarted")] * 3, True, ""),
+        ([attempt("failed", step=0), attempt("unstarted")], True, ""),
+        ([attempt("unstarted"), attempt("failed", step=0)], True, ""),
         ([attempt("lost")] * 3, True, ""),
         ([attempt("lost")] * 4, False, "4 attempts in a row without a new checkpoint (max_requeues=3)"),
         ([attempt("saved", 0, 2), *[attempt("lost", 2, 2)] * 3], True, ""),
@@ -49,7 +52,7 @@ def test_a_job_is_requeued_as_long_as_the_run_makes_progress(attempts, requeue, 
 
 
 def test_no_sequence_of_bad_ends_is_requeued_for_ever():
-    for end in ("saved", "failed", "lost"):
+    for end in ("saved", "failed", "unstarted", "lost"):
         attempts = [attempt(end)]
         while decide(attempts, max_requeues=5).requeue:
             attempts.append(attempt(end))
@@ -120,6 +123,7 @@ def test_what_squeue_scontrol_and_sacct_say_is_understood():
         ("srun: error: Unable to create step for job 41: Connection refused", False),
         ("srun: error: Task launch for StepId=41.0 failed on node node1: Communication connection failure", False),
         ("Zero Bytes were transmitted or received", False),
+        ("Unexpected message received for job 1", False),
         ("Requested operation is presently disabled for job 41", True),
         ("Invalid job id specified", True),
         (
@@ -130,6 +134,7 @@ def test_what_squeue_scontrol_and_sacct_say_is_understood():
     ],
 )
 def test_what_slurm_refuses_is_told_from_what_it_does_not_answer(tmp_path, monkeypatch, said, answered):
+    """The first two, that of ``requeue`` and what is disabled are Slurm 22.05's; the others from its sources."""
     (tmp_path / "srun").write_text(f"#!/bin/sh\nprintf '%s' '{said}' >&2; exit 1\n")
     (tmp_path / "srun").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)

@@ -28,10 +28,10 @@ from nemo_aapo.launch.slurm.script import (
     render_fill,
     render_merge,
     render_training,
+    split_roles,
     supervisor_words,
     training_roles,
 )
-from nemo_aapo.launch.slurm.supervisor import split_roles
 
 APPROVED = Path(__file__).parent / "slurm" / "scripts"
 SITE = Site("/venv/bin/python", Path("/checkout"), Path("/work"))

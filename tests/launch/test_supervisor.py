@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import signal
@@ -15,6 +16,7 @@ import pytest
 from nemo_aapo.errors import FAILED, REFUSED
 from nemo_aapo.launch.slurm.attempts import History, read_history
 from nemo_aapo.launch.slurm.paths import RunPaths
+from nemo_aapo.utils.files import LOCK
 
 pytestmark = pytest.mark.slow
 
@@ -35,6 +37,7 @@ SUPERVISOR = """
 import sys
 from nemo_aapo.launch.slurm import supervisor
 supervisor.SLURM_WAIT_S, supervisor.SLURM_PAUSE_S, supervisor.REQUEUE_WAIT_S = {wait}, 0.05, 0.1
+supervisor.LOCK_WAIT_S = 0.1
 sys.exit(supervisor.main(sys.argv[1:]))
 """
 
@@ -82,15 +85,31 @@ def test_a_controller_that_is_away_for_a_while_ends_no_attempt(tmp_path):
     assert [attempt.end for attempt in history.attempts] == ["finished"]
 
 
-def test_a_controller_that_stays_away_fails_the_attempt_and_gives_up_neither_the_run_nor_its_chain(tmp_path):
-    code, said, history = see_off(start(tmp_path, away={"show": 999, "requeue": 999}), tmp_path)
-    assert code == FAILED
-    assert [(attempt.end, attempt.why) for attempt in history.attempts] == [
-        ("failed", "Unable to contact slurm controller")
-    ]
-    assert history.stopped is None
-    assert said[-1].startswith("not requeued: Unable to contact slurm controller. `scripts/launch.py requeue`")
-    assert "requeued" not in said
+def test_a_controller_that_stays_away_twice_gives_up_neither_the_run_nor_its_chain(tmp_path):
+    for attempts in (1, 2):
+        code, said, history = see_off(start(tmp_path, away={"show": 999, "requeue": 999}), tmp_path)
+        assert code == FAILED
+        ends = [(attempt.end, attempt.why) for attempt in history.attempts]
+        assert ends == attempts * [("unstarted", "Unable to contact slurm controller")]
+        assert history.stopped is None
+        assert said[-1].startswith("not requeued: Unable to contact slurm controller. `scripts/launch.py requeue`")
+        assert "requeued" not in said
+    code, _, history = see_off(start(tmp_path, away={}, trainer=f"touch {tmp_path}/run/finished"), tmp_path)
+    assert (code, history.attempts[-1].end) == (0, "finished")
+
+
+def test_a_run_directory_that_stays_in_use_twice_does_not_give_up_the_run(tmp_path):
+    paths = RunPaths(tmp_path / "run")
+    paths.make()
+    with (paths.run_dir / LOCK).open("w") as lock:
+        lock.write("process 9 on node7")
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for attempts in (1, 2):
+            _, said, history = see_off(start(tmp_path, away={}), tmp_path)
+            ends = [(attempt.end, attempt.why) for attempt in history.attempts]
+            assert ends == attempts * [("unstarted", f"{paths.run_dir} is still in use by process 9 on node7")]
+            assert (history.stopped, said[-1]) == (None, "requeued")
 
 
 def test_a_requeue_is_asked_for_until_slurm_answers_and_called_done_only_then(tmp_path):

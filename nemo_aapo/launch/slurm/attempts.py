@@ -13,9 +13,10 @@ from nemo_aapo.errors import RunError
 from nemo_aapo.run.state import RunState
 from nemo_aapo.utils.files import read_json, to_json, write_atomic
 
-End = Literal["running", "finished", "saved", "cancelled", "refused", "failed", "lost"]
-"""How an attempt ended. ``saved``: stopped before the run was complete, with a checkpoint. ``lost``: Slurm ended the
-job and has requeued it itself, as after the loss of a node."""
+End = Literal["running", "finished", "saved", "cancelled", "refused", "failed", "unstarted", "lost"]
+"""How an attempt ended. ``saved``: stopped before the run was complete, with a checkpoint. ``unstarted``: no trainer
+could be started, as while Slurm does not answer. ``lost``: Slurm ended the job and has requeued it itself, as after the
+loss of a node."""
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,12 @@ _OF_A_JOB = re.compile(
 """Variables by which Slurm, MPI and torchrun tell a process which job it belongs to, and what it has there."""
 _UNANSWERED = re.compile(
     r"unable to contact slurm controller|standby mode|rate limit exceeded|connection (failure|refused|reset|timed out)"
-    r"|socket timed out|message (send|receive) failure|zero bytes were transmitted",
+    r"|socket timed out|message (send|receive) failure|zero bytes were transmitted|unexpected message received",
     re.IGNORECASE,
 )
 """Of the texts in Slurm's ``src/common/slurm_errno.c`` and of the system's those that say that no answer came, or that
-the controller is changing places with its backup or wants to be asked later. All others are answers."""
+the controller is changing places with its backup or wants to be asked later; the last is what ``scontrol requeue`` says
+then. All others are answers."""
 QUEUED = (
     "PENDING",
     "RUNNING",

@@ -146,6 +146,17 @@ def supervisor_words(config: Config, site: Site, roles: Sequence[Role], mode: Se
     return words
 
 
+def split_roles(words: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """Options, and role -> command, of ``OPTIONS :: ROLE COMMAND ... :: ROLE COMMAND ...``."""
+    parts: list[list[str]] = [[]]
+    for word in words:
+        if word == SEPARATOR:
+            parts.append([])
+        else:
+            parts[-1].append(word)
+    return parts[0], {role: command for role, *command in parts[1:]}
+
+
 def rank_words(config: Config, site: Site, role: Role) -> list[str]:
     """What ``srun`` starts on every node."""
     python = config.cluster.python or ("python" if config.cluster.container.image else site.python)

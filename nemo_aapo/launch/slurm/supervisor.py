@@ -33,7 +33,7 @@ from nemo_aapo.launch.slurm.logs import Tail
 from nemo_aapo.launch.slurm.paths import RunPaths
 from nemo_aapo.launch.slurm.rank import ADDRESSES, free_port
 from nemo_aapo.launch.slurm.roles import Ended, Roles, Signals, Step, server_steps
-from nemo_aapo.launch.slurm.script import SEPARATOR, SERVERS
+from nemo_aapo.launch.slurm.script import SERVERS, split_roles
 from nemo_aapo.run.state import read_state
 from nemo_aapo.run.stop import STOP_FILE
 from nemo_aapo.utils.files import LOCK
@@ -136,7 +136,7 @@ class Supervisor:
         attempt = attempt.closed(end, why, read_state(self.paths.run_dir))
         history = history.end(attempt)
         decision = decide(history.attempts[history.counts_from :], max_requeues)
-        if end in ("failed", "refused", "saved", "lost") and not decision.requeue:
+        if end not in ("finished", "cancelled") and not decision.requeue:
             history = replace(history, stopped=decision.why)
         write_history(self.paths.history, history)
         say(summary(attempt))
@@ -155,7 +155,8 @@ class Supervisor:
         except RunError as error:  # nothing was started
             if signal.SIGTERM in self.signals.received:  # which broke off the waiting
                 self.asked = self._why_term()
-            return self._judge(Ended(FAILED, one_line(error), "", str(error)))
+            end, why = self._judge(Ended(FAILED, one_line(error), "", str(error)))
+            return ("unstarted" if end == "failed" else end), why
         end, why = self._judge(ended)
         if end in ("failed", "lost"):
             say(ended.last_words)
@@ -293,17 +294,6 @@ def wait_for_lock(path: Path, seconds: float) -> None:
                 time.sleep(0.5)
             except OSError:  # some cluster file systems are mounted without locks
                 return
-
-
-def split_roles(words: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
-    """Options, and role -> command, of ``OPTIONS :: ROLE COMMAND ... :: ROLE COMMAND ...``."""
-    parts: list[list[str]] = [[]]
-    for word in words:
-        if word == SEPARATOR:
-            parts.append([])
-        else:
-            parts[-1].append(word)
-    return parts[0], {role: command for role, *command in parts[1:]}
 
 
 def main(argv: Sequence[str]) -> int:
