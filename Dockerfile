@@ -4,8 +4,10 @@
 #
 #   docker build --build-arg UID=$(id -u) -t nemo_aapo .
 #   docker build --build-arg UID=$(id -u) --build-arg LINE=newest -t nemo_aapo:newest .
-#   docker run --gpus all --ipc=host --ulimit memlock=-1 -v "$PWD/results:/opt/nemo_aapo/results" nemo_aapo \
-#       scripts/train.py model.path=... data.train=... data.validation=...
+#   mkdir -p results
+#   docker run --rm --gpus all --ipc=host --ulimit memlock=-1 -v "$PWD/results:/opt/nemo_aapo/results" \
+#       -v /models:/models -v "$PWD/data:/data" nemo_aapo \
+#       scripts/train.py model.path=/models/... data.train=/data/... data.validation=/data/...
 #
 ARG LINE=trtllm
 

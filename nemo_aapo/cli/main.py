@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -124,8 +125,8 @@ def command_of_ranks(command: str, words: Sequence[str]) -> list[str]:
 
 
 def typed_path(text: str) -> Path:
-    """An option's value: a path, with the home directory for a ``~`` that it begins with."""
-    return Path(not_empty(text)).expanduser()
+    """An option's value: a path, with the home directory for a ``~`` that it begins with; ``~nobody`` stays."""
+    return Path(os.path.expanduser(not_empty(text)))
 
 
 def not_empty(text: str) -> str:

@@ -54,18 +54,41 @@ def build(cls: type[T], tree: Any, path: str = "") -> T:
         if name not in tree or tree[name] == "???":
             raise ConfigError(f"{full} must be set: {full}=VALUE")
         values[name] = _convert(tree[name], annotation, full)
-        if name in paths and isinstance(values[name], str):
-            values[name] = expanded(values[name], full)
+        if name in paths:
+            values[name] = _with_home(values[name], full)
     return cls(**values)
+
+
+_PATHS_OF_ENTRIES = ("path", "function")
+"""What is a path in the mapping of a source of prompts, and in that of a reward."""
+
+
+def _with_home(value: Any, named: str) -> Any:
+    """The value of a setting that is a path, several, or mappings that hold some, with the home directory for ``~``.
+
+    Raises:
+        ConfigError: a path is empty.
+    """
+    if isinstance(value, str):
+        return expanded(value, named)
+    if isinstance(value, tuple):
+        return tuple(_with_home(item, f"{named}[{i}]") for i, item in enumerate(value))
+    if isinstance(value, dict):
+        return {
+            key: _with_home(item, f"{named}.{key}") if key in _PATHS_OF_ENTRIES else item for key, item in value.items()
+        }
+    return value
 
 
 def with_paths(tree: Mapping[str, Any], config: Any) -> dict[str, Any]:
     """The tree that a configuration was built of, with its paths as they are there: other homes change no ``~``."""
     made = copy.deepcopy(dict(tree))
     for key, facts, value in values_of(config):
-        if facts.path and isinstance(value, str):
+        if facts.path and value is not None:
             *sections, leaf = key.split(".")
-            functools.reduce(operator.getitem, sections, made)[leaf] = value
+            functools.reduce(operator.getitem, sections, made)[leaf] = (
+                list(value) if isinstance(value, tuple) else value
+            )
     return made
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,7 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
     Raises:
         DataError: no such directory, no tokenizer in it, or transformers can't load what is there.
     """
-    directory = Path(path).expanduser()
+    directory = Path(os.path.expanduser(path))
     if directory.exists() or path.startswith(("/", ".", "~")) or path.count("/") > 1:
         require_tokenizer_files(directory)
         path = str(directory)

@@ -111,6 +111,11 @@ class InFlightPipeline(RolloutPipeline):
         self.sampler.step = step + 1
         return [group.replace(reference_rewards=rewards.get(group.prompt.id)) for group in groups]
 
+    def not_begun(self) -> int | None:
+        """By the process before this one, if it has ended."""
+        end = min(self.sampler.step + self.buffer.policy.depth, self.config.trainer.max_steps)
+        return self._cursor if self._cursor < end else None
+
     def settle(self) -> None:
         """Wait until the servers have ended all that they have."""
         while set(self.buffer.keys(State.UNDER_WAY)) - self._not_before.keys():

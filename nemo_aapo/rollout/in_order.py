@@ -80,6 +80,12 @@ class InOrderPipeline(RolloutPipeline):
             if later not in self._ahead and self.sampler.knows(later):
                 self._ahead[later] = self._begun(later) if background else self._drawn(later)
 
+    def not_begun(self) -> int | None:
+        """Of steps whose prompts the sampler knows."""
+        end = min(self.sampler.step + self.config.rollout.async_depth, self.config.trainer.max_steps)
+        steps = range(self.sampler.step, end)
+        return next((step for step in steps if step not in self._ahead and self.sampler.knows(step)), None)
+
     def settle(self) -> list[ScoredRollout]:
         """Wait for what is under way, so that the engine is free; the rollouts of the steps to come, in order.
 
@@ -98,8 +104,7 @@ class InOrderPipeline(RolloutPipeline):
             Interrupted: on all ranks; a stop broke off what draws them, so that a run which went on from here would
                 draw them with later weights.
         """
-        end = min(self.sampler.step + self.config.rollout.async_depth, self.config.trainer.max_steps)
-        if any(step not in self._ahead and self.sampler.knows(step) for step in range(self.sampler.step, end)):
+        if self.not_begun() is not None:
             raise Interrupted("completions of the steps to come were not all begun")
         # What could not be scored at all is better sampled anew.
         kept = list(itertools.takewhile(lambda r: not r.tally.completions or r.tally.scored[TOTAL], self.settle()))

@@ -196,7 +196,26 @@ class RolloutPipeline(ABC):
         if self.reference is not None:
             self.reference.load_state_dict(state["reference"])
 
+    def drawn_later(self) -> str:
+        """What to tell whoever goes on from a checkpoint without what an uninterrupted run has in hand; empty if none.
+
+        A run begins no rollouts of steps behind its end. If it is given a later one, those that would have been begun
+        by its checkpoint are drawn by a later policy than in a run that had the later end from its beginning.
+        """
+        if (later := self.not_begun()) is None:
+            return ""
+        return (
+            f"nothing of step {later + 1} was begun ahead (rollout.async_depth, rollout.max_lag) for the checkpoint of "
+            f"step {self.sampler.step}, where the run had an earlier end, or nothing of it could be scored: from step "
+            f"{later + 1} on the run goes on as well, but not to the bits of one that had trainer.max_steps="
+            f"{self.config.trainer.max_steps} from its beginning and was not interrupted"
+        )
+
     # ------------------------------------------------------------------ what each kind does in its own way
+
+    @abstractmethod
+    def not_begun(self) -> int | None:
+        """The first step that should be begun by now, ahead of the next one, and is not; None: there is none."""
 
     @abstractmethod
     def generate(self, step: int) -> list[Group]:

@@ -197,23 +197,6 @@ def changes_since_the_start_before(directory: Path) -> list[str]:
     return said
 
 
-def drawn_later(directory: Path, step: int) -> list[str]:
-    """What to tell whoever goes on from the checkpoint of a step beyond the end that the start before had.
-
-    A run begins no rollouts of steps behind its end. Those that would have been begun by that checkpoint are drawn by a
-    later policy than in a run that had the later end from its beginning. Empty where there are none.
-    """
-    before, now = _last_two_starts(directory)
-    end, ahead = before.get("max_steps"), now.get("steps_ahead", 0)
-    if not isinstance(end, int) or min(step + ahead, now["max_steps"]) <= end:
-        return []
-    return [
-        f"the run was to end with step {end}, and step {end + 1} was not begun ahead of it as others are "
-        f"(rollout.async_depth, rollout.max_lag): from step {end + 1} on the run goes on as well, but not to the bits "
-        f"of one that had trainer.max_steps={now['max_steps']} from its beginning"
-    ]
-
-
 def _last_two_starts(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The start before this one, and this one; empty where there was none before."""
     record = read_record(directory)
@@ -299,8 +282,6 @@ def _this_start(config: Config, world_size: int) -> dict[str, Any]:
         "host": socket.gethostname(),
         "world_size": world_size,
         "instruction_set": instruction_set(),
-        "max_steps": config.trainer.max_steps,
-        "steps_ahead": config.rollout.max_lag or config.rollout.async_depth,
         **({"algorithm": code} if code else {}),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in VERSIONS_OF}},
     }

@@ -18,7 +18,7 @@ from typing import Any
 
 from nemo_aapo.config import Config
 from nemo_aapo.errors import RunError, first_line, one_line
-from nemo_aapo.run.directory import changes_since_the_start_before, claim, drawn_later
+from nemo_aapo.run.directory import changes_since_the_start_before, claim
 from nemo_aapo.run.metrics_file import MetricsFile
 from nemo_aapo.run.names import PHASE, ROLLOUTS, TRACES, step_name, step_of
 from nemo_aapo.types import Group
@@ -73,13 +73,12 @@ class Experiment:
 
         Lines, rollout files and traces of later steps come from a part of the run that ended after its last checkpoint;
         they are removed. Lines of ``step`` itself stay, so ``sync`` before its checkpoint is written; lines that are
-        missing are told in ``warnings``, and so is what changes beyond the end that the run had.
+        missing are told in ``warnings``.
 
         Args:
             validated: False: the validation of ``step`` is still to be made, and what an earlier part that made it left
                 of it is removed too.
         """
-        self.warnings += drawn_later(self.directory, step)
         last = self._metrics.truncate_after(step, validated=validated)
         if last < step:
             self.warnings.append(

@@ -237,6 +237,8 @@ class AAPOTrainer:
                 self.rollouts.load_pending(checkpoint, self.step)
         self.rollouts.recover()
         self.reporter.begin(-1 if state is None else self.step, validated=BROKEN_OFF not in self._latest)
+        if state is not None and (warning := self.rollouts.drawn_later()):
+            self.reporter.note(f"warning: {warning}")
         self._refit()  # a new engine has the base model's weights
         with self._phase(f"step {self.step + 1}, parity"):
             self.parity.check(self.rollouts.parity_sample())

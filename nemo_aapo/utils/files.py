@@ -233,7 +233,7 @@ def require_followed(path: Path, named: str) -> None:
     """
     if path.is_symlink() and not path.exists():
         raise ConfigError(
-            f"{named}: {path} is a link to {os.readlink(path)}, which is not there. Remove it, or make that"
+            f"{named}: {path} is a link to {os.readlink(path)}, which is not there. Remove it, or make what it leads to"
         )
 
 

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from nemo_aapo.config import build
+from nemo_aapo.config.build import with_paths
 from nemo_aapo.config.command_line import EVALUATION, TRAINING, config_directory, read_command_line, usage
 from nemo_aapo.config.compose import compose
 from nemo_aapo.config.schema.config_file import entries_of, with_comments
-from nemo_aapo.config.schema.facts import Facts, section, setting, settings_of, values_of
+from nemo_aapo.config.schema.facts import Facts, section, setting, settings_of
 from nemo_aapo.config.schema.reference import REFERENCE, SCHEMAS, reference, type_in_words
 from nemo_aapo.errors import ConfigError
 
@@ -113,15 +114,29 @@ def test_types_in_words():
 def test_every_setting_that_is_a_path_takes_a_tilde_for_the_home_directory_and_is_never_empty(kind, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     paths = {item.key for item in settings_of(kind.schema) if item.facts.path}
-    named_so = re.compile(r"[._](path|dir|directory|store|base|replay)$|^data\.(train|validation)$")
+    named_so = re.compile(
+        r"[._](path|dir|directory|store|base|replay|custom|python|image|mounts)$|^data\.(train|validation)$|^rewards$"
+    )
     assert paths == {item.key for item in settings_of(kind.schema) if named_so.search(item.key)}
     tree = compose(read_command_line(["model.path=m"], kind))
+    lists = {"rewards": "function", "data.train": "path", "data.validation": "path", "cluster.container.mounts": None}
+
+    def value_of(key: str, path: str) -> Any:
+        if key not in lists:
+            return path
+        inner = lists[key]
+        return [{inner: path} if inner else path]
+
     for key in paths:
-        set_in(tree, key, "~/x")
-    assert {key for key, _, value in values_of(build(kind.schema, tree)) if value == "/home/me/x"} == paths
+        set_in(tree, key, value_of(key, "~/x"))
+    config = build(kind.schema, tree)
+    resolved = with_paths(tree, config)
     for key in paths:
-        before = set_in(tree, key, " ")
-        with pytest.raises(ConfigError, match=f"{key}: the path is empty"):
+        assert set_in(resolved, key, None) == value_of(key, "/home/me/x")
+    assert build(kind.schema, with_paths(tree, config)) == config
+    for key in paths:
+        before = set_in(tree, key, value_of(key, " "))
+        with pytest.raises(ConfigError, match=rf"{key}[\w.\[\]]*: the path is empty"):
             build(kind.schema, tree)
         set_in(tree, key, before)
 

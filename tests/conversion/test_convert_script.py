@@ -62,6 +62,7 @@ def test_wrong_paths_and_layouts_are_refused_with_what_was_found_there(convert, 
     for words, said in (
         (["megatron-to-hf", model, *out], "is a Hugging Face model already"),
         (["megatron-to-hf", str(tmp_path / "nowhere"), *out], "no such directory"),
+        (["megatron-to-hf", "~nobody_of_that_name/run", *out], "~nobody_of_that_name/run: no such directory"),
         (["megatron-to-hf", str(run), *out], "neither a Hugging Face model"),
         (["hf-to-megatron", model, "--out", str(run)], "exists already"),
         (["hf-to-megatron", model, "--out", str(file / "out")], f"{file} is a file, where a directory is needed"),

@@ -236,6 +236,8 @@ def test_a_saved_tokenizer_loads_and_encodes_the_same(tokenizer, tmp_path):
 def test_a_tokenizer_that_cant_be_loaded_is_named_with_the_reason(tmp_path):
     with pytest.raises(DataError, match="no such tokenizer directory"):
         load_tokenizer(str(tmp_path / "missing"))
+    with pytest.raises(DataError, match="~nobody_of_that_name/x: no such tokenizer directory"):
+        load_tokenizer("~nobody_of_that_name/x")
     with pytest.raises(DataError, match=r"no tokenizer here \(none of tokenizer.json"):
         load_tokenizer(str(tmp_path))
     (tmp_path / "tokenizer.json").write_text("{")

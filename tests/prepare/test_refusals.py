@@ -80,7 +80,7 @@ FILES = [
     (["data.system_prompt=Think."], "which has no place for it"),
     (["data.prompt_template='{system_prompt} {question}'"], "but system_prompt is not set"),
     (["model.path="], "model.path: the path is empty"),
-    (["data.train=[{path: ''}]"], "data.train: the path is empty"),
+    (["data.train=[{path: ''}]"], "data.train[0].path: the path is empty"),
     (["run.dir="], "run.dir: the path is empty"),
     (["run.dir=FOLDER/a_file"], "FOLDER/a_file is a file, where a directory is needed"),
     (["run.dir=FOLDER/a_file/run"], "FOLDER/a_file is a file, where a directory is needed"),
@@ -315,9 +315,17 @@ def test_a_launcher_leaves_to_the_ranks_what_only_their_machine_knows(given):
 
 def test_what_the_ranks_are_given_does_not_depend_on_their_home(given, monkeypatch):
     from nemo_aapo.prepare import prepare
+    from nemo_aapo.run.identity import identity_of
 
     monkeypatch.setenv("HOME", str(given.folder))
     job = prepare([*given.words, 'model.path="~/model"', 'run.dir="~/run"'])
     assert job.config.model.path == job.tree["model"]["path"] == f"{given.folder}/model"
     assert job.config.run.dir == job.tree["run"]["dir"] == job.tree["exp_manager"]["explicit_log_dir"]
     assert "~" not in str(job.tree)
+    (given.folder / "r.py").write_text("def score(prompt, completion, answer, **info):\n    return 1.0\n")
+    own = ['rewards=[{name: custom, function: "~/r.py:score"}]', "validation.reward=score"]
+    jobs = [
+        prepare([*given.words, *own, f'data.train=[{{path: "{home}/train.jsonl"}}]']) for home in ("~", given.folder)
+    ]
+    assert "~" not in str(jobs[0].tree)
+    assert identity_of(jobs[0].config) == identity_of(jobs[1].config)  # by what the file holds

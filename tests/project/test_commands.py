@@ -72,13 +72,14 @@ class NotRun:
 
 @dataclasses.dataclass(frozen=True)
 class Checked:
-    """It needs GPUs, or a package that is an extra: its settings are composed and checked, without model and data."""
+    """It needs GPUs or an extra package: its settings are composed and checked, without model and data."""
 
 
 DRY = Run("dry_run=true")
 SLURM_TEST = "tests/launch/slurm/test_submission.py"
 
 RULES: tuple[tuple[str, Run | Checked | Elsewhere | NotRun], ...] = (
+    (r"docker run ", Checked()),
     (
         r"(train|launch)\.py experiment=quickstart_moe",
         Elsewhere("tests/examples/test_quickstart_moe.py", "quickstart_moe"),
@@ -138,7 +139,7 @@ RULES: tuple[tuple[str, Run | Checked | Elsewhere | NotRun], ...] = (
     (r"python -m pytest", NotRun("one of this session's own tests")),
     (r"bash scripts/nemo_run\.sh", NotRun("installs an environment: scripts/test.sh runs it")),
     (r"bash tests/launch/slurm/start_slurm\.sh|sinfo", Elsewhere("tests/launch/slurm/cluster.py", "start_slurm.sh")),
-    (r"(source|cd|export|\.) ", NotRun("changes the reader's shell")),
+    (r"(source|cd|export|mkdir|\.) ", NotRun("changes the reader's shell or folder")),
     (
         r"(sudo )?(apt-get|docker|git clone)|huggingface-cli|(\S*python3? -m )?(pip|venv) |salloc",
         NotRun("installs, downloads, or asks a cluster"),
@@ -251,8 +252,9 @@ def check(text: str) -> None:
     Raises:
         ConfigError: names the setting.
     """
-    starter, *words = shlex.split(text)
-    script, *words = words[2:] if starter == "torchrun" else words
+    words = shlex.split(text)
+    place = next(number for number, word in enumerate(words) if word.endswith(".py"))
+    script, words = words[place], words[place + 1 :]
     if script.endswith("evaluate.py"):
         EVALUATION.parse(compose(read_command_line(words, EVALUATION)))
     else:

@@ -104,6 +104,10 @@ class Run:
             (self.folder.parent / pending.FILE_NAME).write_bytes(files.get(pending.FILE_NAME, b""))
             pipeline.load_pending(self.folder.parent, step)
             policy.version = step
+            assert not pipeline.drawn_later()
+            config.trainer.max_steps += 1  # a later end, whose groups may be missing
+            assert pipeline.not_begun() == (self.steps if step + self.lag > self.steps else None)
+            config.trainer.max_steps -= 1
         pipeline.recover()
         first = step
         for step in range(first, self.steps):

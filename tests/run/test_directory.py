@@ -173,20 +173,6 @@ def test_a_run_that_goes_on_by_another_instruction_set_says_so(settings, monkeyp
     ]
 
 
-@pytest.mark.parametrize(("depth", "steps", "says"), [(1, (4, 4, 8, 8), 1), (0, (4, 8), 0), (1, (8, 4), 0)])
-def test_a_run_that_gets_a_later_end_says_once_from_where_its_bits_are_others(settings, depth, steps, says):
-    config, tree = settings
-    config = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, async_depth=depth))
-    said = []
-    for end in steps:
-        trainer = dataclasses.replace(config.trainer, max_steps=end)
-        with opened((dataclasses.replace(config, trainer=trainer), tree)) as run:
-            run.resume_at(4)
-            said += [warning for warning in run.warnings if "from step 5 on" in warning]
-    assert len(said) == says
-    assert all(text.endswith("one that had trainer.max_steps=8 from its beginning") for text in said)
-
-
 def test_a_run_that_goes_on_with_a_changed_algorithm_of_ones_own_says_so(settings, tmp_path):
     config, tree = settings
     file, said = tmp_path / "mine.py", []

@@ -90,6 +90,9 @@ class Rollouts:
         self.journal.write(f"pending of {checkpoint.name}")
         self.ahead = ast.literal_eval(self.disk[step]["files"].get("pending", b"{}").decode())
 
+    def drawn_later(self):
+        return f"drawn later than {len(self.ahead)} others"
+
     def recover(self): ...
 
     def parity_sample(self):

@@ -52,7 +52,9 @@ class AlgorithmConfig:
 
     name: str = setting("the algorithm; algorithm=NAME chooses it with its paper's settings", decides=True)
     custom: str | None = setting(
-        "an algorithm of your own in its place: path/to/file.py:MyClass or package.module:MyClass", decides=False
+        "an algorithm of your own in its place: path/to/file.py:MyClass or package.module:MyClass",
+        decides=False,
+        path=True,
     )
     settings: dict[str, Any] | None = setting("values of the fields of MyClass: {field: value}", decides="set")
     scale_rewards: bool = setting("divide the centred reward by the group's standard deviation", decides=True)

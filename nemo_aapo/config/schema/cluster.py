@@ -38,10 +38,12 @@ class Container:
     """What pyxis starts the ranks in."""
 
     image: str | None = setting(
-        "image that pyxis starts, e.g. /images/nemo_aapo.sqsh or registry#name:tag", decides=False
+        "image that pyxis starts, e.g. /images/nemo_aapo.sqsh or registry#name:tag", decides=False, path=True
     )
     mounts: tuple[str, ...] = setting(
-        "what the container sees: source:target[:flags]; run.dir is always mounted, at its own place", decides=False
+        "what the container sees: source:target[:flags]; run.dir is always mounted, at its own place",
+        decides=False,
+        path=True,
     )
     workdir: str | None = setting(
         "the checkout inside the container; null: the image's own working directory", decides=False
@@ -91,7 +93,9 @@ class Cluster:
     )
     servers: Servers
     container: Container
-    python: str | None = setting("Python of the ranks; null: the launcher's, in a container `python`", decides=False)
+    python: str | None = setting(
+        "Python of the ranks; null: the launcher's, in a container `python`", decides=False, path=True
+    )
     sbatch_args: dict[str, Any] = setting("any other flag of sbatch: {constraint: h100, mail-type: END}", decides=False)
     srun_args: tuple[str, ...] = setting("any other flags of srun: [--cpu-bind=none]", decides=False)
     env: dict[str, Any] = setting(

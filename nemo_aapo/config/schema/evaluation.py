@@ -198,7 +198,7 @@ class EvaluationConfig:
     )
     sampling: Sampling
     rollout: EvaluationRollout
-    rewards: tuple[dict[str, Any], ...] = setting("the one that tells right (1) from wrong", decides=True)
+    rewards: tuple[dict[str, Any], ...] = setting("the one that tells right (1) from wrong", decides=True, path=True)
     reward_runner: EvaluationRunner
     problems_per_batch: int = setting(
         "completions are kept after so many problems; an interruption loses those of one batch",

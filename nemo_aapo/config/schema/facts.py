@@ -42,7 +42,7 @@ class Facts:
     main: bool = False
     """Whether ``--help`` shows it."""
     path: bool = False
-    """Whether a text as its value is a path, which can't be empty and may begin with ``~``."""
+    """Whether its value is a path, several, or mappings that hold some; none can be empty, all may begin with ``~``."""
 
     @property
     def limits(self) -> str:

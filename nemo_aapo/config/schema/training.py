@@ -168,7 +168,7 @@ class Config:
     algorithm: AlgorithmConfig
     rollout: Rollout
     data: Data
-    rewards: tuple[dict[str, Any], ...] = setting("the reward is the weighted sum of these", decides=True)
+    rewards: tuple[dict[str, Any], ...] = setting("the reward is the weighted sum of these", decides=True, path=True)
     reward_runner: RewardRunnerConfig
     validation: Validation
     checkpoint: Checkpoint

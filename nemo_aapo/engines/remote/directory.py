@@ -25,7 +25,7 @@ from typing import TextIO
 from nemo_aapo.config.build import build
 from nemo_aapo.errors import ConfigError
 from nemo_aapo.utils.files import NO_LOCKS, to_json, write_atomic
-from nemo_aapo.utils.token import make_token
+from nemo_aapo.utils.token import make_token, read_token
 
 CLIENT = "client"
 """Name of the file that a client of the servers holds locked; it says who that is."""
@@ -78,14 +78,11 @@ def open_token(directory: Path) -> str:
     """The token, which is made now if it is not there yet.
 
     Raises:
-        ConfigError: the file is readable by others, or empty.
+        ConfigError: the file is readable by others, or holds none.
     """
     path = make_token(directory)
     _check_private(path)
-    token = path.read_text(encoding="ascii", errors="replace").strip()
-    if not re.fullmatch(r"[\w.~+/=-]{16,}", token, re.ASCII):
-        raise ConfigError(f"{path}: not a token (at least 16 letters, digits, - or _). Remove it: a new one is made")
-    return token
+    return read_token(path)
 
 
 class Claim:

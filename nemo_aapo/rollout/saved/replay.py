@@ -88,6 +88,10 @@ class ReplayedRollouts:
     def load_pending(self, checkpoint: Path, step: int) -> None:
         """Nothing was pending."""
 
+    def drawn_later(self) -> str:
+        """Nothing is drawn."""
+        return ""
+
     def recover(self) -> None:
         """There is no bank."""
 

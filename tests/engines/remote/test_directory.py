@@ -5,15 +5,21 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from nemo_aapo.engines.remote.directory import ServerRecord, open_directory, open_token, publish, read_servers, withdraw
 from nemo_aapo.errors import ConfigError
+from nemo_aapo.utils import token
 
 
-def test_all_who_come_at_once_get_the_same_token_and_nothing_is_left_beside_it(tmp_path):
+@pytest.mark.parametrize("hard_links", [True, False])
+def test_all_who_come_at_once_get_the_same_token_and_nothing_is_left_beside_it(tmp_path, monkeypatch, hard_links):
+    if not hard_links:
+        monkeypatch.setattr(os, "link", no_link)
+        monkeypatch.setattr(token, "WRITTEN_WITHIN_S", 60.0)  # of a machine that others load
     for round_ in range(20):
         directory = open_directory(tmp_path / str(round_))
         with ThreadPoolExecutor(8) as pool:
@@ -23,19 +29,23 @@ def test_all_who_come_at_once_get_the_same_token_and_nothing_is_left_beside_it(t
     assert len(tokens.pop()) >= 43  # 32 random bytes
 
 
+def no_link(*_: object) -> None:
+    raise OSError(errno.EPERM, "Operation not permitted")
+
+
 def test_without_hard_links_the_first_token_stays_too(tmp_path, monkeypatch):
     def link(*_):
         if comes_first:
             (directory / "token").write_text("a" * 43)
             (directory / "token").chmod(0o600)
-        raise OSError(errno.EPERM, "Operation not permitted")
+        no_link()
 
     monkeypatch.setattr(os, "link", link)
     for comes_first in (True, False):
         directory = open_directory(tmp_path / str(comes_first))
-        token = open_token(directory)
-        assert (token == "a" * 43) == comes_first
-        assert open_token(directory) == token
+        first = open_token(directory)
+        assert (first == "a" * 43) == comes_first
+        assert open_token(directory) == first
         assert [path.name for path in directory.iterdir()] == ["token"]
 
 
@@ -57,10 +67,20 @@ def test_what_others_can_read_or_write_is_refused(tmp_path, name, mode):
         open_token(open_directory(tmp_path / "servers"))
 
 
-def test_an_empty_token_is_refused(tmp_path):
+def test_a_token_that_is_being_written_is_waited_for_and_one_that_stays_empty_is_refused_as_such(tmp_path, monkeypatch):
     directory = open_directory(tmp_path / "servers")
-    (directory / "token").touch(mode=0o600)
-    with pytest.raises(ConfigError, match="not a token"):
+    path = directory / "token"
+    path.touch(mode=0o600)
+    monkeypatch.setattr(token, "WRITTEN_WITHIN_S", 0.2)
+    with pytest.raises(ConfigError, match=r"token: empty for 0\.2 s: .* was killed\. End what uses this directory"):
+        open_token(directory)
+    monkeypatch.setattr(token, "WRITTEN_WITHIN_S", 60.0)
+    writer = threading.Timer(0.3, path.write_text, ["a" * 43])
+    writer.start()
+    assert open_token(directory) == "a" * 43
+    writer.join()
+    path.write_text("short")
+    with pytest.raises(ConfigError, match=r"not a token .*a new one is made"):
         open_token(directory)
 
 

@@ -76,6 +76,8 @@ def test_a_resumed_run_that_trains_on_earlier_policies_completions_compares_its_
     with pytest.raises(ParityError, match=r"before the first step: engine and learner disagree"):
         resumed.fit()
     assert resumed.reporter.journal == ["pending of step_3", "begin_at 3", "refit to 3", "parity", "close"]
+    assert resumed.reporter.notes == ["warning: drawn later than 1 others"]  # what the pipeline says of what it took up
+    assert not [note for note in trainer.reporter.notes if "later" in note]
 
 
 @pytest.mark.parametrize("on_error", ["stop", "warn"])
