@@ -21,7 +21,7 @@ readonly OF_BOTH_LINES=(
 readonly WITH_SLURM=(tests/training tests/rollout tests/rewards tests/report tests/trace)
 readonly WITH_UNIT=(tests/conversion tests/doctor tests/launch)
 readonly REST="not slurm and not unit and not peers"
-readonly SESSION_TIMEOUT_S=3600 # of all tests together; pyproject.toml has the one for each
+readonly SESSION_TIMEOUT_S=5000 # of all tests together; pyproject.toml has the one for each
 readonly NO_PYTHON=3            # of environment.sh
 
 chosen=("$@")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from nemo_aapo.run.metrics_file import read_metrics
 from tests.tiny_models import EXPERTS, SIZES, save_character_tokenizer, save_model
 
 TIMES = (
@@ -116,8 +120,33 @@ def settings(folder, run_dir, *more, tp=1, pp=1, world=1):
 
 
 def metrics(run_dir, timeless=True):
-    lines = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+    """The records of a run, which may be writing the next one; none yet if it has not begun."""
+    path = Path(run_dir) / "metrics.jsonl"
+    lines = read_metrics(path) if path.exists() else []
     return [{k: v for k, v in line.items() if not (timeless and k.startswith(TIMES))} for line in lines]
+
+
+@contextlib.contextmanager
+def killed_after(records, run_dir, pid):
+    """Inside, another process is killed as soon as the run has so many records of metrics.
+
+    Raises:
+        AssertionError: the run has ended before.
+    """
+    over = threading.Event()
+
+    def kill():
+        while len(metrics(run_dir)) < records:
+            assert not over.wait(0.01), f"{run_dir} had no {records} records to kill process {pid} after"
+        os.kill(pid, signal.SIGKILL)
+
+    with ThreadPoolExecutor(1) as pool:
+        killing = pool.submit(kill)
+        try:
+            yield
+        finally:
+            over.set()
+        killing.result()
 
 
 def exported(run_dir):

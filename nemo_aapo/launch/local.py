@@ -9,8 +9,8 @@ from __future__ import annotations
 import ctypes
 import datetime
 import os
+import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_aapo.config import Config, EvaluationConfig
+from nemo_aapo.launch.slurm.rank import PORTS
+from nemo_aapo.launch.slurm.rank import free_port as free_port_from
 from nemo_aapo.utils.job import STARTED, start_of_process, world_size_of_job
 
 POLL_S = 0.05
@@ -110,10 +112,8 @@ def rank_environments(base: Mapping[str, str], count: int, port: int) -> list[di
 
 
 def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A TCP port that nobody listens on; not one of those that kernels hand out, as it is listened on later only."""
+    return free_port_from(secrets.randbelow(PORTS))
 
 
 def _start(number: int, count: int, command: Sequence[str], environment: dict[str, str], log_dir: Path) -> Rank:

@@ -12,7 +12,7 @@ from typing import Any
 from tests.scripts import SCRIPTS
 
 
-def quick(what: str, folder: Path) -> tuple[str, dict[str, Any]]:
+def quick(what: str, folder: Path, limit_s: float = 280) -> tuple[str, dict[str, Any]]:
     """What it prints, and its figures. folder: gets their file."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", SCRIPTS / "benchmark.py", what, "--quick", "--json", folder / "figures.json"],
@@ -20,7 +20,7 @@ def quick(what: str, folder: Path) -> tuple[str, dict[str, Any]]:
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=limit_s,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout, json.loads((folder / "figures.json").read_text())

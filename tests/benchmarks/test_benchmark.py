@@ -102,9 +102,10 @@ def test_a_section_of_a_page_is_replaced_between_its_markers_and_nothing_else(tm
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(700)
 def test_the_scaling_benchmark_says_how_costs_grow_what_ranks_say_to_each_other_and_what_a_start_costs(tmp_path):
     page = (ROOT / "docs" / "results" / "benchmarks.md").read_text()
-    _, figures = quick("scaling", tmp_path)
+    _, figures = quick("scaling", tmp_path, limit_s=600)
     assert [(row["factor"], row["tokens"]) for row in figures["growth"]] == [(1, 512), (2, 1024), (1, 512), (2, 512)]
     assert all(0 < row["rollout_share"] < 1 and row["cost"]["low"] > 0 for row in figures["growth"])
     alone, tp = figures["layouts"]

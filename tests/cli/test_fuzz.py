@@ -67,7 +67,7 @@ def random_words(dice: random.Random) -> Iterator[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_300_random_settings_are_taken_or_refused_in_words(tmp_path, monkeypatch, capsys, unforeseen_fails):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "given").mkdir()
@@ -204,7 +204,7 @@ def other_type(dice: random.Random, content: Any, remove: bool = False) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_200_damaged_files_of_a_run_directory_are_named_in_words(tmp_path, monkeypatch, capsys, unforeseen_fails):
     (tmp_path / "given").mkdir()
     given = [*save_empty_input(tmp_path / "given"), "exp_manager.create_tensorboard_logger=false"]
@@ -305,7 +305,7 @@ OWN_WORDS = {
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_100_random_words_of_the_other_commands_are_taken_or_refused_in_words(
     tmp_path, monkeypatch, capsys, unforeseen_fails
 ):

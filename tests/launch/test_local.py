@@ -23,7 +23,7 @@ from nemo_aapo.launch.local import launch, run_ranks
 from nemo_aapo.launch.world import of_launcher
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 def python(code: str) -> list[str]:
@@ -96,7 +96,7 @@ def test_a_rank_that_fails_ends_the_others_and_is_named_with_its_last_words(tmp_
         time.sleep(600)  # rank 2 goes on after TERM, as one in a collective would
         time.sleep(600)
     """
-    timeouts = ["trainer.distributed_timeout_s=600", "trainer.fault_timeout_s=0.5"]
+    timeouts = ["trainer.distributed_timeout_s=600", "trainer.fault_timeout_s=3"]
     assert launch(make_config(tmp_path, "trainer.devices=3", *timeouts), python(code)) == 7
     assert (tmp_path / "told0").exists()
     assert (tmp_path / "told2").exists()
@@ -150,7 +150,7 @@ def test_ctrl_c_reaches_every_rank_once_and_a_rank_that_ignores_it_is_killed_in_
             time.sleep(0.02)
         time.sleep(0.3)
     """
-    launcher = start_launcher(code, 2, tmp_path / "logs", grace_s=1.5)
+    launcher = start_launcher(code, 2, tmp_path / "logs", grace_s=4)
     wait_for(lambda: len(list(tmp_path.glob("*.ready"))) == 2, "ranks")
     os.killpg(launcher.pid, signal.SIGINT)  # what a terminal does
     said = launcher.communicate(timeout=120)[1]

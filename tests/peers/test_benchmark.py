@@ -15,6 +15,7 @@ from benchmarks.peers.plan import COMPARISONS, QUICK
 from nemo_aapo.errors import RunError
 
 
+@pytest.mark.timeout(700)
 def test_training_steps_beside_trls_on_the_same_checkpoint(tmp_path):
     try:
         version = compare.trl_version()
@@ -26,7 +27,7 @@ def test_training_steps_beside_trls_on_the_same_checkpoint(tmp_path):
         env={**os.environ, "PYTHONPATH": str(compare.ROOT), "HF_HOME": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     figures = json.loads((tmp_path / "results" / "peers_quick" / "figures.json").read_text())

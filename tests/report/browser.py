@@ -42,20 +42,25 @@ class Browser:
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
+        self.call("Performance.enable", timeDomain="threadTicks")
 
-    def open(self, page: Path, width: int = 1280, dark: bool = False) -> float:
-        """Load a page and wait until it has drawn itself; the seconds that took."""
+    def open(self, page: Path, width: int = 1280, dark: bool = False) -> None:
+        """Load a page and wait until it has drawn itself."""
         features = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.call("Emulation.setEmulatedMedia", features=features)
         size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
         self.call("Emulation.setDeviceMetricsOverride", **size)
         self.requests, self.complaints = [], []
-        began = time.monotonic()
+        end = time.monotonic() + DEADLINE_S
         self.call("Page.navigate", url=page.resolve().as_uri())
         while not self.evaluate("document.body && document.body.dataset.ready"):
-            assert time.monotonic() < began + DEADLINE_S, self.complaints
+            assert time.monotonic() < end, self.complaints
             time.sleep(0.02)
-        return time.monotonic() - began
+
+    def cpu_seconds(self) -> float:
+        """What the main thread has spent on the page since it was opened."""
+        found = {metric["name"]: metric["value"] for metric in self.call("Performance.getMetrics")["metrics"]}
+        return found["TaskDuration"]
 
     def evaluate(self, expression: str) -> Any:
         """The value of an expression in the page."""

@@ -12,7 +12,8 @@ from nemo_aapo.rewards import build_reward
 from nemo_aapo.rewards.workers.runner import RewardRunner
 from tests.rewards.judging import completion, mutate, prompt
 
-LIMIT_S = 1.0
+LIMIT_S = 3.0
+"""What a hostile item costs; the others take milliseconds, and must stay within it on a busy machine too."""
 SLACK_S = 60.0
 """What a busy machine may add before a test calls a wait too long."""
 
@@ -58,7 +59,7 @@ def test_gold_answers_are_checked_under_the_limit_too():
         runner.check_answer("\\frac{1}{2}")
         with pytest.raises(ValueError, match="can't parse"):
             runner.check_answer("\\frac{1}{")
-        with pytest.raises(ValueError, match="took longer than 1 s"):
+        with pytest.raises(ValueError, match="took longer than 3 s"):
             runner.check_answer("9^{9^{9^{9}}}")
         runner.check_answer("3")
     with (

@@ -21,7 +21,8 @@ from nemo_aapo.rewards.workers.runner import RewardRunner
 from nemo_aapo.run import stop
 from tests.rewards.judging import completion, prompt
 
-LIMIT_S = 1.0
+LIMIT_S = 3.0
+"""What a hostile item costs; the others take milliseconds, and must stay within it on a busy machine too."""
 SLACK_S = 60.0
 """For a machine that is busy with other things; what is waited for here comes in a moment, or never."""
 
@@ -177,7 +178,7 @@ def test_an_index_is_taken_until_it_is_collected_and_a_late_item_is_named(custom
 @pytest.mark.slow
 def test_those_that_wait_in_front_are_no_reason_to_give_up(custom, monkeypatch):
     """A deadline by the item that is asked for alone would pass while the nine before it are scored."""
-    with RewardRunner([(custom("time.sleep(0.3); return 1.0"), 1.0)], 1, timeout_s=2) as runner:
+    with RewardRunner([(custom("time.sleep(0.4); return 1.0"), 1.0)], 1, timeout_s=3) as runner:
         monkeypatch.setattr(reward_runner, "START_TIMEOUT_S", 0.5)
         for item in range(10):
             runner.submit(item, prompt(), "", completion())

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
-import time
-
 import pytest
 
 from nemo_aapo.checkpoint import manifest
 from nemo_aapo.rollout.saved import pending
 from tests.servers import Servers, wait_until_ready
-from tests.training_runs import IN_THE_THIRD_STEP, assert_same_run, exported, make_input, metrics, run, settings
+from tests.training_runs import (
+    IN_THE_THIRD_STEP,
+    assert_same_run,
+    exported,
+    killed_after,
+    make_input,
+    metrics,
+    run,
+    settings,
+)
 
 
 @pytest.fixture(scope="module")
@@ -42,18 +46,9 @@ def test_a_run_on_two_servers_loses_one_and_ends_in_the_same_weights(ranks, fold
     paper = ["algorithm=aapo_paper", "trainer.max_steps=3"]
     assert ranks.run(run, settings(folder, folder / "alone", *paper), tp=None) == [0]
     run_dir = folder / "two_servers"
-
-    def kill() -> None:
-        while not (run_dir / "metrics.jsonl").exists() or len(metrics(run_dir)) < 2:
-            time.sleep(0.01)
-        os.kill(servers.processes[1].pid, signal.SIGKILL)
-
-    killer = threading.Thread(target=kill, daemon=True)
-    killer.start()
     words = remote(folder, run_dir, servers, *paper, "rollout.remote.servers=2", world=2, tp=2)
-    assert ranks.run(run, words, world=2, tp=None) == [0, 0]
-    killer.join(1)
-    assert not killer.is_alive()
+    with killed_after(2, run_dir, servers.processes[1].pid):
+        assert ranks.run(run, words, world=2, tp=None) == [0, 0]
     assert_same_run(run_dir, folder / "alone")
     first, expected = (metrics(path)[0] for path in (run_dir, folder / "alone"))
     assert first == expected  # the validation of the same weights, to the last digit

@@ -61,7 +61,7 @@ class Cluster:
     def manage(self, action: str, *words: str) -> None:
         """``start_slurm.sh``."""
         command = ["bash", START_SLURM, action, self.folder, *words]
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=90)
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=150)
         assert done.returncode == 0, done.stderr
 
     def run(self, *words: str, timeout: float = 300, check: bool = True, **variables: str) -> str:

@@ -23,7 +23,7 @@ readonly PORT=${SLURM_TEST_PORT:-26817}
 readonly NODE_TIMEOUT=${SLURM_TEST_NODE_TIMEOUT:-60}
 readonly WARN_PREEMPTED=${SLURM_TEST_WARN_PREEMPTED:-true}
 readonly GPUS=8
-readonly START_TIMEOUT_S=20
+readonly START_TIMEOUT_S=80
 ROOT=${2:-}
 
 main() {

@@ -47,7 +47,7 @@ def test_a_dead_trainer_ends_the_attempt_and_a_dead_server_is_replaced_within_it
     assert f"server      0 {before.address} TP 2 x PP 1, policy version 1" in run.say("status")
     os.kill(run.ranks(job, "serve")[1], signal.SIGKILL)
     known = ([], [before])  # the ranks that are left withdraw their server
-    wait_for(lambda: read_servers(run.paths.servers) not in known, "another server", run.log, 60)
+    wait_for(lambda: read_servers(run.paths.servers) not in known, "another server", run.log)
     go_on.touch()
     run.wait_until(job, "COMPLETED")
     assert [attempt.end for attempt in run.attempts()] == ["failed", "finished"], run.log()
