@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +28,6 @@ _ONLY_BATCH: dict[str, Any] = {
     "fill_jobs": 8,
     "sbatch_args": {},
     "setup": (),
-    "servers.nodes": 0,
 }
 _ONLY_SLURM: dict[str, Any] = {
     "cpus_per_task": None,
@@ -40,8 +39,8 @@ _ONLY_SLURM: dict[str, Any] = {
     "container.workdir": None,
 }
 _ONLY_SERVERS: dict[str, Any] = {"servers.per_node": 1, "servers.nodes_per_server": 1}
-"""Settings with the values that they have in ``conf/``; another one would have no effect without a batch job, without
-Slurm, or without rollout servers beside the trainer."""
+"""Settings with the values that say nothing; another one has no effect without a batch job, without Slurm, or without
+rollout servers beside the trainer."""
 _OWN_FLAGS = {
     "account": "cluster.account",
     "array": "cluster.fill_jobs",
@@ -85,21 +84,47 @@ def time_in_seconds(time: str) -> int:
     return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
+def check_typed(cluster: Cluster, overrides: Sequence[str]) -> None:
+    """Refuse what was typed and has no effect where the ranks are started.
+
+    What a site's own ``conf/`` says of jobs is not refused: it is there for those who start some.
+
+    Args:
+        overrides: ``KEY=VALUE`` words that ``cluster`` was composed of.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    if cluster.kind == "local":
+        without_effect, where = _ONLY_BATCH | _ONLY_SLURM | _ONLY_SERVERS, "on this machine (cluster=slurm asks Slurm)"
+    elif cluster.kind == "interactive":
+        without_effect, where = _ONLY_BATCH | _ONLY_SERVERS, "in an allocation that is there already"
+    else:
+        without_effect, where = {} if cluster.servers.nodes else _ONLY_SERVERS, "without cluster.servers.nodes"
+    typed = [word.partition("=")[0].lstrip("+~") + "." for word in overrides]
+    for name, default in without_effect.items():
+        key = f"cluster.{name}."
+        is_typed = any(word.startswith(key) or (key.startswith(word) and word != "cluster.") for word in typed)
+        if is_typed and operator.attrgetter(name)(cluster) != default:
+            raise ConfigError(f"cluster.{name} has no effect {where}. Leave it out")
+
+
 def check_cluster(config: Config) -> None:
-    """Refuse what Slurm would misread or what has no effect.
+    """Refuse what Slurm would misread or what can't go together.
 
     Raises:
         ConfigError: names the key, its value and the reason.
     """
     cluster = config.cluster
     limit = time_in_seconds(cluster.time)
+    if cluster.kind != "slurm" and cluster.servers.nodes:
+        raise ConfigError(
+            f"cluster.servers.nodes={cluster.servers.nodes} has no effect with cluster.kind={cluster.kind}: servers "
+            "beside the trainer are part of a batch job (cluster=slurm_servers). Set it to 0"
+        )
     if cluster.kind == "local":
-        of_slurm = _ONLY_BATCH | _ONLY_SLURM | _ONLY_SERVERS
-        _check_without_effect(cluster, of_slurm, "on this machine (cluster=slurm asks Slurm)")
         return
-    if cluster.kind == "interactive":
-        _check_without_effect(cluster, _ONLY_BATCH, "in an allocation that is there already")
-    elif cluster.signal_s + WARNED_EARLY_S > limit:
+    if cluster.kind == "slurm" and cluster.signal_s + WARNED_EARLY_S > limit:
         raise ConfigError(
             f"cluster.signal_s={cluster.signal_s}: the warning could come before the job is up, as Slurm may send it a "
             f"minute early: cluster.time={cluster.time} must be at least {WARNED_EARLY_S} s longer"
@@ -128,15 +153,14 @@ def check_cluster(config: Config) -> None:
             "can't read the trainer's memory. Start them on its node by scripts/serve.py, or take another refit"
         )
     _check_servers(config)
-    if cluster.launcher == "nemo_run" and (cluster.kind != "slurm" or cluster.servers.nodes):
-        raise ConfigError("cluster.launcher=nemo_run submits trainers: it needs cluster=slurm, without servers")
+    if cluster.launcher == "nemo_run" and cluster.servers.nodes:
+        raise ConfigError("cluster.launcher=nemo_run submits trainers, without servers: set cluster.servers.nodes=0")
 
 
 def _check_servers(config: Config) -> None:
     """Servers fill their nodes, and each rank has a GPU of its own where GPUs are asked for."""
     servers, server = config.cluster.servers, config.rollout.server
     if not servers.nodes:
-        _check_without_effect(config.cluster, _ONLY_SERVERS, "without cluster.servers.nodes")
         return
     ranks, spanned = server.ranks, servers.nodes_per_server
     if spanned > 1 and (servers.per_node > 1 or servers.nodes % spanned or ranks % spanned):
@@ -158,12 +182,6 @@ def _check_servers(config: Config) -> None:
 def _files(config: Config, what: Literal["train", "validation"]) -> list[str]:
     """Paths of data; names on the hub, which look like relative ones, aside."""
     return [s.path for s in sources_of(config.data, what) if s.task is None and not s.on_hub]
-
-
-def _check_without_effect(cluster: Cluster, defaults: Mapping[str, Any], where: str) -> None:
-    for key, default in defaults.items():
-        if operator.attrgetter(key)(cluster) != default:
-            raise ConfigError(f"cluster.{key} has no effect {where}. Leave it out")
 
 
 def _check_maps(cluster: Cluster) -> None:

@@ -6,9 +6,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nemo_aapo.config import Config, check_overrides, parse
+from nemo_aapo.config import Config, build, check_overrides, parse
+from nemo_aapo.config.cluster import check_typed
 from nemo_aapo.config.command_line import CommandLine, read_command_line
-from nemo_aapo.config.schema.cluster import Servers
+from nemo_aapo.config.schema.cluster import Cluster, Servers
 from nemo_aapo.errors import ConfigError, one_line
 
 OPEN_MAPPINGS = ("cluster.env", "cluster.sbatch_args", "data.template_arguments", "sources", "template_arguments")
@@ -30,7 +31,8 @@ def compose(command: CommandLine) -> dict[str, Any]:
     """The resolved tree, composed by Hydra in a third of a second.
 
     Raises:
-        ConfigError: a mistyped key or choice, what Hydra or OmegaConf refuse, a value that each rank would see another.
+        ConfigError: a mistyped key or choice, what Hydra or OmegaConf refuse, a value that each rank would see another,
+            a typed setting of ``cluster`` without effect where the ranks are started.
     """
     check_overrides(command.overrides, command.groups(), command.kind.schema)
     import hydra
@@ -41,7 +43,7 @@ def compose(command: CommandLine) -> dict[str, Any]:
     register_resolvers()
     try:
         with hydra.initialize_config_dir(str(command.directory), version_base=None):
-            return resolved(hydra.compose(command.config_file, overrides=command.overrides))
+            tree = resolved(hydra.compose(command.config_file, overrides=command.overrides))
     except ConfigError:
         raise
     except (yaml.YAMLError, UnicodeError) as error:
@@ -52,6 +54,9 @@ def compose(command: CommandLine) -> dict[str, Any]:
         if without_effect := re.match(r"Could not override '([^']+)'", str(error)):
             raise ConfigError(_no_effect(without_effect[1])) from None
         raise ConfigError(_in_words(error)) from None
+    if "cluster" in tree:
+        check_typed(build(Cluster, tree["cluster"], "cluster"), command.overrides)
+    return tree
 
 
 def resolved(tree: Any) -> dict[str, Any]:

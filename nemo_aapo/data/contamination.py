@@ -6,19 +6,25 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 
-_LATEX_DRESS = re.compile(r"\\(?:left|right|displaystyle|text|mathrm|,|;|!|quad)(?![a-z])|\\[()\[\]]|\\ ")
+_LATEX_DRESS = re.compile(r"\\(?:(?:left|right|displaystyle|text|mathrm|quad)(?![a-z])|[,;:!()\[\] ])")
 _FRACTION = re.compile(r"\\[dt]?frac(?![a-z])(?:\s*(\d)(?=\s*[\d{]))?")
+_EMPHASIS = re.compile(
+    r"(?<![\w)*])(?:\*\*(?=\S)([^*]+(?:\*[^*]+)*)(?<=\S)\*\*|\*(?=\S)([^*]+)(?<=\S)\*)(?![\w(*]| \d)"
+)
+"""Markdown's ``**bold**`` and ``*italic*``, whose asterisks multiply nothing; but 2 *3* 4 is a product."""
+_SPACED = re.compile(r"[ $]{0,4}([*:])[ $]{0,4}| ([!'])")
+"""Operators with what may stand around them, or before them."""
 _OPERATOR = re.compile(
-    r"\*(?<=[\w)].)\*?(?=[\w(\\-])|\*(?<=[\w)]\s.)\*?(?=\s[\w(\\-])"  # 2*3, 2 ** 3; not **bold**
-    r"|:(?<=\d.)(?=\d)|:(?<=\d\s.)(?=\s\d)"  # 3:4
+    r"\*(?<=[\w)].)\*?(?=[\w(\\-]|\.\d)"  # 2*3, 2**3
+    r"|:(?<=\d.)(?=\.?\d)"  # 3:4
     r"|!(?<=[\w)].)(?<![^\W\d_]{2}.)!*"  # 5!, n!; not a word's
-    r"|'(?<=[^\W\d_].)(?:'*(?=\s*\()|(?<!'..)(?<![^\W\d_]{2}.)'*(?![\w']))"  # sin'(x), y''; not o'clock, 'y'
+    r"|'(?<=[^\W\d_].)(?:'*(?= ?\()|(?<!'..)(?<![^\W\d_]{2}.)'*(?![\w']))"  # sin'(x), y''; not o'clock, 'y'
 )
 """Marks that compute something, where they stand; elsewhere they are punctuation."""
 _OPERATORS = str.maketrans("*:!'", "\u00d7\u2236\u01c3\u2032")
 """What stands for them in a normalised text: no dress."""
-_DRESS = r"(?:[\s${}\"'`?!:;*_]|[.,](?!\d)|(?<!\d),(?=\d)|(?<=\.)\.(?=\d))+"
-_BETWEEN_DIGITS, _ANYWHERE = re.compile(rf"(\d){_DRESS}(?=\d)"), re.compile(_DRESS)
+_DRESS = r"(?:[\s${}\"'`?!:;*_]|\.(?!\d)|,(?!\.?\d)|(?<!\d),|(?<=\.)\.(?=\d))+"
+_BETWEEN_DIGITS, _ANYWHERE = re.compile(rf"(\d){_DRESS}(?=\.?\d)"), re.compile(_DRESS)
 _RAISED, _LOWERED = re.compile("[⁰¹²³⁴-⁹⁺⁻ⁿ]+"), re.compile("[₀-₉]+")
 _ANCHOR = 32
 _STRIDE = 8
@@ -31,7 +37,8 @@ def normalise(question: str) -> str:
 
     Letters in lower case and compatible forms (NFKC), numbers and operators, so that 1+2 and 1-2, 5! and 5, 2² and 22
     stay two questions; white space, quotes, punctuation, dollar signs, braces and LaTeX that only changes the look are
-    gone. Of what is gone between two digits a comma stays: 12, 3 is not 1, 23.
+    gone. Of what is gone between two digits a comma stays: 12, 3 is not 1, 23. An operator is one however it is spaced;
+    asterisks that enclose words as in Markdown are dress.
 
     >>> normalise("What is  $\\\\dfrac{1}{2}$ of 1,000?") == normalise("what is \\\\(\\\\frac12\\\\) of 1,000")
     True
@@ -42,6 +49,7 @@ def normalise(question: str) -> str:
     text = text.casefold()
     if "\\" in text:
         text = _LATEX_DRESS.sub(" ", _FRACTION.sub(r"\\frac\1 ", text))
+    text = _SPACED.sub(r"\1\2", _EMPHASIS.sub(r"\1\2", " ".join(text.split())))
     text = _OPERATOR.sub(lambda found: found[0].translate(_OPERATORS), text)
     return _ANYWHERE.sub("", _BETWEEN_DIGITS.sub(r"\1,", text))
 

@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -15,7 +15,6 @@ from nemo_aapo.config import PRECISIONS, Config, EvaluationConfig, kind_of, with
 from nemo_aapo.config.precision import check_optimizer
 from nemo_aapo.errors import ConfigError
 from nemo_aapo.launch.local import world_size_of
-from nemo_aapo.launch.slurm.rank import ADDRESSES
 from nemo_aapo.utils.job import check_rendezvous, world_size_of_job
 
 
@@ -56,11 +55,10 @@ def of_rank(config: Config) -> World:
     """The job that this process is one rank of, alone or started by torchrun, ``srun`` or a launcher.
 
     Raises:
-        ConfigError: ``dry_run``, or a job of Slurm's that this process is no part of: only launchers heed these.
+        ConfigError: ``dry_run``, which only launchers heed; half of what torchrun sets.
     """
     if config.dry_run:
         raise ConfigError("dry_run=true has an effect with scripts/launch.py only")
-    _check_place(config)
     check_rendezvous()
     return World(world_size_of_job(), Machine.present())
 
@@ -81,23 +79,25 @@ def of_launcher(config: Config) -> World:
 
 
 def of_starter(config: Config | EvaluationConfig) -> World:
-    """The ranks that do the work of a command which starts them itself, unless it is one of them already.
-
-    Raises:
-        ConfigError: as ``of_rank``, for a job of Slurm's.
-    """
-    if isinstance(config, Config):
-        _check_place(config)
+    """The ranks that do the work of a command which starts them itself, unless it is one of them already."""
     return World(world_size_of(config), Machine.present())
 
 
-def _check_place(config: Config) -> None:
-    """Refuse to do here, on a login node perhaps, what is to be done in a job."""
-    if config.cluster.kind != "local" and ADDRESSES.format(role="TRAIN") not in os.environ:
-        raise ConfigError(
-            f"cluster.kind={config.cluster.kind} has an effect with scripts/launch.py only, which starts the job. To "
-            "start here, leave out cluster"
-        )
+def check_place(config: Config, typed: Sequence[str]) -> None:
+    """Refuse to do here, on a login node perhaps, what was typed to be done in a job.
+
+    What a config file says of the job has no effect here: the one that a launcher has frozen is what its ranks read,
+    and may be started by hand.
+
+    Args:
+        typed: the ``KEY=VALUE`` words of a command that starts no job.
+    """
+    for word in typed if config.cluster.kind != "local" else ():
+        if re.match(r"\+*cluster[.=]", word):
+            raise ConfigError(
+                f"cluster.kind={config.cluster.kind} has an effect with scripts/launch.py only, which starts the job. "
+                f"To start here, leave out {word}"
+            )
 
 
 def decide(config: Config, machine: Machine) -> Config:

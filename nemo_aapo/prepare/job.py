@@ -16,7 +16,7 @@ from nemo_aapo.config.command_line import TRAINING, CommandLine, ConfigFile, rea
 from nemo_aapo.config.compose import compose, resolved
 from nemo_aapo.engines.trtllm import settings as trtllm_settings
 from nemo_aapo.errors import ConfigError
-from nemo_aapo.launch.world import Machine, World, decide, of_rank
+from nemo_aapo.launch.world import Machine, World, check_place, decide, of_rank
 from nemo_aapo.models.directory import CPU_ONLY, LOCAL_LAYERS_ONLY, check_model
 from nemo_aapo.prepare.algorithm import with_algorithm
 from nemo_aapo.prepare.files import check_data, check_replay
@@ -66,7 +66,8 @@ def prepare(words: Words, world: Callable[[Config], World] = of_rank) -> Job:
     Raises:
         ConfigError, DataError: what can't work, with the reason and the remedy. Nothing was written.
     """
-    return _training(*settings_of(words), world)
+    command = command_line(words)
+    return _training(*settings_of(command), world, command.overrides)
 
 
 def prepare_fill(
@@ -81,12 +82,13 @@ def prepare_fill(
     Raises:
         ConfigError, DataError: as ``prepare``; or the algorithm stores no reference rewards.
     """
-    config, tree = settings_of(words)
+    command = command_line(words)
+    config, tree = settings_of(command)
     config = with_algorithm(config)
     if config.algorithm.reference != "cached":
         mode = config.algorithm.reference or "null"
         raise ConfigError(f"algorithm.reference={mode}: only cached reference rewards are stored (algorithm=aapo)")
-    job = _job(config, tree, world)
+    job = _job(config, tree, world, typed=command.overrides if task == "fill" else ())
     if task == "fill":
         require_directory(Path(config.run.dir), f"run.dir={config.run.dir}")
         _check_store(job, shard)
@@ -177,9 +179,11 @@ def resolve(
     return _job(config, without_secrets(_plain(config)) if tree is None else tree, lambda config: world, given)
 
 
-def _training(config: Config, tree: Mapping[str, Any], world: Callable[[Config], World]) -> Job:
+def _training(
+    config: Config, tree: Mapping[str, Any], world: Callable[[Config], World], typed: Sequence[str] = ()
+) -> Job:
     """What logs and writes a run directory."""
-    job = _job(config, tree, world)
+    job = _job(config, tree, world, typed=typed)
     check_run_directory(job.config)
     _check_store(job)
     check_replay(job.config)
@@ -201,9 +205,15 @@ def _check_store(job: Job, shard: Shard | None = None) -> None:
 
 
 def _job(
-    config: Config, tree: Mapping[str, Any], world_of: Callable[[Config], World], given: Collection[str] = ()
+    config: Config,
+    tree: Mapping[str, Any],
+    world_of: Callable[[Config], World],
+    given: Collection[str] = (),
+    typed: Sequence[str] = (),
 ) -> Job:
     world = world_of(config)
+    if world.machine is not None:
+        check_place(config, typed)
     if config.rollout.refit != "files" and config.rollout.engine != "remote":
         raise ConfigError(
             f"rollout.refit={config.rollout.refit} has no effect with rollout.engine={config.rollout.engine}: it is "

@@ -29,7 +29,8 @@ def check_loggers(config: Config, *, here: bool) -> None:
     Raises:
         ConfigError: a key or a connection is missing, and how to do without.
     """
-    environment = {**{name: str(value) for name, value in config.cluster.env.items()}, **os.environ}
+    given = config.cluster.env if config.cluster.kind != "local" else {}
+    environment = {**{name: str(value) for name, value in given.items()}, **os.environ}
     here = here and environment.get("RANK", "0") == "0"
     if config.exp_manager.create_wandb_logger:
         _check_wandb(config.exp_manager.wandb_logger_kwargs, environment, here)

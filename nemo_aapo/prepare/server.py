@@ -11,7 +11,7 @@ from nemo_aapo.config.compose import compose
 from nemo_aapo.config.sizes import check_server_layout
 from nemo_aapo.engines.trtllm import settings as trtllm_settings
 from nemo_aapo.errors import ConfigError
-from nemo_aapo.launch.world import World, decide, of_rank
+from nemo_aapo.launch.world import World, check_place, decide, of_rank
 from nemo_aapo.models.directory import read_model_dir
 from nemo_aapo.prepare.job import Words, command_line
 from nemo_aapo.prepare.packages import MEGATRON, check_packages, servers_need
@@ -39,8 +39,10 @@ def prepare_server(words: Words) -> ServerJob:
     Raises:
         ConfigError: what can't work, with the reason and the remedy. Nothing was written.
     """
-    config = parse(compose(command_line(words)))  # rewards are the trainer's: it may bring a scorer of its own
+    command = command_line(words)
+    config = parse(compose(command))  # rewards are the trainer's: it may bring a scorer of its own
     world = of_rank(config)
+    check_place(config, command.overrides)
     ranks = config.rollout.server.ranks
     if world.size not in (1, ranks) or (world.size == 1 < ranks and "RANK" in os.environ):
         raise ConfigError(

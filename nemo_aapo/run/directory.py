@@ -62,7 +62,7 @@ class Record(TypedDict):
     reference: NotRequired[str | None]
     """Digest of all weights of the base model, where the run compares with them (``identity.reference_of``)."""
     starts: list[dict[str, Any]]
-    """Time, host, ranks and versions of each start."""
+    """Time, host, ranks and versions of each start; the step from which it went on, if it came so far."""
 
 
 def check_run_directory(config: Config) -> None:
@@ -177,32 +177,35 @@ def _require_reference(config: Config, directory: Path) -> str | None:
     return reference
 
 
-def changes_since_the_start_before(directory: Path) -> list[str]:
-    """What to tell whoever resumes on another kind of processor, or with an algorithm of their own that they changed.
+def resumed(directory: Path, step: int) -> list[str]:
+    """Record from which step this start goes on, -1 for the beginning; what is not as it was when that was reached.
 
-    Empty where both are as they were, and where an earlier version did not record them.
+    The checkpoint of a step was written by the last start that went on from an earlier one: not by one that died while
+    it loaded, nor by one that went on from there and left no other.
+
+    Returns:
+        What to tell whoever resumes on another kind of processor, or with an algorithm of their own that they changed.
+        Empty where an earlier version did not record them.
     """
+    if (record := read_record(directory)) is None:
+        return []
+    *before, now = record["starts"]
+    earlier = [start for start in before if start.get("from_step", step) < step]
+    writer: Mapping[str, Any] = earlier[-1] if earlier else {}
+    now["from_step"] = step
+    write_atomic(directory / RECORD, to_json(record) + "\n")
     said = []
-    before, now = _last_two_starts(directory)
-    if _changed("instruction_set", before, now):
+    if _changed("instruction_set", writer, now):
         said.append(
-            f"the start before this one computed by {before['instruction_set']}, this machine computes by "
+            f"the checkpoint of step {step} was computed by {writer['instruction_set']}, this machine computes by "
             f"{now['instruction_set']}: the run goes on, but not to the same bits"
         )
-    if _changed("algorithm", before, now):
+    if _changed("algorithm", writer, now):
         said.append(
-            "the file of algorithm.custom has changed since the start before this one: the steps from here on are of "
-            "the code as it is now"
+            f"the file of algorithm.custom has changed since the checkpoint of step {step}: the steps from here on are "
+            "of the code as it is now"
         )
     return said
-
-
-def _last_two_starts(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The start before this one, and this one; empty where there was none before."""
-    record = read_record(directory)
-    if record is None or len(record["starts"]) < 2:
-        return {}, {}
-    return record["starts"][-2], record["starts"][-1]
 
 
 def _changed(fact: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 
 from nemo_aapo.config import Config
 from nemo_aapo.errors import RunError, first_line, one_line
-from nemo_aapo.run.directory import changes_since_the_start_before, claim
+from nemo_aapo.run.directory import claim, resumed
 from nemo_aapo.run.metrics_file import MetricsFile
 from nemo_aapo.run.names import PHASE, ROLLOUTS, TRACES, step_name, step_of
 from nemo_aapo.types import Group
@@ -52,8 +52,8 @@ class Experiment:
     def __init__(self, config: Config, tree: Mapping[str, Any], world_size: int) -> None:
         self.directory = Path(config.run.dir)
         self._lock, run_id = claim(config, tree, world_size)
-        self.warnings = changes_since_the_start_before(self.directory)
-        """What a resumed run is told about this machine and its algorithm."""
+        self.warnings: list[str] = []
+        """What a resumed run is told about this machine, its algorithm and its files."""
         self.save_phase(None)
         self._metrics = MetricsFile(self.directory / "metrics.jsonl")
         self.loggers = nemo_loggers(config, run_id)
@@ -79,6 +79,7 @@ class Experiment:
             validated: False: the validation of ``step`` is still to be made, and what an earlier part that made it left
                 of it is removed too.
         """
+        self.warnings += resumed(self.directory, step)
         last = self._metrics.truncate_after(step, validated=validated)
         if last < step:
             self.warnings.append(

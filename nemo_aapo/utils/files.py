@@ -231,7 +231,7 @@ def require_followed(path: Path, named: str) -> None:
     Raises:
         ConfigError: it is one.
     """
-    if path.is_symlink() and not path.exists():
+    if path.is_symlink() and not os.path.exists(path):
         raise ConfigError(
             f"{named}: {path} is a link to {os.readlink(path)}, which is not there. Remove it, or make what it leads to"
         )

@@ -37,11 +37,43 @@ ROWS = [{"question": f"What is {n}+{n}?", "answer": str(2 * n)} for n in range(2
         ("2² * 3, 4", "$2^{2}*3,4$", True),
         ("\\frac12 and \\tfrac 3{45}", "\\frac{1}{2} and \\frac{3}{45}", True),
         ("There are **5** 'odd' boys: **3** run!", "There are 5 odd boys; 3 run.", True),
+        ("10\\,cm, 5\\;kg", "10 cm, 5 kg", True),
+        ("$5\\,!$", "5!", True),
+        ("\\leftarrow", "\\arrow", False),
+        ("Is **7** a *3* (three)? Add **2*3** now!", "Is 7 a 3 (three)? Add 2*3 now!", True),
+        ("12 *3* 4", "12*3*4", True),
+        ("2*.5", "2.5", False),
+        ("2, .5", "2.5", False),
         ("It's 5 o'clock. Is 'y' in f' (x)?", "Its 5 oclock. Is y in f'(x)?", True),
     ],
 )
 def test_questions_are_equal_if_only_their_dress_differs(one, other, same):
     assert (normalise(one) == normalise(other)) == same
+
+
+OPERATORS = [
+    ("12", "*", "3"), ("12", "**", "3"), ("$2", "*", "x$"), ("n", "*", "(m+1)"), ("$2$", "*", "$5$"), ("2", "*", ".5"),
+    ("3", ":", "45"), ("$3$", ":", "$4$"), ("3", ":", ".5"), ("5", "!", ""), ("n", "!!", ""), ("(n+1)", "!", "/2"),
+    ("f", "'", "(x)"), ("sin", "''", "(2)"), ("y", "''", "= 0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("left", "operator", "right"), OPERATORS)
+def test_an_operator_is_the_same_one_whatever_its_spacing_and_never_punctuation(left, operator, right):
+    def forms(text):
+        spaced = (f"{left}{before}{text}{after}{right}" for before in ("", " ", "\n  ") for after in ("", " ", "\t "))
+        return {normalise(f"What is {expression} now?") for expression in spaced}
+
+    (form,) = forms(operator)
+    assert form not in forms(",") | forms("") | forms(operator[0] * (3 - len(operator)))
+
+
+@pytest.mark.parametrize(
+    "piece", ["*", "* ", " *a", "**a ", "*a* 1", "$", " $*", "!", "'", "x'", "1 ", ": ", "\\frac", "{"]
+)
+def test_no_text_takes_more_time_than_in_proportion_to_its_length(piece):
+    """With the square of it, this would take minutes."""
+    assert not set(normalise(piece * 30_000)) & set(" $*!:")
 
 
 def test_overlap_finds_equal_questions_and_long_ones_inside_a_template():

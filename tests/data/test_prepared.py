@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pickle
+import queue
 import random
 import re
 import signal
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -211,26 +213,18 @@ def is_12(path: Path) -> bool:
 
 
 def test_two_runs_that_start_at_once_make_a_file_once(tmp_path):
-    made, notes, got = [], [], []
+    made, said, notes = [], [], queue.Queue()
 
     def make(folder: Path) -> Path:
         made.append(folder)
-        deadline = time.monotonic() + 20
-        while len(notes) < 2 and time.monotonic() < deadline:
-            time.sleep(0.01)
+        said.extend(notes.get(timeout=20) for _ in range(2))  # both others wait
         return write_twice(folder)
 
-    def run() -> None:
-        got.append(cache.cached("x", [tmp_path / "c"], is_12, make, notes.append))
-
-    threads = [threading.Thread(target=run) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(20)
-    assert (len(made), set(got)) == (1, {tmp_path / "c" / "x"})
-    assert len(notes) == 2
-    assert "waiting for another run" in notes[0]
+    with ThreadPoolExecutor(3) as pool:
+        got = {*pool.map(lambda _: cache.cached("x", [tmp_path / "c"], is_12, make, notes.put), range(3))}
+    assert (len(made), got) == (1, {tmp_path / "c" / "x"})
+    assert notes.empty()
+    assert "waiting for another run" in said[0]
 
 
 def test_a_run_that_waited_too_long_makes_its_own_without_harm(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -241,7 +242,7 @@ def test_a_setting_without_effect_where_the_ranks_are_started_is_refused(word, k
     key, _, value = word.partition("=")
     new = "+" if key in ("env", "sbatch_args") else ""
     for kind in kinds:
-        with pytest.raises(ConfigError, match=rf"cluster\.{key} has no effect"):
+        with pytest.raises(ConfigError, match=rf"cluster\.{key}\S* has no effect"):
             config_of(f"cluster={kind}", *NO_NAMES, f"{new}cluster.{key}={value}")
 
 
@@ -249,6 +250,27 @@ def test_a_setting_without_effect_where_the_ranks_are_started_is_refused(word, k
 def test_the_patience_with_servers_after_a_stop_is_a_setting_without_slurm_too(kind):
     words = (f"cluster={kind}", *NO_NAMES, "rollout.engine=remote", "cluster.signal_s=14400")
     assert config_of(*words).cluster.signal_s == 14400  # as long as cluster.time, which says nothing of such a run
+
+
+def test_what_a_sites_own_files_say_of_jobs_hinders_no_run_without_them(tmp_path):
+    """And what is typed is refused there too."""
+    shutil.copytree(Path(__file__).parents[2] / "conf", tmp_path / "conf")
+    page = tmp_path / "conf" / "train_aapo.yaml"
+    of_jobs = {"launcher": "nemo_run", "account": "lab", "time": '"1-00:00:00"', "python": "/venv/bin/python"}
+    text = page.read_text()
+    for key, value in of_jobs.items():
+        text, changed = re.subn(rf"^  {key}: +\S+", f"  {key}: {value}", text, flags=re.MULTILINE)
+        assert changed == 1
+    page.write_text(text.replace("    per_node: 1 ", "    per_node: 4 "))
+    given = ["--config-path", str(tmp_path / "conf"), "model.path=/m", "data.train=/t", "data.validation=/v"]
+    for kind in ("local", "interactive", "slurm"):
+        words = [*given, f"cluster={kind}"]
+        assert parse(compose(read_command_line(words))).cluster.servers.per_node == 4
+        with pytest.raises(ConfigError, match=r"cluster\.servers\.per_node has no effect"):
+            compose(read_command_line([*words, "cluster.servers={per_node: 2}"]))
+        if kind != "slurm":
+            with pytest.raises(ConfigError, match=r"cluster\.account has no effect"):
+                compose(read_command_line([*words, "cluster.account=other"]))
 
 
 def test_a_bare_time_in_a_file_is_refused(tmp_path):

@@ -50,6 +50,11 @@ def wandb(tree, **given):
 def test_wandb_needs_a_key_and_a_connection_unless_it_is_offline(tree, closed, monkeypatch, tmp_path):
     with pytest.raises(ConfigError, match=r"no key for https://api.wandb.ai.*`wandb login`.*offline=true"):
         loggers.check_loggers(wandb(tree), here=False)
+    of_jobs = {**tree, "cluster": {**tree["cluster"], "env": {"WANDB_API_KEY": "k" * 40}}}  # as a site's conf/ may say
+    with pytest.raises(ConfigError, match=r"no key for https://api.wandb.ai"):
+        loggers.check_loggers(wandb(of_jobs), here=False)
+    of_jobs["cluster"]["kind"] = "slurm"
+    loggers.check_loggers(wandb(of_jobs), here=False)
     loggers.check_loggers(wandb(tree, offline=True), here=True)
     loggers.check_loggers(wandb(tree, mode="offline"), here=True)
     monkeypatch.setenv("WANDB_MODE", "offline")

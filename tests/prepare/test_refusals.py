@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from nemo_aapo import lines
+from nemo_aapo.config.command_line import FROZEN
+from nemo_aapo.errors import ConfigError
 from nemo_aapo.launch.world import Machine
 from tests.doctor.contexts import distribution
 from tests.prepare.conftest import Blocker, Given, command
@@ -96,6 +99,7 @@ CPU = [
     (["algorithm.reference_store=FOLDER"], "algorithm.reference_store=FOLDER: is a directory; name a file"),
     (["dry_run=true"], "scripts/launch.py only"),
     (["cluster=slurm"], "cluster.kind=slurm has an effect with scripts/launch.py only"),
+    (["cluster.kind=slurm"], "To start here, leave out cluster.kind=slurm"),
     (["cluster=interactive"], "cluster.kind=interactive has an effect with scripts/launch.py only"),
 ]
 LAUNCH = [
@@ -285,14 +289,27 @@ def test_what_is_only_read_need_not_be_writable(given):
     assert prepare_fill([*given.words, "run.dir=/proc/x", store], of_starter, "merge")
 
 
-def test_a_launcher_leaves_to_the_ranks_what_only_their_machine_knows(given, monkeypatch):
+def test_what_a_launcher_has_frozen_is_started_by_hand_unless_a_job_is_typed_besides(given):
+    from nemo_aapo.launch.world import of_launcher, of_starter
+    from nemo_aapo.prepare import prepare, prepare_fill
+    from nemo_aapo.prepare.server import prepare_server
+
+    tree = prepare([*given.words, "cluster=slurm", "cluster.account=lab"], of_launcher).tree
+    (given.folder / f"{FROZEN}.yaml").write_text(yaml.safe_dump(dict(tree)))
+    frozen = ["--config-path", str(given.folder), "--config-name", FROZEN]
+    for start in (prepare, prepare_server, lambda words: prepare_fill(words, of_starter)):
+        assert start(frozen).config.cluster.kind == "slurm"
+        with pytest.raises(ConfigError, match=r"To start here, leave out cluster\.account=other"):
+            start([*frozen, "cluster.account=other"])
+
+
+def test_a_launcher_leaves_to_the_ranks_what_only_their_machine_knows(given):
     from nemo_aapo.launch.world import of_launcher
     from nemo_aapo.prepare import prepare, prepare_tree
 
     job = prepare([*given.words, "cluster=slurm", "trainer.num_nodes=2"], of_launcher)
     assert (job.machine, job.config.precision.name, job.sizes.world_size) == (None, "auto", 2)
     one = {**job.tree, "trainer": {**job.tree["trainer"], "num_nodes": 1}}
-    monkeypatch.setenv("NEMO_AAPO_TRAIN_ADDRESSES", "10.0.0.1")  # a rank of the job
     assert prepare_tree(one).config.precision.name == "fp32"
 
 

@@ -158,19 +158,27 @@ def test_a_stop_file_of_an_earlier_part_is_removed(settings):
     assert not stop.exists()
 
 
-def test_a_run_that_goes_on_by_another_instruction_set_says_so(settings, monkeypatch):
+def test_a_run_that_goes_on_by_another_instruction_set_than_its_checkpoints_says_so(settings, monkeypatch):
+    """Not than the last start's, which may have died while it loaded (None), or have left no checkpoint."""
     said = []
     progress = type("Progress", (), {"note": lambda self, text: said.append(text)})()
-    for chip, step in (("AVX512", -1), ("AVX512", 2), ("AVX2", 2), ("AVX2", 4), ("sm_90", -1)):
+    starts = [("AVX512", -1), ("AVX512", 2), ("AVX2", None), ("AVX2", 4), ("AVX512", 4), ("AVX2", 4), ("AVX2", 6)]
+    starts += [("sm_90", -1)]
+    told = []
+    for chip, step in starts:
         monkeypatch.setattr(directory_module, "instruction_set", lambda chip=chip: chip)
         with opened(settings) as run:
-            RunReporter(run, progress, stop=None, console_samples=0).begin(step, validated=True)
-    starts = json.loads((Path(settings[0].run.dir) / "run.json").read_text())["starts"]
-    assert [start["instruction_set"] for start in starts] == ["AVX512", "AVX512", "AVX2", "AVX2", "sm_90"]
-    assert [text for text in said if "computes by" in text] == [
-        "warning: the start before this one computed by AVX512, this machine computes by AVX2: "
+            if step is not None:
+                RunReporter(run, progress, stop=None, console_samples=0).begin(step, validated=True)
+        told.append([text for text in said if "computes by" in text])
+        said.clear()
+    recorded = json.loads((Path(settings[0].run.dir) / "run.json").read_text())["starts"]
+    assert [(start["instruction_set"], start.get("from_step")) for start in recorded] == starts
+    warning = (
+        "warning: the checkpoint of step 4 was computed by AVX512, this machine computes by AVX2: "
         "the run goes on, but not to the same bits"
-    ]
+    )
+    assert told == [[], [], [], [warning], [], [warning], [], []]
 
 
 def test_a_run_that_goes_on_with_a_changed_algorithm_of_ones_own_says_so(settings, tmp_path):
@@ -178,12 +186,12 @@ def test_a_run_that_goes_on_with_a_changed_algorithm_of_ones_own_says_so(setting
     file, said = tmp_path / "mine.py", []
     progress = type("Progress", (), {"note": lambda self, text: said.append(text)})()
     config = dataclasses.replace(config, algorithm=dataclasses.replace(config.algorithm, custom=f"{file}:Mine"))
-    for text in ("one", "one", "two", "two"):
+    for text, step in (("one", -1), ("one", 2), ("two", 4), ("two", 6)):
         file.write_text(text)
         with opened((config, tree)) as run:
-            RunReporter(run, progress, stop=None, console_samples=0).begin(2, validated=True)
+            RunReporter(run, progress, stop=None, console_samples=0).begin(step, validated=True)
     [warning] = [words for words in said if "algorithm.custom" in words]
-    assert warning.startswith("warning: the file of algorithm.custom has changed since the start before this one")
+    assert warning.startswith("warning: the file of algorithm.custom has changed since the checkpoint of step 4")
 
 
 @pytest.mark.slow

@@ -29,8 +29,8 @@ def given(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def limited(cluster: Cluster, given) -> Run:
     """A run whose first two jobs reach their time limit. It is submitted early, as most of its time is waiting: the
-    warning comes 150 to 180 s after the start (Slurm looks every 30 s, and warns 30 s early), when a step has begun."""
-    run = make_run(cluster, given, "limited", 'cluster.time="00:10:00"', "cluster.signal_s=420", held=2)
+    warning comes 90 to 120 s after the start (Slurm looks every 30 s, and warns 30 s early), when a step has begun."""
+    run = make_run(cluster, given, "limited", 'cluster.time="00:10:00"', "cluster.signal_s=480", held=2)
     run.job = run.submit()[0]
     return run
 
