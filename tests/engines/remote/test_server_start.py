@@ -95,6 +95,7 @@ def test_it_starts_from_a_frozen_page_and_ends_with_a_signal_or_with_its_parent(
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # whoever runs the tests may ignore it
     )
     directory = page.parent / "servers"
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -50,6 +51,7 @@ class Checkout:
             cwd=self.bin,
             env={"PATH": path, "CALLS": str(self.calls_file), **environment},
             start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background ignore it
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
