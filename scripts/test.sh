@@ -18,7 +18,7 @@ readonly OF_BOTH_LINES=(
     tests/training/test_training.py tests/training/test_going_on.py tests/text/test_transformers5.py
     tests/conversion/test_conversion.py tests/conversion/test_families.py tests/engines/test_plain.py
 )
-readonly WITH_PEERS=(tests/training tests/rollout tests/rewards tests/report tests/trace tests/evaluation)
+readonly WITH_SLURM=(tests/training tests/rollout tests/rewards tests/report tests/trace)
 readonly WITH_UNIT=(tests/conversion tests/doctor tests/launch)
 readonly REST="not slurm and not unit and not peers"
 readonly SESSION_TIMEOUT_S=5000 # of all tests together; pyproject.toml has the one for each
@@ -79,12 +79,12 @@ status=0
 run_tests() {
     python -m pytest --session-timeout="$SESSION_TIMEOUT_S" --durations=10 --durations-min=1 "$@"
 }
-# Four lanes on two cores: each waits a good part of its time, for processes that start, for ranks, for deadlines; that of
-# Slurm nearly all of it.
-peers() {
+# Three lanes on two cores: each waits a good part of its time, for processes that start, for ranks, for deadlines.
+waiting() {
     local failed=0
+    run_tests -m slurm || failed=$?
     run_tests -m peers || failed=$?
-    run_tests -m "$REST" "${WITH_PEERS[@]}" || failed=$?
+    run_tests -m "$REST" "${WITH_SLURM[@]}" || failed=$?
     return "$failed"
 }
 beside() {
@@ -111,18 +111,15 @@ if (($#)); then
     run_tests "${chosen[@]}" || status=$?
 else
     ((made_newest == 0 || made_newest == NO_PYTHON)) || status=$made_newest
-    background slurm run_tests -m slurm
-    slurm=$!
-    background peers peers
-    peers=$!
+    background waiting waiting
+    waiting=$!
     background beside beside
     beside=$!
-    elsewhere=(tests/lines "${WITH_PEERS[@]}" "${WITH_UNIT[@]}")
+    elsewhere=(tests/lines "${WITH_SLURM[@]}" "${WITH_UNIT[@]}")
     run_tests -m "$REST" "${elsewhere[@]/#/--ignore=}" || status=$?
-    for lane in "$slurm" "$peers" "$beside"; do
-        wait "$lane" || status=$?
-    done
-    cat "$said/slurm" "$said/peers" "$said/beside"
+    wait "$waiting" || status=$?
+    wait "$beside" || status=$?
+    cat "$said/waiting" "$said/beside"
 fi
 if [[ -n ${types:-} ]]; then
     wait "$types" || status=$?
