@@ -76,7 +76,8 @@ def check_run_directory(config: Config) -> None:
     """
     directory = Path(config.run.dir)
     require_directory(directory, f"run.dir={config.run.dir}")
-    for entry in directory.iterdir() if directory.is_dir() else ():  # checkpoints on another disk, say
+    # Checkpoints may lie on another disk that went away. The lock of an editor, .#NAME, is a link to nowhere and harmless.
+    for entry in directory.glob("[!.]*"):
         require_followed(entry, f"run.dir={config.run.dir}")
     record = read_record(directory)
     if record is None or not _has_begun(directory):

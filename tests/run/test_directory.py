@@ -46,6 +46,16 @@ def test_a_run_directory_that_nothing_can_be_written_in_is_refused(settings, tmp
             claim(config, tree, 1)
 
 
+def test_the_lock_of_an_editor_which_is_a_link_that_leads_nowhere_keeps_no_run_from_going_on(settings):
+    directory = Path(settings[0].run.dir)
+    directory.mkdir(parents=True)
+    (directory / ".#stop").symlink_to("somebody@a_host.4711")
+    check_run_directory(settings[0])
+    (directory / "checkpoints").symlink_to("/purged")
+    with pytest.raises(ConfigError, match="checkpoints is a link to /purged, which is not there"):
+        check_run_directory(settings[0])
+
+
 def test_a_directory_whose_disk_went_away_after_it_was_checked_is_refused_in_words(tmp_path):
     (tmp_path / "run").symlink_to(tmp_path / "gone")
     with pytest.raises(ConfigError, match=r"run\.dir=results/x: can't be written \(File exists\)"):
