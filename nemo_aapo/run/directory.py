@@ -76,7 +76,7 @@ def check_run_directory(config: Config) -> None:
     """
     directory = Path(config.run.dir)
     require_directory(directory, f"run.dir={config.run.dir}")
-    # Checkpoints may lie on another disk that went away. The lock of an editor, .#NAME, is a link to nowhere and harmless.
+    # Checkpoints may lie on another disk that went away; the lock of an editor, .#NAME, leads nowhere without harm.
     for entry in directory.glob("[!.]*"):
         require_followed(entry, f"run.dir={config.run.dir}")
     record = read_record(directory)
